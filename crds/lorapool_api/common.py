@@ -1,0 +1,295 @@
+"""Names that more than one part must spell alike, and the small value types of the objects.
+
+Called by every package. Labels, annotations, headers, condition types, reasons and failure
+reasons live here once; nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+GROUP = "lorapool.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+FIELD_MANAGER = "lorapool-operator"
+"""Field manager of every server-side apply and status write of the operator."""
+
+
+# --- labels, annotations -----------------------------------------------------------------
+
+LABEL_NAME = "app.kubernetes.io/name"
+LABEL_INSTANCE = "app.kubernetes.io/instance"
+LABEL_COMPONENT = "app.kubernetes.io/component"
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+
+LABEL_BASE = f"{GROUP}/base"
+"""On runtime pods, Services and (copied by Kubernetes) EndpointSlices: the BaseModel's name."""
+LABEL_BASE_UID = f"{GROUP}/base-uid"
+"""Beside LABEL_BASE: the BaseModel's uid, so that a recreated base never adopts old pods."""
+LABEL_API_KEY = f"{GROUP}/api-key"
+"""On Secrets in the keys namespace: "true" marks an API key of the gateway."""
+
+ANNOTATION_RETRY = f"{GROUP}/retry"
+"""On a LoraAdapter: any new value makes the operator judge a terminal failure again."""
+ANNOTATION_SPEC_HASH = f"{GROUP}/spec-hash"
+"""On children: hash of what was applied, so that an unchanged child is not applied again."""
+
+
+# --- HTTP headers ------------------------------------------------------------------------
+
+HEADER_ADAPTER = "x-lorapool-adapter"
+"""To the runtime: `<uid>@<digest>` or `base`. To the client: `<namespace>/<name>@<digest>` or `base`."""
+HEADER_USAGE = "x-lorapool-usage"
+"""Request value "1": the runtime reports usage on every chunk. On a JSON response: the usage."""
+HEADER_REQUEST_ID = "x-request-id"
+HEADER_COLD_START = "x-lorapool-cold-start-ms"
+"""To the client: milliseconds this request was held or waited for its adapter's load; absent when warm."""
+HEADER_PROCESSING_MS = "openai-processing-ms"
+BASE_TARGET = "base"
+"""Value of HEADER_ADAPTER for a request to the base itself."""
+
+
+# --- conditions --------------------------------------------------------------------------
+
+
+class BaseCondition(StrEnum):
+    """Condition types of a BaseModel."""
+
+    SOURCE_RESOLVED = "SourceResolved"
+    RUNTIME_AVAILABLE = "RuntimeAvailable"
+    READY = "Ready"
+    PROGRESSING = "Progressing"
+
+
+class AdapterCondition(StrEnum):
+    """Condition types of a LoraAdapter."""
+
+    RESOLVED = "Resolved"
+    COMPATIBLE = "Compatible"
+    LOADED = "Loaded"
+    READY = "Ready"
+    PROGRESSING = "Progressing"
+
+
+class Reason(StrEnum):
+    """Reasons of conditions that are no failure of a source (those are `FailureReason`)."""
+
+    RESOLVED = "Resolved"
+    COMPATIBLE = "Compatible"
+    PENDING = "Pending"
+    """Not judged yet."""
+    AWAITING_RUNTIME = "AwaitingRuntime"
+    """Only a runtime can read this source and none is up; a request wakes the base."""
+    BASE_NOT_FOUND = "BaseNotFound"
+    BASE_NOT_READY = "BaseNotReady"
+    NOT_PERMITTED = "NotPermitted"
+    """The BaseModel does not list the adapter's namespace."""
+    NAME_CONFLICT = "NameConflict"
+    SUSPENDED = "Suspended"
+    PARKED = "Parked"
+    """Not on a device; the next request loads it."""
+    LOADING = "Loading"
+    LOADED = "Loaded"
+    RUNTIME_RESTARTED = "RuntimeRestarted"
+    """Was loaded, but the runtime that held it is gone or has a new boot id."""
+    ROLLOUT_FAILED = "RolloutFailed"
+    SCALED_TO_ZERO = "ScaledToZero"
+    STARTING = "Starting"
+    AVAILABLE = "Available"
+    DEGRADED = "Degraded"
+    UNAVAILABLE = "Unavailable"
+    READY = "Ready"
+    STABLE = "Stable"
+    PROFILE_NOT_FOUND = "ProfileNotFound"
+    """spec.runtimeProfile names no profile of the chart's values."""
+
+
+class FailureReason(StrEnum):
+    """Why an artifact cannot be served. Each is transient or terminal, see `transient`."""
+
+    # terminal: nothing changes until the spec, a secret or the retry annotation does
+    SOURCE_NOT_FOUND = "SourceNotFound"
+    UNAUTHORIZED = "Unauthorized"
+    INVALID_SOURCE = "InvalidSource"
+    UNSUPPORTED_FORMAT = "UnsupportedFormat"
+    TOO_LARGE = "TooLarge"
+    CORRUPT_ARTIFACT = "CorruptArtifact"
+    DIGEST_MISMATCH = "DigestMismatch"
+    INCOMPATIBLE = "Incompatible"
+    WRONG_BASE = "WrongBase"
+    RANK_TOO_HIGH = "RankTooHigh"
+    NON_FINITE_WEIGHTS = "NonFiniteWeights"
+    # transient: tried again at `retryAt`
+    SOURCE_UNAVAILABLE = "SourceUnavailable"
+    SOURCE_TIMEOUT = "SourceTimeout"
+    RATE_LIMITED = "RateLimited"
+    NO_CAPACITY = "NoCapacity"
+    DISK_FULL = "DiskFull"
+    LOAD_FAILED = "LoadFailed"
+
+    @property
+    def transient(self) -> bool:
+        return self in _TRANSIENT
+
+    @property
+    def code(self) -> str:
+        """The OpenAI error `code`, e.g. `rank_too_high`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.value).lower()
+
+
+_TRANSIENT = frozenset(
+    {
+        FailureReason.SOURCE_UNAVAILABLE,
+        FailureReason.SOURCE_TIMEOUT,
+        FailureReason.RATE_LIMITED,
+        FailureReason.NO_CAPACITY,
+        FailureReason.DISK_FULL,
+        FailureReason.LOAD_FAILED,
+    }
+)
+
+
+# --- value types -------------------------------------------------------------------------
+
+_DURATION = re.compile(r"^(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$")
+DURATION_PATTERN = r"^([0-9]{1,6}h)?([0-9]{1,6}m)?([0-9]{1,6}s)?$"
+
+Duration = Annotated[
+    str,
+    Field(
+        min_length=2,
+        max_length=24,
+        pattern=DURATION_PATTERN,
+        description='Length of time such as "90s", "5m", "1h30m".',
+    ),
+]
+
+
+def duration_s(value: str) -> float:
+    """Seconds of a duration such as `1h30m`. Raises ValueError when it is none."""
+    match = _DURATION.match(value)
+    if not value or match is None:
+        raise ValueError(f'not a duration: {value!r}; write it like "90s", "5m" or "1h30m"')
+    hours, minutes, seconds = (int(part) if part else 0 for part in match.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+_QUANTITY = re.compile(r"^(\d+)(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+QUANTITY_PATTERN = r"^[0-9]{1,15}(Ki|Mi|Gi|Ti|k|M|G|T)?$"
+_UNITS = {None: 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+Quantity = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=20,
+        pattern=QUANTITY_PATTERN,
+        description='Bytes as a Kubernetes quantity, such as "512Mi".',
+    ),
+]
+
+
+def quantity_bytes(value: str) -> int:
+    """Bytes of a quantity such as `512Mi`. Raises ValueError when it is none."""
+    match = _QUANTITY.match(value)
+    if match is None:
+        raise ValueError(f'not a quantity of bytes: {value!r}; write it like "512Mi" or "2Gi"')
+    return int(match[1]) * _UNITS[match[2]]
+
+
+DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """One file of an artifact: name relative to its root, size and content hash."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+def artifact_digest(files: Iterable[FileDigest]) -> str:
+    """`sha256:…` over the sorted files of an artifact; its identity everywhere."""
+    total = hashlib.sha256()
+    for file in sorted(files, key=lambda item: item.name):
+        total.update(f"{file.name}\0{file.size_bytes}\0{file.sha256}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+class AdapterKey(NamedTuple):
+    """What a request is pinned to: an object's uid and the digest of its files."""
+
+    uid: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.uid}@{self.digest}"
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterKey:
+        """Reads `<uid>@sha256:<hex>`. Raises ValueError."""
+        uid, _, digest = text.partition("@")
+        if not re.fullmatch(r"[0-9A-Za-z-]{1,63}", uid) or not re.fullmatch(DIGEST_PATTERN, digest):
+            raise ValueError(f"not an adapter key: {text[:160]!r}; expected <uid>@sha256:<64 hex digits>")
+        return cls(uid, digest)
+
+
+# --- base of all objects -----------------------------------------------------------------
+
+
+class ApiModel(BaseModel):
+    """camelCase on the wire, snake_case in code; unknown fields of stored objects are ignored (version skew)."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True, use_attribute_docstrings=True
+    )
+
+    def dump(self) -> dict[str, Any]:
+        """The JSON form for the API server: camelCase, without unset optionals."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Condition(ApiModel):
+    """metav1.Condition."""
+
+    type: str = Field(max_length=64)
+    status: str = Field(pattern="^(True|False|Unknown)$")
+    observed_generation: int | None = None
+    last_transition_time: str = Field(max_length=64, json_schema_extra={"format": "date-time"})
+    reason: str = Field(max_length=64)
+    message: str = Field(default="", max_length=1024)
+
+
+def set_conditions(
+    previous: Iterable[Condition], wanted: Mapping[str, tuple[str, str, str]], *, generation: int, now: str
+) -> list[Condition]:
+    """The full new list for `wanted` = {type: (status, reason, message)}.
+
+    lastTransitionTime is kept while a condition's status is unchanged.
+    """
+    before = {condition.type: condition for condition in previous}
+    result = []
+    for kind, (status, reason, message) in wanted.items():
+        old = before.get(kind)
+        since = old.last_transition_time if old is not None and old.status == status else now
+        result.append(
+            Condition(
+                type=kind,
+                status=status,
+                observed_generation=generation,
+                last_transition_time=since,
+                reason=reason,
+                message=message[:1024],
+            )
+        )
+    return result

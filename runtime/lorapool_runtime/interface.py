@@ -1,0 +1,182 @@
+"""What the server half of the runtime asks of an engine, and nothing more.
+
+`server` and `adapters` call it from the event loop; `engine.TorchEngine` implements it, and another
+engine may take its place if it passes `tests/runtime/test_engine_conformance.py`. Slots are plain
+integers here: which adapter sits in a slot, and that nobody re-uses a slot in use, is the caller's
+(`adapters`) business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+BASE_SLOT = -1
+"""The slot number of a row that runs on the base alone."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Per request, independent of who shares the batch. temperature 0 is greedy."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int | None = None
+    """None: no log-probabilities; n >= 0: the sampled token's and the n likeliest."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """End the sequence; the ending token is counted but delivered with `text_token=False`."""
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    slot: int
+    """Adapter slot, or BASE_SLOT."""
+    cache_salt: str
+    """Identity of the weights (`base` or the adapter's digest): never two salts on one cached block."""
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One sampled token of one request, or its end. Exactly one output per request has a finish_reason, the last."""
+
+    request_id: str
+    token_id: int | None
+    """None for an end without a token (cancelled, error)."""
+    text_token: bool
+    """False for an end-of-sequence token, which is counted but not text."""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetShape:
+    """One linear layer of the base that LoRA may target: `module` is its full dotted name in the model."""
+
+    module: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the server must know of the loaded base."""
+
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    eos_token_ids: frozenset[int]
+    targets: tuple[TargetShape, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    slot: int
+    device_bytes: int
+    """Measured, not computed."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    slots_total: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    healthy: bool
+    """False when the engine thread has died; the process should end."""
+    device_bytes: int
+
+
+class AdapterArtifactError(Exception):
+    """The files cannot become an adapter of this base. `reason` is a `lorapool_api.common.FailureReason` value."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class HostAdapter(Protocol):
+    """An adapter read, checked and laid out in host memory, ready for one copy into a slot."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def host_bytes(self) -> int: ...
+    @property
+    def target_modules(self) -> tuple[str, ...]: ...
+
+
+TokenSink = Callable[[TokenOutput], None]
+"""Called in the engine thread; must not block (use loop.call_soon_threadsafe)."""
+
+
+class Engine(Protocol):
+    """Thread-safe; every method returns at once. One thread inside owns torch."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout_s: float) -> None: ...
+
+    def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
+        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises AdapterArtifactError."""
+        ...
+
+    def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
+        """Copies into the slot between two steps. The slot must hold no running request."""
+        ...
+
+    def unload(self, slot: int) -> Future[int]:
+        """Clears the slot between two steps; the bytes really given back to the device or operating system."""
+        ...
+
+    def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
+        """Queues a request. Raises ValueError when it can never fit (prompt + max_tokens > max_model_len, KV budget)."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request after at most the step under way; its sink gets CANCELLED with the counts so far. Unknown ids are ignored."""
+        ...
+
+    def observe(self) -> EngineStats: ...
