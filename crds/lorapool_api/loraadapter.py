@@ -6,6 +6,8 @@ Loaded=False reason=Parked`. Status is only ever what was seen.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import ConfigDict, Field
 
 from lorapool_api.basemodel import Namespace, rule, rules
@@ -148,7 +150,7 @@ class LoraAdapterStatus(ApiModel):
     )
     source_revision: str | None = Field(default=None, max_length=128)
     rank: int | None = None
-    target_modules: list[str] = Field(default_factory=list, max_length=64)
+    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(default_factory=list, max_length=64)
     size_bytes: int | None = None
     loaded_replicas: int = 0
     loaded: str | None = Field(default=None, max_length=16, description='"n/m" for the LOADED column.')
