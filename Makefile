@@ -1,0 +1,125 @@
+# Everything a developer or CI does with Lorapool. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+UV     := $(VENV)/bin/uv
+CLUSTER := $(PYTHON) hack/cluster
+export LORAPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorapool
+export PYTHONDONTWRITEBYTECODE ?= 1
+# Tests need no hub and must not wait for one.
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }'
+
+# --- the development environment ---------------------------------------------------------
+
+.PHONY: install
+install: $(VENV)/.installed ## make the locked virtual environment in .venv
+
+$(VENV)/.installed: requirements.lock hack/bootstrap.lock pyproject.toml
+	@echo "==> installing the locked environment (about 6 GB with torch; a minute when cached)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r hack/bootstrap.lock
+	$(UV) pip install -q --python $(PY) --require-hashes -r requirements.lock
+	$(UV) pip install -q --python $(PY) --no-deps --no-build-isolation -e .
+	touch $@
+
+LOCK := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -q
+
+.PHONY: lock
+lock: ## resolve the dependencies of pyproject.toml anew into the lock files
+	$(LOCK) --all-extras -o requirements.lock pyproject.toml
+	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
+	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
+	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
+
+# --- static checks -----------------------------------------------------------------------
+
+.PHONY: fmt
+fmt: install ## format the code
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+.PHONY: lint
+lint: install ## ruff, import contracts
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-cache
+
+.PHONY: type
+type: install ## mypy, strict
+	$(VENV)/bin/mypy
+
+.PHONY: generate
+generate: install ## write the CRDs from the models
+	$(PY) -m lorapool_api
+
+.PHONY: verify
+verify: install ## fail where a generated file differs from what is committed
+	$(PY) -m lorapool_api --check
+
+# --- tests -------------------------------------------------------------------------------
+
+.PHONY: binaries
+binaries: ## build etcd, Kubernetes, Helm, CoreDNS and Prometheus from source (cached by version)
+	$(CLUSTER) install
+	$(CLUSTER) build
+
+.PHONY: model
+model: install ## make the demo's base model folder (cached)
+	@$(PY) hack/models/base.py
+
+.PHONY: unit
+unit: install ## tests that need nothing but the virtual environment
+	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e
+
+.PHONY: apiserver
+apiserver: install binaries ## tests against a real etcd and kube-apiserver
+	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py --print)"
+	$(PY) -m pytest -q -m apiserver --ignore=tests/e2e
+
+.PHONY: e2e
+e2e: install binaries ## tests on a real one-node cluster with the real models
+	$(PY) -m pytest -q -m cluster
+
+.PHONY: test
+test: ## everything CI runs, on a bare machine
+	@$(MAKE) --no-print-directory install
+	$(MAKE) --no-print-directory lint type verify
+	$(MAKE) --no-print-directory binaries model
+	$(MAKE) --no-print-directory unit apiserver e2e
+
+# --- the demo ----------------------------------------------------------------------------
+
+.PHONY: demo
+demo: install ## the whole of it on a real one-node cluster; CONTEXT=name uses an existing one
+	$(PY) hack/demo up $(if $(CONTEXT),--context $(CONTEXT))
+
+.PHONY: demo-down
+demo-down: ## end the demo's cluster and everything it started
+	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT))
+
+.PHONY: image
+image: install ## build the two container images
+	$(PYTHON) hack/images build
+
+.PHONY: train
+train: install model ## train the five example fine-tunes (minutes each on two cores)
+	$(PY) hack/models/train.py
+
+.PHONY: eval
+eval: install model ## score base and fine-tunes on the held-out lines
+	$(PY) hack/models/evaluate.py
+
+.PHONY: bench
+bench: install model ## speed as ratios against rivals in the same run
+	$(PY) bench/engine_w1.py
+	$(PY) bench/gateway_overhead.py
