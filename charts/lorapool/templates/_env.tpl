@@ -1,0 +1,79 @@
+{{/* Where artifacts come from: plain settings and credentials, alike for the operator, which judges sources, and for
+     the runtimes, which fetch them. A key that the Secret lacks is left out. */}}
+{{- define "lorapool.env.artifacts" -}}
+{{- $env := .Values.artifactEnv -}}
+{{- with .Values.artifactCredentials -}}
+{{- if .existingSecret -}}
+{{- range $key := .keys -}}
+{{- $ref := dict "name" $.Values.artifactCredentials.existingSecret "key" $key "optional" true -}}
+{{- $env = append $env (dict "name" $key "valueFrom" (dict "secretKeyRef" $ref)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $env -}}
+{{- end -}}
+
+{{- define "lorapool.env.gateway" -}}
+{{- $gateway := .Values.gateway -}}
+- name: LORAPOOL_GATEWAY_NAMESPACES
+  value: {{ include "lorapool.watchNamespaces" . | fromJsonArray | join "," | default "*" | quote }}
+- name: LORAPOOL_GATEWAY_KEYS_NAMESPACE
+  value: {{ include "lorapool.keysNamespace" . }}
+- name: LORAPOOL_GATEWAY_MASTER_TOKEN_FILE
+  value: /etc/lorapool/master/token
+- name: LORAPOOL_GATEWAY_LOG_LEVEL
+  value: {{ $gateway.logLevel }}
+- name: LORAPOOL_GATEWAY_MAX_BODY_BYTES
+  value: {{ $gateway.maxBodyBytes | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_REQUESTS
+  value: {{ $gateway.maxRequests | int64 | quote }}
+- name: LORAPOOL_GATEWAY_REQUEST_TIMEOUT_S
+  value: {{ $gateway.requestTimeoutSeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S
+  value: {{ $gateway.shutdownDelaySeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_DRAIN_TIMEOUT_S
+  value: {{ $gateway.drainSeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
+  value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- end -}}
+
+{{- define "lorapool.env.operator" -}}
+{{- $operator := .Values.operator -}}
+- name: HOME
+  value: /tmp
+- name: HF_HOME
+  value: /tmp/hf
+- name: LORAPOOL_OPERATOR_NAMESPACES
+  value: {{ include "lorapool.watchNamespaces" . | fromJsonArray | join "," | default "*" | quote }}
+- name: LORAPOOL_OPERATOR_OWN_NAMESPACE
+  valueFrom:
+    fieldRef: {fieldPath: metadata.namespace}
+- name: LORAPOOL_OPERATOR_IDENTITY
+  valueFrom:
+    fieldRef: {fieldPath: metadata.name}
+- name: LORAPOOL_OPERATOR_LEASE_NAME
+  value: {{ include "lorapool.leaseName" . }}
+- name: LORAPOOL_OPERATOR_RUNTIME_IMAGE
+  value: {{ include "lorapool.image" (list . .Values.image.runtime) | quote }}
+- name: LORAPOOL_OPERATOR_RUNTIME_IMAGE_PULL_POLICY
+  value: {{ .Values.image.runtime.pullPolicy }}
+- name: LORAPOOL_OPERATOR_PROFILES_FILE
+  value: /etc/lorapool/profiles/profiles.yaml
+- name: LORAPOOL_OPERATOR_MASTER_TOKEN_FILE
+  value: /etc/lorapool/master/token
+- name: LORAPOOL_OPERATOR_LOG_LEVEL
+  value: {{ $operator.logLevel }}
+- name: LORAPOOL_OPERATOR_LOG_FORMAT
+  value: {{ $operator.logFormat }}
+- name: LORAPOOL_OPERATOR_RESYNC_S
+  value: {{ $operator.resyncSeconds | int64 | quote }}
+- name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY
+  value: {{ $operator.judgeConcurrency | int64 | quote }}
+- name: LORAPOOL_OPERATOR_USAGE_INTERVAL_S
+  value: {{ $operator.usageIntervalSeconds | int64 | quote }}
+- name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS
+  value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- range include "lorapool.env.artifacts" . | fromJsonArray }}
+- {{ toYaml . | nindent 2 | trim }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,182 @@
+{{/* Name of the chart, for labels. */}}
+{{- define "lorapool.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Prefix of every object's name. 40 characters leave room for the longest suffix. */}}
+{{- define "lorapool.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := include "lorapool.name" . -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Prefix of cluster-scoped objects: two releases in two namespaces must not share one. */}}
+{{- define "lorapool.clusterName" -}}
+{{- printf "%s-%s" .Release.Namespace (include "lorapool.fullname" .) -}}
+{{- end -}}
+
+{{/* Labels that select pods and never change. Call with (list $ "component"). */}}
+{{- define "lorapool.selectorLabels" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "lorapool.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end -}}
+
+{{/* All labels of an object. Call with (list $ "component"). */}}
+{{- define "lorapool.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "lorapool.selectorLabels" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: lorapool
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* `annotations:` with commonAnnotations and further ones, or nothing. Call with (list $ dict). */}}
+{{- define "lorapool.annotations" -}}
+{{- $root := index . 0 -}}
+{{- with mergeOverwrite (deepCopy $root.Values.commonAnnotations) (deepCopy (index . 1)) -}}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
+{{- end -}}
+
+{{/* Reference of an image; a digest wins over the tag. Call with (list $ $.Values.image.control). */}}
+{{- define "lorapool.image" -}}
+{{- $root := index . 0 -}}{{- $image := index . 1 -}}
+{{- $registry := $root.Values.image.registry -}}
+{{- $name := ternary (printf "%s/%s" $registry $image.repository) $image.repository (ne $registry "") -}}
+{{- if $image.digest -}}
+{{- printf "%s@%s" $name $image.digest -}}
+{{- else -}}
+{{- printf "%s:%s" $name (default $root.Chart.AppVersion $image.tag) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Name of a component's service account. Call with (list $ "gateway"). */}}
+{{- define "lorapool.serviceAccountName" -}}
+{{- $root := index . 0 -}}{{- $component := index . 1 -}}
+{{- $account := (index $root.Values $component).serviceAccount -}}
+{{- if $account.create -}}
+{{- default (printf "%s-%s" (include "lorapool.fullname" $root) $component) $account.name -}}
+{{- else -}}
+{{- default "default" $account.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Namespaces whose objects are watched, as a JSON list; empty in cluster mode, which watches all. */}}
+{{- define "lorapool.watchNamespaces" -}}
+{{- if eq .Values.scope "cluster" -}}
+{{- list | toJson -}}
+{{- else -}}
+{{- default (list .Release.Namespace) .Values.watchNamespaces | uniq | sortAlpha | toJson -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Namespaces that get a policy for runtime pods, as a JSON list. */}}
+{{- define "lorapool.runtimeNamespaces" -}}
+{{- if eq .Values.scope "cluster" -}}
+{{- default (list .Release.Namespace) .Values.networkPolicy.runtimeNamespaces | uniq | sortAlpha | toJson -}}
+{{- else -}}
+{{- include "lorapool.watchNamespaces" . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Namespace of the API key Secrets. */}}
+{{- define "lorapool.keysNamespace" -}}
+{{- default .Release.Namespace .Values.apiKeys.namespace -}}
+{{- end -}}
+
+{{- define "lorapool.runtimeTokenSecret" -}}
+{{- default (printf "%s-runtime-token" (include "lorapool.fullname" .)) .Values.runtimeToken.existingSecret -}}
+{{- end -}}
+
+{{- define "lorapool.leaseName" -}}
+{{- printf "%s-operator" (include "lorapool.fullname" .) -}}
+{{- end -}}
+
+{{/* What pod security level `restricted` asks of a pod. */}}
+{{- define "lorapool.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{/* ... and of a container. */}}
+{{- define "lorapool.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop:
+    - ALL
+{{- end -}}
+
+{{/* Pod fields that every component lets the values set. Call with (list $ $.Values.gateway). */}}
+{{- define "lorapool.podScheduling" -}}
+{{- $root := index . 0 -}}{{- $component := index . 1 -}}
+{{- with $root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $component.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with $component.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $component.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $component.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Annotations of a component's pods. Call with (list $ $.Values.gateway). */}}
+{{- define "lorapool.podAnnotations" -}}
+{{- $root := index . 0 -}}{{- $component := index . 1 -}}
+{{- $annotations := dict -}}
+{{- if $root.Values.metrics.scrapeAnnotations -}}
+{{- $annotations = dict "prometheus.io/scrape" "true" "prometheus.io/port" "9090" "prometheus.io/path" "/metrics" -}}
+{{- end -}}
+{{- with mergeOverwrite $annotations (deepCopy $root.Values.commonAnnotations) (deepCopy $component.podAnnotations) -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Refuses combinations that the schema cannot express. */}}
+{{- define "lorapool.validate" -}}
+{{- if and (eq .Values.scope "cluster") .Values.watchNamespaces -}}
+{{- fail "watchNamespaces must be empty with scope=cluster: the whole cluster is watched. Use scope=namespaced to watch a list." -}}
+{{- end -}}
+{{- if and (eq .Values.scope "namespaced") .Values.networkPolicy.runtimeNamespaces -}}
+{{- fail "networkPolicy.runtimeNamespaces is for scope=cluster only; with scope=namespaced every watched namespace gets the policy." -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
+{{- fail "ingress.enabled needs at least one entry in ingress.hosts." -}}
+{{- end -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.enabled needs at least one entry in httpRoute.parentRefs (the Gateway to attach to)." -}}
+{{- end -}}
+{{- if not (hasKey .Values.runtimeProfiles "default") -}}
+{{- fail "runtimeProfiles must keep a profile named default: BaseModels that name none use it." -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,62 @@
+{{- define "lorapool.netpol.dns" -}}
+- to:
+    {{- toYaml .Values.networkPolicy.dns.to | nindent 4 }}
+  ports:
+    - {protocol: UDP, port: 53}
+    - {protocol: TCP, port: 53}
+{{- end -}}
+
+{{/* The API server has no pods to select: its addresses and ports. */}}
+{{- define "lorapool.netpol.apiServer" -}}
+- to:
+    {{- range .Values.networkPolicy.apiServer.blocks }}
+    - ipBlock:
+        {{- toYaml . | nindent 8 }}
+    {{- end }}
+  ports:
+    {{- range .Values.networkPolicy.apiServer.ports }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- end -}}
+
+{{/* Where artifacts come from: anywhere but the addresses that hand out the node's own credentials. */}}
+{{- define "lorapool.netpol.sources" -}}
+- to:
+    {{- range .Values.networkPolicy.sources.blocks }}
+    - ipBlock:
+        {{- toYaml . | nindent 8 }}
+    {{- end }}
+    {{- with .Values.networkPolicy.sources.to }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .Values.networkPolicy.sources.ports }}
+  ports:
+    {{- range . }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+  {{- end }}
+{{- end -}}
+
+{{- define "lorapool.netpol.metrics" -}}
+- from:
+    {{- toYaml .Values.networkPolicy.metricsFrom | nindent 4 }}
+  ports:
+    - {protocol: TCP, port: 9090}
+{{- end -}}
+
+{{- define "lorapool.netpol.toRuntimes" -}}
+- to:
+    - podSelector:
+        matchExpressions:
+          - {key: lorapool.dev/base, operator: Exists}
+      namespaceSelector:
+        {{- if eq .Values.scope "cluster" }} {}
+        {{- else }}
+        matchExpressions:
+          - key: kubernetes.io/metadata.name
+            operator: In
+            values: {{ include "lorapool.watchNamespaces" . }}
+        {{- end }}
+  ports:
+    - {protocol: TCP, port: 8000}
+{{- end -}}
