@@ -1,0 +1,42 @@
+"""`make demo` and `make demo-down`: parses the command line, runs the steps, says what failed and what to do.
+
+Run with the project's virtual environment: `python hack/demo up|down`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run by path: make the folder importable as the package it is
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from demo.run import Options, down, up
+from demo.steps import StepError
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hack/demo", description="Lorapool's demo on a real one-node cluster.")
+    parser.add_argument("command", choices=("up", "down"))
+    parser.add_argument("--name", default="demo", help="name of the local cluster (default: demo)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for summary.json (default: .demo)")
+    parser.add_argument("--context", help="use this context of your kubeconfig instead of a local cluster")
+    parser.add_argument(
+        "--registry",
+        help="with --context: a registry you may push to and the cluster can pull from, e.g. ghcr.io/me/lorapool",
+    )
+    parser.add_argument("--purge", action="store_true", help="down: also remove the cluster's state folder")
+    given = parser.parse_args(argv)
+    options = Options(name=given.name, out=given.out, context=given.context, registry=given.registry, purge=given.purge)
+    try:
+        (up if given.command == "up" else down)(options)
+    except StepError as error:
+        print(f"\n\033[31mThe step '{error.step}' failed.\033[0m\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. `make demo-down` ends what was started; `make demo` goes on where it stopped.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

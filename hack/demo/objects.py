@@ -1,0 +1,64 @@
+"""The objects the demo applies: namespace, API key, base and fine-tunes. Pure: values in, manifests out.
+
+Called by `run` and by the cluster tests, which apply the same objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+NAMESPACE = "lorapool"
+RELEASE = "lorapool"
+BASE = "smollm2"
+KEY_SECRET = "demo-key"
+
+Manifest = dict[str, Any]
+
+
+def namespace(name: str = NAMESPACE) -> Manifest:
+    """A namespace that only admits pods of the strictest standard."""
+    labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+
+
+def api_key(key: str, *, name: str = KEY_SECRET, keys_namespace: str = NAMESPACE, namespaces: str = "*") -> Manifest:
+    """The Secret of an API key: only its hash reaches the cluster."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {
+            "name": name,
+            "namespace": keys_namespace,
+            "labels": {"lorapool.dev/api-key": "true"},
+        },
+        "stringData": {"keySha256": hashlib.sha256(key.encode()).hexdigest(), "namespaces": namespaces},
+    }
+
+
+def base_model(uri: str, *, idle_after: str = "10m", namespace: str = NAMESPACE) -> Manifest:
+    """SmolLM2-135M, at zero pods until somebody asks."""
+    return {
+        "apiVersion": "lorapool.dev/v1alpha1",
+        "kind": "BaseModel",
+        "metadata": {"name": BASE, "namespace": namespace},
+        "spec": {
+            "source": {"uri": uri},
+            "servedName": "smollm2-135m-instruct",
+            "dtype": "bfloat16",
+            "maxModelLen": 2048,
+            "lora": {"maxRank": 16, "slots": 8, "hostCacheBytes": "256Mi"},
+            "scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": idle_after},
+            "coldStart": {"maxWait": "5m", "maxQueued": 256},
+        },
+    }
+
+
+def adapter(task: str, uri: str, *, idle_after: str = "2m", namespace: str = NAMESPACE) -> Manifest:
+    """One fine-tune on that base."""
+    return {
+        "apiVersion": "lorapool.dev/v1alpha1",
+        "kind": "LoraAdapter",
+        "metadata": {"name": task, "namespace": namespace},
+        "spec": {"baseModelRef": {"name": BASE}, "source": {"uri": uri}, "idleAfter": idle_after},
+    }

@@ -1,0 +1,69 @@
+"""What a person sees at the end, and the same for programs in summary.json.
+
+Called by `run`. The summary holds the demo's API key, so it is written for its owner's eyes only (mode 0600).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from demo.ask import Answer
+
+
+def table(answers: list[Answer]) -> str:
+    """One block a fine-tune: question, both answers, identity, tokens, times."""
+    lines = []
+    for answer in answers:
+        lines.append(f"\n\033[1m{answer.task}\033[0m   {_clip(answer.header, 100)}")
+        lines.append(_row("asked", answer.question))
+        lines.append(_row("base", answer.base_answer))
+        lines.append(_row("fine-tune", answer.answer))
+        lines.append(
+            f"  {'':9}  {answer.prompt_tokens} + {answer.completion_tokens} tokens, "
+            f"cold {answer.cold_s:.2f} s, warm {answer.warm_s:.2f} s"
+        )
+    return "\n".join(lines)
+
+
+def _row(label: str, text: str) -> str:
+    wrapped = textwrap.wrap(_clip(" ".join(text.split()), 240) or "(nothing)", 96)
+    return "\n".join(f"  {label if number == 0 else '':9}  {line}" for number, line in enumerate(wrapped))
+
+
+def _clip(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Atomically, readable by its owner only."""
+    partial = path.with_suffix(".partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(summary, file, indent=2)
+        file.write("\n")
+    partial.replace(path)
+
+
+def usage_table(adapters: list[dict[str, Any]]) -> str:
+    """What each adapter has used so far, from its status."""
+    header = ("ADAPTER", "REQUESTS", "PROMPT", "COMPLETION", "LOADS", "LOAD-S", "RESIDENT-S")
+    rows = [header]
+    for adapter in adapters:
+        usage = adapter.get("status", {}).get("usage") or {}
+        rows.append(
+            (
+                adapter["metadata"]["name"],
+                str(usage.get("requests", 0)),
+                str(usage.get("promptTokens", 0)),
+                str(usage.get("completionTokens", 0)),
+                str(usage.get("loads", 0)),
+                f"{usage.get('loadSeconds', 0):.2f}",
+                f"{usage.get('residencySeconds', 0):.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
