@@ -1,0 +1,114 @@
+"""What others may wait for: the sequence number of the snapshot, and the ring of residency events.
+
+`adapters` and `server` announce, the long-polls of `server` wait. Announcing costs nothing when nobody waits,
+and requests coming and going are announced at most a few times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from itertools import islice
+
+from lorapool_api.common import AdapterKey
+from lorapool_api.protocol import EventsAnswer, EventType, RuntimeEvent
+
+COALESCE_S = 0.2
+"""Changes of mere counts are announced this late, several at once."""
+RING_EVENTS = 4096
+
+
+class Changes:
+    """A number that grows with every change, and a bounded wait for it to grow."""
+
+    def __init__(self) -> None:
+        self.seq = 1
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._soon: asyncio.TimerHandle | None = None
+
+    def bump(self) -> None:
+        """Something changed: wake everyone who waits."""
+        self.seq += 1
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def bump_soon(self) -> None:
+        """Only counts changed: announce it within COALESCE_S together with whatever else changes until then."""
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(COALESCE_S, self.bump)
+
+    async def wait(self, after: int, timeout_s: float) -> None:
+        """Returns at once unless `after` is the present number; else after a change or `timeout_s`.
+
+        A larger `after` belongs to an earlier process of this address, so it does not wait either.
+        """
+        if after != self.seq or timeout_s <= 0:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=timeout_s)
+        finally:
+            self._waiters.discard(waiter)
+
+    def close(self) -> None:
+        """Drops the pending announcement."""
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+
+
+class EventRing:
+    """The last loads, unloads and failures, numbered from 1."""
+
+    def __init__(self, boot_id: str, changes: Changes, *, size: int = RING_EVENTS) -> None:
+        self._boot_id = boot_id
+        self._changes = changes
+        self._events: deque[RuntimeEvent] = deque(maxlen=size)
+        self._next_seq = 1
+
+    def add(
+        self,
+        kind: EventType,
+        key: AdapterKey,
+        *,
+        display: str,
+        at_unix_s: float,
+        seconds: float = 0.0,
+        device_bytes: int = 0,
+        reason: str | None = None,
+    ) -> None:
+        self._events.append(
+            RuntimeEvent(
+                seq=self._next_seq,
+                type=kind,
+                uid=key.uid,
+                digest=key.digest,
+                display=display,
+                at_unix_s=at_unix_s,
+                seconds=seconds,
+                device_bytes=device_bytes,
+                reason=reason,
+            )
+        )
+        self._next_seq += 1
+        self._changes.bump()
+
+    @property
+    def last_seq(self) -> int:
+        return self._next_seq - 1
+
+    def after(self, seq: int) -> EventsAnswer:
+        """Events numbered above `seq`; `first_seq` tells whether the reader missed some."""
+        first = self._events[0].seq if self._events else self._next_seq
+        skip = max(0, seq + 1 - first)
+        return EventsAnswer(
+            boot_id=self._boot_id,
+            first_seq=first,
+            next_seq=self._next_seq,
+            events=list(islice(self._events, skip, None)),
+        )

@@ -1,0 +1,473 @@
+"""A body of `/v1/chat/completions` or `/v1/completions`, parsed once into a frozen request.
+
+`server` calls `parse_chat` / `parse_completion` with the raw bytes; beyond it nobody sees JSON. Every parameter is
+bounded; what is unknown or not done is refused by name, never ignored. What depends on the base (context
+length, vocabulary) is checked by `sampling_params` once the prompt's length is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.interface import ModelFacts, SamplingParams
+
+MAX_JSON_DEPTH = 32
+MAX_N = 8
+MAX_SEQUENCES = 64
+"""prompts x n of one request."""
+MAX_MESSAGES = 2048
+MAX_STOPS = 8
+MAX_STOP_CHARS = 512
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions; chat's is all that fits."""
+
+ROLES = ("system", "developer", "user", "assistant")
+
+_SHARED = frozenset(
+    {
+        "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
+        "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
+        "ignore_eos",
+    }
+)  # fmt: skip
+_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "response_format"}
+_COMPLETION = _SHARED | {"prompt", "echo"}
+_LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
+"""Labels for the caller's own use: taken and without effect, as with `user`."""
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # not done here; the value that asks for nothing is fine
+    "tools": (None, []),
+    "tool_choice": (None, "none"),
+    "parallel_tool_calls": (None, False, True),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "store": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "prompt_embeds": (None,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The caller's wishes, bounded; None where the default depends on the base or the prompt."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    top_logprobs: int | None
+    ignore_eos: bool
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    model: str
+    stream: bool
+    include_usage: bool
+    n: int
+    stops: tuple[str, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(ParsedRequest):
+    messages: tuple[Mapping[str, str], ...]
+
+    @property
+    def prompt_param(self) -> str:
+        return "messages"
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest(ParsedRequest):
+    prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool
+
+    @property
+    def prompt_param(self) -> str:
+        return "prompt"
+
+
+def parse_chat(raw: bytes) -> ChatRequest:
+    """Raises InvalidRequest with the `param` at fault."""
+    body = _Body(raw, _CHAT)
+    top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
+    if body.flag("logprobs"):
+        top_logprobs = top_logprobs or 0
+    elif top_logprobs is not None:
+        body.refuse("top_logprobs", "needs `logprobs` to be true")
+    _check_response_format(body)
+    max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
+    return ChatRequest(
+        model=body.text("model"),
+        stream=body.flag("stream"),
+        include_usage=_include_usage(body),
+        n=body.integer("n", 1, low=1, high=MAX_N),
+        stops=_stops(body),
+        sampling=_sampling(body, max_tokens, top_logprobs),
+        messages=_messages(body),
+    )
+
+
+def parse_completion(raw: bytes) -> CompletionRequest:
+    """Raises InvalidRequest with the `param` at fault."""
+    body = _Body(raw, _COMPLETION)
+    top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
+    echo = body.flag("echo")
+    if echo and top_logprobs is not None:
+        body.refuse("echo", "cannot be combined with `logprobs`: log-probabilities of the prompt are not computed")
+    n = body.integer("n", 1, low=1, high=MAX_N)
+    prompts = _prompts(body)
+    if len(prompts) * n > MAX_SEQUENCES:
+        body.refuse("prompt", f"and `n` ask for {len(prompts) * n} sequences; at most {MAX_SEQUENCES} fit one request")
+    return CompletionRequest(
+        model=body.text("model"),
+        stream=body.flag("stream"),
+        include_usage=_include_usage(body),
+        n=n,
+        stops=_stops(body),
+        sampling=_sampling(body, body.integer("max_tokens", DEFAULT_COMPLETION_TOKENS, low=1), top_logprobs),
+        prompts=prompts,
+        echo=echo,
+    )
+
+
+def sampling_params(
+    request: ParsedRequest,
+    *,
+    prompt_tokens: int,
+    prompt_param: str,
+    choice: int,
+    facts: ModelFacts,
+    stop_token_ids: frozenset[int],
+) -> SamplingParams:
+    """The engine's parameters of one sequence. Raises InvalidRequest where the base's bounds are passed."""
+    wishes = request.sampling
+    room = facts.max_model_len - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"This model's context is {facts.max_model_len} tokens, but the prompt alone has {prompt_tokens}. "
+            "Shorten it.",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    if wishes.max_tokens is not None and wishes.max_tokens > room:
+        raise InvalidRequest(
+            f"This model's context is {facts.max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
+            f"may be at most {room}, not {wishes.max_tokens}.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if wishes.logit_bias and max(wishes.logit_bias) >= facts.vocab_size:
+        raise InvalidRequest(
+            f"`logit_bias` names token {max(wishes.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
+            param="logit_bias",
+        )
+    return SamplingParams(
+        max_tokens=room if wishes.max_tokens is None else wishes.max_tokens,
+        temperature=wishes.temperature,
+        top_p=wishes.top_p,
+        top_k=wishes.top_k,
+        min_p=wishes.min_p,
+        seed=None if wishes.seed is None else wishes.seed + choice,
+        presence_penalty=wishes.presence_penalty,
+        frequency_penalty=wishes.frequency_penalty,
+        repetition_penalty=wishes.repetition_penalty,
+        logit_bias=wishes.logit_bias,
+        top_logprobs=wishes.top_logprobs,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=wishes.ignore_eos,
+    )
+
+
+# --- the body -----------------------------------------------------------------------------
+
+
+class _Body:
+    """A JSON object whose fields are taken by type and bound; null counts as left out, as with OpenAI."""
+
+    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
+        self.fields = parse_json_object(raw)
+        for name in self.fields:
+            self._check_known(name, known)
+
+    def _check_known(self, name: str, known: frozenset[str]) -> None:
+        if name in known or name in _LABELS:
+            return
+        if name in _NEUTRAL:
+            if self.fields[name] in _NEUTRAL[name]:
+                return
+            raise InvalidRequest(f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter")
+        shown = printable(name)
+        raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        raise InvalidRequest(f"`{name}` {why}.", param=name)
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not value:
+            self.refuse(name, "must be a non-empty string")
+        return clean_text(value, name)
+
+    def flag(self, name: str) -> bool:
+        value = self.fields.get(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            self.refuse(name, "must be true or false")
+        return value
+
+    def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:
+        """The field, or `default` (returned as it is) when left out."""
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"between {low} and {high}"
+            self.refuse(name, f"must be a whole number, {bound}")
+        return value
+
+    def number(self, name: str, default: float, *, low: float, high: float, above: bool = False) -> float:
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not usable or not math.isfinite(value) or value < low or value > high or (above and value == low):
+            start = f"above {low:g}" if above else f"between {low:g}"
+            self.refuse(name, f"must be a number {start} and {'at most ' if above else ''}{high:g}")
+        return float(value)
+
+
+def parse_json_object(raw: bytes) -> dict[str, Any]:
+    """The body as an object of bounded depth. Raises InvalidRequest."""
+    try:
+        value = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    _check_depth(value)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
+
+
+def clean_text(value: str, name: str) -> str:
+    """Refuses halves of surrogate pairs, which JSON can spell but no text can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"`{name}` holds an unpaired surrogate, which is no text.", param=name) from error
+    return value
+
+
+def printable(name: str) -> str:
+    """A name the client made up, fit for a message."""
+    return name[:64].encode("ascii", "replace").decode()
+
+
+# --- single parameters --------------------------------------------------------------------
+
+
+def _sampling(body: _Body, max_tokens: int | None, top_logprobs: int | None) -> Sampling:
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=body.number("temperature", 1.0, low=0.0, high=2.0),
+        top_p=body.number("top_p", 1.0, low=0.0, high=1.0, above=True),
+        top_k=max(0, body.integer("top_k", 0, low=-1, high=1_000_000)),
+        min_p=body.number("min_p", 0.0, low=0.0, high=1.0),
+        seed=body.integer("seed", None, low=-(2**63), high=2**63 - 1 - MAX_N),
+        presence_penalty=body.number("presence_penalty", 0.0, low=-2.0, high=2.0),
+        frequency_penalty=body.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
+        repetition_penalty=body.number("repetition_penalty", 1.0, low=0.0, high=10.0, above=True),
+        top_logprobs=top_logprobs,
+        ignore_eos=body.flag("ignore_eos"),
+        logit_bias=_logit_bias(body),
+    )
+
+
+def _include_usage(body: _Body) -> bool:
+    options = body.fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        body.refuse("stream_options", "must be an object")
+    if not body.flag("stream"):
+        body.refuse("stream_options", "is only for `stream: true`")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation"):
+            shown = f"stream_options.{printable(name)}"
+            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        if not isinstance(value, bool | None):
+            body.refuse(f"stream_options.{name}", "must be true or false")
+    if options.get("include_obfuscation"):
+        body.refuse("stream_options.include_obfuscation", "is not supported by this server")
+    return bool(options.get("include_usage"))
+
+
+def _stops(body: _Body) -> tuple[str, ...]:
+    value = body.fields.get("stop")
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        body.refuse("stop", f"must be a string or a list of at most {MAX_STOPS} strings")
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            body.refuse("stop", f"must hold strings of 1 to {MAX_STOP_CHARS} characters")
+        clean_text(stop, "stop")
+    return tuple(dict.fromkeys(stops))
+
+
+def _logit_bias(body: _Body) -> Mapping[int, float]:
+    value = body.fields.get("logit_bias")
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
+        body.refuse("logit_bias", f"must be an object of at most {MAX_LOGIT_BIAS} token ids")
+    result: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 9):
+            body.refuse("logit_bias", "must have token ids (whole numbers as strings) as keys")
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not -100 <= bias <= 100:
+            body.refuse("logit_bias", "must have numbers between -100 and 100 as values")
+        result[int(key)] = float(bias)
+    return result
+
+
+def _check_response_format(body: _Body) -> None:
+    value = body.fields.get("response_format")
+    if value is None or value == {"type": "text"}:
+        return
+    raise InvalidRequest(
+        'Only `response_format: {"type": "text"}` is supported by this server.',
+        param="response_format",
+        code="unsupported_parameter",
+    )
+
+
+# --- messages and prompts -----------------------------------------------------------------
+
+
+def _messages(body: _Body) -> tuple[Mapping[str, str], ...]:
+    value = body.fields.get("messages")
+    if not isinstance(value, list) or not value:
+        body.refuse("messages", "must be a non-empty list")
+    if len(value) > MAX_MESSAGES:
+        body.refuse("messages", f"may hold at most {MAX_MESSAGES} messages")
+    return tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
+
+
+def _message(item: Any, where: str) -> Mapping[str, str]:
+    if not isinstance(item, dict):
+        raise InvalidRequest(f"`{where}` must be an object.", param=where)
+    for name, value in item.items():
+        if name not in ("role", "content", "name") and value not in (None, [], ""):
+            shown = f"{where}.{printable(name)}"
+            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
+    role = item.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(
+            f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
+        )
+    # "developer" is the newer word for "system"; templates of open models know the older
+    return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
+
+
+def _content(value: Any, where: str) -> str:
+    param = f"{where}.content"
+    if isinstance(value, str):
+        return clean_text(value, param)
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"`{param}` must be a string or a list of text parts.", param=param)
+    texts = []
+    for place, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(
+                f'`{param}[{place}]` must be a part of type "text"; this model reads nothing else.',
+                param=f"{param}[{place}]",
+                code="unsupported_content",
+            )
+        texts.append(clean_text(part["text"], param))
+    return "".join(texts)
+
+
+def _prompts(body: _Body) -> tuple[str | tuple[int, ...], ...]:
+    """A string, a list of ids, a list of strings, or a list of lists of ids."""
+    value = body.fields.get("prompt")
+    if isinstance(value, str):
+        return (_prompt_text(body, value),)
+    if not isinstance(value, list) or not value:
+        body.refuse("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
+    if _all(value, _is_id):
+        return (tuple(value),)
+    if len(value) > MAX_SEQUENCES:
+        body.refuse("prompt", f"may hold at most {MAX_SEQUENCES} prompts")
+    prompts: list[str | tuple[int, ...]] = []
+    for item in value:
+        if isinstance(item, str):
+            prompts.append(_prompt_text(body, item))
+        elif isinstance(item, list) and item and _all(item, _is_id):
+            prompts.append(tuple(item))
+        else:
+            body.refuse("prompt", "must hold non-empty strings or non-empty lists of token ids")
+    return tuple(prompts)
+
+
+def _prompt_text(body: _Body, value: str) -> str:
+    if not value:
+        body.refuse("prompt", "must not be empty")
+    return clean_text(value, "prompt")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _all(values: list[Any], test: Callable[[Any], bool]) -> bool:
+    return all(test(value) for value in values)
