@@ -161,3 +161,8 @@ class LoraAdapterStatus(ApiModel):
     observed_retry: str | None = Field(
         default=None, max_length=256, description="Value of the retry annotation that was last acted on."
     )
+    judged: str | None = Field(
+        default=None,
+        max_length=96,
+        description="Fingerprint of everything the recorded verdict depends on: source, base, retry annotation.",
+    )
