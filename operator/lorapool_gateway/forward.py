@@ -1,0 +1,281 @@
+"""One attempt on one runtime: send, register the adapter when asked to, and say what became of it.
+
+Called by dispatch. An attempt ends in `Accepted` (an open answer that must be closed), in a `Refusal` that
+dispatch may try elsewhere, or in an ApiError for the client. It never retries what a runtime may have begun,
+and never lets an answer through whose identity is not the one that was pinned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import aiohttp
+
+from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE, AdapterKey
+from lorapool_api.openai import (
+    CODE_DRAINING,
+    CODE_NO_SLOT,
+    CODE_NOT_REGISTERED,
+    CODE_QUEUE_FULL,
+    ServerError,
+    Unavailable,
+)
+from lorapool_api.protocol import ROUTE_ADAPTER
+from lorapool_gateway.objects import BaseRoute
+from lorapool_gateway.request import InferenceRequest
+from lorapool_gateway.routes import Replica, Target
+
+log = logging.getLogger(__name__)
+
+ERROR_BODY_MAX_BYTES = 64 * 1024
+REGISTER_TIMEOUT_S = 10.0
+
+
+class Refusal(StrEnum):
+    """Why a runtime did not take a request; nothing was generated, except perhaps for LOST."""
+
+    CONNECT = "connect"
+    LOST = "lost"
+    """The connection broke after the request was sent and before the answer's head: at most once per request."""
+    DRAINING = "draining"
+    QUEUE_FULL = "queue_full"
+    NO_SLOT = "no_slot"
+    UNAUTHORIZED = "unauthorized"
+
+
+@dataclass(slots=True)
+class Passed:
+    """An answer of the runtime that is no success but the client's to see."""
+
+    status: int
+    body: bytes
+    retry_after: str | None
+
+
+@dataclass(slots=True)
+class Accepted:
+    """An answer under way. The owner must `close` it, which ends the generation if it is not complete."""
+
+    response: aiohttp.ClientResponse
+    replica: Replica
+    runtime_cold_ms: int | None
+    _release: Callable[[], None]
+
+    def close(self) -> None:
+        self.response.close()
+        self._release()
+
+
+class TooLate(Exception):
+    """The hold deadline passed while the runtime was still loading the adapter."""
+
+
+class Forwarder:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        token: Callable[[BaseRoute], str],
+        *,
+        connect_timeout_s: float = 1.0,
+        request_timeout_s: float = 600.0,
+    ) -> None:
+        self._session = session
+        self._token = token
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=request_timeout_s)
+        self._register_timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S, sock_connect=connect_timeout_s)
+        self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
+        self.in_flight: Counter[str] = Counter()
+        """Requests of this gateway by pod uid."""
+
+    async def attempt(
+        self,
+        target: Target,
+        replica: Replica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> Accepted | Refusal | Passed:
+        """`patience_s`: after it, TooLate is raised if `still_loading()`; a runtime that generates may take longer."""
+        pod = replica.endpoint.pod_uid
+        self.in_flight[pod] += 1
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            if not released:
+                released = True
+                self.in_flight[pod] -= 1
+                if self.in_flight[pod] <= 0:
+                    del self.in_flight[pod]
+
+        try:
+            result = await self._attempt(target, replica, request, request_id, still_loading, patience_s)
+            if isinstance(result, aiohttp.ClientResponse):
+                return Accepted(result, replica, _whole(result.headers.get(HEADER_COLD_START)), release)
+        except BaseException:
+            release()
+            raise
+        release()
+        return result
+
+    async def _attempt(
+        self,
+        target: Target,
+        replica: Replica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> aiohttp.ClientResponse | Refusal | Passed:
+        headers = {
+            "Authorization": f"Bearer {self._token(target.base)}",
+            "Content-Type": "application/json",
+            HEADER_ADAPTER: target.header,
+            HEADER_USAGE: "1",
+            HEADER_REQUEST_ID: request_id,
+        }
+        url = replica.endpoint.url + request.route
+        for registered in (False, True):
+            sent = await self._post(url, headers, request.body, still_loading, patience_s)
+            if isinstance(sent, Refusal):
+                return sent
+            result = await self._classify(sent, target, replica)
+            if result is not None:
+                return result
+            if not registered and (obstacle := await self._register(target, replica)) is not None:
+                return obstacle
+        raise ServerError(f"A runtime of {target.base.ref} does not keep registrations.")
+
+    async def _post(
+        self,
+        url: str,
+        headers: dict[str, str],
+        body: bytes,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> aiohttp.ClientResponse | Refusal:
+        post = asyncio.ensure_future(
+            self._session.post(url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False)
+        )
+        try:
+            done, _ = await asyncio.wait({post}, timeout=max(0.0, patience_s))
+            if not done and still_loading():
+                raise TooLate
+            return await post
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return Refusal.CONNECT
+        except aiohttp.ServerTimeoutError:
+            raise Unavailable("The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5) from None
+        except (aiohttp.ClientError, ConnectionError):
+            return Refusal.LOST
+        finally:
+            if not post.done():
+                post.cancel()
+                await asyncio.gather(post, return_exceptions=True)
+
+    async def _classify(
+        self, response: aiohttp.ClientResponse, target: Target, replica: Replica
+    ) -> aiohttp.ClientResponse | Refusal | Passed | None:
+        """None: the adapter must be registered first."""
+        if response.status == 200:
+            self._check_identity(response, target, replica)
+            return response
+        try:
+            body = await _read_bounded(response)
+        except (aiohttp.ClientError, TimeoutError):
+            body = b""
+        finally:
+            response.release() if response.content.at_eof() else response.close()
+        code = _code(body)
+        match response.status, code:
+            case 404, code if code == CODE_NOT_REGISTERED and target.adapter is not None:
+                return None
+            case 409, code if code == CODE_NO_SLOT:
+                return Refusal.NO_SLOT
+            case 503, code if code == CODE_DRAINING:
+                return Refusal.DRAINING
+            case 429, code if code == CODE_QUEUE_FULL:
+                return Refusal.QUEUE_FULL
+            case 401 | 403, _:
+                log.error("runtime refuses our token", extra=_where(target, replica))
+                return Refusal.UNAUTHORIZED
+            case 400 | 413 | 422 | 429 | 500 | 503, str():
+                return Passed(response.status, body, response.headers.get("Retry-After"))
+        log.error("unexpected answer of a runtime", extra={**_where(target, replica), "code": response.status})
+        raise ServerError("The runtime gave an answer that the gateway does not understand.", code="bad_upstream")
+
+    def _check_identity(self, response: aiohttp.ClientResponse, target: Target, replica: Replica) -> None:
+        answered = response.headers.get(HEADER_ADAPTER)
+        if answered == target.identity:
+            return
+        response.close()
+        log.error(
+            "runtime answered for something else", extra={**_where(target, replica), "answered": (answered or "")[:200]}
+        )
+        raise ServerError("The runtime answered for another model; the answer was withheld.", code="wrong_adapter")
+
+    async def _register(self, target: Target, replica: Replica) -> Refusal | Passed | None:
+        """One PUT for all requests that found the same replica without the same adapter. None: registered."""
+        if target.key is None:
+            return None
+        flight = (replica.endpoint.pod_uid, target.key)
+        task = self._registering.get(flight)
+        if task is None:
+            task = asyncio.create_task(self._put(target, replica), name=f"register {target.identity}")
+            self._registering[flight] = task
+            task.add_done_callback(lambda _: self._registering.pop(flight, None))
+        return await asyncio.shield(task)  # one client that leaves does not end it for the others
+
+    async def _put(self, target: Target, replica: Replica) -> Refusal | Passed | None:
+        descriptor, key = target.descriptor(), target.key
+        assert descriptor is not None
+        assert key is not None
+        url = replica.endpoint.url + ROUTE_ADAPTER.format(uid=key.uid, digest=key.digest)
+        headers = {"Authorization": f"Bearer {self._token(target.base)}"}
+        try:
+            async with self._session.put(
+                url, json=descriptor.dump(), headers=headers, timeout=self._register_timeout, allow_redirects=False
+            ) as response:
+                if response.status in (200, 201, 202):
+                    await _read_bounded(response)
+                    return None
+                result = await self._classify(response, target, replica)
+                return result if isinstance(result, Refusal | Passed) else Refusal.LOST
+        except (aiohttp.ClientError, TimeoutError, ConnectionError):
+            return Refusal.CONNECT  # idempotent, and no generation has begun
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(16 * 1024):
+        body += chunk
+        if len(body) > ERROR_BODY_MAX_BYTES:
+            return b""
+    return bytes(body)
+
+
+def _code(body: bytes) -> str | None:
+    """`error.code` (or `type` where a code is null) of an OpenAI-shaped body; None for anything else."""
+    try:
+        answer: Any = json.loads(body)
+        error = answer["error"]
+        code = error["code"] or error["type"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return code if isinstance(code, str) else None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None
+
+
+def _where(target: Target, replica: Replica) -> dict[str, str]:
+    return {"base": str(target.base.ref), "adapter": target.identity, "replica": replica.endpoint.pod_name}

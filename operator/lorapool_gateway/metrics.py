@@ -1,0 +1,207 @@
+"""What the gateway exports. Labels come from objects alone, never from what a client wrote.
+
+Called by app, dispatch, hold, wake and watch. Histograms are by base only; per adapter there are counters, for
+at most `max_tracked_adapters` adapters, the rest as `__other__`; series vanish with their object.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as TallyOf
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from lorapool_api.common import BASE_TARGET
+from lorapool_api.protocol import Usage
+
+UNKNOWN = "__unknown__"
+OTHER = "__other__"
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 30.0, 60.0, 300.0)
+_DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One client request as it goes along; handed to `Metrics.finish` exactly once."""
+
+    started_s: float
+    names: tuple[str, str] | None = None
+    """Base and adapter (or `base`) as resolved; None while the model is unknown."""
+    identity: str | None = None
+    """What the client is told it was answered by."""
+    code: int = 500
+    usage: Usage | None = None
+    first_token_s: float | None = None
+    cold_ms: int | None = None
+    """Milliseconds it was held, or waited for its adapter; None when warm."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    known: frozenset[str] = frozenset()
+    series: dict[str, set[tuple[str, tuple[str, ...]]]] = field(default_factory=dict)
+
+
+class Metrics:
+    def __init__(self, max_tracked_adapters: int = 500) -> None:
+        self._max_tracked = max_tracked_adapters
+        self._adapters = _Tracked()
+        self._bases = _Tracked()
+        self._held: TallyOf[str] = TallyOf()
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        name = "lorapool_gateway_"
+        self.requests = Counter(
+            f"{name}requests_total",
+            "Requests by HTTP status; 499: the client left; 502: a stream broke off.",
+            ("base", "adapter", "code"),
+            registry=self.registry,
+        )
+        self.tokens = Counter(
+            f"{name}tokens_total",
+            "Tokens as counted by the runtime; cached ones are part of prompt.",
+            ("base", "adapter", "type"),
+            registry=self.registry,
+        )
+        self.first_token = Histogram(
+            f"{name}time_to_first_token_seconds",
+            "From the request's arrival to the first streamed byte.",
+            ("base", "start"),
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            f"{name}request_duration_seconds",
+            "From the request's arrival to the last byte.",
+            ("base", "start"),
+            buckets=_DURATION_BUCKETS,
+            registry=self.registry,
+        )
+        self.activation = Histogram(
+            f"{name}activation_seconds",
+            "Time a request was held or waited for its adapter's load; warm requests are not counted.",
+            ("base",),
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.held = Gauge(
+            f"{name}held_requests", "Requests that wait for a replica.", ("base",), registry=self.registry
+        )
+        self.in_flight = Gauge(f"{name}in_flight_requests", "Requests under way.", registry=self.registry)
+        self.retries = Counter(
+            f"{name}retries_total",
+            "Attempts that a runtime did not answer, by why; each was followed by another or by an error.",
+            ("base", "reason"),
+            registry=self.registry,
+        )
+        self.wakes = Counter(
+            f"{name}wakes_total",
+            "Times a base was scaled from zero for a held request.",
+            ("base", "result"),
+            registry=self.registry,
+        )
+        self.adapters = Gauge(f"{name}adapters", "LoraAdapters in the route table.", ("base",), registry=self.registry)
+        self.watch_errors = Counter(
+            f"{name}watch_errors_total", "Failed lists and watches.", ("kind",), registry=self.registry
+        )
+
+    def finish(self, record: RequestRecord, now_s: float) -> None:
+        """Counts one ended request."""
+        base, adapter = self._labels(record.names)
+        self._inc("requests", (base, adapter, str(record.code)))
+        if record.names is None:
+            return
+        start = "warm" if record.cold_ms is None else "cold"
+        self._observe("duration", (base, start), now_s - record.started_s)
+        if record.first_token_s is not None:
+            self._observe("first_token", (base, start), record.first_token_s - record.started_s)
+        if record.cold_ms is not None:
+            self._observe("activation", (base,), record.cold_ms / 1000)
+        if record.usage is not None:
+            self._inc("tokens", (base, adapter, "prompt"), record.usage.prompt_tokens)
+            self._inc("tokens", (base, adapter, "completion"), record.usage.completion_tokens)
+            self._inc("tokens", (base, adapter, "cached"), record.usage.cached_tokens)
+
+    def hold(self, base: str, change: int) -> None:
+        self._held[base] += change
+        if self._held[base] <= 0:
+            del self._held[base]
+        if base in self._bases.known:
+            self.held.labels(base).set(self._held[base])
+            self._note(self._bases, base, "held", (base,))
+
+    def retry(self, base: str, reason: str) -> None:
+        self._inc("retries", (base if base in self._bases.known else OTHER, reason))
+
+    def wake(self, base: str, result: str) -> None:
+        self._inc("wakes", (base if base in self._bases.known else OTHER, result))
+
+    def sync(self, bases: Iterable[str], adapters: Mapping[str, str]) -> None:
+        """The objects that exist now ({adapter: its base}); series of all others are dropped."""
+        self._drop(self._bases, frozenset(bases))
+        self._drop(self._adapters, frozenset(adapters))
+        counts = dict.fromkeys(self._bases.known, 0)
+        for base in adapters.values():
+            if base in counts:
+                counts[base] += 1
+        for base, count in counts.items():
+            self.adapters.labels(base).set(count)
+            self._note(self._bases, base, "adapters", (base,))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def _labels(self, names: tuple[str, str] | None) -> tuple[str, str]:
+        if names is None:
+            return UNKNOWN, UNKNOWN
+        base, adapter = names
+        base = base if base in self._bases.known else OTHER
+        if adapter == BASE_TARGET:
+            return base, adapter
+        if adapter not in self._adapters.known:
+            return base, OTHER  # deleted while it was being answered
+        if adapter not in self._adapters.series:
+            if len(self._adapters.series) >= self._max_tracked:
+                return base, OTHER
+            self._adapters.series[adapter] = set()
+        return base, adapter
+
+    def _inc(self, metric: str, labels: tuple[str, ...], amount: float = 1) -> None:
+        counter: Counter = getattr(self, metric)
+        counter.labels(*labels).inc(amount)
+        self._note(self._bases, labels[0], metric, labels)
+        if len(labels) > 2 and labels[1] in self._adapters.series:
+            self._adapters.series[labels[1]].add((metric, labels))
+
+    def _observe(self, metric: str, labels: tuple[str, ...], value: float) -> None:
+        histogram: Histogram = getattr(self, metric)
+        histogram.labels(*labels).observe(max(0.0, value))
+        self._note(self._bases, labels[0], metric, labels)
+
+    @staticmethod
+    def _note(tracked: _Tracked, owner: str, metric: str, labels: tuple[str, ...]) -> None:
+        if owner in tracked.known:
+            tracked.series.setdefault(owner, set()).add((metric, labels))
+
+    def _drop(self, tracked: _Tracked, known: frozenset[str]) -> None:
+        for gone in [owner for owner in tracked.series if owner not in known]:
+            for metric, labels in tracked.series.pop(gone):
+                # A base and its adapter may both own a series; whoever goes first removes it.
+                family: Counter | Gauge | Histogram = getattr(self, metric)
+                try:
+                    family.remove(*labels)
+                except KeyError:
+                    continue
+        tracked.known = known

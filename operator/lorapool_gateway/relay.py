@@ -1,0 +1,94 @@
+"""Carries an accepted answer to the client, whole or as a stream, and keeps what it used.
+
+Called by app. Back pressure goes through: no more is read than the client takes. A runtime lost mid-stream ends
+with one error event and no [DONE]; a client that leaves closes the runtime's connection at once, which ends the
+generation. Tokens are counted either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+from lorapool_api.common import HEADER_USAGE
+from lorapool_api.openai import ApiError, Unavailable
+from lorapool_gateway.forward import Accepted
+from lorapool_gateway.metrics import RequestRecord
+from lorapool_gateway.stream import EventFilter, EventTooLong, error_event, parse_usage
+
+log = logging.getLogger(__name__)
+
+ANSWER_MAX_BYTES = 64 * 2**20
+CODE_CLIENT_GONE = 499
+CODE_BROKEN_STREAM = 502
+SSE = "text/event-stream"
+
+
+async def relay_whole(accepted: Accepted, record: RequestRecord, headers: dict[str, str]) -> web.Response:
+    """Raises Unavailable when the runtime is lost: it may have generated, so nothing is sent again."""
+    response = accepted.response
+    body = bytearray()
+    try:
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > ANSWER_MAX_BYTES:
+                raise _lost("sent an answer beyond all bounds")
+    except (aiohttp.ClientError, ConnectionError, TimeoutError):
+        raise _lost("was lost while it answered") from None
+    record.usage = parse_usage(response.headers.get(HEADER_USAGE, ""))
+    return web.Response(status=200, body=bytes(body), content_type="application/json", headers=headers)
+
+
+async def relay_stream(
+    request: web.Request,
+    accepted: Accepted,
+    record: RequestRecord,
+    headers: dict[str, str],
+    clock: Callable[[], float] = time.monotonic,
+) -> web.StreamResponse:
+    events = EventFilter()
+    out = web.StreamResponse(status=200, headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    out.content_type = SSE
+    out.charset = "utf-8"
+    broken: ApiError | None = None
+    record.code = CODE_CLIENT_GONE  # until proved otherwise: this task is cancelled when the client leaves
+    try:
+        await out.prepare(request)
+        while True:
+            try:
+                chunk = await accepted.response.content.readany()
+                data = events.feed(chunk)
+            except (aiohttp.ClientError, ConnectionError, TimeoutError, EventTooLong) as error:
+                broken = _lost(f"was lost mid-answer ({type(error).__name__})")
+                break
+            if data:
+                if record.first_token_s is None:
+                    record.first_token_s = clock()
+                await out.write(data)
+            if not chunk:
+                break
+        if broken is None and not events.done and not events.failed:
+            broken = _lost("ended its answer early")
+        if broken is not None:
+            await out.write(error_event(broken))
+        await out.write_eof()
+        record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
+    except ConnectionError:
+        pass  # the client is gone; the answer has no reader
+    finally:
+        record.usage = events.usage()
+        accepted.close()
+    if broken is not None:
+        log.warning(
+            "stream broke off",
+            extra={"replica": accepted.replica.endpoint.pod_name, "error": broken.message},
+        )
+    return out
+
+
+def _lost(what: str) -> ApiError:
+    return Unavailable(f"The runtime {what}.", code="upstream_lost", retry_after_s=1)
