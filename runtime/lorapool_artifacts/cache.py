@@ -1,0 +1,169 @@
+"""The disk cache: folders by digest, the least recently used leave when it gets full.
+
+Owned by one runtime process. Above `high_bytes` folders are removed until `low_bytes` are reached; a pinned
+digest is never removed; a use makes a folder the youngest. Age lives in the folders' own modification
+time, so that it survives a restart. Refuses nothing that fits after everything unpinned is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.fetch import (
+    TEMPORARY,
+    ResolvedArtifact,
+    check_room,
+    clean_leftovers,
+    disk_errors,
+    fetch,
+    folder_digest,
+    present_folder,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    digest: str
+    size_bytes: int
+    used_at_s: float
+
+
+def plan_eviction(
+    entries: list[CacheEntry], pinned: frozenset[str], *, used_bytes: int, target_bytes: int
+) -> tuple[list[CacheEntry], int]:
+    """Which entries leave, oldest first, and the bytes that remain. Pure."""
+    leaving = []
+    for entry in sorted(entries, key=lambda item: (item.used_at_s, item.digest)):
+        if used_bytes <= target_bytes:
+            break
+        if entry.digest not in pinned:
+            leaving.append(entry)
+            used_bytes -= entry.size_bytes
+    return leaving, used_bytes
+
+
+class DiskCache:
+    """Folders named by digest below `root`. Used from one event loop."""
+
+    def __init__(self, root: Path, *, high_bytes: int, low_bytes: int) -> None:
+        if not 0 < low_bytes <= high_bytes:
+            raise ValueError(f"watermarks must be 0 < low ({low_bytes}) <= high ({high_bytes})")
+        self.root = root
+        self._high_bytes = high_bytes
+        self._low_bytes = low_bytes
+        self._pins: Counter[str] = Counter()
+
+    def start(self) -> int:
+        """Makes the folder and clears what a killed run left. Blocks. Returns how many leftovers went."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return clean_leftovers(self.root)
+
+    def get(self, digest: str) -> Path | None:
+        """The folder of a digest, or None; does not count as a use."""
+        return present_folder(self.root, digest)
+
+    def touch(self, digest: str) -> None:
+        """The folder was used now."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.root / digest.removeprefix("sha256:"))
+
+    @contextlib.contextmanager
+    def pinned(self, digest: str) -> Iterator[None]:
+        """While inside, the folder is never removed. Counts; may be nested."""
+        self.pin(digest)
+        try:
+            yield
+        finally:
+            self.unpin(digest)
+
+    def pin(self, digest: str) -> None:
+        self._pins[digest] += 1
+
+    def unpin(self, digest: str) -> None:
+        if self._pins[digest] <= 0:
+            raise ValueError(f"{digest} is not pinned")
+        self._pins[digest] -= 1
+
+    def entries(self) -> list[CacheEntry]:
+        """What is in the cache. Blocks shortly."""
+        found = []
+        for path in self.root.iterdir():
+            if present_folder(self.root, path.name) is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    size_bytes = sum(file.stat().st_size for file in path.iterdir())
+                    found.append(CacheEntry(folder_digest(path), size_bytes, path.stat().st_mtime))
+        return found
+
+    def used_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.entries())
+
+    async def obtain(self, resolved: ResolvedArtifact, expected_digest: str | None = None) -> Path:
+        """The artifact's folder, fetched if need be, room made for it first. Raises ArtifactError."""
+        digest = resolved.digest or expected_digest
+        with self.pinned(digest) if digest is not None else contextlib.nullcontext():
+            if digest is None or self.get(digest) is None:
+                await asyncio.to_thread(self._make_room, resolved.size_bytes)
+            try:
+                path = await fetch(resolved, self.root, expected_digest)
+            except ArtifactError as error:
+                if error.reason is not FailureReason.DISK_FULL or not await asyncio.to_thread(self.evict, 0):
+                    raise
+                path = await fetch(resolved, self.root, expected_digest)
+        self.touch(folder_digest(path))
+        return path
+
+    def evict(self, target_bytes: int) -> int:
+        """Removes the least recently used until `target_bytes` remain. Blocks. Returns the bytes freed."""
+        entries = self.entries()
+        used_bytes = sum(entry.size_bytes for entry in entries)
+        leaving, left_bytes = plan_eviction(
+            entries, self._pinned_now(), used_bytes=used_bytes, target_bytes=target_bytes
+        )
+        for entry in leaving:
+            self._remove(entry.digest)
+        return used_bytes - left_bytes
+
+    def _make_room(self, size_bytes: int) -> None:
+        if size_bytes > self._high_bytes:
+            raise ArtifactError(
+                FailureReason.DISK_FULL,
+                f"The artifact is {size_bytes} bytes and the runtime's disk cache holds {self._high_bytes}; enlarge "
+                "it in the "
+                "runtime profile.",
+            )
+        if self.used_bytes() + size_bytes > self._high_bytes:
+            self.evict(max(0, min(self._low_bytes, self._high_bytes - size_bytes)))
+        with disk_errors(self.root):
+            try:
+                check_room(self.root, size_bytes)
+            except ArtifactError:
+                self.evict(max(0, self.used_bytes() - size_bytes))
+                check_room(self.root, size_bytes)
+        if self.used_bytes() + size_bytes > self._high_bytes:
+            raise ArtifactError(
+                FailureReason.DISK_FULL,
+                f"The runtime's disk cache holds {self._high_bytes} bytes and all else in it is in use; enlarge it "
+                "in the "
+                "runtime profile or use fewer adapters.",
+            )
+
+    def _pinned_now(self) -> frozenset[str]:
+        return frozenset(digest for digest, count in self._pins.items() if count > 0)
+
+    def _remove(self, digest: str) -> None:
+        """First out of sight by one rename, then deleted: a crash leaves a leftover, never half a folder."""
+        path = self.root / digest.removeprefix("sha256:")
+        trash = self.root / f"{TEMPORARY}trash-{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)

@@ -1,0 +1,284 @@
+"""Looks at an adapter or a base where it lies, without downloading its weights.
+
+Called by the operator for hf, oci and s3 sources, and by the runtime for pvc sources and for folders
+it has fetched. Reads the settings and the headers; hashes are taken from the source, and only a file
+that the source vouches for with no hash is streamed through one, bounded by the limits.
+Raises ArtifactError when the source or its files cannot be used; what does not fit the base is a verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    TOKENIZER_CONFIG,
+    ArtifactKind,
+    RemoteFile,
+    digest_of,
+    select_files,
+)
+from lorapool_artifacts.header import (
+    ADAPTER_BOUNDS,
+    BASE_BOUNDS,
+    LENGTH_BYTES,
+    HeaderBounds,
+    SafetensorsHeader,
+    header_length,
+    parse_header,
+)
+from lorapool_artifacts.judge import AdapterFacts, BaseFacts, Verdict, judge
+from lorapool_artifacts.limits import MAX_JSON_BYTES, MIB, FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.sources import Source, open_source, read_range
+from lorapool_artifacts.sources.folder import FolderSource
+from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
+from lorapool_artifacts.waiting import Deadline, in_thread
+
+FIRST_READ_BYTES = 64 * 1024
+"""Holds the whole header of most adapters, so that one request is enough."""
+
+MAX_UNHASHED_BASE_BYTES = 64 * MIB
+"""Files of a base without a hash are streamed through one up to this sum; beyond it the first fetch tells the "
+"digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInspection:
+    """What an adapter is and whether it fits."""
+
+    revision: str
+    digest: str | None
+    """None only when the verdict is not ok and the source gives no hashes."""
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInspection:
+    """What a base is."""
+
+    revision: str
+    digest: str | None
+    """None when the source gives no hashes: the first fetch tells it."""
+    facts: BaseFacts
+    size_bytes: int
+
+
+async def inspect_adapter(
+    uri: str,
+    revision: str | None,
+    expected_digest: str | None,
+    base_facts: BaseFacts | None,
+    limits: JudgeLimits,
+    settings: SourceSettings,
+    *,
+    fetch_limits: FetchLimits | None = None,
+) -> AdapterInspection:
+    """Judges the adapter at `uri`. `base_facts` None judges it alone. Raises ArtifactError."""
+    place = parse_source(uri)
+    bounds = replace(fetch_limits or FetchLimits(), max_total_bytes=limits.max_bytes)
+    deadline = Deadline(bounds, where=str(place))
+
+    def run() -> AdapterInspection:
+        source = open_source(place, revision, settings, deadline)
+        try:
+            return inspect_adapter_source(source, expected_digest, base_facts, limits)
+        finally:
+            source.close()
+
+    return await in_thread(deadline, run)
+
+
+async def inspect_base(
+    uri: str, revision: str | None, settings: SourceSettings, *, fetch_limits: FetchLimits | None = None
+) -> BaseInspection:
+    """Reads what adapters need to know about the base at `uri`. Raises ArtifactError."""
+    place = parse_source(uri)
+    bounds = fetch_limits or FetchLimits()
+    deadline = Deadline(bounds, where=str(place))
+
+    def run() -> BaseInspection:
+        source = open_source(place, revision, settings, deadline)
+        try:
+            files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
+            check_total(files, bounds.max_total_bytes, source.where)
+            facts = _base_facts(source, files).with_names(*names_of(place))
+            unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
+            if unhashed <= MAX_UNHASHED_BASE_BYTES:
+                files = _with_hashes(source, files)
+            return BaseInspection(source.revision, digest_of(files), facts, sum(file.size_bytes for file in files))
+        finally:
+            source.close()
+
+    return await in_thread(deadline, run)
+
+
+def inspect_adapter_folder(path: Path, base_facts: BaseFacts | None, limits: JudgeLimits) -> AdapterInspection:
+    """The same for a folder on this machine. Blocks. Raises ArtifactError."""
+    return inspect_adapter_source(FolderSource.open(path), None, base_facts, limits)
+
+
+def base_facts_from_folder(path: Path) -> BaseFacts:
+    """What adapters need to know about a base folder on this machine. Blocks. Raises ArtifactError."""
+    source = FolderSource.open(path)
+    return _base_facts(source, select_files(ArtifactKind.BASE, source.list_files(), where=source.where))
+
+
+def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[RemoteFile]) -> None:
+    """What was fetched must parse, so that nothing damaged gets its final name. Blocks. Raises ArtifactError."""
+    try:
+        if kind is ArtifactKind.BASE:
+            _base_facts(source, files)
+            for file in files:
+                if file.name == TOKENIZER_CONFIG:
+                    refuse_code(load_json_object(read_json(source, file), name=file.name), name=file.name)
+            return
+        by_name = {file.name: file for file in files}
+        parse_adapter_config(read_json(source, by_name[ADAPTER_CONFIG]))
+        read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
+    finally:
+        source.close()
+
+
+def inspect_adapter_source(
+    source: Source, expected_digest: str | None, base_facts: BaseFacts | None, limits: JudgeLimits
+) -> AdapterInspection:
+    """Judges first and hashes only what is worth it. Blocks. Raises ArtifactError."""
+    files = select_files(ArtifactKind.ADAPTER, source.list_files(), where=source.where)
+    check_total(files, limits.max_bytes, source.where)
+    by_name = {file.name: file for file in files}
+    raw = read_json(source, by_name[ADAPTER_CONFIG])
+    files = _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest())
+    digest = digest_of(files)
+    if digest is not None:
+        check_digest(digest, expected_digest, source.where)
+    config = parse_adapter_config(raw)
+    header = read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
+    size_bytes = sum(file.size_bytes for file in files)
+    verdict = judge(AdapterFacts(config, header, size_bytes), base_facts, limits)
+    if verdict.ok and digest is None:
+        digest = digest_of(_with_hashes(source, files))
+        check_digest(digest, expected_digest, source.where)
+    return AdapterInspection(source.revision, digest, verdict.rank, verdict.target_modules, size_bytes, verdict)
+
+
+def read_header(source: Source, file: RemoteFile, bounds: HeaderBounds) -> SafetensorsHeader:
+    """The header of a safetensors file where it lies: one range read, or two when the header is long."""
+    prefix = read_range(source, file.name, 0, min(file.size_bytes, FIRST_READ_BYTES))
+    wanted = LENGTH_BYTES + header_length(prefix, file.size_bytes, bounds, name=file.name)
+    if wanted > len(prefix):
+        prefix += read_range(source, file.name, len(prefix), wanted - len(prefix))
+    return parse_header(prefix, file.size_bytes, bounds, name=file.name)
+
+
+def read_json(source: Source, file: RemoteFile) -> bytes:
+    """A small file, whole, checked against its hash where the source gives one."""
+    if file.size_bytes > MAX_JSON_BYTES:
+        raise ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT,
+            f"{source.where}: {file.name} is longer than {MAX_JSON_BYTES} bytes; upload the original file.",
+        )
+    raw = read_range(source, file.name, 0, file.size_bytes)
+    if file.sha256 is not None and hashlib.sha256(raw).hexdigest() != file.sha256:
+        raise ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT, f"{source.where}: {file.name} is not what its hash says; upload it again."
+        )
+    return raw
+
+
+def check_total(files: Sequence[RemoteFile], max_bytes: int, where: str) -> None:
+    """Raises TooLarge by the listing alone."""
+    total = sum(file.size_bytes for file in files)
+    if total > max_bytes:
+        raise ArtifactError(
+            FailureReason.TOO_LARGE,
+            f"{where} is {total} bytes, more than the {max_bytes} allowed; save it in bf16, or train fewer parameters.",
+        )
+
+
+def check_digest(digest: str | None, expected: str | None, where: str) -> None:
+    """Raises DigestMismatch when the object pins other content."""
+    if expected is not None and digest != expected:
+        raise ArtifactError(
+            FailureReason.DIGEST_MISMATCH,
+            f"{where} holds {digest}, not the {expected} that is asked for; correct spec.source.digest or pin the "
+            "revision.",
+        )
+
+
+def parse_source(uri: str) -> ArtifactUri:
+    """`parse_uri`, as an ArtifactError."""
+    try:
+        return parse_uri(uri)
+    except ValueError as error:
+        raise ArtifactError(FailureReason.INVALID_SOURCE, f"{error}.") from error
+
+
+def names_of(uri: ArtifactUri) -> tuple[str, ...]:
+    """Names under which trainers may know this place."""
+    match uri:
+        case HfUri(repo=repo) | OciUri(repo=repo):
+            return (repo,)
+        case S3Uri(prefix=path) | PvcUri(path=path):
+            return (path.rpartition("/")[2],) if path else ()
+
+
+def _base_facts(source: Source, files: Sequence[RemoteFile]) -> BaseFacts:
+    config: Mapping[str, object] = {}
+    modules: dict[str, tuple[int, int]] = {}
+    for file in files:
+        if file.name == BASE_CONFIG:
+            config = load_json_object(read_json(source, file), name=file.name)
+            refuse_code(config, name=file.name)
+        elif file.name.endswith(".safetensors"):
+            modules.update(linear_modules(read_header(source, file, BASE_BOUNDS)))
+    architectures = config.get("architectures")
+    name = config.get("_name_or_path")
+    facts = BaseFacts(
+        modules,
+        frozenset(),
+        tuple(str(item) for item in architectures) if isinstance(architectures, list) else (),
+    )
+    return facts.with_names(name) if isinstance(name, str) else facts
+
+
+def linear_modules(header: SafetensorsHeader) -> dict[str, tuple[int, int]]:
+    """Module → (out, in) of every two-dimensional `<module>.weight`."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in header.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    }
+
+
+def _with_known(files: Sequence[RemoteFile], name: str, sha256: str) -> tuple[RemoteFile, ...]:
+    return tuple(replace(file, sha256=sha256) if file.name == name else file for file in files)
+
+
+def _with_hashes(source: Source, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    return tuple(file if file.sha256 else replace(file, sha256=_hash(source, file)) for file in files)
+
+
+def _hash(source: Source, file: RemoteFile) -> str:
+    total, count = hashlib.sha256(), 0
+    for chunk in source.stream(file.name):
+        count += len(chunk)
+        if count > file.size_bytes:
+            break
+        total.update(chunk)
+    if count != file.size_bytes:
+        raise ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT,
+            f"{source.where}: {file.name} is not {file.size_bytes} bytes long as listed; upload it again.",
+        )
+    return total.hexdigest()

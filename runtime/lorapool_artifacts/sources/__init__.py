@@ -1,0 +1,35 @@
+"""Opens the source that a URI names. One module per scheme; each is imported when first needed."""
+
+from __future__ import annotations
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.sources.base import Source, download, read_range
+from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, S3Uri, is_revision
+from lorapool_artifacts.waiting import Deadline
+
+__all__ = ["Source", "download", "open_source", "read_range"]
+
+
+def open_source(uri: ArtifactUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> Source:
+    """The source at `revision` (else the URI's own, else the newest), resolved. Blocks. Raises ArtifactError."""
+    if revision is not None and not is_revision(revision):
+        raise ArtifactError(
+            FailureReason.INVALID_SOURCE, f"{uri}: {revision[:80]!r} is no branch, tag, commit or digest."
+        )
+    if isinstance(uri, HfUri):
+        from lorapool_artifacts.sources.hf import open_hf
+
+        return open_hf(uri, revision, settings, deadline)
+    if isinstance(uri, OciUri):
+        from lorapool_artifacts.sources.oci import open_oci
+
+        return open_oci(uri, revision, settings, deadline)
+    if isinstance(uri, S3Uri):
+        from lorapool_artifacts.sources.s3 import open_s3
+
+        return open_s3(uri, revision, settings, deadline)
+    from lorapool_artifacts.sources.pvc import open_pvc
+
+    return open_pvc(uri, revision, settings, deadline)

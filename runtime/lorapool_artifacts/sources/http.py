@@ -1,0 +1,207 @@
+"""HTTP as the hf and oci sources need it: one guarded session, and statuses turned into errors.
+
+Every connection is judged by the address it really reached (`addresses.PeerGuard`), every request has
+timeouts, redirects are few and never leave https, and credentials do not follow to another host (requests
+drops them). Nothing is retried here: `fetch` resumes, the operator and the runtime back off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.addresses import PeerGuard
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.sources.base import CHUNK_BYTES
+from lorapool_artifacts.waiting import Deadline
+
+MAX_REDIRECTS = 5
+MAX_RETRY_AFTER_S = 3600.0
+USER_AGENT = "lorapool"
+
+
+class GuardedSession(requests.Session):
+    """Speaks to one source's host and to where that host redirects. Used by one thread."""
+
+    def __init__(self, host: str, deadline: Deadline) -> None:
+        super().__init__()
+        self.max_redirects = MAX_REDIRECTS
+        self.auth = _no_netrc
+        self.headers["User-Agent"] = USER_AGENT
+        self.headers["Accept-Encoding"] = "identity"
+        adapter = _GuardedAdapter(PeerGuard(host, where=deadline.where), deadline)
+        self.mount("https://", adapter)
+        self.mount("http://", adapter)
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Called for every redirect: also refuses to fall back from https to http."""
+        super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+        if response.url.startswith("https:") and not (prepared_request.url or "").startswith("https:"):
+            raise ArtifactError(
+                FailureReason.INVALID_SOURCE,
+                "The source redirects from https to http, which is refused; fix its address.",
+            )
+
+
+class _GuardedAdapter(HTTPAdapter):
+    """Puts the guard into the connections and a timeout onto every request."""
+
+    def __init__(self, guard: PeerGuard, deadline: Deadline) -> None:
+        self._guard = guard
+        self._deadline = deadline
+        super().__init__(max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        plain, secure = _guarded_pools(self._guard)
+        self.poolmanager.pool_classes_by_scheme = {"http": plain, "https": secure}
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        self._deadline.check()
+        self._deadline.progress()
+        kwargs["timeout"] = self._deadline.request_timeout_s()
+        return super().send(request, *args, **kwargs)
+
+
+def _guarded_pools(guard: PeerGuard) -> tuple[type[HTTPConnectionPool], type[HTTPSConnectionPool]]:
+    class Plain(HTTPConnection):
+        def _new_conn(self) -> Any:
+            return _checked(guard, self, super()._new_conn())
+
+    class Secure(HTTPSConnection):
+        def _new_conn(self) -> Any:
+            return _checked(guard, self, super()._new_conn())
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    return PlainPool, SecurePool
+
+
+def _checked(guard: PeerGuard, connection: HTTPConnection, sock: Any) -> Any:
+    if connection.proxy is not None:  # the administrator's proxy decides where it connects
+        return sock
+    try:
+        guard.check(connection.host, str(sock.getpeername()[0]))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def iter_body(response: requests.Response, deadline: Deadline, *, skip: int, length: int | None) -> Iterator[bytes]:
+    """Bytes as they arrive, after `skip`, at most `length`; closes the response. Raises ArtifactError."""
+    left = length
+    with contextlib.closing(response), translated(deadline):
+        while left is None or left > 0:
+            deadline.check()
+            chunk = response.raw.read1(CHUNK_BYTES)
+            if not chunk:
+                return
+            deadline.progress()
+            if skip:
+                chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+            if left is not None:
+                chunk = chunk[:left]
+                left -= len(chunk)
+            if chunk:
+                yield chunk
+
+
+def read_bounded(response: requests.Response, deadline: Deadline, max_bytes: int, what: str) -> bytes:
+    """A small body, whole. Raises ArtifactError when it is longer than `max_bytes`."""
+    body = b"".join(iter_body(response, deadline, skip=0, length=max_bytes + 1))
+    if len(body) > max_bytes:
+        raise ArtifactError(FailureReason.INVALID_SOURCE, f"{deadline.where}: {what} is longer than {max_bytes} bytes.")
+    return body
+
+
+def range_header(start: int, length: int | None) -> dict[str, str]:
+    if start == 0 and length is None:
+        return {}
+    return {"Range": f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"}
+
+
+@contextlib.contextmanager
+def translated(deadline: Deadline) -> Iterator[None]:
+    """Turns the client's errors into ours, by type."""
+    try:
+        yield
+    except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
+        raise deadline.idle_error() from error
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+        raise ArtifactError(FailureReason.INVALID_SOURCE, f"{deadline.where}: its address cannot be used.") from error
+    except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
+        raise ArtifactError(
+            FailureReason.SOURCE_UNAVAILABLE,
+            f"{deadline.where}: no trusted TLS connection; check its certificate, or list the host as insecure if it "
+            "speaks "
+            "plain HTTP.",
+        ) from error
+    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise ArtifactError(
+            FailureReason.SOURCE_UNAVAILABLE,
+            f"{deadline.where} cannot be reached or broke off ({type(error).__name__}); it is tried again.",
+        ) from error
+
+
+def error_of_status(status: int, headers: Mapping[str, str], *, where: str, what: str, access: str) -> ArtifactError:
+    """What an HTTP status other than success means. `access` says how to grant access."""
+    if status in (404, 410):
+        return ArtifactError(
+            FailureReason.SOURCE_NOT_FOUND, f"{where}: {what} does not exist (HTTP {status}); check the source."
+        )
+    if status in (401, 403):
+        return ArtifactError(
+            FailureReason.UNAUTHORIZED, f"{where}: access to {what} is denied (HTTP {status}); {access}."
+        )
+    if status == 429:
+        return ArtifactError(
+            FailureReason.RATE_LIMITED,
+            f"{where} limits the rate of requests (HTTP 429); it is tried again later.",
+            retry_after_s=retry_after_s(headers),
+        )
+    if status in (408, 504):
+        return ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{where} timed out (HTTP {status}); it is tried again.")
+    if status >= 500:
+        return ArtifactError(
+            FailureReason.SOURCE_UNAVAILABLE,
+            f"{where} fails (HTTP {status}); it is tried again.",
+            retry_after_s=retry_after_s(headers),
+        )
+    if status == 416:
+        return ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT, f"{where}: {what} is shorter than listed; upload it again."
+        )
+    return ArtifactError(
+        FailureReason.INVALID_SOURCE, f"{where}: the request for {what} is refused (HTTP {status}); check the source."
+    )
+
+
+def retry_after_s(headers: Mapping[str, str], *, now_s: float | None = None) -> float | None:
+    """Seconds of a Retry-After header, as a number or a date, within an hour."""
+    value = next((value for key, value in headers.items() if key.lower() == "retry-after"), "").strip()
+    if value.isascii() and value.isdigit():
+        return min(float(value[:9]), MAX_RETRY_AFTER_S)
+    try:
+        until_s = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(0.0, until_s - (time.time() if now_s is None else now_s)), MAX_RETRY_AFTER_S)

@@ -1,0 +1,199 @@
+"""`oci://host/repository[:tag|@sha256:…]`: an artifact whose layers are the files.
+
+oras knows how registries authenticate and where Docker keeps credentials; requests go through our own
+session, without oras' retries (minutes of sleep) and with bounds. A layer's title annotation is its file
+name, its digest is the file's hash, the manifest's digest is the revision. Archives are never unpacked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import oras.container
+import oras.provider
+import requests
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.addresses import parse_address
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.files import RemoteFile
+from lorapool_artifacts.limits import MIB, SourceSettings
+from lorapool_artifacts.sources.http import (
+    GuardedSession,
+    error_of_status,
+    iter_body,
+    range_header,
+    read_bounded,
+    translated,
+)
+from lorapool_artifacts.uri import OciUri
+from lorapool_artifacts.waiting import Deadline
+
+MAX_MANIFEST_BYTES = 4 * MIB
+TITLE = "org.opencontainers.image.title"
+MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+ACCESS = (
+    "give the registry's credentials in a Docker config.json (DOCKER_CONFIG) or in LORAPOOL_OCI_AUTH_HOST, "
+    "LORAPOOL_OCI_USERNAME and LORAPOOL_OCI_PASSWORD"
+)
+_DIGEST = re.compile(r"^sha256:([0-9a-f]{64})$")
+_DOCKER_HUB = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}
+
+
+class OciSource:
+    """An artifact at one manifest."""
+
+    def __init__(
+        self, uri: OciUri, registry: _Registry, revision: str, layers: Mapping[str, tuple[RemoteFile, str]]
+    ) -> None:
+        self.where = f"oci://{uri.host}/{uri.repo}"
+        self.revision = revision
+        self._registry = registry
+        self._layers = layers
+
+    def list_files(self) -> Sequence[RemoteFile]:
+        return [file for file, _ in self._layers.values()]
+
+    def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        _, digest = self._layers[name]
+        response = self._registry.get(f"blobs/{digest}", range_header(start, length))
+        if response.status_code not in (200, 206):
+            response.close()
+            raise error_of_status(response.status_code, response.headers, where=self.where, what=name, access=ACCESS)
+        yield from iter_body(
+            response, self._registry.deadline, skip=start if response.status_code == 200 else 0, length=length
+        )
+
+    def close(self) -> None:
+        self._registry.session.close()
+
+
+class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries no types
+    """oras' view of one repository, over our session."""
+
+    def __init__(self, uri: OciUri, settings: SourceSettings, deadline: Deadline) -> None:
+        host = _DOCKER_HUB.get(uri.host, uri.host)
+        super().__init__(hostname=host, insecure=is_insecure(host, settings.oci_insecure_hosts), auth_backend="token")
+        self.deadline = deadline
+        self.session = GuardedSession(_hostname(host), deadline)
+        self.auth.session = self.session
+        self._url = f"{self.prefix}://{host}/v2/{uri.repo}/"
+        if settings.oci_auth_host in (uri.host, host) and settings.oci_username and settings.oci_password:
+            self.auth.set_basic_auth(settings.oci_username, settings.oci_password)
+        else:
+            container = oras.container.Container(uri.repo, registry=uri.host)
+            container.registry = uri.host
+            configs = (
+                [str(settings.docker_config)] if settings.docker_config and settings.docker_config.is_file() else None
+            )
+            self.auth.load_configs(container, configs=configs)
+
+    def get(self, path: str, headers: Mapping[str, str]) -> requests.Response:
+        """One GET; when the registry challenges, once more with what it asks for. Raises ArtifactError."""
+        sent = dict(headers)
+        if self.auth.token is not None:
+            sent.update(self.auth.get_auth_header())
+        with translated(self.deadline):
+            response = self.session.get(self._url + path, headers=sent, stream=True)
+            if response.status_code != 401:
+                return response
+            granted = self._answer(response, dict(headers))
+            if granted is None:
+                return response
+            response.close()
+            return self.session.get(self._url + path, headers=granted, stream=True)
+
+    def _answer(self, response: requests.Response, headers: dict[str, str]) -> dict[str, str] | None:
+        challenge = response.headers.get("Www-Authenticate", "")
+        basic: str | None = getattr(self.auth, "_basic_auth", None)
+        if challenge[:5].lower() == "basic":
+            return {**headers, "Authorization": f"Basic {basic}"} if basic else None
+        if not re.search(r'realm="https?://', challenge):
+            return None
+        try:
+            granted, changed = self.auth.authenticate_request(response, headers, refresh=True)
+        except requests.exceptions.JSONDecodeError:
+            return None
+        return dict(granted) if changed else None
+
+
+def open_oci(uri: OciUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> OciSource:
+    """Fetches the manifest; `revision` is a digest or a tag. Raises ArtifactError."""
+    reference = revision or uri.reference
+    registry = _Registry(uri, settings, deadline)
+    response = registry.get(f"manifests/{reference}", {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)})
+    if response.status_code != 200:
+        response.close()
+        raise error_of_status(
+            response.status_code, response.headers, where=str(uri), what=f"the artifact {reference}", access=ACCESS
+        )
+    raw = read_bounded(response, deadline, MAX_MANIFEST_BYTES, "the manifest")
+    digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    if _DIGEST.match(reference) and digest != reference:
+        raise ArtifactError(
+            FailureReason.DIGEST_MISMATCH, f"{uri}: the registry answered with another manifest, {digest}."
+        )
+    return OciSource(uri, registry, digest, parse_manifest(raw, where=str(uri)))
+
+
+def parse_manifest(raw: bytes, *, where: str) -> dict[str, tuple[RemoteFile, str]]:
+    """File name → (file, blob digest). Raises ArtifactError."""
+    try:
+        manifest = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(where) from error
+    if not isinstance(manifest, dict):
+        raise _malformed(where)
+    if manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest:
+        raise ArtifactError(
+            FailureReason.UNSUPPORTED_FORMAT,
+            f"{where} is an image index; push the files as one artifact (oras push host/repository:tag "
+            "adapter_config.json ...).",
+        )
+    layers = manifest.get("layers")
+    if not isinstance(layers, list) or len(layers) > 10_000:
+        raise _malformed(where)
+    files = [_layer(layer, where) for layer in layers]
+    result = {file.name: (file, digest) for file, digest in files}
+    if len(result) != len(files):
+        raise ArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{where}: two layers have one title; push each file once.")
+    return result
+
+
+def _layer(layer: Any, where: str) -> tuple[RemoteFile, str]:
+    if not isinstance(layer, dict):
+        raise _malformed(where)
+    digest, size, media_type = layer.get("digest"), layer.get("size"), layer.get("mediaType")
+    match = _DIGEST.match(digest) if isinstance(digest, str) else None
+    if match is None or type(size) is not int or size < 0:
+        raise _malformed(where)
+    annotations = layer.get("annotations")
+    title = annotations.get(TITLE) if isinstance(annotations, dict) else None
+    archived = isinstance(media_type, str) and "tar" in re.split(r"[.+]", media_type)
+    if not isinstance(title, str) or not title or archived:
+        title = f"{match[1]}.tar" if archived else match[1]
+    return RemoteFile(title, size, match[1]), match[0]
+
+
+def is_insecure(host: str, listed: frozenset[str]) -> bool:
+    """Whether to speak plain HTTP: to hosts that are listed, and to this machine."""
+    name = _hostname(host)
+    if host in listed or name in listed or name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return parse_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _hostname(host: str) -> str:
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def _malformed(where: str) -> ArtifactError:
+    return ArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{where}: its manifest is malformed; push it again.")

@@ -1,0 +1,148 @@
+"""`s3://bucket/prefix`: a folder of an S3 bucket, over obstore.
+
+The endpoint and the keys are the process's own (AWS_*), never the tenant's. S3 lists no sha256, so the
+revision is a hash over names, sizes and ETags, and every read asks for the ETag that was listed. A process
+without any AWS identity reads anonymously instead of asking the machine's metadata service for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.store import S3Store
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.addresses import check_host
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.files import RemoteFile
+from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
+from lorapool_artifacts.uri import S3Uri
+from lorapool_artifacts.waiting import Deadline
+
+REVISION_PREFIX = "etag-"
+ACCESS = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a service account with a role) that may list and read it"
+_AMBIENT = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+)
+
+
+class S3Source:
+    """The objects directly below one prefix, as they were listed."""
+
+    def __init__(self, uri: S3Uri, store: Any, deadline: Deadline) -> None:
+        self.where = str(uri)
+        self._store = store
+        self._prefix = f"{uri.prefix}/" if uri.prefix else ""
+        self._deadline = deadline
+        with translated(deadline, "the bucket or prefix"):
+            found = obstore.list_with_delimiter(store, self._prefix or None)["objects"]
+        self._objects = {item["path"].removeprefix(self._prefix): item for item in found}
+        lines = (f"{name}\0{item['size']}\0{item['e_tag']}\n" for name, item in sorted(self._objects.items()))
+        self.revision = f"{REVISION_PREFIX}{hashlib.sha256(''.join(lines).encode()).hexdigest()[:32]}"
+
+    def list_files(self) -> Sequence[RemoteFile]:
+        if not self._objects:
+            raise ArtifactError(
+                FailureReason.SOURCE_NOT_FOUND,
+                f"{self.where} holds no objects; check the bucket, the prefix and its case.",
+            )
+        return [RemoteFile(name, item["size"]) for name, item in self._objects.items()]
+
+    def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        item = self._objects[name]
+        end = item["size"] if length is None else min(item["size"], start + length)
+        if start >= end:
+            return
+        options: dict[str, Any] = {"range": (start, end)}
+        if item["e_tag"]:
+            options["if_match"] = item["e_tag"]
+        try:
+            with translated(self._deadline, name):
+                chunks = obstore.get(self._store, item["path"], options=options).stream(min_chunk_size=CHUNK_BYTES)
+                for chunk in chunks:
+                    self._deadline.check()
+                    self._deadline.progress()
+                    yield bytes(chunk)
+        except PreconditionError as error:
+            raise changed(self.where, name) from error
+
+    def close(self) -> None:
+        self._store = None
+
+
+def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> S3Source:
+    """Lists the prefix. Raises ArtifactError."""
+    if revision is not None and not revision.startswith(REVISION_PREFIX):
+        raise ArtifactError(
+            FailureReason.INVALID_SOURCE,
+            f"{uri}: a bucket has no revisions by name; remove spec.source.revision and give spec.source.digest "
+            "instead.",
+        )
+    if settings.s3_endpoint:
+        check_host(urlsplit(settings.s3_endpoint).hostname or "", where=str(uri))
+    return S3Source(uri, _store(uri, settings, deadline), deadline)
+
+
+def _store(uri: S3Uri, settings: SourceSettings, deadline: Deadline) -> Any:
+    config: dict[str, Any] = {
+        "region": settings.s3_region or "us-east-1",
+        "virtual_hosted_style_request": settings.s3_virtual_hosted,
+    }
+    if settings.s3_endpoint:
+        config["endpoint"] = settings.s3_endpoint
+    if settings.s3_access_key_id and settings.s3_secret_access_key:
+        config["access_key_id"] = settings.s3_access_key_id
+        config["secret_access_key"] = settings.s3_secret_access_key
+        if settings.s3_session_token:
+            config["session_token"] = settings.s3_session_token
+    elif settings.s3_anonymous or not any(os.environ.get(name) for name in _AMBIENT):
+        config["skip_signature"] = True
+    connect_s, _ = deadline.request_timeout_s()
+    return S3Store(
+        uri.bucket,
+        config=config,
+        client_options={
+            "allow_http": (settings.s3_endpoint or "").startswith("http://"),
+            "connect_timeout": timedelta(seconds=connect_s),
+            "timeout": timedelta(seconds=deadline.limits.total_timeout_s),
+        },
+        retry_config={
+            "max_retries": 2,
+            "retry_timeout": timedelta(seconds=min(10.0, deadline.limits.idle_timeout_s)),
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2},
+        },
+    )
+
+
+@contextlib.contextmanager
+def translated(deadline: Deadline, what: str) -> Iterator[None]:
+    """Turns obstore's errors into ours, by type."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            FailureReason.SOURCE_NOT_FOUND, f"{deadline.where}: {what} does not exist; check bucket and prefix."
+        ) from error
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise ArtifactError(
+            FailureReason.UNAUTHORIZED, f"{deadline.where}: access to {what} is denied; {ACCESS}."
+        ) from error
+    except PreconditionError:
+        raise
+    except BaseError as error:
+        raise ArtifactError(
+            FailureReason.SOURCE_UNAVAILABLE,
+            f"{deadline.where}: the object store cannot be reached or fails ({type(error).__name__}); it is tried "
+            "again.",
+        ) from error

@@ -1,0 +1,163 @@
+"""Source URIs become values, strictly.
+
+Called by everything that takes a `source.uri`. `hf://org/name[@rev]`, `oci://host[:port]/repo[:tag|@sha256:…]`,
+`s3://bucket/prefix`, `pvc://claim/path`. Refuses other schemes, user names, queries, fragments, dot segments,
+and characters that a client library might read otherwise than we do. Pure: resolves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+MAX_URI_CHARS = 512
+
+_HF_PART = re.compile(r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?$")
+_HF_REVISION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$")
+_OCI_HOST = re.compile(r"^(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?$")
+_OCI_REPO_PART = re.compile(r"^[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*$")
+_OCI_TAG = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")
+_OCI_DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
+_S3_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_PATH_PART = re.compile(r"^[A-Za-z0-9_=+,()!'*-][A-Za-z0-9_=+,()!'*. -]*$")
+_PVC_CLAIM = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*$")
+
+
+@dataclass(frozen=True, slots=True)
+class HfUri:
+    """A model repository of the hub that `HF_ENDPOINT` names."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True, slots=True)
+class OciUri:
+    """An artifact of an OCI registry; its layers are the files. `digest` wins over `tag`."""
+
+    host: str
+    """With the port, if any."""
+    repo: str
+    tag: str | None = None
+    digest: str | None = None
+
+    @property
+    def reference(self) -> str:
+        return self.digest or self.tag or "latest"
+
+    def __str__(self) -> str:
+        end = f"@{self.digest}" if self.digest else f":{self.tag}" if self.tag else ""
+        return f"oci://{self.host}/{self.repo}{end}"
+
+
+@dataclass(frozen=True, slots=True)
+class S3Uri:
+    """A folder of a bucket; `prefix` has no slash at either end and may be empty."""
+
+    bucket: str
+    prefix: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class PvcUri:
+    """A folder of a volume that the runtime mounts; only a runtime can read it."""
+
+    claim: str
+    path: str
+    """Relative, without dot segments; may be empty."""
+
+    def __str__(self) -> str:
+        return f"pvc://{self.claim}/{self.path}"
+
+
+ArtifactUri: TypeAlias = HfUri | OciUri | S3Uri | PvcUri
+
+
+def parse_uri(text: str) -> ArtifactUri:
+    """The value of a source URI. Raises ValueError with what to write instead."""
+    if len(text) > MAX_URI_CHARS:
+        raise ValueError(f"source URI is longer than {MAX_URI_CHARS} characters")
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in _PARSERS:
+        raise ValueError(
+            f"unknown source {text[:80]!r}: write hf://org/name, oci://host/repo:tag, s3://bucket/prefix or "
+            "pvc://claim/path"
+        )
+    if bad := re.search(r"[\x00-\x1f\x7f\\?#%]|[^\x00-\x7f]", rest):
+        raise ValueError(f"source URI {text[:80]!r} holds the character {bad[0]!r}, which no source name may hold")
+    return _PARSERS[scheme](rest)
+
+
+def _parse_hf(rest: str) -> HfUri:
+    repo, at, revision = rest.partition("@")
+    parts = repo.split("/")
+    if len(parts) != 2 or not all(_HF_PART.match(part) and ".." not in part and "--" not in part for part in parts):
+        raise ValueError(f"hf://{rest[:80]}: write hf://organisation/name or hf://organisation/name@revision")
+    if at and not is_revision(revision):
+        raise ValueError(f"hf://{rest[:80]}: {revision[:40]!r} is no branch, tag or commit")
+    return HfUri(repo, revision or None)
+
+
+def is_revision(text: str) -> bool:
+    """Whether `text` can name a branch, a tag, a commit or a digest."""
+    parts = text.split("/")
+    return bool(_OCI_DIGEST.match(text) or _HF_REVISION.match(text)) and all(part.strip(".") for part in parts)
+
+
+def _parse_oci(rest: str) -> OciUri:
+    host, _, name = rest.partition("/")
+    if not _OCI_HOST.match(host) or ".." in host:
+        raise ValueError(
+            f"oci://{rest[:80]}: {host[:60]!r} is no registry host; write oci://host[:port]/repository:tag"
+        )
+    name, at, digest = name.partition("@")
+    repo, colon, tag = name.partition(":")
+    if not repo or not all(_OCI_REPO_PART.match(part) for part in repo.split("/")):
+        raise ValueError(
+            f"oci://{rest[:80]}: {repo[:60]!r} is no repository name (lower case letters, digits, '.', '_', '-', '/')"
+        )
+    if colon and not _OCI_TAG.match(tag):
+        raise ValueError(f"oci://{rest[:80]}: {tag[:40]!r} is no tag")
+    if at and not _OCI_DIGEST.match(digest):
+        raise ValueError(f"oci://{rest[:80]}: after '@' must stand sha256: and 64 hex digits")
+    port = host.rpartition("]")[2].partition(":")[2]
+    if port and not 0 < int(port) < 65536:
+        raise ValueError(f"oci://{rest[:80]}: port {port} is out of range")
+    return OciUri(host.lower(), repo, tag or None, digest or None)
+
+
+def _parse_s3(rest: str) -> S3Uri:
+    bucket, _, prefix = rest.partition("/")
+    if not _S3_BUCKET.match(bucket) or ".." in bucket:
+        raise ValueError(f"s3://{rest[:80]}: {bucket[:70]!r} is no bucket name; write s3://bucket/prefix")
+    return S3Uri(bucket, _path(prefix, f"s3://{rest[:80]}"))
+
+
+def _parse_pvc(rest: str) -> PvcUri:
+    claim, _, path = rest.partition("/")
+    if len(claim) > 253 or not _PVC_CLAIM.match(claim):
+        raise ValueError(f"pvc://{rest[:80]}: {claim[:70]!r} is no claim name; write pvc://claim/path/in/the/volume")
+    return PvcUri(claim, _path(path, f"pvc://{rest[:80]}"))
+
+
+def _path(text: str, uri: str) -> str:
+    text = text.rstrip("/")
+    if text and not all(_PATH_PART.match(part) or re.match(r"^\.[A-Za-z0-9_-]+$", part) for part in text.split("/")):
+        raise ValueError(f"{uri}: the path holds an empty, '.' or '..' segment or a character no path may hold")
+    return text
+
+
+_PARSERS: Mapping[str, Callable[[str], ArtifactUri]] = {
+    "hf": _parse_hf,
+    "oci": _parse_oci,
+    "s3": _parse_s3,
+    "pvc": _parse_pvc,
+}
