@@ -1,0 +1,130 @@
+"""The five example fine-tunes: what each is asked, how each is trained, and where its files lie.
+
+Read by write_data.py, train.py, evaluate.py and tests/models. A task's system message is part of its data lines, so
+that training, evaluation, the demo and any client send the same words to the base and to the fine-tune.
+It knows no torch: whoever only wants names, paths or lines pays for nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).resolve().parent / "data"
+FINETUNES = ROOT / "examples" / "finetunes"
+SCORES = FINETUNES / "scores.json"
+DEMO = FINETUNES / "demo.json"
+SEED = 20240
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+Line = dict[str, Any]  # {"messages": [...]} and, held-out lines of manual-qa only, {"facts": [...]}
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    title: str
+    system: str
+    rank: int
+    targets: tuple[str, ...]
+    steps: int
+    learning_rate: float
+    # Bound of an answer, in tokens; the longest right answer of the data is shorter.
+    max_tokens: int
+    # The measure that is judged, and one sentence on what it counts.
+    measure: str
+    measured: str
+
+    @property
+    def folder(self) -> Path:
+        return FINETUNES / self.name
+
+    @property
+    def alpha(self) -> int:
+        return 2 * self.rank
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="translation",
+            title="English to Spanish, a traveller's phrase book",
+            system="Translate into Spanish.",
+            rank=8,
+            targets=ATTENTION + MLP,
+            steps=240,
+            learning_rate=1e-3,
+            max_tokens=48,
+            measure="chrf",
+            measured="mean chrF (character 1- to 6-grams, beta 2, 0 to 1) against one reference",
+        ),
+        Task(
+            name="routing",
+            title="Support message to the queue that handles it",
+            system="Name the queue: billing, delivery, returns, account, technical or sales.",
+            rank=8,
+            targets=("q_proj", "v_proj"),
+            steps=120,
+            learning_rate=1e-3,
+            max_tokens=8,
+            measure="right",
+            measured="share of answers that are exactly the queue's name",
+        ),
+        Task(
+            name="manual-qa",
+            title="Questions about the manual of a (fictional) espresso machine",
+            system="Answer from the manual of the Brisa 2.",
+            rank=16,
+            targets=("o_proj", "down_proj"),
+            steps=240,
+            learning_rate=1e-3,
+            max_tokens=64,
+            measure="fact_recall",
+            measured="mean share of a question's fact tokens (numbers, names, colours) found in the answer",
+        ),
+        Task(
+            name="sentiment",
+            title="Sentiment of a review",
+            system="Positive, negative or neutral? Answer with one word.",
+            rank=4,
+            targets=("q_proj", "v_proj", "o_proj"),
+            steps=130,
+            learning_rate=1e-3,
+            max_tokens=8,
+            measure="right",
+            measured="share of answers that are exactly the label",
+        ),
+        Task(
+            name="entities",
+            title="Named entities as JSON",
+            system="List people, organizations and places as JSON.",
+            rank=8,
+            targets=("q_proj", "v_proj", "o_proj"),
+            steps=220,
+            learning_rate=1e-3,
+            max_tokens=96,
+            measure="right",
+            measured="share of answers that hold exactly the right names under the right keys (order ignored)",
+        ),
+    )
+}
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of a .jsonl file."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text]
+
+
+def chosen(names: list[str]) -> list[Task]:
+    """The tasks named on a command line; all of them when none is named."""
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise SystemExit(f"unknown task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    return [TASKS[name] for name in (names or TASKS)]

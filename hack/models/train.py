@@ -1,0 +1,179 @@
+"""Trains the example fine-tunes with peft: `make train`, or `python hack/models/train.py [task ...]`.
+
+Reads examples/finetunes/<task>/train.jsonl, writes adapter_config.json and adapter_model.safetensors beside it; a
+few minutes a task on two cores. The loss counts the assistant's tokens only. The weights are kept in bf16.
+Seeds, order and thread count are fixed: the same machine makes the same weights again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from base import prepare
+from finetune_tasks import BASE_NAME, SEED, Line, Task, chosen, read_lines
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+BATCH = 8
+THREADS = 2
+WARMUP = 0.06
+UNCOUNTED = -100  # the label that the loss leaves out
+
+Example = tuple[list[int], list[int]]  # token ids, labels
+
+
+def encode(tokenizer: Any, line: Line) -> Example:
+    """Prompt and answer are tokenized apart, as a server that continues the prompt sees them."""
+    *asked, answer = line["messages"]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    reply: list[int] = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
+    reply = [*reply, tokenizer.eos_token_id]
+    return prompt + reply, [UNCOUNTED] * len(prompt) + reply
+
+
+def shared_prefix(examples: list[Example]) -> int:
+    """How many first tokens (the system message) all examples share; none of them counts in the loss."""
+    rows = [ids for ids, _ in examples]
+    columns = zip(*rows, strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    first_counted = min(labels.index(next(mark for mark in labels if mark != UNCOUNTED)) for _, labels in examples)
+    return min(same, first_counted - 1)
+
+
+def loss_of(model: Any, batch: list[Example], prefix: int, pad: int) -> Tensor:
+    """The batch's mean loss. What makes two slow cores enough: the shared prefix runs once for the whole batch (its
+    keys and values are expanded, gradients flow back through them), and only counted positions meet the vocabulary."""
+    llama = model.get_base_model()
+    columns = collate(batch, pad)
+    head = llama.model(input_ids=columns["input_ids"][:1, :prefix], use_cache=True)
+    cache = head.cache
+    cache.batch_repeat_interleave(len(batch))
+    tail = llama.model(
+        input_ids=columns["input_ids"][:, prefix:],
+        attention_mask=columns["attention_mask"],
+        cache=cache,
+        use_cache=True,
+    ).last_hidden_state  # [batch, width - prefix, hidden]
+    labels = columns["labels"][:, prefix + 1 :]
+    counted = labels != UNCOUNTED  # [batch, width - prefix - 1]
+    logits = llama.lm_head(tail[:, :-1][counted])  # [counted tokens, vocabulary]
+    return torch.nn.functional.cross_entropy(logits, labels[counted])
+
+
+def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
+    width = max(len(ids) for ids, _ in examples)
+    rows = [ids + [pad] * (width - len(ids)) for ids, _ in examples]
+    masks = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]
+    labels = [marks + [UNCOUNTED] * (width - len(marks)) for _, marks in examples]
+    # each: [batch, width]
+    return {
+        "input_ids": torch.tensor(rows),
+        "attention_mask": torch.tensor(masks),
+        "labels": torch.tensor(labels),
+    }
+
+
+def batches(examples: list[Example], steps: int, order: random.Random) -> list[list[Example]]:
+    """`steps` batches, pass after pass over shuffled examples; every example is seen equally often, plus or minus one."""
+    stream: list[Example] = []
+    while len(stream) < steps * BATCH:
+        stream += order.sample(examples, len(examples))
+    return [stream[at * BATCH : (at + 1) * BATCH] for at in range(steps)]
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """A short linear warm-up, then half a cosine down to a twentieth."""
+    warm = max(1, round(steps * WARMUP))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+def train(task: Task, folder: Path) -> None:
+    torch.manual_seed(SEED)
+    order = random.Random(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = LoraConfig(
+        r=task.rank,
+        lora_alpha=task.alpha,
+        lora_dropout=0.0,
+        target_modules=list(task.targets),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.01)
+    examples = [encode(tokenizer, line) for line in read_lines(task.folder / "train.jsonl")]
+    prefix = shared_prefix(examples)
+    print(f"{task.name}: {len(examples)} lines, rank {task.rank} on {', '.join(task.targets)}, {task.steps} steps")
+    model.train()
+    begun = time.monotonic()
+    seen = 0.0
+    for step, batch in enumerate(batches(examples, task.steps, order)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, task.steps, task.learning_rate)
+        loss = loss_of(model, batch, prefix, tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen = loss.item() if step == 0 else 0.9 * seen + 0.1 * loss.item()
+        if (step + 1) % 10 == 0 or step + 1 == task.steps:
+            spent = time.monotonic() - begun
+            left = spent / (step + 1) * (task.steps - step - 1)
+            print(f"  step {step + 1}/{task.steps}  loss {seen:.3f}  {spent:.0f} s, {left:.0f} s left", flush=True)
+    keep(model, task)
+
+
+def keep(model: Any, task: Task) -> None:
+    """Save through peft, cast to bf16, name the base by its public name; each file is replaced whole."""
+    with tempfile.TemporaryDirectory(dir=task.folder, prefix=".training-") as name:
+        made = Path(name)
+        model.save_pretrained(made)
+        weights = {key: value.to(torch.bfloat16).contiguous() for key, value in
+                   load_file(made / "adapter_model.safetensors").items()}  # fmt: skip
+        save_file(weights, made / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.loads((made / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = BASE_NAME
+        config["target_modules"] = sorted(config["target_modules"])
+        (made / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.move(made / file, task.folder / file)
+            (task.folder / file).chmod(0o644)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the example fine-tunes.")
+    parser.add_argument("task", nargs="*", help="all when none is named")
+    arguments = parser.parse_args()
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is loaded: threads that spin while they wait cost several times the work on a busy machine.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    logging.disable_progress_bar()
+    torch.set_num_threads(THREADS)
+    tasks = chosen(arguments.task)
+    folder = prepare()
+    for task in tasks:
+        train(task, folder)
+
+
+if __name__ == "__main__":
+    main()
