@@ -45,7 +45,7 @@ def base_model(uri: str, *, idle_after: str = "10m", namespace: str = NAMESPACE)
         "spec": {
             "source": {"uri": uri},
             "servedName": "smollm2-135m-instruct",
-            "dtype": "bfloat16",
+            "dtype": "float32",
             "maxModelLen": 2048,
             "lora": {"maxRank": 16, "slots": 8, "hostCacheBytes": "256Mi"},
             "scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": idle_after},

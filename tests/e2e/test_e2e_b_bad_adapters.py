@@ -1,0 +1,179 @@
+"""Adapters a customer may bring and that cannot be served: each refused in words, within a second, alone."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e_world import ROOT, World
+from openai import APIStatusError
+
+GOOD = ROOT / "examples" / "finetunes" / "routing"
+
+
+def _config(folder: Path, **changed: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _high_rank(folder: Path) -> None:
+    _rewrite(folder, lambda name, shape: [64, shape[1]] if "lora_A" in name else [shape[0], 64])
+    _config(folder, r=64)
+
+
+def _missing_tensor(folder: Path) -> None:
+    _rewrite(folder, lambda name, shape: shape, drop=1)
+
+
+def _other_base(folder: Path) -> None:
+    _rewrite(folder, lambda name, shape: [shape[0], 4096] if "lora_A" in name else [4096, shape[1]])
+    _config(folder, base_model_name_or_path="meta-llama/Llama-3.1-8B-Instruct")
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _not_finite(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-2:] = b"\xc0\x7f"  # bf16 NaN
+    path.write_bytes(raw)
+
+
+def _rewrite(folder: Path, shape: Callable[[str, list[int]], list[int]], drop: int = 0) -> None:
+    """The same names with other shapes, zeros inside."""
+    path = folder / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    new, at = {}, 0
+    for name in sorted(header)[drop:]:
+        dims = shape(name, header[name]["shape"])
+        size = 2 * dims[0] * dims[1]
+        new[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(new).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
+
+
+ZOO: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "pickle-only": (_pickle_only, {"UnsupportedFormat"}),
+    "rank-64": (_high_rank, {"RankTooHigh"}),
+    "missing-tensor": (_missing_tensor, {"Incompatible"}),
+    "other-base": (_other_base, {"WrongBase", "Incompatible"}),
+    "truncated": (_truncated, {"CorruptArtifact"}),
+    "not-finite": (_not_finite, {"NonFiniteWeights"}),
+}
+
+
+def push(world: World, folder: Path, repository: str) -> str:
+    """Pushes a folder as the demo pushes its fine-tunes; the oci:// uri pods reach."""
+    target = f"{world.summary['registry']}/{repository}:1"
+    script = str(ROOT / "hack" / "models" / "push.py")
+    done = subprocess.run(
+        [sys.executable, script, "--plain-http", str(folder), target], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return f"oci://{world.summary['artifact_registry']}/{repository}@{done.stdout.split()[-1]}"
+
+
+def manifest(world: World, name: str, uri: str, **spec: object) -> dict[str, object]:
+    return {
+        "apiVersion": "lorapool.dev/v1alpha1",
+        "kind": "LoraAdapter",
+        "metadata": {"name": name, "namespace": world.namespace},
+        "spec": {"baseModelRef": {"name": "smollm2"}, "source": {"uri": uri}, **spec},
+    }
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_a_bad_adapter_ends_in_a_typed_failure_and_touches_nobody(world: World, kind: str, tmp_path: Path) -> None:
+    spoil, reasons = ZOO[kind]
+    folder = tmp_path / kind
+    shutil.copytree(GOOD, folder, ignore=shutil.ignore_patterns("*.jsonl", "*.md"))
+    spoil(folder)
+    world.apply(manifest(world, f"bad-{kind}", push(world, folder, f"bad/{kind}")))
+    try:
+        if kind != "not-finite":  # values lie beyond the header: only the load can see them
+            world.wait(
+                "a verdict",
+                lambda: _failed(world, f"bad-{kind}") in reasons or _failed(world, f"bad-{kind}"),
+                timeout_s=30,
+            )
+        error = _refused(world, f"bad-{kind}")
+        assert error.status_code == 422
+        assert error.body["code"] in {_snake(reason) for reason in reasons}  # type: ignore[index]
+        assert len(error.body["message"]) > 40  # type: ignore[index]
+        world.wait("the failure in status", lambda: _failed(world, f"bad-{kind}") in reasons, timeout_s=30)
+        failure = world.get("lora", f"bad-{kind}")["status"]["failure"]
+        assert "retryAt" not in failure
+        started = time.monotonic()
+        _refused(world, f"bad-{kind}")
+        assert time.monotonic() - started < 1.0, "a known failure must be answered at once"
+        assert world.chat("routing") == (world.answer("routing"), world.header("routing"))
+    finally:
+        world.kubectl("delete", "lora", f"bad-{kind}")
+
+
+def _failed(world: World, name: str) -> str:
+    return str((world.get("lora", name).get("status", {}).get("failure") or {}).get("reason", ""))
+
+
+def _snake(reason: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(reason))
+
+
+def _refused(world: World, name: str) -> APIStatusError:
+    with world.client() as client, pytest.raises(APIStatusError) as caught:
+        client.chat.completions.create(**{**world.question("routing"), "model": world.model(name)})
+    return caught.value
+
+
+def test_a_source_that_is_not_there_is_terminal_and_says_so(world: World) -> None:
+    uri = f"oci://{world.summary['artifact_registry']}/adapters/nowhere:1"
+    world.apply(manifest(world, "bad-nowhere", uri))
+    try:
+        world.wait("a verdict", lambda: _failed(world, "bad-nowhere") == "SourceNotFound", timeout_s=30)
+        assert _refused(world, "bad-nowhere").status_code == 422
+    finally:
+        world.kubectl("delete", "lora", "bad-nowhere")
+
+
+def test_a_source_that_is_down_is_tried_again_and_requests_get_503(world: World) -> None:
+    uri = "oci://127.0.0.1:9/adapters/down:1"  # nothing listens on the discard port
+    world.apply(manifest(world, "bad-down", uri))
+    try:
+        world.wait("a transient failure", lambda: _failed(world, "bad-down") == "SourceUnavailable", timeout_s=60)
+        assert world.get("lora", "bad-down")["status"]["failure"]["retryAt"]
+        error = _refused(world, "bad-down")
+        assert error.status_code == 503
+        assert int(error.response.headers["retry-after"]) >= 1
+    finally:
+        world.kubectl("delete", "lora", "bad-down")
+
+
+def test_an_adapter_whose_base_is_missing_says_so(world: World) -> None:
+    lonely = manifest(world, "lonely", f"oci://{world.summary['artifact_registry']}/adapters/routing:1")
+    lonely["spec"]["baseModelRef"] = {"name": "absent"}  # type: ignore[index]
+    world.apply(lonely)
+    try:
+        world.wait(
+            "BaseNotFound",
+            lambda: world.condition("lora", "lonely", "Ready") == ("False", "BaseNotFound"),
+            timeout_s=30,
+        )
+        assert _refused(world, "lonely").status_code == 503
+    finally:
+        world.kubectl("delete", "lora", "lonely")

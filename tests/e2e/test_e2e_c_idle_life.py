@@ -1,0 +1,65 @@
+"""The idle life on the real cluster: loaded, used, parked, base at zero, held and answered; nothing lost on the way."""
+
+import asyncio
+import time
+
+import pytest
+from e2e_world import BASE, Prober, World
+
+
+def _resident(world: World) -> int:
+    """Bytes of adapters on the device, as Prometheus scraped them from the runtime."""
+    return int(sum(float(s["value"][1]) for s in world.prometheus("sum(lorapool_runtime_adapter_device_bytes)")))
+
+
+@pytest.fixture
+def short_lives(world: World):  # type: ignore[no-untyped-def]
+    """Seconds instead of minutes, for this file only."""
+    for task in world.tasks:
+        world.patch("lora", task, {"idleAfter": "8s"})
+    yield
+    world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "10m"}})
+    for task in world.tasks:
+        world.patch("lora", task, {"idleAfter": "2m"})
+
+
+def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(world: World, short_lives: None) -> None:
+    task = "routing"
+    assert world.chat(task) == (world.answer(task), world.header(task))
+    world.wait("Loaded", lambda: world.condition("lora", task, "Loaded")[0] == "True", timeout_s=15)
+    replica = world.get("lora", task)["status"]["replicas"][0]
+    assert replica["digest"] == world.header(task).split("@", 1)[1]
+    assert replica["tier"] == "device"
+
+    world.wait("Parked", lambda: world.condition("lora", task, "Loaded") == ("False", "Parked"), timeout_s=40)
+    assert world.condition("lora", task, "Ready")[0] == "True"
+    assert world.get("lora", task)["status"].get("replicas", []) == []
+
+    world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "12s"}})
+    world.wait("zero pods", lambda: not world.runtime_pods() or "pods", timeout_s=120)
+    assert world.condition("bm", BASE, "Ready") == ("True", "ScaledToZero")
+    assert world.condition("lora", task, "Ready")[0] == "True"
+
+    started = time.monotonic()
+    assert world.chat(task) == (world.answer(task), world.header(task))
+    print(f"held and answered from zero pods in {time.monotonic() - started:.1f} s")
+    assert len(world.runtime_pods()) == 1
+
+
+async def test_a_prober_that_sends_throughout_loses_no_request(world: World, short_lives: None) -> None:
+    """Steady first; then with gaps swept over the moment at which the base stops, where a request is easiest to lose."""
+    world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "6s"}})
+    prober = Prober(world, ["routing", "sentiment"], pause_s=0.2)
+    steady = asyncio.create_task(prober.run())
+    await asyncio.sleep(20)
+    prober.stop()
+    await steady
+    async with world.async_client() as client:
+        for number in range(8):
+            await asyncio.sleep(6 + number * 0.75)
+            await asyncio.gather(*(prober.ask(client, task) for task in ("routing", "sentiment", "entities")))
+    print(f"{prober.asked} asked, {prober.right} right, slowest {prober.slowest_s:.1f} s")
+    assert prober.wrong == []
+    assert prober.lost == []
+    assert prober.deferred == []
+    assert prober.right == prober.asked

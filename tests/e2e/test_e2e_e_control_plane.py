@@ -1,0 +1,40 @@
+"""Operator and API server stopped: what is loaded keeps answering, and a parked adapter whose base is up still loads."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+from e2e_world import World
+
+
+@contextlib.contextmanager
+def _stopped_control_plane(world: World) -> Iterator[None]:
+    world.kubectl("scale", "deploy/lorapool-operator", "--replicas=0")
+    world.wait(
+        "the operator's end",
+        lambda: not world.get("pods", "-l", "app.kubernetes.io/component=operator")["items"] or "pods",
+        timeout_s=60,
+    )
+    pid = int(world.summary["apiserver_pid"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        world.kubectl("scale", "deploy/lorapool-operator", "--replicas=1")
+        world.kubectl("rollout", "status", "deploy/lorapool-operator", "--timeout=120s", timeout_s=130)
+
+
+def test_serving_goes_on_without_operator_and_api_server(world: World) -> None:
+    world.patch("lora", "entities", {"idleAfter": "5s"})
+    world.chat("entities")
+    for task in ("routing", "sentiment"):
+        world.chat(task)
+    world.wait("entities parked", lambda: world.condition("lora", "entities", "Loaded")[1] == "Parked", timeout_s=60)
+    with _stopped_control_plane(world):
+        for _ in range(5):
+            for task in ("routing", "sentiment", "entities"):
+                assert world.chat(task) == (world.answer(task), world.header(task))
+    world.patch("lora", "entities", {"idleAfter": "2m"})
+    assert world.chat("entities") == (world.answer("entities"), world.header("entities"))

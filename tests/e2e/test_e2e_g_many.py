@@ -1,0 +1,62 @@
+"""Two hundred adapters applied at once: all judged, one status write each, all listed."""
+
+import time
+
+from e2e_test_adapters import copy_manifest
+from e2e_world import World
+
+COUNT = 200
+
+
+def test_two_hundred_adapters_at_once(world: World) -> None:
+    names = [f"many-{number:03}" for number in range(COUNT)]
+    started = time.monotonic()
+    try:
+        world.apply(*(copy_manifest(world, name) for name in names))
+        applied = time.monotonic()
+
+        def judged() -> object:
+            items = [i for i in world.get("lora")["items"] if i["metadata"]["name"].startswith("many-")]
+            ready = sum(
+                any(c["type"] == "Ready" and c["status"] == "True" for c in i.get("status", {}).get("conditions", []))
+                for i in items
+            )
+            return ready == COUNT or f"{ready} of {COUNT} ready"
+
+        world.wait("every verdict", judged, timeout_s=120, every_s=1)
+        settled = time.monotonic()
+        with world.client() as client:
+            world.wait(
+                "the list of the gateway",
+                lambda: {world.model(name) for name in names} <= {model.id for model in client.models.list()},
+                timeout_s=30,
+            )
+        listed = time.monotonic()
+        writes = _status_writes(world, names)
+        print(
+            f"{COUNT} adapters: applied in {applied - started:.1f} s, judged {settled - applied:.1f} s later, "
+            f"listed {listed - settled:.1f} s after that; most status writes of one adapter: {max(writes.values())}"
+        )
+        assert set(writes.values()) == {1}
+    finally:
+        world.kubectl("delete", "lora", *names, timeout_s=180)
+
+
+def _status_writes(world: World, names: list[str]) -> dict[str, int]:
+    """Status writes of each adapter, from the API server's audit log."""
+    import json
+    from pathlib import Path
+
+    count = dict.fromkeys(names, 0)
+    for line in Path(world.summary["audit_log"]).read_text().splitlines():
+        event = json.loads(line)
+        ref = event.get("objectRef", {})
+        if (
+            ref.get("resource") == "loraadapters"
+            and ref.get("subresource") == "status"
+            and ref.get("name") in count
+            and event["verb"] in ("patch", "update")
+            and event["stage"] == "ResponseComplete"
+        ):
+            count[ref["name"]] += 1
+    return count

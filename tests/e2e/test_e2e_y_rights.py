@@ -1,0 +1,36 @@
+"""After all the tests before: every process lived within the chart's own rights, in a namespace of the strictest kind."""
+
+import json
+from pathlib import Path
+
+from e2e_world import World
+
+
+def test_no_request_of_a_lorapool_process_was_forbidden(world: World) -> None:
+    accounts = f"system:serviceaccount:{world.namespace}:"
+    seen, forbidden = set(), []
+    for line in Path(world.summary["audit_log"]).read_text().splitlines():
+        event = json.loads(line)
+        user = event["user"]["username"]
+        if event["stage"] != "ResponseComplete" or not user.startswith(accounts):
+            continue
+        seen.add(user)
+        if event["responseStatus"]["code"] == 403:
+            forbidden.append(f"{user} {event['verb']} {event['requestURI']}")
+    assert len(seen) >= 2, f"operator and gateway must both have spoken, seen {seen}"
+    assert forbidden == []
+
+
+def test_no_pod_was_refused_or_warned_about(world: World) -> None:
+    namespace = world.get("namespace", world.namespace)["metadata"]["labels"]
+    assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+    events = world.get("events")["items"]
+    assert [e["message"] for e in events if "violates PodSecurity" in e.get("message", "")] == []
+
+
+def test_no_log_holds_a_forbidden_answer_or_the_key(world: World) -> None:
+    for pod in world.get("pods")["items"]:
+        log = world.kubectl("logs", pod["metadata"]["name"], "--all-containers", check=False)
+        assert "Forbidden" not in log
+        assert "403" not in [word.strip('",:') for word in log.split()]
+        assert world.summary["api_key"] not in log
