@@ -58,6 +58,9 @@ class Gateway:
         self._metrics = metrics
         self._by_key: Counter[str] = Counter()
         self.in_flight = 0
+        self.idle = asyncio.Event()
+        """Set while no request is under way."""
+        self.idle.set()
         self.draining = False
         """Set by `__main__` on SIGTERM: answers then ask clients to open their next connection elsewhere."""
 
@@ -145,6 +148,7 @@ class Gateway:
         request[_RECORD] = record
         metered = request.path in (ROUTE_CHAT, ROUTE_COMPLETIONS)
         self.in_flight += 1
+        self.idle.clear()
         self._metrics.in_flight.set(self.in_flight)
         try:
             response = await self._answer(request, handler)
@@ -158,6 +162,8 @@ class Gateway:
             raise
         finally:
             self.in_flight -= 1
+            if self.in_flight == 0:
+                self.idle.set()
             self._metrics.in_flight.set(self.in_flight)
             if metered:
                 self._metrics.finish(record, time.monotonic())

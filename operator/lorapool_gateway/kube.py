@@ -61,8 +61,8 @@ class Kube:
         self, path: str, params: Mapping[str, str], inactivity_timeout_s: float
     ) -> AsyncIterator[dict[str, Any]]:
         """Events until the server ends the watch. Raises TimeoutError when it is silent for too long."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=inactivity_timeout_s)
-        async with self._call("GET", path, params={**params, "watch": "true"}, timeout=timeout) as response:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=inactivity_timeout_s)
+        async with self._call("GET", path, params={**params, "watch": "true"}, limits=limits) as response:
             async for line in response.content:
                 yield json.loads(line)
 
@@ -90,7 +90,7 @@ class Kube:
         *,
         params: Mapping[str, str] | None = None,
         body: Any = None,
-        timeout: aiohttp.ClientTimeout | None = None,
+        limits: aiohttp.ClientTimeout | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers: dict[str, str] = {"Accept": "application/json"}
         if method == "PATCH":
@@ -101,7 +101,7 @@ class Kube:
             f"{self._client.configuration.host}{path}?{urlencode(params or {})}",
             headers=headers,
             body=body,
-            _request_timeout=timeout or aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
+            _request_timeout=limits or aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
         )
         response: aiohttp.ClientResponse = answer.response
         try:

@@ -1,0 +1,29 @@
+"""Metrics and probes on their own port, so that they need no key and no client can reach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from lorapool_gateway.metrics import Metrics
+
+
+def health_app(metrics: Metrics, alive: Callable[[], bool], ready: Callable[[], bool]) -> web.Application:
+    """`alive`: the watching task runs. `ready`: tables are complete and the process is not draining."""
+
+    def probe(ask: Callable[[], bool]) -> Callable[[web.Request], object]:
+        async def handler(_: web.Request) -> web.Response:
+            good = ask()
+            return web.Response(status=200 if good else 503, text="ok\n" if good else "not ok\n")
+
+        return handler
+
+    async def text(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    app = web.Application()
+    app.router.add_get("/healthz", probe(alive))  # type: ignore[arg-type]  # aiohttp's Handler alias is not exported
+    app.router.add_get("/readyz", probe(ready))  # type: ignore[arg-type]
+    app.router.add_get("/metrics", text)
+    return app
