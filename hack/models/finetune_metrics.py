@@ -1,0 +1,113 @@
+"""How an answer of an example fine-tune is judged: pure functions, answer and held-out line in, numbers 0 to 1 out.
+
+Called by evaluate.py; tests/models holds them to small examples. The means over a task's lines are its scores.
+The same function judges the base and the fine-tune.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from finetune_tasks import Line
+
+ENTITY_KEYS = ("people", "organizations", "places")
+CHRF_ORDER = 6
+CHRF_BETA = 2.0
+
+Judged = dict[str, float]
+
+
+def expected(line: Line) -> str:
+    text: str = line["messages"][-1]["content"]
+    return text
+
+
+def judge_label(answer: str, line: Line) -> Judged:
+    """Exactly the label; case, outer blanks and one full stop are forgiven."""
+    said = answer.strip().removesuffix(".").casefold()
+    return {"right": float(said == expected(line).casefold())}
+
+
+def judge_entities(answer: str, line: Line) -> Judged:
+    found = parse_entities(answer)
+    if found is None:
+        return {"valid_json": 0.0, "right": 0.0}
+    wanted = json.loads(expected(line))
+    same = all(Counter(found[key]) == Counter(wanted[key]) for key in ENTITY_KEYS)
+    return {"valid_json": 1.0, "right": float(same)}
+
+
+def parse_entities(answer: str) -> dict[str, list[str]] | None:
+    """The answer as exactly the three lists of names; None when it is anything else."""
+    try:
+        found: Any = json.loads(answer)
+    except ValueError:
+        return None
+    if not isinstance(found, dict) or set(found) != set(ENTITY_KEYS):
+        return None
+    lists = [found[key] for key in ENTITY_KEYS]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        return None
+    return found
+
+
+def judge_translation(answer: str, line: Line) -> Judged:
+    wanted = expected(line)
+    return {"chrf": chrf(answer, wanted), "exact": float(_words(answer) == _words(wanted))}
+
+
+def judge_facts(answer: str, line: Line) -> Judged:
+    said = _fact_words(answer)
+    hits = [fact for fact in line["facts"] if _holds(said, _fact_words(fact))]
+    return {"fact_recall": len(hits) / len(line["facts"]), "all_facts": float(len(hits) == len(line["facts"]))}
+
+
+def chrf(answer: str, wanted: str) -> float:
+    """Character n-gram F-score (orders 1 to 6, blanks left out, beta 2), averaged over orders as chrF defines it."""
+    got, want = "".join(answer.split()), "".join(wanted.split())
+    precisions: list[float] = []
+    recalls: list[float] = []
+    for order in range(1, CHRF_ORDER + 1):
+        have, need = _grams(got, order), _grams(want, order)
+        if not need:
+            continue
+        shared = sum((have & need).values())
+        precisions.append(shared / have.total() if have else 0.0)
+        recalls.append(shared / need.total())
+    if not recalls:
+        return float(not got)
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    if precision + recall == 0:
+        return 0.0
+    weight = CHRF_BETA**2
+    return (1 + weight) * precision * recall / (weight * precision + recall)
+
+
+def _grams(text: str, order: int) -> Counter[str]:
+    return Counter(text[at : at + order] for at in range(len(text) - order + 1))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _fact_words(text: str) -> list[str]:
+    """Words and numbers; "1.6", "BF-20" and "E3" stay whole, so "16" or "B" never count for them."""
+    return re.findall(r"\w+(?:[.\-]\w+)*", text.casefold())
+
+
+def _holds(said: list[str], fact: list[str]) -> bool:
+    return any(said[at : at + len(fact)] == fact for at in range(len(said) - len(fact) + 1))
+
+
+JUDGES: dict[str, Callable[[str, Line], Judged]] = {
+    "translation": judge_translation,
+    "routing": judge_label,
+    "manual-qa": judge_facts,
+    "sentiment": judge_label,
+    "entities": judge_entities,
+}

@@ -1,0 +1,81 @@
+"""Pushing a folder as an OCI artifact: what arrives, what a second push sends, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from push import ADAPTER_TYPE, MODEL_TYPE, TITLE, PushError, is_this_machine, push
+from small_registry import SmallRegistry
+
+
+def adapter(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}\n")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "train.jsonl").write_text("not part of the artifact\n")
+    return folder
+
+
+def test_each_file_of_an_adapter_is_a_layer_titled_by_its_name(tmp_path: Path, registry: SmallRegistry) -> None:
+    digest = push(adapter(tmp_path / "a"), f"{registry.host}/demo/routing:1")
+    manifest = json.loads(registry.manifests["demo/routing:1"])
+    assert manifest["artifactType"] == ADAPTER_TYPE
+    titles = [layer["annotations"][TITLE] for layer in manifest["layers"]]
+    assert titles == ["adapter_config.json", "adapter_model.safetensors"]
+    assert registry.blobs[manifest["layers"][1]["digest"]] == b"weights"
+    assert registry.blobs[manifest["config"]["digest"]] == b"{}"
+    assert digest.startswith("sha256:")
+
+
+def test_a_second_push_sends_nothing_and_gives_the_same_digest(tmp_path: Path, registry: SmallRegistry) -> None:
+    folder = adapter(tmp_path / "a")
+    target = f"{registry.host}/demo/routing:1"
+    first = push(folder, target)
+    sent = registry.uploads
+    assert push(folder, target) == first
+    assert registry.uploads == sent
+
+
+def test_only_the_file_that_changed_is_sent_again(tmp_path: Path, registry: SmallRegistry) -> None:
+    folder = adapter(tmp_path / "a")
+    target = f"{registry.host}/demo/routing:1"
+    first = push(folder, target)
+    sent = registry.uploads
+    (folder / "adapter_model.safetensors").write_bytes(b"other weights")
+    assert push(folder, target) != first
+    assert registry.uploads == sent + 1
+
+
+def test_a_model_is_every_plain_file_of_its_folder(tmp_path: Path, registry: SmallRegistry) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", ".hidden"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder").mkdir()
+    push(tmp_path, f"{registry.host}/demo/base:1")
+    manifest = json.loads(registry.manifests["demo/base:1"])
+    assert manifest["artifactType"] == MODEL_TYPE
+    titles = [layer["annotations"][TITLE] for layer in manifest["layers"]]
+    assert titles == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path, registry: SmallRegistry) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(PushError, match="safetensors"):
+        push(tmp_path, f"{registry.host}/demo/base:1")
+    assert registry.uploads == 0
+
+
+def test_a_registry_that_refuses_is_named(tmp_path: Path, registry: SmallRegistry) -> None:
+    registry.refuse_uploads = True
+    with pytest.raises(PushError):
+        push(adapter(tmp_path / "a"), f"{registry.host}/demo/routing:1")
+    assert registry.manifests == {}
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [("127.0.0.1:5000", True), ("localhost:5000", True), ("localhost", True), ("registry.example:5000", False)],
+)
+def test_plain_http_is_for_this_machine(host: str, answer: bool) -> None:
+    assert is_this_machine(host) is answer
