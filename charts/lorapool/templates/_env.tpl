@@ -1,13 +1,17 @@
 {{/* Where artifacts come from: plain settings and credentials, alike for the operator, which judges sources, and for
      the runtimes, which fetch them. A key that the Secret lacks is left out. */}}
 {{- define "lorapool.env.artifacts" -}}
-{{- $env := .Values.artifactEnv -}}
-{{- with .Values.artifactCredentials -}}
-{{- if .existingSecret -}}
-{{- range $key := .keys -}}
-{{- $ref := dict "name" $.Values.artifactCredentials.existingSecret "key" $key "optional" true -}}
-{{- $env = append $env (dict "name" $key "valueFrom" (dict "secretKeyRef" $ref)) -}}
+{{- $artifacts := .Values.artifacts -}}
+{{- $env := list -}}
+{{- with $artifacts.insecureRegistries -}}
+{{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- $env = concat $env $artifacts.env -}}
+{{- with $artifacts.credentials.existingSecret -}}
+{{- $secret := . -}}
+{{- range $key := $artifacts.credentials.keys -}}
+{{- $ref := dict "name" $secret "key" $key "optional" true -}}
+{{- $env = append $env (dict "name" $key "valueFrom" (dict "secretKeyRef" $ref)) -}}
 {{- end -}}
 {{- end -}}
 {{- toJson $env -}}

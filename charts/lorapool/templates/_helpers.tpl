@@ -60,7 +60,7 @@ annotations:
 {{- if $image.digest -}}
 {{- printf "%s@%s" $name $image.digest -}}
 {{- else -}}
-{{- printf "%s:%s" $name (default $root.Chart.AppVersion $image.tag) -}}
+{{- printf "%s:%s" $name (coalesce $image.tag $root.Values.image.tag $root.Chart.AppVersion) -}}
 {{- end -}}
 {{- end -}}
 

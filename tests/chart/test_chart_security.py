@@ -1,0 +1,220 @@
+"""Pod security, rights, secrets and networks of what the chart renders."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chart_kit import NAMESPACE, Manifest, of_kind, pod_of, render, restricted_violations
+
+GOLDEN = Path(__file__).parent / "golden_rbac.json"
+NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-a", "team-b"], "apiKeys": {"namespace": "lorapool-keys"}}
+CLUSTER: dict[str, Any] = {"scope": "cluster", "apiKeys": {"namespace": "lorapool-keys"}}
+
+
+def grants(manifests: list[Manifest]) -> dict[str, list[str]]:
+    """Component → one line per right: where, what, which verbs."""
+    roles = {
+        (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]): manifest["rules"]
+        for manifest in manifests
+        if manifest["kind"] in {"Role", "ClusterRole"}
+    }
+    result: dict[str, list[str]] = {}
+    for manifest in manifests:
+        if manifest["kind"] not in {"RoleBinding", "ClusterRoleBinding"}:
+            continue
+        [subject] = manifest["subjects"]
+        assert subject["namespace"] == NAMESPACE
+        namespace = manifest["metadata"].get("namespace")
+        reference = manifest["roleRef"]
+        rules = roles[(reference["kind"], namespace, reference["name"])]
+        for rule in rules:
+            for group in rule["apiGroups"]:
+                for resource in rule["resources"]:
+                    what = f"{resource}.{group}" if group else resource
+                    named = f" named {','.join(rule['resourceNames'])}" if "resourceNames" in rule else ""
+                    where = f"in {namespace}" if namespace else "in every namespace"
+                    line = f"{where}: {' '.join(rule['verbs'])} {what}{named}"
+                    result.setdefault(subject["name"], []).append(line)
+    return {name: sorted(lines) for name, lines in sorted(result.items())}
+
+
+def test_the_rights_are_exactly_the_golden_ones() -> None:
+    # To accept a change: write `actual` into golden_rbac.json and say in the commit why the right is needed.
+    actual = {"namespaced": grants(render(NAMESPACED)), "cluster": grants(render(CLUSTER))}
+
+    assert actual == json.loads(GOLDEN.read_text()), json.dumps(actual, indent=2)
+
+
+@pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
+def test_no_right_is_a_wildcard_or_an_escalation(values: dict[str, Any]) -> None:
+    for manifest in render(values):
+        for rule in manifest.get("rules", []) if manifest["kind"] in {"Role", "ClusterRole"} else []:
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+            assert not {"escalate", "bind", "impersonate"} & set(rule["verbs"])
+            assert not any(r.startswith(("pods/", "roles", "serviceaccounts")) for r in rule["resources"])
+
+
+@pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
+def test_only_the_gateway_reads_secrets_and_only_where_the_keys_are(values: dict[str, Any]) -> None:
+    secrets = {name: [line for line in lines if " secrets" in line] for name, lines in grants(render(values)).items()}
+
+    assert secrets["lorapool-operator"] == []
+    assert secrets["lorapool-gateway"] == ["in lorapool-keys: list watch secrets"]
+
+
+def test_namespaced_mode_grants_nothing_across_the_cluster() -> None:
+    manifests = render(NAMESPACED)
+
+    assert not of_kind(manifests, "ClusterRoleBinding")
+    for role in of_kind(manifests, "ClusterRole").values():
+        assert any(label.startswith("rbac.authorization.k8s.io/aggregate-to-") for label in role["metadata"]["labels"])
+
+
+def test_view_reads_and_edit_writes_the_objects() -> None:
+    roles = of_kind(render(), "ClusterRole")
+    view, edit = roles[f"{NAMESPACE}-lorapool-view"], roles[f"{NAMESPACE}-lorapool-edit"]
+
+    assert {verb for rule in view["rules"] for verb in rule["verbs"]} == {"get", "list", "watch"}
+    assert "rbac.authorization.k8s.io/aggregate-to-view" not in edit["metadata"]["labels"]
+    assert not any("status" in resource for rule in edit["rules"] for resource in rule["resources"])
+
+
+@pytest.mark.parametrize("values", [{}, CLUSTER, {"test": {"apiKeySecret": {"name": "key"}}}])
+def test_every_pod_passes_pod_security_restricted(values: dict[str, Any]) -> None:
+    pods = {m["metadata"]["name"]: pod for m in render(values) if (pod := pod_of(m))}
+
+    assert set(pods) == {"lorapool-operator", "lorapool-gateway", "lorapool-test"}
+    for name, pod in pods.items():
+        assert restricted_violations(pod["spec"]) == [], name
+
+
+def test_the_judge_of_pod_security_finds_what_is_wrong() -> None:
+    found = restricted_violations(
+        {
+            "hostNetwork": True,
+            "volumes": [{"name": "root", "hostPath": {"path": "/"}}],
+            "containers": [{"name": "c", "securityContext": {"privileged": True}, "ports": [{"hostPort": 80}]}],
+        }
+    )
+
+    assert len(found) == 11
+
+
+def test_only_processes_that_call_the_api_server_get_a_token() -> None:
+    manifests = render()
+    for account in of_kind(manifests, "ServiceAccount").values():
+        assert account["automountServiceAccountToken"] is False
+    mounted = {m["metadata"]["name"]: p["spec"]["automountServiceAccountToken"] for m in manifests if (p := pod_of(m))}
+    assert mounted == {"lorapool-operator": True, "lorapool-gateway": True, "lorapool-test": False}
+
+
+def test_the_master_token_has_256_random_bits_and_stands_nowhere_else() -> None:
+    tokens = set()
+    for nonce in range(2):
+        manifests = render(nonce=nonce)
+        [secret] = of_kind(manifests, "Secret").values()
+        token = base64.b64decode(secret["data"]["token"]).decode()
+        assert len(bytes.fromhex(token)) == 32
+        rest = json.dumps([manifest for manifest in manifests if manifest["kind"] != "Secret"])
+        assert token not in rest
+        assert secret["data"]["token"] not in rest
+        tokens.add(token)
+    assert len(tokens) == 2
+
+
+def test_a_secret_of_ones_own_replaces_the_made_one() -> None:
+    manifests = render({"runtimeToken": {"existingSecret": "mine", "key": "master"}})
+
+    assert not of_kind(manifests, "Secret")
+    for name in ("lorapool-operator", "lorapool-gateway"):
+        pod = pod_of(of_kind(manifests, "Deployment")[name])
+        assert pod is not None
+        [volume] = [item["secret"] for item in pod["spec"]["volumes"] if "secret" in item]
+        assert volume["secretName"] == "mine"
+        assert volume["items"] == [{"key": "master", "path": "token"}]
+
+
+def test_credentials_are_only_ever_references() -> None:
+    manifests = render({"artifacts": {"credentials": {"existingSecret": "hub", "keys": ["HF_TOKEN"]}}})
+    profiles = of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"]
+    operator = pod_of(of_kind(manifests, "Deployment")["lorapool-operator"])
+    gateway = pod_of(of_kind(manifests, "Deployment")["lorapool-gateway"])
+    assert operator is not None
+    assert gateway is not None
+    reference = {
+        "name": "HF_TOKEN",
+        "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN", "optional": True}},
+    }
+
+    assert reference in operator["spec"]["containers"][0]["env"]
+    assert "secretKeyRef" in profiles
+    assert "HF_TOKEN" not in json.dumps(gateway), "the gateway fetches nothing"
+
+
+# --- networks ----------------------------------------------------------------------------
+
+
+def test_every_pod_of_the_release_starts_from_default_deny() -> None:
+    manifests = render()
+    deny = of_kind(manifests, "NetworkPolicy")["lorapool-default-deny"]["spec"]
+
+    assert deny["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in deny
+    assert "egress" not in deny
+    for manifest in manifests:
+        if pod := pod_of(manifest):
+            assert deny["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_each_component_is_selected_by_its_own_policy() -> None:
+    manifests = render()
+    policies = of_kind(manifests, "NetworkPolicy")
+    for component in ("operator", "gateway", "test"):
+        selector = policies[f"lorapool-{component}"]["spec"]["podSelector"]["matchLabels"]
+        chosen = [
+            m["metadata"]["name"]
+            for m in manifests
+            if (p := pod_of(m)) and selector.items() <= p["metadata"]["labels"].items()
+        ]
+        assert chosen == [f"lorapool-{component}"]
+
+
+def test_runtimes_of_every_watched_namespace_are_reached_by_gateway_and_operator_only() -> None:
+    policies = of_kind(render(NAMESPACED), "NetworkPolicy")
+    for namespace in ("team-a", "team-b"):
+        spec = policies[f"{namespace}/lorapool-runtimes"]["spec"]
+        assert spec["podSelector"]["matchExpressions"] == [{"key": "lorapool.dev/base", "operator": "Exists"}]
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
+        [inference, metrics] = spec["ingress"]
+        assert [port["port"] for port in inference["ports"]] == [8000]
+        assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in inference["from"]] == [
+            "gateway",
+            "operator",
+        ]
+        for peer in inference["from"]:
+            assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+        assert [port["port"] for port in metrics["ports"]] == [9090]
+
+
+@pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
+def test_no_pod_reaches_the_credentials_of_its_node(values: dict[str, Any]) -> None:
+    for name, policy in of_kind(render(values), "NetworkPolicy").items():
+        for rule in policy["spec"].get("egress", []):
+            assert "to" in rule, f"{name} may go anywhere"
+            for peer in rule["to"]:
+                block = peer.get("ipBlock", {})
+                if block.get("cidr") == "0.0.0.0/0":
+                    assert "169.254.0.0/16" in block["except"], name
+
+
+def test_cluster_mode_covers_the_namespaces_it_is_told() -> None:
+    policies = of_kind(render({**CLUSTER, "networkPolicy": {"runtimeNamespaces": ["one", "two"]}}), "NetworkPolicy")
+
+    assert {name for name in policies if name.endswith("-runtimes")} == {
+        "one/lorapool-runtimes",
+        "two/lorapool-runtimes",
+    }

@@ -1,0 +1,131 @@
+"""The environment and files that the chart gives are read by the real settings models of the processes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from chart_kit import CHART, NAMESPACE, environment, of_kind, pod_of, render
+
+from lorapool_gateway import settings as gateway_settings
+from lorapool_operator import profiles as operator_profiles
+from lorapool_operator import settings as operator_settings
+
+NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-b", "team-a"]}
+CLUSTER: dict[str, Any] = {"scope": "cluster"}
+
+
+def test_the_gateway_starts_with_what_the_chart_gives() -> None:
+    settings = gateway_settings.read_settings(environment(render({"apiKeys": {"namespace": "keys"}}), "gateway"))
+
+    assert settings.namespaces == frozenset({NAMESPACE})
+    assert settings.keys_namespace == "keys"
+
+
+def test_the_operator_starts_with_what_the_chart_gives() -> None:
+    settings = operator_settings.read_settings(environment(render(), "operator"))
+
+    assert settings.namespaces == frozenset({NAMESPACE})
+    assert settings.own_namespace == NAMESPACE
+    assert settings.identity == "lorapool-operator-abc"
+
+
+@pytest.mark.parametrize(("values", "watched"), [(NAMESPACED, frozenset({"team-a", "team-b"})), (CLUSTER, None)])
+def test_gateway_and_operator_watch_the_same_namespaces(values: dict[str, Any], watched: frozenset[str] | None) -> None:
+    manifests = render(values)
+
+    assert gateway_settings.read_settings(environment(manifests, "gateway")).namespaces == watched
+    assert operator_settings.read_settings(environment(manifests, "operator")).namespaces == watched
+
+
+def test_the_charts_defaults_are_the_codes_defaults() -> None:
+    """A value left alone must mean the same as a process started by hand."""
+    manifests = render()
+    gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
+    operator = operator_settings.read_settings(environment(manifests, "operator"))
+    # Tracked adapters: one bound for all processes, told apart by no one.
+    differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
+    differs |= {"max_tracked_adapters"}
+
+    for settings in (gateway, operator):
+        for name, field in type(settings).model_fields.items():
+            if name not in differs:
+                assert getattr(settings, name) == field.default, name
+
+
+def test_files_are_mounted_where_the_settings_look() -> None:
+    manifests = render()
+    for component, settings in (
+        ("gateway", gateway_settings.read_settings(environment(manifests, "gateway"))),
+        ("operator", operator_settings.read_settings(environment(manifests, "operator"))),
+    ):
+        pod = pod_of(of_kind(manifests, "Deployment")[f"lorapool-{component}"])
+        assert pod is not None
+        container = pod["spec"]["containers"][0]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert mounts[str(settings.master_token_file.parent)] == "runtime-token"
+        if isinstance(settings, operator_settings.Settings):
+            assert mounts[str(settings.profiles_file.parent)] == "runtime-profiles"
+            assert settings.profiles_file.name in of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports["metrics"] == settings.metrics_port
+
+
+def test_the_lease_the_operator_takes_is_the_one_its_role_names() -> None:
+    manifests = render({"fullnameOverride": "second"}, release="lorapool")
+    deployment = of_kind(manifests, "Deployment")["second-operator"]
+    env = {item["name"]: item.get("value") for item in deployment["spec"]["template"]["spec"]["containers"][0]["env"]}
+    role = of_kind(manifests, "Role")["second-operator-lease"]
+
+    assert role["rules"][0]["resourceNames"] == [env["LORAPOOL_OPERATOR_LEASE_NAME"]]
+
+
+def profiles(values: dict[str, Any]) -> operator_profiles.Profiles:
+    text = of_kind(render(values), "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"]
+    return operator_profiles.parse_profiles(text, origin="chart")
+
+
+def test_the_default_profiles_are_read_by_the_operator() -> None:
+    assert set(profiles({})) == {"default"}
+
+
+def test_the_gpu_example_in_the_comments_is_read_by_the_operator() -> None:
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    start = lines.index("  # gpu:")
+    end = next(number for number in range(start, len(lines)) if not lines[number].startswith("  #"))
+    example = yaml.safe_load("\n".join(line[4:] for line in lines[start:end]))
+
+    read = profiles({"runtimeProfiles": example})
+
+    assert set(read) == {"default", "gpu"}
+    assert read["gpu"].resources["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_every_field_of_a_profile_is_known_to_schema_and_operator() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["$defs"]["profile"]["properties"]
+    fields = {str(field.alias) for field in operator_profiles.RuntimeProfile.model_fields.values()}
+
+    assert set(schema) == fields
+
+
+def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() -> None:
+    read = profiles(
+        {
+            "imagePullSecrets": [{"name": "pull"}],
+            "artifacts": {
+                "insecureRegistries": ["one:5000", "two"],
+                "env": [{"name": "HF_ENDPOINT", "value": "http://hub"}],
+                "credentials": {"existingSecret": "hub", "keys": ["HF_TOKEN"]},
+            },
+            "runtimeProfiles": {"own": {"env": [{"name": "A", "value": "b"}], "imagePullSecrets": ["other"]}},
+        }
+    )
+
+    for profile in read.values():
+        assert profile.env[0] == {"name": "LORAPOOL_OCI_INSECURE_HOSTS", "value": "one:5000,two"}
+        assert [item["name"] for item in profile.env][1:3] == ["HF_ENDPOINT", "HF_TOKEN"]
+    assert read["default"].image_pull_secrets == ("pull",)
+    assert read["own"].image_pull_secrets == ("other",)
+    assert read["own"].env[-1] == {"name": "A", "value": "b"}
