@@ -1,0 +1,3 @@
+module lorapool.dev/hack/cluster/pause
+
+go 1.24.0

