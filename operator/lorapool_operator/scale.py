@@ -93,9 +93,7 @@ def _starting(
     return ScaleDecision(current, "starting", ScaleMemory(), give_up_at if current > lowest else None)
 
 
-def _down(
-    current: int, needed: int, why: str, scaling: Scaling, memory: ScaleMemory, now: float
-) -> ScaleDecision:
+def _down(current: int, needed: int, why: str, scaling: Scaling, memory: ScaleMemory, now: float) -> ScaleDecision:
     if needed >= current:
         return ScaleDecision(current, why, ScaleMemory(), None)
     since = memory.low_since_unix_s if memory.low_since_unix_s is not None else now

@@ -205,7 +205,7 @@ class _Object(Protocol):
 
 
 T = TypeVar("T", bound=_Object)
-I = TypeVar("I", bound=Hashable)
+At = TypeVar("At", bound=Hashable)
 
 
 @dataclass
@@ -300,7 +300,7 @@ class Store:
             _discard(self._aliases, (item.meta.namespace, item.spec.alias), item.key)
 
 
-def _discard(index: dict[I, set[Key]], at: I, member: Key) -> None:
+def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
     members = index.get(at)
     if members is not None:
         members.discard(member)
@@ -318,6 +318,7 @@ def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         meta = raw.get("metadata") or {}
         log.warning(
-            "object cannot be read", extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": str(error)}
+            "object cannot be read",
+            extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": str(error)},
         )
         return None

@@ -27,13 +27,17 @@ COUNTERS = (
 MAX_PARTS = 100
 
 
-def fold(previous: UsageStatus | None, reports: Iterable[UsagePart], gone_boots: Iterable[str], now: str) -> UsageStatus:
+def fold(
+    previous: UsageStatus | None, reports: Iterable[UsagePart], gone_boots: Iterable[str], now: str
+) -> UsageStatus:
     """New totals. `reports`: latest of each process; `gone_boots`: processes that will not report again."""
     before = previous or UsageStatus()
     shares = {part.boot_id: part for part in before.parts}
     totals: dict[str, float] = {name: getattr(before, name) for name in COUNTERS}
     for report in _latest(reports):
         share = shares.get(report.boot_id)
+        if share is None and not any(getattr(report, name) for name in COUNTERS):
+            continue  # registered but never used: nothing to remember
         for name in COUNTERS:
             totals[name] += _increase(getattr(report, name), getattr(share, name) if share else 0)
         shares[report.boot_id] = report
@@ -62,9 +66,7 @@ def _latest(reports: Iterable[UsagePart]) -> list[UsagePart]:
 
 def _rounded(part: UsagePart) -> UsagePart:
     """Milliseconds are enough, and keep a share equal to itself after its way through JSON."""
-    return part.model_copy(
-        update={name: _tidy(getattr(part, name)) for name in ("load_seconds", "residency_seconds")}
-    )
+    return part.model_copy(update={name: _tidy(getattr(part, name)) for name in ("load_seconds", "residency_seconds")})
 
 
 def _increase(now: float, before: float) -> float:
