@@ -1,70 +1,238 @@
 """The engine: one thread that owns torch, a queue of commands to it, and the step loop.
 
-`adapters` and `server` call it from the event loop through `interface.Engine`; they never touch torch.
-Work in progress: the constructor and its configuration are settled, the body follows.
+`adapters` and `server` call it from the event loop through `interface.Engine`; they never touch torch. Commands
+(submit, cancel, load, unload) take effect between two steps, in the order they were given, and need no other request
+to drain. When the thread dies every request ends with an error and `observe().healthy` turns False: the process
+should end then, nothing here restarts itself.
+
+    EngineStoppedError   the engine was asked to work after stop() or its thread's death
+    SlotInUseError       load or unload of a slot that still has requests
 """
 
 from __future__ import annotations
 
+import logging
+import queue
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
-from lorapool_runtime.interface import EngineStats, GenerationRequest, HostAdapter, LoadOutcome, ModelFacts, TokenSink
+import torch
+
+from lorapool_runtime.adapter_file import read_adapter
+from lorapool_runtime.config import EngineConfig
+from lorapool_runtime.core import Core, SlotInUseError, ending
+from lorapool_runtime.cores import usable_cores
+from lorapool_runtime.interface import (
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    HostAdapter,
+    LoadOutcome,
+    ModelFacts,
+    TokenOutput,
+    TokenSink,
+)
+
+__all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """All an engine needs to know before it starts."""
-
-    model_dir: str
-    """Local folder with config.json and *.safetensors of the base."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: int | None = None
-    """Tokens of prompt and completion together; None: what the model was made for."""
-    max_rank: int = 64
-    slots: int = 8
-    """Adapters on the device at one time."""
-    max_batch: int = 32
-    """Sequences computed in one step at most."""
-    kv_bytes: int | None = None
-    """Budget of the KV cache; None: a share of the memory that is free after loading the base."""
-    max_batch_tokens: int = 512
-    """Tokens computed in one step at most: bounds how long a long prompt delays the others."""
-    threads: int | None = None
-    """CPU threads of torch; None: the cores this process may use (affinity and cgroup)."""
+class EngineStoppedError(RuntimeError):
+    """The engine is not running: it was not started, was stopped, or its thread died."""
 
 
 class TorchEngine:
+    """`interface.Engine` on torch. `start` blocks until the base is loaded; everything else returns at once."""
+
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # guards _alive and _sinks, the two things callers and the thread share
+        self._alive = False
+        self._sinks: dict[str, TokenSink] = {}
+        self._stats = EngineStats(0, 0, 0, 0, config.slots, 0, 0, 0, healthy=True, device_bytes=0)
+        # below: set once by the engine thread, touched by it alone
+        self._core: Core | None = None
 
     @property
     def facts(self) -> ModelFacts:
-        raise NotImplementedError
+        return self._loaded().facts
 
     def start(self) -> None:
         """Starts the engine thread and returns when the base is loaded; raises what loading it raised."""
-        raise NotImplementedError
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
+        self._thread.start()
+        ready.result()
 
     def stop(self, timeout_s: float) -> None:
-        raise NotImplementedError
+        """Ends every request with CANCELLED and the thread with it."""
+        with self._lock:
+            self._alive = False
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._commands.put(_nothing)  # wakes it
+            self._thread.join(timeout_s)
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
-        raise NotImplementedError
+        core = self._loaded()
+        limit = min(max_rank, self.config.max_rank)
+        return read_adapter(Path(folder), core.base.groups, dtype=core.facts.dtype, max_rank=limit)
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
-        raise NotImplementedError
+        core = self._loaded()
+        return self._ask(lambda: core.load(slot, adapter))
 
     def unload(self, slot: int) -> Future[int]:
-        raise NotImplementedError
+        core = self._loaded()
+        return self._ask(lambda: core.unload(slot))
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
-        raise NotImplementedError
+        core = self._loaded()
+        core.check(request)
+        with self._lock:
+            if request.request_id in self._sinks:
+                raise ValueError(f"request {request.request_id} is running already")
+            alive = self._alive
+            if alive:
+                self._sinks[request.request_id] = sink
+                self._commands.put(lambda: self._deliver(core.add(request)))
+        if not alive:
+            sink(ending(request, 0, FinishReason.ERROR, "the engine is not running"))
 
     def cancel(self, request_id: str) -> None:
-        raise NotImplementedError
+        core = self._loaded()
+        with self._lock:
+            known = self._alive and request_id in self._sinks
+        if known:
+            self._commands.put(lambda: self._deliver(core.end(request_id, FinishReason.CANCELLED)))
 
     def observe(self) -> EngineStats:
-        raise NotImplementedError
+        return self._stats
+
+    # --- the engine thread -------------------------------------------------------------------
+
+    def _run(self, ready: Future[None]) -> None:
+        try:
+            torch.set_num_threads(self.config.threads or usable_cores())
+            with torch.no_grad():
+                self._core = core = Core(self.config)
+        except BaseException as error:
+            self._stats = _unhealthy(self._stats)
+            ready.set_exception(error)
+            return
+        self._publish(core)
+        self._alive = True
+        ready.set_result(None)
+        try:
+            with torch.inference_mode():
+                self._loop(core)
+        except BaseException:
+            log.exception("the engine thread died")
+            self._stats = _unhealthy(self._stats)
+            self._end_all(core, FinishReason.ERROR, "the engine failed")
+        else:
+            self._end_all(core, FinishReason.CANCELLED, None)
+
+    def _loop(self, core: Core) -> None:
+        while self._alive:
+            self._take_commands(wait=not core.scheduler.has_work)
+            if core.scheduler.has_work:
+                outputs = core.step()
+                self._publish(core)
+                self._deliver(outputs)
+            else:
+                self._publish(core)
+
+    def _take_commands(self, *, wait: bool) -> None:
+        try:
+            command = self._commands.get(block=wait)
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _ask(self, act: Callable[[], T]) -> Future[T]:
+        """Runs `act` in the engine thread between two steps; its exception is the caller's, not the thread's."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if not self._alive:
+                future.set_exception(EngineStoppedError("the engine is not running"))
+                return
+            try:
+                result = act()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                self._publish(self._loaded())
+                future.set_result(result)
+
+        with self._lock:
+            alive = self._alive
+            if alive:
+                self._commands.put(run)
+        if not alive:
+            future.set_exception(EngineStoppedError("the engine is not running"))
+        return future
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            with self._lock:
+                sink = self._sinks.get(output.request_id)
+                if output.finish_reason is not None:
+                    self._sinks.pop(output.request_id, None)
+            if sink is None:
+                continue
+            try:
+                sink(output)
+            except Exception:
+                log.exception("the sink of a request failed", extra={"request_id": output.request_id})
+                if output.finish_reason is None:
+                    with self._lock:
+                        self._sinks.pop(output.request_id, None)
+                    self._loaded().end(output.request_id, FinishReason.CANCELLED)
+
+    def _end_all(self, core: Core, reason: FinishReason, message: str | None) -> None:
+        with self._lock:
+            self._alive = False
+        self._take_commands(wait=False)  # what was queued before: submits join the others, futures get their exception
+        try:
+            self._deliver(core.end_all(reason, message))
+            if self._stats.healthy:
+                self._publish(core)
+        finally:
+            self._abandon_sinks(message)
+
+    def _abandon_sinks(self, message: str | None) -> None:
+        """Whoever still waits when even ending the requests failed."""
+        with self._lock:
+            left = list(self._sinks)
+        error = TokenOutput("", None, False, 0, 0, finish_reason=FinishReason.ERROR, error=message)
+        self._deliver([replace(error, request_id=request_id) for request_id in left])
+
+    def _publish(self, core: Core) -> None:
+        self._stats = core.stats()
+
+    def _loaded(self) -> Core:
+        if self._core is None:
+            raise EngineStoppedError("the engine was not started")
+        return self._core
+
+
+def _unhealthy(stats: EngineStats) -> EngineStats:
+    return replace(stats, healthy=False)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,201 @@
+"""Attention of a mixed batch over each request's own paged keys and values.
+
+`model` registers `forward` with transformers' public AttentionInterface; the batch to attend over travels through
+the model's keyword arguments (`ATTENTION_KWARG`), so there is no global state. Grouped queries, sliding windows and
+logit soft caps are computed; whatever else an architecture passes (sinks, biases) is refused when the model loads,
+never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorapool_runtime.blocks import NULL_BLOCK
+from lorapool_runtime.kv import KVPool
+from lorapool_runtime.scheduler import Chunk, StepPlan
+
+NAME = "lorapool_paged"
+ATTENTION_KWARG = "lorapool_attention"
+
+_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache"})
+
+
+class UnsupportedAttentionError(ValueError):
+    """The base asks for a kind of attention that this engine does not compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer wants, as seen in the probe."""
+
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    softcap: float | None
+
+
+class Attention(Protocol):
+    """Where a layer's queries find their keys: the paged batch, or the probe that looks at the model."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [1, heads, tokens, head_dim]; k, v: [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
+        ...
+
+
+def forward(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls every attention function with."""
+    attention: Attention | None = rest.pop(ATTENTION_KWARG, None)
+    if attention is None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
+    unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS)
+    if unknown or attention_mask is not None or dropout:
+        named = ", ".join(unknown) or ("attention_mask" if attention_mask is not None else "dropout")
+        raise UnsupportedAttentionError(f"{type(module).__name__} asks for {named}, which this engine does not compute")
+    layer: int = module.layer_idx  # type: ignore[assignment]  # set by every transformers attention module
+    wants = LayerAttention(kv_heads=k.shape[1], head_dim=k.shape[3], window=sliding_window, softcap=softcap)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.attend(layer, q, k, v, scale, wants), None
+
+
+class ProbeAttention:
+    """Plain causal attention of one fresh sequence that writes down what every layer wants."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        if layer in self.layers:
+            raise UnsupportedAttentionError(f"two attention modules call themselves layer {layer}")
+        if v.shape != k.shape:
+            raise UnsupportedAttentionError(f"layer {layer} has keys {tuple(k.shape)} but values {tuple(v.shape)}")
+        self.layers[layer] = wants
+        return _prefill(q, k, v, 0, scale, wants).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A prefill chunk: rows [begin, end) of the batch, the sequence's tokens from `start` on."""
+
+    begin: int
+    end: int
+    start: int
+    blocks: Tensor  # [n]; of the whole sequence up to the chunk's end
+
+
+class PagedAttention:
+    """One step: the decoding rows first, all at once; then each prefill chunk by itself."""
+
+    def __init__(self, pool: KVPool, plan: StepPlan) -> None:
+        self.pool = pool
+        device, size = pool.data.device, pool.block_size
+        self.positions = torch.tensor(
+            [p for chunk in plan.chunks for p in _flat_positions(chunk, size)], device=device
+        )  # [tokens]
+        self.decoding = len(plan.decodes)
+        self._masks: dict[int | None, Tensor] = {}
+        if plan.decodes:
+            width = max(-(-(c.start + 1) // size) for c in plan.decodes)
+            tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
+            self.blocks = torch.tensor(tables, device=device).view(-1)  # [decoding * width]
+            self.last = torch.tensor([[c.start] for c in plan.decodes], device=device)  # [decoding, 1]
+            self.context = torch.arange(width * size, device=device)  # [width * block_size]
+        self.segments: list[_Segment] = []
+        begin = self.decoding
+        for chunk in plan.prefills:
+            end = begin + chunk.num_tokens
+            held = chunk.sequence.block_table[: -(-(chunk.start + chunk.num_tokens) // size)]
+            self.segments.append(_Segment(begin, end, chunk.start, torch.tensor(held, device=device)))
+            begin = end
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        self.pool.write(layer, self.positions, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        parts = [self._decode(layer, q, scale, wants)] if self.decoding else []
+        parts += [self._segment(segment, layer, q, k, v, scale, wants) for segment in self.segments]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
+
+    def _decode(self, layer: int, q: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        n, heads, dim = self.decoding, q.shape[1], q.shape[3]
+        keys, values = self.pool.gather(layer, self.blocks, n)
+        # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
+        grouped = q[0, :, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
+        out = _attend(grouped, keys, values, self._decode_mask(wants.window, q.dtype), scale, wants.softcap)
+        return out.reshape(n, heads, dim)
+
+    def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[decoding, 1, 1, context]; the same for all layers of one window."""
+        mask = self._masks.get(window)
+        if mask is None:
+            mask = _additive(_visible(self.last, self.context, window), dtype)[:, None, None]
+            self._masks[window] = mask
+        return mask
+
+    def _segment(
+        self, s: _Segment, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention
+    ) -> Tensor:
+        queries, keys, values = q[:, :, s.begin : s.end], k[:, :, s.begin : s.end], v[:, :, s.begin : s.end]
+        if s.start:
+            keys, values = self.pool.gather(layer, s.blocks, 1)
+            length = s.start + s.end - s.begin
+            keys, values = keys[:, :, :length], values[:, :, :length]
+        return _prefill(queries, keys, values, s.start, scale, wants)[0].transpose(0, 1)
+
+
+def _flat_positions(chunk: Chunk, block_size: int) -> list[int]:
+    table = chunk.sequence.block_table
+    return [
+        table[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.start + chunk.num_tokens)
+    ]
+
+
+def _padded(table: list[int], width: int) -> list[int]:
+    return table[:width] + [NULL_BLOCK] * (width - len(table))
+
+
+def _visible(at: Tensor, context: Tensor, window: int | None) -> Tensor:
+    """at: [rows, 1], context: [length] -> [rows, length]: what the token at a position may see."""
+    seen = context <= at
+    return seen if window is None else seen & (context > at - window)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, wants: LayerAttention) -> Tensor:
+    """q: [1, heads, n, head_dim], k, v: [1, kv_heads, start + n, head_dim] -> [1, heads, n, head_dim]."""
+    n, length = q.shape[2], k.shape[2]
+    if start == 0 and wants.softcap is None and (wants.window is None or n <= wants.window):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    at = torch.arange(start, length, device=q.device)[:, None]
+    mask = _additive(_visible(at, torch.arange(length, device=q.device), wants.window), q.dtype)
+    group = q.shape[1] // wants.kv_heads
+    folded = q.reshape(1, wants.kv_heads, group * n, q.shape[3])
+    return _attend(folded, k, v, mask.repeat(group, 1), scale, wants.softcap).reshape(q.shape)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """q: [rows, kv_heads, queries, head_dim], k, v: [rows, kv_heads, length, head_dim]; mask broadcasts over heads."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / softcap)) * softcap + mask
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]

@@ -1,0 +1,41 @@
+"""What an engine needs to know before it starts. The server's settings become one of these; the engine reads it only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All an engine needs to know before it starts."""
+
+    model_dir: str
+    """Local folder with config.json and *.safetensors of the base."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as stored, but float32 on a CPU that would only emulate the stored 16-bit type."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = None
+    """Tokens of prompt and completion together; None: what the model was made for."""
+    max_rank: int = 64
+    slots: int = 8
+    """Adapters on the device at one time."""
+    max_batch: int = 32
+    """Sequences computed in one step at most."""
+    kv_bytes: int | None = None
+    """Budget of the KV cache; None: a share of the memory that is free after loading the base."""
+    max_batch_tokens: int = 512
+    """Tokens computed in one step at most: bounds how long a long prompt delays the others."""
+    threads: int | None = None
+    """CPU threads of torch; None: the cores this process may use (affinity and cgroup)."""
+    kv_block_tokens: int = 16
+    """Tokens per KV block: the unit in which memory is given to requests."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rank", "slots", "max_batch", "max_batch_tokens", "kv_block_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_batch > self.max_batch_tokens:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch})"
+            )

@@ -1,0 +1,264 @@
+"""What lives in the engine thread: the base, the memory and the requests; `step()` is one turn of it.
+
+`engine` alone calls it, and only from its thread (`check` excepted: it reads what never changes). It knows no queue,
+no lock and no sink: everything it has to tell is a returned list of outputs.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import torch
+
+from lorapool_runtime.adapter_file import PackedAdapter
+from lorapool_runtime.blocks import BlockAllocator
+from lorapool_runtime.config import EngineConfig
+from lorapool_runtime.cores import usable_memory_bytes
+from lorapool_runtime.interface import (
+    BASE_SLOT,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    HostAdapter,
+    LoadOutcome,
+    ModelFacts,
+    TokenOutput,
+)
+from lorapool_runtime.kv import KVPool
+from lorapool_runtime.model import Base, load_base
+from lorapool_runtime.runner import Runner
+from lorapool_runtime.sampling import Sampled, SampleRow, check_params, sample
+from lorapool_runtime.scheduler import Scheduler, StepPlan
+from lorapool_runtime.sequence import Sequence
+from lorapool_runtime.slabs import Slabs
+
+_KV_SHARE = 0.4
+"""Of the memory left after loading the base, unless `kv_bytes` says otherwise; the rest is for adapters and work."""
+
+
+class SlotInUseError(RuntimeError):
+    """The slot still has requests; whoever assigns slots must wait for them."""
+
+
+class Core:
+    def __init__(self, config: EngineConfig) -> None:
+        device = torch.device(config.device if config.device != "auto" else _best_device())
+        self.base: Base = load_base(config.model_dir, dtype=config.dtype, device=device)
+        self.slabs = Slabs(
+            self.base.groups, slots=config.slots, max_rank=config.max_rank, dtype=self.base.dtype, device=device
+        )
+        self.base.lora.slabs = self.slabs
+        max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
+        self.pool = _make_pool(config, self.base, max_model_len)
+        self.runner = Runner(self.base, self.pool)
+        with torch.inference_mode():
+            self.runner.self_check()
+        blocks = self.pool.data.shape[2] - 1
+        self.scheduler = Scheduler(
+            BlockAllocator(blocks, config.kv_block_tokens),
+            max_batch=config.max_batch,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        self.facts = ModelFacts(
+            max_model_len=max_model_len,
+            vocab_size=self.base.vocab_size,
+            dtype=str(self.base.dtype).removeprefix("torch."),
+            eos_token_ids=self.base.eos_token_ids,
+            targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
+            weight_bytes=self.base.weight_bytes,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._salts: list[str | None] = [None] * config.slots
+        self._slot_bytes = [0] * config.slots
+        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    # --- requests ---
+
+    def check(self, request: GenerationRequest) -> None:
+        """Called in the caller's thread: reads only what never changes."""
+        prompt, params, facts = request.prompt_ids, request.sampling, self.facts
+        check_params(params, facts.vocab_size)
+        if not prompt:
+            raise ValueError("the prompt has no tokens")
+        if len(prompt) + params.max_tokens > facts.max_model_len:
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed "
+                f"the model's {facts.max_model_len} tokens"
+            )
+        if not self.scheduler.could_ever_fit(len(prompt), params.max_tokens):
+            raise ValueError(
+                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the KV cache "
+                f"of {self.scheduler.allocator.total * self.scheduler.allocator.block_size} tokens"
+            )
+        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
+            raise ValueError(f"the prompt has a token outside [0, {facts.vocab_size - 1}]")
+        if not BASE_SLOT <= request.slot < self.slabs.slots:
+            raise ValueError(f"there is no slot {request.slot}")
+
+    def add(self, request: GenerationRequest) -> list[TokenOutput]:
+        """Queues it; an immediate end if its slot does not hold the weights it is meant for."""
+        if request.slot != BASE_SLOT:
+            if not self.slabs.occupied(request.slot):
+                return [ending(request, 0, FinishReason.ERROR, f"slot {request.slot} holds no adapter")]
+            salt = self._salts[request.slot] = self._salts[request.slot] or request.cache_salt
+            if salt != request.cache_salt:
+                return [ending(request, 0, FinishReason.ERROR, f"slot {request.slot} holds other weights")]
+        seed = request.sampling.seed
+        sequence = Sequence(request, arrival=self._arrivals, seed=secrets.randbits(64) if seed is None else seed)
+        self._arrivals += 1
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+        return []
+
+    def end(self, request_id: str, reason: FinishReason, message: str | None = None) -> list[TokenOutput]:
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return []
+        self.scheduler.finish(sequence, reason)
+        return [ending(sequence.request, sequence.generated, reason, message)]
+
+    def end_all(self, reason: FinishReason, message: str | None) -> list[TokenOutput]:
+        return [output for request_id in list(self._sequences) for output in self.end(request_id, reason, message)]
+
+    # --- one step ---
+
+    def step(self) -> list[TokenOutput]:
+        plan = self.scheduler.schedule()
+        logits = self.runner.run(plan)
+        sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        sampled = sample(logits, [_sample_row(sequence) for sequence in sampling])
+        self._count(plan)
+        for chunk in plan.chunks:
+            chunk.sequence.advance(chunk.num_tokens)
+        return [out for sequence, one in zip(sampling, sampled, strict=True) for out in self._settle(sequence, one)]
+
+    def _settle(self, sequence: Sequence, sampled: Sampled) -> list[TokenOutput]:
+        """One row's result: a token, and perhaps the end."""
+        if sampled.token_id is None:
+            return self.end(sequence.request_id, FinishReason.ERROR, "the model's output is not finite")
+        sequence.append(sampled.token_id)
+        self._generated_tokens += 1
+        params = sequence.request.sampling
+        stops = sampled.token_id in params.stop_token_ids or (
+            not params.ignore_eos and sampled.token_id in self.facts.eos_token_ids
+        )
+        reason = FinishReason.STOP if stops else None
+        if reason is None and sequence.generated >= params.max_tokens:
+            reason = FinishReason.LENGTH
+        output = TokenOutput(
+            request_id=sequence.request_id,
+            token_id=sampled.token_id,
+            text_token=not stops,
+            prompt_tokens=sequence.prompt_tokens,
+            completion_tokens=sequence.generated,
+            finish_reason=reason,
+            logprob=sampled.logprob,
+        )
+        if reason is not None:
+            del self._sequences[sequence.request_id]
+            self.scheduler.finish(sequence, reason)
+        return [output]
+
+    def _count(self, plan: StepPlan) -> None:
+        self._steps += 1
+        fresh = (c.sequence for c in plan.chunks if c.samples and not c.sequence.generated)
+        self._prompt_tokens += sum(sequence.prompt_tokens for sequence in fresh)
+
+    # --- slots ---
+
+    def load(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
+        if not isinstance(adapter, PackedAdapter):
+            raise TypeError("this engine loads what its own read_adapter returned")
+        self._check_free(slot)
+        begin = time.monotonic()
+        if self.slabs.occupied(slot):
+            self.slabs.clear(slot)
+        try:
+            self.slabs.write(slot, dict(adapter.weights))
+        except BaseException:
+            self.slabs.clear(slot)
+            raise
+        self._salts[slot] = None
+        self._slot_bytes[slot] = self.slabs.resident_bytes(slot)
+        return LoadOutcome(slot, self._slot_bytes[slot], time.monotonic() - begin)
+
+    def unload(self, slot: int) -> int:
+        self._check_free(slot)
+        freed = self.slabs.clear(slot)
+        self._salts[slot] = None
+        self._slot_bytes[slot] = 0
+        return freed
+
+    def _check_free(self, slot: int) -> None:
+        if not 0 <= slot < self.slabs.slots:
+            raise ValueError(f"there is no slot {slot}")
+        if any(sequence.slot == slot for sequence in self._sequences.values()):
+            raise SlotInUseError(f"slot {slot} still has requests")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_total=self.scheduler.allocator.total,
+            kv_blocks_used=self.scheduler.allocator.used,
+            slots_total=self.slabs.slots,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            healthy=True,
+            device_bytes=self.base.weight_bytes + self.pool.nbytes + sum(self._slot_bytes),
+        )
+
+
+def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:
+    layer, size = base.layers[0], config.kv_block_tokens
+    block_bytes = KVPool.block_bytes(
+        layers=len(base.layers), kv_heads=layer.kv_heads, head_dim=layer.head_dim, block_size=size, dtype=base.dtype
+    )
+    budget = config.kv_bytes
+    if budget is None:
+        budget = int(_KV_SHARE * _free_bytes(base.device))
+    most = config.max_batch * -(-max_model_len // size)  # more could never be used
+    blocks = min(budget // block_bytes - 1, most)
+    if blocks < 1:
+        raise ValueError(f"kv_bytes {budget} holds no two blocks of {block_bytes} bytes")
+    return KVPool(
+        layers=len(base.layers),
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        blocks=blocks,
+        block_size=size,
+        dtype=base.dtype,
+        device=base.device,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory_bytes()
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _sample_row(sequence: Sequence) -> SampleRow:
+    return SampleRow(
+        params=sequence.request.sampling,
+        seed=sequence.seed,
+        position=sequence.generated,
+        prompt_ids=sequence.request.prompt_ids,
+        generated_counts=sequence.generated_counts,
+    )
+
+
+def ending(request: GenerationRequest, generated: int, reason: FinishReason, message: str | None) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        token_id=None,
+        text_token=False,
+        prompt_tokens=len(request.prompt_ids),
+        completion_tokens=generated,
+        finish_reason=reason,
+        error=message,
+    )

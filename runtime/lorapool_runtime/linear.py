@@ -1,0 +1,64 @@
+"""The base's own linear layers, several with one input fused into one product, packed where the CPU can.
+
+`lora` builds one per group. Packing (oneDNN's blocked weight layout) halves the time of a decode step; it is used
+only where oneDNN computes in the weight's own type, and `model` proves the packed model equal to the stock one
+when it loads. Everywhere else it is the plain product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PACK_ROWS = 16  # the batch the blocked layout is chosen for: a decode step's rows
+
+
+def can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.float32:
+        return True
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+class FusedLinear:
+    """y = x W^T + b of several nn.Linear with the same input, their outputs side by side."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.out_features = tuple(linear.out_features for linear in linears)
+        self.in_features = linears[0].in_features
+        first = linears[0].weight
+        self.dtype, self.device = first.dtype, first.device
+        # an own copy: packing rewrites what it is given, and a tied embedding still reads the original
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # [out, in]
+        self.nbytes = weight.nbytes
+        self.bias = _joined_bias(linears)
+        self.packed = can_pack(weight)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        elif len(linears) == 1:
+            weight = first.detach()
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, in] -> [rows, out]"""
+        if self.packed:
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return product
+        return F.linear(x, self.weight, self.bias)
+
+
+def _joined_bias(linears: list[nn.Linear]) -> Tensor | None:
+    # nn.Linear declares its bias a Parameter; it is None without one
+    biases: list[Tensor | None] = [linear.bias for linear in linears]
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [
+            linear.weight.new_zeros(linear.out_features) if bias is None else bias.detach()
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+    )

@@ -1,0 +1,114 @@
+"""One request's life inside the engine: its tokens, how far they are computed, and its status.
+
+The scheduler and the engine call it; it alone changes a sequence's status, and an illegal move raises.
+No torch, no clock, no I/O.
+
+    WAITING --admit--> RUNNING --finish--> FINISHED
+       ^                  |                   ^
+       +-----preempt------+      finish ------+ (from WAITING too: cancelled before its turn)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from enum import StrEnum
+
+from lorapool_runtime.interface import FinishReason, GenerationRequest
+
+
+class SequenceStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class IllegalMoveError(RuntimeError):
+    """A sequence was asked to do what its status does not allow: a fault of the caller, never of a client."""
+
+
+class Sequence:
+    """`tokens` is prompt plus generated; the first `computed` of them have their keys and values in `block_table`."""
+
+    __slots__ = (
+        "arrival",
+        "block_table",
+        "computed",
+        "finish_reason",
+        "generated_counts",
+        "prompt_tokens",
+        "request",
+        "seed",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, request: GenerationRequest, *, arrival: int, seed: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        self.tokens = list(request.prompt_ids)
+        self.prompt_tokens = len(request.prompt_ids)
+        self.generated_counts: Counter[int] = Counter()
+        self.computed = 0
+        self.block_table: list[int] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def slot(self) -> int:
+        return self.request.slot
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still missing: 1 is a decode, more is a prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def admit(self, block_table: list[int]) -> None:
+        self._must_be(SequenceStatus.WAITING, "admit")
+        self.block_table = block_table
+        self.status = SequenceStatus.RUNNING
+
+    def preempt(self) -> list[int]:
+        """Back to the queue; everything is recomputed later. Returns the blocks it held."""
+        self._must_be(SequenceStatus.RUNNING, "preempt")
+        self.status = SequenceStatus.WAITING
+        return self._give_back()
+
+    def finish(self, reason: FinishReason) -> list[int]:
+        """Ends it. Returns the blocks it held."""
+        if self.status is SequenceStatus.FINISHED:
+            raise IllegalMoveError(f"{self.request_id} is finished already ({self.finish_reason})")
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        return self._give_back()
+
+    def advance(self, num_tokens: int) -> None:
+        """`num_tokens` more have been computed."""
+        self._must_be(SequenceStatus.RUNNING, "advance")
+        if not 0 < num_tokens <= self.pending:
+            raise IllegalMoveError(f"{self.request_id} cannot advance by {num_tokens}: {self.pending} pending")
+        self.computed += num_tokens
+
+    def append(self, token_id: int) -> None:
+        """One sampled token: only when everything before it is computed."""
+        self._must_be(SequenceStatus.RUNNING, "append to")
+        if self.pending:
+            raise IllegalMoveError(f"{self.request_id} cannot take a token: {self.pending} pending")
+        self.tokens.append(token_id)
+        self.generated_counts[token_id] += 1
+
+    def _give_back(self) -> list[int]:
+        blocks, self.block_table, self.computed = self.block_table, [], 0
+        return blocks
+
+    def _must_be(self, status: SequenceStatus, move: str) -> None:
+        if self.status is not status:
+            raise IllegalMoveError(f"cannot {move} {self.request_id}: it is {self.status}")
