@@ -8,6 +8,7 @@ and never lets an answer through whose identity is not the one that was pinned.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 from collections import Counter
@@ -35,6 +36,8 @@ from lorapool_gateway.routes import Replica, Target
 log = logging.getLogger(__name__)
 
 ERROR_BODY_MAX_BYTES = 64 * 1024
+WRITE_AT_ONCE_BYTES = 2**20
+"""A longer body is handed to aiohttp as a file, so that writing it does not stop the loop."""
 REGISTER_TIMEOUT_S = 10.0
 
 
@@ -163,7 +166,7 @@ class Forwarder:
         patience_s: float,
     ) -> aiohttp.ClientResponse | Refusal:
         post = asyncio.ensure_future(
-            self._session.post(url, data=body, headers=headers, timeout=self._timeout, allow_redirects=False)
+            self._session.post(url, data=_payload(body), headers=headers, timeout=self._timeout, allow_redirects=False)
         )
         try:
             done, _ = await asyncio.wait({post}, timeout=max(0.0, patience_s))
@@ -251,6 +254,10 @@ class Forwarder:
                 return result if isinstance(result, Refusal | Passed) else Refusal.LOST
         except (aiohttp.ClientError, TimeoutError, ConnectionError):
             return Refusal.CONNECT  # idempotent, and no generation has begun
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    return body if len(body) < WRITE_AT_ONCE_BYTES else io.BytesIO(body)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

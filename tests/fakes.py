@@ -1,0 +1,378 @@
+"""A runtime that speaks the real protocol over a real socket, with faults that can be told to happen.
+
+Used by the gateway's and the operator's tests. Its text is deterministic and names the adapter and digest it
+was answered by, so a test sees at once whose weights spoke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, HEADER_COLD_START, HEADER_USAGE, AdapterKey
+from lorapool_api.loraadapter import UsagePart
+from lorapool_api.openai import (
+    CODE_DRAINING,
+    CODE_QUEUE_FULL,
+    ApiError,
+    Conflict,
+    InvalidRequest,
+    RuntimeNotRegistered,
+    TooManyRequests,
+    Unauthenticated,
+    Unavailable,
+)
+from lorapool_api.protocol import (
+    USAGE_COMMENT,
+    AdapterDescriptor,
+    AdapterReport,
+    AdapterState,
+    BaseReport,
+    DeleteAnswer,
+    PutAnswer,
+    ResolveAnswer,
+    RuntimeSnapshot,
+    Tier,
+    Usage,
+    token_sha256,
+)
+
+
+def digest_of(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@dataclass
+class Faults:
+    """What goes wrong from now on; counters count down with each time it happened."""
+
+    draining: bool = False
+    queue_full: bool = False
+    no_slot: bool = False
+    die_before_head: int = 0
+    """Cut this many connections after the request was read and before the answer's head."""
+    die_after_events: int | None = None
+    """Cut the connection after this many data events of a stream."""
+    die_mid_body: int = 0
+    """Cut this many whole answers half-way."""
+    end_early: bool = False
+    """End the stream properly but without [DONE]."""
+    wrong_identity: str | None = None
+    """Answer with this adapter header."""
+    load_failure: ApiError | None = None
+
+
+@dataclass
+class Adapter:
+    descriptor: AdapterDescriptor
+    loaded: bool = False
+    loads: int = 0
+
+
+@dataclass
+class Seen:
+    """One inference request that arrived."""
+
+    target: str
+    body: dict[str, Any]
+    headers: dict[str, str]
+    completion_tokens: int = 0
+    cancelled: bool = False
+
+
+@dataclass
+class FakeRuntime:
+    token: str = "t" * 64
+    served_name: str = "tiny"
+    token_s: float = 0.0
+    load_s: float = 0.0
+    words: int = 6
+    """Completion tokens of every answer."""
+    ready: bool = True
+    boot_id: str = "boot-1"
+    slots: int = 4
+    faults: Faults = field(default_factory=Faults)
+    adapters: dict[AdapterKey, Adapter] = field(default_factory=dict)
+    seen: list[Seen] = field(default_factory=list)
+    puts: list[AdapterKey] = field(default_factory=list)
+    polls: int = 0
+    resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
+    port: int = 0
+    _seq: int = 1
+    _in_flight: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _loading: dict[AdapterKey, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    # --- for tests
+
+    def change(self) -> None:
+        """Something of the snapshot changed: wakes the long-polls."""
+        self._seq += 1
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def have(self, key: AdapterKey, display: str) -> None:
+        """As if loaded already."""
+        descriptor = AdapterDescriptor.model_validate({"display": display, "source": {"uri": "hf://org/given"}})
+        self.adapters[key] = Adapter(descriptor, loaded=True, loads=1)
+        self.change()
+
+    def snapshot(self) -> RuntimeSnapshot:
+        loaded = [item for item in self.adapters.values() if item.loaded]
+        return RuntimeSnapshot(
+            seq=self._seq,
+            boot_id=self.boot_id,
+            started_unix_s=1.0,
+            base=BaseReport(served_name=self.served_name, max_model_len=512, dtype="float32"),
+            ready=self.ready,
+            draining=self.faults.draining,
+            slots_total=self.slots,
+            slots_used=len(loaded),
+            max_rank=16,
+            in_flight=self._in_flight,
+            adapters=[self._report(key, adapter) for key, adapter in self.adapters.items()],
+        )
+
+    @asynccontextmanager
+    async def running(self, port: int = 0) -> AsyncIterator[FakeRuntime]:
+        runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+        await site.start()
+        self.port = int(runner.addresses[0][1])
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    # --- the protocol
+
+    def _app(self) -> web.Application:
+        app = web.Application(middlewares=[self._outermost], client_max_size=8 * 2**20)
+        app.router.add_get("/healthz", self._health)
+        app.router.add_get("/readyz", self._health)
+        app.router.add_get("/v1/runtime", self._runtime)
+        app.router.add_put("/v1/adapters/{uid}/{digest}", self._put)
+        app.router.add_delete("/v1/adapters/{uid}/{digest}", self._delete)
+        app.router.add_post("/v1/resolve", self._resolve)
+        app.router.add_post("/v1/chat/completions", self._infer)
+        app.router.add_post("/v1/completions", self._infer)
+        return app
+
+    @web.middleware
+    async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        try:
+            if request.path not in ("/healthz", "/readyz"):
+                sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
+                if token_sha256(sent) != token_sha256(self.token):
+                    raise Unauthenticated("wrong token")
+            answer: web.StreamResponse = await handler(request)
+            return answer
+        except ApiError as error:
+            return web.json_response(error.body(), status=error.status, headers=error.headers())
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.ready else 503)
+
+    async def _runtime(self, request: web.Request) -> web.Response:
+        self.polls += 1
+        after, wait_s = int(request.query.get("after", -1)), float(request.query.get("wait", 0))
+        if self._seq <= after and wait_s > 0:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+        return web.json_response(self.snapshot().dump())
+
+    async def _put(self, request: web.Request) -> web.Response:
+        key = AdapterKey(request.match_info["uid"], request.match_info["digest"])
+        descriptor = AdapterDescriptor.model_validate(await request.json())
+        self.puts.append(key)
+        if key not in self.adapters:
+            self.adapters[key] = Adapter(descriptor)
+        else:
+            self.adapters[key].descriptor = descriptor
+        if descriptor.load:
+            await self._load(key)
+        self.change()
+        answer = PutAnswer(boot_id=self.boot_id, adapter=self._report(key, self.adapters[key]))
+        return web.json_response(answer.dump())
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        self.adapters.pop(AdapterKey(request.match_info["uid"], request.match_info["digest"]), None)
+        self.change()
+        usage = UsagePart(boot_id=self.boot_id)
+        answer = DeleteAnswer(boot_id=self.boot_id, freed_device_bytes=0, freed_host_bytes=0, usage=usage)
+        return web.json_response(answer.dump())
+
+    async def _resolve(self, _: web.Request) -> web.Response:
+        return web.json_response(self.resolve_answer.dump())
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        target = request.headers.get(HEADER_ADAPTER, "")
+        seen = Seen(target=target, body=body, headers={k.lower(): v for k, v in request.headers.items()})
+        self.seen.append(seen)
+        if self.faults.die_before_head > 0:
+            self.faults.die_before_head -= 1
+            await _cut(request)
+        if self.faults.draining:
+            raise Unavailable("shutting down", code=CODE_DRAINING)
+        if self.faults.queue_full:
+            raise TooManyRequests("the line is full", code=CODE_QUEUE_FULL, retry_after_s=1)
+        if body.get("temperature", 0) < 0:
+            raise InvalidRequest("`temperature` must not be below 0.", param="temperature", code="invalid_value")
+        self._in_flight += 1
+        try:
+            identity, cold_ms = BASE_TARGET, 0
+            if target != BASE_TARGET:
+                key = AdapterKey.parse(target)
+                adapter = self.adapters.get(key)
+                if adapter is None:
+                    raise RuntimeNotRegistered(f"{target} is not registered here")
+                identity = f"{adapter.descriptor.display}@{key.digest}"
+                cold_ms = await self._load(key)
+            return await self._answer(request, seen, body, identity, cold_ms)
+        except asyncio.CancelledError:
+            seen.cancelled = True
+            raise
+        finally:
+            self._in_flight -= 1
+
+    async def _load(self, key: AdapterKey) -> int:
+        """Milliseconds this caller waited; one load for all who wait."""
+        adapter = self.adapters[key]
+        if adapter.loaded:
+            return 0
+        if self.faults.no_slot:
+            raise Conflict("every slot is in use")
+        if self.faults.load_failure is not None:
+            raise self.faults.load_failure
+        began_s = time.monotonic()
+        if key in self._loading:
+            await self._loading[key].wait()
+        else:
+            self._loading[key] = asyncio.Event()
+            self.change()
+            await asyncio.sleep(self.load_s)
+            adapter.loaded = True
+            adapter.loads += 1
+            self._loading.pop(key).set()
+            self.change()
+        return max(1, round((time.monotonic() - began_s) * 1000))
+
+    async def _answer(
+        self, request: web.Request, seen: Seen, body: dict[str, Any], identity: str, cold_ms: int
+    ) -> web.StreamResponse:
+        prompt = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
+        words = f"{identity} heard {prompt}".split()
+        words = (words + [f"w{number}" for number in range(self.words)])[: self.words]
+        prompt_tokens = len(prompt.split())
+        headers = {HEADER_ADAPTER: self.faults.wrong_identity or identity}
+        if cold_ms:
+            headers[HEADER_COLD_START] = str(cold_ms)
+        if not body.get("stream"):
+            await asyncio.sleep(self.token_s * self.words)
+            seen.completion_tokens = len(words)
+            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(words))
+            return await self._whole(request, body, " ".join(words), usage, headers)
+        out = web.StreamResponse(headers=headers)
+        out.content_type = "text/event-stream"
+        await asyncio.sleep(self.token_s)
+        await out.prepare(request)
+        for number, word in enumerate(words, start=1):
+            if self.faults.die_after_events is not None and number > self.faults.die_after_events:
+                await _cut(request)
+            if number > 1:
+                await asyncio.sleep(self.token_s)
+            seen.completion_tokens = number
+            await out.write(_comment(prompt_tokens, number) + _event(body, word if number == 1 else f" {word}", None))
+        if not self.faults.end_early:
+            await out.write(_comment(prompt_tokens, len(words)) + _event(body, "", "stop"))
+            if (body.get("stream_options") or {}).get("include_usage"):
+                await out.write(_usage_event(body, prompt_tokens, len(words)))
+            await out.write(b"data: [DONE]\n\n")
+        await out.write_eof()
+        return out
+
+    async def _whole(
+        self, request: web.Request, body: dict[str, Any], text: str, usage: Usage, headers: dict[str, str]
+    ) -> web.StreamResponse:
+        chat = "messages" in body
+        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        answer = {
+            "id": "cmpl-1",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, **choice}],
+            "usage": _usage(usage.prompt_tokens, usage.completion_tokens),
+        }
+        payload = json.dumps(answer).encode()
+        headers[HEADER_USAGE] = usage.model_dump_json()
+        if self.faults.die_mid_body > 0:
+            self.faults.die_mid_body -= 1
+            out = web.StreamResponse(headers={**headers, "Content-Length": str(len(payload))})
+            await out.prepare(request)
+            await out.write(payload[: len(payload) // 2])
+            await _cut(request)
+        return web.Response(body=payload, content_type="application/json", headers=headers)
+
+    def _report(self, key: AdapterKey, adapter: Adapter) -> AdapterReport:
+        state = AdapterState.LOADED if adapter.loaded else AdapterState.REGISTERED
+        return AdapterReport(
+            uid=key.uid,
+            digest=key.digest,
+            display=adapter.descriptor.display,
+            state=AdapterState.LOADING if key in self._loading else state,
+            tier=Tier.DEVICE if adapter.loaded else Tier.SOURCE,
+            since_unix_s=1.0,
+            usage=UsagePart(boot_id=self.boot_id),
+        )
+
+
+async def _cut(request: web.Request) -> None:
+    """As when the process dies: the connection is reset."""
+    if request.transport is not None:
+        request.transport.abort()
+    await asyncio.sleep(3600)
+
+
+def _comment(prompt_tokens: int, completion_tokens: int) -> bytes:
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    return USAGE_COMMENT + usage.model_dump_json().encode() + b"\n"
+
+
+def _event(body: dict[str, Any], text: str, finish: str | None) -> bytes:
+    part: dict[str, Any] = {"delta": {"content": text}} if "messages" in body else {"text": text}
+    return _data(body, [{"index": 0, "finish_reason": finish, "logprobs": None, **part}], None)
+
+
+def _usage_event(body: dict[str, Any], prompt_tokens: int, completion_tokens: int) -> bytes:
+    return _data(body, [], _usage(prompt_tokens, completion_tokens))
+
+
+def _data(body: dict[str, Any], choices: list[dict[str, Any]], usage: dict[str, int] | None) -> bytes:
+    kind = "chat.completion.chunk" if "messages" in body else "text_completion"
+    chunk = {
+        "id": "cmpl-1", "object": kind, "created": 1, "model": body["model"], "choices": choices, "usage": usage,
+    }  # fmt: skip
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}

@@ -1,0 +1,268 @@
+"""What an unmodified OpenAI client sees of a warm gateway: answers, streams, lists, one error of each class."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+from fakes import FakeRuntime, digest_of
+from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
+
+from lorapool_gateway.auth import KeyTable
+
+USER = [{"role": "user", "content": "where is my parcel"}]
+
+
+@pytest.fixture
+async def runtime():
+    async with FakeRuntime().running() as fake:
+        yield fake
+
+
+@pytest.fixture
+async def here(runtime: FakeRuntime):
+    """One base with one runtime, and a loaded adapter demo/route."""
+    async with world() as made:
+        made.base(servedName="tiny-instruct")
+        made.adapter("route", alias="router")
+        runtime.have(key_of("route"), "demo/route")
+        made.replica(runtime)
+        yield made
+
+
+async def test_a_chat_answer_names_the_adapter_and_digest_that_gave_it(here: World) -> None:
+    async with here.client() as client:
+        raw = await client.chat.completions.with_raw_response.create(model="demo/route", messages=USER)
+    answer = raw.parse()
+    assert answer.choices[0].message.content == f"demo/route@{digest_of('route')} heard where is my parcel"
+    assert raw.headers["x-lorapool-adapter"] == f"demo/route@{digest_of('route')}"
+    assert "x-lorapool-cold-start-ms" not in raw.headers
+    assert raw.headers["x-request-id"].startswith("req-")
+    assert int(raw.headers["openai-processing-ms"]) >= 0
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 6)
+
+
+@pytest.mark.parametrize("model", ["demo/route", "route", "router"])
+async def test_an_adapter_answers_under_each_of_its_names(here: World, model: str) -> None:
+    response = await here.post(here.ask(model))
+    assert response.headers["x-lorapool-adapter"] == f"demo/route@{digest_of('route')}"
+
+
+@pytest.mark.parametrize("model", ["demo/tiny", "tiny", "tiny-instruct"])
+async def test_the_base_answers_under_its_own_names_only(here: World, runtime: FakeRuntime, model: str) -> None:
+    response = await here.post(here.ask(model))
+    assert response.headers["x-lorapool-adapter"] == "base"
+    assert runtime.seen[-1].target == "base"
+
+
+async def test_completions_work_with_and_without_stream(here: World) -> None:
+    async with here.client() as client:
+        whole = await client.completions.create(model="route", prompt="one two three")
+        stream = await client.completions.create(model="route", prompt="one two three", stream=True)
+        pieces = [chunk.choices[0].text async for chunk in stream]
+    assert whole.choices[0].text == "".join(pieces)
+
+
+async def test_a_stream_carries_usage_only_when_the_client_asked(here: World) -> None:
+    async with here.client() as client:
+        with_usage = await client.chat.completions.create(
+            model="route", messages=USER, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in with_usage]
+        without = await client.chat.completions.create(model="route", messages=USER, stream=True)
+        plain = [chunk async for chunk in without]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 6
+    assert all(chunk.usage is None for chunk in plain)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in plain).startswith("demo/route@")
+
+
+async def test_streamed_data_bytes_are_untouched_and_hold_no_comment(here: World) -> None:
+    async with here.session.post(
+        f"{here.url}/v1/chat/completions",
+        json=here.ask("route", stream=True),
+        headers={"Authorization": f"Bearer {KEY}"},
+    ) as response:
+        assert response.content_type == "text/event-stream"
+        text = (await response.read()).decode()
+    assert "lorapool-usage" not in text
+    assert text.endswith("data: [DONE]\n\n")
+    events = text.removesuffix("\n\n").split("\n\n")
+    assert all(event.startswith("data: ") for event in events)
+    assert json.loads(events[0].removeprefix("data: "))["model"] == "route"
+
+
+async def test_the_body_reaches_the_runtime_byte_for_byte_and_client_headers_do_not(
+    here: World, runtime: FakeRuntime
+) -> None:
+    body = b'{"model": "route",\n  "messages": [{"role":"user","content":"\\u00e9"}], "x": 1.0}'
+    await here.post(body, headers={"x-lorapool-adapter": "base", "x-lorapool-usage": "0", "x-evil": "1"})
+    seen = runtime.seen[-1]
+    assert seen.body == json.loads(body)
+    assert seen.target == str(key_of("route"))
+    assert seen.headers["x-lorapool-usage"] == "1"
+    assert "x-evil" not in seen.headers
+    assert KEY not in str(seen.headers)
+
+
+async def test_the_model_list_shows_bases_and_adapters_with_their_parent(here: World) -> None:
+    async with here.client() as client:
+        listed = [model async for model in client.models.list()]
+        one = await client.models.retrieve("demo/route")
+        by_alias = await client.models.retrieve("router")
+    assert [model.id for model in listed] == ["demo/tiny", "demo/route"]
+    assert (one.id, one.owned_by, one.created) == ("demo/route", "demo", 1767225600)
+    assert one.model_extra == {"parent": "demo/tiny"}
+    assert by_alias.id == "demo/route"
+
+
+@pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, "Bearer \udcff"])
+async def test_without_a_known_key_every_route_answers_401(here: World, authorization: str | None) -> None:
+    headers = {} if authorization is None else {"Authorization": authorization}
+    for method, path in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models")):
+        async with here.session.request(method, here.url + path, headers=headers) as response:
+            error = (await response.json())["error"]
+        assert (response.status, error["type"], error["code"]) == (401, "authentication_error", "invalid_api_key")
+
+
+async def test_unknown_forbidden_and_ungranted_models_are_one_and_the_same_404(here: World) -> None:
+    here.keys.publish(KeyTable.of([api_key(KEY), api_key(OTHER_KEY, "team-b")]))
+    here.adapter("theirs", namespace="team-b", base="tiny", base_namespace="demo")  # demo/tiny does not list team-b
+    answers = set()
+    async with here.client(OTHER_KEY) as client:
+        for model in ("team-b/nothing", "demo/route", "demo/tiny", "team-b/theirs", "router", "tiny-instruct"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await client.chat.completions.create(model=model, messages=USER)
+            body = caught.value.body
+            assert isinstance(body, dict)
+            answers.add((body["code"], body["type"], body["message"].replace(model, "M")))
+            with pytest.raises(openai.NotFoundError):
+                await client.models.retrieve(model)
+        assert [model async for model in client.models.list()] == []
+    assert len(answers) == 1
+    assert next(iter(answers))[0] == "model_not_found"
+
+
+async def test_a_granted_namespace_may_use_the_base_and_loses_it_with_the_grant(
+    here: World, runtime: FakeRuntime
+) -> None:
+    here.keys.publish(KeyTable.of([api_key(KEY, "team-b")]))
+    here.base(access={"namespaces": ["team-b"]})
+    key = here.adapter("theirs", namespace="team-b", base="tiny", base_namespace="demo")
+    runtime.have(key, "team-b/theirs")
+    assert (await here.post(here.ask("theirs"))).status == 200
+    here.base(access={"namespaces": []})
+    assert (await here.post(here.ask("theirs"))).status == 404
+
+
+async def test_a_revoked_key_is_refused_by_the_next_request(here: World) -> None:
+    assert (await here.post(here.ask("route"))).status == 200
+    here.keys.publish(KeyTable.of([]))
+    assert (await here.post(here.ask("route"))).status == 401
+
+
+async def test_a_key_has_at_most_its_own_number_of_requests_under_way(here: World, runtime: FakeRuntime) -> None:
+    here.keys.publish(KeyTable.of([api_key(KEY, max_in_flight=2)]))
+    runtime.token_s = 0.05
+    answers = await asyncio.gather(*(here.post(here.ask("route")) for _ in range(5)))
+    assert sorted(answer.status for answer in answers) == [200, 200, 429, 429, 429]
+    refused = next(answer for answer in answers if answer.status == 429)
+    assert (await refused.json())["error"]["code"] == "key_in_flight_exceeded"
+    assert refused.headers["Retry-After"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        (b"{not json", 400, None, "not valid JSON"),
+        (b'{"model": "route"', 400, None, "line 1"),
+        (b"\xff\xfe", 400, None, "JSON"),
+        (b"[1, 2]", 400, None, "JSON object"),
+        (b"[" * 100_000, 400, None, "nested too deeply"),
+        (b"{}", 400, "model", "`model` is required"),
+        (b'{"model": 3}', 400, "model", "string"),
+        (b'{"model": "route", "stream": "yes"}', 400, "stream", "true or false"),
+        (b'{"model": "' + b"m" * 300 + b'"}', 400, "model", "256"),
+        (b'{"model": "route", "pad": "' + b"x" * (4 * 2**20) + b'"}', 413, None, "4194304"),
+    ],
+)
+async def test_a_bad_body_is_refused_naming_what_is_wrong(
+    here: World, body: bytes, status: int, param: str | None, words: str
+) -> None:
+    response = await here.post(body)
+    error = (await response.json())["error"]
+    assert (response.status, error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert words in error["message"]
+
+
+async def test_a_chunked_body_beyond_the_bound_is_refused_without_a_length(here: World) -> None:
+    async def endless():
+        for _ in range(80):
+            yield b"x" * 65536
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with here.session.post(f"{here.url}/v1/chat/completions", data=endless(), headers=headers) as response:
+        assert response.status == 413
+
+
+async def test_the_runtimes_own_refusal_reaches_the_client_as_it_is(here: World) -> None:
+    async with here.client() as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.chat.completions.create(model="route", messages=USER, temperature=-1)
+    assert caught.value.param == "temperature"
+
+
+async def test_unknown_paths_and_methods_get_openai_shaped_errors(here: World) -> None:
+    async with here.session.get(f"{here.url}/v1/chat/completions") as response:
+        assert response.status == 405
+        assert response.headers["Allow"] == "POST"
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
+    async with here.session.post(f"{here.url}/v1/embeddings", json={}) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "not_found"
+
+
+async def test_a_harmless_request_id_is_echoed_and_a_strange_one_replaced(here: World, runtime: FakeRuntime) -> None:
+    response = await here.post(here.ask("route"), headers={"x-request-id": "trace-1"})
+    assert response.headers["x-request-id"] == "trace-1"
+    assert runtime.seen[-1].headers["x-request-id"] == "trace-1"
+    response = await here.post(here.ask("nope"), headers={"x-request-id": "a b\tc" * 50})
+    assert response.headers["x-request-id"].startswith("req-")
+
+
+async def test_adapter_states_become_the_matching_errors(here: World) -> None:
+    here.adapter("big", status=failed_status("RankTooHigh", "adapter rank 64 > BaseModel maxRank 16; re-train"))
+    here.adapter("paused", suspend=True)
+    here.adapter("orphan", base="gone")
+    expected = {
+        "big": (422, "rank_too_high", "maxRank 16"),
+        "paused": (422, "adapter_suspended", "spec.suspend"),
+        "orphan": (503, "base_not_found", "demo/gone"),
+    }
+    for model, (status, code, words) in expected.items():
+        response = await here.post(here.ask(model))
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (status, code)
+        assert words in error["message"]
+        assert ("Retry-After" in response.headers) == (status == 503)
+
+
+async def test_an_answer_of_another_identity_is_withheld(here: World, runtime: FakeRuntime) -> None:
+    runtime.faults.wrong_identity = f"demo/other@{digest_of('other')}"
+    for stream in (False, True):
+        response = await here.post(here.ask("route", stream=stream))
+        text = await response.text()
+        assert response.status == 500
+        assert json.loads(text)["error"]["code"] == "wrong_adapter"
+        assert "heard" not in text
+
+
+async def test_a_wrong_runtime_token_is_no_answer_to_the_client(here: World, runtime: FakeRuntime) -> None:
+    here.base(coldStart={"maxWait": "0s"})
+    runtime.token = "z" * 64
+    response = await here.post(here.ask("route"))
+    assert response.status == 503
+    assert (await response.json())["error"]["code"] == "cold_start_timeout"

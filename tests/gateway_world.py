@@ -1,0 +1,204 @@
+"""A gateway on a real socket with injected tables: objects are written as a user would, runtimes are fakes.
+
+Used by tests/gateway. Nothing here speaks Kubernetes; test_gateway_apiserver.py does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import aiohttp
+import openai
+from aiohttp import web
+from fakes import FakeRuntime, digest_of
+
+from lorapool_api.common import AdapterKey
+from lorapool_gateway.__main__ import client_session
+from lorapool_gateway.app import Gateway
+from lorapool_gateway.auth import ApiKey, KeyTable
+from lorapool_gateway.dispatch import Dispatcher
+from lorapool_gateway.forward import Forwarder
+from lorapool_gateway.metrics import Metrics
+from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, adapter_route, base_route, runtime_state
+from lorapool_gateway.routes import Replica, RouteTable
+from lorapool_gateway.settings import Settings
+from lorapool_gateway.store import KeyStore, RouteStore
+
+KEY = "lp-" + "k" * 43
+OTHER_KEY = "lp-" + "o" * 43
+CREATED = "2026-01-01T00:00:00Z"
+
+
+def api_key(text: str, namespaces: str | None = None, **more: Any) -> ApiKey:
+    """`namespaces` None: all."""
+    names = None if namespaces is None else frozenset(namespaces.split(","))
+    return ApiKey(id=text[:6], sha256=hashlib.sha256(text.encode()).hexdigest(), namespaces=names, **more)
+
+
+def base_object(name: str = "tiny", namespace: str = "demo", created: str = CREATED, **spec: Any) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": f"base-{namespace}-{name}",
+            "creationTimestamp": created,
+            "generation": 1,
+            "resourceVersion": "1",
+        },
+        "spec": {"source": {"uri": "hf://org/tiny"}, "replicas": 1, **spec},
+    }
+
+
+def adapter_object(
+    name: str,
+    namespace: str = "demo",
+    *,
+    base: str = "tiny",
+    base_namespace: str | None = None,
+    created: str = CREATED,
+    status: dict[str, Any] | None = None,
+    generation: int = 1,
+    uid: str | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """Ready and parked unless a status is given."""
+    reference = {"name": base} if base_namespace is None else {"name": base, "namespace": base_namespace}
+    return {
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": uid or f"uid-{namespace}-{name}",
+            "creationTimestamp": created,
+            "generation": generation,
+            "resourceVersion": "1",
+        },
+        "spec": {"baseModelRef": reference, "source": {"uri": f"hf://org/{name}"}, **spec},
+        "status": ready_status(digest_of(name)) if status is None else status,
+    }
+
+
+def ready_status(digest: str, **more: Any) -> dict[str, Any]:
+    return {"observedGeneration": 1, "digest": digest, "conditions": [condition("Ready", "True", "Ready")], **more}
+
+
+def failed_status(reason: str, message: str, **failure: Any) -> dict[str, Any]:
+    return {
+        "observedGeneration": 1,
+        "conditions": [condition("Ready", "False", reason, message)],
+        "failure": {"reason": reason, "message": message, **failure},
+    }
+
+
+def condition(kind: str, status: str, reason: str, message: str = "") -> dict[str, Any]:
+    return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": CREATED}
+
+
+def key_of(name: str, namespace: str = "demo") -> AdapterKey:
+    return AdapterKey(f"uid-{namespace}-{name}", digest_of(name))
+
+
+@dataclass
+class FakeWaker:
+    """Counts; a test decides what a wake brings."""
+
+    woken: list[ObjectRef] = field(default_factory=list)
+
+    def wake(self, base: BaseRoute) -> None:
+        self.woken.append(base.ref)
+
+
+@dataclass
+class World:
+    settings: Settings
+    session: aiohttp.ClientSession
+    routes: RouteStore = field(default_factory=RouteStore)
+    keys: KeyStore = field(default_factory=lambda: KeyStore(KeyTable.of([api_key(KEY)])))
+    metrics: Metrics = field(default_factory=Metrics)
+    waker: FakeWaker = field(default_factory=FakeWaker)
+    url: str = ""
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replicas: dict[ObjectRef, list[Replica]] = field(default_factory=dict)
+    gateway: Gateway = field(init=False)
+    forwarder: Forwarder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.forwarder = Forwarder(self.session, lambda base: "t" * 64, request_timeout_s=self.settings.request_timeout_s)
+        dispatcher = Dispatcher(self.routes, self.waker, self.forwarder, self.metrics)
+        self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
+
+    # --- what happens in the cluster
+
+    def base(self, name: str = "tiny", namespace: str = "demo", **more: Any) -> None:
+        self.bases[f"{namespace}/{name}"] = base_object(name, namespace, **more)
+        self.publish()
+
+    def adapter(self, name: str, namespace: str = "demo", **more: Any) -> AdapterKey:
+        raw = adapter_object(name, namespace, **more)
+        self.adapters[f"{namespace}/{name}"] = raw
+        self.publish()
+        return AdapterKey(raw["metadata"]["uid"], str(raw["status"].get("digest")))
+
+    def replica(self, runtime: FakeRuntime | str, pod: str = "pod-a", base: str = "tiny", **more: Any) -> None:
+        """A runtime (or an address where nothing answers) is a ready pod of the base, its snapshot as of now."""
+        url = runtime if isinstance(runtime, str) else runtime.url
+        ref = ObjectRef("demo", base)
+        endpoint = Endpoint(ref, None, f"uid-{pod}", pod, url, ready=True, terminating=False)
+        state = None if isinstance(runtime, str) else runtime_state(runtime.snapshot())
+        kept = [item for item in self.replicas.get(ref, []) if item.endpoint.pod_name != pod]
+        self.replicas[ref] = [*kept, replace(Replica(endpoint, state), **more)]
+        self.publish()
+
+    def gone(self, pod: str = "pod-a") -> None:
+        for ref, replicas in self.replicas.items():
+            self.replicas[ref] = [item for item in replicas if item.endpoint.pod_name != pod]
+        self.publish()
+
+    def publish(self) -> None:
+        bases = [base_route(raw) for raw in self.bases.values()]
+        adapters = [adapter_route(raw) for raw in self.adapters.values()]
+        self.metrics.sync(
+            [str(base.ref) for base in bases], {str(adapter.ref): str(adapter.base_ref) for adapter in adapters}
+        )
+        self.routes.publish(
+            RouteTable.of(bases, adapters, {ref: tuple(replicas) for ref, replicas in self.replicas.items()})
+        )
+
+    # --- what a client does
+
+    def client(self, key: str = KEY, **more: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **more)
+
+    async def post(self, body: Any, *, path: str = "/v1/chat/completions", **more: Any) -> aiohttp.ClientResponse:
+        """A raw request, read whole."""
+        headers = {"Authorization": f"Bearer {KEY}", **more.pop("headers", {})}
+        data = io.BytesIO(body) if isinstance(body, bytes) else json.dumps(body).encode()
+        async with self.session.post(self.url + path, data=data, headers=headers, **more) as response:
+            await response.read()
+            return response
+
+    def ask(self, model: str, text: str = "hello there", **more: Any) -> dict[str, Any]:
+        return {"model": model, "messages": [{"role": "user", "content": text}], **more}
+
+    def sample(self, name: str, **labels: str) -> float:
+        """A sample of the gateway's own metrics; 0 where there is no such series."""
+        return self.metrics.registry.get_sample_value(f"lorapool_gateway_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def world(**settings: Any) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session())
+        made = World(Settings(keys_namespace="lorapool", **settings), session)
+        runner = web.AppRunner(made.gateway.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+        made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield made
