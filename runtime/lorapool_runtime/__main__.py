@@ -1,0 +1,149 @@
+"""`python -m lorapool_runtime --model DIR|URI`: one base, many adapters, on this machine.
+
+HTTP is up at once (/healthz, /metrics); /readyz turns green when the base is loaded. SIGTERM: readiness off, running
+requests finish within the grace, then exit 0. Exit 1 when the base cannot be served or the engine dies; 2 for settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+
+from aiohttp import web
+
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_runtime.base import BaseError, EngineFactory, bring_up, reason_of, torch_engine
+from lorapool_runtime.logs import set_up
+from lorapool_runtime.server import make_app, make_metrics_app
+from lorapool_runtime.service import LoadedBase, Runtime
+from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.tokenizer import TokenizerError
+
+log = logging.getLogger("lorapool_runtime")
+
+ENGINE_STOP_S = 5.0
+"""The engine finishes the step under way; a step takes tens of milliseconds."""
+HEADER_MAX_BYTES = 16 * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until told to stop; the process's exit code."""
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+    except SettingsError as error:
+        print(f"lorapool-runtime: {error}", file=sys.stderr)
+        return 2
+    set_up(settings.log_level)
+    code, clean = asyncio.run(run(settings, os.environ, torch_engine))
+    if not clean:  # a thread still loads the base: it cannot be asked to stop
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> tuple[int, bool]:
+    """The whole life of the process. (exit code, whether every thread of ours has ended)"""
+    runtime = Runtime(settings)
+    stop = _stop_on_signals()
+    async with _listening(runtime):
+        loading = _in_thread(lambda: bring_up(settings, environ, make_engine))
+        stopping = asyncio.create_task(stop.wait())
+        loaded = asyncio.wrap_future(loading)
+        await asyncio.wait([loaded, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not loaded.done():
+            return 0, False
+        if (error := loaded.exception()) is not None:
+            stopping.cancel()
+            log.error("the base cannot be served: %s", reason_of(error), exc_info=_trace(error))
+            return 1, True
+        return await _serve(runtime, loaded.result(), stopping), True
+
+
+async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool]) -> int:
+    runtime.serve(base)
+    log.info("ready", extra={"base": runtime.settings.label})
+    sweeping = asyncio.create_task(runtime.sweep_forever())
+    try:
+        await asyncio.wait([sweeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if sweeping.done():
+            stopping.cancel()
+            if not sweeping.cancelled() and (error := sweeping.exception()) is not None:
+                log.error("the sweeper failed", exc_info=error)
+            log.error("the engine has died; ending the process")
+            runtime.engine_died()
+            return 1
+        log.info("told to stop: draining")
+        await runtime.drain(notice_s=runtime.settings.drain_notice_s, grace_s=runtime.settings.drain_grace_s)
+        return 0
+    finally:
+        sweeping.cancel()
+        await runtime.close()
+        base.engine.stop(ENGINE_STOP_S)
+        base.codec.close()
+        log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _listening(runtime: Runtime) -> AsyncIterator[None]:
+    """HTTP up while inside; the sockets close last."""
+    settings = runtime.settings
+    runner = web.AppRunner(
+        make_app(runtime),
+        access_log=None,
+        handler_cancellation=True,
+        auto_decompress=False,
+        max_field_size=HEADER_MAX_BYTES,
+        shutdown_timeout=1.0,
+    )
+    await runner.setup()
+    runners = [runner]
+    try:
+        await web.TCPSite(runner, settings.host, settings.listen_port).start()
+        for address in runner.addresses:
+            log.info("listening on http://%s:%d", *address[:2])
+        if settings.metrics_port is not None:
+            open_runner = web.AppRunner(make_metrics_app(runtime), access_log=None)
+            await open_runner.setup()
+            runners.append(open_runner)
+            await web.TCPSite(open_runner, settings.host, settings.metrics_port).start()
+        yield
+    finally:
+        for each in runners:
+            await each.cleanup()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
+    """Runs in a daemon thread, which does not keep the process from ending."""
+    future: Future[LoadedBase] = Future()
+
+    def run_it() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run_it, name="bring-up", daemon=True).start()
+    return future
+
+
+def _trace(error: BaseException) -> BaseException | None:
+    """A trace only where our own sentence does not say it all."""
+    return None if isinstance(error, (ArtifactError, BaseError, TokenizerError, OSError)) else error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Brings up the base: its folder, the engine on it, its tokenizer, and the store for its adapters.
+
+`__main__` calls it in a thread of its own; it blocks for as long as fetching and loading take. It raises what the
+parts raise; `__main__` turns that into one sentence and an exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.fetch import fetch, folder_digest, resolve
+from lorapool_artifacts.files import ArtifactKind
+from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, names_of
+from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.uri import PvcUri, parse_uri
+from lorapool_runtime.interface import Engine
+from lorapool_runtime.service import LoadedBase
+from lorapool_runtime.settings import RuntimeSettings
+from lorapool_runtime.store import DiskStore
+from lorapool_runtime.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+LOW_WATER = 0.8
+"""A full disk cache is emptied to this share."""
+
+
+class BaseError(Exception):
+    """The base cannot be served; the message says why and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFolder:
+    path: Path
+    digest: str | None
+    names: tuple[str, ...]
+
+
+EngineFactory = Callable[[RuntimeSettings, Path], Engine]
+
+
+def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
+    """The engine that is used; imported only here, so that all else runs without torch."""
+    from lorapool_runtime.engine import EngineConfig, TorchEngine
+
+    return TorchEngine(
+        EngineConfig(
+            model_dir=str(folder),
+            dtype=settings.dtype,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            max_rank=settings.max_rank,
+            slots=settings.slots,
+            max_batch=settings.max_batch,
+            kv_bytes=settings.kv_bytes,
+            max_batch_tokens=settings.max_batch_tokens,
+            threads=settings.threads,
+        )
+    )
+
+
+def bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> LoadedBase:
+    """Blocks until the engine runs. Raises BaseError, ArtifactError, or what the engine raises."""
+    sources = SourceSettings.from_env(environ, pvc_root=settings.pvc_root)
+    started_s = time.monotonic()
+    folder = base_folder(settings, sources)
+    log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
+    facts = base_facts_from_folder(folder.path).with_names(*folder.names)
+    codec = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
+    engine = make_engine(settings, folder.path)
+    engine.start()
+    cache = DiskCache(
+        settings.cache_dir.expanduser() / "adapters",
+        high_bytes=settings.cache_bytes,
+        low_bytes=int(settings.cache_bytes * LOW_WATER),
+    )
+    cache.start()
+    store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
+    log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
+    return LoadedBase(engine, codec, store, folder.digest)
+
+
+def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolder:
+    """The local folder of `settings.model`, fetched when it is a URI. Volumes are read where they are mounted."""
+    if "://" not in settings.model:
+        path = Path(settings.model).expanduser()
+        if not (path / "config.json").is_file():
+            raise BaseError(f"{path} is no model folder: it holds no config.json. Give a folder or a source URI.")
+        return BaseFolder(path.resolve(), None, (path.name, settings.base_name))
+    try:
+        uri = parse_uri(settings.model)
+    except ValueError as error:
+        raise BaseError(f"{error}.") from error
+    names = (*names_of(uri), settings.base_name)
+    if isinstance(uri, PvcUri):
+        found = asyncio.run(inspect_base(settings.model, settings.revision, sources))
+        return BaseFolder(settings.pvc_root / uri.claim / uri.path, found.digest, names)
+    return asyncio.run(_fetched(settings, sources, names))
+
+
+async def _fetched(settings: RuntimeSettings, sources: SourceSettings, names: tuple[str, ...]) -> BaseFolder:
+    resolved = await resolve(settings.model, settings.revision, ArtifactKind.BASE, None, sources)
+    log.info("fetching the base", extra={"base": settings.label, "bytes": resolved.size_bytes})
+    path = await fetch(resolved, settings.cache_dir.expanduser() / "bases")
+    return BaseFolder(path, folder_digest(path), names)
+
+
+def reason_of(error: BaseException) -> str:
+    """One sentence for the log's last line."""
+    if isinstance(error, ArtifactError):
+        return f"{error.reason.value}: {error.message}"
+    return str(error) or type(error).__name__

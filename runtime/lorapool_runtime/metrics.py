@@ -1,0 +1,214 @@
+"""Every metric of the runtime, on a registry of its own.
+
+`server` and `adapters` observe, `/metrics` renders. Histograms are labelled by base only. What belongs to one adapter
+is read from the accounts at each scrape, so its series vanish with it. The `vllm:` names are what inference
+gateways already read; own names have no colon. A name a client made up never becomes a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+
+from lorapool_api.common import FailureReason
+from lorapool_api.protocol import Tier, Usage
+from lorapool_runtime.accounts import OTHER, Account, Accounts
+from lorapool_runtime.clock import Clock
+from lorapool_runtime.generation import Outcome
+
+_TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_INTER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_DURATION = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The state of one moment, as `server` sees it."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    slots_total: int = 0
+    slots_used: int = 0
+    device_bytes: int = 0
+    host_bytes: int = 0
+    registered: int = 0
+    steps: int = 0
+    ready: bool = False
+    draining: bool = False
+    running_adapters: Sequence[str] = ()
+    waiting_adapters: Sequence[str] = ()
+
+
+class Metrics:
+    def __init__(self, base: str, accounts: Accounts, clock: Clock) -> None:
+        self._base = base
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._requests = Counter(
+            "lorapool_runtime_requests",
+            "Requests that ended, of the base and of all adapters.",
+            ["base", "outcome"],
+            registry=self._registry,
+        )
+        self._rejected = Counter(
+            "lorapool_runtime_rejected_requests",
+            "Requests answered with an error before anything was computed, by error code.",
+            ["base", "code"],
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "lorapool_runtime_tokens",
+            "Tokens of requests that ended, of the base and of all adapters.",
+            ["base", "type"],
+            registry=self._registry,
+        )
+        self._ttft = self._histogram("time_to_first_token", "From the request's arrival to its first token.", _TTFT)
+        self._inter_token = self._histogram("inter_token", "From one piece of an answer to the next.", _INTER_TOKEN)
+        self._duration = self._histogram("request_duration", "From the request's arrival to its end.", _DURATION)
+        self._load_seconds = Histogram(
+            "lorapool_runtime_load_seconds",
+            "Loads of adapters into a slot, by the tier they came from.",
+            ["base", "tier"],
+            buckets=_DURATION,
+            registry=self._registry,
+        )
+        self._load_failures = Counter(
+            "lorapool_runtime_load_failures",
+            "Loads that failed, by reason.",
+            ["base", "reason"],
+            registry=self._registry,
+        )
+        self.gauges: Callable[[], Gauges] = Gauges
+        """Set by `server`: how to see the present state."""
+        self._registry.register(_Present(base, accounts, clock, lambda: self.gauges()))
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(
+            f"lorapool_runtime_{name}_seconds", help_text, ["base"], buckets=buckets, registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def ended(self, outcome: Outcome, usage: Usage, seconds: float) -> None:
+        self._requests.labels(self._base, outcome.value).inc()
+        self._tokens.labels(self._base, "prompt").inc(usage.prompt_tokens)
+        self._tokens.labels(self._base, "completion").inc(usage.completion_tokens)
+        self._duration.labels(self._base).observe(seconds)
+
+    def rejected(self, code: str) -> None:
+        """`code` is one of our own error codes."""
+        self._rejected.labels(self._base, code).inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.labels(self._base).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self._inter_token.labels(self._base).observe(seconds)
+
+    def loaded(self, seconds: float, tier: Tier) -> None:
+        self._load_seconds.labels(self._base, tier.value).observe(seconds)
+
+    def load_failed(self, reason: FailureReason) -> None:
+        self._load_failures.labels(self._base, reason.value).inc()
+
+
+class _Present:
+    """Collector of what is true at the moment of the scrape."""
+
+    def __init__(self, base: str, accounts: Accounts, clock: Clock, gauges: Callable[[], Gauges]) -> None:
+        self._base = base
+        self._accounts = accounts
+        self._clock = clock
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._gauges()
+        yield from self._own_gauges(now)
+        yield from self._names_of_inference_gateways(now)
+        yield from self._per_adapter()
+
+    def _own_gauges(self, now: Gauges) -> Iterator[Metric]:
+        for name, help_text, value in (
+            ("running_requests", "Sequences the engine computes.", now.running),
+            ("waiting_requests", "Sequences and requests that wait, for the engine or for a load.", now.waiting),
+            ("kv_usage_ratio", "Used share of the KV cache.", now.kv_usage),
+            ("slots", "Adapters that fit on the device at one time.", now.slots_total),
+            ("used_slots", "Slots that are taken.", now.slots_used),
+            ("device_bytes", "Bytes the engine holds on its device.", now.device_bytes),
+            ("host_cache_bytes", "Bytes of adapters kept in host memory.", now.host_bytes),
+            ("registered_adapters", "Adapters this runtime knows.", now.registered),
+            ("ready", "1 when requests are accepted.", int(now.ready)),
+            ("draining", "1 after the order to stop.", int(now.draining)),
+        ):
+            yield _gauge(f"lorapool_runtime_{name}", help_text, {"base": self._base}, value)
+        steps = CounterMetricFamily("lorapool_runtime_engine_steps", "Steps of the engine.", labels=["base"])
+        steps.add_metric([self._base], now.steps)
+        yield steps
+
+    def _names_of_inference_gateways(self, now: Gauges) -> Iterator[Metric]:
+        model = {"model_name": self._base}
+        yield _gauge("vllm:num_requests_running", "Sequences the engine computes.", model, now.running)
+        yield _gauge("vllm:num_requests_waiting", "Sequences that wait.", model, now.waiting)
+        yield _gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.", model, now.kv_usage)
+        labels = {
+            "max_lora": str(now.slots_total),
+            "running_lora_adapters": ",".join(now.running_adapters),
+            "waiting_lora_adapters": ",".join(now.waiting_adapters),
+        }
+        yield _gauge("vllm:lora_requests_info", "Adapters with requests; the value is the time.", labels,
+                     self._clock.unix_s())  # fmt: skip
+
+    def _per_adapter(self) -> Iterator[Metric]:
+        named, others, now_s = self._accounts.named(), self._accounts.others(), self._clock.now_s()
+        groups: list[tuple[str, list[Account]]] = [(account.display, [account]) for account in named]
+        if others:
+            groups.append((OTHER, others))
+        requests = CounterMetricFamily(
+            "lorapool_runtime_adapter_requests", "Requests that ended.", labels=["base", "adapter", "outcome"]
+        )
+        resident = GaugeMetricFamily(
+            "lorapool_runtime_adapter_resident", "1 while it is on the device.", labels=["base", "adapter"]
+        )
+        counters: dict[str, tuple[str, Callable[[Account], float]]] = {
+            "prompt_tokens": ("Prompt tokens.", lambda a: a.prompt_tokens),
+            "completion_tokens": ("Completion tokens.", lambda a: a.completion_tokens),
+            "loads": ("Loads onto the device.", lambda a: a.loads),
+            "load_seconds": ("Time spent loading.", lambda a: a.load_seconds),
+            "residency_seconds": ("Time on the device.", lambda a: a.residency_seconds(now_s)),
+        }
+        families = {
+            name: CounterMetricFamily(f"lorapool_runtime_adapter_{name}", text, labels=["base", "adapter"])
+            for name, (text, _value) in counters.items()
+        }
+        for label, accounts in _merged(groups):
+            where = [self._base, label]
+            requests.add_metric([*where, Outcome.COMPLETED.value], sum(a.completed for a in accounts))
+            requests.add_metric([*where, Outcome.FAILED.value], sum(a.failed for a in accounts))
+            requests.add_metric([*where, Outcome.CANCELLED.value], sum(a.cancelled for a in accounts))
+            resident.add_metric(where, sum(bool(a.resident_since_s) for a in accounts))
+            for name, (_text, value) in counters.items():
+                families[name].add_metric(where, sum(value(a) for a in accounts))
+        yield requests
+        yield resident
+        yield from families.values()
+
+
+def _merged(groups: Iterable[tuple[str, list[Account]]]) -> Iterable[tuple[str, list[Account]]]:
+    """One group per label: an object deleted and made again has two uids and one name for a while."""
+    merged: dict[str, list[Account]] = {}
+    for label, accounts in groups:
+        merged.setdefault(label, []).extend(accounts)
+    return merged.items()
+
+
+def _gauge(name: str, help_text: str, labels: dict[str, str], value: float) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
