@@ -50,6 +50,15 @@ class PeerGuard:
         self._where = where
         self._starts_private: bool | None = None
 
+    def check_literal(self, host: str) -> None:
+        """Refuses a host that is written as a forbidden address, before anything is sent towards it."""
+        try:
+            address = parse_address(host.strip("[]"))
+        except ValueError:
+            return
+        if is_forbidden(address):
+            raise _refused(self._where, f"{host} is an address no source may have")
+
     def check(self, host: str, peer: str) -> None:
         """Raises ArtifactError when `peer`, reached as `host`, must not be spoken to."""
         address = parse_address(peer)

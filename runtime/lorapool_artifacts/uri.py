@@ -51,8 +51,8 @@ class OciUri:
         return self.digest or self.tag or "latest"
 
     def __str__(self) -> str:
-        end = f"@{self.digest}" if self.digest else f":{self.tag}" if self.tag else ""
-        return f"oci://{self.host}/{self.repo}{end}"
+        tag = f":{self.tag}" if self.tag else ""
+        return f"oci://{self.host}/{self.repo}{tag}" + (f"@{self.digest}" if self.digest else "")
 
 
 @dataclass(frozen=True, slots=True)

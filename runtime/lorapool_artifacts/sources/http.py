@@ -12,6 +12,7 @@ import email.utils
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -69,6 +70,7 @@ class _GuardedAdapter(HTTPAdapter):
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         self._deadline.check()
         self._deadline.progress()
+        self._guard.check_literal(urlsplit(request.url or "").hostname or "")
         kwargs["timeout"] = self._deadline.request_timeout_s()
         return super().send(request, *args, **kwargs)
 

@@ -1,0 +1,189 @@
+"""The verdict: what fits is accepted, what does not is told in words with a remedy."""
+
+from __future__ import annotations
+
+import pytest
+from artifacts import zoo
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.adapter_config import parse_adapter_config
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, parse_header
+from lorapool_artifacts.inspect import linear_modules
+from lorapool_artifacts.judge import AdapterFacts, BaseFacts, Verdict, judge
+from lorapool_artifacts.limits import JudgeLimits
+
+LIMITS = JudgeLimits(max_rank=8, max_bytes=100_000)
+
+
+def base(*, layers: int = zoo.LAYERS, hidden: int = zoo.HIDDEN) -> BaseFacts:
+    raw = zoo.safetensors(zoo.base_tensors(layers=layers, hidden=hidden))
+    modules = linear_modules(parse_header(raw, len(raw), BASE_BOUNDS, name="base"))
+    return BaseFacts(modules, frozenset({"tiny/llama"}), ("LlamaForCausalLM",))
+
+
+def verdict_of(
+    *, tensors: zoo.Tensors | None = None, on: BaseFacts | None = None, alone: bool = False, limits: JudgeLimits = LIMITS, **config: object
+) -> Verdict:
+    raw = zoo.safetensors(zoo.adapter_tensors() if tensors is None else tensors)
+    facts = AdapterFacts(
+        parse_adapter_config(zoo.adapter_config(**config)), parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a"), len(raw)
+    )
+    return judge(facts, None if alone else on or base(), limits)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def without(*names: str) -> zoo.Tensors:
+    return {name: value for name, value in zoo.adapter_tensors().items() if name not in names}
+
+
+def test_what_peft_saves_is_accepted() -> None:
+    verdict = verdict_of()
+    assert verdict.ok
+    assert (verdict.reason, verdict.rank, verdict.target_modules) == (None, 4, ("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "reason", "words"),
+    [
+        (without(f"{Q0}.lora_A.weight"), {}, FailureReason.INCOMPATIBLE, "no lora_A"),
+        (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), {}, FailureReason.INCOMPATIBLE, "targeted but has no weights"),
+        ({**zoo.adapter_tensors(), f"{Q0}.lora_magnitude_vector": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "DoRA"),
+        ({**zoo.adapter_tensors(), f"{Q0}.bias": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "bias"),
+        ({**zoo.adapter_tensors(), "surplus": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "no part of a LoRA"),
+        (
+            {name.replace("lora_A.weight", "lora_A.default.weight"): value for name, value in zoo.adapter_tensors().items()},
+            {}, FailureReason.INCOMPATIBLE, "adapter name",
+        ),
+        ({name.removeprefix("base_model.model."): value for name, value in zoo.adapter_tensors().items()}, {},
+         FailureReason.INCOMPATIBLE, "no part of a LoRA"),
+        ({name.replace("model.layers", "transformer.h"): value for name, value in zoo.adapter_tensors().items()}, {},
+         FailureReason.WRONG_BASE, "has no module"),
+        ({**zoo.adapter_tensors(), **{name.replace("q_proj", "qq_proj"): value for name, value in zoo.adapter_tensors().items()
+          if "q_proj" in name}}, {"target_modules": ["q_proj", "v_proj", "qq_proj"]}, FailureReason.INCOMPATIBLE, "qq_proj"),
+        (zoo.adapter_tensors(targets=("q_proj", "v_proj", "o_proj")), {}, FailureReason.INCOMPATIBLE, "not in target_modules"),
+        (zoo.adapter_tensors(), {"r": 8}, FailureReason.INCOMPATIBLE, "adapter_config.json says 8"),
+        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN, 2))}, {}, FailureReason.INCOMPATIBLE, "rank 4"),
+        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN * 4,))}, {}, FailureReason.INCOMPATIBLE, "no full matrices"),
+        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN + 1, 4))}, {}, FailureReason.WRONG_BASE, "17x16"),
+        (zoo.adapter_tensors(rank=16), {"r": 16}, FailureReason.RANK_TOO_HIGH, "maxRank"),
+        (zoo.adapter_tensors(layers=range(3)), {}, FailureReason.WRONG_BASE, "layers.2"),
+        (zoo.adapter_tensors(layers=range(1)), {}, FailureReason.INCOMPATIBLE, "layers.1"),
+        ({"base_model.model.lm_head.lora_A.weight": ("F32", (4, 16)), "base_model.model.lm_head.lora_B.weight": ("F32", (64, 4))},
+         {"target_modules": ["lm_head"]}, FailureReason.INCOMPATIBLE, "output head"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, 64))}, {"target_modules": ["embed_tokens"]},
+         FailureReason.INCOMPATIBLE, "embeddings"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_has_its_reason_in_words(
+    tensors: zoo.Tensors, config: dict[str, object], reason: FailureReason, words: str
+) -> None:
+    verdict = verdict_of(tensors=tensors, **config)
+    assert not verdict.ok
+    assert (verdict.reason, words in verdict.message) == (reason, True), verdict
+    assert len(verdict.message) < 900
+
+
+def test_an_adapter_of_another_base_names_the_shapes_and_the_base_it_was_trained_on() -> None:
+    verdict = verdict_of(on=base(hidden=64), base_model_name_or_path="other/llama-7b")
+    assert verdict.reason is FailureReason.WRONG_BASE
+    assert "64x64 in the base but the adapter fits 16x16" in verdict.message
+    assert "other/llama-7b" in verdict.message
+    assert "and 1 more" in verdict.message
+
+
+def test_another_name_of_a_base_with_the_same_shapes_is_only_a_hint() -> None:
+    verdict = verdict_of(base_model_name_or_path="/home/me/checkpoints/7")
+    assert verdict.ok
+    assert "/home/me/checkpoints/7" in verdict.message
+    assert verdict_of(base_model_name_or_path="/data/Llama/").message == verdict_of().message
+
+
+def test_too_many_bytes_are_too_large() -> None:
+    assert verdict_of(limits=JudgeLimits(8, max_bytes=10)).reason is FailureReason.TOO_LARGE
+
+
+def test_without_a_base_only_the_adapter_itself_is_judged() -> None:
+    assert verdict_of(alone=True).ok
+    assert verdict_of(alone=True, tensors=without(f"{Q0}.lora_A.weight")).reason is FailureReason.INCOMPATIBLE
+    assert verdict_of(alone=True, limits=JudgeLimits(2, 100_000)).reason is FailureReason.RANK_TOO_HIGH
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        (zoo.adapter_tensors(layers=[1]), {"layers_to_transform": [1]}),
+        (zoo.adapter_tensors(layers=[1]), {"layers_to_transform": 1, "layers_pattern": "layers"}),
+        (zoo.adapter_tensors(targets=("q_proj",)), {"target_modules": r".*\.q_proj"}),
+        (zoo.adapter_tensors(targets=("q_proj",)), {"exclude_modules": ["v_proj"]}),
+        (zoo.adapter_tensors(targets=[module.rpartition(".")[2] for module in zoo.MODULES]), {"target_modules": "all-linear"}),
+        (
+            {**zoo.adapter_tensors(rank=4, targets=("q_proj",)), **zoo.adapter_tensors(rank=2, targets=("v_proj",))},
+            {"rank_pattern": {"v_proj": 2}},
+        ),
+    ],
+)
+def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, config: dict[str, object]) -> None:
+    verdict = verdict_of(tensors=tensors, **config)
+    assert verdict.ok, verdict.message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": None}, "LoraConfig"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trained tokens"),
+        ({"lora_bias": True}, "biases"),
+        ({"fan_in_fan_out": True}, "Conv1D"),
+        ({"layer_replication": [[0, 1]]}, "replicated"),
+        ({"target_parameters": ["x"]}, "bare parameters"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"from_the_future": {"x": 1}}, "from_the_future"),
+        ({"r": 0}, "r"),
+        ({"r": "8"}, "r"),
+        ({"r": True}, "r"),
+        ({"lora_alpha": "NaN"}, "lora_alpha"),
+        ({"target_modules": []}, "target_modules"),
+        ({"target_modules": None}, "target_modules"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "regular expression"),
+        ({"alpha_pattern": {"q_proj": 0}}, "positive"),
+        ({"layers_pattern": "(x+)+"}, "regular expression"),
+    ],
+)
+def test_settings_that_are_not_supported_are_refused_by_name(config: dict[str, object], words: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        parse_adapter_config(zoo.adapter_config(**config))
+    assert caught.value.reason is FailureReason.INCOMPATIBLE
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"from_the_future": None}, {"another": False}, {"auto_mapping": {"parent_library": "os"}}, {"init_lora_weights": "gaussian"}],
+)
+def test_settings_without_effect_are_left_out(config: dict[str, object]) -> None:
+    assert parse_adapter_config(zoo.adapter_config(**config)).r == 4
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff", b'{"r": ' + b"[" * 100_000, b" " * 5_000_000])
+def test_a_config_that_is_no_json_object_is_corrupt(raw: bytes) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        parse_adapter_config(raw)
+    assert caught.value.reason is FailureReason.CORRUPT_ARTIFACT
+
+
+def test_rank_and_scaling_of_each_module_follow_the_patterns() -> None:
+    config = parse_adapter_config(
+        zoo.adapter_config(r=8, lora_alpha=16, rank_pattern={"q_proj": 4, "^model.layers.1.mlp.up_proj": 2}, alpha_pattern={"q_proj": 32})
+    )
+    assert config.scaling_of("model.layers.0.self_attn.v_proj") == 2.0
+    assert config.scaling_of("model.layers.0.self_attn.q_proj") == 8.0
+    assert (config.rank_of("model.layers.1.mlp.up_proj"), config.rank_of("x.model.layers.1.mlp.up_proj")) == (2, 8)
+    stable = parse_adapter_config(zoo.adapter_config(r=16, lora_alpha=16, use_rslora=True))
+    assert stable.scaling_of("q_proj") == 4.0

@@ -1,0 +1,76 @@
+"""Adapters that the real peft saves: its settings are all known, its files accepted, its scaling is ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorapool_artifacts import adapter_config
+from lorapool_artifacts.adapter_config import parse_adapter_config
+from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.limits import JudgeLimits
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+LIMITS = JudgeLimits(max_rank=8, max_bytes=100_000)
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def tiny_llama() -> Any:
+    """A random Llama of a few thousand weights."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def test_every_setting_of_the_installed_peft_is_known() -> None:
+    """A new peft with new settings must be looked at before its adapters are trusted."""
+    known = (
+        set(adapter_config.AdapterConfig.model_fields)
+        | set(adapter_config._UNSUPPORTED)
+        | adapter_config._IGNORED
+        | {"bias", "init_lora_weights"}
+    )
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - known == set()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "use_rslora": True},
+        {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 5}},
+        {"target_modules": r".*\.layers\.0\..*(q|k)_proj"},
+    ],
+)
+def test_an_adapter_trained_with_the_real_peft_is_accepted_with_pefts_own_scaling(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path
+    model = tiny_llama()
+    model.save_pretrained(folder / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+    wrapped.save_pretrained(folder / "lora")
+    seen = inspect_adapter_folder(folder / "lora", base_facts_from_folder(folder / "base"), LIMITS)
+    assert seen.verdict.ok, seen.verdict.message
+    config = parse_adapter_config((folder / "lora" / "adapter_config.json").read_bytes())
+    scalings = {
+        name.removeprefix("base_model.model."): layer.scaling["default"]
+        for name, layer in wrapped.named_modules()
+        if hasattr(layer, "scaling") and hasattr(layer, "lora_A")
+    }
+    assert scalings
+    assert {name: config.scaling_of(name) for name in scalings} == pytest.approx(scalings)
