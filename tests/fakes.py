@@ -109,7 +109,7 @@ class FakeRuntime:
     _seq: int = 1
     _in_flight: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _loading: dict[AdapterKey, asyncio.Event] = field(default_factory=dict)
+    _loading: dict[AdapterKey, asyncio.Task[None]] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -127,6 +127,8 @@ class FakeRuntime:
         """As if loaded already."""
         descriptor = AdapterDescriptor.model_validate({"display": display, "source": {"uri": "hf://org/given"}})
         self.adapters[key] = Adapter(descriptor, loaded=True, loads=1)
+        if (task := self._loading.pop(key, None)) is not None:
+            task.cancel()
         self.change()
 
     def snapshot(self) -> RuntimeSnapshot:
@@ -156,6 +158,8 @@ class FakeRuntime:
             yield self
         finally:
             await runner.cleanup()
+            for task in self._loading.values():
+                task.cancel()
 
     # --- the protocol
 
@@ -262,17 +266,18 @@ class FakeRuntime:
         if self.faults.load_failure is not None:
             raise self.faults.load_failure
         began_s = time.monotonic()
-        if key in self._loading:
-            await self._loading[key].wait()
-        else:
-            self._loading[key] = asyncio.Event()
+        if key not in self._loading:
+            self._loading[key] = asyncio.create_task(self._load_once(key, adapter))
             self.change()
-            await asyncio.sleep(self.load_s)
-            adapter.loaded = True
-            adapter.loads += 1
-            self._loading.pop(key).set()
-            self.change()
+        await asyncio.shield(self._loading[key])  # one client that leaves ends it for nobody else
         return max(1, round((time.monotonic() - began_s) * 1000))
+
+    async def _load_once(self, key: AdapterKey, adapter: Adapter) -> None:
+        await asyncio.sleep(self.load_s)
+        adapter.loaded = True
+        adapter.loads += 1
+        self._loading.pop(key, None)
+        self.change()
 
     async def _answer(
         self, request: web.Request, seen: Seen, body: dict[str, Any], identity: str, cold_ms: int

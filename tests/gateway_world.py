@@ -5,10 +5,11 @@ Used by tests/gateway. Nothing here speaks Kubernetes; test_gateway_apiserver.py
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,13 @@ from lorapool_gateway.store import KeyStore, RouteStore
 KEY = "lp-" + "k" * 43
 OTHER_KEY = "lp-" + "o" * 43
 CREATED = "2026-01-01T00:00:00Z"
+
+
+async def until(true: Callable[[], object], timeout_s: float = 3.0) -> None:
+    """Waits for what a test cannot be told about; TimeoutError when it does not come."""
+    async with asyncio.timeout(timeout_s):
+        while not true():  # noqa: ASYNC110  # the condition has no event of its own
+            await asyncio.sleep(0.005)
 
 
 def api_key(text: str, namespaces: str | None = None, **more: Any) -> ApiKey:
@@ -129,7 +137,9 @@ class World:
     forwarder: Forwarder = field(init=False)
 
     def __post_init__(self) -> None:
-        self.forwarder = Forwarder(self.session, lambda base: "t" * 64, request_timeout_s=self.settings.request_timeout_s)
+        self.forwarder = Forwarder(
+            self.session, lambda base: "t" * 64, request_timeout_s=self.settings.request_timeout_s
+        )
         dispatcher = Dispatcher(self.routes, self.waker, self.forwarder, self.metrics)
         self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
 

@@ -27,6 +27,8 @@ from lorapool_gateway.wake import Waker
 NO_SLOT_ATTEMPTS = 3
 """The best replica and at most two more."""
 LOST_RETRIES = 1
+MIN_PATIENCE_S = 2.0
+"""A request whose base came up at the last moment still gets this long for its adapter's load."""
 RECHECK_S = 2.0
 """A held request looks again this often even when no change was announced."""
 PAUSE_S = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -104,7 +106,7 @@ class Dispatcher:
                     request,
                     request_id,
                     lambda pod=replica.endpoint.pod_uid: self._still_loading(target, pod),  # type: ignore[misc]
-                    deadline_s - self._clock(),
+                    max(MIN_PATIENCE_S, deadline_s - self._clock()),
                 )
             except TooLate:
                 raise Unavailable(
