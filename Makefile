@@ -78,12 +78,12 @@ model: install ## make the demo's base model folder (cached)
 	@$(PY) hack/models/base.py
 
 .PHONY: unit
-unit: install ## tests that need nothing but the virtual environment
+unit: install ## tests that need nothing but the virtual environment (and the base model, made once)
+	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e
 
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
-	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py --print)"
 	$(PY) -m pytest -q -m apiserver --ignore=tests/e2e
 
 .PHONY: e2e

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,6 +109,12 @@ class World:
         raise AssertionError(
             f"{what}: not within {timeout_s} s; last seen {last!r}\n{self.kubectl('get', 'bm,lora,pods')}"
         )
+
+    def cluster(self, verb: str, component: str) -> None:
+        """Stops or starts a component of the local cluster, as a failure would."""
+        command = [sys.executable, str(ROOT / "hack" / "cluster"), verb, "--name", self.name, component]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == 0, done.stderr
 
     # --- clients ---------------------------------------------------------------------------
 

@@ -35,9 +35,9 @@ class Ground:
     insecure: bool
     """The registry speaks plain HTTP."""
     prometheus_url: str
-    gateway_url: str | None
-    """Set when the cluster forwards a NodePort; None: the demo starts a port-forward."""
-    node_port: int | None
+    cluster: str | None
+    """Name of the local cluster; None for a cluster of the user's."""
+    audit_log: Path | None = None
 
     def kubectl_argv(self) -> list[str]:
         argv = [str(self.kubectl), "--kubeconfig", str(self.kubeconfig)]
@@ -63,8 +63,8 @@ def check_machine() -> None:
     free = shutil.disk_usage(REPOSITORY).free / 2**30
     if free < DISK_NEEDED_GIB:
         raise StepError(
-            f"{free:.0f} GiB of disk are free, {DISK_NEEDED_GIB} are needed (torch alone is 6). Free some, or move the\n"
-            "cache with LORAPOOL_CACHE=<folder on another disk>."
+            f"{free:.0f} GiB of disk are free, {DISK_NEEDED_GIB} are needed (torch alone is 6). Free some, or move\n"
+            "the cache with LORAPOOL_CACHE=<folder on another disk>."
         )
 
 
@@ -81,7 +81,7 @@ def local(steps: Steps, name: str) -> Ground:
             remedy="`make demo-down` clears what was started; then try again.",
             timeout_s=300,
         )
-    return of_local(json.loads(out[out.index("{") :]))
+    return of_local(json.loads(out))
 
 
 def of_local(info: dict[str, Any]) -> Ground:
@@ -93,12 +93,12 @@ def of_local(info: dict[str, Any]) -> Ground:
         kubectl=bin_dir / "kubectl",
         helm=bin_dir / "helm",
         push_registry=info["registry"],
-        pull_registry=info["registry_in_cluster"],
+        pull_registry=info["registry"],
         artifact_registry=info["registry_in_cluster"],
         insecure=True,
         prometheus_url=info["prometheus_url"],
-        gateway_url=info["gateway_url"],
-        node_port=info["gateway_node_port"],
+        cluster=info["name"],
+        audit_log=Path(info["audit_log"]),
     )
 
 
@@ -119,6 +119,5 @@ def existing(context: str, registry: str | None) -> Ground:
         artifact_registry=registry,
         insecure=False,
         prometheus_url=os.environ.get("PROMETHEUS_URL", ""),
-        gateway_url=None,
-        node_port=None,
+        cluster=None,
     )

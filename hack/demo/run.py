@@ -149,7 +149,7 @@ def _build_images(demo: Demo) -> str:
 
 
 def _push_artifacts(demo: Demo, base_folder: str) -> tuple[str, dict[str, str]]:
-    insecure = ["--plain-http"] if demo.ground.insecure else []
+    insecure = ["--insecure"] if demo.ground.insecure else []
 
     def push(folder: Path, repository: str) -> str:
         target = f"{demo.ground.push_registry}/{repository}:1"
@@ -166,12 +166,12 @@ def _helm(demo: Demo, tag: str) -> None:
     demo.apply(objects.namespace())
     argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, REPOSITORY / "charts" / "lorapool"]
     argv += ["-n", objects.NAMESPACE, "-f", VALUES, "--wait", "--timeout", "5m"]
-    registry = demo.ground.pull_registry
-    argv += ["--set", f"image.registry={registry},image.tag={tag}"]
-    if demo.ground.node_port is not None:
-        argv += ["--set", f"gateway.service.type=NodePort,gateway.service.nodePort={demo.ground.node_port}"]
+    for image in ("control", "runtime"):
+        argv += ["--set-string", f"image.{image}.tag={tag}"]
+    argv += ["--set", f"image.registry={demo.ground.pull_registry}"]
     if demo.ground.insecure:
-        argv += ["--set", f"artifacts.insecureRegistries={{{demo.ground.artifact_registry}}}"]
+        argv += ["--set", "artifactEnv[0].name=LORAPOOL_OCI_INSECURE_HOSTS"]
+        argv += ["--set", f"artifactEnv[0].value={demo.ground.artifact_registry}"]
     remedy = f"`kubectl -n {objects.NAMESPACE} get pods,events` shows what a pod waits for."
     demo.steps.command(argv, remedy=remedy, timeout_s=400)
 
@@ -241,7 +241,7 @@ def _wait_usage(demo: Demo) -> None:
 
 
 def _gateway_url(demo: Demo) -> str:
-    url = demo.ground.gateway_url or _port_forward(demo)
+    url = _forward(demo) if demo.ground.cluster else _port_forward(demo)
 
     def missing() -> str | None:
         import urllib.error
@@ -257,6 +257,14 @@ def _gateway_url(demo: Demo) -> str:
 
     until(f"gateway at {url}", missing, timeout_s=60, remedy="`kubectl -n lorapool logs deploy/lorapool-gateway`")
     return url
+
+
+def _forward(demo: Demo) -> str:
+    """The local cluster keeps a way from 127.0.0.1 to the Service, whatever pod is behind it."""
+    assert demo.ground.cluster is not None
+    target = f"{objects.RELEASE}-gateway.{objects.NAMESPACE}.svc.cluster.local:80"
+    out = _tool(demo.steps, "cluster", "forward", "--name", demo.ground.cluster, "--to", target, timeout_s=30)
+    return f"http://{_last_line(out)}"
 
 
 def _port_forward(demo: Demo) -> str:
@@ -297,6 +305,8 @@ def _report(demo: Demo, answers: list[Answer], url: str, key: str, started: floa
         "gateway_url": url,
         "api_key": key,
         "prometheus_url": ground.prometheus_url,
+        "cluster": ground.cluster,
+        "audit_log": str(ground.audit_log) if ground.audit_log else None,
         "registry": ground.push_registry,
         "artifact_registry": ground.artifact_registry,
         "seconds": {**demo.steps.seconds, "total": round(time.monotonic() - started, 1)},

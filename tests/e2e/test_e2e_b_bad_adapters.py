@@ -83,7 +83,7 @@ def push(world: World, folder: Path, repository: str) -> str:
     target = f"{world.summary['registry']}/{repository}:1"
     script = str(ROOT / "hack" / "models" / "push.py")
     done = subprocess.run(
-        [sys.executable, script, "--plain-http", str(folder), target], capture_output=True, text=True, check=False
+        [sys.executable, script, "--insecure", str(folder), target], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return f"oci://{world.summary['artifact_registry']}/{repository}@{done.stdout.split()[-1]}"

@@ -47,7 +47,7 @@ def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(wor
 
 
 async def test_a_prober_that_sends_throughout_loses_no_request(world: World, short_lives: None) -> None:
-    """Steady first; then with gaps swept over the moment at which the base stops, where a request is easiest to lose."""
+    """Steady first; then with gaps swept over the moment at which the base stops, where one is easiest to lose."""
     world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "6s"}})
     prober = Prober(world, ["routing", "sentiment"], pause_s=0.2)
     steady = asyncio.create_task(prober.run())

@@ -1,4 +1,4 @@
-"""After all the tests before: every process lived within the chart's own rights, in a namespace of the strictest kind."""
+"""After all the tests before: every process lived within the chart's own rights, in a strict namespace."""
 
 import json
 from pathlib import Path

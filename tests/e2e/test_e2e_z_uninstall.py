@@ -1,4 +1,4 @@
-"""`helm upgrade` from a chart with an older CRD, then `helm uninstall`: the objects stay, and deleting them hangs on nothing."""
+"""`helm upgrade` from an older CRD, then `helm uninstall`: the objects stay, deleting them hangs on nothing."""
 
 import shutil
 from pathlib import Path
