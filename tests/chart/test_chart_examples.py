@@ -17,7 +17,10 @@ from lorapool_api import basemodel, common, loraadapter
 from lorapool_gateway import auth
 
 EXAMPLES = REPOSITORY / "examples"
-SPECS = {basemodel.KIND: basemodel.BaseModelSpec, loraadapter.KIND: loraadapter.LoraAdapterSpec}
+SPECS: dict[str, type[common.ApiModel]] = {
+    basemodel.KIND: basemodel.BaseModelSpec,
+    loraadapter.KIND: loraadapter.LoraAdapterSpec,
+}
 
 
 def schema_of(kind: str) -> dict[str, Any]:

@@ -9,56 +9,8 @@ from typing import Any
 import chart_kit
 import pytest
 import yaml
-from chart_kit import CHART, NAMESPACE, RELEASE, environment, of_kind, pod_of, refusal, render, run
+from chart_kit import ALL_ON, CHART, NAMESPACE, RELEASE, environment, of_kind, pod_of, refusal, render, run
 
-ALL_ON: dict[str, Any] = {
-    "commonLabels": {"team": "ml"},
-    "commonAnnotations": {"example.com/owner": "ml"},
-    "watchNamespaces": ["team-a", "team-b"],
-    "imagePullSecrets": [{"name": "pull"}],
-    "image": {"registry": "registry.example:5000/ml", "control": {"digest": "sha256:" + "a" * 64}},
-    "apiKeys": {"namespace": "lorapool-keys"},
-    "artifacts": {
-        "insecureRegistries": ["registry.example:5000"],
-        "env": [{"name": "HF_ENDPOINT", "value": "http://hub.example"}],
-        "credentials": {"existingSecret": "hub-credentials"},
-    },
-    "runtimeProfiles": {"gpu": {"resources": {"limits": {"nvidia.com/gpu": 1}}, "env": [{"name": "A", "value": "b"}]}},
-    "operator": {"podLabels": {"a": "b"}, "priorityClassName": "high", "replicas": 2, "nodeSelector": {"a": "b"}},
-    "gateway": {
-        "autoscaling": {"enabled": True, "behavior": {"scaleDown": {"stabilizationWindowSeconds": 60}}},
-        "podLabels": {"a": "b"},
-        "podAnnotations": {"example.com/a": "b"},
-        "tolerations": [{"key": "a", "operator": "Exists"}],
-        "affinity": {"nodeAffinity": {}},
-        "service": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["10.0.0.0/8"], "nodePort": 30080},
-        "extraEnv": [{"name": "LORAPOOL_GATEWAY_BODY_TIMEOUT_S", "value": "20"}],
-    },
-    "ingress": {
-        "enabled": True,
-        "className": "nginx",
-        "hosts": [{"host": "llm.example.com"}],
-        "tls": [{"secretName": "tls", "hosts": ["llm.example.com"]}],
-    },
-    "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}], "hostnames": ["llm.example.com"]},
-    "networkPolicy": {"gatewayFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}], "sources": {"ports": [443]}},
-    "metrics": {
-        "serviceMonitor": {"enabled": True, "additionalLabels": {"release": "kps"}, "interval": "15s"},
-        "podMonitor": {"enabled": True, "additionalLabels": {"release": "kps"}, "scrapeTimeout": "10s"},
-        "prometheusRule": {"enabled": True, "additionalLabels": {"release": "kps"}, "alertLabels": {"team": "ml"}},
-        "dashboards": {"enabled": True, "annotations": {"grafana_folder": "Lorapool"}},
-    },
-    "test": {"apiKeySecret": {"name": "test-key"}},
-    "extraObjects": [
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": "{{ .Release.Name }}-extra"},
-            "data": {"a": "b"},
-        },
-        "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: text\n",
-    ],
-}
 CLUSTER: dict[str, Any] = {**ALL_ON, "scope": "cluster", "watchNamespaces": []}
 ALL_OFF: dict[str, Any] = {
     "crds": {"install": False},

@@ -1,0 +1,256 @@
+"""The life of a release against a real API server: install, rights, pod security, upgrade, uninstall."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import ssl
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from apiserver import ApiServer, running_apiserver
+from chart_kit import ALL_ON, CHART, REPOSITORY, find_tool, run
+
+pytestmark = pytest.mark.apiserver
+
+NAMESPACE = "lorapool-system"
+CRDS = ("basemodels.lorapool.dev", "loraadapters.lorapool.dev")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    assert find_tool("helm"), "helm is not built: make binaries"
+    with running_apiserver(tmp_path_factory.mktemp("chart")) as running:
+        labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
+        for name in (NAMESPACE, "team-a"):
+            apply(running, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        yield running
+
+
+def apply(server: ApiServer, manifest: dict[str, Any]) -> None:
+    server.kubectl("apply", "--validate=strict", "-f", "-", stdin=json.dumps(manifest))
+
+
+def get(server: ApiServer, *what: str) -> Any:
+    return json.loads(server.kubectl("get", *what, "-o", "json"))
+
+
+def helm(server: ApiServer, *args: str | Path) -> str:
+    result = run("helm", f"--kubeconfig={server.kubeconfig}", "--namespace", NAMESPACE, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@contextmanager
+def release(server: ApiServer, chart: Path = CHART, *args: str | Path) -> Iterator[str]:
+    """Installed for a `with` block; what Helm printed. Afterwards not even the CRDs are left."""
+    try:
+        yield helm(server, "install", "lorapool", chart, *args)
+    finally:
+        run("helm", f"--kubeconfig={server.kubeconfig}", "--namespace", NAMESPACE, "uninstall", "lorapool")
+        server.kubectl("delete", "crd", *CRDS, "--ignore-not-found", "--timeout=30s")
+
+
+def example(kind: str) -> dict[str, Any]:
+    manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples" / f"{kind}.yaml").read_text())
+    manifest["metadata"]["namespace"] = NAMESPACE
+    return manifest
+
+
+def older_chart(folder: Path) -> Path:
+    """This chart as it was before `spec.suspend` was thought of."""
+    chart = folder / "older"
+    shutil.copytree(CHART, chart)
+    file = chart / "files" / "crds" / "lorapool.dev_loraadapters.yaml"
+    crd = yaml.safe_load(file.read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    del schema["properties"]["spec"]["properties"]["suspend"]
+    file.write_text(yaml.safe_dump(crd))
+    return chart
+
+
+def test_an_upgrade_brings_the_newer_crd_and_keeps_the_token_and_an_uninstall_keeps_the_objects(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    with release(server, older_chart(tmp_path)):
+        apply(server, example("basemodel"))
+        apply(server, example("loraadapter"))
+        before = get(server, "loraadapter", "support-routing", "-n", NAMESPACE)
+        assert "suspend" not in before["spec"]
+        token = get(server, "secret", "lorapool-runtime-token", "-n", NAMESPACE)["data"]["token"]
+
+        helm(server, "upgrade", "lorapool", CHART)
+
+        server.kubectl(
+            "patch", "lora", "support-routing", "-n", NAMESPACE, "--type=merge", "-p", '{"spec":{"suspend":true}}'
+        )
+        after = get(server, "loraadapter", "support-routing", "-n", NAMESPACE)
+        assert after["spec"]["suspend"] is True, "the upgraded CRD knows the field"
+        assert after["metadata"]["uid"] == before["metadata"]["uid"]
+        assert get(server, "secret", "lorapool-runtime-token", "-n", NAMESPACE)["data"]["token"] == token
+        assert len(bytes.fromhex(base64.b64decode(token).decode())) == 32
+
+        helm(server, "uninstall", "lorapool")
+
+        assert (
+            get(
+                server,
+                "deployments,secrets,networkpolicies",
+                "-n",
+                NAMESPACE,
+                "-l",
+                "app.kubernetes.io/instance=lorapool",
+            )["items"]
+            == []
+        )
+        assert len(get(server, "bm,lora", "-n", NAMESPACE)["items"]) == 2
+        start_s = time.monotonic()
+        server.kubectl("delete", "bm,lora", "--all", "-n", NAMESPACE, "--timeout=20s")
+        server.kubectl("delete", "crd", *CRDS, "--timeout=20s")
+        assert time.monotonic() - start_s < 20
+
+
+def test_a_second_install_takes_over_the_crds_that_an_uninstall_left(server: ApiServer) -> None:
+    with release(server):
+        helm(server, "uninstall", "lorapool")
+
+        helm(server, "install", "lorapool", CHART)
+
+
+def test_an_install_in_a_restricted_namespace_warns_of_nothing(server: ApiServer) -> None:
+    with release(server) as printed:
+        assert "violate PodSecurity" not in printed
+        assert "warning" not in printed.lower().partition("notes:")[0]
+        for name in ("operator", "gateway"):
+            spec = get(server, "deployment", f"lorapool-{name}", "-n", NAMESPACE)["spec"]["template"]
+            pod = {"apiVersion": "v1", "kind": "Pod", **spec, "metadata": {"name": "p", "namespace": NAMESPACE}}
+            server.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+
+
+def test_the_notes_stop_warning_once_there_is_a_base(server: ApiServer) -> None:
+    with release(server) as printed:
+        assert "WARNING: there is no BaseModel yet" in printed
+        apply(server, example("basemodel"))
+
+        assert "no BaseModel" not in helm(server, "upgrade", "lorapool", CHART)
+
+
+ALLOWED = {
+    "operator": [
+        "list basemodels.lorapool.dev",
+        "watch loraadapters.lorapool.dev",
+        "patch loraadapters.lorapool.dev/status",
+        "patch basemodels.lorapool.dev/scale",
+        "create deployments.apps",
+        "patch services",
+        "delete poddisruptionbudgets.policy",
+        "watch pods",
+        "create events",
+        "create leases.coordination.k8s.io",
+        "update leases.coordination.k8s.io/lorapool-operator",
+    ],
+    "gateway": [
+        "list basemodels.lorapool.dev",
+        "watch loraadapters.lorapool.dev",
+        "patch basemodels.lorapool.dev/scale",
+        "watch endpointslices.discovery.k8s.io",
+        "list secrets",
+    ],
+}
+DENIED = {
+    "operator": [
+        "get secrets",
+        "list secrets",
+        "patch loraadapters.lorapool.dev",
+        "delete basemodels.lorapool.dev",
+        "update leases.coordination.k8s.io/other",
+        "create pods",
+        "create pods/exec",
+        "create roles.rbac.authorization.k8s.io",
+        "create serviceaccounts/token",
+    ],
+    "gateway": [
+        "get secrets",
+        "patch loraadapters.lorapool.dev/status",
+        "create deployments.apps",
+        "list pods",
+        "create pods/exec",
+    ],
+}
+
+
+def may(server: ApiServer, component: str, right: str, namespace: str) -> bool:
+    """Asks the API server's own authorizer, as the component's service account."""
+    verb, _, what = right.partition(" ")
+    resource, _, rest = what.partition("/")
+    name, group = resource.partition(".")[::2]
+    attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": name}
+    if rest:
+        attributes["name" if resource.startswith("leases") else "subresource"] = rest
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {
+            "user": f"system:serviceaccount:{NAMESPACE}:lorapool-{component}",
+            "groups": ["system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}", "system:authenticated"],
+            "resourceAttributes": attributes,
+        },
+    }
+    request = urllib.request.Request(
+        f"{server.url}/apis/authorization.k8s.io/v1/subjectaccessreviews",
+        data=json.dumps(review).encode(),
+        headers={"Authorization": f"Bearer {server.token}", "Content-Type": "application/json"},
+    )
+    trust = ssl.create_default_context(cafile=str(server.ca_file))
+    with urllib.request.urlopen(request, context=trust, timeout=20) as response:
+        return bool(json.load(response)["status"]["allowed"])
+
+
+def test_the_authorizer_grants_what_is_needed_and_nothing_beyond(server: ApiServer) -> None:
+    with release(server):
+        for component, rights in ALLOWED.items():
+            for right in rights:
+                assert may(server, component, right, NAMESPACE), f"{component} may not {right}"
+                assert not may(server, component, right, "team-a"), f"{component} may {right} in another namespace"
+        for component, rights in DENIED.items():
+            for right in rights:
+                assert not may(server, component, right, NAMESPACE), f"{component} may {right}"
+
+
+def test_cluster_mode_reaches_every_namespace_but_no_secret_there(server: ApiServer) -> None:
+    with release(server, CHART, "--set", "scope=cluster"):
+        assert may(server, "operator", "create deployments.apps", "team-a")
+        assert may(server, "gateway", "patch basemodels.lorapool.dev/scale", "team-a")
+        assert may(server, "gateway", "list secrets", NAMESPACE)
+        assert not may(server, "gateway", "list secrets", "team-a")
+        assert not may(server, "operator", "list secrets", "team-a")
+
+
+def test_watched_namespaces_get_their_roles_and_policies(server: ApiServer) -> None:
+    with release(server, CHART, "--set", f"watchNamespaces={{{NAMESPACE},team-a}}"):
+        assert may(server, "operator", "create deployments.apps", "team-a")
+        assert not may(server, "operator", "create deployments.apps", "default")
+        names = [item["metadata"]["name"] for item in get(server, "networkpolicies", "-n", "team-a")["items"]]
+        assert names == ["lorapool-runtimes"]
+
+
+def test_the_server_accepts_every_object_with_everything_switched_on(server: ApiServer, tmp_path: Path) -> None:
+    # Kinds of other projects are unknown to this server.
+    foreign = {"httpRoute": {"enabled": False}, "metrics": {"dashboards": {"enabled": True}}}
+    values = {**ALL_ON, **foreign, "watchNamespaces": [NAMESPACE, "team-a"], "apiKeys": {"namespace": "team-a"}}
+    file = tmp_path / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+
+    with release(server, CHART, "--values", file) as printed:
+        assert "STATUS: deployed" in printed
+
+
+def test_the_example_key_is_an_ordinary_secret(server: ApiServer) -> None:
+    server.kubectl("apply", "--dry-run=server", "-n", NAMESPACE, "-f", str(REPOSITORY / "examples" / "apikey.yaml"))
