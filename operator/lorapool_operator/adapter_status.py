@@ -104,9 +104,10 @@ def _replicas(seen: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
     found = []
     for place in seen.places:
         snapshot, report = place.runtime.believed, place.report(digest)
-        if snapshot is None or report is None or report.state is not AdapterState.LOADED:
+        if snapshot is None or report is None:
             continue
-        if report.tier not in (Tier.DEVICE, Tier.HOST):
+        on_device = report.tier is Tier.DEVICE and report.state is AdapterState.LOADED
+        if not on_device and report.tier is not Tier.HOST:
             continue
         found.append(
             ReplicaStatus(

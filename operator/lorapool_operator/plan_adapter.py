@@ -124,6 +124,9 @@ def _unregisters(
         if place.runtime.believed is None:
             continue
         for report in place.reports:
+            if report.state is AdapterState.DRAINING:
+                later.append(now + DRAIN_QUIET_S)  # on its way out already, or between two tiers
+                continue
             if report.digest in keep:
                 if not _outdated_failure(seen, verdict, report):
                     continue

@@ -290,6 +290,10 @@ class Store:
         first = min(rivals, key=lambda item: (item.meta.created_unix_s, item.meta.name), default=adapter)
         return None if first.meta.uid == adapter.meta.uid else first.key
 
+    def alias_rivals(self, namespace: str, alias: str) -> list[Key]:
+        """Adapters that want this alias."""
+        return list(self._aliases.get((namespace, alias), ()))
+
     def pods_of(self, base: BaseObject) -> list[PodObject]:
         """Runtime pods of this very object: a recreated base does not inherit pods."""
         return [pod for pod in self.pods if pod.base == base.key and pod.base_uid == base.meta.uid]

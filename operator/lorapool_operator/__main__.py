@@ -1,0 +1,53 @@
+"""`python -m lorapool_operator`: reads the settings once, then runs the process until it is told to stop.
+
+Ends with 0 when told to, 1 when the Lease was lost (the kubelet starts it again as a standby), 2 when the settings
+cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from lorapool_artifacts.limits import SourceSettings
+from lorapool_operator.access import AccessError
+from lorapool_operator.logs import set_up_logs
+from lorapool_operator.process import Process
+from lorapool_operator.profiles import ProfilesError
+from lorapool_operator.settings import Settings, SettingsError, read_settings
+
+log = logging.getLogger("lorapool_operator")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="lorapool-operator", description="Run Lorapool's operator.")
+    parser.add_argument("--kubeconfig", type=Path, help="outside a cluster; else KUBECONFIG or the service account")
+    arguments = parser.parse_args()
+    try:
+        settings = read_settings(os.environ, kubeconfig=arguments.kubeconfig)
+    except SettingsError as error:
+        print(f"lorapool-operator: {error}", file=sys.stderr)
+        return 2
+    set_up_logs(settings.log_level, settings.log_format)
+    return asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> int:
+    try:
+        process = Process(settings, sources=SourceSettings.from_env(os.environ))
+        for number in (signal.SIGTERM, signal.SIGINT):  # kopf takes these over while it runs
+            asyncio.get_running_loop().add_signal_handler(number, process.stop)
+        await process.run()
+    except (SettingsError, ProfilesError, AccessError) as error:
+        log.error("cannot start", extra={"error": str(error)})
+        return 2
+    return 0 if process.told_to_stop else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""How the API server is reached: in-cluster service account or kubeconfig, for our client and for kopf alike.
+
+Called by `__main__`. One place decides; kopf's own guesses through every client library it finds are not used.
+A service account's token is read again when it has aged, since the kubelet rotates it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import kopf
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.config import load_kube_config
+from kubernetes.aio.config.incluster_config import load_incluster_config
+
+TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+TOKEN_LIFE = timedelta(minutes=5)
+CONNECTIONS = 64
+
+
+class AccessError(Exception):
+    """No way to the API server is configured."""
+
+
+def in_cluster(kubeconfig: Path | None) -> bool:
+    return kubeconfig is None and TOKEN_FILE.exists()
+
+
+async def load_configuration(kubeconfig: Path | None) -> Configuration:
+    """An explicit kubeconfig wins, then the service account, then KUBECONFIG. Raises AccessError."""
+    configuration = Configuration()
+    if in_cluster(kubeconfig):
+        load_incluster_config(client_configuration=configuration)
+    else:
+        path = kubeconfig or os.environ.get("KUBECONFIG")
+        if not path:
+            raise AccessError("neither in a cluster nor KUBECONFIG or --kubeconfig is given")
+        await load_kube_config(config_file=str(path), client_configuration=configuration, persist_config=False)
+    configuration.connection_pool_maxsize = CONNECTIONS
+    return configuration
+
+
+def make_client(configuration: Configuration) -> ApiClient:
+    """The client for all our own calls; the caller closes it."""
+    return ApiClient(configuration=configuration)
+
+
+def login_handler(kubeconfig: Path | None) -> Callable[..., Awaitable[kopf.ConnectionInfo]]:
+    """kopf's login: the same configuration, in kopf's terms."""
+
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        configuration = await load_configuration(kubeconfig)
+        header: object = configuration.get_api_key_with_prefix("BearerToken")
+        scheme, _, token = (header if isinstance(header, str) else "").partition(" ")
+        return kopf.ConnectionInfo(
+            server=configuration.host,
+            ca_path=configuration.ssl_ca_cert,
+            insecure=not configuration.verify_ssl,
+            username=configuration.username or None,
+            password=configuration.password or None,
+            scheme=scheme.capitalize() if token else None,
+            token=token or None,
+            certificate_path=configuration.cert_file,
+            private_key_path=configuration.key_file,
+            expiration=datetime.now(UTC) + TOKEN_LIFE if in_cluster(kubeconfig) else None,
+        )
+
+    return login

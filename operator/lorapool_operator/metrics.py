@@ -1,0 +1,180 @@
+"""`lorapool_operator_*`, and the small server that shows them with /healthz and /readyz.
+
+Series of objects are read from the store at the time of the scrape, so they vanish with the object. Usage is not
+here: gateway and runtime export it, and the status holds the totals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from lorapool_api.common import AdapterCondition
+from lorapool_operator.cluster import Cluster
+from lorapool_operator.judge import JudgeBook
+from lorapool_operator.runtimes import RuntimeBook
+from lorapool_operator.store import Key, Kind, Store
+from lorapool_operator.verdict import condition
+from lorapool_operator.workqueue import WorkQueue
+
+BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+UNKNOWN_STATE = "Pending"
+STATUSES = ("True", "False", "Unknown")
+
+Metric = GaugeMetricFamily | CounterMetricFamily
+
+
+class Metrics:
+    """Counters that are counted where things happen."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self._reconciles = Counter(
+            "lorapool_operator_reconciles",
+            "Keys that were observed, planned and applied.",
+            ["kind", "outcome"],
+            registry=self.registry,
+        )
+        self._durations = Histogram(
+            "lorapool_operator_reconcile_duration_seconds",
+            "Time to observe, plan and apply one key.",
+            ["kind"],
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self.resyncs = Counter(
+            "lorapool_operator_resyncs", "Comparisons of the caches with the API server.", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.repairs = Counter(
+            "lorapool_operator_resync_repairs", "Objects that a watch had missed.", registry=self.registry
+        )
+        for kind in Kind:
+            self._durations.labels(kind.value)
+            for outcome in ("done", "conflict", "error"):
+                self._reconciles.labels(kind.value, outcome)
+
+    def reconciled(self, kind: Kind, outcome: str, seconds: float) -> None:
+        self._reconciles.labels(kind.value, outcome).inc()
+        self._durations.labels(kind.value).observe(seconds)
+
+
+class StateCollector(Collector):
+    """What the caches hold now."""
+
+    def __init__(
+        self,
+        store: Store,
+        queue: WorkQueue[Key],
+        judge: JudgeBook,
+        runtimes: RuntimeBook,
+        cluster: Cluster,
+        *,
+        leading: Callable[[], bool],
+        max_tracked_adapters: int,
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._judge = judge
+        self._runtimes = runtimes
+        self._cluster = cluster
+        self._leading = leading
+        self._max_tracked_adapters = max_tracked_adapters
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge("leader", "1 when this process holds the Lease.", float(self._leading()))
+        yield _gauge("queue_depth", "Keys that are due.", float(self._queue.ready_depth()))
+        yield _gauge(
+            "queue_oldest_age_seconds", "How long the most overdue key has waited.", self._queue.oldest_age_s()
+        )
+        yield _gauge("judgements_waiting", "Inspections asked for and not ended.", float(self._judge.waiting()))
+        yield _counter("judgements", "Finished inspections of sources.", "reason", self._judge.outcomes)
+        yield _counter("api_writes", "Writes to the API server.", "what", self._cluster.writes)
+        polls = {"done": self._runtimes.polls, "failed": self._runtimes.poll_failures}
+        yield _counter("runtime_polls", "Long-polls of runtimes.", "outcome", polls)
+        yield from self._bases()
+        yield from self._adapters()
+
+    def _bases(self) -> Iterator[Metric]:
+        names = ["namespace", "base"]
+        conditions = GaugeMetricFamily(
+            "lorapool_operator_base_condition",
+            "1 for the status each condition has.",
+            labels=[*names, "type", "status"],
+        )
+        wanted = GaugeMetricFamily("lorapool_operator_base_replicas_wanted", "spec.replicas.", labels=names)
+        exist = GaugeMetricFamily("lorapool_operator_base_replicas", "Runtime pods that exist.", labels=names)
+        ready = GaugeMetricFamily("lorapool_operator_base_replicas_ready", "Runtime pods that serve.", labels=names)
+        for base in self._store.bases:
+            at = [base.meta.namespace, base.meta.name]
+            wanted.add_metric(at, float(base.spec.replicas or 0))
+            exist.add_metric(at, float(base.status.replicas))
+            ready.add_metric(at, float(base.status.ready_replicas))
+            for item in base.status.conditions:
+                for status in STATUSES:
+                    conditions.add_metric([*at, item.type, status], float(item.status == status))
+        yield from (conditions, wanted, exist, ready)
+
+    def _adapters(self) -> Iterator[Metric]:
+        states: Tally[tuple[str, str, str]] = Tally()
+        ready = GaugeMetricFamily(
+            "lorapool_operator_adapter_ready",
+            "1 when the adapter is Ready; only of the first max_tracked_adapters.",
+            labels=["namespace", "adapter"],
+        )
+        for number, adapter in enumerate(self._store.adapters):
+            base = adapter.base_key
+            states[base.namespace, base.name, adapter.status.state or UNKNOWN_STATE] += 1
+            if number < self._max_tracked_adapters:
+                held = condition(adapter.status.conditions, AdapterCondition.READY)
+                is_ready = held is not None and held.status == "True"
+                ready.add_metric([adapter.meta.namespace, adapter.meta.name], float(is_ready))
+        counts = GaugeMetricFamily(
+            "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["namespace", "base", "state"]
+        )
+        for labels, count in sorted(states.items()):
+            counts.add_metric(list(labels), float(count))
+        yield from (counts, ready)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"lorapool_operator_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, label: str, values: dict[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"lorapool_operator_{name}", text, labels=[label])
+    for key, value in sorted(values.items()):
+        family.add_metric([key], float(value))
+    return family
+
+
+def status_app(registry: CollectorRegistry, *, healthy: Callable[[], str], ready: Callable[[], str]) -> web.Application:
+    """`healthy` and `ready` answer what is wrong, or the empty string."""
+
+    async def show(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def probe(check: Callable[[], str]) -> Callable[[web.Request], object]:
+        async def answer(_: web.Request) -> web.Response:
+            problem = check()
+            return web.Response(text=problem or "ok", status=503 if problem else 200)
+
+        return answer
+
+    app = web.Application()
+    app.router.add_get("/metrics", show)
+    app.router.add_get("/healthz", probe(healthy))  # type: ignore[arg-type]  # aiohttp's handler type is a private union
+    app.router.add_get("/readyz", probe(ready))  # type: ignore[arg-type]  # the same
+    return app
