@@ -99,7 +99,6 @@ cgroupRoot: {cgroup_root}
 failCgroupV1: false
 failSwapOn: false
 enforceNodeAllocatable: []
-localStorageCapacityIsolation: false
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 clusterDNS: [{node_ip}]
 clusterDomain: cluster.local
@@ -131,16 +130,19 @@ iptables: {{minSyncPeriod: 100ms}}
 def corefile(state: Path, node_ip: str) -> str:
     """Names of the cluster only; any other name does not exist, at once, since no packet leaves the machine."""
     return f"""\
-.:53 {{
+cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
   bind {node_ip}
   errors
   ready {node_ip}:8181
-  kubernetes cluster.local in-addr.arpa ip6.arpa {{
+  kubernetes {{
     kubeconfig {state}/conf/discovery.kubeconfig
     pods insecure
     ttl 5
   }}
-  template ANY ANY . {{
+}}
+.:53 {{
+  bind {node_ip}
+  template ANY ANY {{
     rcode NXDOMAIN
   }}
 }}
