@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_world import ROOT, World
+from e2e_world import BASE, ROOT, World
 from openai import APIStatusError
 
 GOOD = ROOT / "examples" / "finetunes" / "routing"
@@ -153,6 +153,7 @@ def test_a_source_that_is_not_there_is_terminal_and_says_so(world: World) -> Non
 
 def test_a_source_that_is_down_is_tried_again_and_requests_get_503(world: World) -> None:
     uri = "oci://127.0.0.1:9/adapters/down:1"  # nothing listens on the discard port
+    world.patch("bm", BASE, {"coldStart": {"maxWait": "5s", "maxQueued": 256}})
     world.apply(manifest(world, "bad-down", uri))
     try:
         world.wait("a transient failure", lambda: _failed(world, "bad-down") == "SourceUnavailable", timeout_s=60)
@@ -161,6 +162,7 @@ def test_a_source_that_is_down_is_tried_again_and_requests_get_503(world: World)
         assert error.status_code == 503
         assert int(error.response.headers["retry-after"]) >= 1
     finally:
+        world.patch("bm", BASE, {"coldStart": {"maxWait": "5m", "maxQueued": 256}})
         world.kubectl("delete", "lora", "bad-down")
 
 
