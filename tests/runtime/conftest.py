@@ -1,0 +1,14 @@
+"""Fixtures of the runtime's tests that are dear to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes_runtime import save_byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder in which every byte is one token."""
+    return save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
