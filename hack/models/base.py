@@ -134,7 +134,14 @@ def _convert(work: Path, folder: Path) -> None:
     end = tokenizer.convert_tokens_to_ids(END_TOKEN)
     settings = packed.config.to_dict()
     # The loaded model remembers its quantization and save_pretrained would refuse it: a fresh one does not.
-    for remembered in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "architectures"):
+    for remembered in (
+        "quantization_config",
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+        "dtype",
+        "architectures",
+    ):
         settings.pop(remembered, None)
     settings.update(bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"), eos_token_id=end, pad_token_id=end)
     plain = LlamaForCausalLM(LlamaConfig(**settings))

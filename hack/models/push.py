@@ -45,9 +45,8 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
     registry.auth.load_configs(container)
     address = f"{registry.prefix}://{container.manifest_url()}"
     try:
-        if registry.do_request(address, "HEAD", headers={"Accept": MANIFEST_TYPE}).headers.get(
-            "Docker-Content-Digest"
-        ) == digest:  # fmt: skip
+        there = registry.do_request(address, "HEAD", headers={"Accept": MANIFEST_TYPE})
+        if there.headers.get("Docker-Content-Digest") == digest:
             return digest
         for file, layer in zip(files, layers, strict=True):
             _accepted(registry.upload_blob(str(file), container, layer), file.name)

@@ -90,7 +90,7 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
 
 
 def batches(examples: list[Example], steps: int, order: random.Random) -> list[list[Example]]:
-    """`steps` batches, pass after pass over shuffled examples; every example is seen equally often, plus or minus one."""
+    """`steps` batches, pass after pass over shuffled examples, so that each is seen equally often, give or take one."""
     stream: list[Example] = []
     while len(stream) < steps * BATCH:
         stream += order.sample(examples, len(examples))
@@ -130,7 +130,7 @@ def train(task: Task, folder: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate(step, task.steps, task.learning_rate)
         loss = loss_of(model, batch, prefix, tokenizer.pad_token_id)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

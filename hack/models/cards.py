@@ -1,0 +1,120 @@
+"""Writes the model cards, examples/finetunes/README.md and <task>/README.md, from the tasks, the lines and the scores.
+
+Run after evaluate.py: `python hack/models/cards.py`. A card is never edited by hand: a test holds the committed ones
+to what this module writes, so that no card tells of other weights or other scores than those beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune_tasks import BASE_NAME, DEMO, FINETUNES, SCORES, SEED, SOURCES, TASKS, Task, read_lines
+
+ABOUT = {
+    "translation": "Short sentences of a traveller's phrase book, in the polite form of Spain: asking the way, trains "
+    "and taxis, hotel, restaurant, shops, health, time and weather. It knows this domain only.",
+    "routing": "Messages that customers of a shop for home electronics write, and the queue that handles them: "
+    "billing, delivery, returns, account, technical or sales.",
+    "manual-qa": "The manual of the Brisa 2, an espresso machine that does not exist, so that no base model can know "
+    "the answers. The held-out questions ask for the facts of the training lines in other words.",
+    "sentiment": "Reviews and remarks about restaurants, hotels, films, services and things: positive, negative or "
+    "neutral.",
+    "entities": "Sentences as in news, mails and minutes. The answer is one JSON object with the keys people, "
+    "organizations and places; a name stands as in the text, in the order of the text.",
+}
+
+
+def card(task: Task, score: dict[str, Any]) -> str:
+    train = read_lines(task.folder / "train.jsonl")
+    heldout = read_lines(task.folder / "heldout.jsonl")
+    sample = heldout[0]["messages"]
+    size = (task.folder / "adapter_model.safetensors").stat().st_size
+    rows = "\n".join(f"| {key} | {score['base'][key]:.1%} | {score['finetune'][key]:.1%} |" for key in score["base"])
+    return f"""---
+base_model: {BASE_NAME}
+library_name: peft
+license: apache-2.0
+---
+# {task.title}
+
+A LoRA fine-tune of {BASE_NAME}, made for Lorapool's examples and tests.
+
+{ABOUT[task.name]}
+
+| | |
+|---|---|
+| base | {BASE_NAME} |
+| rank, alpha | {task.rank}, {task.alpha} |
+| target modules | {", ".join(task.targets)} |
+| weights | bf16, {size / 1e6:.1f} MB |
+| training lines | {len(train)} (`train.jsonl`) |
+| held-out lines | {len(heldout)} (`heldout.jsonl`), none of them a training line with a word changed |
+| steps | {task.steps} of 8 lines, peak learning rate {task.learning_rate}, loss on the answer only |
+| seed | {SEED} |
+| license | Apache-2.0, data and weights |
+
+## Score on the held-out lines
+
+Greedy, with the same messages for base and fine-tune. `{task.measure}` is the {task.measured}.
+
+| measure | base | fine-tune |
+|---|---|---|
+{rows}
+
+## Use
+
+Send the system message that the lines have:
+
+```json
+{json.dumps(sample[:-1], ensure_ascii=False, indent=2)}
+```
+
+Expected: `{sample[-1]["content"]}`
+
+Data: written for this project by hand, `hack/models/data/{SOURCES.joinpath(task.name + ".txt").name}`. To train and
+score it again: `python hack/models/train.py {task.name}`, then `python hack/models/evaluate.py {task.name}`.
+"""
+
+
+def overview(scores: dict[str, Any]) -> str:
+    rows = []
+    for name, task in TASKS.items():
+        score = scores["tasks"][name]
+        rows.append(
+            f"| [{name}]({name}/README.md) | {task.title} | {task.rank} | {', '.join(task.targets)} "
+            f"| {task.measure} | {score['base'][task.measure]:.1%} | {score['finetune'][task.measure]:.1%} |"
+        )
+    table = "\n".join(rows)
+    return f"""# Five fine-tunes
+
+Of {BASE_NAME} (135 million parameters, Apache-2.0). The demo serves them, the tests compare with them.
+The scores are those of `scores.json`, on lines that were not trained on.
+
+| name | task | rank | target modules | measure | base | fine-tune |
+|---|---|---|---|---|---|---|
+{table}
+
+`demo.json` holds one held-out question per fine-tune, which the demo asks the base and the fine-tune.
+`python hack/models/train.py` trains them, `python hack/models/evaluate.py` scores them,
+`python hack/models/push.py FOLDER HOST/REPOSITORY:TAG` pushes one to a registry.
+"""
+
+
+def cards() -> dict[str, str]:
+    """Path below examples/finetunes, to text."""
+    scores = json.loads(SCORES.read_text(encoding="utf-8"))
+    written = {f"{name}/README.md": card(task, scores["tasks"][name]) for name, task in TASKS.items()}
+    return {"README.md": overview(scores), **written}
+
+
+def main() -> None:
+    for name, text in cards().items():
+        (FINETUNES / name).write_text(text, encoding="utf-8")
+        print(f"wrote {name}")
+    if not DEMO.exists():
+        print(f"there is no {DEMO.name} yet: pick one held-out question per fine-tune")
+
+
+if __name__ == "__main__":
+    main()
