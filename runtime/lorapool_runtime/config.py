@@ -1,4 +1,4 @@
-"""What an engine needs to know before it starts. The server's settings become one of these; the engine reads it only."""
+"""What an engine needs to know before it starts. The server's settings become one of these."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ _PACK_ROWS = 16  # the batch the blocked layout is chosen for: a decode step's r
 
 
 def can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu":
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch declares no types here
         return False
     if weight.dtype == torch.float32:
         return True

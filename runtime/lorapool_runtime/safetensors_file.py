@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -66,11 +67,11 @@ def _span(name: str, entry: object) -> tuple[int, int]:
     return begin, end
 
 
-def _whole_numbers(value: object) -> bool:
+def _whole_numbers(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _tensor(entry: dict[str, list[int] | str], data: memoryview) -> np.ndarray:
+def _tensor(entry: dict[str, Any], data: memoryview) -> np.ndarray:
     shape = entry["shape"]
     match entry["dtype"]:
         case "BF16":
