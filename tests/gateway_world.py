@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +41,13 @@ async def until(true: Callable[[], object], timeout_s: float = 3.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not true():  # noqa: ASYNC110  # the condition has no event of its own
             await asyncio.sleep(0.005)
+
+
+async def until_it(true: Callable[[], Awaitable[bool]], timeout_s: float = 3.0) -> None:
+    """`until` for what has to be asked over a socket."""
+    async with asyncio.timeout(timeout_s):
+        while not await true():  # noqa: ASYNC110  # as above
+            await asyncio.sleep(0.02)
 
 
 def api_key(text: str, namespaces: str | None = None, **more: Any) -> ApiKey:

@@ -83,10 +83,12 @@ class Watch(Generic[T]):
                 await asyncio.sleep(PAUSE_S)  # a server that ends every watch at once is not asked in a hot loop
             except _Expired:
                 self._version = None
-            except (KubeError, aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-                if isinstance(error, KubeError):
-                    self._version = None  # refused: whatever the reason, begin anew
-                log.warning("watch failed", extra={"kind": self.kind, "error": repr(error)[:300]})
+            except Exception as error:  # whatever it is, a gateway that stops watching serves revoked keys
+                network = isinstance(error, aiohttp.ClientError | OSError | TimeoutError)
+                if not network:
+                    self._version = None  # refused or not understood: begin anew
+                known = network or isinstance(error, KubeError)
+                log.warning("watch failed", extra={"kind": self.kind, "error": repr(error)[:300]}, exc_info=not known)
                 self._on_error(self.kind)
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)] * random.uniform(0.7, 1.3))
                 failures += 1
@@ -141,7 +143,7 @@ class Watch(Generic[T]):
             objects.pop(_key(raw), None)
             # Of a Secret not even the error's text is safe to log.
             detail = type(error).__name__ if self.kind == "secrets" else repr(error)[:300]
-            log.warning("object ignored", extra={"kind": self.kind, "name": "/".join(_key(raw)), "error": detail})
+            log.warning("object ignored", extra={"kind": self.kind, "object": "/".join(_key(raw)), "error": detail})
 
 
 def _key(raw: Mapping[str, Any]) -> Key:

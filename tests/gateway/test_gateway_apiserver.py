@@ -1,0 +1,332 @@
+"""The whole gateway process against a real API server, with no more rights than the chart gives it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
+from apiserver import ApiServer, running_apiserver
+from fakes import FakeRuntime, digest_of
+from gateway_world import KEY, condition, until, until_it
+
+from lorapool_api.protocol import runtime_token
+from lorapool_gateway import __main__ as process
+from lorapool_gateway.settings import Settings
+
+pytestmark = pytest.mark.apiserver
+
+MASTER = "m" * 64
+KEYS_NAMESPACE = "lorapool-system"
+CRDS = Path(__file__).parent.parent.parent / "crds"
+
+RIGHTS = """
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: gateway}
+rules:
+- {apiGroups: [lorapool.dev], resources: [basemodels, loraadapters], verbs: [list, watch]}
+- {apiGroups: [lorapool.dev], resources: [basemodels/scale], verbs: [get, patch]}
+- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {name: gateway-keys, namespace: lorapool-system}
+rules:
+- {apiGroups: [""], resources: [secrets], verbs: [list, watch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: gateway}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: gateway}
+subjects: [{kind: ServiceAccount, name: gateway, namespace: lorapool-system}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {name: gateway-keys, namespace: lorapool-system}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: gateway-keys}
+subjects: [{kind: ServiceAccount, name: gateway, namespace: lorapool-system}]
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with running_apiserver(tmp_path_factory.mktemp("gateway")) as server:
+        for path in sorted(CRDS.glob("*.yaml")):
+            server.kubectl("apply", "-f", str(path))
+        server.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        server.kubectl("create", "namespace", KEYS_NAMESPACE)
+        server.kubectl("create", "serviceaccount", "gateway", "-n", KEYS_NAMESPACE)
+        server.kubectl("apply", "-f", "-", stdin=RIGHTS)
+        yield server
+
+
+@dataclass
+class Cluster:
+    """One namespace of the API server, and what a user and a control plane would do in it."""
+
+    server: ApiServer
+    namespace: str
+    kubeconfig: Path
+    names: dict[str, str] = field(default_factory=dict)
+
+    def apply(self, *objects: dict[str, Any]) -> None:
+        self.server.kubectl(
+            "apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+        )
+
+    def delete(self, *what: str, namespace: str | None = None) -> None:
+        self.server.kubectl("delete", "-n", namespace or self.namespace, *what)
+
+    def get(self, *what: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self.server.kubectl("get", "-n", self.namespace, *what, "-o", "json"))
+        return answer
+
+    def key(self, text: str, name: str, namespaces: str = "*") -> None:
+        data = {"keySha256": hashlib.sha256(text.encode()).hexdigest(), "namespaces": namespaces}
+        encoded = {field: base64.b64encode(value.encode()).decode() for field, value in data.items()}
+        metadata = {"name": name, "namespace": KEYS_NAMESPACE, "labels": {"lorapool.dev/api-key": "true"}}
+        self.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": encoded})
+
+    def base(self, name: str = "tiny", **spec: Any) -> str:
+        """The new object's uid."""
+        self.apply(self._object("BaseModel", name, {"source": {"uri": "hf://org/tiny"}, **spec}))
+        uid: str = self.get("basemodel", name)["metadata"]["uid"]
+        return uid
+
+    def adapter(self, *names: str) -> None:
+        self.apply(*(self.adapter_object(name) for name in names))
+
+    def adapter_object(self, name: str) -> dict[str, Any]:
+        spec = {"baseModelRef": {"name": "tiny"}, "source": {"uri": f"hf://org/{name}"}}
+        return self._object("LoraAdapter", name, spec)
+
+    def judge(self, name: str) -> None:
+        """What the operator writes."""
+        status = {
+            "observedGeneration": 1,
+            "digest": digest_of(name),
+            "conditions": [condition("Ready", "True", "Parked")],
+        }
+        patch = json.dumps({"status": status})
+        arguments = ("loraadapter", name, "--subresource=status", "--type=merge", "-p", patch)
+        self.server.kubectl("patch", "-n", self.namespace, *arguments)
+
+    def runtime(self, runtime: FakeRuntime, base_uid: str, *, ready: bool = True) -> None:
+        """What Kubernetes writes for a pod behind the base's Service."""
+        labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": base_uid}
+        self.apply(
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {"name": "tiny-runtime-abc", "namespace": self.namespace, "labels": labels},
+                "addressType": "FQDN",
+                "endpoints": [
+                    {
+                        "addresses": ["pod.runtime.test"],
+                        "conditions": {"ready": ready},
+                        "targetRef": {"kind": "Pod", "name": "tiny-runtime-1", "uid": "pod-uid-1"},
+                    }
+                ],
+                "ports": [{"name": "http", "port": runtime.port, "protocol": "TCP"}],
+            }
+        )
+
+    def _object(self, kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+        metadata = {"name": name, "namespace": self.namespace}
+        return {"apiVersion": "lorapool.dev/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+@pytest.fixture
+def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    namespace = f"ns-{hashlib.sha256(request.node.name.encode()).hexdigest()[:8]}"
+    cluster.kubectl("create", "namespace", namespace)
+    token = cluster.kubectl("create", "token", "gateway", "-n", KEYS_NAMESPACE).strip()
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": cluster.url, "certificate-authority": str(cluster.ca_file)}}],
+        "users": [{"name": "u", "user": {"token": token}}],
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config))
+    made = Cluster(cluster, namespace, path)
+    made.key(KEY, "key-main")
+    yield made
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+class Loopback(AbstractResolver):
+    """An EndpointSlice may not hold 127.0.0.1; the pods' names lead there."""
+
+    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
+        return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=2, proto=0, flags=0)]
+
+    async def close(self) -> None:
+        return None
+
+
+@asynccontextmanager
+async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Gateway]:
+    connector = aiohttp.TCPConnector(limit=0, resolver=Loopback(), use_dns_cache=False)
+    monkeypatch.setattr(process, "client_session", lambda: aiohttp.ClientSession(connector=connector))
+    values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
+    settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
+    async with process.running(settings, MASTER) as running, aiohttp.ClientSession() as session:
+        yield Gateway(running, session)
+
+
+@dataclass
+class Gateway:
+    running: process.Running
+    session: aiohttp.ClientSession
+
+    async def ready(self) -> bool:
+        async with self.session.get(f"http://127.0.0.1:{self.running.metrics_port}/readyz") as response:
+            return response.status == 200
+
+    async def becomes_ready(self) -> None:
+        await until_it(self.ready, 10)
+
+    async def metrics(self) -> str:
+        async with self.session.get(f"http://127.0.0.1:{self.running.metrics_port}/metrics") as response:
+            return await response.text()
+
+    async def ask(self, model: str, key: str = KEY) -> tuple[int, str]:
+        """Status and adapter header, or the error's code."""
+        body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+        url = f"http://127.0.0.1:{self.running.api_port}/v1/chat/completions"
+        async with self.session.post(url, json=body, headers={"Authorization": f"Bearer {key}"}) as response:
+            answer = await response.json()
+            named = response.headers.get("x-lorapool-adapter", "")
+            return response.status, named if response.status == 200 else answer["error"]["code"]
+
+    async def models(self) -> list[str]:
+        url = f"http://127.0.0.1:{self.running.api_port}/v1/models"
+        async with self.session.get(url, headers={"Authorization": f"Bearer {KEY}"}) as response:
+            return [model["id"] for model in (await response.json())["data"]]
+
+    async def eventually(self, model: str, expected: tuple[int, str], timeout_s: float = 5.0, **more: Any) -> None:
+        async def answers_so() -> bool:
+            return await self.ask(model, **more) == expected
+
+        await until_it(answers_so, timeout_s)
+
+
+async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = here.base()
+    here.adapter("route")
+    here.judge("route")
+    other = "lp-" + "x" * 43
+    here.key(other, "key-other", here.namespace)
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+        await front.becomes_ready()
+        here.runtime(runtime, uid)
+        name = f"{here.namespace}/route"
+        await front.eventually("route", (200, f"{name}@{digest_of('route')}"))
+        assert await front.ask("route", other) == (200, f"{name}@{digest_of('route')}")
+        assert await front.models() == [f"{here.namespace}/tiny", name]
+        assert f'adapter="{name}"' in await front.metrics()
+
+        here.delete("secret", "key-other", namespace=KEYS_NAMESPACE)
+        await front.eventually("route", (401, "invalid_api_key"), key=other)
+        here.delete("loraadapter", "route")
+        await front.eventually("route", (404, "model_not_found"))
+        assert await front.models() == [f"{here.namespace}/tiny"]
+        assert f'adapter="{name}"' not in await front.metrics()
+
+
+async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_subresource(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = here.base(replicas=0)
+    here.adapter("route")
+    here.judge("route")
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+        await front.becomes_ready()
+        asking = [asyncio.create_task(front.ask("route")) for _ in range(50)]
+        await until(lambda: here.get("basemodel", "tiny")["spec"].get("replicas") == 1, 10)
+        assert here.get("basemodel", "tiny")["metadata"]["generation"] == 2
+        runtime.ready = False
+        here.runtime(runtime, uid, ready=False)
+        await until(lambda: runtime.polls >= 1)
+        runtime.ready = True
+        runtime.change()  # no controller says so: the runtime itself does
+        assert set(await asyncio.gather(*asking)) == {(200, f"{here.namespace}/route@{digest_of('route')}")}
+        assert 'wakes_total{base="' + here.namespace + '/tiny",result="woken"} 1.0' in await front.metrics()
+
+
+async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_adapter_still_loads(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = here.base()
+    here.adapter("hot", "parked")
+    here.judge("hot")
+    here.judge("parked")
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+        await front.becomes_ready()
+        here.runtime(runtime, uid)
+        await front.eventually("hot", (200, f"{here.namespace}/hot@{digest_of('hot')}"))
+        here.server.interrupt()
+        try:
+            for _ in range(20):
+                assert (await front.ask("hot"))[0] == 200
+                await asyncio.sleep(0.02)
+            assert await front.ask("parked") == (200, f"{here.namespace}/parked@{digest_of('parked')}")
+            assert await front.ready()
+            async with gateway(here, monkeypatch) as restarted:
+                assert not await restarted.ready()
+                assert (await restarted.ask("hot"))[0] == 401
+        finally:
+            here.server.resume()
+        await until(lambda: _answers(here), 60)
+        here.adapter("after")
+        here.judge("after")
+        await front.eventually("after", (200, f"{here.namespace}/after@{digest_of('after')}"), 15)
+
+
+async def test_200_adapters_applied_at_once_are_listed_within_seconds(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.base()
+    async with gateway(here, monkeypatch) as front:
+        await front.becomes_ready()
+        here.adapter(*(f"bulk-{number}" for number in range(200)))
+        applied_s = time.monotonic()
+
+        async def all_listed() -> bool:
+            return len(await front.models()) == 201
+
+        await until_it(all_listed, 5)
+        assert time.monotonic() - applied_s < 5
+
+
+def test_the_gateway_was_never_refused(cluster: ApiServer) -> None:
+    """Runs last: no call of this file was beyond the rights above, and nothing was asked for by a request."""
+    user = f"system:serviceaccount:{KEYS_NAMESPACE}:gateway"
+    events = [json.loads(line) for line in cluster.audit_log.read_text().splitlines()]
+    own = [event for event in events if event["user"]["username"] == user and event.get("responseStatus")]
+    assert own
+    assert [event["requestURI"] for event in own if event["responseStatus"]["code"] in (401, 403)] == []
+
+
+def _answers(here: Cluster) -> bool:
+    try:
+        here.get("basemodels")
+    except AssertionError:
+        return False
+    return True

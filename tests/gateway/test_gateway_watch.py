@@ -1,0 +1,290 @@
+"""What an API server or a runtime may do to the tables, and a process that is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from fake_kube import FakeKube
+from fakes import FakeRuntime
+from gateway_world import KEY, adapter_object, base_object, key_of, until, until_it
+
+from lorapool_api.protocol import runtime_token
+from lorapool_gateway.kube import Kube
+from lorapool_gateway.metrics import Metrics
+from lorapool_gateway.objects import ObjectRef
+from lorapool_gateway.runtimes import RuntimePolls
+from lorapool_gateway.store import KeyStore, RouteStore
+from lorapool_gateway.tables import Tables
+
+REF = ObjectRef("demo", "tiny")
+
+
+def secret(name: str = "main", text: str = KEY) -> dict[str, Any]:
+    data = {"keySha256": hashlib.sha256(text.encode()).hexdigest(), "namespaces": "*"}
+    encoded = {field: base64.b64encode(value.encode()).decode() for field, value in data.items()}
+    return {"metadata": {"name": name, "namespace": "lorapool"}, "data": encoded}
+
+
+def slice_of(port: int, *, ready: bool = True, terminating: bool = False) -> dict[str, Any]:
+    labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": "base-demo-tiny"}
+    conditions = {"ready": ready, "terminating": terminating}
+    pod = {"addresses": ["127.0.0.1"], "conditions": conditions, "targetRef": {"uid": "pod-uid-1", "name": "pod-1"}}
+    metadata = {"name": "tiny-x", "namespace": "demo", "labels": labels}
+    return {"metadata": metadata, "endpoints": [pod], "ports": [{"name": "http", "port": port}]}
+
+
+class Watching:
+    """Tables fed by a fake API server, with long-polls."""
+
+    def __init__(self, kube: Kube, session: aiohttp.ClientSession) -> None:
+        self.routes, self.keys, self.metrics = RouteStore(), KeyStore(), Metrics()
+        self.tables = Tables(kube, None, "lorapool", self.routes, self.keys, self.metrics)
+        self.tables.polls = RuntimePolls(session, lambda uid: "t" * 64, self.tables.runtimes_changed)
+        self.builds = 0
+        publish = self.routes.publish
+
+        def counted(table: Any) -> None:
+            self.builds += 1
+            publish(table)
+
+        self.routes.publish = counted  # type: ignore[method-assign]
+
+    @property
+    def names(self) -> set[str]:
+        return {ref.name for ref in self.routes.table.adapters}
+
+    def replica(self) -> Any:
+        found = self.routes.table.replicas.get(REF, ())
+        return found[0] if found else None
+
+
+@pytest.fixture
+async def api():
+    async with FakeKube().running() as fake:
+        fake.put("basemodels", base_object())
+        fake.put("loraadapters", adapter_object("route"))
+        fake.put("secrets", secret())
+        yield fake
+
+
+@asynccontextmanager
+async def watching(api: FakeKube, folder: Path) -> AsyncIterator[Watching]:
+    async with AsyncExitStack() as stack:
+        kube = await Kube.connect(api.kubeconfig(folder))
+        stack.push_async_callback(kube.close)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        made = Watching(kube, session)
+        assert made.tables.polls is not None
+        stack.push_async_callback(made.tables.polls.close)
+        task = asyncio.create_task(made.tables.run())
+        try:
+            yield made
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_expired_version_is_listed_again_and_nothing_is_missed(api: FakeKube, tmp_path: Path) -> None:
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced and api.watches.count("loraadapters") == 1)
+        api.silent = True  # these two changes are never told
+        api.put("loraadapters", adapter_object("late"))
+        api.delete("loraadapters", "demo/route")
+        api.silent = False
+        api.expire("loraadapters")
+        await until(lambda: made.names == {"late"})
+        assert api.lists.count("loraadapters") == 2
+        assert api.lists.count("basemodels") == 1
+
+
+async def test_a_silent_connection_is_given_up_and_the_watch_goes_on_from_where_it_was(
+    api: FakeKube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watching(api, tmp_path) as made:
+        for watch in made.tables._adapters:
+            watch._inactivity_timeout_s = 0.2
+        await until(lambda: made.tables.synced)
+        api.silent = True
+        api.put("loraadapters", adapter_object("late"))
+        api.silent = False
+        await until(lambda: made.names == {"route", "late"})
+        assert api.lists.count("loraadapters") == 1
+
+
+async def test_while_the_api_server_refuses_everything_the_last_tables_stay_and_it_is_not_hammered(
+    api: FakeKube, tmp_path: Path
+) -> None:
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced)
+        api.refuse = 503
+        for plural in ("basemodels", "loraadapters", "endpointslices", "secrets"):
+            api.expire(plural)
+        await asyncio.sleep(1.0)
+        assert made.names == {"route"}
+        assert made.keys.table.find(KEY) is not None
+        assert made.tables.synced
+        errors = made.metrics.registry.get_sample_value("lorapool_gateway_watch_errors_total", {"kind": "loraadapters"})
+        assert errors is not None
+        assert 1 <= errors <= 5
+        api.refuse = None
+        api.put("loraadapters", adapter_object("late"))
+        await until(lambda: made.names == {"route", "late"}, 6)
+
+
+async def test_before_the_first_lists_are_in_nothing_is_ready(api: FakeKube, tmp_path: Path) -> None:
+    api.refuse = 500
+    async with watching(api, tmp_path) as made:
+        await asyncio.sleep(0.3)
+        assert not made.tables.synced
+        api.refuse = None
+        await until(lambda: made.tables.synced)
+
+
+async def test_an_object_that_cannot_be_parsed_counts_as_absent_and_harms_no_other(
+    api: FakeKube, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = adapter_object("broken")
+    broken["spec"]["baseModelRef"] = None
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced)
+        bad = secret("bad")
+        bad["data"]["namespaces"] = base64.b64encode(b"canary,../").decode()
+        api.put("secrets", bad)
+        api.put("loraadapters", broken)
+        api.put("loraadapters", adapter_object("good"))
+        await until(lambda: made.names == {"route", "good"})
+    assert "canary" not in str([record.__dict__ for record in caplog.records])
+
+
+async def test_5000_objects_are_read_in_pages_and_a_burst_of_changes_rebuilds_the_table_a_few_times(
+    api: FakeKube, tmp_path: Path
+) -> None:
+    for number in range(2000):
+        api.put("loraadapters", adapter_object(f"a{number}"))
+    began_s = time.monotonic()
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced and len(made.names) == 2001, 20)
+        assert api.lists.count("loraadapters") == 5
+        assert time.monotonic() - began_s < 15
+        before = made.builds
+        for number in range(300):
+            api.put("loraadapters", adapter_object(f"b{number}"))
+        await until(lambda: len(made.names) == 2301, 10)
+        assert made.builds - before < 60
+        settled = made.builds
+        for number in range(100):  # only usage changes
+            raw = adapter_object(f"a{number}")
+            raw["status"] = {**raw["status"], "usage": {"requests": number}}
+            api.put("loraadapters", raw)
+        api.put("loraadapters", adapter_object("last"))
+        await until(lambda: "last" in made.names)
+        assert made.builds - settled <= 2
+
+
+async def test_a_revoked_key_is_gone_within_a_second(api: FakeKube, tmp_path: Path) -> None:
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.keys.table.find(KEY) is not None)
+        api.delete("secrets", "lorapool/main")
+        await until(lambda: made.keys.table.find(KEY) is None, 1)
+
+
+async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_dies(
+    api: FakeKube, tmp_path: Path
+) -> None:
+    runtime = FakeRuntime()
+    async with watching(api, tmp_path) as made:
+        async with runtime.running():
+            api.put("endpointslices", slice_of(runtime.port, ready=False))
+            await until(lambda: made.replica() is not None and made.replica().usable)
+            runtime.have(key_of("route"), "demo/route")
+            await until(lambda: tuple(key_of("route")) in made.replica().state.loaded)
+            runtime.faults.draining = True
+            runtime.change()
+            await until(lambda: not made.replica().usable)
+            assert runtime.polls < 10
+        await until(lambda: made.replica().state is None)
+        assert made.replica().poll_failed
+        again = FakeRuntime(boot_id="boot-2")
+        async with again.running(runtime.port):
+            await until(lambda: made.replica().state is not None and made.replica().state.boot_id == "boot-2", 6)
+            assert made.replica().usable
+            assert not made.replica().state.loaded
+            api.put("endpointslices", slice_of(runtime.port, terminating=True))
+            await until(lambda: not made.replica().usable)
+
+
+async def test_on_sigterm_the_process_goes_unready_finishes_its_streams_and_leaves(
+    api: FakeKube, tmp_path: Path
+) -> None:
+    master = tmp_path / "token"
+    master.write_text("m" * 64)
+    prefix = "LORAPOOL_GATEWAY_"
+    values = {
+        "KUBECONFIG": str(api.kubeconfig(tmp_path)),
+        "KEYS_NAMESPACE": "lorapool",
+        "MASTER_TOKEN_FILE": str(master),
+        "LISTEN_HOST": "127.0.0.1",
+        "API_PORT": "0",
+        "METRICS_PORT": "0",
+        "SHUTDOWN_DELAY_S": "0.5",
+        "DRAIN_TIMEOUT_S": "20",
+    }
+    environment = {**os.environ, **{prefix + name: value for name, value in values.items()}}
+    runtime = FakeRuntime(token=runtime_token("m" * 64, "base-demo-tiny"), words=200, token_s=0.01)
+    async with runtime.running():
+        api.put("endpointslices", slice_of(runtime.port))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "lorapool_gateway", env=environment, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            assert process.stderr is not None
+            line = (await asyncio.wait_for(process.stderr.readline(), 30)).decode()
+            api_port, metrics_port = (
+                int(word) for word in line.replace(",", " ").replace('"', " ").split() if word.isdigit()
+            )
+            await _sigterm(process, api_port, metrics_port)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        rest = (await process.stderr.read()).decode()
+    assert process.returncode == 0, rest
+    assert "Traceback" not in rest
+    assert KEY not in rest
+
+
+async def _sigterm(process: asyncio.subprocess.Process, api_port: int, metrics_port: int) -> None:
+    url, headers = f"http://127.0.0.1:{api_port}/v1/chat/completions", {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "route", "messages": [{"role": "user", "content": "hi"}]}
+    async with aiohttp.ClientSession() as session:
+
+        async def ready() -> bool:
+            async with session.get(f"http://127.0.0.1:{metrics_port}/readyz") as response:
+                return response.status == 200
+
+        async def unready() -> bool:
+            return not await ready()
+
+        await until_it(ready, 10)
+        async with session.post(url, json={**body, "stream": True}, headers=headers) as stream:
+            await stream.content.readuntil(b"\n\n")
+            process.send_signal(signal.SIGTERM)
+            await until_it(unready)
+            async with session.post(url, json={"model": "nope"}, headers=headers) as still:
+                assert still.status == 404  # accepting, until load balancers have noticed
+                assert still.headers["Connection"] == "close"
+            rest = await stream.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+    await asyncio.wait_for(process.wait(), 10)
