@@ -55,8 +55,8 @@ def login_handler(kubeconfig: Path | None) -> Callable[..., Awaitable[kopf.Conne
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
         configuration = await load_configuration(kubeconfig)
-        header: object = configuration.get_api_key_with_prefix("BearerToken")
-        scheme, _, token = (header if isinstance(header, str) else "").partition(" ")
+        header: object = await configuration.get_api_key_with_prefix("BearerToken")
+        scheme, _space, token = (header if isinstance(header, str) else "").partition(" ")
         return kopf.ConnectionInfo(
             server=configuration.host,
             ca_path=configuration.ssl_ca_cert,
