@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from aiohttp import web
 
@@ -56,7 +57,8 @@ async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine
         loading = _in_thread(lambda: bring_up(settings, environ, make_engine))
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
-        await asyncio.wait([loaded, stopping], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [loaded, stopping]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not loaded.done():
             return 0, False
         if (error := loaded.exception()) is not None:
@@ -71,7 +73,8 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
     log.info("ready", extra={"base": runtime.settings.label})
     sweeping = asyncio.create_task(runtime.sweep_forever())
     try:
-        await asyncio.wait([sweeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [sweeping, stopping]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if sweeping.done():
             stopping.cancel()
             if not sweeping.cancelled() and (error := sweeping.exception()) is not None:
