@@ -1,0 +1,65 @@
+# Two images from one file: `control` (operator and gateway, no torch) and `runtime`. What changes often is on top:
+# a change of code renews a layer of a megabyte, not the one with torch.
+#
+#   docker build --target control -t lorapool-control .
+#   docker build --target runtime -t lorapool-runtime .
+#
+# CPU_ONLY=1 leaves out what is only used with a GPU (half of the runtime image). hack/images builds both without Docker.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS wheel
+COPY requirements-build.lock /build/
+RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir --require-hashes -r /build/requirements-build.lock
+COPY pyproject.toml README.md LICENSE /build/
+COPY crds /build/crds
+COPY operator /build/operator
+COPY runtime /build/runtime
+# The date is fixed: the same sources give the same wheel, byte for byte.
+RUN cd /build && SOURCE_DATE_EPOCH=1700000000 PYTHONSAFEPATH=1 /opt/build/bin/hatchling build -t wheel -d /dist
+
+FROM ${BASE} AS python
+RUN useradd --key UID_MAX=65535 --uid 65532 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nonroot \
+ && python3 -m venv /opt/lorapool \
+ && mkdir /cache && chown 65532:65532 /cache
+# PYTHONSAFEPATH: nothing is imported from the current folder. The root file system may be read-only: what is written
+# goes to /cache (a volume) or /tmp.
+ENV PATH=/opt/lorapool/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/tmp HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache
+WORKDIR /tmp
+
+FROM python AS control-dependencies
+COPY requirements-control.lock /opt/lorapool/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --cache-dir /root/.cache/pip --require-hashes -r /opt/lorapool/requirements-control.lock
+
+FROM control-dependencies AS control
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="lorapool-control" \
+      org.opencontainers.image.description="Lorapool's operator and gateway" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
+COPY --from=wheel /dist /dist
+RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl
+USER 65532:65532
+CMD ["lorapool-operator"]
+
+FROM python AS runtime-dependencies
+ARG CPU_ONLY=0
+COPY requirements-runtime.lock hack/images/trim_cpu.py /opt/lorapool/
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --cache-dir /root/.cache/pip --require-hashes -r /opt/lorapool/requirements-runtime.lock \
+ && if [ "${CPU_ONLY}" = 1 ]; then python /opt/lorapool/trim_cpu.py; fi \
+ && python -c "import torch, transformers; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
+
+FROM runtime-dependencies AS runtime
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="lorapool-runtime" \
+      org.opencontainers.image.description="Lorapool's runtime: one base model, many adapters in one batch" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
+COPY --from=wheel /dist /dist
+RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl
+USER 65532:65532
+EXPOSE 8000
+ENTRYPOINT ["lorapool-runtime"]

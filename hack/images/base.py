@@ -1,0 +1,99 @@
+"""The base image: the official one where an image registry is reachable, else Debian's own Python by debootstrap.
+
+Called by `build`. The mirror is the one that the machine's own apt sources name, so that no address is written here.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from cluster import install
+from cluster.errors import ClusterError
+from cluster.places import cache_dir
+from cluster.say import say
+from images import buildah
+
+OFFICIAL = "python:3.11-slim-bookworm"
+OWN = "localhost/lorapool-base:bookworm"
+SUITE = "bookworm"
+PACKAGES = "python3,python3-venv,ca-certificates"
+PULL_TIMEOUT_S = 20
+# What a container never reads.
+UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
+
+
+def ensure() -> str:
+    """The name of a base image that is in the store."""
+    for name in (OWN, OFFICIAL):
+        if buildah.has_image(name):
+            return name
+    if not _archive().exists():
+        try:
+            buildah.run("pull", "--quiet", OFFICIAL, timeout_s=PULL_TIMEOUT_S, quiet=True)
+            return OFFICIAL
+        except ClusterError:
+            say("no image registry is reachable: making the base image from Debian packages")
+        _debootstrap()
+    container = buildah.run("from", "scratch", quiet=True).strip()
+    try:
+        buildah.run("add", "--quiet", container, str(_archive()), "/", quiet=True)
+        buildah.run("config", "--env", "LANG=C.UTF-8", "--cmd", "python3", container, quiet=True)
+        buildah.run("commit", "--quiet", container, OWN, quiet=True)
+    finally:
+        buildah.run("rm", container, quiet=True)
+    return OWN
+
+
+def _archive() -> Path:
+    return cache_dir() / "base" / f"debian-{SUITE}-python.tar"
+
+
+def _debootstrap() -> None:
+    archive = _archive()
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    mirror = debian_mirror(_apt_sources())
+    with tempfile.TemporaryDirectory(prefix=".debootstrap-", dir=archive.parent) as folder:
+        root, log = Path(folder, "root"), archive.parent / "debootstrap.log"
+        command = [
+            install.require("debootstrap"), "--variant=minbase", f"--include={PACKAGES}", SUITE, str(root), mirror,
+        ]  # fmt: skip
+        with log.open("wb") as output:
+            done = subprocess.run(
+                command, stdout=output, stderr=output, check=False, timeout=1200,
+                env=dict(os.environ, PATH=install.SEARCH_PATH, DEBIAN_FRONTEND="noninteractive"),
+            )  # fmt: skip
+        if done.returncode:
+            raise ClusterError("debootstrap failed", log_tail=log.read_text()[-2000:], remedy=f"read {log}")
+        for unused in UNUSED:
+            shutil.rmtree(root / unused, ignore_errors=True)
+            (root / unused).mkdir()
+        (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+        (root / "etc/resolv.conf").unlink(missing_ok=True)
+        partial = Path(folder, "root.tar")
+        tar = ["tar", "--numeric-owner", "--one-file-system", "-C", str(root), "-cf", str(partial), "."]
+        subprocess.run(tar, check=True, timeout=300)
+        os.replace(partial, archive)
+
+
+def _apt_sources() -> str:
+    paths = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    return "\n\n".join(p.read_text(errors="replace") for p in paths if p.is_file())
+
+
+def debian_mirror(sources: str) -> str:
+    """The first address in apt sources (either format) that serves the suite's `main`."""
+    if own := os.environ.get("LORAPOOL_DEBIAN_MIRROR"):
+        return own
+    for line in re.findall(rf"^deb\s+(?:\[[^\]]*\]\s+)?(\S+)\s+{SUITE}\s+main\b", sources, re.MULTILINE):
+        return str(line)
+    for stanza in re.split(r"\n\s*\n", sources):
+        fields = dict(re.findall(r"^([A-Za-z-]+):[ \t]*(.+)$", stanza, re.MULTILINE))
+        if SUITE in fields.get("Suites", "").split() and "main" in fields.get("Components", "").split():
+            return fields["URIs"].split()[0]
+    raise ClusterError(
+        f"this machine's apt sources name no mirror of Debian {SUITE}",
+        remedy="set LORAPOOL_DEBIAN_MIRROR to one, or make an image registry reachable",
+    )

@@ -1,0 +1,47 @@
+"""buildah with a store of our own below the cache, so that pruning never touches the user's images."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from cluster import install
+from cluster.errors import ClusterError, MissingTool
+from cluster.places import cache_dir
+
+
+def store() -> Path:
+    return cache_dir() / "buildah"
+
+
+def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
+    """Runs buildah; its standard output. Progress goes to standard error as it comes, unless `quiet`."""
+    if os.geteuid() != 0:
+        raise MissingTool("building images needs root", remedy="run it as root")
+    store().mkdir(parents=True, exist_ok=True)
+    command = [install.require("buildah"), "--root", str(store()), "--runroot", "/run/lorapool-buildah", *arguments]
+    env = dict(os.environ, STORAGE_DRIVER="overlay", BUILDAH_ISOLATION="chroot", PATH=install.SEARCH_PATH)
+    env["TMPDIR"] = str(store() / "tmp")  # layers in the making, and the cache that RUN --mount=type=cache keeps
+    Path(env["TMPDIR"]).mkdir(exist_ok=True)
+    stderr = subprocess.PIPE if quiet else None
+    try:
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=timeout_s, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"buildah {arguments[0]} took longer than {timeout_s:.0f} s") from None
+    if done.returncode:
+        raise ClusterError(
+            f"buildah {arguments[0]} failed ({done.returncode})",
+            log_tail=done.stderr or done.stdout[-4000:],
+            remedy="its last lines say which step; run the same again after fixing it, finished steps are kept",
+        )
+    return done.stdout
+
+
+def has_image(name: str) -> bool:
+    try:
+        run("inspect", "--type", "image", name, quiet=True)
+    except ClusterError:
+        return False
+    return True

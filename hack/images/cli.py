@@ -1,0 +1,44 @@
+"""Reads the command line of `python3 hack/images` and prints."""
+
+import argparse
+import json
+import shutil
+import sys
+
+from cluster.errors import ClusterError
+from images import build, buildah
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="hack/images", description="The project's images, built without Docker.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    sub = commands.add_parser("build", help="build what changed and push it to a registry on loopback")
+    sub.add_argument("--registry", required=True, metavar="HOST:PORT")
+    sub.add_argument("--tag", default="dev")
+    sub.add_argument("--only", choices=build.TARGETS, action="append", help="just this image")
+    sub.add_argument("--gpu", action="store_true", help="keep what only a GPU uses (doubles the runtime image)")
+    sub.add_argument("--prune", action="store_true", help="empty the local store afterwards; the registry keeps all")
+    commands.add_parser("prune", help="empty the local store: the next change of code fetches torch again")
+    options = parser.parse_args(argv)
+    empty_afterwards = options.command == "prune" or getattr(options, "prune", False)
+    try:
+        if options.command == "build":
+            targets = tuple(options.only or build.TARGETS)
+            print(json.dumps(build.build(options.registry, options.tag, targets, cpu_only=not options.gpu)))
+        if empty_afterwards:
+            prune()
+    except ClusterError as error:
+        print(error.report(), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def prune() -> None:
+    """Everything buildah kept for us."""
+    if buildah.store().exists():
+        buildah.run("rmi", "--all", "--force", quiet=True)
+        shutil.rmtree(buildah.store(), ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""Removes from a Python environment what torch only touches when a GPU is there; for images of machines without one.
+
+Run by the Dockerfile with CPU_ONLY=1. PyPI's torch for Linux is the CUDA build: its own libraries link some of
+NVIDIA's, which therefore stay, but those it opens by name on a GPU, the kernels' compiler (triton) and the headers
+are half of the image. What the dynamic loader asks for is kept; the Dockerfile imports torch afterwards.
+"""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+SITE = Path(sysconfig.get_path("purelib"))
+_LINE = re.compile(r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", re.MULTILINE)
+
+
+def needed(libraries: list[Path]) -> tuple[set[Path], set[str]]:
+    """The files the loader would map for these libraries, and the names it could not find by itself."""
+    files, names = {p.resolve() for p in libraries}, set()
+    for library in libraries:
+        done = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False)
+        for name, path in _LINE.findall(done.stdout):
+            if path.strip() == "not found":
+                names.add(name)
+            else:
+                files.add(Path(path).resolve())
+    return files, names
+
+
+def main() -> None:
+    torch = SITE / "torch"
+    roots = [*torch.glob("_C*.so"), torch / "lib" / "libtorch_python.so", torch / "lib" / "libtorch_global_deps.so"]
+    files, names = needed([p for p in roots if p.exists()])
+    freed = 0
+    for path in sorted((SITE / "nvidia").rglob("*")):
+        if path.is_file() and path.resolve() not in files and path.name not in names and path.suffix != ".py":
+            freed += 0 if path.is_symlink() else path.stat().st_size
+            path.unlink()
+    for folder in (SITE / "triton", torch / "include", SITE / "nvidia" / "cu13" / "include"):
+        if folder.is_dir():
+            freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+            shutil.rmtree(folder)
+    print(f"left out {freed / 1e9:.1f} GB that only a GPU uses")
+
+
+if __name__ == "__main__":
+    main()
