@@ -34,6 +34,7 @@ ROOTS = {
     "deployments": "/apis/apps/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
+    "serviceaccounts": "/api/v1",
     "services": "/api/v1",
     "events": "/api/v1",
     "leases": "/apis/coordination.k8s.io/v1",
@@ -176,6 +177,7 @@ async def namespace_of(server: ApiServer) -> AsyncIterator[Api]:
         api = Api(server, session, f"t-{uuid.uuid4().hex[:8]}")
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": api.namespace}}
         await api.call("POST", "/api/v1/namespaces", body)
+        await api.create("serviceaccounts", {"metadata": {"name": "default"}})  # no controller here makes it
         yield api
 
 

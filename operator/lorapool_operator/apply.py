@@ -52,8 +52,9 @@ class Applier:
         if failures:
             raise failures[0]
 
-    async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> None:
-        """Raises ClusterError, RuntimeCallError."""
+    async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> bool:
+        """True when the plan's own effect asks for another plan. Raises ClusterError, RuntimeCallError."""
+        conflict_before = memory.child_conflict
         memory.scale = plan.memory
         if plan.judge is not None:
             self._judge.start(plan.judge)
@@ -65,7 +66,7 @@ class Applier:
             try:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
             except NotFound:
-                return
+                return False
             self._store.bases.put(BaseObject.parse(raw))
             base = self._store.bases.get(base.meta.namespace, base.meta.name) or base
         if plan.scale_to is not None:
@@ -74,17 +75,16 @@ class Applier:
         await self._post(_subject(Kind.BASE, base), plan.notes)
         if failures:
             raise failures[0]
+        return memory.child_conflict != conflict_before
 
     async def _apply_children(self, plan: BasePlan, memory: BaseMemory) -> None:
-        try:
-            for child in plan.children:
+        conflict = ""
+        for child in plan.children:
+            try:
                 await self._cluster.apply_child(child)
-        except NotOurs as error:
-            if memory.child_conflict == str(error):
-                raise
-            memory.child_conflict = str(error)
-            raise
-        memory.child_conflict = ""
+            except NotOurs as error:
+                conflict = str(error)
+        memory.child_conflict = conflict
         memory.applied_hash = plan.children_hash
         memory.apply_again = False
 

@@ -75,7 +75,8 @@ def plan_base(seen: ObservedBase, now: float, settings: PlanSettings) -> BasePla
     foreign = seen.deployment is not None and seen.deployment.owner_uid != seen.base.meta.uid
     made = _children(seen, source, decision.replicas) if not foreign else ()
     digest = content_hash({"children": list(made)}) if made else ""
-    due = bool(made) and (digest != seen.applied_hash or seen.apply_again or seen.deployment is None)
+    missing = seen.deployment is None and not seen.child_conflict
+    due = bool(made) and (digest != seen.applied_hash or seen.apply_again or missing)
     status, counts_at = _status(seen, source, decision, now, settings)
     return BasePlan(
         status=status,
@@ -174,7 +175,8 @@ def _unusable(seen: ObservedBase, source: Source) -> bool:
 
 
 def _children(seen: ObservedBase, source: Source, replicas: int) -> tuple[Manifest, ...]:
-    if seen.profile is None or _unusable(seen, source):
+    first_look = source.told[1] == Reason.PENDING and seen.deployment is None
+    if seen.profile is None or first_look or _unusable(seen, source):
         return ()
     return tuple(children(seen.base, seen.profile, seen.image, replicas=replicas, token_sha256=seen.token_sha256))
 

@@ -103,7 +103,8 @@ class Reconciler:
             self._observer.forget(key)
             return None
         plan = plan_base(seen, time.time(), self._settings)
-        await self._applier.base(seen.base, plan, self._observer.memory(seen.base))
+        if await self._applier.base(seen.base, plan, self._observer.memory(seen.base)):
+            return time.time()
         return plan.requeue_at
 
     async def _adapters_gone(self, key: Key) -> None:
