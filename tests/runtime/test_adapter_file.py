@@ -1,0 +1,257 @@
+"""A folder becomes exactly what peft computes, or is refused with a reason and a remedy."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_kit import save_adapter, tiny_model
+from safetensors.torch import load_file, save_file
+
+from lorapool_api.common import FailureReason
+from lorapool_runtime.adapter_file import PackedAdapter, read_adapter
+from lorapool_runtime.interface import AdapterArtifactError
+from lorapool_runtime.targets import TargetGroup
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+LAYERS = range(2)
+GROUPS = tuple(
+    group
+    for i in LAYERS
+    for group in (
+        TargetGroup(tuple(f"model.layers.{i}.self_attn.{n}_proj" for n in "qkv"), 64, (64, 32, 32)),
+        TargetGroup((f"model.layers.{i}.self_attn.o_proj",), 64, (64,)),
+        TargetGroup(tuple(f"model.layers.{i}.mlp.{n}_proj" for n in ("gate", "up")), 64, (96, 96)),
+        TargetGroup((f"model.layers.{i}.mlp.down_proj",), 96, (64,)),
+    )
+)
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    return save_adapter(folder, tiny_model("Llama"), r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapter:
+    return read_adapter(folder, GROUPS, dtype=dtype, max_rank=max_rank)
+
+
+def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:
+    with pytest.raises(AdapterArtifactError) as caught:
+        read(folder, **settings)
+    assert caught.value.reason == reason
+    for word in words:
+        assert word in caught.value.message
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def reweight(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = dict(load_file(path))
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
+    adapter = read(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert (adapter.rank, adapter.target_modules) == (4, ("q_proj", "v_proj"))
+    assert adapter.weights.keys() == {0, 4}
+    part = adapter.weights[0]
+    assert part.a.shape == (4, 3, 64)
+    np.testing.assert_array_equal(part.a[:, 0], tensors[f"{Q0}.lora_A.weight"].numpy())
+    np.testing.assert_array_equal(part.b[0], tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
+    assert not part.a[:, 1].any()  # k is left alone
+    assert not part.b[1].any()
+    assert adapter.host_bytes == sum(w.a.nbytes + sum(b.nbytes for b in w.b) for w in adapter.weights.values())
+
+
+def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
+    plain = read(folder).weights[0].b[0]
+    configure(folder, use_rslora=True)
+    np.testing.assert_allclose(read(folder).weights[0].b[0], plain * math.sqrt(4), rtol=1e-6)
+
+
+def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
+    made = save_adapter(
+        tmp_path,
+        tiny_model("Llama"),
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"layers.0.self_attn.q_proj": 2},
+        alpha_pattern={"v_proj": 12},
+    )
+    tensors, part = load_file(made / "adapter_model.safetensors"), read(made).weights[0]
+    assert part.a.shape[0] == 4
+    assert not part.a[2:, 0].any()
+    np.testing.assert_allclose(part.b[0][:2], tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
+    v = tensors[f"{Q0.replace('q_proj', 'v_proj')}.lora_B.weight"].numpy()
+    np.testing.assert_allclose(part.b[2], v.T * 3)
+
+
+def test_bfloat16_is_rounded_to_nearest_even_like_torch(folder: Path) -> None:
+    part = read(folder, dtype="bfloat16").weights[0]
+    want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].to(torch.bfloat16)
+    got = torch.from_numpy(np.ascontiguousarray(part.a[:, 0])).view(torch.bfloat16)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    reweight(folder, halve)
+    want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].float()
+    np.testing.assert_array_equal(read(folder).weights[0].a[:, 0], want.numpy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, ("DoRA", "use_dora=False")),
+        ({"modules_to_save": ["lm_head"]}, ("modules_to_save",)),
+        ({"bias": "lora_only"}, ("bias",)),
+        ({"lora_bias": True}, ("lora_bias=False",)),
+        ({"trainable_token_indices": [1]}, ("trainable_token_indices",)),
+        ({"layer_replication": [[0, 1]]}, ("layer_replication",)),
+        ({"peft_type": "IA3"}, ("IA3", "LoRA")),
+        ({"init_lora_weights": "pissa"}, ("pissa", "convert")),
+        ({"a_future_option": 3}, ("a_future_option",)),
+    ],
+)
+def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
+    folder: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    configure(folder, **changes)
+    refused(folder, FailureReason.INCOMPATIBLE, *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (f"{Q0}.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
+        ("base_model.model.lm_head.weight", "lm_head"),
+        (f"{Q0}.something", "no LoRA weight"),
+    ],
+)
+def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
+    reweight(folder, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    refused(folder, FailureReason.INCOMPATIBLE, words)
+
+
+def test_a_rank_above_the_limit_names_both(folder: Path) -> None:
+    refused(folder, FailureReason.RANK_TOO_HIGH, "rank 4", "at most 2", max_rank=2)
+
+
+def test_a_pickle_is_refused_and_never_opened(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, FailureReason.UNSUPPORTED_FORMAT, "pickle", "safetensors")
+
+
+def test_no_config_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    refused(folder, FailureReason.UNSUPPORTED_FORMAT, "adapter_config.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type":"LORA","r":0}'])
+def test_a_broken_config_is_corrupt(folder: Path, text: str) -> None:
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterArtifactError) as caught:
+        read(folder)
+    assert caught.value.reason in {FailureReason.CORRUPT_ARTIFACT, FailureReason.INCOMPATIBLE}
+
+
+def test_a_pattern_that_is_no_regular_expression_is_corrupt(folder: Path) -> None:
+    configure(folder, target_modules="(")
+    refused(folder, FailureReason.CORRUPT_ARTIFACT, "regular expression")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -100, -1])
+def test_a_truncated_file_is_corrupt(folder: Path, keep: int) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, FailureReason.CORRUPT_ARTIFACT)
+
+
+def test_trailing_bytes_are_corrupt(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes() + b"x")
+    refused(folder, FailureReason.CORRUPT_ARTIFACT, "bytes")
+
+
+def test_one_half_of_a_pair_missing_is_corrupt_and_named(folder: Path) -> None:
+    reweight(folder, lambda tensors: tensors.pop(f"{Q0}.lora_B.weight"))
+    refused(folder, FailureReason.CORRUPT_ARTIFACT, "layers.0.self_attn.q_proj.lora_B")
+
+
+def test_a_whole_layer_missing_is_corrupt_and_named(folder: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for side in "AB":
+            tensors.pop(f"{Q0}.lora_{side}.weight")
+
+    reweight(folder, drop)
+    refused(folder, FailureReason.CORRUPT_ARTIFACT, "model.layers.0.self_attn.q_proj")
+
+
+def test_weights_the_config_does_not_target_are_corrupt(folder: Path) -> None:
+    configure(folder, target_modules=["q_proj"])
+    refused(folder, FailureReason.CORRUPT_ARTIFACT, "v_proj")
+
+
+def test_layers_the_base_lacks_are_incompatible_and_the_first_three_named(tmp_path: Path) -> None:
+    made = save_adapter(tmp_path, tiny_model("Llama", num_hidden_layers=6), r=2, target_modules=["q_proj"])
+    refused(made, FailureReason.INCOMPATIBLE, "model.layers.2.self_attn.q_proj", "and 1 more")
+
+
+def test_another_bases_shapes_are_incompatible_and_shown(tmp_path: Path) -> None:
+    made = save_adapter(tmp_path, tiny_model("Llama", hidden_size=32), r=2, target_modules=["q_proj"])
+    refused(made, FailureReason.INCOMPATIBLE, "[2, 32]", "[2, 64]")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused(folder: Path, bad: float) -> None:
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q0}.lora_A.weight"][1, 3] = bad
+
+    reweight(folder, poison)
+    refused(folder, FailureReason.NON_FINITE_WEIGHTS, "q_proj")
+
+
+def test_what_overflows_in_the_bases_type_is_refused(folder: Path) -> None:
+    def enlarge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q0}.lora_B.weight"][0, 0] = 60_000.0  # times the scale of 2: above float16's largest
+
+    reweight(folder, enlarge)
+    refused(folder, FailureReason.NON_FINITE_WEIGHTS, "float16", dtype="float16")
+    read(folder)
+
+
+def test_an_element_type_that_is_not_read_is_named(folder: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.double() for name, tensor in tensors.items()})
+
+    reweight(folder, widen)
+    refused(folder, FailureReason.UNSUPPORTED_FORMAT, "F64")
