@@ -82,7 +82,12 @@ def running_apiserver(tmp_path: Path, *, controllers: bool = False) -> Iterator[
 
 def _cluster(*arguments: str, timeout_s: float = _START_TIMEOUT_S) -> str:
     done = subprocess.run(
-        [*_COMMAND, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+        [*_COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, f"hack/cluster {arguments[0]} failed:\n{done.stderr}"
     return done.stdout

@@ -34,9 +34,7 @@ class Cluster:
     @classmethod
     def up(cls, name: str, state: Path, *arguments: str) -> "Cluster":
         about = json.loads(cluster("up", "--name", name, "--state", str(state), "--json", *arguments))
-        return cls(
-            state, Path(about["kubeconfig"]), Path(about["bin_dir"]), about["prometheus_url"], about["registry"]
-        )
+        return cls(state, Path(about["kubeconfig"]), Path(about["bin_dir"]), about["prometheus_url"], about["registry"])
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
         command = [str(self.bin_dir / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]

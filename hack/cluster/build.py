@@ -43,7 +43,8 @@ def build(subset: str = "all") -> Path:
     go = install.require_go()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"):
-        todo = missing(subset)  # another build may have done it while we waited
+        # Another build may have done it while we waited.
+        todo = [p for p in missing(subset) if not _reuse(p, folder)]
         if todo:
             say(f"building {len(todo)} programs with {install.go_version_text(go)} into {folder}")
         for number, program in enumerate(todo, 1):
@@ -61,11 +62,40 @@ def _complete(program: pins.Program) -> bool:
 
 def _key() -> str:
     """Names the folder: every pin, flag and source that decides what the binaries are."""
-    digest = hashlib.sha256(repr((platform.machine(), pins.PROGRAMS)).encode())
-    for path in sorted(GO_SOURCES.rglob("*")):
+    keys = "".join(_program_key(p) for p in pins.PROGRAMS)
+    return hashlib.sha256(keys.encode()).hexdigest()[:12]
+
+
+def _program_key(program: pins.Program) -> str:
+    digest = hashlib.sha256(repr((platform.machine(), program)).encode())
+    for path in sorted((GO_SOURCES / program.module).rglob("*")) if program.module else ():
         if path.is_file():
             digest.update(f"{path.relative_to(GO_SOURCES)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()
+
+
+def _reuse(program: pins.Program, folder: Path) -> bool:
+    """Takes the same program from the folder of another set of versions, as a hard link."""
+    for mark in folder.parent.glob(f"*/.{program.name}.key"):
+        built = mark.parent / program.name
+        if mark.parent != folder and built.exists() and mark.read_text() == _program_key(program):
+            temporary = folder / f".{program.name}.link"
+            temporary.unlink(missing_ok=True)
+            os.link(built, temporary)
+            _publish(program, temporary, folder)
+            return True
+    return False
+
+
+def _publish(program: pins.Program, built: Path, folder: Path) -> None:
+    """Gives a finished file its names."""
+    os.replace(built, folder / program.name)
+    for name in program.called:
+        link = folder / f".{name}.link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(program.name)
+        os.replace(link, folder / name)
+    (folder / f".{program.name}.key").write_text(_program_key(program))
 
 
 @contextmanager
@@ -103,7 +133,9 @@ def _build_one(go: str, program: pins.Program, folder: Path, counter: str) -> No
         command, cwd, env = _command(go, program, target)
         say(f"{label} …")
         with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
             try:
                 while True:
                     try:
@@ -121,11 +153,7 @@ def _build_one(go: str, program: pins.Program, folder: Path, counter: str) -> No
                 log_tail=tail(log),
                 remedy=f"read {log}; Go modules must be reachable (GOPROXY) on the first build; then run this again",
             )
-        os.replace(target / program.name, folder / program.name)
-        for name in program.called:
-            link = target / name
-            link.symlink_to(program.name)
-            os.replace(link, folder / name)
+        _publish(program, target / program.name, folder)
         log.unlink()
     say(f"{label} built in {time.monotonic() - started:.0f} s")
 

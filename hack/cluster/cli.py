@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--purge", action="store_true", help="also remove its folder")
     sub = command("status", _status, "say whether it is up, and what each component does")
     sub.add_argument("--json", action="store_true")
-    command("env", _env, "print `export` lines for a shell: eval \"$(python3 hack/cluster env)\"")
+    command("env", _env, 'print `export` lines for a shell: eval "$(python3 hack/cluster env)"')
     sub = command("forward", _forward, "reach something in the cluster at 127.0.0.1, until `down`")
     sub.add_argument("--to", required=True, metavar="HOST:PORT", help="e.g. gateway.lorapool.svc.cluster.local:80")
     sub.add_argument("--port", type=int, default=0, help="the port on 127.0.0.1 (default: any free one)")
@@ -130,7 +130,7 @@ def _status(options: argparse.Namespace) -> int:
 def _env(options: argparse.Namespace) -> int:
     about = lifecycle.require_up(_state(options))
     print(f"export KUBECONFIG={shlex.quote(about['kubeconfig'])}")
-    print(f"export PATH={shlex.quote(about['bin_dir'])}:\"$PATH\"")
+    print(f'export PATH={shlex.quote(about["bin_dir"])}:"$PATH"')
     return 0
 
 

@@ -89,7 +89,9 @@ def _apt(packages: list[str]) -> None:
             remedy="install these programs with the machine's own package manager (names are Debian's)",
         )
     if os.geteuid() != 0:
-        raise MissingTool(f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}")
+        raise MissingTool(
+            f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}"
+        )
     say(f"installing {', '.join(packages)}")
     env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
     # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own daemons: a cluster starts its own.

@@ -3,6 +3,7 @@
 Used by `supervisor` (to move into the cluster's own namespaces) and `lifecycle` (to end just the right process).
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -73,10 +74,8 @@ class ProcessId:
     def kill(self, number: int) -> None:
         """Sends a signal, to no other process than this."""
         if self.alive():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                pass
 
 
 def boot_id() -> str:

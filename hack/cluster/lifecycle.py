@@ -326,7 +326,8 @@ def _follow(reports: int, spec: planning.Spec, plan: planning.Plan) -> None:
             time.sleep(0.02)
             now = time.monotonic()
             if now > deadline:
-                raise _failed(spec, "supervisor", f"{', '.join(sorted(waiting))} not ready in {START_DEADLINE_S:.0f} s")
+                why = f"waited {START_DEADLINE_S:.0f} s for {', '.join(sorted(waiting))}"
+                raise _failed(spec, "supervisor", why) from None
             if now - last_said > 10:
                 say(f"… waiting for {', '.join(sorted(waiting))}")
                 last_said = now

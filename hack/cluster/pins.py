@@ -26,7 +26,7 @@ _KUBE_FLAGS = " ".join(
 
 @dataclass(frozen=True)
 class Program:
-    """One link step. `module` is a folder under go/ to build `package` in; without it `package@version` is installed."""
+    """One link step. `module` is the folder under go/ to build `package` in; else package@version is installed."""
 
     name: str  # the file's name
     package: str

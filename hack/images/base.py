@@ -87,12 +87,13 @@ def debian_mirror(sources: str) -> str:
     """The first address in apt sources (either format) that serves the suite's `main`."""
     if own := os.environ.get("LORAPOOL_DEBIAN_MIRROR"):
         return own
+    line: str
     for line in re.findall(rf"^deb\s+(?:\[[^\]]*\]\s+)?(\S+)\s+{SUITE}\s+main\b", sources, re.MULTILINE):
-        return str(line)
+        return line
     for stanza in re.split(r"\n\s*\n", sources):
         fields = dict(re.findall(r"^([A-Za-z-]+):[ \t]*(.+)$", stanza, re.MULTILINE))
         if SUITE in fields.get("Suites", "").split() and "main" in fields.get("Components", "").split():
-            return fields["URIs"].split()[0]
+            return str(fields["URIs"]).split()[0]
     raise ClusterError(
         f"this machine's apt sources name no mirror of Debian {SUITE}",
         remedy="set LORAPOOL_DEBIAN_MIRROR to one, or make an image registry reachable",

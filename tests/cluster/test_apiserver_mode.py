@@ -45,7 +45,11 @@ def test_it_ends_by_itself_when_its_test_process_is_killed(tmp_path: Path) -> No
     )
     tests = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tests), str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program, str(tests), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.stdout.startswith("https://127.0.0.1:"), done.stderr
 
@@ -53,4 +57,3 @@ def test_it_ends_by_itself_when_its_test_process_is_killed(tmp_path: Path) -> No
         return str(tmp_path) not in "".join(command_lines().values())
 
     wait_until(gone, timeout_s=20, what="etcd and the API server to end")
-
