@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import ssl
+import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,17 @@ from typing import Any
 import pytest
 import yaml
 from apiserver import ApiServer, running_apiserver
-from chart_kit import ALL_ON, CHART, REPOSITORY, find_tool, run
+from chart_kit import (
+    ALL_ON,
+    CHART,
+    REPOSITORY,
+    environment,
+    find_tool,
+    of_kind,
+    render,
+    restricted_violations,
+    run,
+)
 
 pytestmark = pytest.mark.apiserver
 
@@ -222,6 +235,128 @@ def test_the_authorizer_grants_what_is_needed_and_nothing_beyond(server: ApiServ
         for component, rights in DENIED.items():
             for right in rights:
                 assert not may(server, component, right, NAMESPACE), f"{component} may {right}"
+
+
+def kubeconfig_of(server: ApiServer, component: str, folder: Path) -> Path:
+    """As the pod of a component reaches the server: with its service account's token and no other right."""
+    token = server.kubectl("create", "token", f"lorapool-{component}", "-n", NAMESPACE).strip()
+    cluster = {"server": server.url, "certificate-authority": str(server.ca_file)}
+    file = folder / f"{component}.kubeconfig"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "apiVersion": "v1",
+                "kind": "Config",
+                "clusters": [{"name": "c", "cluster": cluster}],
+                "users": [{"name": "u", "user": {"token": token}}],
+                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}],
+                "current-context": "x",
+            }
+        )
+    )
+    return file
+
+
+@contextmanager
+def process(component: str, kubeconfig: Path, env: dict[str, str], log: Path) -> Iterator[None]:
+    """The real program, outside a pod but with the pod's environment; ended by SIGTERM."""
+    prefix = f"LORAPOOL_{component.upper()}_"
+    own = {f"{prefix}KUBECONFIG": str(kubeconfig), f"{prefix}METRICS_PORT": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("LORAPOOL_", "KUBE"))}
+    with log.open("w") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", f"lorapool_{component}"],
+            env={**outside, **env, **own},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield
+            assert child.poll() is None, log.read_text()
+        finally:
+            child.terminate()
+            child.wait(30)
+
+
+def refused(server: ApiServer) -> list[str]:
+    """What the server refused to the chart's service accounts, from its audit log."""
+    found = []
+    for line in server.audit_log.read_text().splitlines():
+        event = json.loads(line)
+        user = event.get("user", {}).get("username", "")
+        if (
+            user.startswith(f"system:serviceaccount:{NAMESPACE}:")
+            and event.get("responseStatus", {}).get("code") == 403
+        ):
+            found.append(f"{user}: {event['verb']} {event['requestURI']}")
+    return found
+
+
+def eventually(what: str, check: Callable[[], bool], log: Path, timeout_s: float = 60) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline_s, f"{what}\n{log.read_text()[-4000:]}"
+        time.sleep(0.3)
+
+
+def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiServer, tmp_path: Path) -> None:
+    token, profiles = tmp_path / "token", tmp_path / "profiles.yaml"
+    manifests = render(namespace=NAMESPACE)
+    profiles.write_text(of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"])
+    operator_log, gateway_log = tmp_path / "operator.log", tmp_path / "gateway.log"
+
+    with release(server):
+        token.write_text("0" * 64)
+        operator = environment(manifests, "operator") | {
+            "LORAPOOL_OPERATOR_MASTER_TOKEN_FILE": str(token),
+            "LORAPOOL_OPERATOR_PROFILES_FILE": str(profiles),
+            "LORAPOOL_OPERATOR_LOG_FORMAT": "text",
+            "LORAPOOL_OPERATOR_RESYNC_S": "1",
+            "HOME": str(tmp_path),
+            "HF_HOME": str(tmp_path),
+        }
+        gateway = environment(manifests, "gateway") | {
+            "LORAPOOL_GATEWAY_MASTER_TOKEN_FILE": str(token),
+            "LORAPOOL_GATEWAY_API_PORT": "0",
+            "LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S": "0",
+        }
+        with (
+            process("operator", kubeconfig_of(server, "operator", tmp_path), operator, operator_log),
+            process("gateway", kubeconfig_of(server, "gateway", tmp_path), gateway, gateway_log),
+        ):
+            apply(server, example("basemodel"))
+            apply(server, example("loraadapter"))
+
+            def judged() -> bool:
+                items = get(server, "bm,lora", "-n", NAMESPACE)["items"]
+                return all(item.get("status", {}).get("conditions") for item in items)
+
+            eventually("nothing was judged", judged, operator_log)
+            server.kubectl("scale", "bm/smollm2", "-n", NAMESPACE, "--replicas=1")
+            ours = (
+                "deployments,services,poddisruptionbudgets",
+                "-n",
+                NAMESPACE,
+                "-l",
+                "app.kubernetes.io/instance=smollm2",
+            )
+
+            def made() -> bool:
+                return {item["kind"] for item in get(server, *ours)["items"]} == {
+                    "Deployment",
+                    "Service",
+                    "PodDisruptionBudget",
+                }
+
+            eventually("no children were made", made, operator_log)
+            runtime = get(server, "deployment/smollm2-runtime", "-n", NAMESPACE)["spec"]["template"]
+            server.kubectl("delete", "bm,lora", "--all", "-n", NAMESPACE, "--timeout=30s")
+            time.sleep(2.5)  # two resyncs
+
+        assert refused(server) == []
+        assert "Traceback" not in operator_log.read_text() + gateway_log.read_text()
+        assert restricted_violations(runtime["spec"]) == [], "runtime pods are held to the same standard"
+        assert runtime["metadata"]["labels"]["lorapool.dev/base"] == "smollm2", "network policies select by it"
 
 
 def test_cluster_mode_reaches_every_namespace_but_no_secret_there(server: ApiServer) -> None:
