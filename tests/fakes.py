@@ -22,6 +22,7 @@ from lorapool_api.loraadapter import UsagePart
 from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_QUEUE_FULL,
+    CODE_STARTING,
     ApiError,
     Conflict,
     InvalidRequest,
@@ -106,6 +107,7 @@ class FakeRuntime:
     polls: int = 0
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
     port: int = 0
+    _runner: web.AppRunner | None = None
     _seq: int = 1
     _in_flight: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -131,6 +133,15 @@ class FakeRuntime:
             task.cancel()
         self.change()
 
+    async def kill(self) -> None:
+        """As by SIGKILL: nothing listens any more and every connection is reset."""
+        assert self._runner is not None
+        for site in list(self._runner.sites):
+            await site.stop()
+        for connection in self._runner.server.connections if self._runner.server is not None else ():
+            if connection.transport is not None:
+                connection.transport.abort()
+
     def snapshot(self) -> RuntimeSnapshot:
         loaded = [item for item in self.adapters.values() if item.loaded]
         return RuntimeSnapshot(
@@ -150,6 +161,7 @@ class FakeRuntime:
     @asynccontextmanager
     async def running(self, port: int = 0) -> AsyncIterator[FakeRuntime]:
         runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        self._runner = runner
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
         await site.start()
@@ -235,6 +247,8 @@ class FakeRuntime:
             await _cut(request)
         if self.faults.draining:
             raise Unavailable("shutting down", code=CODE_DRAINING)
+        if not self.ready:
+            raise Unavailable("still loading", code=CODE_STARTING)
         if self.faults.queue_full:
             raise TooManyRequests("the line is full", code=CODE_QUEUE_FULL, retry_after_s=1)
         if body.get("temperature", 0) < 0:

@@ -127,6 +127,8 @@ CODE_NO_SLOT = "no_slot"
 """409 of the runtime: every slot is in use or pinned; try the next replica."""
 CODE_DRAINING = "draining"
 """503 of the runtime: shutting down, nothing was accepted; try another replica."""
+CODE_STARTING = "starting"
+"""503 of the runtime: its base is still loading, nothing was accepted; try another replica."""
 CODE_QUEUE_FULL = "queue_full"
 """429 of the runtime: its waiting line is full, nothing was accepted."""
 

@@ -25,6 +25,7 @@ from lorapool_api.openai import (
     CODE_NO_SLOT,
     CODE_NOT_REGISTERED,
     CODE_QUEUE_FULL,
+    CODE_STARTING,
     ServerError,
     Unavailable,
 )
@@ -48,6 +49,7 @@ class Refusal(StrEnum):
     LOST = "lost"
     """The connection broke after the request was sent and before the answer's head: at most once per request."""
     DRAINING = "draining"
+    STARTING = "starting"
     QUEUE_FULL = "queue_full"
     NO_SLOT = "no_slot"
     UNAUTHORIZED = "unauthorized"
@@ -205,6 +207,8 @@ class Forwarder:
                 return Refusal.NO_SLOT
             case 503, code if code == CODE_DRAINING:
                 return Refusal.DRAINING
+            case 503, code if code == CODE_STARTING:
+                return Refusal.STARTING
             case 429, code if code == CODE_QUEUE_FULL:
                 return Refusal.QUEUE_FULL
             case 401 | 403, _:

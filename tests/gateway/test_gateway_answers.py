@@ -266,3 +266,16 @@ async def test_a_wrong_runtime_token_is_no_answer_to_the_client(here: World, run
     response = await here.post(here.ask("route"))
     assert response.status == 503
     assert (await response.json())["error"]["code"] == "cold_start_timeout"
+
+
+async def test_names_that_clients_invent_are_refused_from_memory_and_add_no_series(
+    here: World, runtime: FakeRuntime
+) -> None:
+    await here.post(here.ask("guess"))
+    before = len(here.metrics.text().splitlines())
+    for batch in range(20):
+        names = [f"guess-{batch}-{number}" for number in range(50)]
+        assert {answer.status for answer in await asyncio.gather(*(here.post(here.ask(n)) for n in names))} == {404}
+    assert len(here.metrics.text().splitlines()) == before
+    assert here.sample("requests_total", base="__unknown__", adapter="__unknown__", code="404") == 1001
+    assert runtime.seen == []

@@ -94,14 +94,17 @@ async def test_a_replica_that_has_the_adapter_is_preferred_to_its_home(
     assert len(last.seen) == 1
 
 
-@pytest.mark.parametrize("fault", ["draining", "queue_full"])
+@pytest.mark.parametrize("fault", ["draining", "queue_full", "starting"])
 async def test_a_replica_that_takes_nothing_is_passed_over(
     here: World, runtimes: dict[str, FakeRuntime], fault: str
 ) -> None:
     for pod, runtime in runtimes.items():
         here.replica(runtime, pod)
     first, second, *_ = runtimes.values()
-    setattr(first.faults, fault, True)  # the snapshot the gateway has does not know yet
+    if fault == "starting":
+        first.ready = False
+    else:
+        setattr(first.faults, fault, True)  # the snapshot the gateway has does not know yet
     assert (await here.post(here.ask("route"))).status == 200
     assert len(second.seen) > 0
     assert here.sample("retries_total", base="demo/tiny", reason=fault) == 1
@@ -252,3 +255,22 @@ async def test_usage_is_counted_exactly_over_many_mixed_requests(here: World, ru
     assert here.sample("tokens_total", base="demo/tiny", adapter="demo/route", type="completion") == 40 * 6
     assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") == 20 * 6
     assert here.sample("requests_total", base="demo/tiny", adapter="demo/route", code="200") == 40
+
+
+async def test_a_pod_killed_at_any_moment_around_a_request_loses_no_whole_answer(here: World) -> None:
+    async with FakeRuntime().running() as heir:
+        for trial in range(80):
+            async with FakeRuntime(token_s=0.002).running() as dying:
+                here.replica(dying, "pod-old")
+                warm = await here.post(here.ask("route"))  # leaves a pooled connection that dies with it
+                asking = [asyncio.create_task(here.post(here.ask("route"))) for _ in range(3)]
+                await asyncio.sleep(trial * 0.0005)
+                await dying.kill()
+                late = asyncio.create_task(here.post(here.ask("route")))
+                await asyncio.sleep(0.002)
+                here.gone("pod-old")
+                here.replica(heir, "pod-new")
+                answers = [warm, *await asyncio.gather(*asking, late)]
+                here.gone("pod-new")
+            assert [answer.status for answer in answers] == [200] * 5, trial
+            assert {answer.headers["x-lorapool-adapter"] for answer in answers} == {f"demo/route@{digest_of('route')}"}
