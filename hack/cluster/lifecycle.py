@@ -4,6 +4,7 @@
 state folder's lock, and both kill only the process that the folder names, known by its start time.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -65,7 +66,7 @@ def up(
         raise ClusterError(f"a cluster's name is a short DNS label, not {name!r}")
     programs = _check_machine(state, whole)
     with _locked(state):
-        if not fresh and is_up(state):
+        if not fresh and is_up(state) and _read_spec(state)["whole"] == whole:
             say(f"{name} is already up")
             return describe(state)
         if (state / "process.json").exists():
@@ -286,7 +287,12 @@ _API_NAMES = (
 def _launch(spec: planning.Spec, plan: planning.Plan, while_pid: int) -> None:
     """Starts the supervisor and follows its report until everything is ready or something is not."""
     read, write = os.pipe()
-    listeners = [(forward.listen(int(port)), target) for port, target in plan.forwards.items()]
+    try:
+        listeners = [(forward.listen(int(port)), target) for port, target in plan.forwards.items()]
+    except OSError as error:
+        os.close(read)
+        os.close(write)
+        raise StartFailed("a port on 127.0.0.1 is taken", log_tail=str(error).lower()) from None
     command = [sys.executable, "-m", "cluster.supervisor", str(spec.state), "--report-fd", str(write)]
     if spec.whole:
         command.append("--whole")
@@ -402,10 +408,20 @@ def _hierarchies() -> list[Path]:
 
 
 def _make_cgroups(root: str) -> None:
-    """The kubelet wants its root to be there in every tree."""
+    """The kubelet wants its root to be there in every tree, with the controllers it uses."""
     for tree in _hierarchies():
         folder = tree / root.strip("/")
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StartFailed(
+                f"cannot make the cgroup {folder}: {error.strerror}",
+                remedy="root must be allowed to write to /sys/fs/cgroup (in a container: run it privileged)",
+            ) from None
+        if (tree / "cgroup.controllers").exists():  # version 2: a child has what its parent hands down
+            for controller in (tree / "cgroup.controllers").read_text().split():
+                with contextlib.suppress(OSError):
+                    (tree / "cgroup.subtree_control").write_text(f"+{controller}")
         for name in ("cpuset.cpus", "cpuset.mems"):  # version 1: empty, and nothing may run in it
             if (folder / name).exists() and not (folder / name).read_text().strip() and (tree / name).exists():
                 (folder / name).write_text((tree / name).read_text())

@@ -81,6 +81,7 @@ def _build_and_push(image: Image, where: str, key: str) -> None:
     fast = ("--compression-format", "zstd", "--compression-level", "1")
     buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, f"docker://{where}/{image.repository}:{key}")
     buildah.run("rmi", "--prune", quiet=True)  # layers of earlier builds that nothing is on top of
+    buildah.drop_download_cache()  # kept only while a build may have to be repeated
     say(f"{image.repository}: built and pushed in {time.monotonic() - began:.0f} s")
 
 

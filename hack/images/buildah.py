@@ -1,6 +1,7 @@
 """buildah with a store of our own below the cache, so that pruning never touches the user's images."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,16 @@ def store() -> Path:
     return cache_dir() / "buildah"
 
 
+def _temporary() -> Path:
+    """Layers in the making, and what RUN --mount=type=cache keeps."""
+    return store() / "tmp"
+
+
+def drop_download_cache() -> None:
+    """Frees the packages that pip fetched, gigabytes with torch's."""
+    shutil.rmtree(_temporary(), ignore_errors=True)
+
+
 def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
     """Runs buildah; its standard output. Progress goes to standard error as it comes, unless `quiet`."""
     if os.geteuid() != 0:
@@ -20,8 +31,8 @@ def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
     store().mkdir(parents=True, exist_ok=True)
     command = [install.require("buildah"), "--root", str(store()), "--runroot", "/run/lorapool-buildah", *arguments]
     env = dict(os.environ, STORAGE_DRIVER="overlay", BUILDAH_ISOLATION="chroot", PATH=install.SEARCH_PATH)
-    env["TMPDIR"] = str(store() / "tmp")  # layers in the making, and the cache that RUN --mount=type=cache keeps
-    Path(env["TMPDIR"]).mkdir(exist_ok=True)
+    env["TMPDIR"] = str(_temporary())
+    _temporary().mkdir(exist_ok=True)
     stderr = subprocess.PIPE if quiet else None
     try:
         done = subprocess.run(
