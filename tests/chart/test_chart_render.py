@@ -114,7 +114,7 @@ def test_a_digest_wins_over_a_tag_and_pull_secrets_reach_every_pod() -> None:
     for manifest in manifests:
         if pod := pod_of(manifest):
             image = pod["spec"]["containers"][0]["image"]
-            assert image == "registry.example:5000/ml/lorapool/control@sha256:" + "a" * 64
+            assert image == "registry.example:5000/ml/lorapool-control@sha256:" + "a" * 64
             assert pod["spec"]["imagePullSecrets"] == [{"name": "pull"}]
 
 
@@ -122,8 +122,8 @@ def test_one_tag_serves_both_images_and_one_image_may_differ() -> None:
     manifests = render({"image": {"registry": "r", "tag": "dev", "runtime": {"tag": "gpu"}}})
     operator = of_kind(manifests, "Deployment")["lorapool-operator"]["spec"]["template"]["spec"]["containers"][0]
 
-    assert operator["image"] == "r/lorapool/control:dev"
-    assert environment(manifests, "operator")["LORAPOOL_OPERATOR_RUNTIME_IMAGE"] == "r/lorapool/runtime:gpu"
+    assert operator["image"] == "r/lorapool-control:dev"
+    assert environment(manifests, "operator")["LORAPOOL_OPERATOR_RUNTIME_IMAGE"] == "r/lorapool-runtime:gpu"
 
 
 def test_autoscaling_owns_the_gateways_replicas() -> None:
