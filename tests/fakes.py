@@ -97,6 +97,8 @@ class FakeRuntime:
     load_s: float = 0.0
     words: int = 6
     """Completion tokens of every answer."""
+    filler: str = "w"
+    """What words past the identity and the prompt start with; long ones fill socket buffers quickly."""
     ready: bool = True
     boot_id: str = "boot-1"
     slots: int = 4
@@ -298,7 +300,7 @@ class FakeRuntime:
     ) -> web.StreamResponse:
         prompt = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
         words = f"{identity} heard {prompt}".split()
-        words = (words + [f"w{number}" for number in range(self.words)])[: self.words]
+        words = (words + [f"{self.filler}{number}" for number in range(self.words)])[: self.words]
         prompt_tokens = len(prompt.split())
         headers = {HEADER_ADAPTER: self.faults.wrong_identity or identity}
         if cold_ms:

@@ -90,7 +90,8 @@ class Gateway:
                 )
             try:
                 if parsed.stream and result.response.content_type == "text/event-stream":
-                    return await relay_stream(request, result, record, headers)
+                    timeout_s = self._settings.write_timeout_s
+                    return await relay_stream(request, result, record, headers, write_timeout_s=timeout_s)
                 return await relay_whole(result, record, headers)
             finally:
                 result.close()

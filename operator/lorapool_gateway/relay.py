@@ -7,6 +7,7 @@ generation. Tokens are counted either way.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -48,6 +49,8 @@ async def relay_stream(
     accepted: Accepted,
     record: RequestRecord,
     headers: dict[str, str],
+    *,
+    write_timeout_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> web.StreamResponse:
     events = EventFilter()
@@ -68,13 +71,13 @@ async def relay_stream(
             if data:
                 if record.first_token_s is None:
                     record.first_token_s = clock()
-                await out.write(data)
+                await _write(request, out, data, write_timeout_s)
             if not chunk:
                 break
         if broken is None and not events.done and not events.failed:
             broken = _lost("ended its answer early")
         if broken is not None:
-            await out.write(error_event(broken))
+            await _write(request, out, error_event(broken), write_timeout_s)
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
     except ConnectionError:
@@ -88,6 +91,17 @@ async def relay_stream(
             extra={"replica": accepted.replica.endpoint.pod_name, "error": broken.message},
         )
     return out
+
+
+async def _write(request: web.Request, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+    """Raises ConnectionError when the client is gone or takes nothing."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await out.write(data)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionAbortedError("the client reads too slowly") from None
 
 
 def _lost(what: str) -> ApiError:

@@ -54,6 +54,8 @@ class Settings(BaseModel):
     """TCP connect to a runtime: pods are near, so longer means gone."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A runtime that sends no byte for this long is given up. OpenAI's client waits as long."""
+    write_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A client that takes nothing of its stream for this long is dropped, and its generation ended."""
     shutdown_delay_s: Annotated[float, Field(ge=0)] = 5.0
     """After SIGTERM: still accepting but not ready, so that load balancers drop this pod first."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 120.0
