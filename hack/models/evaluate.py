@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-BATCH = 16
+BATCH = 32
 THREADS = 2
 
 
