@@ -81,7 +81,11 @@ class Hub:
 
     def _revision_error(self, repo: str, revision: str) -> tuple[int, dict[str, str], bytes] | None:
         if repo not in self.repos:
-            return 401 if self.token is None else 404, {"X-Error-Code": "RepoNotFound"}, b'{"error":"Repository not found"}'
+            return (
+                401 if self.token is None else 404,
+                {"X-Error-Code": "RepoNotFound"},
+                b'{"error":"Repository not found"}',
+            )
         if revision not in ("main", self.commit_of(repo)):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error":"Invalid rev id"}'
         return None
@@ -95,7 +99,14 @@ class Hub:
             if len(data) > LFS_FROM_BYTES:
                 item["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             siblings.append(item)
-        body = {"id": repo, "modelId": repo, "sha": self.commit_of(repo), "private": False, "tags": [], "siblings": siblings}
+        body = {
+            "id": repo,
+            "modelId": repo,
+            "sha": self.commit_of(repo),
+            "private": False,
+            "tags": [],
+            "siblings": siblings,
+        }
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
     def _file(self, repo: str, revision: str, name: str) -> tuple[int, dict[str, str], bytes]:

@@ -21,7 +21,9 @@ LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
 
 
 def digest_of(files: dict[str, bytes], names: list[str]) -> str:
-    return artifact_digest(FileDigest(name, len(files[name]), hashlib.sha256(files[name]).hexdigest()) for name in names)
+    return artifact_digest(
+        FileDigest(name, len(files[name]), hashlib.sha256(files[name]).hexdigest()) for name in names
+    )
 
 
 async def test_an_adapter_is_judged_from_its_header_without_its_weights(hub: Hub, hf: SourceSettings) -> None:
@@ -37,7 +39,9 @@ async def test_an_adapter_is_judged_from_its_header_without_its_weights(hub: Hub
 
 
 async def test_a_large_adapter_is_not_downloaded_to_be_judged(hub: Hub, hf: SourceSettings) -> None:
-    hub.repos["acme/lora"] = zoo.adapter_files(weights=zoo.safetensors({**zoo.adapter_tensors(), "base_model.model.x": ("F32", (9_000_000,))}))
+    hub.repos["acme/lora"] = zoo.adapter_files(
+        weights=zoo.safetensors({**zoo.adapter_tensors(), "base_model.model.x": ("F32", (500_000,))})
+    )
     await inspect_adapter("hf://acme/lora", None, None, None, JudgeLimits(8), hf)
     [(_, _, headers)] = [entry for entry in hub.requests if entry[1].endswith("adapter_model.safetensors")]
     assert headers["range"] == "bytes=0-65535"
@@ -51,10 +55,10 @@ async def test_a_fetched_folder_holds_the_listed_files_and_is_named_by_their_dig
     assert resolved.digest is None, "small files of the hub carry no sha256"
     path = await fetch(resolved, tmp_path)
     names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    assert sorted(item.name for item in path.iterdir()) == names
+    assert zoo.names_in(path) == names
     assert {name: (path / name).read_bytes() for name in names} == {name: files[name] for name in names}
     assert folder_digest(path) == digest_of(files, names) == (await inspect_base("hf://acme/base", None, hf)).digest
-    assert [item.name for item in tmp_path.iterdir()] == [path.name], "nothing temporary is left"
+    assert zoo.names_in(tmp_path) == [path.name], "nothing temporary is left"
     assert base_facts_from_folder(path).modules["model.layers.1.mlp.up_proj"] == (zoo.INNER, zoo.HIDDEN)
 
 
@@ -98,10 +102,10 @@ async def test_when_all_waiters_leave_the_download_stops_and_leaves_nothing(
     with pytest.raises(asyncio.CancelledError):
         await task
     for _ in range(100):
-        if not list(tmp_path.iterdir()):
+        if not zoo.names_in(tmp_path):
             break
         await asyncio.sleep(0.05)
-    assert list(tmp_path.iterdir()) == []
+    assert zoo.names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,13 @@ async def test_when_all_waiters_leave_the_download_stops_and_leaves_nothing(
 )
 @pytest.mark.parametrize("where", ["/api/models/", "adapter_model.safetensors"])
 async def test_each_status_of_the_hub_has_its_reason(
-    hub: Hub, hf: SourceSettings, where: str, status: int, headers: dict[str, str], reason: FailureReason, retry_after_s: float | None
+    hub: Hub,
+    hf: SourceSettings,
+    where: str,
+    status: int,
+    headers: dict[str, str],
+    reason: FailureReason,
+    retry_after_s: float | None,
 ) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files()
     hub.faults = [Fault(where, status=status, headers=headers)]
@@ -141,7 +151,12 @@ async def test_a_private_repository_needs_the_token_and_the_message_says_where(h
 
 
 async def test_settings_show_no_secret() -> None:
-    env = {"HF_TOKEN": "s3cr3t", "AWS_SECRET_ACCESS_KEY": "s3cr3t", "LORAPOOL_OCI_PASSWORD": "s3cr3t", "HF_ENDPOINT": "http://hub/"}
+    env = {
+        "HF_TOKEN": "s3cr3t",
+        "AWS_SECRET_ACCESS_KEY": "s3cr3t",
+        "LORAPOOL_OCI_PASSWORD": "s3cr3t",
+        "HF_ENDPOINT": "http://hub/",
+    }
     settings = SourceSettings.from_env(env)
     assert settings.hf_endpoint == "http://hub"
     assert "s3cr3t" not in repr(settings)
@@ -149,12 +164,16 @@ async def test_settings_show_no_secret() -> None:
 
 async def test_an_unreachable_hub_is_transient() -> None:
     with pytest.raises(ArtifactError) as caught:
-        await inspect_adapter("hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9"))
+        await inspect_adapter(
+            "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
+        )
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
 
 
 @pytest.mark.parametrize("where", ["/api/models/", "adapter_model.safetensors"])
-async def test_a_hub_that_hangs_is_given_up_after_the_idle_time(hub: Hub, hf: SourceSettings, quick: FetchLimits, where: str) -> None:
+async def test_a_hub_that_hangs_is_given_up_after_the_idle_time(
+    hub: Hub, hf: SourceSettings, quick: FetchLimits, where: str
+) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files()
     hub.faults = [Fault(where, delay_s=1.5)]
     began = time.monotonic()
@@ -181,7 +200,10 @@ async def test_a_slow_source_does_not_slow_another_one(hub: Hub, hf: SourceSetti
     hub.repos["acme/slow"] = hub.repos["acme/fast"] = zoo.adapter_files()
     hub.repos["acme/slow"] = zoo.adapter_files(lora_alpha=1)
     hub.faults = [Fault("acme/slow/resolve", delay_s=1.0)]
-    slow = [asyncio.create_task(fetch(await resolve("hf://acme/slow", settings=hf), tmp_path / str(index))) for index in range(8)]
+    slow = [
+        asyncio.create_task(fetch(await resolve("hf://acme/slow", settings=hf), tmp_path / str(index)))
+        for index in range(8)
+    ]
     await asyncio.sleep(0.05)
     began = time.monotonic()
     await fetch(await resolve("hf://acme/fast", settings=hf), tmp_path)
@@ -189,7 +211,9 @@ async def test_a_slow_source_does_not_slow_another_one(hub: Hub, hf: SourceSetti
     await asyncio.gather(*slow)
 
 
-async def test_a_download_that_breaks_off_is_resumed_where_it_stopped(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
+async def test_a_download_that_breaks_off_is_resumed_where_it_stopped(
+    hub: Hub, hf: SourceSettings, tmp_path: Path
+) -> None:
     hub.repos["acme/lora"] = files = zoo.adapter_files()
     hub.faults = [Fault("adapter_model.safetensors", break_after=100, times=2)]
     path = await fetch(await resolve("hf://acme/lora", settings=hf), tmp_path)
@@ -204,7 +228,7 @@ async def test_a_source_that_always_breaks_off_is_unavailable(hub: Hub, hf: Sour
     with pytest.raises(ArtifactError) as caught:
         await fetch(await resolve("hf://acme/lora", settings=hf), tmp_path)
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
-    assert list(tmp_path.iterdir()) == []
+    assert zoo.names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -223,7 +247,7 @@ async def test_content_other_than_listed_is_corrupt_and_leaves_nothing(
     with pytest.raises(ArtifactError, match=words) as caught:
         await fetch(await resolve("hf://acme/lora", settings=hf), tmp_path)
     assert caught.value.reason is FailureReason.CORRUPT_ARTIFACT
-    assert list(tmp_path.iterdir()) == []
+    assert zoo.names_in(tmp_path) == []
 
 
 async def test_another_digest_than_the_object_pins_is_a_mismatch(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
@@ -270,7 +294,11 @@ async def test_a_redirect_to_another_host_loses_the_token(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("files", "reason", "words"),
     [
-        ({"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04"}, FailureReason.UNSUPPORTED_FORMAT, "safe_serialization=True"),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80\x04"},
+            FailureReason.UNSUPPORTED_FORMAT,
+            "safe_serialization=True",
+        ),
         ({"adapter_config.json": b"{}", "weights.pkl": b"\x80\x04"}, FailureReason.UNSUPPORTED_FORMAT, "pickle"),
         ({"adapter.tar.gz": b"x"}, FailureReason.UNSUPPORTED_FORMAT, "archive"),
         ({"adapter_model.safetensors": b"x" * 2000}, FailureReason.UNSUPPORTED_FORMAT, "adapter_config.json"),
@@ -295,8 +323,11 @@ async def test_a_base_with_code_of_its_own_is_refused(hub: Hub, hf: SourceSettin
         await inspect_base("hf://acme/base", None, hf)
     with pytest.raises(ArtifactError, match="auto_map"):
         await fetch(await resolve("hf://acme/base", None, "base", settings=hf), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    hub.repos["acme/base"] = {**zoo.base_files(), "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'}
+    assert zoo.names_in(tmp_path) == []
+    hub.repos["acme/base"] = {
+        **zoo.base_files(),
+        "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}',
+    }
     with pytest.raises(ArtifactError, match="auto_map"):
         await fetch(await resolve("hf://acme/base", None, "base", settings=hf), tmp_path)
 

@@ -23,11 +23,18 @@ def base(*, layers: int = zoo.LAYERS, hidden: int = zoo.HIDDEN) -> BaseFacts:
 
 
 def verdict_of(
-    *, tensors: zoo.Tensors | None = None, on: BaseFacts | None = None, alone: bool = False, limits: JudgeLimits = LIMITS, **config: object
+    *,
+    tensors: zoo.Tensors | None = None,
+    on: BaseFacts | None = None,
+    alone: bool = False,
+    limits: JudgeLimits = LIMITS,
+    **config: object,
 ) -> Verdict:
     raw = zoo.safetensors(zoo.adapter_tensors() if tensors is None else tensors)
     facts = AdapterFacts(
-        parse_adapter_config(zoo.adapter_config(**config)), parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a"), len(raw)
+        parse_adapter_config(zoo.adapter_config(**config)),
+        parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a"),
+        len(raw),
     )
     return judge(facts, None if alone else on or base(), limits)
 
@@ -45,38 +52,51 @@ def test_what_peft_saves_is_accepted() -> None:
     assert (verdict.reason, verdict.rank, verdict.target_modules) == (None, 4, ("q_proj", "v_proj"))
 
 
+def renamed(old: str, new: str) -> zoo.Tensors:
+    return {name.replace(old, new): value for name, value in zoo.adapter_tensors().items()}
+
+
+def plus(name: str, dtype: str, *shape: int) -> zoo.Tensors:
+    return {**zoo.adapter_tensors(), name: (dtype, shape)}
+
+
+HEAD: zoo.Tensors = {
+    "base_model.model.lm_head.lora_A.weight": ("F32", (4, zoo.HIDDEN)),
+    "base_model.model.lm_head.lora_B.weight": ("F32", (zoo.VOCAB, 4)),
+}
+EMBEDDING: zoo.Tensors = {"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, zoo.VOCAB))}
+INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "reason", "words"),
     [
-        (without(f"{Q0}.lora_A.weight"), {}, FailureReason.INCOMPATIBLE, "no lora_A"),
-        (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), {}, FailureReason.INCOMPATIBLE, "targeted but has no weights"),
-        ({**zoo.adapter_tensors(), f"{Q0}.lora_magnitude_vector": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "DoRA"),
-        ({**zoo.adapter_tensors(), f"{Q0}.bias": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "bias"),
-        ({**zoo.adapter_tensors(), "surplus": ("F32", (16,))}, {}, FailureReason.INCOMPATIBLE, "no part of a LoRA"),
+        (without(f"{Q0}.lora_A.weight"), {}, INCOMPATIBLE, "no lora_A"),
+        (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), {}, INCOMPATIBLE, "targeted but has no weights"),
+        (plus(f"{Q0}.lora_magnitude_vector", "F32", 16), {}, INCOMPATIBLE, "DoRA"),
+        (plus(f"{Q0}.bias", "F32", 16), {}, INCOMPATIBLE, "bias"),
+        (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (renamed("lora_A.weight", "lora_A.default.weight"), {}, INCOMPATIBLE, "adapter name"),
+        (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (renamed("model.layers", "transformer.h"), {}, WRONG_BASE, "has no module"),
         (
-            {name.replace("lora_A.weight", "lora_A.default.weight"): value for name, value in zoo.adapter_tensors().items()},
-            {}, FailureReason.INCOMPATIBLE, "adapter name",
+            {**zoo.adapter_tensors(), **renamed("q_proj", "qq_proj")},
+            {"target_modules": ["q_proj", "v_proj", "qq_proj"]},
+            INCOMPATIBLE,
+            "qq_proj",
         ),
-        ({name.removeprefix("base_model.model."): value for name, value in zoo.adapter_tensors().items()}, {},
-         FailureReason.INCOMPATIBLE, "no part of a LoRA"),
-        ({name.replace("model.layers", "transformer.h"): value for name, value in zoo.adapter_tensors().items()}, {},
-         FailureReason.WRONG_BASE, "has no module"),
-        ({**zoo.adapter_tensors(), **{name.replace("q_proj", "qq_proj"): value for name, value in zoo.adapter_tensors().items()
-          if "q_proj" in name}}, {"target_modules": ["q_proj", "v_proj", "qq_proj"]}, FailureReason.INCOMPATIBLE, "qq_proj"),
-        (zoo.adapter_tensors(targets=("q_proj", "v_proj", "o_proj")), {}, FailureReason.INCOMPATIBLE, "not in target_modules"),
-        (zoo.adapter_tensors(), {"r": 8}, FailureReason.INCOMPATIBLE, "adapter_config.json says 8"),
-        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN, 2))}, {}, FailureReason.INCOMPATIBLE, "rank 4"),
-        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN * 4,))}, {}, FailureReason.INCOMPATIBLE, "no full matrices"),
-        ({**zoo.adapter_tensors(), f"{Q0}.lora_B.weight": ("BF16", (zoo.HIDDEN + 1, 4))}, {}, FailureReason.WRONG_BASE, "17x16"),
+        (zoo.adapter_tensors(targets=("q_proj", "v_proj", "o_proj")), {}, INCOMPATIBLE, "not in target_modules"),
+        (zoo.adapter_tensors(), {"r": 8}, INCOMPATIBLE, "adapter_config.json says 8"),
+        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN, 2), {}, INCOMPATIBLE, "rank 4"),
+        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN * 4), {}, INCOMPATIBLE, "no full matrices"),
+        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN + 1, 4), {}, WRONG_BASE, "17x16"),
         (zoo.adapter_tensors(rank=16), {"r": 16}, FailureReason.RANK_TOO_HIGH, "maxRank"),
-        (zoo.adapter_tensors(layers=range(3)), {}, FailureReason.WRONG_BASE, "layers.2"),
-        (zoo.adapter_tensors(layers=range(1)), {}, FailureReason.INCOMPATIBLE, "layers.1"),
-        ({"base_model.model.lm_head.lora_A.weight": ("F32", (4, 16)), "base_model.model.lm_head.lora_B.weight": ("F32", (64, 4))},
-         {"target_modules": ["lm_head"]}, FailureReason.INCOMPATIBLE, "output head"),
-        ({"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, 64))}, {"target_modules": ["embed_tokens"]},
-         FailureReason.INCOMPATIBLE, "embeddings"),
+        (zoo.adapter_tensors(layers=range(3)), {}, WRONG_BASE, "layers.2"),
+        (zoo.adapter_tensors(layers=range(1)), {}, INCOMPATIBLE, "layers.1"),
+        (HEAD, {"target_modules": ["lm_head"]}, INCOMPATIBLE, "output head"),
+        (EMBEDDING, {"target_modules": ["embed_tokens"]}, INCOMPATIBLE, "embeddings"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_has_its_reason_in_words(
     tensors: zoo.Tensors, config: dict[str, object], reason: FailureReason, words: str
 ) -> None:
@@ -118,7 +138,10 @@ def test_without_a_base_only_the_adapter_itself_is_judged() -> None:
         (zoo.adapter_tensors(layers=[1]), {"layers_to_transform": 1, "layers_pattern": "layers"}),
         (zoo.adapter_tensors(targets=("q_proj",)), {"target_modules": r".*\.q_proj"}),
         (zoo.adapter_tensors(targets=("q_proj",)), {"exclude_modules": ["v_proj"]}),
-        (zoo.adapter_tensors(targets=[module.rpartition(".")[2] for module in zoo.MODULES]), {"target_modules": "all-linear"}),
+        (
+            zoo.adapter_tensors(targets=[module.rpartition(".")[2] for module in zoo.MODULES]),
+            {"target_modules": "all-linear"},
+        ),
         (
             {**zoo.adapter_tensors(rank=4, targets=("q_proj",)), **zoo.adapter_tensors(rank=2, targets=("v_proj",))},
             {"rank_pattern": {"v_proj": 2}},
@@ -165,7 +188,12 @@ def test_settings_that_are_not_supported_are_refused_by_name(config: dict[str, o
 
 @pytest.mark.parametrize(
     "config",
-    [{"from_the_future": None}, {"another": False}, {"auto_mapping": {"parent_library": "os"}}, {"init_lora_weights": "gaussian"}],
+    [
+        {"from_the_future": None},
+        {"another": False},
+        {"auto_mapping": {"parent_library": "os"}},
+        {"init_lora_weights": "gaussian"},
+    ],
 )
 def test_settings_without_effect_are_left_out(config: dict[str, object]) -> None:
     assert parse_adapter_config(zoo.adapter_config(**config)).r == 4
@@ -180,7 +208,12 @@ def test_a_config_that_is_no_json_object_is_corrupt(raw: bytes) -> None:
 
 def test_rank_and_scaling_of_each_module_follow_the_patterns() -> None:
     config = parse_adapter_config(
-        zoo.adapter_config(r=8, lora_alpha=16, rank_pattern={"q_proj": 4, "^model.layers.1.mlp.up_proj": 2}, alpha_pattern={"q_proj": 32})
+        zoo.adapter_config(
+            r=8,
+            lora_alpha=16,
+            rank_pattern={"q_proj": 4, "^model.layers.1.mlp.up_proj": 2},
+            alpha_pattern={"q_proj": 32},
+        )
     )
     assert config.scaling_of("model.layers.0.self_attn.v_proj") == 2.0
     assert config.scaling_of("model.layers.0.self_attn.q_proj") == 8.0

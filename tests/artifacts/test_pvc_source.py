@@ -30,7 +30,9 @@ def mounted(tmp_path: Path) -> SourceSettings:
     return SourceSettings(pvc_root=tmp_path / "pvc")
 
 
-async def test_a_folder_of_a_claim_is_judged_fetched_and_named_by_its_digest(mounted: SourceSettings, tmp_path: Path) -> None:
+async def test_a_folder_of_a_claim_is_judged_fetched_and_named_by_its_digest(
+    mounted: SourceSettings, tmp_path: Path
+) -> None:
     seen = await inspect_adapter("pvc://models/team/lora", None, None, None, LIMITS, mounted)
     assert seen.verdict.ok
     assert seen.digest is not None
@@ -81,7 +83,9 @@ async def test_a_pipe_in_place_of_a_file_does_not_hang(mounted: SourceSettings, 
     assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
 
 
-async def test_a_file_that_changes_between_listing_and_reading_is_noticed(mounted: SourceSettings, tmp_path: Path) -> None:
+async def test_a_file_that_changes_between_listing_and_reading_is_noticed(
+    mounted: SourceSettings, tmp_path: Path
+) -> None:
     from lorapool_artifacts.sources.folder import FolderSource
 
     folder = tmp_path / "pvc" / "models" / "team" / "lora"

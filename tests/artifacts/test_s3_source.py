@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bucket(endpoint: str) -> S3Store:
-    boto3.client("s3", endpoint_url=endpoint, **KEYS).create_bucket(Bucket="models")
+    with contextlib.closing(boto3.client("s3", endpoint_url=endpoint, **KEYS)) as client:
+        client.create_bucket(Bucket="models")
     return S3Store(
         "models",
         config={"endpoint": endpoint, "access_key_id": "test", "secret_access_key": "test", "region": "us-east-1"},
@@ -116,13 +118,22 @@ async def test_a_base_of_s3_has_facts_and_a_digest(bucket: S3Store, s3: SourceSe
 
 @pytest.mark.parametrize(
     ("status", "reason"),
-    [(403, FailureReason.UNAUTHORIZED), (401, FailureReason.UNAUTHORIZED), (500, FailureReason.SOURCE_UNAVAILABLE)],
+    [
+        (404, FailureReason.SOURCE_NOT_FOUND),
+        (403, FailureReason.UNAUTHORIZED),
+        (401, FailureReason.UNAUTHORIZED),
+        (429, FailureReason.RATE_LIMITED),
+        (500, FailureReason.SOURCE_UNAVAILABLE),
+    ],
 )
-async def test_each_status_of_the_store_has_its_reason(hub: Hub, status: int, reason: FailureReason) -> None:
+@pytest.mark.parametrize("signed", [True, False])
+async def test_each_status_of_the_store_has_its_reason(
+    hub: Hub, status: int, reason: FailureReason, signed: bool
+) -> None:
     hub.faults = [Fault("/models", status=status)]
-    env = {"AWS_ENDPOINT_URL": hub.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"} if signed else {}
     with pytest.raises(ArtifactError) as caught:
-        await resolve("s3://models/x", settings=SourceSettings.from_env(env))
+        await resolve("s3://models/x", settings=SourceSettings.from_env({"AWS_ENDPOINT_URL": hub.url, **keys}))
     assert caught.value.reason is reason
     if reason is FailureReason.UNAUTHORIZED:
         assert "AWS_ACCESS_KEY_ID" in caught.value.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 HIDDEN, INNER, KV, LAYERS, VOCAB = 16, 32, 8, 2, 64
@@ -31,7 +32,7 @@ def safetensors(tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, metadata:
         end = position + math.prod(shape) * SIZES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    return with_header(header, bytes(index % 31 for index in range(position)))
+    return with_header(header, (bytes(range(31)) * (position // 31 + 1))[:position])
 
 
 def with_header(header: Any, data: bytes) -> bytes:
@@ -102,7 +103,11 @@ def adapter_config(**changes: Any) -> bytes:
 
 
 def adapter_tensors(
-    *, rank: int = 4, targets: Iterable[str] = ("q_proj", "v_proj"), layers: Iterable[int] = range(LAYERS), dtype: str = "BF16"
+    *,
+    rank: int = 4,
+    targets: Iterable[str] = ("q_proj", "v_proj"),
+    layers: Iterable[int] = range(LAYERS),
+    dtype: str = "BF16",
 ) -> Tensors:
     tensors: Tensors = {}
     for layer in layers:
@@ -120,3 +125,7 @@ def adapter_files(*, tensors: Tensors | None = None, weights: bytes | None = Non
         "adapter_model.safetensors": weights or safetensors(adapter_tensors() if tensors is None else tensors),
         "README.md": b"# a fine-tune",
     }
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

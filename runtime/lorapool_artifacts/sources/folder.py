@@ -36,7 +36,7 @@ class FolderSource:
         try:
             self._stats = self._scan()
         except BaseException:
-            os.close(descriptor)
+            self.close()
             raise
         lines = (f"{name}\0{info.st_size}\0{info.st_mtime_ns}\n" for name, info in sorted(self._stats.items()))
         self.revision = f"{REVISION_PREFIX}{hashlib.sha256(''.join(lines).encode()).hexdigest()[:32]}"

@@ -35,6 +35,7 @@ from lorapool_artifacts.waiting import Deadline
 
 MAX_MANIFEST_BYTES = 4 * MIB
 TITLE = "org.opencontainers.image.title"
+UNPACK = "io.deis.oras.content.unpack"
 MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
 INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 ACCESS = (
@@ -102,10 +103,10 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
             response = self.session.get(self._url + path, headers=sent, stream=True)
             if response.status_code != 401:
                 return response
-            granted = self._answer(response, dict(headers))
+            with response:
+                granted = self._answer(response, dict(headers))
             if granted is None:
                 return response
-            response.close()
             return self.session.get(self._url + path, headers=granted, stream=True)
 
     def _answer(self, response: requests.Response, headers: dict[str, str]) -> dict[str, str] | None:
@@ -126,19 +127,28 @@ def open_oci(uri: OciUri, revision: str | None, settings: SourceSettings, deadli
     """Fetches the manifest; `revision` is a digest or a tag. Raises ArtifactError."""
     reference = revision or uri.reference
     registry = _Registry(uri, settings, deadline)
+    try:
+        digest, raw = _manifest(registry, str(uri), reference)
+        return OciSource(uri, registry, digest, parse_manifest(raw, where=str(uri)))
+    except BaseException:
+        registry.session.close()
+        raise
+
+
+def _manifest(registry: _Registry, where: str, reference: str) -> tuple[str, bytes]:
+    """(digest, content)."""
     response = registry.get(f"manifests/{reference}", {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)})
     if response.status_code != 200:
         response.close()
-        raise error_of_status(
-            response.status_code, response.headers, where=str(uri), what=f"the artifact {reference}", access=ACCESS
-        )
-    raw = read_bounded(response, deadline, MAX_MANIFEST_BYTES, "the manifest")
+        what = f"the artifact {reference}"
+        raise error_of_status(response.status_code, response.headers, where=where, what=what, access=ACCESS)
+    raw = read_bounded(response, registry.deadline, MAX_MANIFEST_BYTES, "the manifest")
     digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
     if _DIGEST.match(reference) and digest != reference:
         raise ArtifactError(
-            FailureReason.DIGEST_MISMATCH, f"{uri}: the registry answered with another manifest, {digest}."
+            FailureReason.DIGEST_MISMATCH, f"{where}: the registry answered with another manifest, {digest}."
         )
-    return OciSource(uri, registry, digest, parse_manifest(raw, where=str(uri)))
+    return digest, raw
 
 
 def parse_manifest(raw: bytes, *, where: str) -> dict[str, tuple[RemoteFile, str]]:
@@ -172,12 +182,18 @@ def _layer(layer: Any, where: str) -> tuple[RemoteFile, str]:
     match = _DIGEST.match(digest) if isinstance(digest, str) else None
     if match is None or type(size) is not int or size < 0:
         raise _malformed(where)
-    annotations = layer.get("annotations")
-    title = annotations.get(TITLE) if isinstance(annotations, dict) else None
-    archived = isinstance(media_type, str) and "tar" in re.split(r"[.+]", media_type)
-    if not isinstance(title, str) or not title or archived:
-        title = f"{match[1]}.tar" if archived else match[1]
-    return RemoteFile(title, size, match[1]), match[0]
+    return RemoteFile(_name(layer.get("annotations"), media_type, match[1]), size, match[1]), match[0]
+
+
+def _name(annotations: Any, media_type: Any, sha256: str) -> str:
+    """The title; oras gives plain files the type of a tar, so only packing beyond that makes an archive."""
+    notes = annotations if isinstance(annotations, dict) else {}
+    kinds = re.split(r"[.+]", media_type) if isinstance(media_type, str) else []
+    title = notes.get(TITLE)
+    if not isinstance(title, str) or not title:
+        return f"{sha256}.tar" if "tar" in kinds else sha256
+    packed = "gzip" in kinds or "zstd" in kinds or notes.get(UNPACK) == "true"
+    return f"{title}.tar.gz" if packed else title
 
 
 def is_insecure(host: str, listed: frozenset[str]) -> bool:

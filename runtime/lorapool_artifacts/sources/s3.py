@@ -25,10 +25,13 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.limits import SourceSettings
 from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
+from lorapool_artifacts.sources.http import GuardedSession, error_of_status
+from lorapool_artifacts.sources.http import translated as translated_http
 from lorapool_artifacts.uri import S3Uri
 from lorapool_artifacts.waiting import Deadline
 
 REVISION_PREFIX = "etag-"
+DEFAULT_REGION = "us-east-1"
 ACCESS = "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a service account with a role) that may list and read it"
 _AMBIENT = (
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -40,13 +43,12 @@ _AMBIENT = (
 class S3Source:
     """The objects directly below one prefix, as they were listed."""
 
-    def __init__(self, uri: S3Uri, store: Any, deadline: Deadline) -> None:
+    def __init__(self, uri: S3Uri, store: Any, settings: SourceSettings, deadline: Deadline) -> None:
         self.where = str(uri)
         self._store = store
         self._prefix = f"{uri.prefix}/" if uri.prefix else ""
         self._deadline = deadline
-        with translated(deadline, "the bucket or prefix"):
-            found = obstore.list_with_delimiter(store, self._prefix or None)["objects"]
+        found = _list(uri, store, self._prefix, settings, deadline)
         self._objects = {item["path"].removeprefix(self._prefix): item for item in found}
         lines = (f"{name}\0{item['size']}\0{item['e_tag']}\n" for name, item in sorted(self._objects.items()))
         self.revision = f"{REVISION_PREFIX}{hashlib.sha256(''.join(lines).encode()).hexdigest()[:32]}"
@@ -91,12 +93,46 @@ def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline
         )
     if settings.s3_endpoint:
         check_host(urlsplit(settings.s3_endpoint).hostname or "", where=str(uri))
-    return S3Source(uri, _store(uri, settings, deadline), deadline)
+    return S3Source(uri, _store(uri, settings, deadline), settings, deadline)
+
+
+def _list(uri: S3Uri, store: Any, prefix: str, settings: SourceSettings, deadline: Deadline) -> Sequence[Any]:
+    """obstore tells no statuses of a failed listing, so the bucket itself is asked once more for its own."""
+    try:
+        with translated(deadline, "the bucket or prefix"):
+            return list(obstore.list_with_delimiter(store, prefix or None)["objects"])
+    except ArtifactError as error:
+        if error.reason is not FailureReason.SOURCE_UNAVAILABLE:
+            raise
+        raise _status_of_bucket(uri, store, settings, deadline) or error from error.__cause__
+
+
+def _status_of_bucket(uri: S3Uri, store: Any, settings: SourceSettings, deadline: Deadline) -> ArtifactError | None:
+    """What the bucket's own status means, or None when it answers."""
+    endpoint = settings.s3_endpoint or f"https://s3.{settings.s3_region or DEFAULT_REGION}.amazonaws.com"
+    if _is_anonymous(settings):
+        url = f"{endpoint.rstrip('/')}/{uri.bucket}/"
+    else:
+        with translated(deadline, "the bucket"):
+            url = obstore.sign(store, "GET", "", timedelta(seconds=60))
+    with GuardedSession(urlsplit(url).hostname or "", deadline) as session, translated_http(deadline):
+        response = session.get(url, stream=True, allow_redirects=False)
+        response.close()
+    if response.status_code < 400:
+        return None
+    what = f"the bucket {uri.bucket}"
+    return error_of_status(response.status_code, response.headers, where=str(uri), what=what, access=ACCESS)
+
+
+def _is_anonymous(settings: SourceSettings) -> bool:
+    if settings.s3_access_key_id and settings.s3_secret_access_key:
+        return False
+    return settings.s3_anonymous or not any(os.environ.get(name) for name in _AMBIENT)
 
 
 def _store(uri: S3Uri, settings: SourceSettings, deadline: Deadline) -> Any:
     config: dict[str, Any] = {
-        "region": settings.s3_region or "us-east-1",
+        "region": settings.s3_region or DEFAULT_REGION,
         "virtual_hosted_style_request": settings.s3_virtual_hosted,
     }
     if settings.s3_endpoint:
@@ -106,7 +142,7 @@ def _store(uri: S3Uri, settings: SourceSettings, deadline: Deadline) -> Any:
         config["secret_access_key"] = settings.s3_secret_access_key
         if settings.s3_session_token:
             config["session_token"] = settings.s3_session_token
-    elif settings.s3_anonymous or not any(os.environ.get(name) for name in _AMBIENT):
+    elif _is_anonymous(settings):
         config["skip_signature"] = True
     connect_s, _ = deadline.request_timeout_s()
     return S3Store(
