@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 import re
 import shutil
@@ -218,6 +219,32 @@ def _container_violations(container: Mapping[str, Any], pod_context: Mapping[str
     resources = container.get("resources", {})
     if not {"cpu", "memory"} <= set(resources.get("requests", {})) or "memory" not in resources.get("limits", {}):
         yield "resources are not set"
+
+
+# --- dashboards --------------------------------------------------------------------------
+
+DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
+
+
+def panels(file: Path) -> Iterator[dict[str, Any]]:
+    for panel in json.loads(file.read_text())["panels"]:
+        if panel["type"] != "row":
+            yield panel
+
+
+def dashboard_expressions(
+    *, base: str, adapter: str, window: str = "1m", span: str = "1h"
+) -> Iterator[tuple[str, str]]:
+    """Where it stands and the PromQL, with the variables as Grafana would fill them in."""
+    variables = {"$__rate_interval": window, "$__range": span, "$base": base, "$adapter": adapter}
+    for file in DASHBOARDS:
+        for panel in panels(file):
+            for target in panel["targets"]:
+                expr = target["expr"]
+                for name, value in variables.items():
+                    expr = expr.replace(name, value)
+                assert "$" not in expr, expr
+                yield f"{file.stem}: {panel['title']}", expr
 
 
 # --- values, their comments and the README's table ---------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 import yaml
-from chart_kit import CHART, of_kind, render, run
+from chart_kit import CHART, DASHBOARDS, dashboard_expressions, of_kind, panels, render, run
 
 from lorapool_gateway.metrics import Metrics as GatewayMetrics
 from lorapool_operator.metrics import Metrics as OperatorMetrics
@@ -20,7 +20,6 @@ from lorapool_runtime.accounts import Accounts
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
 
-DASHBOARDS = sorted((CHART / "dashboards").glob("*.json"))
 RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"
 
@@ -71,26 +70,9 @@ def rules(files: Iterable[Path] = RULES) -> Iterator[dict[str, Any]]:
             yield from group["rules"]
 
 
-def panels(file: Path) -> Iterator[dict[str, Any]]:
-    for panel in json.loads(file.read_text())["panels"]:
-        if panel["type"] != "row":
-            yield panel
-
-
-def substituted(expr: str) -> str:
-    """With the dashboard's variables as Grafana would fill them in."""
-    for name, value in {"$__rate_interval": "1m", "$__range": "1h", "$base": "ns/base", "$adapter": "ns/a"}.items():
-        expr = expr.replace(name, value)
-    assert "$" not in expr, expr
-    return expr
-
-
 def expressions() -> Iterator[tuple[str, str]]:
     """Where it stands, and the expression."""
-    for file in DASHBOARDS:
-        for panel in panels(file):
-            for target in panel["targets"]:
-                yield f"{file.stem}: {panel['title']}", substituted(target["expr"])
+    yield from dashboard_expressions(base="ns/base", adapter="ns/a")
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"]
 

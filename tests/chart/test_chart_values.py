@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import chart_kit
@@ -51,6 +53,32 @@ def test_every_value_is_in_the_schema_and_the_schema_has_no_other() -> None:
             yield from known(part, f"{path}.{name}" if path else name)
 
     assert sorted(known(SCHEMA)) == sorted(leaves(default_values()))
+
+
+def test_every_value_is_read_by_a_template() -> None:
+    templates = " ".join(file.read_text() for file in (CHART / "templates").rglob("*") if file.is_file())
+    unread = {path for path in leaves(default_values()) if f".{path.rpartition('.')[2]}" not in templates}
+
+    assert unread == {"global"}
+
+
+def test_a_packaged_chart_has_all_it_renders_and_no_tests(tmp_path: Path) -> None:
+    result = chart_kit.run("helm", "package", CHART, "--destination", tmp_path)
+    assert result.returncode == 0, result.stderr
+    [package] = tmp_path.glob("*.tgz")
+    with tarfile.open(package) as archive:
+        names = {name.removeprefix("lorapool/") for name in archive.getnames()}
+
+    assert not {name for name in names if name.endswith("_test.yaml")}
+    assert names >= {
+        "rules/alerts.yaml",
+        "dashboards/fleet.json",
+        "files/helm_test.py",
+        "README.md",
+        "values.schema.json",
+    }
+    assert {name for name in names if name.startswith("files/crds/")}
+    assert chart_kit.run("helm", "template", "lorapool", package).returncode == 0
 
 
 def test_no_object_of_the_schema_takes_unknown_keys_silently() -> None:
