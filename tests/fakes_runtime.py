@@ -240,9 +240,9 @@ class FakeEngine:
         run.made += 1
         self.tokens_made += 1
         self.made_by_request[request.request_id] += 1
-        at_end = token == EOS or token in sampling.stop_token_ids
+        at_end = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
         finish = None
-        if at_end and not sampling.ignore_eos:
+        if at_end:
             finish = FinishReason.STOP
         elif run.made >= sampling.max_tokens:
             finish = FinishReason.LENGTH

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.fetch import fetch, folder_digest, resolve
+from lorapool_artifacts.fetch import clean_leftovers, fetch, folder_digest, resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, names_of
 from lorapool_artifacts.limits import SourceSettings
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 LOW_WATER = 0.8
 """A full disk cache is emptied to this share."""
+MIN_ROOM_BYTES = 64 * 2**20
+"""Of the disk cache, for adapters, beside the base."""
 
 
 class BaseError(Exception):
@@ -41,6 +43,8 @@ class BaseFolder:
     path: Path
     digest: str | None
     names: tuple[str, ...]
+    cached_bytes: int = 0
+    """What it takes of the disk cache; 0 where it lies elsewhere."""
 
 
 EngineFactory = Callable[[RuntimeSettings, Path], Engine]
@@ -48,8 +52,11 @@ EngineFactory = Callable[[RuntimeSettings, Path], Engine]
 
 def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
     """The engine that is used; imported only here, so that all else runs without torch."""
+    from transformers.utils import logging as transformers_logging
+
     from lorapool_runtime.engine import EngineConfig, TorchEngine
 
+    transformers_logging.disable_progress_bar()
     return TorchEngine(
         EngineConfig(
             model_dir=str(folder),
@@ -72,14 +79,18 @@ def bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine:
     started_s = time.monotonic()
     folder = base_folder(settings, sources)
     log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
+    room_bytes = settings.cache_bytes - folder.cached_bytes
+    if room_bytes < MIN_ROOM_BYTES:
+        raise BaseError(
+            f"The base takes {folder.cached_bytes} of the {settings.cache_bytes} bytes of the disk cache, which leaves "
+            "too little for adapters: raise cache_bytes (the profile's cacheSizeLimit)."
+        )
     facts = base_facts_from_folder(folder.path).with_names(*folder.names)
     codec = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
     cache = DiskCache(
-        settings.cache_dir.expanduser() / "adapters",
-        high_bytes=settings.cache_bytes,
-        low_bytes=int(settings.cache_bytes * LOW_WATER),
+        settings.cache_dir.expanduser() / "adapters", high_bytes=room_bytes, low_bytes=int(room_bytes * LOW_WATER)
     )
     cache.start()
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
@@ -108,8 +119,11 @@ def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolde
 async def _fetched(settings: RuntimeSettings, sources: SourceSettings, names: tuple[str, ...]) -> BaseFolder:
     resolved = await resolve(settings.model, settings.revision, ArtifactKind.BASE, None, sources)
     log.info("fetching the base", extra={"base": settings.label, "bytes": resolved.size_bytes})
-    path = await fetch(resolved, settings.cache_dir.expanduser() / "bases")
-    return BaseFolder(path, folder_digest(path), names)
+    root = settings.cache_dir.expanduser() / "bases"
+    root.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(root)
+    path = await fetch(resolved, root)
+    return BaseFolder(path, folder_digest(path), names, resolved.size_bytes)
 
 
 def reason_of(error: BaseException) -> str:

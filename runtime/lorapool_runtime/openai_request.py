@@ -202,7 +202,7 @@ def sampling_params(
         repetition_penalty=wishes.repetition_penalty,
         logit_bias=wishes.logit_bias,
         top_logprobs=wishes.top_logprobs,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=frozenset() if wishes.ignore_eos else stop_token_ids,
         ignore_eos=wishes.ignore_eos,
     )
 

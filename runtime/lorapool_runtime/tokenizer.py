@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-from transformers import AutoTokenizer
 
 from lorapool_api.openai import InvalidRequest, Unavailable
 
@@ -35,6 +34,8 @@ class Tokenizer:
     """Prompts to ids and ids to text. `prompt_of_*` run in worker threads, the rest is cheap and safe anywhere."""
 
     def __init__(self, folder: Path, *, threads: int, timeout_s: float) -> None:
+        from transformers import AutoTokenizer  # takes seconds: not before it is needed, and not on the event loop
+
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError) as error:

@@ -143,7 +143,9 @@ async def test_every_wish_reaches_the_engine(client: openai.AsyncOpenAI, served:
     assert (first.presence_penalty, first.frequency_penalty, first.repetition_penalty) == (0.1, -0.2, 1.1)
     assert first.logit_bias == {65: -100.0}
     assert first.ignore_eos
-    assert first.stop_token_ids == frozenset({257})
+    assert first.stop_token_ids == frozenset()
+    await client.chat.completions.create(model="tiny", messages=HI)
+    assert served.engine.requests[2].sampling.stop_token_ids == frozenset({257})
 
 
 async def test_models_lists_the_base_and_what_is_registered(client: openai.AsyncOpenAI) -> None:
