@@ -40,6 +40,7 @@ PATHS = {
     "Service": ("api/v1", "services"),
     "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "Pod": ("api/v1", "pods"),
+    "Lease": ("apis/coordination.k8s.io/v1", "leases"),
     Kind.BASE: (f"apis/{GROUP}/{VERSION}", "basemodels"),
     Kind.ADAPTER: (f"apis/{GROUP}/{VERSION}", "loraadapters"),
 }
@@ -166,6 +167,12 @@ class Cluster:
             await self._write("delete", "DELETE", _path(kind, namespace, name), body, content="application/json")
         except NotFound:
             return
+
+    async def put_lease(self, lease: Mapping[str, Any], *, create: bool) -> dict[str, Any]:
+        """Creates the Lease, or replaces the very version that was read. Raises Conflict when someone was quicker."""
+        meta = lease["metadata"]
+        path = _path("Lease", meta["namespace"], "" if create else meta["name"])
+        return await self._write("lease", "POST" if create else "PUT", path, lease, content="application/json")
 
     async def post_event(self, subject: Subject, note: Note, now: float) -> None:
         """One core/v1 Event; few are made, so nothing is aggregated."""

@@ -11,58 +11,93 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
-import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection import electionconfig, leaderelection
-from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
+from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
 
+from lorapool_operator.cluster import Cluster, ClusterError, NotFound
 from lorapool_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
-class _TimedLock(LeaseLock):  # type: ignore[misc]  # the client has no types
-    """The client's lock, but every way to fail is a failed attempt and none takes longer than a retry period."""
+class ClusterLock(BaseLock):  # type: ignore[misc]  # the client has no types
+    """The election's lock on a Lease. The client's own `LeaseLock` cannot create one: it sends `pretty=True`."""
 
-    def __init__(self, name: str, namespace: str, identity: str, client: ApiClient, timeout_s: float) -> None:
-        super().__init__(name, namespace, identity, client)
-        self._timeout_s = timeout_s
+    def __init__(self, cluster: Cluster, name: str, namespace: str, identity: str) -> None:
+        super().__init__(name, namespace, identity)
+        self._cluster = cluster
+        self._held: dict[str, Any] = {}
         self.renewed_at: float | None = None
         """Monotonic time before the last write that succeeded: the Lease is ours from then on."""
 
-    async def get(self, name: str, namespace: str) -> Any:
-        answer = await self._try(super().get(name, namespace))
-        return answer if answer is not None else (False, _Unreachable())
-
-    async def create(self, name: str, namespace: str, election_record: Any) -> bool:
-        return await self._renew(super().create(name, namespace, election_record))
-
-    async def update(self, name: str, namespace: str, updated_record: Any) -> bool:
-        return await self._renew(super().update(name, namespace, updated_record))
-
-    async def _renew(self, work: Awaitable[bool]) -> bool:
-        began = time.monotonic()
-        renewed = bool(await self._try(work))
-        if renewed:
-            self.renewed_at = began
-        return renewed
-
-    async def _try(self, work: Awaitable[Any]) -> Any:
+    async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await work
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            log.warning("lease not reached", extra={"error": f"{type(error).__name__} {error}"})
-            return None
+            self._held = await self._cluster.get("Lease", namespace, name)
+        except NotFound:
+            return False, _api_error(404)
+        except ClusterError as error:
+            log.warning("lease not read", extra={"error": str(error)})
+            return False, _api_error(error.status)
+        spec = self._held.get("spec") or {}
+        return True, LeaderElectionRecord(
+            spec.get("holderIdentity"),
+            str(spec.get("leaseDurationSeconds") or ""),
+            spec.get("acquireTime"),
+            spec.get("renewTime"),
+        )
+
+    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        lease = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": _spec(election_record, {}),
+        }
+        return await self._write(lease, create=True)
+
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        spec = _spec(updated_record, self._held.get("spec") or {})
+        return await self._write({**self._held, "spec": spec}, create=False)
+
+    async def _write(self, lease: dict[str, Any], *, create: bool) -> bool:
+        began = time.monotonic()
+        try:
+            self._held = await self._cluster.put_lease(lease, create=create)
+        except ClusterError as error:
+            log.warning("lease not written", extra={"error": str(error)})
+            return False
+        self.renewed_at = began
+        return True
 
 
-class _Unreachable(Exception):
-    """What the election is told when the API server could not be asked."""
+def _spec(record: LeaderElectionRecord, before: dict[str, Any]) -> dict[str, Any]:
+    changed = before.get("holderIdentity") != record.holder_identity
+    return {
+        "holderIdentity": record.holder_identity,
+        "leaseDurationSeconds": int(float(record.lease_duration)),
+        "acquireTime": _rfc3339(record.acquire_time if changed else before.get("acquireTime") or record.acquire_time),
+        "renewTime": _rfc3339(record.renew_time),
+        "leaseTransitions": int(before.get("leaseTransitions") or 0) + int(changed and bool(before)),
+    }
 
-    reason = "unreachable"
-    body = None
+
+def _rfc3339(text: str) -> str:
+    """The election's own times are local and of another format."""
+    moment = datetime.fromisoformat(text)
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _api_error(status: int) -> ApiException:
+    """In the shape that the election looks into to tell an absent Lease from an unreachable one."""
+    error = ApiException(status=status, reason="not found" if status == 404 else "unreachable")
+    error.body = f'{{"code": {status}}}'
+    return error
 
 
 class Leadership:
@@ -71,7 +106,7 @@ class Leadership:
     def __init__(self, settings: Settings, client: ApiClient) -> None:
         self._settings = settings
         self._client = client
-        self._lock: _TimedLock | None = None
+        self._lock: ClusterLock | None = None
         self.leading = not settings.leader_election
 
     def may_write(self) -> bool:
@@ -88,9 +123,8 @@ class Leadership:
         if not settings.leader_election:
             await act()
             return
-        self._lock = _TimedLock(
-            settings.lease_name, settings.own_namespace, settings.identity, self._client, settings.lease_retry_s
-        )
+        unfenced = Cluster(self._client, timeout_s=settings.lease_retry_s, identity=settings.identity)
+        self._lock = ClusterLock(unfenced, settings.lease_name, settings.own_namespace, settings.identity)
         acting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         async def started() -> None:

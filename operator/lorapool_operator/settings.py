@@ -45,7 +45,7 @@ class Settings(BaseModel):
     leader_election: bool = True
     """Off only in tests with one process."""
     lease_name: str = Field(default="lorapool-operator", pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
-    lease_duration_s: PositiveS = 15.0
+    lease_duration_s: Annotated[int, Field(ge=2)] = 15  # whole seconds in the Lease itself
     """A standby takes over this long after the leader's last renewal."""
     lease_renew_deadline_s: PositiveS = 10.0
     """A leader that could not renew for this long stops acting, well before the standby starts."""

@@ -1,0 +1,72 @@
+"""What the API server itself refuses, by the committed CRDs: bounds, schemes, immutability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from operator_world import Api, Refused
+
+pytestmark = pytest.mark.apiserver
+
+
+async def refused(attempt: Any) -> str:
+    with pytest.raises(Refused) as caught:
+        await attempt
+    assert caught.value.status == 422
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"source": {"uri": "https://host/model"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
+        ({"scaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed scaling.maxReplicas"),
+        ({"replicas": 2}, "replicas must not exceed scaling.maxReplicas"),
+        ({"lora": {"maxRank": 0}}, "should be greater than or equal to 1"),
+        ({"lora": {"slots": 5000}}, "should be less than or equal to 1024"),
+        ({"maxModelLen": 1}, "should be greater than or equal to 16"),
+        ({"scaling": {"idleAfter": "soon"}}, "should match"),
+        ({"access": {"namespaces": ["*"]}}, "should match"),
+    ],
+)
+async def test_a_bad_base_is_refused_with_the_field_and_the_bound(api: Api, spec: dict[str, Any], told: str) -> None:
+    assert told in await refused(api.base(**spec))
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"source": {"uri": "file:///etc/passwd"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
+        ({"source": {"uri": "hf://org/a", "digest": "sha256:short"}}, "should match"),
+        ({"minReplicas": 3, "maxReplicas": 2}, "minReplicas must not exceed maxReplicas"),
+        ({"idleAfter": "5 minutes"}, "should match"),
+        ({"alias": "with space"}, "should match"),
+    ],
+)
+async def test_a_bad_adapter_is_refused_with_the_field_and_the_bound(api: Api, spec: dict[str, Any], told: str) -> None:
+    assert told in await refused(api.adapter("a", **spec))
+
+
+async def test_names_that_no_child_could_carry_are_refused(api: Api) -> None:
+    await refused(api.base("b" * 41))
+    await refused(api.adapter("with.dots"))
+    await refused(api.adapter("a" * 64))
+
+
+async def test_what_must_not_change_cannot(api: Api) -> None:
+    await api.base()
+    await api.adapter("a")
+    change = {"spec": {"source": {"uri": "hf://org/other"}}}
+    assert "source is immutable" in await refused(api.patch("basemodels", "tiny", change))
+    assert "baseModelRef is immutable" in await refused(
+        api.patch("loraadapters", "a", {"spec": {"baseModelRef": {"name": "other"}}})
+    )
+    await api.patch("loraadapters", "a", change)  # an adapter's source may: it rolls over
+
+
+async def test_the_scale_subresource_reads_and_writes_replicas(api: Api) -> None:
+    await api.base(scaling={"maxReplicas": 2})
+    answer = await api.patch("basemodels", "tiny", {"spec": {"replicas": 2}}, sub="scale")
+    assert answer["kind"] == "Scale"
+    assert (await api.get("basemodels", "tiny"))["spec"]["replicas"] == 2

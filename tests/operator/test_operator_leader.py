@@ -1,0 +1,84 @@
+"""Two operators: one acts, the other takes over; a leader that lost the Lease writes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes_operator import FakeInspector
+from operator_world import Api, condition, running_operator, until
+
+from lorapool_operator.cluster import Fenced
+
+pytestmark = pytest.mark.apiserver
+
+LEASE: dict[str, Any] = {
+    "leader_election": True,
+    "lease_duration_s": 4,
+    "lease_renew_deadline_s": 3.0,
+    "lease_retry_s": 1.0,
+}
+
+
+async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_path: Path) -> None:
+    inspector = FakeInspector()
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+
+    async def state(name: str) -> tuple[str, str]:
+        return condition(await api.get("loraadapters", name), "Ready")
+
+    async with running_operator(api, two, inspector, **LEASE) as standby_or_leader:
+        async with running_operator(api, one, inspector, **LEASE) as other:
+            both = (standby_or_leader, other)
+
+            async def leaders() -> list[bool]:
+                return [process.synced for process in both]
+
+            await until(lambda: _any(leaders))
+            await api.base()
+            await api.adapter("a")
+            await until(lambda: state("a"), ("True", "Parked"))
+            assert sorted(await leaders()) == [False, True]
+            assert inspector.asked == ["hf://org/a"]
+            holder = (await api.get("leases", "lorapool-operator"))["spec"]["holderIdentity"]
+            leader = next(process for process in both if process.synced)
+            assert holder == leader.settings.identity
+            assert [process.cluster.writes.get("status", 0) > 0 for process in both] == await leaders()
+            leader.stop()
+            survivor = next(process for process in both if process is not leader)
+
+            async def took_over() -> bool:
+                return survivor.synced
+
+            await until(took_over, within_s=15.0)
+            await api.adapter("b")
+            await until(lambda: state("b"), ("True", "Parked"))
+
+
+async def _any(leaders: Any) -> bool:
+    return any(await leaders())
+
+
+async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), **LEASE) as process:
+
+        async def leads() -> bool:
+            return process.synced
+
+        await until(leads)
+        body = {"spec": {"holderIdentity": "thief", "leaseDurationSeconds": 3600, "renewTime": "2099-01-01T00:00:00.000000Z"}}
+        await api.patch("leases", "lorapool-operator", body)
+
+        async def fenced() -> bool:
+            return not process._leadership.may_write()
+
+        await until(fenced, within_s=10.0)
+        base = await api.base()
+        with pytest.raises(Fenced):
+            await process.cluster.delete("Pod", api.namespace, "any", uid=base["metadata"]["uid"])
+        await asyncio.sleep(1.0)
+        assert "status" not in await api.get("basemodels", "tiny")
