@@ -18,6 +18,17 @@ MAX_JSON_BYTES = 4 * MIB
 """adapter_config.json, config.json: a longer one is refused unread."""
 
 
+LORAPOOL_ENV_NAMES = frozenset(
+    {
+        "LORAPOOL_OCI_INSECURE_HOSTS",
+        "LORAPOOL_OCI_AUTH_HOST",
+        "LORAPOOL_OCI_USERNAME",
+        "LORAPOOL_OCI_PASSWORD",
+    }
+)
+"""Names with the project's prefix that `SourceSettings.from_env` reads: no unknown settings to the processes."""
+
+
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
     """Bounds of one resolve, inspection or fetch."""
