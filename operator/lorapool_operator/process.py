@@ -19,7 +19,7 @@ from kubernetes.aio.client.api_client import ApiClient
 from lorapool_artifacts.limits import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.apply import Applier
-from lorapool_operator.cluster import Cluster, ClusterError
+from lorapool_operator.cluster import Cluster, ClusterError, Fenced
 from lorapool_operator.handlers import registry_of
 from lorapool_operator.intake import Intake
 from lorapool_operator.judge import ArtifactInspector, Inspector, JudgeBook
@@ -170,6 +170,8 @@ class Process:
                 group.create_task(self._watch(), name="kopf")
                 group.create_task(self.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
+        except* Fenced:
+            log.error("the Lease is lost: ending, so that the next start is a clean one")
         finally:
             await self.judge.close()
             await self.runtimes.close()

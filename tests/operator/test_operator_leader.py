@@ -70,7 +70,13 @@ async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, 
             return process.synced
 
         await until(leads)
-        body = {"spec": {"holderIdentity": "thief", "leaseDurationSeconds": 3600, "renewTime": "2099-01-01T00:00:00.000000Z"}}
+        body = {
+            "spec": {
+                "holderIdentity": "thief",
+                "leaseDurationSeconds": 3600,
+                "renewTime": "2099-01-01T00:00:00.000000Z",
+            }
+        }
         await api.patch("leases", "lorapool-operator", body)
 
         async def fenced() -> bool:

@@ -151,7 +151,9 @@ async def test_a_recreated_base_with_other_weights_judges_its_adapters_anew(api:
         await api.adapter("a")
         await until(lambda: ready(api, "a"), ("True", "Parked"))
         await api.delete("basemodels", "tiny")
-        inspector.answers["hf://org/a"] = Failure(FailureReason.WRONG_BASE, "q_proj is 8x8; point baseModelRef elsewhere")
+        inspector.answers["hf://org/a"] = Failure(
+            FailureReason.WRONG_BASE, "q_proj is 8x8; point baseModelRef elsewhere"
+        )
         await api.base()
         await until(lambda: ready(api, "a"), ("False", "WrongBase"))
 
@@ -378,7 +380,9 @@ async def test_usage_stays_exact_over_an_operators_restart_and_a_pods_loss(api: 
     uid = adapter["metadata"]["uid"]
 
     async def tokens() -> int:
-        return int(((await api.get("loraadapters", "a")).get("status") or {}).get("usage", {}).get("completionTokens", 0))
+        return int(
+            ((await api.get("loraadapters", "a")).get("status") or {}).get("usage", {}).get("completionTokens", 0)
+        )
 
     async with ScriptedRuntime(token=token_of(base)).running() as runtime:
         await api.runtime_pod(base, "tiny-0", runtime.port)
