@@ -166,12 +166,10 @@ def _helm(demo: Demo, tag: str) -> None:
     demo.apply(objects.namespace())
     argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, REPOSITORY / "charts" / "lorapool"]
     argv += ["-n", objects.NAMESPACE, "-f", VALUES, "--wait", "--timeout", "5m"]
-    for image in ("control", "runtime"):
-        argv += ["--set-string", f"image.{image}.tag={tag}"]
+    argv += ["--set-string", f"image.tag={tag}"]
     argv += ["--set", f"image.registry={demo.ground.pull_registry}"]
     if demo.ground.insecure:
-        argv += ["--set", "artifactEnv[0].name=LORAPOOL_OCI_INSECURE_HOSTS"]
-        argv += ["--set", f"artifactEnv[0].value={demo.ground.artifact_registry}"]
+        argv += ["--set", f"artifacts.insecureRegistries={{{demo.ground.artifact_registry}}}"]
     remedy = f"`kubectl -n {objects.NAMESPACE} get pods,events` shows what a pod waits for."
     demo.steps.command(argv, remedy=remedy, timeout_s=400)
 
