@@ -25,6 +25,7 @@ from lorapool_api.openai import (
     PayloadTooLarge,
     ServerError,
     TooManyRequests,
+    Unauthenticated,
     Unavailable,
 )
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
@@ -172,6 +173,10 @@ class Gateway:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
+        except Unauthenticated as error:
+            # For the audit: that a key was refused, from where; nothing of what was sent.
+            log.info("key refused", extra={"request_id": request[_ID], "remote": request.remote})
+            return self._error(request, error)
         except ApiError as error:
             return self._error(request, error)
         except web.HTTPMethodNotAllowed as error:
