@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """What a user of the OpenAI client sees, through the real gateway, of real fine-tunes."""
 
-import httpx
+import httpx2 as httpx
 import pytest
 from e2e_world import World
 from openai import AuthenticationError, BadRequestError, NotFoundError, UnprocessableEntityError
