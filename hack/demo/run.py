@@ -5,9 +5,11 @@ Every step can be repeated: a second `up` finds everything in place and is quick
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ from demo.ask import Answer, ask_all, questions
 from demo.ground import REPOSITORY, Ground, check_machine, existing, local
 from demo.report import table, usage_table, write_summary
 from demo.steps import StepError, Steps, until
+from images.build import TARGETS, Image
 
 VALUES = Path(__file__).resolve().parent / "values.yaml"
 FINETUNES = REPOSITORY / "examples" / "finetunes"
@@ -144,8 +147,21 @@ def _last_line(out: str) -> str:
 
 
 def _build_images(demo: Demo) -> str:
-    argv = ["build", "--registry", demo.ground.push_registry]
-    return _last_line(_tool(demo.steps, "images", *argv, timeout_s=2400))
+    """Builds what changed and pushes it; the tag names the content, so that a changed image is a changed pod."""
+    content = "".join(Image(target, cpu_only=True).key() for target in TARGETS)
+    tag = f"demo-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    where = demo.ground.push_registry
+    if demo.ground.cluster:
+        _tool(demo.steps, "images", "build", "--registry", where, "--tag", tag, timeout_s=2400)
+        return tag
+    docker = shutil.which("docker") or shutil.which("podman")
+    if docker is None:
+        raise StepError("With CONTEXT= the images are built and pushed by docker or podman: put one on the PATH.")
+    for target in TARGETS:
+        name = f"{where}/lorapool-{target}:{tag}"
+        for argv in ([docker, "build", "--target", target, "-t", name, str(REPOSITORY)], [docker, "push", name]):
+            demo.steps.command(argv, remedy=f"Try `{docker} login` for {where}.", timeout_s=3600)
+    return tag
 
 
 def _push_artifacts(demo: Demo, base_folder: str) -> tuple[str, dict[str, str]]:
