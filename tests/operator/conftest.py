@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-
 from apiserver import ApiServer, running_apiserver
 from operator_world import Api, namespace_of
 

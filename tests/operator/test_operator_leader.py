@@ -31,32 +31,34 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
     async def state(name: str) -> tuple[str, str]:
         return condition(await api.get("loraadapters", name), "Ready")
 
-    async with running_operator(api, two, inspector, **LEASE) as standby_or_leader:
-        async with running_operator(api, one, inspector, **LEASE) as other:
-            both = (standby_or_leader, other)
+    async with (
+        running_operator(api, two, inspector, **LEASE) as standby_or_leader,
+        running_operator(api, one, inspector, **LEASE) as other,
+    ):
+        both = (standby_or_leader, other)
 
-            async def leaders() -> list[bool]:
-                return [process.synced for process in both]
+        async def leaders() -> list[bool]:
+            return [process.synced for process in both]
 
-            await until(lambda: _any(leaders))
-            await api.base()
-            await api.adapter("a")
-            await until(lambda: state("a"), ("True", "Parked"))
-            assert sorted(await leaders()) == [False, True]
-            assert inspector.asked == ["hf://org/a"]
-            holder = (await api.get("leases", "lorapool-operator"))["spec"]["holderIdentity"]
-            leader = next(process for process in both if process.synced)
-            assert holder == leader.settings.identity
-            assert [process.cluster.writes.get("status", 0) > 0 for process in both] == await leaders()
-            leader.stop()
-            survivor = next(process for process in both if process is not leader)
+        await until(lambda: _any(leaders))
+        await api.base()
+        await api.adapter("a")
+        await until(lambda: state("a"), ("True", "Parked"))
+        assert sorted(await leaders()) == [False, True]
+        assert inspector.asked == ["hf://org/a"]
+        holder = (await api.get("leases", "lorapool-operator"))["spec"]["holderIdentity"]
+        leader = next(process for process in both if process.synced)
+        assert holder == leader.settings.identity
+        assert [process.cluster.writes.get("status", 0) > 0 for process in both] == await leaders()
+        leader.stop()
+        survivor = next(process for process in both if process is not leader)
 
-            async def took_over() -> bool:
-                return survivor.synced
+        async def took_over() -> bool:
+            return survivor.synced
 
-            await until(took_over, within_s=15.0)
-            await api.adapter("b")
-            await until(lambda: state("b"), ("True", "Parked"))
+        await until(took_over, within_s=15.0)
+        await api.adapter("b")
+        await until(lambda: state("b"), ("True", "Parked"))
 
 
 async def _any(leaders: Any) -> bool:

@@ -1,0 +1,148 @@
+"""What a base's children look like: restricted pods, no secrets, nothing of a tenant's but settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
+from lorapool_api.common import ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
+from lorapool_operator.manifests import RuntimeImage, children, content_hash, pod_template
+from lorapool_operator.profiles import ProfilesError, RuntimeProfile, parse_profiles
+from lorapool_operator.store import BaseObject, Meta
+from lorapool_runtime.settings import read_settings
+
+IMAGE = RuntimeImage("registry.example/runtime:1", "IfNotPresent")
+HASH = "ab" * 32
+
+
+def base(**spec: Any) -> BaseObject:
+    meta = Meta("team", "tiny", "base-uid", 1, "1", 0.0, False, None)
+    made = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base", "revision": "main"}, **spec})
+    return BaseObject(meta, made, BaseModelStatus())
+
+
+def made(profile: RuntimeProfile | None = None, **spec: Any) -> list[dict[str, Any]]:
+    return children(base(**spec), profile or RuntimeProfile(), IMAGE, replicas=2, token_sha256=HASH)
+
+
+def pod(profile: RuntimeProfile | None = None, **spec: Any) -> dict[str, Any]:
+    found: dict[str, Any] = made(profile, **spec)[0]["spec"]["template"]
+    return found
+
+
+def env(profile: RuntimeProfile | None = None, **spec: Any) -> dict[str, str]:
+    items = pod(profile, **spec)["spec"]["containers"][0]["env"]
+    return {item["name"]: item["value"] for item in items if "value" in item}
+
+
+def test_every_child_is_owned_by_its_base_and_blocks_no_deletion() -> None:
+    assert [child["kind"] for child in made()] == ["Deployment", "Service", "PodDisruptionBudget"]
+    for child in made():
+        owner = child["metadata"]["ownerReferences"][0]
+        assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("base-uid", True, False)
+
+
+def test_pods_pass_the_restricted_standard() -> None:
+    spec = pod()["spec"]
+    container = spec["containers"][0]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] >= 10000
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert all("sizeLimit" in volume["emptyDir"] for volume in spec["volumes"])
+
+
+def test_the_runtime_reads_exactly_the_settings_that_the_operator_writes() -> None:
+    settings = read_settings([], env(lora={"maxRank": 8, "slots": 3, "hostCacheBytes": "64Mi"}, maxModelLen=512))
+    assert (settings.model, settings.revision, settings.max_rank, settings.slots) == ("hf://org/base", "main", 8, 3)
+    assert (settings.max_model_len, settings.host_cache_bytes) == (512, 64 * 2**20)
+    assert (settings.base_label, settings.served_name, settings.token_sha256) == ("team/tiny", "tiny", HASH)
+    assert settings.drain_grace_s < 60
+
+
+def test_the_pod_holds_no_secret_of_ours_and_no_token() -> None:
+    text = json.dumps(made())
+    assert "secretKeyRef" not in text
+    assert "serviceAccountName" not in text
+    assert env()["LORAPOOL_TOKEN_SHA256"] == HASH
+
+
+def test_a_recreated_base_never_adopts_old_pods() -> None:
+    deployment, service, budget = made()
+    wanted = {LABEL_BASE: "tiny", LABEL_BASE_UID: "base-uid"}
+    assert deployment["spec"]["selector"]["matchLabels"] == wanted
+    assert service["spec"]["selector"] == wanted
+    assert budget["spec"]["selector"]["matchLabels"] == wanted
+    assert wanted.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_a_change_of_the_spec_changes_the_template_and_scaling_does_not() -> None:
+    one = pod_template(base(), RuntimeProfile(), IMAGE, token_sha256=HASH)
+    two = pod_template(base(scaling={"maxReplicas": 9}), RuntimeProfile(), IMAGE, token_sha256=HASH)
+    other = pod_template(base(lora={"slots": 9}), RuntimeProfile(), IMAGE, token_sha256=HASH)
+    assert content_hash(one) == content_hash(two) != content_hash(other)
+    assert all(child["metadata"]["annotations"][ANNOTATION_SPEC_HASH] for child in made())
+
+
+def test_a_profile_decides_image_place_and_volumes_and_never_overrides_ours() -> None:
+    profile = parse_profiles(
+        """
+        profiles:
+          gpu:
+            image: registry.example/gpu:2
+            nodeSelector: {gpu: "yes"}
+            tolerations: [{key: gpu, operator: Exists}]
+            imagePullSecrets: [pull]
+            priorityClassName: high
+            volumes: [{claim: models}]
+            shmSizeLimit: 1Gi
+            env:
+              - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hub, key: token}}}
+              - {name: LORAPOOL_TOKEN_SHA256, value: stolen}
+        """,
+        origin="values",
+    )["gpu"]
+    spec = pod(profile)["spec"]
+    container = spec["containers"][0]
+    assert container["image"] == "registry.example/gpu:2"
+    assert spec["nodeSelector"] == {"gpu": "yes"}
+    assert spec["imagePullSecrets"] == [{"name": "pull"}]
+    assert {"name": "pvc-0", "mountPath": "/pvc/models", "readOnly": True} in container["volumeMounts"]
+    assert any(mount["mountPath"] == "/dev/shm" for mount in container["volumeMounts"])
+    assert env(profile)["LORAPOOL_TOKEN_SHA256"] == HASH
+    assert any(item["name"] == "HF_TOKEN" for item in container["env"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("profiles: {a: {imagee: x}}", "profiles.a.imagee"),
+        ("profiles: {a: {cacheSizeLimit: much}}", "profiles.a.cacheSizeLimit"),
+        ("[", "no YAML"),
+        ("other: 1", "profiles"),
+    ],
+)
+def test_a_bad_profiles_file_is_refused_with_the_field(text: str, told: str) -> None:
+    with pytest.raises(ProfilesError, match="values") as caught:
+        parse_profiles(text, origin="values")
+    assert told in str(caught.value)
+
+
+def test_pods_drain_before_the_kubelet_kills_them() -> None:
+    profile = RuntimeProfile(termination_grace_period_seconds=90)
+    assert pod(profile)["spec"]["terminationGracePeriodSeconds"] == 90
+    assert float(env(profile)["LORAPOOL_RUNTIME_DRAIN_GRACE_S"]) == 85
+
+
+def test_one_uid_is_one_selector() -> None:
+    other = replace(base(), meta=replace(base().meta, uid="other"))
+    one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
+    two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
+    assert one["spec"]["selector"] != two["spec"]["selector"]

@@ -1,0 +1,268 @@
+"""The small parts: queue, store, settings, merge patch, retry times, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorapool_api.common import GROUP
+from lorapool_operator.clock import iso, unix
+from lorapool_operator.intake import Intake
+from lorapool_operator.merge import merge_patch
+from lorapool_operator.retry import retry_at_unix_s
+from lorapool_operator.settings import SettingsError, read_master_token, read_settings
+from lorapool_operator.store import Key, Kind, PodObject, Store
+from lorapool_operator.workqueue import WorkQueue
+
+NEEDED = {
+    "LORAPOOL_OPERATOR_OWN_NAMESPACE": "lorapool",
+    "LORAPOOL_OPERATOR_RUNTIME_IMAGE": "runtime:1",
+    "LORAPOOL_OPERATOR_PROFILES_FILE": "/profiles.yaml",
+}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# --- queue
+
+
+async def test_a_key_is_handed_out_once_however_often_it_is_marked() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    for _ in range(5):
+        queue.add("a")
+    assert await queue.get() == "a"
+    assert queue.ready_depth() == 0
+
+
+async def test_a_key_that_is_marked_while_it_is_worked_on_comes_again_afterwards() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    queue.add("a")
+    key = await queue.get()
+    queue.add("a")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await queue.get()
+    queue.done(key)
+    assert await queue.get() == "a"
+
+
+async def test_of_several_times_the_earliest_wins() -> None:
+    clock = Clock()
+    queue: WorkQueue[str] = WorkQueue(clock)
+    queue.add("a", 60)
+    queue.add("a", 0)
+    queue.add("a", 30)
+    assert await queue.get() == "a"
+    queue.done("a")
+    assert queue.idle()
+
+
+async def test_a_failed_key_backs_off_on_its_own() -> None:
+    clock = Clock()
+    queue: WorkQueue[str] = WorkQueue(clock)
+    queue.add("bad")
+    for wait_s in (0.5, 1.0, 2.0):
+        assert await queue.get() == "bad"
+        queue.done("bad", failed=True)
+        queue.add("good")
+        assert await queue.get() == "good"
+        queue.done("good")
+        clock.now += wait_s - 0.01
+        assert queue.ready_depth() == 0
+        clock.now += 0.02
+        assert queue.ready_depth() == 1
+
+
+async def test_the_age_of_the_oldest_key_is_known() -> None:
+    clock = Clock()
+    queue: WorkQueue[str] = WorkQueue(clock)
+    assert queue.oldest_age_s() == 0.0
+    queue.add("a")
+    queue.add("later", 500)
+    clock.now += 7
+    assert queue.oldest_age_s() == 7.0
+
+
+# --- store and intake
+
+
+def raw_adapter(
+    name: str, version: int, *, uid: str = "u", alias: str | None = None, created: str = "2026-01-01T00:00:00Z"
+) -> Any:
+    spec = {"baseModelRef": {"name": "tiny"}, "source": {"uri": "hf://org/a"}} | ({"alias": alias} if alias else {})
+    return {
+        "metadata": {
+            "namespace": "team", "name": name, "uid": uid, "generation": 1, "resourceVersion": str(version),
+            "creationTimestamp": created,
+        },
+        "spec": spec,
+    }  # fmt: skip
+
+
+def test_a_late_echo_never_takes_back_what_a_newer_answer_said() -> None:
+    store, queue = Store(), WorkQueue[Key]()
+    intake = Intake(store, queue, counts_interval_s=1.0)
+    intake.adapter(raw_adapter("a", 7))
+    intake.adapter(raw_adapter("a", 5))
+    held = store.adapters.get("team", "a")
+    assert held is not None
+    assert held.meta.resource_version == "7"
+
+
+def test_a_deletion_of_a_former_object_leaves_the_new_one() -> None:
+    store = Store()
+    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    intake.adapter(raw_adapter("a", 7, uid="new"))
+    intake.adapter(raw_adapter("a", 6, uid="old"), deleted=True)
+    assert store.adapters.get("team", "a") is not None
+
+
+def test_an_object_that_cannot_be_read_is_left_out_and_breaks_nothing() -> None:
+    store = Store()
+    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    broken = raw_adapter("a", 7)
+    del broken["spec"]["source"]
+    intake.adapter(broken)
+    assert len(store.adapters) == 0
+
+
+def test_an_alias_is_held_by_the_oldest_of_a_namespace() -> None:
+    store = Store()
+    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    intake.adapter(raw_adapter("young", 2, uid="y", alias="fast", created="2026-02-01T00:00:00Z"))
+    intake.adapter(raw_adapter("old", 3, uid="o", alias="fast"))
+    young, old = store.adapters.get("team", "young"), store.adapters.get("team", "old")
+    assert young is not None
+    assert old is not None
+    assert store.alias_holder(young) == Key(Kind.ADAPTER, "team", "old")
+    assert store.alias_holder(old) is None
+    intake.adapter(raw_adapter("old", 3, uid="o"), deleted=True)
+    assert store.alias_holder(young) is None
+
+
+def test_a_pod_tells_where_its_runtime_listens_and_why_it_does_not() -> None:
+    pod = PodObject.parse(
+        {
+            "metadata": {"namespace": "team", "name": "p", "uid": "u", "labels": {f"{GROUP}/base": "tiny"}},
+            "spec": {
+                "containers": [
+                    {"ports": [{"name": "metrics", "containerPort": 9}, {"name": "http", "containerPort": 8}]}
+                ]
+            },
+            "status": {
+                "podIP": "10.0.0.1",
+                "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}}],
+            },
+        }
+    )
+    assert (pod.ip, pod.port, pod.ready) == ("10.0.0.1", 8, False)
+    assert pod.problem == "ImagePullBackOff: no such tag"
+
+
+# --- settings
+
+
+def test_settings_come_from_the_environment_with_defaults() -> None:
+    settings = read_settings({**NEEDED, "LORAPOOL_OPERATOR_NAMESPACES": "b, a", "OTHER": "x"})
+    assert settings.watched == ("a", "b")
+    assert read_settings({**NEEDED, "LORAPOOL_OPERATOR_NAMESPACES": "*"}).watched == (None,)
+
+
+def test_names_that_kubernetes_injects_for_a_service_are_no_settings() -> None:
+    injected = {
+        "LORAPOOL_OPERATOR_SERVICE_HOST": "10.0.0.1",
+        "LORAPOOL_OPERATOR_PORT": "tcp://10.0.0.1:9090",
+        "LORAPOOL_OPERATOR_PORT_9090_TCP_ADDR": "10.0.0.1",
+        "LORAPOOL_OPERATOR_SERVICE_PORT_METRICS": "9090",
+    }
+    read_settings({**NEEDED, **injected})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"LORAPOOL_OPERATOR_RESYNC": "5"}, "unknown setting LORAPOOL_OPERATOR_RESYNC"),
+        ({"LORAPOOL_OPERATOR_RESYNC_S": "soon"}, "LORAPOOL_OPERATOR_RESYNC_S"),
+        ({"LORAPOOL_OPERATOR_WORKERS": "0"}, "LORAPOOL_OPERATOR_WORKERS"),
+        ({"LORAPOOL_OPERATOR_LEASE_RENEW_DEADLINE_S": "60"}, "lease_renew_deadline_s"),
+        ({"LORAPOOL_OPERATOR_RUNTIME_IMAGE": ""}, "LORAPOOL_OPERATOR_RUNTIME_IMAGE"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({**NEEDED, **changes})
+    assert told in str(caught.value)
+
+
+def test_a_short_master_token_is_refused_without_being_told(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("short-secret")
+    with pytest.raises(SettingsError) as caught:
+        read_master_token(path)
+    assert "short-secret" not in str(caught.value)
+
+
+# --- merge patch, times
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+documents = st.dictionaries(st.text(max_size=2), json_values.filter(lambda value: value is not None), max_size=4)
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return value
+
+
+def applied(target: Any, patch: Any) -> Any:
+    """RFC 7386, as the API server does it."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = applied(result.get(name), value)
+    return result
+
+
+@given(documents, documents)
+def test_a_merge_patch_turns_one_status_into_the_other(before: dict[str, Any], after: dict[str, Any]) -> None:
+    before, after = without_nulls(before), without_nulls(after)
+    assert applied(before, merge_patch(before, after)) == after
+
+
+def test_equal_statuses_need_no_patch() -> None:
+    assert merge_patch({"a": {"b": 1}}, {"a": {"b": 1}}) == {}
+
+
+@given(st.integers(1, 60), st.floats(0, 0.999))
+def test_retry_times_double_within_their_bounds(attempt: int, jitter: float) -> None:
+    wait_s = retry_at_unix_s(0.0, attempt, jitter, first_s=5.0, longest_s=300.0)
+    assert min(300.0, 5.0 * 2 ** (attempt - 1)) / 2 <= wait_s <= 300.0
+
+
+def test_a_source_that_names_a_time_is_obeyed_within_reason() -> None:
+    assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=60.0) == 60.0
+    assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=86400.0) == 300.0
+
+
+def test_times_survive_their_way_through_the_object() -> None:
+    assert unix(iso(1_700_000_000.9)) == 1_700_000_000.0
+    assert unix("nonsense") is None

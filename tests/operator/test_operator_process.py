@@ -1,0 +1,112 @@
+"""The program as it is started in a cluster: settings from the environment, probes, metrics, a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import aiohttp
+import pytest
+from fakes_operator import FakeInspector, ScriptedRuntime
+from operator_world import MASTER_TOKEN, PROFILES, Api, condition, running_operator, token_of, until
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = pytest.mark.apiserver
+
+
+async def scrape(port: int, path: str = "/metrics") -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as response:
+        return response.status, await response.text()
+
+
+async def test_the_program_starts_leads_judges_and_ends_when_told_to(api: Api, tmp_path: Path) -> None:
+    (tmp_path / "profiles.yaml").write_text(PROFILES)
+    (tmp_path / "token").write_text(MASTER_TOKEN)
+    own = {
+        "NAMESPACES": api.namespace,
+        "OWN_NAMESPACE": api.namespace,
+        "RUNTIME_IMAGE": "runtime:1",
+        "PROFILES_FILE": str(tmp_path / "profiles.yaml"),
+        "MASTER_TOKEN_FILE": str(tmp_path / "token"),
+        "METRICS_HOST": "127.0.0.1",
+        "METRICS_PORT": "0",
+        "LOG_FORMAT": "json",
+    }
+    environment = {**os.environ, **{f"LORAPOOL_OPERATOR_{name}": value for name, value in own.items()}}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "lorapool_operator", "--kubeconfig", str(api.server.kubeconfig),
+        env=environment, cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert program.stderr is not None
+    try:
+        await api.base()
+        await api.adapter("a")
+
+        async def ready() -> tuple[str, str]:
+            return condition(await api.get("loraadapters", "a"), "Ready")
+
+        await until(ready, ("False", "SourceUnavailable"), within_s=60.0)  # nothing listens at that hub
+    finally:
+        program.send_signal(signal.SIGTERM)
+        log = (await program.stderr.read()).decode()
+        code = await asyncio.wait_for(program.wait(), 20)
+    assert code == 0, log
+    assert "Traceback" not in log
+    assert "403" not in log
+    assert MASTER_TOKEN not in log
+    assert '"message": "leading"' in log
+
+
+async def test_settings_that_cannot_be_used_end_it_with_a_sentence(tmp_path: Path) -> None:
+    environment = {**os.environ, "LORAPOOL_OPERATOR_RESYNC": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "lorapool_operator", env=environment, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+    )
+    assert program.stderr is not None
+    told = (await program.stderr.read()).decode()
+    assert await program.wait() == 2
+    assert "unknown setting LORAPOOL_OPERATOR_RESYNC" in told
+    assert "Traceback" not in told
+
+
+async def test_probes_and_metrics_tell_the_state_and_series_vanish_with_the_object(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector()) as process:
+        base = await api.base()
+        await api.adapter("a")
+        async with ScriptedRuntime(token=token_of(base)).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+
+            async def shown() -> bool:
+                _, text = await scrape(process.metrics_port)
+                return f'lorapool_operator_adapter_ready{{adapter="a",namespace="{api.namespace}"}} 1.0' in text
+
+            await until(shown)
+            assert (await scrape(process.metrics_port, "/healthz"))[0] == 200
+            assert (await scrape(process.metrics_port, "/readyz"))[0] == 200
+            _, text = await scrape(process.metrics_port)
+            families = {family.name: family for family in text_string_to_metric_families(text)}
+            ours = [name for name in families if name.startswith("lorapool_operator_")]
+            for name in (
+                "lorapool_operator_reconciles",
+                "lorapool_operator_reconcile_duration_seconds",
+                "lorapool_operator_queue_depth",
+                "lorapool_operator_queue_oldest_age_seconds",
+                "lorapool_operator_adapters",
+                "lorapool_operator_judgements",
+                "lorapool_operator_base_condition",
+                "lorapool_operator_runtime_polls",
+            ):
+                assert name in ours
+            assert all(re.fullmatch(r"[a-z_]+", name) and families[name].documentation for name in ours)
+            await api.delete("loraadapters", "a")
+
+            async def vanished() -> bool:
+                _, text = await scrape(process.metrics_port)
+                return 'adapter="a"' not in text and "lorapool_operator_adapters{" not in text
+
+            await until(vanished)
