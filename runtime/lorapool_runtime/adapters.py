@@ -18,11 +18,13 @@ from typing import Protocol
 
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import (
+    CODE_DRAINING,
     CODE_QUEUE_FULL,
     ApiError,
     Conflict,
     RuntimeNotRegistered,
     TooManyRequests,
+    Unavailable,
     client_fault,
 )
 from lorapool_api.protocol import (
@@ -416,7 +418,7 @@ class AdapterManager:
         finally:
             entry.waiting -= 1
             self._changes.bump_soon()
-        if error is not None and error.status not in (RuntimeNotRegistered.status, Conflict.status):
+        if error is not None and entry.failure is not None and not isinstance(error, Conflict):
             entry.account.failed += 1
         return error
 
@@ -454,7 +456,9 @@ class AdapterManager:
                 self._fail(entry, FailureReason.NO_CAPACITY, "Every adapter slot of this replica is in use or pinned.")
             return _no_slot()
         except asyncio.CancelledError:
-            return RuntimeNotRegistered(f"Adapter {entry.key} was deleted while it loaded.")
+            if entry.deleting is not None:
+                return RuntimeNotRegistered(f"Adapter {entry.key} was deleted while it loaded.")
+            return Unavailable("This replica is shutting down.", code=CODE_DRAINING, retry_after_s=1)
         except ArtifactError as error:
             return self._load_failed(entry, error.reason, error.message, error.retry_after_s)
         except AdapterArtifactError as error:

@@ -137,12 +137,13 @@ class Generation:
     def cancel(self) -> None:
         """The reader left: end what still runs. Harmless after the end."""
         self._left = True
-        self._outcome = _worse(self._outcome, Outcome.CANCELLED) if self._open else self._outcome
+        if not self._all_told and self._outcome is Outcome.COMPLETED:
+            self._outcome = Outcome.CANCELLED
         self._end_all()
 
     def abort(self, message: str) -> None:
         """We have to end it (draining, the adapter is gone, the engine died): the reader gets `message` as an error."""
-        if not self._open:
+        if self._all_told:
             return
         self._outcome = Outcome.FAILED
         for number, sequence in enumerate(self._sequences):
@@ -164,6 +165,11 @@ class Generation:
             completion_tokens=sum(sequence.completion_tokens for sequence in self._sequences),
             cached_tokens=sum(self._cached_tokens),
         )
+
+    @property
+    def _all_told(self) -> bool:
+        """The reader has every end, though the engine may still owe us the last one (a stop string was found)."""
+        return all(sequence.told for sequence in self._sequences)
 
     # --- on the event loop, called by the mailbox ----------------------------------------
 
@@ -230,10 +236,6 @@ class Generation:
     def _finish(self) -> None:
         on_end, self._on_end = self._on_end, _already
         on_end(Ended(self._outcome, self.usage()))
-
-
-def _worse(known: Outcome, new: Outcome) -> Outcome:
-    return known if known is Outcome.FAILED else new
 
 
 def _already(_ended: Ended) -> None:

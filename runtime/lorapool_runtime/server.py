@@ -166,13 +166,13 @@ class _Server:
 
     async def snapshot(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
-        await self._runtime.changes.wait(after, 0.0 if self._runtime.draining else wait_s)
-        return _json(self._runtime.snapshot())
+        await self._runtime.changes.wait(after, wait_s)
+        return web.Response(body=self._runtime.snapshot_json(), content_type="application/json")
 
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
         ends_s = self._runtime.clock.now_s() + wait_s
-        while after >= self._runtime.events.last_seq and not self._runtime.draining:
+        while after >= self._runtime.events.last_seq:
             left_s = ends_s - self._runtime.clock.now_s()
             if left_s <= 0:
                 break

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
-from lorapool_api.common import AdapterKey
+from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_QUEUE_FULL,
@@ -40,6 +40,8 @@ from lorapool_runtime.store import AdapterStore
 log = logging.getLogger(__name__)
 
 BASE_SALT = "base"
+SNAPSHOT_AGE_S = 0.5
+"""Counts that change without a new number are at most so old."""
 
 
 class TextCodec(Protocol):
@@ -106,6 +108,8 @@ class Runtime:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._last_request_unix_s: float | None = None
+        self._told: tuple[int, float, bytes] | None = None
+        """(seq, when, JSON) of the last snapshot."""
 
     # --- life ---------------------------------------------------------------------------
 
@@ -165,6 +169,8 @@ class Runtime:
         except TimeoutError:
             log.warning("ending %d requests that did not finish in time", self._requests)
             self._end_all("The replica is shutting down.")
+            if self._serving is not None:
+                await self._serving.adapters.close()
 
     async def close(self) -> None:
         """After draining: ends what is left and the loads under way. The engine is the caller's to stop."""
@@ -203,13 +209,13 @@ class Runtime:
 
     def target_of(self, header: str | None, model: str) -> AdapterKey | None:
         """The adapter a request is for, None for the base. Without a header the body's model decides, or 404."""
-        if header == "base":
+        if header == BASE_TARGET:
             return None
         if header is not None:
             try:
                 return AdapterKey.parse(header)
             except ValueError as error:
-                raise InvalidRequest(str(error), param="x-lorapool-adapter") from error
+                raise InvalidRequest(str(error), param=HEADER_ADAPTER) from error
         if model == self.settings.base_name:
             return None
         key = self._need_serving().adapters.key_of_name(model)
@@ -248,7 +254,7 @@ class Runtime:
             generation,
             sequences=len(sequences),
             echo=echo,
-            target="base" if lease is None else f"{lease.display}@{lease.key.digest}",
+            target=BASE_TARGET if lease is None else f"{lease.display}@{lease.key.digest}",
             cold_start_s=None if lease is None else lease.cold_start_s,
             fingerprint=self._fingerprint(serving.base.digest, lease),
         )
@@ -391,6 +397,13 @@ class Runtime:
             last_request_unix_s=self._last_request_unix_s,
             adapters=[] if serving is None else serving.adapters.reports(),
         )
+
+    def snapshot_json(self) -> bytes:
+        """The snapshot as sent; built once per change for all who wait for it."""
+        now_s = self.clock.now_s()
+        if self._told is None or self._told[0] != self.changes.seq or now_s - self._told[1] > SNAPSHOT_AGE_S:
+            self._told = (self.changes.seq, now_s, self.snapshot().model_dump_json(by_alias=True).encode())
+        return self._told[2]
 
     def gauges(self) -> Gauges:
         serving, stats = self._serving, self._stats()

@@ -78,7 +78,7 @@ class Tokenizer:
             ids = self._own_copy().apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(
                 f"The base model's chat template refuses these messages: {str(error)[:300]}",
                 param="messages",

@@ -100,6 +100,11 @@ async def test_stop_strings_are_not_part_of_the_answer_and_end_the_generation(
     stream = await client.chat.completions.create(model="tiny", messages=HI, stop="STOP", stream=True)
     text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
     assert text == "one two "
+    await client.chat.completions.create(model="poet", messages=HI, stop="STOP")
+    await until(lambda: served.runtime.snapshot().in_flight == 0)
+    (report,) = served.runtime.adapters.reports()
+    assert (report.usage.requests, report.usage.cancelled_requests) == (1, 0)  # a stop string is a good end
+    assert report.usage.completion_tokens == len("one two STOP")
 
 
 async def test_characters_of_several_tokens_arrive_whole(client: openai.AsyncOpenAI, served: Served) -> None:

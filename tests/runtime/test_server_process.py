@@ -15,19 +15,23 @@ from aiohttp import web
 from fakes_runtime import (
     FakeClock,
     FakeEngine,
+    FakeStore,
     Served,
     descriptor,
     key_of,
     listening,
+    save_byte_tokenizer,
     serving,
     settings_for_tests,
     until,
 )
 
+from lorapool_api.openai import InvalidRequest, Unavailable
 from lorapool_api.protocol import token_sha256
 from lorapool_runtime.server import make_app
 from lorapool_runtime.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.tokenizer import Tokenizer, TokenizerError
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "tiny", "messages": HI}
@@ -129,6 +133,31 @@ async def test_a_client_that_reads_nothing_is_dropped_and_its_slot_given_back(by
         writer.transport.abort()
 
 
+async def test_a_template_that_takes_too_long_is_given_up_and_others_are_served(tmp_path: Path) -> None:
+    slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
+    folder = save_byte_tokenizer(tmp_path, chat_template=slow)
+    codec = Tokenizer(folder, threads=2, timeout_s=0.2)
+    with pytest.raises(Unavailable) as caught:
+        await codec.prompt_of_messages(HI)
+    assert caught.value.code == "prompt_timeout"
+    assert await codec.prompt_of_text("ab") == (97, 98)
+    codec.close()
+
+
+async def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    codec = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
+    with pytest.raises(InvalidRequest) as caught:
+        await codec.prompt_of_messages(HI)
+    assert caught.value.code == "chat_template_refused"
+    codec.close()
+
+
+def test_a_folder_without_a_usable_tokenizer_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        Tokenizer(tmp_path, threads=1, timeout_s=1.0)
+
+
 # --- starting, draining, dying --------------------------------------------------------------
 
 
@@ -180,6 +209,18 @@ async def test_what_does_not_finish_within_the_grace_ends_with_an_error_event(by
         assert "shutting down" in text.rstrip().split("\n")[-1]
         assert "[DONE]" not in text
         await until(lambda: served.runtime.snapshot().in_flight == 0)
+
+
+async def test_who_still_waits_for_a_load_at_the_end_of_the_grace_is_sent_elsewhere(byte_tokenizer: Path) -> None:
+    store = FakeStore(delay_s=30.0)
+    async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession(served.url) as session:
+        await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
+        waiting = asyncio.create_task(session.post("/v1/chat/completions", json={**CHAT, "model": "poet"}))
+        await until(lambda: served.runtime.adapters.waiting == 1)
+        await served.runtime.drain(notice_s=0.0, grace_s=0.05)
+        response = await waiting
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "draining"
 
 
 async def test_a_dead_engine_fails_what_is_open_and_health_says_so(byte_tokenizer: Path) -> None:
