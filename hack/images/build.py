@@ -57,7 +57,9 @@ def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only:
         key = image.key()
         content = registry.manifest(where, image.repository, key)
         if content is None:
-            _build_and_push(image, where, key)
+            with buildah.exclusive():
+                if registry.manifest(where, image.repository, key) is None:
+                    _build_and_push(image, where, key)
             content = registry.manifest(where, image.repository, key)
             assert content is not None, "buildah said it pushed the image"
         else:

@@ -1,13 +1,17 @@
 """buildah with a store of our own below the cache, so that pruning never touches the user's images."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import install
 from cluster.errors import ClusterError, MissingTool
 from cluster.places import cache_dir
+from cluster.say import say
 
 
 def store() -> Path:
@@ -48,6 +52,20 @@ def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
             remedy="its last lines say which step; run the same again after fixing it, finished steps are kept",
         )
     return done.stdout
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """One build in the store at a time; clears the working containers that a killed one left."""
+    store().mkdir(parents=True, exist_ok=True)
+    with (store().parent / "buildah.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another build of images is under way; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        run("rm", "--all", quiet=True)
+        yield
 
 
 def has_image(name: str) -> bool:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 def prune() -> None:
     """Everything buildah kept for us."""
-    if buildah.store().exists():
+    with buildah.exclusive():
         buildah.run("rmi", "--all", "--force", quiet=True)
         shutil.rmtree(buildah.store(), ignore_errors=True)
 
