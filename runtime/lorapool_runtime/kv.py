@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapool_runtime.blocks import NULL_BLOCK
+from lorapool_runtime.memory import lazy_zeros
 
 
 class KVPool:
@@ -26,7 +27,7 @@ class KVPool:
         self.block_size = block_size
         self.row = kv_heads * head_dim
         # [keys|values, layers, blocks + the null block, block_size * kv_heads * head_dim]
-        self.data = torch.zeros(2, layers, blocks + 1, block_size * self.row, dtype=dtype, device=device)
+        self.data = lazy_zeros((2, layers, blocks + 1, block_size * self.row), dtype=dtype, device=device)
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self._keys = [self.data[0, layer] for layer in range(layers)]
         self._values = [self.data[1, layer] for layer in range(layers)]

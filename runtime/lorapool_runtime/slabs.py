@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorapool_runtime.memory import anonymous_mapping
 from lorapool_runtime.targets import TargetGroup
 
 _LINE_BYTES = 64  # every part starts on a cache line
@@ -54,7 +55,7 @@ class Slabs:
         page = mmap.PAGESIZE // dtype.itemsize
         self._stride = -(-offsets[-1] // page) * page
         self.slot_bytes = self._stride * dtype.itemsize
-        self._mapping = _anonymous_mapping(slots * self.slot_bytes) if device.type == "cpu" and offsets[-1] else None
+        self._mapping = _small_page_mapping(slots * self.slot_bytes) if device.type == "cpu" and offsets[-1] else None
         if self._mapping is not None:
             self._memory = torch.frombuffer(self._mapping, dtype=dtype)  # [slots * stride]
         else:
@@ -112,8 +113,8 @@ class Slabs:
         return tensor if tensor.dtype == self.dtype else tensor.view(self.dtype)
 
 
-def _anonymous_mapping(size: int) -> mmap.mmap:
-    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _small_page_mapping(size: int) -> mmap.mmap:
+    mapping = anonymous_mapping(size)
     # a huge page would be filled whole by the first row of a low-rank adapter
     mapping.madvise(mmap.MADV_NOHUGEPAGE)
     return mapping
