@@ -150,14 +150,18 @@ TokenSink = Callable[[TokenOutput], None]
 
 
 class Engine(Protocol):
-    """Thread-safe; every method returns at once. One thread inside owns torch."""
+    """Thread-safe; every method but start, stop and read_adapter returns at once. One thread inside owns torch."""
 
     @property
     def facts(self) -> ModelFacts: ...
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Returns when the base is loaded (blocking: call it in a worker thread); raises why it cannot be served."""
+        ...
 
-    def stop(self, timeout_s: float) -> None: ...
+    def stop(self, timeout_s: float) -> None:
+        """Ends every request with CANCELLED; blocks for at most `timeout_s`."""
+        ...
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
         """Reads and checks a verified folder (blocking: call it in a worker thread). Raises AdapterArtifactError."""
@@ -172,11 +176,14 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
-        """Queues a request. Raises ValueError when it can never fit (prompt + max_tokens > max_model_len, KV budget)."""
+        """Queues a request. Raises ValueError when it can never run: too long for the model or the KV cache, a bad
+        parameter, a slot that does not exist, an id that runs already. A request for a slot that holds no adapter, or
+        another `cache_salt` than the slot's requests so far, ends with ERROR: it never runs on other weights."""
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request after at most the step under way; its sink gets CANCELLED with the counts so far. Unknown ids are ignored."""
+        """Ends a request after at most the step under way; its sink gets CANCELLED with the counts so far.
+        Unknown ids are ignored."""
         ...
 
     def observe(self) -> EngineStats: ...
