@@ -42,7 +42,10 @@ def plan_adapter(seen: ObservedAdapter, now: float, settings: PlanSettings) -> A
     verdict = found.verdict
     served = gate is None and seen.base is not None and verdict.ok
     keep = frozenset(facts.digest for facts in (verdict.facts, verdict.candidate) if facts is not None)
-    unregisters, quiet_at = _unregisters(seen, verdict, keep if served else frozenset(), now)
+    unregisters: tuple[Unregister, ...] = ()
+    quiet_at: float | None = None
+    if served or gate is not None or _refused(verdict):
+        unregisters, quiet_at = _unregisters(seen, verdict, keep if served else frozenset(), now)
     status, flush_at = status_of(seen, gate, verdict, now, settings)
     if status is not None and _too_early(seen, gate, verdict, now, settings):
         status = status if status.replicas != seen.adapter.status.replicas else None
@@ -54,6 +57,11 @@ def plan_adapter(seen: ObservedAdapter, now: float, settings: PlanSettings) -> A
         notes=_notes(seen.adapter.status, status, verdict) if status is not None else (),
         requeue_at=min((at for at in (found.due, quiet_at, flush_at) if at is not None), default=None),
     )
+
+
+def _refused(verdict: Verdict) -> bool:
+    """Known to be bad; what is only not known yet is left where it is."""
+    return not verdict.ok and verdict.failure is not None and verdict.failure.retry_at is None
 
 
 def _too_early(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, now: float, settings: PlanSettings) -> bool:

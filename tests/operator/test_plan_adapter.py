@@ -275,6 +275,17 @@ def test_what_must_not_be_served_is_taken_off_every_runtime(
     assert made.judge is None
 
 
+def test_what_is_not_judged_yet_is_left_where_it_is() -> None:
+    assert plan(ObservedAdapter(adapter(), base(), places=(place(report()),))).unregisters == ()
+
+
+def test_what_is_known_to_be_bad_is_taken_off() -> None:
+    one, on = adapter(), base()
+    wrong = judged(Failure(FailureReason.WRONG_BASE, "shapes"), one, on)
+    made = plan(ObservedAdapter(one, on, places=(place(report()),), judgement=wrong))
+    assert [item.adapter.digest for item in made.unregisters] == [OLD]
+
+
 def test_a_warm_adapter_is_pinned_at_home_and_nowhere_else() -> None:
     on = base()
     one = settled(adapter(minReplicas=1), on)
