@@ -44,7 +44,9 @@ def plan_adapter(seen: ObservedAdapter, now: float, settings: PlanSettings) -> A
     keep = frozenset(facts.digest for facts in (verdict.facts, verdict.candidate) if facts is not None)
     unregisters: tuple[Unregister, ...] = ()
     quiet_at: float | None = None
-    if served or gate is not None or _refused(verdict):
+    # without its base there is nothing to clear: the base's runtimes go with it, or we only have not seen it yet
+    closed = gate is not None and gate.reason is not Reason.BASE_NOT_FOUND
+    if served or closed or (gate is None and _refused(verdict)):
         unregisters, quiet_at = _unregisters(seen, verdict, keep if served else frozenset(), now)
     status, flush_at = status_of(seen, gate, verdict, now, settings)
     if status is not None and _too_early(seen, gate, verdict, now, settings):

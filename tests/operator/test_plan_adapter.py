@@ -256,8 +256,6 @@ def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
     ("one", "on", "reason"),
     [
         (adapter(suspend=True), base(), "Suspended"),
-        (adapter(), None, "BaseNotFound"),
-        (adapter(baseModelRef={"name": "tiny", "namespace": "others"}), None, "BaseNotFound"),
         (
             adapter(baseModelRef={"name": "tiny", "namespace": "others"}),
             replace(base(), meta=meta("tiny", "base-uid", namespace="others")),
@@ -273,6 +271,14 @@ def test_what_must_not_be_served_is_taken_off_every_runtime(
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
     assert made.registers == ()
     assert made.judge is None
+
+
+def test_an_adapter_whose_base_is_not_there_says_so_and_touches_no_runtime() -> None:
+    one = settled(adapter(), base())
+    made = plan(ObservedAdapter(one, None, places=(place(report()),)))
+    assert told(made, "Ready") == ("False", "BaseNotFound")
+    assert told(made, "Resolved") == ("True", "Resolved")
+    assert made.unregisters == ()
 
 
 def test_what_is_not_judged_yet_is_left_where_it_is() -> None:
