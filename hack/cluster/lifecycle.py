@@ -4,9 +4,7 @@
 state folder's lock, and both kill only the process that the folder names, known by its start time.
 """
 
-import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import random
@@ -22,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import build, control, forward, install, oci, pki
+from cluster import build, cgroups, control, forward, install, oci, pki
 from cluster import plan as planning
 from cluster.errors import ClusterError, MissingTool, NotRunning, StartFailed
 from cluster.kernel import ProcessId
@@ -32,7 +30,6 @@ from cluster.say import say
 START_DEADLINE_S = 150.0
 END_DEADLINE_S = 30.0
 PORT_RANGE = (20000, 32000)  # below the kernel's range for outgoing connections
-CGROUPS = Path("/sys/fs/cgroup")
 TOOLS = ("containerd", "ctr", "docker-registry")
 NEEDED_ON_PATH = ("runc", "iptables", "ip", "conntrack", "mount")
 FORBIDDEN_STATE = ("/run", "/var/run", "/var/log", "/proc", "/sys", "/dev")
@@ -211,7 +208,7 @@ def _spec(
         registry_storage=storage,
         tools={tool: install.require(tool) for tool in TOOLS} if whole else {},
         cni_folder=install.cni_folder() if whole else "",
-        cgroup_root=_cgroup_root(state),
+        cgroup_root=cgroups.root(state),
         rule_files=tuple(str(Path(f).resolve()) for f in rule_files),
     )
     (state / "spec.json").write_text(json.dumps(asdict(spec), default=str))
@@ -251,11 +248,6 @@ def _free_port() -> int:
     raise ClusterError("found no free port on 127.0.0.1")
 
 
-def _cgroup_root(state: Path) -> str:
-    """Named by the folder, so that two checkouts with a cluster of one name do not meet."""
-    return f"/lorapool-{hashlib.sha256(str(state).encode()).hexdigest()[:10]}"
-
-
 def _start(spec: planning.Spec, while_pid: int) -> None:
     state = spec.state
     plan = planning.plan(spec)
@@ -272,7 +264,7 @@ def _start(spec: planning.Spec, while_pid: int) -> None:
     (state / "plan.json").write_text(plan.to_json())
     if spec.whole:
         oci.write_archive(spec.programs / "pause", planning.SANDBOX_IMAGE, state / "conf" / "pause.tar")
-        _make_cgroups(spec.cgroup_root)
+        cgroups.make(spec.cgroup_root)
     _launch(spec, plan, while_pid)
 
 
@@ -385,7 +377,7 @@ def _end(state: Path) -> None:
             if time.monotonic() > deadline:
                 raise ClusterError(f"process {process.pid} does not end", remedy=f"look at /proc/{process.pid}/stack")
             time.sleep(0.02)
-    _remove_cgroups(_cgroup_root(state))
+    cgroups.remove(cgroups.root(state))
     (state / "process.json").unlink(missing_ok=True)
     (state / control.SOCKET).unlink(missing_ok=True)
 
@@ -398,49 +390,3 @@ def _remove_contents(state: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _hierarchies() -> list[Path]:
-    """Version 1 has one tree per controller, version 2 one for all."""
-    if (CGROUPS / "cgroup.controllers").exists():
-        return [CGROUPS]
-    return [p for p in CGROUPS.iterdir() if p.is_dir() and not p.is_symlink() and (p / "cgroup.procs").exists()]
-
-
-def _make_cgroups(root: str) -> None:
-    """The kubelet wants its root to be there in every tree, with the controllers it uses."""
-    for tree in _hierarchies():
-        folder = tree / root.strip("/")
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StartFailed(
-                f"cannot make the cgroup {folder}: {error.strerror}",
-                remedy="root must be allowed to write to /sys/fs/cgroup (in a container: run it privileged)",
-            ) from None
-        if (tree / "cgroup.controllers").exists():  # version 2: a child has what its parent hands down
-            for controller in (tree / "cgroup.controllers").read_text().split():
-                with contextlib.suppress(OSError):
-                    (tree / "cgroup.subtree_control").write_text(f"+{controller}")
-        for name in ("cpuset.cpus", "cpuset.mems"):  # version 1: empty, and nothing may run in it
-            if (folder / name).exists() and not (folder / name).read_text().strip() and (tree / name).exists():
-                (folder / name).write_text((tree / name).read_text())
-
-
-def _remove_cgroups(root: str) -> None:
-    if not CGROUPS.is_dir():
-        return
-    deadline = time.monotonic() + 5
-    for tree in _hierarchies():
-        top = tree / root.strip("/")
-        while top.exists():
-            for folder, _, _ in os.walk(top, topdown=False):
-                try:
-                    os.rmdir(folder)
-                except OSError:
-                    continue  # its last process is still ending
-            if top.exists():
-                if time.monotonic() > deadline:
-                    say(f"left behind: {top}, which still has processes")
-                    break
-                time.sleep(0.05)

@@ -29,8 +29,6 @@ class Host:
     links: frozenset[str]
     mounts: frozenset[str]
     rules: str
-    namespaces: frozenset[str]
-    cgroups: frozenset[str]
 
     @classmethod
     def now(cls) -> "Host":
@@ -38,8 +36,7 @@ class Host:
         mounts = {line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()}
         rules = _run("iptables-save") + _run("ip", "rule") + _run("ip", "route")
         rules = re.sub(r"^#.*$|\[\d+:\d+\]", "", rules, flags=re.MULTILINE)  # dates and packet counts
-        cgroups = {str(p) for p in Path("/sys/fs/cgroup").glob("**/lorapool-*")}
-        return cls(frozenset(links), frozenset(mounts), rules, frozenset(network_namespaces()), frozenset(cgroups))
+        return cls(frozenset(links), frozenset(mounts), rules)
 
 
 def _run(*command: str) -> str:
@@ -160,16 +157,25 @@ def _phase(each: Cluster, pod: str) -> str:
 
 
 def test_after_down_nothing_is_left_on_the_host(two: list[Cluster], host_before: Host) -> None:
+    namespaces = {str(Path(f"/proc/{each.process()}/ns/net").readlink()) for each in two}
+    cgroups = {json.loads((each.state / "spec.json").read_text())["cgroup_root"].strip("/") for each in two}
+    assert len(namespaces) == len(cgroups) == 2
+    assert namespaces <= network_namespaces()
+    assert cgroups <= _cgroups()
     for each in two:
         cluster("down", "--state", str(each.state), "--purge")
     assert not any(str(each.state) in line for line in command_lines().values() for each in two)
-    wait_until(lambda: Host.now().namespaces <= host_before.namespaces, timeout_s=10, what="namespaces to go")
+    assert not namespaces & network_namespaces()
+    assert not cgroups & _cgroups()
     after = Host.now()
     assert after.links == host_before.links
     assert after.mounts <= host_before.mounts
     assert after.rules == host_before.rules
-    assert after.cgroups <= host_before.cgroups
     assert not any(each.state.exists() for each in two)
+
+
+def _cgroups() -> set[str]:
+    return {p.name for p in Path("/sys/fs/cgroup").glob("**/lorapool-*")}
 
 
 def _get(url: str) -> str:
