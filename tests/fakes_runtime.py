@@ -381,10 +381,10 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
 
 
 @contextlib.asynccontextmanager
-async def listening(runtime: Runtime) -> AsyncIterator[str]:
+async def listening(runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app) -> AsyncIterator[str]:
     """The application of `runtime` on a free port of loopback; its URL."""
     runner = web.AppRunner(
-        make_app(runtime), access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.5
+        make(runtime), access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.5
     )
     await runner.setup()
     try:

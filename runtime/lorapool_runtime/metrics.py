@@ -95,6 +95,8 @@ class Metrics:
         self.gauges: Callable[[], Gauges] = Gauges
         """Set by `server`: how to see the present state."""
         self._registry.register(_Present(base, accounts, clock, lambda: self.gauges()))
+        self._gateway_names = CollectorRegistry()
+        self._gateway_names.register(_NamesOfInferenceGateways(base, clock, lambda: self.gauges()))
 
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(
@@ -102,7 +104,12 @@ class Metrics:
         )
 
     def render(self) -> bytes:
+        """All of our own; clean by `promtool check metrics`."""
         return generate_latest(self._registry)
+
+    def render_gateway_names(self) -> bytes:
+        """The few families under the names that inference gateways read."""
+        return generate_latest(self._gateway_names)
 
     def ended(self, outcome: Outcome, usage: Usage, seconds: float) -> None:
         self._requests.labels(self._base, outcome.value).inc()
@@ -139,7 +146,6 @@ class _Present:
     def collect(self) -> Iterator[Metric]:
         now = self._gauges()
         yield from self._own_gauges(now)
-        yield from self._names_of_inference_gateways(now)
         yield from self._per_adapter()
 
     def _own_gauges(self, now: Gauges) -> Iterator[Metric]:
@@ -159,19 +165,6 @@ class _Present:
         steps = CounterMetricFamily("lorapool_runtime_engine_steps", "Steps of the engine.", labels=["base"])
         steps.add_metric([self._base], now.steps)
         yield steps
-
-    def _names_of_inference_gateways(self, now: Gauges) -> Iterator[Metric]:
-        model = {"model_name": self._base}
-        yield _gauge("vllm:num_requests_running", "Sequences the engine computes.", model, now.running)
-        yield _gauge("vllm:num_requests_waiting", "Sequences that wait.", model, now.waiting)
-        yield _gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.", model, now.kv_usage)
-        labels = {
-            "max_lora": str(now.slots_total),
-            "running_lora_adapters": ",".join(now.running_adapters),
-            "waiting_lora_adapters": ",".join(now.waiting_adapters),
-        }
-        yield _gauge("vllm:lora_requests_info", "Adapters with requests; the value is the time.", labels,
-                     self._clock.unix_s())  # fmt: skip
 
     def _per_adapter(self) -> Iterator[Metric]:
         named, others, now_s = self._accounts.named(), self._accounts.others(), self._clock.now_s()
@@ -206,6 +199,29 @@ class _Present:
         yield requests
         yield resident
         yield from families.values()
+
+
+class _NamesOfInferenceGateways:
+    """The same state once more, as the inference gateways' protocol spells it."""
+
+    def __init__(self, base: str, clock: Clock, gauges: Callable[[], Gauges]) -> None:
+        self._base = base
+        self._clock = clock
+        self._gauges = gauges
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._gauges()
+        model = {"model_name": self._base}
+        yield _gauge("vllm:num_requests_running", "Sequences the engine computes.", model, now.running)
+        yield _gauge("vllm:num_requests_waiting", "Sequences that wait.", model, now.waiting)
+        yield _gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.", model, now.kv_usage)
+        labels = {
+            "max_lora": str(now.slots_total),
+            "running_lora_adapters": ",".join(now.running_adapters),
+            "waiting_lora_adapters": ",".join(now.waiting_adapters),
+        }
+        yield _gauge("vllm:lora_requests_info", "Adapters with requests; the value is the time.", labels,
+                     self._clock.unix_s())  # fmt: skip
 
 
 def _merged(groups: Iterable[tuple[str, list[Account]]]) -> Iterable[tuple[str, list[Account]]]:

@@ -97,9 +97,11 @@ def make_app(runtime: Runtime) -> web.Application:
 
 
 def make_metrics_app(runtime: Runtime) -> web.Application:
-    """The open listener of `metrics_port`."""
+    """The open listener of `metrics_port`: our own names, and apart from them those of inference gateways."""
     app = web.Application()
-    app.router.add_get(ROUTE_METRICS, _Server(runtime).metrics)
+    server = _Server(runtime)
+    app.router.add_get(ROUTE_METRICS, server.own_metrics)
+    app.router.add_get(ROUTE_METRICS + "/vllm", server.gateway_metrics)
     return app
 
 
@@ -160,9 +162,13 @@ class _Server:
         return web.Response(text="draining\n" if self._runtime.draining else "loading\n", status=503)
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(
-            body=self._runtime.metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+        return _exposition(self._runtime.metrics.render() + self._runtime.metrics.render_gateway_names())
+
+    async def own_metrics(self, _request: web.Request) -> web.Response:
+        return _exposition(self._runtime.metrics.render())
+
+    async def gateway_metrics(self, _request: web.Request) -> web.Response:
+        return _exposition(self._runtime.metrics.render_gateway_names())
 
     async def snapshot(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
@@ -377,6 +383,10 @@ def _usage_comment(usage: Usage) -> bytes:
 
 def _no_comment(_usage: Usage) -> bytes:
     return b""
+
+
+def _exposition(body: bytes) -> web.Response:
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 def _json(model: BaseModel) -> web.Response:

@@ -65,7 +65,8 @@ class RuntimeSettings(BaseModel):
     listen_port: int = Field(default=RUNTIME_PORT, ge=0, le=65535)
     """0 takes a free port (tests)."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """A second, open listener with nothing but /metrics, for scrapers that cannot hold a token; None: none."""
+    """A second, open listener with nothing but /metrics (and /metrics/vllm, the names inference gateways read), for
+    scrapers that cannot hold a token; None: none."""
     token_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """sha256 (hex) of the bearer token; set through LORAPOOL_TOKEN_SHA256. None: no check, loopback only."""
     body_max_bytes: int = Field(default=4 * 2**20, ge=1024)

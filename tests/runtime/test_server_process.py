@@ -28,7 +28,7 @@ from fakes_runtime import (
 
 from lorapool_api.openai import InvalidRequest, Unavailable
 from lorapool_api.protocol import token_sha256
-from lorapool_runtime.server import make_app
+from lorapool_runtime.server import make_app, make_metrics_app
 from lorapool_runtime.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
 from lorapool_runtime.tokenizer import Tokenizer, TokenizerError
@@ -303,10 +303,13 @@ PROMTOOL = shutil.which("promtool") or (path if (path := "/tmp/warm/kbin/promtoo
 async def test_promtool_finds_nothing_to_complain_about(byte_tokenizer: Path) -> None:
     async with serving(byte_tokenizer) as served:
         await used_once(served, "poet")
-        text = await scrape(served)
-    own = "".join(
-        line + "\n" for line in text.splitlines() if "vllm:" not in line
-    )  # their names are not ours to choose
+        async with listening(served.runtime, make_metrics_app) as url, aiohttp.ClientSession(url) as session:
+            async with session.get("/metrics") as response:
+                own = await response.text()
+            async with session.get("/metrics/vllm") as response:
+                assert "vllm:num_requests_waiting" in await response.text()
+    assert "lorapool_runtime_adapter_requests_total" in own
+    assert "vllm:" not in own  # not our names to choose: they hold a colon
     assert PROMTOOL is not None
     done = await asyncio.to_thread(
         subprocess.run, [PROMTOOL, "check", "metrics"], input=own.encode(), capture_output=True, check=False
