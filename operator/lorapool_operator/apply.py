@@ -11,6 +11,7 @@ import time
 
 from lorapool_operator.cluster import Cluster, Conflict, Fenced, NotFound, NotOurs, Subject
 from lorapool_operator.facts import Note, Unregister
+from lorapool_operator.intake import Intake
 from lorapool_operator.judge import JudgeBook
 from lorapool_operator.observe import ObservedAdapter
 from lorapool_operator.observer import BaseMemory
@@ -23,8 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class Applier:
-    def __init__(self, cluster: Cluster, store: Store, runtimes: RuntimeBook, judge: JudgeBook) -> None:
+    def __init__(
+        self, cluster: Cluster, store: Store, intake: Intake, runtimes: RuntimeBook, judge: JudgeBook
+    ) -> None:
         self._cluster = cluster
+        self._intake = intake
         self._store = store
         self._runtimes = runtimes
         self._judge = judge
@@ -39,7 +43,7 @@ class Applier:
                 raw = await self._cluster.patch_status(adapter, plan.status.dump())
             except NotFound:
                 return
-            self._store.put_adapter(AdapterObject.parse(raw))
+            self._intake.wrote_adapter(raw)
             self._runtimes.forget_lost(adapter.meta.uid, seen.lost_usage)
         failures: list[RuntimeCallError] = []
         for item in plan.registers:

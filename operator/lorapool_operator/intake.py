@@ -78,6 +78,12 @@ class Intake:
             for rival in self._store.alias_rivals(key.namespace, before.spec.alias):
                 self._queue.add(rival)
 
+    def wrote_adapter(self, raw: Mapping[str, Any]) -> None:
+        """The answer to our own status write: nothing new for the adapter, but its base counts anew."""
+        item = parse_or_none(AdapterObject, raw)
+        if item is not None and self._store.put_adapter(item):
+            self._queue.add(item.base_key, self._counts_interval_s)
+
     def pod(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         item = parse_or_none(PodObject, raw)
         if item is None:

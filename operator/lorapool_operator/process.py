@@ -134,7 +134,7 @@ class Process:
         self.reconciler = Reconciler(
             self.queue,
             self.observer,
-            Applier(self.cluster, self.store, self.runtimes, self.judge),
+            Applier(self.cluster, self.store, self.intake, self.runtimes, self.judge),
             self.intake,
             self.runtimes,
             self.judge,
