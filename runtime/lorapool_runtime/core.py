@@ -6,6 +6,7 @@ no lock and no sink: everything it has to tell is a returned list of outputs.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 
@@ -33,6 +34,8 @@ from lorapool_runtime.scheduler import Scheduler, StepPlan
 from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.slabs import Slabs
 
+log = logging.getLogger(__name__)
+
 _KV_SHARE = 0.4
 """Of the memory left after loading the base, unless `kv_bytes` says otherwise; the rest is for adapters and work."""
 
@@ -50,6 +53,8 @@ class Core:
         )
         self.base.lora.slabs = self.slabs
         max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
+        if config.max_model_len and config.max_model_len > max_model_len:
+            log.warning("max_model_len %d is cut to the model's own %d", config.max_model_len, max_model_len)
         self.pool = _make_pool(config, self.base, max_model_len)
         self.runner = Runner(self.base, self.pool)
         with torch.inference_mode():

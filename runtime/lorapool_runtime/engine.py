@@ -205,21 +205,18 @@ class TorchEngine:
 
     def _end_all(self, core: Core, reason: FinishReason, message: str | None) -> None:
         with self._lock:
-            self._alive = False
-        self._take_commands(wait=False)  # what was queued before: submits join the others, futures get their exception
+            self._alive = False  # from here on nothing is queued any more
         try:
+            self._take_commands(wait=False)  # submits join the others, futures get their exception
             self._deliver(core.end_all(reason, message))
-            if self._stats.healthy:
-                self._publish(core)
-        finally:
-            self._abandon_sinks(message)
-
-    def _abandon_sinks(self, message: str | None) -> None:
-        """Whoever still waits when even ending the requests failed."""
+        except Exception:
+            log.exception("ending the requests failed")
         with self._lock:
             left = list(self._sinks)
-        error = TokenOutput("", None, False, 0, 0, finish_reason=FinishReason.ERROR, error=message)
-        self._deliver([replace(error, request_id=request_id) for request_id in left])
+        failed = TokenOutput("", None, False, 0, 0, finish_reason=FinishReason.ERROR, error="the engine failed")
+        self._deliver([replace(failed, request_id=request_id) for request_id in left])
+        if self._stats.healthy:
+            self._publish(core)
 
     def _publish(self, core: Core) -> None:
         self._stats = core.stats()

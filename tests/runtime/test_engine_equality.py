@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_kit import VOCAB, Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
+
+from lorapool_runtime.interface import BASE_SLOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -76,3 +79,29 @@ def test_adapters_really_differ(tmp_path: Path) -> None:
     world = peft_world(tmp_path, tiny_model("Llama"), FIVE)
     answers = {tuple(world.answer(name, [5, 6, 7], 12)) for name in [None, *world.adapters]}
     assert len(answers) == 6
+
+
+def test_a_bfloat16_base_serves_adapters_in_its_own_type(tmp_path: Path) -> None:
+    world = peft_world(tmp_path, tiny_model("Llama"), {"qv": FIVE["qv"]})
+    engine, got = started(world.base, dtype="bfloat16"), Collector()
+    try:
+        engine.load(0, engine.read_adapter(str(world.adapters["qv"]), max_rank=16)).result(10)
+        for slot in (BASE_SLOT, 0):
+            engine.submit(request(str(slot), [5, 6, 7], greedy(1, top_logprobs=0), slot=slot), got)
+        got.wait([str(BASE_SLOT), "0"])
+        for slot, name in ((BASE_SLOT, None), (0, "qv")):
+            with torch.no_grad():
+                logits = world.models[name](torch.tensor([[5, 6, 7]])).logits[0, -1]
+            found = got.last(str(slot)).logprob
+            assert found is not None
+            assert found.logprob == pytest.approx(float(torch.log_softmax(logits, -1)[found.token_id]), abs=0.3)
+    finally:
+        engine.stop(5)
+
+
+def test_auto_keeps_a_16_bit_base_only_where_the_cpu_computes_in_it(tmp_path: Path) -> None:
+    tiny_model("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    engine = started(tmp_path)
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert engine.facts.dtype == ("bfloat16" if native else "float32")
+    engine.stop(5)
