@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-
 from apiserver import ApiServer
 from fakes_operator import FakeInspector
+
 from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, VERSION
 from lorapool_api.protocol import runtime_token
 from lorapool_artifacts.limits import SourceSettings
@@ -26,6 +26,8 @@ from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings
 
 MASTER_TOKEN = "m" * 64
+TLS_GOODBYE_S = 0.1
+"""aiohttp's close() of a TLS connection ends a moment later; a loop that is closed before warns of a leak."""
 PROFILES = "profiles:\n  default: {resources: {requests: {cpu: 100m}}}\n"
 OURS = f"/apis/{GROUP}/{VERSION}"
 ROOTS = {
@@ -56,7 +58,9 @@ class Api:
         self.namespace = namespace
         self._session = session
 
-    async def call(self, method: str, path: str, body: Any = None, *, content: str = "application/json") -> dict[str, Any]:
+    async def call(
+        self, method: str, path: str, body: Any = None, *, content: str = "application/json"
+    ) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.server.token}", "Content-Type": content}
         async with self._session.request(method, self.server.url + path, json=body, headers=headers) as response:
             answer: dict[str, Any] = await response.json()
@@ -93,7 +97,9 @@ class Api:
         return await self.call("PATCH", path, body, content="application/merge-patch+json")
 
     async def delete(self, plural: str, name: str, *, grace_s: int | None = 0) -> None:
-        body = {"kind": "DeleteOptions", "apiVersion": "v1"} | ({} if grace_s is None else {"gracePeriodSeconds": grace_s})
+        body = {"kind": "DeleteOptions", "apiVersion": "v1"} | (
+            {} if grace_s is None else {"gracePeriodSeconds": grace_s}
+        )
         await self.call("DELETE", self.path(plural, name), body)
 
     # --- Lorapool's objects
@@ -108,7 +114,13 @@ class Api:
         return await self.create("basemodels", body, namespace=namespace)
 
     async def adapter(
-        self, name: str, *, base: str = "tiny", base_namespace: str | None = None, namespace: str | None = None, **spec: Any
+        self,
+        name: str,
+        *,
+        base: str = "tiny",
+        base_namespace: str | None = None,
+        namespace: str | None = None,
+        **spec: Any,
     ) -> dict[str, Any]:
         ref = {"name": base} | ({"namespace": base_namespace} if base_namespace else {})
         body = {
@@ -157,7 +169,7 @@ def condition(item: dict[str, Any], kind: str) -> tuple[str, str]:
 
 
 async def until(
-    check: Callable[[], Awaitable[Any]], wanted: Any = True, *, within_s: float = 20.0, every_s: float = 0.1
+    check: Callable[[], Awaitable[Any]], wanted: Any = True, *, within_s: float = 40.0, every_s: float = 0.1
 ) -> Any:
     """Waits until `check` answers `wanted` (or anything true), else fails with what it answered last."""
     end = time.monotonic() + within_s
@@ -179,6 +191,7 @@ async def namespace_of(server: ApiServer) -> AsyncIterator[Api]:
         await api.call("POST", "/api/v1/namespaces", body)
         await api.create("serviceaccounts", {"metadata": {"name": "default"}})  # no controller here makes it
         yield api
+    await asyncio.sleep(TLS_GOODBYE_S)
 
 
 def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
@@ -210,9 +223,7 @@ def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
 
 
 @asynccontextmanager
-async def running_operator(
-    api: Api, folder: Path, inspector: FakeInspector, **changes: Any
-) -> AsyncIterator[Process]:
+async def running_operator(api: Api, folder: Path, inspector: FakeInspector, **changes: Any) -> AsyncIterator[Process]:
     """The whole process, in this event loop."""
     process = Process(operator_settings(api, folder, **changes), sources=SourceSettings(), inspector=inspector)
     task = asyncio.create_task(process.run())
@@ -228,3 +239,4 @@ async def running_operator(
     finally:
         process.stop()
         await asyncio.wait_for(task, 20)
+        await asyncio.sleep(TLS_GOODBYE_S)
