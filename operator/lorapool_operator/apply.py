@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Applier:
-    def __init__(
-        self, cluster: Cluster, store: Store, intake: Intake, runtimes: RuntimeBook, judge: JudgeBook
-    ) -> None:
+    def __init__(self, cluster: Cluster, store: Store, intake: Intake, runtimes: RuntimeBook, judge: JudgeBook) -> None:
         self._cluster = cluster
         self._intake = intake
         self._store = store

@@ -148,7 +148,7 @@ class Process:
                 start_allowance_s=settings.start_allowance_s,
             ),
         )
-        self.resync = Resync(self.cluster, self.store, self.intake, self.queue, settings.watched)
+        self.resync = Resync(self.cluster, self.store, self.intake, settings.watched)
         self.metrics.registry.register(
             StateCollector(
                 self.store,

@@ -12,9 +12,7 @@ from typing import Any
 
 from lorapool_operator.cluster import RUNTIME_SELECTOR, Cluster, NotFound
 from lorapool_operator.intake import Intake
-from lorapool_operator.store import Key as StoreKey
 from lorapool_operator.store import Kind, Store
-from lorapool_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +25,9 @@ class Resync:
         cluster: Cluster,
         store: Store,
         intake: Intake,
-        queue: WorkQueue[StoreKey],
         watched: tuple[str | None, ...],
     ) -> None:
         self._cluster = cluster
-        self._store = store
-        self._queue = queue
         self._watched = watched
         self._kinds: tuple[tuple[str, str, Feed, Callable[[], Any]], ...] = (
             ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: store.pods),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,10 +15,11 @@ from operator_world import Api, condition, running_operator, until
 
 pytestmark = pytest.mark.apiserver
 
-ADAPTERS = 200
+ADAPTERS = int(os.environ.get("LORAPOOL_TEST_ADAPTERS", "200"))
+"""More by hand, to see how it grows."""
 
 
-async def test_two_hundred_adapters_cost_one_status_write_each(
+async def test_many_adapters_at_once_cost_one_status_write_each(
     api: Api, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspector = FakeInspector(delay_s=0.02)
@@ -25,14 +27,15 @@ async def test_two_hundred_adapters_cost_one_status_write_each(
         await api.base()
         before = process.cluster.writes.get("status", 0)
         began = time.monotonic()
-        await asyncio.gather(*(api.adapter(f"a-{number}") for number in range(ADAPTERS)))
+        for first in range(0, ADAPTERS, 100):
+            await asyncio.gather(*(api.adapter(f"a-{number}") for number in range(first, min(first + 100, ADAPTERS))))
         created_s = time.monotonic() - began
 
         async def judged() -> bool:
             items = await api.items("loraadapters")
             return sum(condition(item, "Ready") == ("True", "Parked") for item in items) == ADAPTERS
 
-        await until(judged, within_s=60.0, every_s=0.2)
+        await until(judged, within_s=30.0 + ADAPTERS * 0.1, every_s=0.2 + ADAPTERS / 2000)
         took_s = time.monotonic() - began
         await asyncio.sleep(3.0)  # echoes of our own writes must not cause more
         writes = process.cluster.writes["status"] - before
