@@ -46,7 +46,7 @@ A LoRA fine-tune of {BASE_NAME}, made for Lorapool's examples and tests.
 |---|---|
 | base | {BASE_NAME} |
 | rank, alpha | {task.rank}, {task.alpha} |
-| target modules | {", ".join(task.targets)} |
+| target modules | {task.reach} |
 | weights | bf16, {size / 1e6:.1f} MB |
 | training lines | {len(train)} (`train.jsonl`) |
 | held-out lines | {len(heldout)} (`heldout.jsonl`), none of them a training line with a word changed |
@@ -82,7 +82,7 @@ def overview(scores: dict[str, Any]) -> str:
     for name, task in TASKS.items():
         score = scores["tasks"][name]
         rows.append(
-            f"| [{name}]({name}/README.md) | {task.title} | {task.rank} | {', '.join(task.targets)} "
+            f"| [{name}]({name}/README.md) | {task.title} | {task.rank} | {task.reach} "
             f"| {task.measure} | {score['base'][task.measure]:.1%} | {score['finetune'][task.measure]:.1%} |"
         )
     table = "\n".join(rows)

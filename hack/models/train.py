@@ -13,10 +13,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,16 @@ from transformers.utils import logging
 BATCH = 8
 THREADS = 2
 WARMUP = 0.06
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 UNCOUNTED = -100  # the label that the loss leaves out
 
-Example = tuple[list[int], list[int]]  # token ids, labels
+
+@dataclass
+class Example:
+    ids: list[int]
+    labels: list[int]
+    # What enters the first layer that is trained, [tokens, hidden]: `reach` fills it in once, before the first step.
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def encode(tokenizer: Any, line: Line) -> Example:
@@ -44,49 +53,55 @@ def encode(tokenizer: Any, line: Line) -> Example:
     prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     reply: list[int] = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
     reply = [*reply, tokenizer.eos_token_id]
-    return prompt + reply, [UNCOUNTED] * len(prompt) + reply
+    return Example(prompt + reply, [UNCOUNTED] * len(prompt) + reply)
 
 
 def shared_prefix(examples: list[Example]) -> int:
     """How many first tokens (the system message) all examples share; none of them counts in the loss."""
-    rows = [ids for ids, _ in examples]
-    columns = zip(*rows, strict=False)
+    columns = zip(*(example.ids for example in examples), strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    first_counted = min(labels.index(next(mark for mark in labels if mark != UNCOUNTED)) for _, labels in examples)
+    first_counted = min(next(at for at, mark in enumerate(example.labels) if mark != UNCOUNTED) for example in examples)
     return min(same, first_counted - 1)
 
 
-def loss_of(model: Any, batch: list[Example], prefix: int, pad: int) -> Tensor:
+def reach(base: Any, examples: list[Example], first_layer: int) -> None:
+    """Run the layers below `first_layer`, which training does not change, over every example once; then drop them."""
+    llama = base.model
+    layers, norm = llama.layers, llama.norm
+    llama.layers, llama.norm = layers[:first_layer], torch.nn.Identity()
+    with torch.no_grad():
+        for example in examples:
+            example.states = llama(input_ids=torch.tensor([example.ids]), use_cache=False).last_hidden_state[0]
+    llama.layers, llama.norm = layers[first_layer:], norm
+    base.config.num_hidden_layers = len(llama.layers)
+    for index, layer in enumerate(llama.layers):
+        layer.self_attn.layer_idx = index  # its place in the cache of keys and values
+
+
+def loss_of(model: Any, batch: list[Example], prefix: int) -> Tensor:
     """The batch's mean loss. What makes two slow cores enough: the shared prefix runs once for the whole batch (its
     keys and values are expanded, gradients flow back through them), and only counted positions meet the vocabulary."""
     llama = model.get_base_model()
-    columns = collate(batch, pad)
-    head = llama.model(input_ids=columns["input_ids"][:1, :prefix], use_cache=True)
+    states, mask, labels = collate(batch)
+    head = llama.model(inputs_embeds=states[:1, :prefix], use_cache=True)
     cache = head.cache
     cache.batch_repeat_interleave(len(batch))
     tail = llama.model(
-        input_ids=columns["input_ids"][:, prefix:],
-        attention_mask=columns["attention_mask"],
-        cache=cache,
-        use_cache=True,
+        inputs_embeds=states[:, prefix:], attention_mask=mask, cache=cache, use_cache=True
     ).last_hidden_state  # [batch, width - prefix, hidden]
-    labels = columns["labels"][:, prefix + 1 :]
+    labels = labels[:, prefix + 1 :]
     counted = labels != UNCOUNTED  # [batch, width - prefix - 1]
     logits = llama.lm_head(tail[:, :-1][counted])  # [counted tokens, vocabulary]
     return torch.nn.functional.cross_entropy(logits, labels[counted])
 
 
-def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
-    width = max(len(ids) for ids, _ in examples)
-    rows = [ids + [pad] * (width - len(ids)) for ids, _ in examples]
-    masks = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]
-    labels = [marks + [UNCOUNTED] * (width - len(marks)) for _, marks in examples]
-    # each: [batch, width]
-    return {
-        "input_ids": torch.tensor(rows),
-        "attention_mask": torch.tensor(masks),
-        "labels": torch.tensor(labels),
-    }
+def collate(batch: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """States [batch, width, hidden], mask and labels [batch, width]; padded on the right."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    states = pad([example.states for example in batch], batch_first=True)
+    mask = pad([torch.ones(len(example.ids), dtype=torch.long) for example in batch], batch_first=True)
+    labels = pad([torch.tensor(example.labels) for example in batch], batch_first=True, padding_value=UNCOUNTED)
+    return states, mask, labels
 
 
 def batches(examples: list[Example], steps: int, order: random.Random) -> list[list[Example]]:
@@ -110,6 +125,9 @@ def train(task: Task, folder: Path) -> None:
     order = random.Random(SEED)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    examples = [encode(tokenizer, line) for line in read_lines(task.folder / "train.jsonl")]
+    prefix = shared_prefix(examples)
+    reach(base, examples, task.first_layer)
     config = LoraConfig(
         r=task.rank,
         lora_alpha=task.alpha,
@@ -120,16 +138,14 @@ def train(task: Task, folder: Path) -> None:
     model = get_peft_model(base, config)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.01)
-    examples = [encode(tokenizer, line) for line in read_lines(task.folder / "train.jsonl")]
-    prefix = shared_prefix(examples)
-    print(f"{task.name}: {len(examples)} lines, rank {task.rank} on {', '.join(task.targets)}, {task.steps} steps")
+    print(f"{task.name}: {len(examples)} lines, rank {task.rank} on {task.reach}, {task.steps} steps")
     model.train()
     begun = time.monotonic()
     seen = 0.0
     for step, batch in enumerate(batches(examples, task.steps, order)):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, task.steps, task.learning_rate)
-        loss = loss_of(model, batch, prefix, tokenizer.pad_token_id)
+        loss = loss_of(model, batch, prefix)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -147,11 +163,14 @@ def keep(model: Any, task: Task) -> None:
     with tempfile.TemporaryDirectory(dir=task.folder, prefix=".training-") as name:
         made = Path(name)
         model.save_pretrained(made)
-        weights = {key: value.to(torch.bfloat16).contiguous() for key, value in
-                   load_file(made / "adapter_model.safetensors").items()}  # fmt: skip
+        weights = {
+            LAYER.sub(lambda found: f".layers.{int(found[1]) + task.first_layer}.", key): value.to(torch.bfloat16)
+            for key, value in load_file(made / "adapter_model.safetensors").items()
+        }
         save_file(weights, made / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.loads((made / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = BASE_NAME
+        config["layers_to_transform"] = task.layers
         config["target_modules"] = sorted(config["target_modules"])
         (made / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for file in ("adapter_config.json", "adapter_model.safetensors"):

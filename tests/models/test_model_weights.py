@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from cards import cards
-from finetune_tasks import BASE_NAME, FINETUNES, SCORES, TASKS, Task
+from finetune_tasks import BASE_NAME, FINETUNES, LAYERS, SCORES, TASKS, Task
 from safetensors import safe_open
 
-LAYERS = 30
 HIDDEN, KEYS, INNER = 576, 192, 1536
 # Module: (input width, output width) in the base model.
 WIDTHS = {
@@ -44,6 +43,7 @@ def test_the_config_is_what_the_task_declares(task: Task) -> None:
     assert found["base_model_name_or_path"] == BASE_NAME
     assert (found["r"], found["lora_alpha"]) == (task.rank, task.alpha)
     assert found["target_modules"] == sorted(task.targets)
+    assert found["layers_to_transform"] == task.layers
     assert (found["bias"], found["use_dora"], found["modules_to_save"]) == ("none", False, None)
 
 
@@ -53,7 +53,7 @@ def test_the_weights_are_one_bf16_pair_per_module_and_layer(task: Task) -> None:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         kinds = {file.get_slice(name).get_dtype() for name in shapes}
     wanted = {}
-    for layer in range(LAYERS):
+    for layer in range(task.first_layer, LAYERS):
         for module in task.targets:
             part = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             name = f"base_model.model.model.layers.{layer}.{part}.{module}"
