@@ -1,4 +1,4 @@
-"""W1 in process: 16 requests of 32 prompt and 64 new tokens, on the base alone and over 16 distinct rank-16 adapters.
+"""W1 in process: 16 requests, 32 prompt and 64 (`--new`) new tokens each, on the base and over 16 distinct adapters.
 
     python bench/engine_w1.py BASE_FOLDER [--dtype float32|bfloat16] [--rounds 3] [--peft 4]
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ from lorapool_runtime.cores import usable_cores
 from lorapool_runtime.engine import EngineConfig, TorchEngine
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
 
-REQUESTS, PROMPT, NEW, RANK = 16, 32, 64, 16
-GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+REQUESTS, PROMPT, RANK = 16, 32, 16
 
 
 def random_adapters(engine: TorchEngine, folder: Path) -> list[Path]:
@@ -52,21 +52,47 @@ def random_adapters(engine: TorchEngine, folder: Path) -> list[Path]:
     return folders
 
 
-def run_engine(engine: TorchEngine, prompts: list[list[int]], slots: list[int]) -> tuple[float, list[list[int]]]:
+@dataclass
+class Rate:
+    """Tokens a second on the clock, and per second of CPU time: the second stands on a machine that others use too."""
+
+    name: str
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def measure(self, run: Callable[[], list[list[int]]]) -> list[list[int]]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens = run()
+        count = sum(len(one) for one in tokens)
+        self.wall.append(count / (time.perf_counter() - wall))
+        self.cpu.append(count / (time.process_time() - cpu))
+        return tokens
+
+    def row(self, base: Rate) -> str:
+        cells = [f"{self.name:22}"]
+        for mine, own in ((self.wall, base.wall), (self.cpu, base.cpu)):
+            median = statistics.median(mine)
+            spread = f"({min(mine):.1f}..{max(mine):.1f})"
+            cells.append(f"{median:7.1f} {spread:17} {median / statistics.median(own):5.2f}")
+        return "  ".join(cells)
+
+
+def run_engine(engine: TorchEngine, prompts: list[list[int]], slots: list[int], new: int) -> list[list[int]]:
+    greedy = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    begin, left = time.perf_counter(), len(prompts)
+    left = len(prompts)
     for i, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
-        engine.submit(GenerationRequest(str(i), tuple(prompt), slot, str(slot), GREEDY), outputs.put)
+        engine.submit(GenerationRequest(str(i), tuple(prompt), slot, str(slot), greedy), outputs.put)
     while left:
         output = outputs.get(timeout=300)
         if output.token_id is not None:
             tokens[output.request_id].append(output.token_id)
         left -= output.finish_reason is not None
-    return time.perf_counter() - begin, list(tokens.values())
+    return list(tokens.values())
 
 
-def peft_runner(base: str, folders: list[Path], dtype: torch.dtype) -> Callable[[list[list[int]]], tuple[float, Any]]:
+def peft_runner(base: str, folders: list[Path], dtype: torch.dtype, new: int) -> Callable[[list[list[int]]], Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -78,8 +104,8 @@ def peft_runner(base: str, folders: list[Path], dtype: torch.dtype) -> Callable[
             model.load_adapter(folder, adapter_name=str(number))
         model.to(dtype).eval()
 
-    def run(prompts: list[list[int]]) -> tuple[float, list[list[int]]]:
-        begin, tokens = time.perf_counter(), []
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        tokens = []
         for i, prompt in enumerate(prompts):
             model.set_adapter(str(i))
             ids = torch.tensor([prompt])
@@ -87,13 +113,13 @@ def peft_runner(base: str, folders: list[Path], dtype: torch.dtype) -> Callable[
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    max_new_tokens=NEW,
+                    max_new_tokens=new,
                     do_sample=False,
                     eos_token_id=None,
                     pad_token_id=0,
                 )
             tokens.append(out[0, len(prompt) :].tolist())
-        return time.perf_counter() - begin, tokens
+        return tokens
 
     return run
 
@@ -104,6 +130,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=None, help="default: the cores this process may use")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate per request")
     parser.add_argument(
         "--peft", type=int, default=4, help="requests that peft runs; 0: none, and no proof of equality"
     )
@@ -134,28 +161,28 @@ def main() -> int:
                     f"one adapter: {outcome.device_bytes / 1e6:.1f} MB, into its slot in {outcome.seconds * 1e3:.1f} ms"
                 )
         base_slots, distinct = [BASE_SLOT] * REQUESTS, list(range(REQUESTS))
-        rates: dict[str, list[float]] = {"base alone": [], "16 distinct adapters": [], "peft one by one": []}
-        run_engine(engine, prompts, base_slots)
-        _, ours = run_engine(engine, prompts, distinct)
+        base, mixed, peft = Rate("base alone"), Rate("16 distinct adapters"), Rate("peft one by one")
+        run_engine(engine, prompts, base_slots, arguments.new)
+        ours = run_engine(engine, prompts, distinct, arguments.new)
         for _ in range(arguments.rounds):
-            rates["base alone"].append(REQUESTS * NEW / run_engine(engine, prompts, base_slots)[0])
-            rates["16 distinct adapters"].append(REQUESTS * NEW / run_engine(engine, prompts, distinct)[0])
+            base.measure(lambda: run_engine(engine, prompts, base_slots, arguments.new))
+            mixed.measure(lambda: run_engine(engine, prompts, distinct, arguments.new))
+        engine.stop(10)
         equal = True
         if arguments.peft:
-            run = peft_runner(arguments.base, folders[: arguments.peft], getattr(torch, arguments.dtype))
-            seconds, theirs = run(prompts[: arguments.peft])
-            rates["peft one by one"].append(arguments.peft * NEW / seconds)
+            few, dtype = prompts[: arguments.peft], getattr(torch, arguments.dtype)
+            run = peft_runner(arguments.base, folders[: arguments.peft], dtype, arguments.new)
+            theirs = peft.measure(lambda: run(few))
             same = sum(a == b for a, b in zip(ours, theirs, strict=False))
-            print(f"token sequences equal to peft's: {same} of {arguments.peft}")
-            equal = same == arguments.peft or arguments.dtype != "float32"
-    engine.stop(10)
-    own = statistics.median(rates["base alone"])
-    print(f"W1, {arguments.dtype}, load average {os.getloadavg()[0]:.1f}")
-    for name, found in rates.items():
-        if found:
-            median = statistics.median(found)
-            spread = f"({min(found):.1f}..{max(found):.1f})"
-            print(f"{name:24} {median:7.1f} tok/s  {spread:18} {median / own:5.2f} of the base alone")
+            print(f"token sequences equal to peft's: {same} of {len(few)}")
+            equal = same == len(few) or arguments.dtype != "float32"
+    print(
+        f"W1, {arguments.dtype}, {arguments.threads or usable_cores()} threads, load average {os.getloadavg()[0]:.1f}"
+    )
+    print(f"{'':22}  tok/s (spread), of base            tok/CPU-s (spread), of base")
+    for rate in (base, mixed, peft):
+        if rate.wall:
+            print(rate.row(base))
     return 0 if equal else 1
 
 
