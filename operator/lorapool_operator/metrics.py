@@ -108,7 +108,7 @@ class StateCollector(Collector):
         yield from self._adapters()
 
     def _bases(self) -> Iterator[Metric]:
-        names = ["namespace", "base"]
+        names = ["base"]  # `namespace/name`, as gateway and runtime spell it: a join needs no relabelling
         conditions = GaugeMetricFamily(
             "lorapool_operator_base_condition",
             "1 for the status each condition has.",
@@ -118,7 +118,7 @@ class StateCollector(Collector):
         exist = GaugeMetricFamily("lorapool_operator_base_replicas", "Runtime pods that exist.", labels=names)
         ready = GaugeMetricFamily("lorapool_operator_base_replicas_ready", "Runtime pods that serve.", labels=names)
         for base in self._store.bases:
-            at = [base.meta.namespace, base.meta.name]
+            at = [f"{base.meta.namespace}/{base.meta.name}"]
             wanted.add_metric(at, float(base.spec.replicas or 0))
             exist.add_metric(at, float(base.status.replicas))
             ready.add_metric(at, float(base.status.ready_replicas))
@@ -128,21 +128,21 @@ class StateCollector(Collector):
         yield from (conditions, wanted, exist, ready)
 
     def _adapters(self) -> Iterator[Metric]:
-        states: Tally[tuple[str, str, str]] = Tally()
+        states: Tally[tuple[str, str]] = Tally()
         ready = GaugeMetricFamily(
             "lorapool_operator_adapter_ready",
             "1 when the adapter is Ready; only of the first max_tracked_adapters.",
-            labels=["namespace", "adapter"],
+            labels=["adapter"],
         )
         for number, adapter in enumerate(self._store.adapters):
             base = adapter.base_key
-            states[base.namespace, base.name, adapter.status.state or UNKNOWN_STATE] += 1
+            states[f"{base.namespace}/{base.name}", adapter.status.state or UNKNOWN_STATE] += 1
             if number < self._max_tracked_adapters:
                 held = condition(adapter.status.conditions, AdapterCondition.READY)
                 is_ready = held is not None and held.status == "True"
-                ready.add_metric([adapter.meta.namespace, adapter.meta.name], float(is_ready))
+                ready.add_metric([f"{adapter.meta.namespace}/{adapter.meta.name}"], float(is_ready))
         counts = GaugeMetricFamily(
-            "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["namespace", "base", "state"]
+            "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["base", "state"]
         )
         for labels, count in sorted(states.items()):
             counts.add_metric(list(labels), float(count))

@@ -83,7 +83,7 @@ async def test_probes_and_metrics_tell_the_state_and_series_vanish_with_the_obje
 
             async def shown() -> bool:
                 _, text = await scrape(process.metrics_port)
-                return f'lorapool_operator_adapter_ready{{adapter="a",namespace="{api.namespace}"}} 1.0' in text
+                return f'lorapool_operator_adapter_ready{{adapter="{api.namespace}/a"}} 1.0' in text
 
             await until(shown)
             assert (await scrape(process.metrics_port, "/healthz"))[0] == 200
@@ -107,6 +107,6 @@ async def test_probes_and_metrics_tell_the_state_and_series_vanish_with_the_obje
 
             async def vanished() -> bool:
                 _, text = await scrape(process.metrics_port)
-                return 'adapter="a"' not in text and "lorapool_operator_adapters{" not in text
+                return f'adapter="{api.namespace}/a"' not in text and "lorapool_operator_adapters{" not in text
 
             await until(vanished)
