@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from fakes_runtime import save_byte_tokenizer
+from hypothesis import settings
+
+settings.register_profile("shared-machine", deadline=None)  # how long an example takes says more about the machine
+settings.load_profile("shared-machine")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +29,9 @@ from fakes_runtime import (
 
 from lorapool_api.openai import InvalidRequest, Unavailable
 from lorapool_api.protocol import token_sha256
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.limits import SourceSettings
+from lorapool_runtime.base import BaseError, BaseFolder, base_folder, bring_up, reason_of
 from lorapool_runtime.server import make_app, make_metrics_app
 from lorapool_runtime.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
@@ -126,7 +130,8 @@ async def test_a_client_that_reads_nothing_is_dropped_and_its_slot_given_back(by
     async with serving(byte_tokenizer, engine=engine, write_timeout_s=0.3) as served:
         host, port = served.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        body = b'{"model":"tiny","messages":[{"role":"user","content":"hi"}],"stream":true,"ignore_eos":true}'
+        wish = {**CHAT, "stream": True, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}  # long events
+        body = json.dumps(wish).encode()
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         await reader.readline()
         await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=20.0)
@@ -348,3 +353,44 @@ def test_what_kubernetes_sets_for_a_service_of_that_name_is_not_a_setting() -> N
 def test_every_setting_says_what_it_is() -> None:
     undocumented = [name for name, field in RuntimeSettings.model_fields.items() if not field.description]
     assert undocumented == []
+
+
+# --- the base's folder ------------------------------------------------------------------------
+
+
+def make_base(folder: Path) -> Path:
+    """The files that make a folder a base, with next to nothing in them."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    header = b'{"a.weight":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return folder
+
+
+def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
+    make_base(tmp_path / "claim" / "models" / "tiny")
+    settings = settings_for_tests(model="pvc://claim/models/tiny", pvc_root=tmp_path)
+    found = base_folder(settings, SourceSettings(pvc_root=tmp_path))
+    assert found.path == tmp_path / "claim" / "models" / "tiny"
+    assert found.digest is not None
+    assert found.digest.startswith("sha256:")
+    assert found.cached_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("/nowhere", "no model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
+)
+def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, words: str) -> None:
+    with pytest.raises((BaseError, ArtifactError)) as caught:
+        base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path))
+    assert words in reason_of(caught.value)
+
+
+def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseFolder(make_base(tmp_path / "base"), None, (), cached_bytes=2**30)
+    monkeypatch.setattr("lorapool_runtime.base.base_folder", lambda *_: base)
+    with pytest.raises(BaseError, match="raise cache_bytes"):
+        bring_up(settings_for_tests(cache_bytes=2**30), {}, lambda *_: FakeEngine())
