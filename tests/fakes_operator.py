@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fakes import Adapter, FakeRuntime
+
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterReport, RuntimeSnapshot

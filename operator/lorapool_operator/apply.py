@@ -60,6 +60,11 @@ class Applier:
         memory.scale = plan.memory
         if plan.judge is not None:
             self._judge.start(plan.judge)
+        if plan.scale_to is not None:
+            # first and alone: when a gateway wakes the base at this moment it wins, and no pod was stopped yet
+            await self._cluster.scale(base, plan.scale_to)
+            await self._post(_subject(Kind.BASE, base), plan.notes)
+            return False
         if plan.remove_deployment_uid is not None:
             await self._remove_deployment(base, plan.remove_deployment_uid)
         if plan.children:
@@ -71,8 +76,6 @@ class Applier:
                 return False
             self._store.bases.put(BaseObject.parse(raw))
             base = self._store.bases.get(base.meta.namespace, base.meta.name) or base
-        if plan.scale_to is not None:
-            await self._cluster.scale(base, plan.scale_to)
         failures = await self._unregister(plan.unregisters)
         await self._post(_subject(Kind.BASE, base), plan.notes)
         if failures:

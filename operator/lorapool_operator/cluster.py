@@ -246,7 +246,10 @@ class Cluster:
             raise ClusterError(f"{method} {path}: API server not reached: {type(error).__name__} {error}") from error
         if response.status >= 300:
             raise _error(method, path, response.status, raw)
-        answer: dict[str, Any] = json.loads(raw) if raw else {}
+        try:
+            answer: dict[str, Any] = json.loads(raw) if raw else {}
+        except ValueError as error:
+            raise ClusterError(f"{method} {path}: the answer is no JSON", response.status) from error
         return answer
 
 

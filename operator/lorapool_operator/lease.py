@@ -46,7 +46,7 @@ class ClusterLock(BaseLock):  # type: ignore[misc]  # the client has no types
             return False, _api_error(error.status)
         spec = self._held.get("spec") or {}
         return True, LeaderElectionRecord(
-            spec.get("holderIdentity"),
+            spec.get("holderIdentity") or None,
             str(spec.get("leaseDurationSeconds") or ""),
             spec.get("acquireTime"),
             spec.get("renewTime"),
@@ -64,6 +64,12 @@ class ClusterLock(BaseLock):  # type: ignore[misc]  # the client has no types
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         spec = _spec(updated_record, self._held.get("spec") or {})
         return await self._write({**self._held, "spec": spec}, create=False)
+
+    async def release(self) -> None:
+        """Gives the Lease up, so that a successor need not wait for it to run out."""
+        spec = {**(self._held.get("spec") or {}), "leaseDurationSeconds": 1}
+        spec.pop("holderIdentity", None)
+        await self._write({**self._held, "spec": spec}, create=False)
 
     async def _write(self, lease: dict[str, Any], *, create: bool) -> bool:
         began = time.monotonic()
@@ -125,21 +131,15 @@ class Leadership:
             return
         unfenced = Cluster(self._client, timeout_s=settings.lease_retry_s, identity=settings.identity)
         self._lock = ClusterLock(unfenced, settings.lease_name, settings.own_namespace, settings.identity)
-        acting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        acting: list[asyncio.Task[None]] = []
+        began = asyncio.Event()
 
         async def started() -> None:
+            """The election forgets this task when it is cancelled itself, so it is kept here."""
             self.leading = True
             log.info("leading", extra={"identity": settings.identity})
-            try:
-                await act()
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:
-                if not acting.done():
-                    acting.set_exception(error)
-                return
-            if not acting.done():
-                acting.set_result(None)
+            acting.append(asyncio.create_task(_as_coroutine(act), name="acting"))
+            began.set()
 
         async def stopped() -> None:
             log.error("the Lease is lost", extra={"identity": settings.identity})
@@ -153,15 +153,21 @@ class Leadership:
             onstopped_leading=stopped,
         )
         election = asyncio.create_task(leaderelection.LeaderElection(config).run(), name="leader election")
+        beginning = asyncio.create_task(began.wait(), name="waiting for the lease")
         try:
-            await asyncio.wait({election, acting}, return_when=asyncio.FIRST_COMPLETED)
-            if acting.done():
-                acting.result()
-            elif election.done() and election.exception() is not None:
-                election.result()
+            await asyncio.wait({election, beginning}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({election, *acting}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (election, *acting):
+                if task.done():
+                    task.result()
         finally:
-            self.leading = False
-            election.cancel()
-            await asyncio.gather(election, return_exceptions=True)
-            if not acting.done():
-                acting.cancel()
+            held, self.leading = self.may_write(), False
+            for task in (election, beginning, *acting):
+                task.cancel()
+            await asyncio.gather(election, beginning, *acting, return_exceptions=True)
+            if held:
+                await self._lock.release()
+
+
+async def _as_coroutine(act: Callable[[], Awaitable[None]]) -> None:
+    await act()

@@ -38,11 +38,11 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up_logs(level: str, form: str) -> None:
-    """The root logger's only handler; kopf's line for each event is dropped."""
+    """The root logger's only handler; kopf's lines for each event and login are dropped."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in ("kopf.objects", "kopf.activities", "kubernetes.aio", "aiohttp.access", "urllib3", "httpx"):
+    for name in ("kopf", "kubernetes.aio", "aiohttp.access", "urllib3", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

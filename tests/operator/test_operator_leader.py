@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
         async def took_over() -> bool:
             return survivor.synced
 
+        began = time.monotonic()
         await until(took_over, within_s=15.0)
+        assert time.monotonic() - began < LEASE["lease_duration_s"]  # given up, not run out
         await api.adapter("b")
         await until(lambda: state("b"), ("True", "Parked"))
 
