@@ -124,10 +124,10 @@ class Collector:
             self.outputs.setdefault(output.request_id, []).append(output)
         self._queue.put(output)
 
-    def next(self, timeout_s: float = 20.0) -> TokenOutput:
+    def next(self, timeout_s: float = 60.0) -> TokenOutput:
         return self._queue.get(timeout=timeout_s)
 
-    def wait(self, ids: Iterable[str], timeout_s: float = 20.0) -> None:
+    def wait(self, ids: Iterable[str], timeout_s: float = 60.0) -> None:
         left = {i for i in ids if not self.ended(i)}
         while left:
             output = self.next(timeout_s)
