@@ -39,6 +39,7 @@ lock: ## resolve the dependencies of pyproject.toml anew into the lock files
 	$(LOCK) --all-extras -o requirements.lock pyproject.toml
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
+	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
 
 # --- static checks -----------------------------------------------------------------------

@@ -180,8 +180,8 @@ def _push_artifacts(demo: Demo, base_folder: str) -> tuple[str, dict[str, str]]:
 
 def _helm(demo: Demo, tag: str) -> None:
     demo.apply(objects.namespace())
-    argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, REPOSITORY / "charts" / "lorapool"]
-    argv += ["-n", objects.NAMESPACE, "-f", VALUES, "--wait", "--timeout", "5m"]
+    argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, str(REPOSITORY / "charts" / "lorapool")]
+    argv += ["-n", objects.NAMESPACE, "-f", str(VALUES), "--wait", "--timeout", "5m"]
     argv += ["--set-string", f"image.tag={tag}"]
     argv += ["--set", f"image.registry={demo.ground.pull_registry}"]
     if demo.ground.insecure:
