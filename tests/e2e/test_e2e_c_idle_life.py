@@ -7,9 +7,10 @@ import pytest
 from e2e_world import BASE, Prober, World
 
 
-def _resident(world: World) -> int:
-    """Bytes of adapters on the device, as Prometheus scraped them from the runtime."""
-    return int(sum(float(s["value"][1]) for s in world.prometheus("sum(lorapool_runtime_adapter_device_bytes)")))
+def _device_bytes(world: World) -> int:
+    """What the runtime has measured of its device: base, keys and values, and the pages of each slot."""
+    lines = [line for line in world.scrape("runtime").splitlines() if line.startswith("lorapool_runtime_device_bytes")]
+    return int(float(lines[0].split()[-1]))
 
 
 @pytest.fixture
@@ -30,10 +31,13 @@ def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(wor
     replica = world.get("lora", task)["status"]["replicas"][0]
     assert replica["digest"] == world.header(task).split("@", 1)[1]
     assert replica["tier"] == "device"
+    with_adapter = _device_bytes(world)
 
     world.wait("Parked", lambda: world.condition("lora", task, "Loaded") == ("False", "Parked"), timeout_s=40)
     assert world.condition("lora", task, "Ready")[0] == "True"
     assert world.get("lora", task)["status"].get("replicas", []) == []
+    size = world.get("lora", task)["status"]["sizeBytes"]
+    assert with_adapter - _device_bytes(world) >= size, "its memory was given back"
 
     world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "12s"}})
     world.wait("zero pods", lambda: not world.runtime_pods() or "pods", timeout_s=120)

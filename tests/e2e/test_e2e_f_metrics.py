@@ -9,17 +9,10 @@ from e2e_test_adapters import copy_of_routing
 from e2e_world import BASE, World
 
 
-def _scrape(world: World, component: str) -> str:
-    """The /metrics text of one pod, read through the API server's proxy."""
-    selector = "lorapool.dev/base" if component == "runtime" else f"app.kubernetes.io/component={component}"
-    pod = world.get("pods", "-l", selector)["items"][0]["metadata"]["name"]
-    return world.kubectl("get", "--raw", f"/api/v1/namespaces/{world.namespace}/pods/{pod}:9090/proxy/metrics")
-
-
 @pytest.mark.parametrize("component", ["gateway", "operator", "runtime"])
 def test_promtool_finds_nothing_to_complain_of(world: World, component: str) -> None:
     world.chat("routing")
-    text = _scrape(world, component)
+    text = world.scrape(component)
     own = "\n".join(line for line in text.splitlines() if "vllm:" not in line) + "\n"
     promtool = Path(world.summary["kubectl"]).parent / "promtool"
     done = subprocess.run([promtool, "check", "metrics"], input=own, capture_output=True, text=True, check=False)
@@ -46,11 +39,11 @@ def test_the_series_of_a_deleted_adapter_vanish(world: World, tmp_path: Path) ->
     with world.client() as client:
         client.chat.completions.create(**{**world.question("routing"), "model": world.model("shortlived")})
     for component in ("gateway", "runtime"):
-        assert "shortlived" in _scrape(world, component)
+        assert "shortlived" in world.scrape(component)
     world.kubectl("delete", "lora", "shortlived")
     for component in ("gateway", "runtime", "operator"):
         world.wait(
             f"the end of the series of {component}",
-            lambda component=component: "shortlived" not in _scrape(world, component),  # type: ignore[misc]
+            lambda component=component: "shortlived" not in world.scrape(component),  # type: ignore[misc]
             timeout_s=60,
         )
