@@ -1,7 +1,8 @@
-"""How many CPU cores this process may really use: the smaller of its affinity and its cgroup's quota.
+"""How many CPU cores and how much memory this process may really use: what its container leaves it.
 
-torch by default starts a thread for every core of the machine, which in a container with a quota of two
-makes each step wait for threads that are not scheduled.
+torch by default starts a thread for every core of the machine, which in a container with a quota of two makes each
+step wait for threads that are not scheduled; `engine` asks for the cores, `core` for the memory its KV cache may take.
+Reads cgroup v2 (one folder) and v1 (a folder per controller); inside a container either shows the container's own.
 """
 
 from __future__ import annotations
@@ -9,28 +10,45 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CGROUP = Path("/sys/fs/cgroup")
 
-def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
     allowed = len(os.sched_getaffinity(0))
     quota = _quota(cgroup)
     return max(1, allowed if quota is None else min(allowed, int(quota)))
 
 
-def usable_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
+def usable_memory_bytes(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
     """What may still be allocated: the machine's available memory, or what the cgroup's limit leaves, if less."""
     lines = (line.split() for line in meminfo.read_text().splitlines())
     available = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+    left = _memory_left_bytes(cgroup)
+    return available if left is None else max(0, min(available, left))
+
+
+def _memory_left_bytes(cgroup: Path) -> int | None:
+    """None: no limit, or no cgroup. Version 1 says "unlimited" with a number larger than any machine's memory."""
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, used = _read(cgroup / limit_file), _read(cgroup / used_file)
+        if limit.isdecimal() and used.isdecimal():
+            return int(limit) - int(used)
+    return None
 
 
 def _quota(cgroup: Path) -> float | None:
+    """Cores; None: no limit ("max" in version 2, -1 in version 1), or no cgroup."""
+    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _read(cgroup / "cpu/cpu.cfs_quota_us"), _read(cgroup / "cpu/cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _read(path: Path) -> str:
     try:
-        limit, period = (cgroup / "cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
+        return path.read_text().strip()
     except (OSError, ValueError):
-        return None
+        return ""

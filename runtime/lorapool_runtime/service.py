@@ -20,6 +20,7 @@ from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_QUEUE_FULL,
+    CODE_STARTING,
     InvalidRequest,
     ModelNotFound,
     TooManyRequests,
@@ -204,7 +205,7 @@ class Runtime:
 
     def _need_serving(self) -> _Serving:
         if self._serving is None:
-            raise Unavailable("The base model is still loading.", code="starting", retry_after_s=5)
+            raise Unavailable("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
         return self._serving
 
     def target_of(self, header: str | None, model: str) -> AdapterKey | None:
