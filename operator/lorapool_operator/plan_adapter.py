@@ -23,6 +23,9 @@ from lorapool_operator.verdict import Verdict, awaits_runtime, condition, find_v
 DRAIN_QUIET_S = 5.0
 """An old digest leaves a runtime once unused for this long: gateways have seen the switch by then."""
 
+BASE_GRACE_S = 3.0
+"""The base of a new adapter may be on its way."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
@@ -51,14 +54,25 @@ def plan_adapter(seen: ObservedAdapter, now: float, settings: PlanSettings) -> A
     status, flush_at = status_of(seen, gate, verdict, now, settings)
     if status is not None and _too_early(seen, gate, verdict, now, settings):
         status = status if status.replicas != seen.adapter.status.replicas else None
+    base_due = _base_due(seen, gate, now)
+    if base_due is not None:
+        status = None
     return AdapterPlan(
         status=status,
         registers=_registers(seen, seen.base, verdict) if served and seen.base is not None else (),
         unregisters=unregisters,
         judge=found.job,
         notes=_notes(seen.adapter.status, status, verdict) if status is not None else (),
-        requeue_at=min((at for at in (found.due, quiet_at, flush_at) if at is not None), default=None),
+        requeue_at=min((at for at in (found.due, quiet_at, flush_at, base_due) if at is not None), default=None),
     )
+
+
+def _base_due(seen: ObservedAdapter, gate: Gate | None, now: float) -> float | None:
+    """Base and adapter applied together come over two watches: a moment is waited before the base is called missing."""
+    if gate is None or gate.reason is not Reason.BASE_NOT_FOUND or seen.adapter.status.conditions:
+        return None
+    due = seen.adapter.meta.created_unix_s + BASE_GRACE_S
+    return due if now < due else None
 
 
 def _refused(verdict: Verdict) -> bool:

@@ -281,6 +281,13 @@ def test_an_adapter_whose_base_is_not_there_says_so_and_touches_no_runtime() -> 
     assert made.unregisters == ()
 
 
+def test_the_base_of_a_new_adapter_may_be_on_its_way() -> None:
+    one = adapter()
+    new = ObservedAdapter(replace(one, meta=replace(one.meta, created_unix_s=NOW - 1)), None)
+    assert (plan(new).status, plan(new).requeue_at) == (None, NOW + 2)
+    assert told(plan(new, NOW + 2), "Ready") == ("False", "BaseNotFound")
+
+
 def test_what_is_not_judged_yet_is_left_where_it_is() -> None:
     assert plan(ObservedAdapter(adapter(), base(), places=(place(report()),))).unregisters == ()
 
