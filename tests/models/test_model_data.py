@@ -105,7 +105,7 @@ def test_the_demo_asks_each_fine_tune_one_held_out_question() -> None:
     assert sorted(row["task"] for row in demo) == sorted(TASKS)
     for row in demo:
         task = TASKS[row["task"]]
-        assert row["max_tokens"] == task.max_tokens
+        assert task.max_tokens <= row["max_tokens"] <= 64  # room for the base, which does not stop by itself
         assert row["messages"] in [line["messages"][:-1] for line in lines(task, "heldout")]
 
 
