@@ -59,6 +59,19 @@ class Account:
     def residency_seconds(self, now_s: float) -> float:
         return self.left_seconds + sum(max(0.0, now_s - since) for since in self.resident_since_s.values())
 
+    def numbers(self, now_s: float) -> tuple[float, ...]:
+        """Changes exactly when `part` does."""
+        return (
+            self.completed,
+            self.failed,
+            self.cancelled,
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.loads,
+            self.load_seconds,
+            self.residency_seconds(now_s),
+        )
+
     def part(self, boot_id: str, now_s: float) -> UsagePart:
         return UsagePart(
             boot_id=boot_id,

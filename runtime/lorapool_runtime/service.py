@@ -28,7 +28,9 @@ from lorapool_api.openai import (
 )
 from lorapool_api.protocol import BaseReport, ResolveAnswer, ResolveRequest, RuntimeSnapshot
 from lorapool_runtime.accounts import Accounts
-from lorapool_runtime.adapters import AdapterLimits, AdapterManager, Lease
+from lorapool_runtime.adapter_entry import Lease
+from lorapool_runtime.adapter_table import AdapterLimits
+from lorapool_runtime.adapters import AdapterManager
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.generation import Ended, Generation, Mailbox, Outcome
