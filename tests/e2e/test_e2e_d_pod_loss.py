@@ -24,7 +24,7 @@ def _truth(world: World, task: str) -> str:
 
 @pytest.mark.parametrize("grace_s", [30, 0], ids=["gracefully", "killed"])
 async def test_a_deleted_runtime_pod_costs_no_wrong_answer(world: World, grace_s: int) -> None:
-    tasks = ["routing", "sentiment", "entities", "translation"]
+    tasks = world.tasks[:4]
     prober = Prober(world, tasks, pause_s=0.05)
     async with world.async_client() as client:
         for task in tasks:
@@ -38,9 +38,9 @@ async def test_a_deleted_runtime_pod_costs_no_wrong_answer(world: World, grace_s
     lies: list[str] = []
     seen_not_loaded = False
     for _ in range(120):
-        lie = await asyncio.to_thread(_truth, world, "routing")
+        lie = await asyncio.to_thread(_truth, world, tasks[0])
         lies += [lie] if lie else []
-        status = (await asyncio.to_thread(world.condition, "lora", "routing", "Loaded"))[0]
+        status = (await asyncio.to_thread(world.condition, "lora", tasks[0], "Loaded"))[0]
         seen_not_loaded = seen_not_loaded or status != "True"
         now = {p["metadata"]["uid"] for p in await asyncio.to_thread(world.runtime_pods)}
         if seen_not_loaded and status == "True" and not (now & before):
