@@ -1,9 +1,9 @@
 """`adapter_config.json` by an own strict model, never through peft.
 
-Called by `inspect` and by the runtime, which takes rank and scaling of each module from here so that
-what was judged is what is computed. An allow-list: a setting that changes the maths and is not
-supported is refused when it is switched on; a setting nobody knows is refused unless it is empty.
-User-written regular expressions are never run.
+Called by `inspect` and by the runtime's `adapter_file`, which takes rank and scaling of each module from
+here so that what was judged is what is computed. An allow-list: a setting that changes the maths and is
+not supported is refused when it is switched on; a setting nobody knows is refused unless it is empty.
+User-written regular expressions are compiled but never run: one of them can hold a process for hours.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.limits import MAX_JSON_BYTES
+from lorapool_artifacts.limits import MAX_JSON_BYTES, MIB
 
-ALL_LINEAR = "all-linear"
+_ALL_LINEAR = "all-linear"
+_MAX_CONFIG_BYTES = 1 * MIB
+_MAX_PATTERN_CHARS = 512
 
 _PATTERN_KEY = re.compile(r"^\^?[A-Za-z0-9_.]{1,256}$")
 _LAYERS_PATTERN = re.compile(r"^[A-Za-z0-9_]{1,64}$")
@@ -40,18 +42,25 @@ _UNSUPPORTED = {
     "arrow_config": "Arrow routing",
     "fan_in_fan_out": "Conv1D layers",
     "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "lora_bias": "biases in LoRA layers",
+    "layer_replication": "replicated layers of the base",
+    "lora_bias": "trained biases in LoRA layers",
     "megatron_config": "Megatron layers",
     "modules_to_save": "fully trained modules",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trained tokens",
+    "trainable_token_indices": "embeddings of trained tokens",
     "use_bdlora": "block-diagonal LoRA",
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
+_REMEDIES = {
+    "fan_in_fan_out": "train it on a base with linear layers",
+    "lora_bias": "train it again with lora_bias=False",
+    "target_parameters": "train it again with target_modules only",
+    "use_dora": "train it again with use_dora=False",
+}
+"""Where leaving the setting out says too little."""
 
 
 class AdapterConfig(BaseModel):
@@ -61,7 +70,7 @@ class AdapterConfig(BaseModel):
 
     peft_type: Literal["LORA"]
     r: int = Field(ge=1, le=65_536)
-    lora_alpha: int | float = Field(default=8, gt=0, lt=1e6)
+    lora_alpha: int | float = Field(gt=0, lt=1e6)
     target_modules: list[str] | str
     base_model_name_or_path: str | None = None
     use_rslora: bool = False
@@ -81,10 +90,11 @@ class AdapterConfig(BaseModel):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool | None:
-        """Whether the settings name this module; None when only a regular expression could tell."""
+        """Whether the settings name this linear layer; None when only a regular expression could tell."""
         if isinstance(self.target_modules, str):
-            return None
-        if not _names(self.target_modules, module) or not self._in_layers(module):
+            if self.target_modules.lower() != _ALL_LINEAR:
+                return None
+        elif not _names(self.target_modules, module) or not self._in_layers(module):
             return False
         if isinstance(self.exclude_modules, str):
             return None
@@ -118,7 +128,7 @@ def _match(patterns: Mapping[str, int | float], module: str, default: float) -> 
 
 def parse_adapter_config(raw: bytes, *, name: str = "adapter_config.json") -> AdapterConfig:
     """The settings in `raw`. Raises ArtifactError naming the setting and the remedy."""
-    document = load_json_object(raw, name=name)
+    document = load_json_object(raw, name=name, max_bytes=_MAX_CONFIG_BYTES)
     refuse_code(document, name=name)
     settings = _supported(document, name)
     try:
@@ -134,11 +144,11 @@ def parse_adapter_config(raw: bytes, *, name: str = "adapter_config.json") -> Ad
     return config
 
 
-def load_json_object(raw: bytes, *, name: str) -> dict[str, Any]:
+def load_json_object(raw: bytes, *, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a bounded file. Raises ArtifactError."""
-    if len(raw) > MAX_JSON_BYTES:
+    if len(raw) > max_bytes:
         raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT, f"{name} is longer than {MAX_JSON_BYTES} bytes; upload the original file."
+            FailureReason.CORRUPT_ARTIFACT, f"{name} is longer than {max_bytes} bytes; upload the original file."
         )
     try:
         document = json.loads(raw.decode("utf-8"))
@@ -171,26 +181,24 @@ def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
     if kind != "LORA":
         raise ArtifactError(
             FailureReason.INCOMPATIBLE,
-            f"{name}: peft_type is {_short(kind)}; only LORA adapters are served. Train with peft's LoraConfig.",
+            f"{name}: peft_type is {_short(kind)}; only LoRA adapters are served. Train with peft's LoraConfig.",
         )
     _check_start(document.get("init_lora_weights", True), name)
-    if document.get("bias", "none") not in ("none", None):
+    if document.get("bias", "none") != "none":
         raise ArtifactError(
             FailureReason.INCOMPATIBLE,
-            f'{name}: bias={_short(document["bias"])} is not supported; train with bias="none".',
+            f'{name}: trained biases (bias={_short(document["bias"])}) are not supported; train with bias="none".',
         )
     kept = {}
     for key, value in document.items():
         if key in AdapterConfig.model_fields:
-            if value is not None:
-                kept[key] = value
+            kept[key] = value
         elif key in _UNSUPPORTED:
             if _is_on(value):
-                what = _UNSUPPORTED[key]
                 raise ArtifactError(
                     FailureReason.INCOMPATIBLE,
-                    f"{name}: {key} is set{f' ({what})' if what else ''}, which is not supported; train the adapter "
-                    "without it.",
+                    f"{name}: {key} is set ({_UNSUPPORTED[key]}), which is not supported; "
+                    f"{_REMEDIES.get(key, f'train it again without {key}')}.",
                 )
         elif key not in _IGNORED and key not in ("bias", "init_lora_weights") and _is_on(value):
             raise ArtifactError(
@@ -207,7 +215,7 @@ def _is_on(value: Any) -> bool:
 
 def _check_start(value: Any, name: str) -> None:
     """PiSSA, OLoRA, CorDA, LoftQ and others change the base's weights; such an adapter is wrong on the true base."""
-    if isinstance(value, bool) or value is None or value in _NO_EFFECT_ON_BASE:
+    if isinstance(value, bool) or value is None or (isinstance(value, str) and value in _NO_EFFECT_ON_BASE):
         return
     raise ArtifactError(
         FailureReason.INCOMPATIBLE,
@@ -217,6 +225,9 @@ def _check_start(value: Any, name: str) -> None:
 
 
 def _check_patterns(config: AdapterConfig, name: str) -> None:
+    for field, expression in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
+        if isinstance(expression, str):
+            _check_expression(name, field, expression)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key, value in patterns.items():
             if not _PATTERN_KEY.match(key):
@@ -233,6 +244,19 @@ def _check_patterns(config: AdapterConfig, name: str) -> None:
         raise ArtifactError(
             FailureReason.INCOMPATIBLE, f"{name}: target_modules is empty; name the modules that were trained."
         )
+
+
+def _check_expression(name: str, field: str, expression: str) -> None:
+    try:
+        if len(expression) > _MAX_PATTERN_CHARS:
+            raise re.error(f"it is longer than {_MAX_PATTERN_CHARS} characters")
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT,
+            f"{name}: {field} holds the bad regular expression {_short(expression)}: {error}; save the adapter again "
+            "with peft's save_pretrained().",
+        ) from error
 
 
 def _pattern_error(name: str, field: str, key: str) -> ArtifactError:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import ALL_LINEAR, AdapterConfig, suffixes
+from lorapool_artifacts.adapter_config import AdapterConfig, suffixes
 from lorapool_artifacts.header import SafetensorsHeader, TensorInfo
 from lorapool_artifacts.limits import JudgeLimits
 
@@ -278,9 +278,7 @@ def _missing(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> li
     if base is None:
         return []
     linear = [module for module in base.modules if module.rpartition(".")[2] not in _NOT_LINEAR | _HEADS]
-    whole = config.target_modules == ALL_LINEAR
-    wanted = [module for module in linear if whole or config.targets(module)]
-    return sorted(module for module in wanted if module not in pairs.parts)
+    return sorted(module for module in linear if config.targets(module) and module not in pairs.parts)
 
 
 def _name_hint(config: AdapterConfig, base: BaseFacts | None) -> str:

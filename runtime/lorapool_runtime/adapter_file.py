@@ -16,12 +16,13 @@ from typing import NoReturn
 import numpy as np
 
 from lorapool_api.common import FailureReason
-from lorapool_runtime.adapter_config import AdapterConfig, read_config
+from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorapool_runtime.interface import AdapterArtifactError
-from lorapool_runtime.safetensors_file import SafetensorsError, UnsupportedDtypeError, read_tensors
+from lorapool_runtime.safetensors_file import read_tensors
 from lorapool_runtime.targets import TargetGroup
 
-_WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _SHOWN = 3  # mismatches named in a message
 
@@ -47,8 +48,10 @@ class PackedAdapter:
 
 def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max_rank: int) -> PackedAdapter:
     """dtype: float32, float16 or bfloat16. Raises AdapterArtifactError."""
-    config = read_config(folder)
-    tensors = _read_weights(folder)
+    try:
+        config, tensors = _read_config(folder), _read_weights(folder)
+    except ArtifactError as error:
+        raise AdapterArtifactError(error.reason, error.message) from error
     pairs = _pairs(tensors)
     _check_against_base(config, pairs, groups)
     shapes = {shape.module: shape for group in groups for shape in group.shapes()}
@@ -80,22 +83,33 @@ def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max
     )
 
 
+def _read_config(folder: Path) -> AdapterConfig:
+    try:
+        raw = (folder / ADAPTER_CONFIG).read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            FailureReason.UNSUPPORTED_FORMAT,
+            f"there is no readable {ADAPTER_CONFIG}: save the adapter with peft's save_pretrained",
+        ) from error
+    return parse_adapter_config(raw)
+
+
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    path = folder / _WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         _refuse(
             FailureReason.UNSUPPORTED_FORMAT,
             "the weights are a pickle (adapter_model.bin), which is never read: save the adapter with safetensors"
             if pickled
-            else f"there is no {_WEIGHTS}: save the adapter with peft's save_pretrained",
+            else f"there is no {ADAPTER_WEIGHTS}: save the adapter with peft's save_pretrained",
         )
     try:
         return read_tensors(path)
-    except UnsupportedDtypeError as error:
-        raise AdapterArtifactError(FailureReason.UNSUPPORTED_FORMAT, f"{error}: save it in one of these") from error
-    except (SafetensorsError, OSError) as error:
-        raise AdapterArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{error}: upload the file again") from error
+    except OSError as error:
+        raise ArtifactError(
+            FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({error.strerror}); upload it again."
+        ) from error
 
 
 def _pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -108,8 +122,6 @@ def _pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.nda
         if tensor.ndim != 2:
             _refuse(FailureReason.INCOMPATIBLE, f"{name} has {tensor.ndim} dimensions, a LoRA matrix has 2")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
-    if not sides:
-        _refuse(FailureReason.CORRUPT_ARTIFACT, f"{_WEIGHTS} holds no tensors: save the adapter again")
     halves = [f"{module}.lora_{'B' if 'A' in found else 'A'}" for module, found in sides.items() if len(found) < 2]
     if halves:
         _refuse(FailureReason.CORRUPT_ARTIFACT, f"tensors are missing: {_listed(halves)}; save the adapter again")
@@ -137,7 +149,10 @@ def _refuse_tensor(name: str) -> NoReturn:
 def _check_against_base(
     config: AdapterConfig, pairs: dict[str, tuple[np.ndarray, np.ndarray]], groups: Sequence[TargetGroup]
 ) -> None:
-    """The file must hold exactly the modules of this base that the config targets."""
+    """The file must hold exactly the modules of this base that the config targets.
+
+    Where a regular expression names them, those the file holds: to peft a module without weights is one unchanged.
+    """
     modules = {module for group in groups for module in group.modules}
     unknown = sorted(pairs.keys() - modules)
     if unknown:
@@ -146,8 +161,8 @@ def _check_against_base(
             f"the adapter changes {_listed(unknown)}, which this base does not have or does not let adapters change: "
             "train it on this base, on its attention and MLP layers",
         )
-    expected = {module for module in modules if config.targets(module)}
-    missing, extra = sorted(expected - pairs.keys()), sorted(pairs.keys() - expected)
+    missing = sorted(module for module in modules - pairs.keys() if config.targets(module))
+    extra = sorted(module for module in pairs if config.targets(module) is False)
     if missing:
         _refuse(
             FailureReason.CORRUPT_ARTIFACT,
@@ -182,7 +197,7 @@ def _arranged(
             a, b = pairs[module]
             shrink[: a.shape[0], member] = a
             with np.errstate(over="ignore", invalid="ignore"):
-                np.multiply(b.T, np.float32(config.scale_of(module)), out=expand[member][: a.shape[0]])
+                np.multiply(b.T, np.float32(config.scaling_of(module)), out=expand[member][: a.shape[0]])
     return HostWeights(_cast(shrink, group, dtype), tuple(_cast(b, group, dtype) for b in expand))
 
 

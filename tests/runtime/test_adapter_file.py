@@ -189,6 +189,11 @@ def test_a_pattern_that_is_no_regular_expression_is_corrupt(folder: Path) -> Non
     refused(folder, FailureReason.CORRUPT_ARTIFACT, "regular expression")
 
 
+def test_layers_named_by_an_expression_are_those_the_file_holds_and_the_expression_is_never_run(folder: Path) -> None:
+    configure(folder, target_modules="(.*.*.*)*z")  # would hold the whole process for hours
+    assert read(folder).target_modules == ("q_proj", "v_proj")
+
+
 @pytest.mark.parametrize("keep", [0, 5, 60, -100, -1])
 def test_a_truncated_file_is_corrupt(folder: Path, keep: int) -> None:
     path = folder / "adapter_model.safetensors"
