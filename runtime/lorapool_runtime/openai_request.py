@@ -7,16 +7,14 @@ length, vocabulary) is checked by `sampling_params` once the prompt's length is 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from lorapool_api.openai import InvalidRequest
 from lorapool_runtime.interface import ModelFacts, SamplingParams
+from lorapool_runtime.openai_body import Body, clean_text, printable
 
-MAX_JSON_DEPTH = 32
 MAX_N = 8
 MAX_SEQUENCES = 64
 """prompts x n of one request."""
@@ -39,33 +37,6 @@ _SHARED = frozenset(
 )  # fmt: skip
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "response_format"}
 _COMPLETION = _SHARED | {"prompt", "echo"}
-_LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
-"""Labels for the caller's own use: taken and without effect, as with `user`."""
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # not done here; the value that asks for nothing is fine
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "parallel_tool_calls": (None, False, True),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "prompt_embeds": (None,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +88,7 @@ class CompletionRequest(ParsedRequest):
 
 def parse_chat(raw: bytes) -> ChatRequest:
     """Raises InvalidRequest with the `param` at fault."""
-    body = _Body(raw, _CHAT)
+    body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
         top_logprobs = top_logprobs or 0
@@ -138,7 +109,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
 
 def parse_completion(raw: bytes) -> CompletionRequest:
     """Raises InvalidRequest with the `param` at fault."""
-    body = _Body(raw, _COMPLETION)
+    body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")
     if echo and top_logprobs is not None:
@@ -207,113 +178,10 @@ def sampling_params(
     )
 
 
-# --- the body -----------------------------------------------------------------------------
-
-
-class _Body:
-    """A JSON object whose fields are taken by type and bound; null counts as left out, as with OpenAI."""
-
-    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
-        self.fields = parse_json_object(raw)
-        for name in self.fields:
-            self._check_known(name, known)
-
-    def _check_known(self, name: str, known: frozenset[str]) -> None:
-        if name in known or name in _LABELS:
-            return
-        if name in _NEUTRAL:
-            if self.fields[name] in _NEUTRAL[name]:
-                return
-            raise InvalidRequest(f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter")
-        shown = printable(name)
-        raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
-
-    def refuse(self, name: str, why: str) -> NoReturn:
-        raise InvalidRequest(f"`{name}` {why}.", param=name)
-
-    def text(self, name: str) -> str:
-        value = self.fields.get(name)
-        if not isinstance(value, str) or not value:
-            self.refuse(name, "must be a non-empty string")
-        return clean_text(value, name)
-
-    def flag(self, name: str) -> bool:
-        value = self.fields.get(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            self.refuse(name, "must be true or false")
-        return value
-
-    def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:
-        """The field, or `default` (returned as it is) when left out."""
-        value = self.fields.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            bound = f"at least {low}" if high is None else f"between {low} and {high}"
-            self.refuse(name, f"must be a whole number, {bound}")
-        return value
-
-    def number(self, name: str, default: float, *, low: float, high: float, above: bool = False) -> float:
-        value = self.fields.get(name)
-        if value is None:
-            return default
-        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not usable or not math.isfinite(value) or value < low or value > high or (above and value == low):
-            start = f"above {low:g}" if above else f"between {low:g}"
-            self.refuse(name, f"must be a number {start} and {'at most ' if above else ''}{high:g}")
-        return float(value)
-
-
-def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as an object of bounded depth. Raises InvalidRequest."""
-    try:
-        value = json.loads(raw, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _check_depth(value)
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _check_depth(value: Any) -> None:
-    level: list[Any] = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return
-    raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
-
-
-def clean_text(value: str, name: str) -> str:
-    """Refuses halves of surrogate pairs, which JSON can spell but no text can hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"`{name}` holds an unpaired surrogate, which is no text.", param=name) from error
-    return value
-
-
-def printable(name: str) -> str:
-    """A name the client made up, fit for a message."""
-    return name[:64].encode("ascii", "replace").decode()
-
-
 # --- single parameters --------------------------------------------------------------------
 
 
-def _sampling(body: _Body, max_tokens: int | None, top_logprobs: int | None) -> Sampling:
+def _sampling(body: Body, max_tokens: int | None, top_logprobs: int | None) -> Sampling:
     return Sampling(
         max_tokens=max_tokens,
         temperature=body.number("temperature", 1.0, low=0.0, high=2.0),
@@ -330,7 +198,7 @@ def _sampling(body: _Body, max_tokens: int | None, top_logprobs: int | None) -> 
     )
 
 
-def _include_usage(body: _Body) -> bool:
+def _include_usage(body: Body) -> bool:
     options = body.fields.get("stream_options")
     if options is None:
         return False
@@ -349,7 +217,7 @@ def _include_usage(body: _Body) -> bool:
     return bool(options.get("include_usage"))
 
 
-def _stops(body: _Body) -> tuple[str, ...]:
+def _stops(body: Body) -> tuple[str, ...]:
     value = body.fields.get("stop")
     if value is None:
         return ()
@@ -363,7 +231,7 @@ def _stops(body: _Body) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-def _logit_bias(body: _Body) -> Mapping[int, float]:
+def _logit_bias(body: Body) -> Mapping[int, float]:
     value = body.fields.get("logit_bias")
     if value is None:
         return {}
@@ -379,7 +247,7 @@ def _logit_bias(body: _Body) -> Mapping[int, float]:
     return result
 
 
-def _check_response_format(body: _Body) -> None:
+def _check_response_format(body: Body) -> None:
     value = body.fields.get("response_format")
     if value is None or value == {"type": "text"}:
         return
@@ -393,7 +261,7 @@ def _check_response_format(body: _Body) -> None:
 # --- messages and prompts -----------------------------------------------------------------
 
 
-def _messages(body: _Body) -> tuple[Mapping[str, str], ...]:
+def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
     value = body.fields.get("messages")
     if not isinstance(value, list) or not value:
         body.refuse("messages", "must be a non-empty list")
@@ -437,7 +305,7 @@ def _content(value: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _prompts(body: _Body) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:
     """A string, a list of ids, a list of strings, or a list of lists of ids."""
     value = body.fields.get("prompt")
     if isinstance(value, str):
@@ -459,7 +327,7 @@ def _prompts(body: _Body) -> tuple[str | tuple[int, ...], ...]:
     return tuple(prompts)
 
 
-def _prompt_text(body: _Body, value: str) -> str:
+def _prompt_text(body: Body, value: str) -> str:
     if not value:
         body.refuse("prompt", "must not be empty")
     return clean_text(value, "prompt")

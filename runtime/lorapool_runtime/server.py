@@ -1,8 +1,8 @@
 """The runtime's HTTP surface: routes of `lorapool_api.protocol`, the token check, errors into bodies.
 
 `__main__` runs it over one `service.Runtime`. Every route but /healthz and /readyz asks for the bearer token; one
-middleware turns whatever is raised into an OpenAI body. When a client leaves, aiohttp cancels the handler and the
-generation is ended. It decides nothing about adapters or engines.
+middleware turns whatever is raised into an OpenAI body. Answers to inference are `inference`'s. It decides nothing
+about adapters or engines.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from lorapool_api.common import (
-    HEADER_ADAPTER,
-    HEADER_COLD_START,
     HEADER_PROCESSING_MS,
     HEADER_REQUEST_ID,
-    HEADER_USAGE,
     AdapterKey,
 )
 from lorapool_api.openai import (
@@ -48,24 +45,15 @@ from lorapool_api.protocol import (
     ROUTE_READY,
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
-    USAGE_COMMENT,
     AdapterDescriptor,
     PutAnswer,
     ResolveRequest,
-    Usage,
     token_sha256,
 )
-from lorapool_runtime.generation import Delta
-from lorapool_runtime.interface import FinishReason
-from lorapool_runtime.openai_answer import DONE_EVENT, Answer, Head, data_event
-from lorapool_runtime.openai_request import (
-    ChatRequest,
-    CompletionRequest,
-    parse_chat,
-    parse_completion,
-    parse_json_object,
-)
-from lorapool_runtime.service import Running, Runtime
+from lorapool_runtime.inference import REQUEST_ID, Inference, milliseconds
+from lorapool_runtime.openai_body import parse_json_object
+from lorapool_runtime.openai_request import parse_chat, parse_completion
+from lorapool_runtime.service import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +61,6 @@ M = TypeVar("M", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:/+=-]{1,128}$")
-REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 
 
 def make_app(runtime: Runtime) -> web.Application:
@@ -109,6 +96,7 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
+        self._inference = Inference(runtime)
 
     # --- around every route -------------------------------------------------------------
 
@@ -131,7 +119,7 @@ class _Server:
             response = web.json_response(failure.body(), status=failure.status, headers=failure.headers())
         if not response.prepared:
             response.headers[HEADER_REQUEST_ID] = request[REQUEST_ID]
-            response.headers[HEADER_PROCESSING_MS] = _ms(self._runtime.clock.now_s() - started_s)
+            response.headers[HEADER_PROCESSING_MS] = milliseconds(self._runtime.clock.now_s() - started_s)
         return response
 
     @web.middleware
@@ -224,103 +212,10 @@ class _Server:
     # --- inference ----------------------------------------------------------------------
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._infer(request, parse_chat(await self._body(request)))
+        return await self._inference.answer(request, parse_chat(await self._body(request)))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._infer(request, parse_completion(await self._body(request)))
-
-    async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
-        started_s = self._runtime.clock.now_s()
-        running = await self._runtime.begin(parsed, request.headers.get(HEADER_ADAPTER))
-        try:
-            pace = _Pace(self._runtime, started_s)
-            answer = self._answer(parsed, running)
-            if parsed.stream:
-                return await self._stream(request, parsed, running, answer, pace)
-            return await self._whole(request, running, answer, pace)
-        finally:
-            running.generation.cancel()
-
-    def _answer(self, parsed: ChatRequest | CompletionRequest, running: Running) -> Answer:
-        codec = self._runtime.codec
-        head = Head(
-            chat=isinstance(parsed, ChatRequest),
-            model=parsed.model,
-            created_unix_s=int(self._runtime.clock.unix_s()),
-            fingerprint=running.fingerprint,
-            include_usage=parsed.include_usage,
-        )
-        return Answer(
-            head,
-            choices=running.sequences,
-            with_logprobs=parsed.sampling.top_logprobs is not None,
-            echo=running.echo,
-            token_text=codec.token_text,
-            token_bytes=codec.token_bytes,
-        )
-
-    async def _whole(self, request: web.Request, running: Running, answer: Answer, pace: _Pace) -> web.Response:
-        left = running.sequences
-        usage = running.generation.usage()
-        while left:
-            delta = await running.generation.next()
-            pace.note()
-            _raise_if_failed(delta)
-            answer.take(delta)
-            usage = delta.usage
-            left -= delta.finish is not None
-        response = web.json_response(answer.whole(usage), headers=_headers(running))
-        if _wants_usage(request):
-            response.headers[HEADER_USAGE] = usage.model_dump_json()
-        return response
-
-    async def _stream(
-        self,
-        request: web.Request,
-        parsed: ChatRequest | CompletionRequest,
-        running: Running,
-        answer: Answer,
-        pace: _Pace,
-    ) -> web.StreamResponse:
-        delta = await running.generation.next()
-        _raise_if_failed(delta)  # nothing is sent yet: an ordinary error
-        response = web.StreamResponse(headers={**_headers(running), HEADER_REQUEST_ID: request[REQUEST_ID],
-                                               "Content-Type": "text/event-stream; charset=utf-8",
-                                               "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # fmt: skip
-        await response.prepare(request)
-        comment = _usage_comment if _wants_usage(request) else _no_comment
-        left = running.sequences
-        while True:
-            pace.note()
-            out = b""
-            if delta.finish is FinishReason.ERROR:
-                error = ServerError(delta.error or "The engine failed.")
-                log.error("stream failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
-                await self._send(request, response, comment(delta.usage) + data_event(error.body()))
-                return response  # closed without [DONE]: nobody can take it for whole
-            for event in answer.chunks(delta):
-                out += comment(delta.usage) + event
-            left -= delta.finish is not None
-            if not left:
-                break
-            await self._send(request, response, out)
-            delta = await running.generation.next()
-        if parsed.include_usage:
-            out += comment(delta.usage) + answer.usage_chunk(delta.usage)
-        await self._send(request, response, out + comment(delta.usage) + DONE_EVENT)
-        await response.write_eof()
-        return response
-
-    async def _send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """Writes, unless the client takes nothing for too long; then its connection is closed."""
-        try:
-            async with asyncio.timeout(self._settings.write_timeout_s):
-                await response.write(data)
-        except TimeoutError:
-            log.warning("client reads too slowly, dropped", extra={"request_id": request[REQUEST_ID]})
-            if request.transport is not None:
-                request.transport.abort()
-            raise
+        return await self._inference.answer(request, parse_completion(await self._body(request)))
 
     async def _body(self, request: web.Request) -> bytes:
         try:
@@ -328,21 +223,6 @@ class _Server:
                 return await request.read()
         except TimeoutError as error:
             raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from error
-
-
-class _Pace:
-    """Times between the pieces of one answer, for the histograms."""
-
-    def __init__(self, runtime: Runtime, started_s: float) -> None:
-        self._runtime = runtime
-        self._last_s = started_s
-        self._begun = False
-
-    def note(self) -> None:
-        now_s = self._runtime.clock.now_s()
-        observe = self._runtime.metrics.next_token if self._begun else self._runtime.metrics.first_token
-        observe(now_s - self._last_s)
-        self._last_s, self._begun = now_s, True
 
 
 def _api_error(error: Exception) -> ApiError:
@@ -355,34 +235,6 @@ def _api_error(error: Exception) -> ApiError:
     if isinstance(error, web.HTTPException) and error.status < 500:
         return NotFound("There is no such route.") if error.status == 404 else InvalidRequest(error.reason)
     return ServerError("Something failed inside the runtime; its log has the details.")
-
-
-def _raise_if_failed(delta: Delta) -> None:
-    if delta.finish is FinishReason.ERROR:
-        raise ServerError(delta.error or "The engine failed.")
-
-
-def _headers(running: Running) -> dict[str, str]:
-    headers = {HEADER_ADAPTER: running.target}
-    if running.cold_start_s is not None:
-        headers[HEADER_COLD_START] = _ms(running.cold_start_s)
-    return headers
-
-
-def _ms(seconds: float) -> str:
-    return str(round(seconds * 1000))
-
-
-def _wants_usage(request: web.Request) -> bool:
-    return request.headers.get(HEADER_USAGE) == "1"
-
-
-def _usage_comment(usage: Usage) -> bytes:
-    return USAGE_COMMENT + usage.model_dump_json().encode() + b"\n"
-
-
-def _no_comment(_usage: Usage) -> bytes:
-    return b""
 
 
 def _exposition(body: bytes) -> web.Response:

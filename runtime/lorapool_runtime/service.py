@@ -11,10 +11,9 @@ import asyncio
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Protocol
 
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
@@ -34,30 +33,18 @@ from lorapool_runtime.adapters import AdapterManager
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.generation import Ended, Generation, Mailbox, Outcome
-from lorapool_runtime.interface import BASE_SLOT, Engine, EngineStats, GenerationRequest
+from lorapool_runtime.interface import BASE_SLOT, Engine, EngineStats
 from lorapool_runtime.metrics import Gauges, Metrics
-from lorapool_runtime.openai_request import ChatRequest, CompletionRequest, sampling_params
+from lorapool_runtime.openai_request import ChatRequest, CompletionRequest
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.store import AdapterStore
+from lorapool_runtime.submission import SequenceMaker, TextCodec, prompts_of, sequences_of
 
 log = logging.getLogger(__name__)
 
 BASE_SALT = "base"
 SNAPSHOT_AGE_S = 0.5
 """Counts that change without a new number are at most so old."""
-
-
-class TextCodec(Protocol):
-    """What the runtime asks of a tokenizer; `tokenizer.Tokenizer` is the one."""
-
-    eos_token_ids: frozenset[int]
-
-    async def prompt_of_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
-    async def prompt_of_text(self, text: str) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def token_text(self, token_id: int) -> str: ...
-    def token_bytes(self, token_id: int) -> list[int]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +223,9 @@ class Runtime:
         serving = self._need_serving()
         self._refuse_when_draining()
         target = self.target_of(header, request.model)
-        prompts = await self._prompts(serving, request)
-        sequences = self._sequences(serving, request, prompts)
+        codec, facts = serving.base.codec, serving.base.engine.facts
+        prompts = await prompts_of(request, codec, facts)
+        sequences = sequences_of(request, prompts, codec, facts)
         self._refuse_when_draining()
         self._enter(len(sequences))
         try:
@@ -252,7 +240,7 @@ class Runtime:
             raise InvalidRequest(str(error), param=request.prompt_param, code="context_length_exceeded") from error
         echo: tuple[str, ...] = ()
         if isinstance(request, CompletionRequest) and request.echo:
-            echo = tuple(serving.base.codec.decode(prompt) for prompt in prompts)
+            echo = tuple(codec.decode(prompt) for prompt in prompts)
         return Running(
             generation,
             sequences=len(sequences),
@@ -262,51 +250,11 @@ class Runtime:
             fingerprint=self._fingerprint(serving.base.digest, lease),
         )
 
-    async def _prompts(
-        self, serving: _Serving, request: ChatRequest | CompletionRequest
-    ) -> tuple[tuple[int, ...], ...]:
-        if isinstance(request, ChatRequest):
-            return (await serving.base.codec.prompt_of_messages([dict(message) for message in request.messages]),)
-        prompts = []
-        for prompt in request.prompts:
-            ids = await serving.base.codec.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
-            if not ids:
-                raise InvalidRequest("The prompt has no tokens.", param="prompt")
-            if max(ids) >= serving.base.engine.facts.vocab_size:
-                raise InvalidRequest(
-                    f"The prompt names token {max(ids)}, but the vocabulary has "
-                    f"{serving.base.engine.facts.vocab_size} tokens.",
-                    param="prompt",
-                )
-            prompts.append(ids)
-        return tuple(prompts)
-
-    def _sequences(
-        self, serving: _Serving, request: ChatRequest | CompletionRequest, prompts: Sequence[tuple[int, ...]]
-    ) -> list[Callable[[int, str], GenerationRequest]]:
-        """Sequences that only lack their slot and salt, so that bounds are checked before anything is waited for."""
-        internal = uuid.uuid4().hex
-        facts = serving.base.engine.facts
-
-        def make(number: int, prompt: tuple[int, ...]) -> Callable[[int, str], GenerationRequest]:
-            params = sampling_params(
-                request,
-                prompt_tokens=len(prompt),
-                prompt_param=request.prompt_param,
-                choice=number % request.n,
-                facts=facts,
-                stop_token_ids=serving.base.codec.eos_token_ids,
-            )
-            return lambda slot, salt: GenerationRequest(f"{internal}-{number}", prompt, slot, salt, params)
-
-        return [make(place * request.n + choice, prompt) for place, prompt in enumerate(prompts)
-                for choice in range(request.n)]  # fmt: skip
-
     def _generation(
         self,
         serving: _Serving,
         request: ChatRequest | CompletionRequest,
-        sequences: Sequence[Callable[[int, str], GenerationRequest]],
+        sequences: Sequence[SequenceMaker],
         lease: Lease | None,
     ) -> Generation:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)

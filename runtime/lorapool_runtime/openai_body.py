@@ -1,0 +1,144 @@
+"""A JSON body whose fields are taken out by type and bound; what is not known by name is refused, never ignored.
+
+`openai_request` takes the parameters out of a `Body`, `server` parses its own routes' bodies with `parse_json_object`.
+It knows which parameters ask for nothing here, but not what any of them means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from lorapool_api.openai import InvalidRequest
+
+MAX_JSON_DEPTH = 32
+
+_LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
+"""Labels for the caller's own use: taken and without effect, as with `user`."""
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # not done here; the value that asks for nothing is fine
+    "tools": (None, []),
+    "tool_choice": (None, "none"),
+    "parallel_tool_calls": (None, False, True),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "store": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None, "none"),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "prompt_embeds": (None,),
+}
+
+
+class Body:
+    """A JSON object whose fields are taken by type and bound; null counts as left out, as with OpenAI."""
+
+    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
+        self.fields = parse_json_object(raw)
+        for name in self.fields:
+            self._check_known(name, known)
+
+    def _check_known(self, name: str, known: frozenset[str]) -> None:
+        if name in known or name in _LABELS:
+            return
+        if name in _NEUTRAL:
+            if self.fields[name] in _NEUTRAL[name]:
+                return
+            raise InvalidRequest(f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter")
+        shown = printable(name)
+        raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        raise InvalidRequest(f"`{name}` {why}.", param=name)
+
+    def text(self, name: str) -> str:
+        value = self.fields.get(name)
+        if not isinstance(value, str) or not value:
+            self.refuse(name, "must be a non-empty string")
+        return clean_text(value, name)
+
+    def flag(self, name: str) -> bool:
+        value = self.fields.get(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            self.refuse(name, "must be true or false")
+        return value
+
+    def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:
+        """The field, or `default` (returned as it is) when left out."""
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"between {low} and {high}"
+            self.refuse(name, f"must be a whole number, {bound}")
+        return value
+
+    def number(self, name: str, default: float, *, low: float, high: float, above: bool = False) -> float:
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not usable or not math.isfinite(value) or value < low or value > high or (above and value == low):
+            start = f"above {low:g}" if above else f"between {low:g}"
+            self.refuse(name, f"must be a number {start} and {'at most ' if above else ''}{high:g}")
+        return float(value)
+
+
+def parse_json_object(raw: bytes) -> dict[str, Any]:
+    """The body as an object of bounded depth. Raises InvalidRequest."""
+    try:
+        value = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    _check_depth(value)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
+
+
+def clean_text(value: str, name: str) -> str:
+    """Refuses halves of surrogate pairs, which JSON can spell but no text can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"`{name}` holds an unpaired surrogate, which is no text.", param=name) from error
+    return value
+
+
+def printable(name: str) -> str:
+    """A name the client made up, fit for a message."""
+    return name[:64].encode("ascii", "replace").decode()
