@@ -112,7 +112,7 @@ class World:
 
     def cluster(self, verb: str, component: str) -> None:
         """Stops or starts a component of the local cluster, as a failure would."""
-        command = [sys.executable, str(ROOT / "hack" / "cluster"), verb, "--name", self.name, component]
+        command = [sys.executable, str(ROOT / "hack" / "cluster"), verb, "--name", self.summary["cluster"], component]
         done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
         assert done.returncode == 0, done.stderr
 
