@@ -100,7 +100,7 @@ class RuntimeSettings(BaseModel):
     retry_max_s: float = Field(default=300.0, gt=0)
     """Longest wait between two tries."""
     max_adapters: int = Field(default=20_000, ge=1)
-    """Registered descriptors (1 KiB each); past it the cold one unused longest is forgotten (it is sent again)."""
+    """Registered descriptors (6 KiB each); past it the cold one unused longest is forgotten (it is sent again)."""
     tracked_adapters: int = Field(default=1000, ge=0)
     """Adapters with metric series of their own; the others share the label __other__."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
