@@ -73,7 +73,7 @@ class Demo:
 def up(options: Options) -> None:
     """From whatever is there to a table of answers. Raises StepError."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    steps = Steps(total=11 if options.context is None else 8, log=options.folder / "demo.log")
+    steps = Steps(total=12 if options.context is None else 9, log=options.folder / "demo.log")
     started = time.monotonic()
     if options.context is None:
         check_machine()
