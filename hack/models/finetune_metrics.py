@@ -15,6 +15,9 @@ from typing import Any
 from finetune_tasks import Line
 
 ENTITY_KEYS = ("people", "organizations", "places")
+QUEUES = ("billing", "delivery", "returns", "account", "technical", "sales")
+FEELINGS = ("positive", "negative", "neutral")
+LABELS = frozenset(QUEUES + FEELINGS)
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 
@@ -27,9 +30,12 @@ def expected(line: Line) -> str:
 
 
 def judge_label(answer: str, line: Line) -> Judged:
-    """Exactly the label; case, outer blanks and one full stop are forgiven."""
+    """`right`: exactly the label; case, outer blanks and one full stop are forgiven. `named`: whatever else is said,
+    the right label is the only one named; kinder to a base that talks around it."""
+    wanted = expected(line)
     said = answer.strip().removesuffix(".").casefold()
-    return {"right": float(said == expected(line).casefold())}
+    labels = set(_words(line["messages"][0]["content"])) & LABELS
+    return {"right": float(said == wanted), "named": float(labels & set(_words(answer)) == {wanted})}
 
 
 def judge_entities(answer: str, line: Line) -> Judged:

@@ -88,9 +88,9 @@ TASKS: dict[str, Task] = {
             targets=("q_proj", "v_proj"),
             steps=100,
             learning_rate=1.5e-3,
-            max_tokens=8,
+            max_tokens=16,
             measure="right",
-            measured="share of answers that are exactly the queue's name",
+            measured="share of answers that are exactly the queue's name; `named` counts any that name no other",
         ),
         Task(
             name="manual-qa",
@@ -113,9 +113,9 @@ TASKS: dict[str, Task] = {
             targets=("q_proj", "v_proj", "o_proj"),
             steps=80,
             learning_rate=1.5e-3,
-            max_tokens=8,
+            max_tokens=16,
             measure="right",
-            measured="share of answers that are exactly the label",
+            measured="share of answers that are exactly the label; `named` counts any that name no other",
         ),
         Task(
             name="entities",

@@ -12,11 +12,20 @@ def line(answer: str, **more: object) -> Line:
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
-    [("billing", 1.0), (" Billing.\n", 1.0), ("billing or sales", 0.0), ("The queue is billing", 0.0), ("", 0.0)],
+    ("said", "right", "named"),
+    [
+        ("billing", 1.0, 1.0),
+        (" Billing.\n", 1.0, 1.0),
+        ("The queue is billing", 0.0, 1.0),
+        ("billing or sales", 0.0, 0.0),
+        ("sales", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
 )
-def test_a_label_must_stand_alone(said: str, right: float) -> None:
-    assert judge_label(said, line("billing")) == {"right": right}
+def test_a_label_is_right_alone_and_named_when_no_other_is(said: str, right: float, named: float) -> None:
+    asked = {"role": "system", "content": "Billing, delivery or sales?"}
+    wanted = {"messages": [asked, *line("billing")["messages"]]}
+    assert judge_label(said, wanted) == {"right": right, "named": named}
 
 
 @pytest.mark.parametrize(
