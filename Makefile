@@ -104,11 +104,11 @@ test: ## everything CI runs, on a bare machine
 
 .PHONY: demo
 demo: install ## the whole of it on a real one-node cluster; CONTEXT=name uses an existing one
-	$(PY) hack/demo up $(if $(CONTEXT),--context $(CONTEXT))
+	$(PY) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: demo-down
 demo-down: ## end the demo's cluster and everything it started
-	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT))
+	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: image
 image: install ## build the two container images
