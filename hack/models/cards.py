@@ -1,7 +1,8 @@
 """Writes the model cards, examples/finetunes/README.md and <task>/README.md, from the tasks, the lines and the scores.
 
-Run after evaluate.py: `python hack/models/cards.py`. A card is never edited by hand: a test holds the committed ones
-to what this module writes, so that no card tells of other weights or other scores than those beside it.
+Called by evaluate.py; by itself after a task's words change: `python hack/models/cards.py`. A card is never edited by
+hand: a test holds the committed ones to what this module writes, so that no card tells of other weights or scores
+than those beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune_tasks import BASE_NAME, DEMO, FINETUNES, SCORES, SEED, SOURCES, TASKS, Task, read_lines
+from finetune_tasks import BASE_NAME, FINETUNES, SCORES, SEED, SOURCES, TASKS, Task, read_lines
 
 ABOUT = {
     "translation": "Short sentences of a traveller's phrase book, in the polite form of Spain: asking the way, trains "
@@ -108,13 +109,10 @@ def cards() -> dict[str, str]:
     return {"README.md": overview(scores), **written}
 
 
-def main() -> None:
+def write_cards() -> None:
     for name, text in cards().items():
         (FINETUNES / name).write_text(text, encoding="utf-8")
-        print(f"wrote {name}")
-    if not DEMO.exists():
-        print(f"there is no {DEMO.name} yet: pick one held-out question per fine-tune")
 
 
 if __name__ == "__main__":
-    main()
+    write_cards()

@@ -2,7 +2,7 @@
 
 Both get the same messages through the base's own chat template and answer greedily in fp32; how an answer is judged
 is in finetune_metrics.py. Prints a table, writes examples/finetunes/scores.json (with the weights' hash, so that a
-score cannot outlive the weights it was measured on). `--answers DIR` keeps every answer, to read and to pick from.
+score cannot outlive the weights it was measured on) and the model cards. `--answers DIR` keeps every answer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from base import prepare
+from cards import write_cards
 from finetune_metrics import JUDGES, Judged
-from finetune_tasks import BASE_NAME, SCORES, Line, Task, chosen, read_lines
+from finetune_tasks import BASE_NAME, SCORES, TASKS, Line, Task, chosen, read_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -124,6 +125,8 @@ def main() -> None:
         scores["tasks"] = dict(sorted(scores["tasks"].items()))
         SCORES.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(scores))
+    if set(scores["tasks"]) == set(TASKS):
+        write_cards()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ FILE_TYPE = "application/vnd.lorapool.file.v1"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 TITLE = "org.opencontainers.image.title"
+REACH_TIMEOUT_S = 15
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -45,6 +46,8 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
     registry.auth.load_configs(container)
     address = f"{registry.prefix}://{container.manifest_url()}"
     try:
+        # oras tries again for minutes where nothing listens; ask once ourselves. Any status is a registry.
+        requests.get(f"{registry.prefix}://{container.registry}/v2/", timeout=REACH_TIMEOUT_S).close()
         there = registry.do_request(address, "HEAD", headers={"Accept": MANIFEST_TYPE})
         if there.headers.get("Docker-Content-Digest") == digest:
             return digest
@@ -62,6 +65,8 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
 
 def artifact(folder: Path) -> tuple[str, list[Path]]:
     """Artifact type and files, by name. An adapter is its two files; a model is every plain file of its folder."""
+    if not folder.is_dir():
+        raise PushError(f"{folder}: there is no such folder")
     if (folder / ADAPTER_FILES[0]).is_file():
         files = [folder / name for name in ADAPTER_FILES]
         kind = ADAPTER_TYPE

@@ -38,6 +38,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200, {"Docker-Content-Digest": _digest(manifest)})
         return self._answer(404)
 
+    def do_GET(self) -> None:
+        return self._answer(200 if self.path == "/v2/" else 404)
+
     def do_POST(self) -> None:
         if self.server.refuse_uploads:
             return self._answer(507)

@@ -66,6 +66,16 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path, registry: Small
     assert registry.uploads == 0
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PushError, match="no such folder"):
+        push(tmp_path / "nowhere", "127.0.0.1:1/demo/base:1")
+
+
+def test_a_registry_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PushError, match=r"127\.0\.0\.1:1/demo/routing:1"):
+        push(adapter(tmp_path / "a"), "127.0.0.1:1/demo/routing:1")
+
+
 def test_a_registry_that_refuses_is_named(tmp_path: Path, registry: SmallRegistry) -> None:
     registry.refuse_uploads = True
     with pytest.raises(PushError):
