@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from lorapool_api.basemodel import Namespace, rule, rules
+from lorapool_api.basemodel import BaseSource, Namespace, rule, rules
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, Condition, Duration
 
 KIND = "LoraAdapter"
@@ -26,24 +26,9 @@ class BaseModelRef(ApiModel):
     )
 
 
-class AdapterSource(ApiModel):
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "['hf://', 'oci://', 's3://', 'pvc://'].exists(p, self.uri.startsWith(p))",
-                "source.uri must start with hf://, oci://, s3:// or pvc://",
-            )
-        )
-    )
+class AdapterSource(BaseSource):
+    """Where the adapter's files lie, and what they must be."""
 
-    uri: str = Field(
-        min_length=7,
-        max_length=512,
-        description="hf://org/name, oci://registry/repo:tag, s3://bucket/prefix or pvc://claim/path.",
-    )
-    revision: str | None = Field(
-        default=None, min_length=1, max_length=128, description="Branch, tag or commit of an hf:// source."
-    )
     digest: str | None = Field(
         default=None,
         max_length=71,
