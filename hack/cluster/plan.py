@@ -236,6 +236,13 @@ def _node(spec: Spec) -> Iterator[Component]:
         deadline_s=90.0,
         remedy="read log/kubelet.log and log/containerd.log in the state folder",
     )
+    yield Component(
+        "accounts-ready",  # a bare Pod is refused until its namespace's account has been made
+        (*kubectl, "get", "serviceaccount", "default", "--namespace=default"),
+        ("kube-controller-manager",),
+        task=True,
+        remedy="read log/kube-controller-manager.log in the state folder",
+    )
 
 
 def _files(spec: Spec) -> Iterator[tuple[str, str]]:
