@@ -111,8 +111,9 @@ demo-down: ## end the demo's cluster and everything it started
 	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: image
-image: install ## build the two container images
-	$(PYTHON) hack/images build
+image: install ## build the two images and push them: REGISTRY=127.0.0.1:PORT of a local cluster (`hack/cluster status`)
+	test -n "$(REGISTRY)" || { echo "name a registry: make image REGISTRY=127.0.0.1:PORT"; exit 2; }
+	$(PYTHON) hack/images build --registry $(REGISTRY)
 
 .PHONY: train
 train: install model ## train the five example fine-tunes (minutes each on two cores)
