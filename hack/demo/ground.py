@@ -73,7 +73,7 @@ def local(steps: Steps, name: str) -> Ground:
     cluster = [sys.executable, str(REPOSITORY / "hack" / "cluster")]
     with steps.step("Install what a node needs (containerd, runc, buildah, …)"):
         steps.command([*cluster, "install"], remedy="The line above names the package.", timeout_s=900)
-    with steps.step("Build Kubernetes, Helm, CoreDNS, Prometheus (first time: about ten minutes)"):
+    with steps.step("Build Kubernetes, Helm, CoreDNS, Prometheus (first time: a quarter of an hour)"):
         steps.command([*cluster, "build"], remedy="Run `make binaries` to see it alone.", timeout_s=3000)
     with steps.step("Start the one-node cluster"):
         out = steps.command(
