@@ -26,6 +26,8 @@ BASE = "smollm2"
 class World:
     summary: dict[str, Any]
     name: str
+    starts_unix_s: list[float] = field(default_factory=list)
+    """When a test started a component of the control plane again."""
 
     @property
     def namespace(self) -> str:
@@ -112,6 +114,8 @@ class World:
 
     def cluster(self, verb: str, component: str) -> None:
         """Stops or starts a component of the local cluster, as a failure would."""
+        if verb == "start":
+            self.starts_unix_s.append(time.time())
         command = [sys.executable, str(ROOT / "hack" / "cluster"), verb, "--name", self.summary["cluster"], component]
         done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
         assert done.returncode == 0, done.stderr
