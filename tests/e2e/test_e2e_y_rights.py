@@ -7,7 +7,6 @@ from typing import Any
 
 from e2e_world import World
 
-
 SETTLING_S = 20.0
 """An API server that a test has just started again knows no roles yet, and forbids for a moment what it then allows."""
 
