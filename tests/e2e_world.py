@@ -137,11 +137,12 @@ class World:
             reply = raw.parse()
         return (reply.choices[0].message.content or "").strip(), raw.headers["x-lorapool-adapter"]
 
-    def scrape(self, component: str) -> str:
-        """The /metrics text of one pod of a component, read through the API server's proxy."""
+    def scrape(self, component: str) -> list[str]:
+        """The /metrics text of each pod of a component, read through the API server's proxy."""
         selector = "lorapool.dev/base" if component == "runtime" else f"app.kubernetes.io/component={component}"
-        pod = self.get("pods", "-l", selector)["items"][0]["metadata"]["name"]
-        return self.kubectl("get", "--raw", f"/api/v1/namespaces/{self.namespace}/pods/{pod}:9090/proxy/metrics")
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{{}}:9090/proxy/metrics"
+        pods = [pod["metadata"]["name"] for pod in self.get("pods", "-l", selector)["items"]]
+        return [self.kubectl("get", "--raw", path.format(pod)) for pod in pods]
 
     def prometheus(self, expression: str) -> list[dict[str, Any]]:
         """Instant query; the series it returns."""

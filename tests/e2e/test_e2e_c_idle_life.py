@@ -9,7 +9,8 @@ from e2e_world import BASE, Prober, World
 
 def _device_bytes(world: World) -> int:
     """What the runtime has measured of its device: base, keys and values, and the pages of each slot."""
-    lines = [line for line in world.scrape("runtime").splitlines() if line.startswith("lorapool_runtime_device_bytes")]
+    texts = world.scrape("runtime")
+    lines = [x for text in texts for x in text.splitlines() if x.startswith("lorapool_runtime_device_bytes")]
     return int(float(lines[0].split()[-1]))
 
 
