@@ -20,6 +20,7 @@ from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_confi
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorapool_runtime.interface import AdapterArtifactError
+from lorapool_runtime.layout import Layout, lay_out
 from lorapool_runtime.safetensors_file import read_tensors
 from lorapool_runtime.targets import TargetGroup
 
@@ -28,22 +29,18 @@ _SHOWN = 3  # mismatches named in a message
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HostWeights:
-    """One group's part. bfloat16 is kept as its 16-bit patterns, which NumPy has no type for."""
-
-    a: np.ndarray  # [rank, members, in]
-    b: tuple[np.ndarray, ...]  # per member [rank, out], times alpha / r
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class PackedAdapter:
-    """`interface.HostAdapter`."""
+    """`interface.HostAdapter`: one stretch of memory, laid out as its slot will be."""
 
     rank: int
-    host_bytes: int
     target_modules: tuple[str, ...]
-    weights: dict[int, HostWeights]
-    """By group number of the base it was read for."""
+    layout: Layout
+    buffer: np.ndarray
+    """[layout.elements]. bfloat16 is kept as its 16-bit patterns, which NumPy has no type for."""
+
+    @property
+    def host_bytes(self) -> int:
+        return self.buffer.nbytes
 
 
 def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max_rank: int) -> PackedAdapter:
@@ -70,16 +67,12 @@ def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max
                 f"{module} has shapes A {list(a.shape)} and B {list(b.shape)}, "
                 f"this base needs A {list(wanted[0])} and B {list(wanted[1])}: it was trained on another base",
             )
-    weights = {
-        number: _arranged(group, config, pairs, dtype)
-        for number, group in enumerate(groups)
-        if any(module in pairs for module in group.modules)
-    }
+    layout, buffer = _packed(groups, config, pairs, dtype)
     return PackedAdapter(
-        rank=max(config.rank_of(module) for module in pairs),
-        host_bytes=sum(w.a.nbytes + sum(b.nbytes for b in w.b) for w in weights.values()),
+        rank=layout.rank,
         target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
-        weights=weights,
+        layout=layout,
+        buffer=buffer,
     )
 
 
@@ -185,39 +178,39 @@ def _check_against_base(
             )
 
 
-def _arranged(
-    group: TargetGroup, config: AdapterConfig, pairs: dict[str, tuple[np.ndarray, np.ndarray]], dtype: str
-) -> HostWeights:
-    """Members the adapter leaves alone, and ranks below the group's largest, are filled with zeros."""
-    rank = max(config.rank_of(module) for module in group.modules if module in pairs)
-    shrink = np.zeros((rank, group.size, group.in_features), dtype=np.float32)
-    expand = [np.zeros((rank, out), dtype=np.float32) for out in group.out_features]
-    for member, module in enumerate(group.modules):
-        if module in pairs:
-            a, b = pairs[module]
-            shrink[: a.shape[0], member] = a
-            with np.errstate(over="ignore", invalid="ignore"):
-                np.multiply(b.T, np.float32(config.scaling_of(module)), out=expand[member][: a.shape[0]])
-    return HostWeights(_cast(shrink, group, dtype), tuple(_cast(b, group, dtype) for b in expand))
+def _packed(
+    groups: Sequence[TargetGroup], config: AdapterConfig, pairs: dict[str, tuple[np.ndarray, np.ndarray]], dtype: str
+) -> tuple[Layout, np.ndarray]:
+    """Every matrix at its place, B transposed and scaled; refuses what is not finite before or after."""
+    modules = [module for group in groups for module in group.modules]
+    ranks = tuple(config.rank_of(module) if module in pairs else 0 for module in modules)
+    element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    layout = lay_out(tuple(groups), ranks, element.itemsize)
+    buffer = np.zeros(layout.elements, element)
+    for module, piece in zip(modules, layout.pieces, strict=True):
+        if module not in pairs:
+            continue
+        a, b = pairs[module]
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = np.multiply(b.T, np.float32(config.scaling_of(module)), dtype=np.float32)
+        if not (_cast(a, piece.a(buffer), dtype) and _cast(scaled, piece.b(buffer), dtype)):
+            _refuse(
+                FailureReason.NON_FINITE_WEIGHTS,
+                f"weights of {module} are not finite numbers in {dtype}: "
+                "the training diverged, train it again with a lower learning rate",
+            )
+    return layout, buffer
 
 
-def _cast(values: np.ndarray, group: TargetGroup, dtype: str) -> np.ndarray:
-    """To the engine's type, rounded to nearest even; refuses what is not finite before or after."""
+def _cast(values: np.ndarray, to: np.ndarray, dtype: str) -> bool:
+    """To the engine's type, rounded to nearest even; whether all are finite before and after."""
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
-        cast = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        finite = bool(np.isfinite(values).all() and ((cast & 0x7F80) != 0x7F80).all())
-    else:
-        with np.errstate(over="ignore"):
-            cast = values.astype(np.dtype(dtype))
-        finite = bool(np.isfinite(cast).all())
-    if not finite:
-        _refuse(
-            FailureReason.NON_FINITE_WEIGHTS,
-            f"weights of {_listed(list(group.modules))} are not finite numbers in {dtype}: "
-            "the training diverged, train it again with a lower learning rate",
-        )
-    return cast
+        to[:] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bool(np.isfinite(values).all() and ((to & 0x7F80) != 0x7F80).all())
+    with np.errstate(over="ignore"):
+        to[:] = values
+    return bool(np.isfinite(to).all())
 
 
 def _listed(names: list[str]) -> str:

@@ -178,19 +178,18 @@ class Core:
         self._check_free(slot)
         begin = time.monotonic()
         if self.slabs.occupied(slot):
-            self.slabs.clear(slot)
-        try:
-            self.slabs.write(slot, dict(adapter.weights))
-        except BaseException:
-            self.slabs.clear(slot)
-            raise
+            self.slabs.withdraw(slot)
+        self.slabs.release(slot)
+        self.slabs.fill(slot, adapter)
+        self.slabs.publish(slot, adapter.layout)
         self._salts[slot] = None
         self._slot_bytes[slot] = self.slabs.resident_bytes(slot)
         return LoadOutcome(slot, self._slot_bytes[slot], time.monotonic() - begin)
 
     def unload(self, slot: int) -> int:
         self._check_free(slot)
-        freed = self.slabs.clear(slot)
+        self.slabs.withdraw(slot)
+        freed = self.slabs.release(slot)
         self._salts[slot] = None
         self._slot_bytes[slot] = 0
         return freed

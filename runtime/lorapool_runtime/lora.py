@@ -3,117 +3,38 @@
     y = x W^T + b  +  (x A_s^T) B_s        x: [rows, in]   A_s: [rank, in]   B_s: [rank, out], alpha/r folded in
                                            s: the row's slot, -1 for the base: nothing is added, nothing is multiplied
 
-Rows come ordered by slot (`scheduler`), so a step is a short list of ways, chosen once per step and used by every
-layer: a segment (one slot, plain products), a slab run (neighbouring slots, one batched product with the slab itself
-as operand), or the same over scattered rows. Rows meet only their own slot's weights: what is not finite in one
-row stays there. `model` puts these modules in place; the engine thread alone runs them.
+A step is a short list of ways, chosen once per step (`ways`) and used by every layer: a row kernel (`RowKernel`: any
+order, any ranks), a segment (one slot, plain products), a slab run (neighbouring slots of one layout, one batched
+product with the slab itself as operand), or the same over scattered rows. Rows meet only their own slot's weights:
+what is not finite in one row stays there. `model` puts these modules in place; the engine thread alone runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorapool_runtime.interface import BASE_SLOT
 from lorapool_runtime.linear import FusedLinear
-from lorapool_runtime.slabs import Slabs
+from lorapool_runtime.slabs import GroupSlab, Slabs
 from lorapool_runtime.targets import TargetGroup
-
-_MAX_SCATTERED_ROWS = 8  # rows of one slot up to which scattering into a slab run beats a product per slot
-_MAX_PADDING = 3  # scattered: padded rows per real row that are still cheaper than another launch
-_MAX_GAP = 2  # unused slots between two used ones that a run reads over
+from lorapool_runtime.ways import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows [begin, end) of the batch belong to `slot`."""
+class RowKernel(Protocol):
+    """One kernel for rows in any order and of any mix of slots and ranks; the native one on CPU, Triton's on a GPU."""
 
-    slot: int
-    begin: int
-    end: int
+    def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupSlab) -> None:
+        """y[i] += B_s A_s x[i] for s = row_slots[i]; rows of slot -1 and of rank 0 are left bit for bit as they are.
 
-    @property
-    def count(self) -> int:
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    rows: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class SlabRun:
-    """Slots first..first+slots-1, `each` adjacent rows per slot, starting at row `begin`."""
-
-    first: int
-    slots: int
-    each: int
-    begin: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScatteredRun:
-    """Like SlabRun with unequal counts or unused slots between: row source[i] sits at place[i] of [slots * each]."""
-
-    first: int
-    slots: int
-    each: int
-    source: tuple[int, ...]
-    place: tuple[int, ...]
-
-
-Way = Segment | SlabRun | ScatteredRun
-
-
-def choose_ways(pieces: Iterable[Rows]) -> tuple[Way, ...]:
-    """`pieces`: in the batch's order; slots ascend within each stretch. Base rows need nothing."""
-    ways: list[Way] = []
-    run: list[Rows] = []
-    for piece in _merged(pieces):
-        if piece.slot == BASE_SLOT:
-            continue
-        if run and not _continues(run, piece):
-            ways += _ways_of(run)
-            run = []
-        run.append(piece)
-    return tuple(ways + _ways_of(run))
-
-
-def _merged(pieces: Iterable[Rows]) -> list[Rows]:
-    merged: list[Rows] = []
-    for piece in pieces:
-        if merged and merged[-1].slot == piece.slot and merged[-1].end == piece.begin:
-            merged[-1] = Rows(piece.slot, merged[-1].begin, piece.end)
-        else:
-            merged.append(piece)
-    return merged
-
-
-def _continues(run: list[Rows], piece: Rows) -> bool:
-    last, gap = run[-1], piece.slot - run[-1].slot - 1
-    if gap < 0 or piece.begin != last.end:
-        return False
-    if piece.count == last.count and gap == 0:
-        return True
-    return gap <= _MAX_GAP and max(piece.count, *(rows.count for rows in run)) <= _MAX_SCATTERED_ROWS
-
-
-def _ways_of(run: list[Rows]) -> list[Way]:
-    if len(run) < 2:
-        return [Segment(rows) for rows in run]
-    first, slots, each = run[0].slot, run[-1].slot - run[0].slot + 1, max(rows.count for rows in run)
-    if len(run) == slots and all(rows.count == each for rows in run):
-        return [SlabRun(first, slots, each, run[0].begin)]
-    if each > _MAX_SCATTERED_ROWS or slots * each > (1 + _MAX_PADDING) * sum(rows.count for rows in run):
-        return [Segment(rows) for rows in run]
-    source = tuple(row for rows in run for row in range(rows.begin, rows.end))
-    place = tuple((rows.slot - first) * each + i for rows in run for i in range(rows.count))
-    return [ScatteredRun(first, slots, each, source, place)]
+        y: [rows, out of all members] and x: [rows, in], contiguous; row_slots: int32 [rows] on x's device.
+        On a GPU it must not look at any value on the host, so that a CUDA graph can capture it.
+        """
+        ...
 
 
 class LoraBatch:
@@ -121,51 +42,78 @@ class LoraBatch:
 
     def __init__(self) -> None:
         self.slabs: Slabs | None = None
-        self._ways: tuple[tuple[Way, Tensor | None, Tensor | None], ...] = ()
+        self.kernel: RowKernel | None = None
+        self._row_slots: Tensor | None = None  # int32 [rows]: what the kernel adds
+        self._runs: tuple[_Run, ...] = ()  # what plain products add
 
-    def set(self, ways: tuple[Way, ...], device: torch.device) -> None:
-        self._ways = tuple(
-            (way, torch.tensor(way.source, device=device), torch.tensor(way.place, device=device))
-            if isinstance(way, ScatteredRun)
-            else (way, None, None)
-            for way in ways
-        )
-
-    def add(self, group: int, offsets: tuple[int, ...], x: Tensor, y: Tensor) -> None:
-        """x: [rows, in]; y: [rows, out of all members], added to in place."""
+    def set(self, pieces: Sequence[Rows]) -> None:
+        """The next step's rows, in the batch's order."""
+        self._row_slots, self._runs = None, ()
         slabs = self.slabs
-        if not self._ways or slabs is None:
+        if slabs is None or all(piece.slot == BASE_SLOT for piece in pieces):
             return
-        ranks, a, b = slabs.ranks[group], slabs.a[group], slabs.b[group]
-        for way, source, place in self._ways:
-            if isinstance(way, Segment):
-                first, slots, each, begin = way.rows.slot, 1, way.rows.count, way.rows.begin
-            else:
-                first, slots, each = way.first, way.slots, way.each
-                begin = way.begin if isinstance(way, SlabRun) else 0
-            rank = max(ranks[first : first + slots])
-            if rank == 0:
-                continue
-            shrink = a[first : first + slots, :rank]  # [slots, rank, members, in]
-            expand = [slab[first : first + slots, :rank] for slab in b]  # members x [slots, rank, out]
-            if source is None or place is None:
-                mine = slice(begin, begin + slots * each)
-                _add_run(x[mine].view(slots, each, -1), y[mine].view(slots, each, -1), shrink, expand, offsets)
-            else:
-                padded = x.new_zeros(slots * each, x.shape[1])
-                padded[place] = x[source]
-                delta = y.new_zeros(slots, each, y.shape[1])
-                _add_run(padded.view(slots, each, -1), delta, shrink, expand, offsets)
-                y.index_add_(0, source, delta.view(slots * each, -1)[place])
+        ways = choose_ways(pieces, slabs.layouts, kernel=self.kernel is not None)
+        if ways and isinstance(ways[0], KernelRows):
+            self._row_slots = torch.tensor(ways[0].row_slots, dtype=torch.int32, device=slabs.memory.device)
+        self._runs = tuple(_Run(way, slabs) for way in ways if not isinstance(way, KernelRows))
+
+    def use(self, row_slots: Tensor) -> None:
+        """Every row goes through the kernel, by a tensor that the caller keeps and overwrites: for a captured graph.
+        row_slots: int32 [rows]."""
+        self._row_slots, self._runs = row_slots, ()
+
+    def add(self, group: int, x: Tensor, y: Tensor) -> None:
+        """x: [rows, in]; y: [rows, out of all members], added to in place."""
+        if self._row_slots is not None:
+            assert self.kernel is not None
+            assert self.slabs is not None
+            self.kernel.add(y, x, self._row_slots, self.slabs.groups[group])
+        for run in self._runs:
+            run.add(group, x, y)
 
 
-def _add_run(x: Tensor, y: Tensor, shrink: Tensor, expand: list[Tensor], offsets: tuple[int, ...]) -> None:
-    """x: [slots, each, in], y: [slots, each, out]; shrink: [slots, rank, members, in]; expand: [slots, rank, out_j]."""
-    slots, rank, members, width = shrink.shape
-    u = torch.bmm(x, shrink.reshape(slots, rank * members, width).transpose(1, 2))  # [slots, each, rank * members]
-    by_member = u.view(slots, -1, rank, members).permute(3, 0, 1, 2).contiguous()  # [members, slots, each, rank]
-    for member, weights in enumerate(expand):
-        y[:, :, offsets[member] : offsets[member + 1]].baddbmm_(by_member[member], weights)
+class _Run:
+    """Plain torch products for some rows of a step."""
+
+    def __init__(self, way: Segment | SlabRun | ScatteredRun, slabs: Slabs) -> None:
+        self._slabs = slabs
+        self._source = self._place = None
+        if isinstance(way, Segment):
+            self._first, self._slots, self._each, self._begin = way.rows.slot, 1, way.rows.count, way.rows.begin
+        elif isinstance(way, SlabRun):
+            self._first, self._slots, self._each, self._begin = way.first, way.slots, way.each, way.begin
+        else:
+            self._first, self._slots, self._each, self._begin = way.first, way.slots, way.each, 0
+            self._source = torch.tensor(way.source, device=slabs.memory.device)
+            self._place = torch.tensor(way.place, device=slabs.memory.device)
+
+    def add(self, group: int, x: Tensor, y: Tensor) -> None:
+        weights = self._slabs.span(group, self._first, self._slots)
+        if weights is None:
+            return
+        a, parts = weights
+        slots, each = self._slots, self._each
+        if self._source is not None and self._place is not None:
+            padded = x.new_zeros(slots * each, x.shape[1])
+            padded[self._place] = x[self._source]
+            delta = y.new_zeros(slots * each, y.shape[1])
+            _add_span(padded.view(slots, each, -1), delta.view(slots, each, -1), a, parts)
+            y.index_add_(0, self._source, delta[self._place])
+            return
+        mine = slice(self._begin, self._begin + slots * each)
+        if slots == 1:
+            u = x[mine] @ a[0].T  # [each, ranks of all members]
+            for columns, ranks, b in parts:
+                y[mine, columns].addmm_(u[:, ranks], b[0])
+        else:
+            _add_span(x[mine].view(slots, each, -1), y[mine].view(slots, each, -1), a, parts)
+
+
+def _add_span(x: Tensor, y: Tensor, a: Tensor, parts: Sequence[tuple[slice, slice, Tensor]]) -> None:
+    """x: [slots, each, in]; y: [slots, each, out]; a: [slots, ranks of all members, in]; b: [slots, rank, out_m]."""
+    u = torch.bmm(x, a.transpose(1, 2))  # [slots, each, ranks of all members]
+    for columns, ranks, b in parts:
+        y[:, :, columns].baddbmm_(u[:, :, ranks], b)
 
 
 class LoraGroup:
@@ -192,7 +140,7 @@ class LoraGroup:
     def _compute(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
-        self.batch.add(self.number, self.offsets, rows, y)
+        self.batch.add(self.number, rows, y)
         return y.view(*x.shape[:-1], -1)
 
 

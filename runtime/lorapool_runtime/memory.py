@@ -1,14 +1,21 @@
 """Memory of the device that costs nothing until it is touched, for `slabs` and `kv`.
 
-On CPU an anonymous mapping: torch.zeros would touch every page of a cache that may never fill.
+On CPU anonymous mappings: torch.zeros would touch every page of a cache that may never fill. `SlotMemory` also gives
+pages back, slot by slot, and asks the kernel how many a slot holds. No torch operator runs in its methods, so any
+thread may call them for a slot that nobody reads.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_HUGE = 2 * 2**20
+_CHUNK_BYTES = 256 * 2**10  # copied at one go: the thread can be taken off its core between two
 
 
 def anonymous_mapping(size_bytes: int) -> mmap.mmap:
@@ -20,3 +27,56 @@ def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devi
     if device.type != "cpu" or count == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(anonymous_mapping(count * dtype.itemsize), dtype=dtype).view(shape)
+
+
+class SlotMemory:
+    """`slots` stretches of equal size. A filled prefix lies in huge pages as far as it fills them (fewer faults when
+    filling, fewer misses when a kernel streams through it), its end in small ones, so that nothing is held unused."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self._unit = _HUGE if slot_bytes >= _HUGE else mmap.PAGESIZE
+        self.stride_bytes = -(-slot_bytes // self._unit) * self._unit
+        self.mapping = anonymous_mapping(slots * self.stride_bytes + self._unit)
+        self.mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        whole = np.frombuffer(self.mapping, dtype=np.uint8)
+        self.offset = -whole.ctypes.data % self._unit
+        """Bytes from the mapping's start to slot 0."""
+        self._bytes = whole[self.offset : self.offset + slots * self.stride_bytes]
+
+    def fill(self, slot: int, values: np.ndarray) -> None:
+        """values: uint8 [bytes]; from the slot's start on."""
+        begin = slot * self.stride_bytes
+        if self._unit == _HUGE and (huge := len(values) // _HUGE * _HUGE):
+            self.mapping.madvise(mmap.MADV_HUGEPAGE, self.offset + begin, huge)
+        for at in range(0, len(values), _CHUNK_BYTES):
+            part = values[at : at + _CHUNK_BYTES]
+            np.copyto(self._bytes[begin + at : begin + at + len(part)], part)  # numpy lets go of the GIL
+
+    def release(self, slot: int) -> int:
+        """Hands the pages back; they read as zeros afterwards. The bytes that came free, measured."""
+        before = self.resident_bytes(slot)
+        at = self.offset + slot * self.stride_bytes
+        self.mapping.madvise(mmap.MADV_DONTNEED, at, self.stride_bytes)
+        self.mapping.madvise(mmap.MADV_NOHUGEPAGE, at, self.stride_bytes)
+        return before - self.resident_bytes(slot)
+
+    def resident_bytes(self, slot: int) -> int:
+        return _resident_bytes(self._bytes.ctypes.data + slot * self.stride_bytes, self.stride_bytes)
+
+
+_EXCLUSIVE = 1 << 56  # /proc/PID/pagemap: mapped by this process alone, so not the shared zero page
+_SWAPPED = 1 << 62
+
+
+def _resident_bytes(address: int, size: int) -> int:
+    pages = size // mmap.PAGESIZE
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            pagemap.seek(address // mmap.PAGESIZE * 8)
+            entries = np.frombuffer(pagemap.read(pages * 8), dtype=np.uint64)
+        return int(np.count_nonzero(entries & np.uint64(_EXCLUSIVE | _SWAPPED))) * mmap.PAGESIZE
+    except OSError:  # a sandbox without pagemap: mincore also counts pages that were only ever read
+        present = (ctypes.c_ubyte * pages)()
+        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), present) != 0:
+            raise OSError(ctypes.get_errno(), "mincore failed") from None
+        return sum(flags & 1 for flags in present) * mmap.PAGESIZE

@@ -12,10 +12,10 @@ from torch import Tensor
 from lorapool_runtime.attention import PagedAttention
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams
 from lorapool_runtime.kv import KVPool
-from lorapool_runtime.lora import Rows, choose_ways
 from lorapool_runtime.model import Base, UnsupportedBaseError
 from lorapool_runtime.scheduler import Chunk, StepPlan
 from lorapool_runtime.sequence import Sequence
+from lorapool_runtime.ways import Rows
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the largest logit: rounding stays far below, a wrong mask or weight does not."""
@@ -40,7 +40,7 @@ class Runner:
             if chunk.samples:
                 keep.append(end - 1)
         device = self.base.device
-        self.base.lora.set(choose_ways(rows), device)
+        self.base.lora.set(rows)
         logits = self.base.logits(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),

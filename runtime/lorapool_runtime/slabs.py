@@ -1,42 +1,58 @@
-"""The weights of all adapter slots on the device: one stretch of memory, slot after slot.
+"""The weights of all adapter slots on the device: one stretch of memory, slot after slot, and where what lies in it.
 
-The engine thread writes and clears slots between two steps; `lora` multiplies with views that span many slots, so no
-weights are ever gathered per row. On CPU the memory is an anonymous mapping: a page that no adapter has touched costs
-nothing, and clearing a slot hands its pages back to the operating system (they read as zeros afterwards). How much
-a slot really occupies is asked of the kernel, not computed.
+A slot takes an adapter's bytes as they are (`layout`): one copy. While nobody can reference it, a slot is filled and
+emptied by any thread (`fill`, `release`: no torch operator, so the engine's cores stay its own); the engine thread
+alone makes it count, or not count, between two steps (`publish`, `withdraw`). On CPU the memory is an anonymous
+mapping: pages that no adapter has touched cost nothing, emptying hands them back to the operating system, and how
+much a slot really occupies is asked of the kernel, not computed.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorapool_runtime.memory import anonymous_mapping
+from lorapool_runtime.layout import Layout, first_linears, lay_out
+from lorapool_runtime.memory import SlotMemory
 from lorapool_runtime.targets import TargetGroup
 
-_LINE_BYTES = 64  # every part starts on a cache line
 
-
-class GroupWeights(Protocol):
-    """An adapter's part for one group, in host memory, scale folded into b."""
+class PackedWeights(Protocol):
+    """An adapter in host memory: what `adapter_file` makes."""
 
     @property
-    def a(self) -> np.ndarray: ...  # [rank, members, in]
+    def layout(self) -> Layout: ...
     @property
-    def b(self) -> tuple[np.ndarray, ...]: ...  # per member [rank, out]
+    def buffer(self) -> np.ndarray: ...  # [layout.elements], bfloat16 as its 16-bit patterns
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSlab:
+    """What a kernel needs to know of one group: the same tensors for the whole life of the process, so that a captured
+    graph may hold on to them. Slot s of member m has A [ranks[m, s], in] at memory[a_at[m, s]] and B
+    [ranks[m, s], out_m] at memory[b_at[m, s]]; the A of all members follow each other without a gap. Rank 0: nothing
+    to add."""
+
+    number: int
+    memory: Tensor  # [elements], all slots
+    ranks: Tensor  # int32 [members, slots]
+    a_at: Tensor  # int64 [members, slots], elements from the start of memory
+    b_at: Tensor  # int64 [members, slots]
+    in_features: int
+    out_features: tuple[int, ...]
+    max_rank: int
+
+
+Span = tuple[Tensor, tuple[tuple[slice, slice, Tensor], ...]]
 
 
 class Slabs:
-    """Per group and slot: A [max_rank, members, in], then per member B [max_rank, out]; rank is outermost, so that an
-    adapter of low rank touches and reads a prefix only."""
-
     def __init__(
         self,
         groups: Sequence[TargetGroup],
@@ -47,92 +63,128 @@ class Slabs:
         device: torch.device,
     ) -> None:
         self.slots, self.max_rank, self.dtype = slots, max_rank, dtype
-        offsets = [0]
-        line = _LINE_BYTES // dtype.itemsize
-        for group in groups:
-            for width in (group.size * group.in_features, *group.out_features):
-                offsets.append(offsets[-1] + -(-max_rank * width // line) * line)
-        page = mmap.PAGESIZE // dtype.itemsize
-        self._stride = -(-offsets[-1] // page) * page
-        self.slot_bytes = self._stride * dtype.itemsize
-        self._mapping = _small_page_mapping(slots * self.slot_bytes) if device.type == "cpu" and offsets[-1] else None
-        if self._mapping is not None:
-            self._memory = torch.frombuffer(self._mapping, dtype=dtype)  # [slots * stride]
-        else:
-            self._memory = torch.zeros(slots * self._stride, dtype=dtype, device=device)
-        self.a: list[Tensor] = []  # per group [slots, max_rank, members, in]
-        self.b: list[tuple[Tensor, ...]] = []  # per group and member [slots, max_rank, out]
-        at = iter(pairwise(offsets))
-        for group in groups:
-            start, _ = next(at)
-            shape = (slots, max_rank, group.size, group.in_features)
-            strides = (self._stride, group.size * group.in_features, group.in_features, 1)
-            self.a.append(self._memory.as_strided(shape, strides, start))
-            self.b.append(
-                tuple(
-                    self._memory.as_strided((slots, max_rank, out), (self._stride, out, 1), next(at)[0])
-                    for out in group.out_features
-                )
+        linears = sum(group.size for group in groups)
+        whole = lay_out(tuple(groups), (max_rank,) * linears, dtype.itemsize)
+        self._memory: SlotMemory | None = None
+        if device.type == "cpu" and whole.elements:
+            self._memory = SlotMemory(slots, whole.elements * dtype.itemsize)
+            self.slot_bytes = self._memory.stride_bytes
+            self.memory = torch.frombuffer(
+                self._memory.mapping,
+                dtype=dtype,
+                count=slots * self.slot_bytes // dtype.itemsize,
+                offset=self._memory.offset,
             )
-        self.ranks = [[0] * slots for _ in groups]
-        """[group][slot]: 0 where the slot has nothing for the group."""
+        else:
+            self.slot_bytes = whole.elements * dtype.itemsize
+            self.memory = torch.zeros(slots * whole.elements, dtype=dtype, device=device)
+        self._stride = self.slot_bytes // dtype.itemsize
+        self._host_tables = torch.zeros(3, linears, slots, dtype=torch.int64)  # ranks, a_at, b_at
+        self._ranks = torch.zeros(linears, slots, dtype=torch.int32, device=device)
+        self._places = torch.zeros(2, linears, slots, dtype=torch.int64, device=device)
+        self.layouts: list[Layout | None] = [None] * slots
+        """What is published, by slot. Read by any thread, changed by the engine thread alone."""
+        self._spans: dict[tuple[int, int, int], Span | None] = {}  # views are dear to make; gone when a slot changes
+        self.firsts = first_linears(groups)
+        self.groups = tuple(
+            self._group(n, first, group) for n, (first, group) in enumerate(zip(self.firsts, groups, strict=True))
+        )
 
-    def write(self, slot: int, weights: dict[int, GroupWeights]) -> None:
-        """Copies an adapter into an empty slot; `weights` by group number."""
-        if self.occupied(slot):
-            raise ValueError(f"slot {slot} is not empty")
-        for number, part in weights.items():
-            rank = part.a.shape[0]
-            self.a[number][slot, :rank].copy_(self._tensor(part.a))
-            for slab, b in zip(self.b[number], part.b, strict=True):
-                slab[slot, :rank].copy_(self._tensor(b))
-            self.ranks[number][slot] = rank
+    def _group(self, number: int, first: int, group: TargetGroup) -> GroupSlab:
+        mine = slice(first, first + group.size)
+        return GroupSlab(
+            number=number,
+            memory=self.memory,
+            ranks=self._ranks[mine],
+            a_at=self._places[0, mine],
+            b_at=self._places[1, mine],
+            in_features=group.in_features,
+            out_features=group.out_features,
+            max_rank=self.max_rank,
+        )
 
-    def occupied(self, slot: int) -> bool:
-        return any(ranks[slot] for ranks in self.ranks)
+    # --- any thread, while the slot is not published ---
 
-    def clear(self, slot: int) -> int:
-        """Makes the slot all zeros; the bytes given back to the operating system (on a GPU the slot stays reserved)."""
-        for ranks in self.ranks:
-            ranks[slot] = 0
-        if self._mapping is None:
-            self._memory[slot * self._stride : (slot + 1) * self._stride].zero_()
-            return 0
-        before = self.resident_bytes(slot)
-        self._mapping.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
-        return before - self.resident_bytes(slot)
+    def fill(self, slot: int, weights: PackedWeights) -> None:
+        """Copies the bytes of an adapter. On a GPU only the engine thread may call it."""
+        self._refuse_published(slot)
+        layout, buffer = weights.layout, weights.buffer
+        if layout.elements > self._stride or layout.rank > self.max_rank:
+            raise ValueError(f"an adapter of rank {layout.rank} does not fit slots of rank {self.max_rank}")
+        if self._memory is not None:
+            self._memory.fill(slot, buffer.view(np.uint8))
+            return
+        values = torch.from_numpy(buffer)
+        start = slot * self._stride
+        self.memory[start : start + layout.elements].copy_(values.view(self.dtype), non_blocking=True)
+
+    def release(self, slot: int) -> int:
+        """Gives the slot's memory back to the operating system: the bytes that came free (none on a GPU)."""
+        self._refuse_published(slot)
+        return 0 if self._memory is None else self._memory.release(slot)
 
     def resident_bytes(self, slot: int) -> int:
         """What the slot occupies now, as the kernel counts it; on a GPU its reserved share."""
-        if self._mapping is None:
-            return self.slot_bytes
-        return _resident_bytes(self._memory.data_ptr() + slot * self.slot_bytes, self.slot_bytes)
+        return self.slot_bytes if self._memory is None else self._memory.resident_bytes(slot)
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if tensor.dtype == self.dtype else tensor.view(self.dtype)
+    # --- the engine thread, between two steps ---
 
+    def publish(self, slot: int, layout: Layout) -> None:
+        """From the next step on rows of this slot get what was filled in."""
+        self._refuse_published(slot)
+        base = slot * self._stride
+        entries = torch.tensor([(p.rank, base + p.a_at, base + p.b_at) for p in layout.pieces], dtype=torch.int64)
+        self._host_tables[:, :, slot] = entries.T
+        self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
+        self._places[:, :, slot] = self._host_tables[1:, :, slot].to(self._places)
+        self.layouts[slot] = layout
+        self._spans.clear()
 
-def _small_page_mapping(size: int) -> mmap.mmap:
-    mapping = anonymous_mapping(size)
-    # a huge page would be filled whole by the first row of a low-rank adapter
-    mapping.madvise(mmap.MADV_NOHUGEPAGE)
-    return mapping
+    def withdraw(self, slot: int) -> None:
+        """From the next step on the slot adds nothing to any row."""
+        self.layouts[slot] = None
+        self._spans.clear()
+        self._host_tables[0, :, slot] = 0
+        self._ranks[:, slot] = 0
 
+    def occupied(self, slot: int) -> bool:
+        return self.layouts[slot] is not None
 
-_EXCLUSIVE = 1 << 56  # /proc/PID/pagemap: mapped by this process alone, so not the shared zero page
-_SWAPPED = 1 << 62
+    # --- views, for plain products ---
 
+    def span(self, group: int, first: int, slots: int) -> Span | None:
+        """Slots first..first+slots-1, which must share a layout (unused ones between may hold anything): A
+        [slots, ranks of all members, in], and per member with a rank its columns of y, its part of the ranks, its B
+        [slots, rank, out]. None where the adapter has nothing for the group."""
+        key = (group, first, slots)
+        if key not in self._spans:
+            self._spans[key] = self._span(self.groups[group], first, slots)
+        return self._spans[key]
 
-def _resident_bytes(address: int, size: int) -> int:
-    pages = size // mmap.PAGESIZE
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            pagemap.seek(address // mmap.PAGESIZE * 8)
-            entries = np.frombuffer(pagemap.read(pages * 8), dtype=np.uint64)
-        return int(np.count_nonzero(entries & np.uint64(_EXCLUSIVE | _SWAPPED))) * mmap.PAGESIZE
-    except OSError:  # a sandbox without pagemap: mincore also counts pages that were only ever read
-        present = (ctypes.c_ubyte * pages)()
-        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), present) != 0:
-            raise OSError(ctypes.get_errno(), "mincore failed") from None
-        return sum(flags & 1 for flags in present) * mmap.PAGESIZE
+    def _span(self, group: GroupSlab, first: int, slots: int) -> Span | None:
+        layout = self.layouts[first]
+        if layout is None:
+            return None
+        start = self.firsts[group.number]
+        pieces = layout.pieces[start : start + len(group.out_features)]
+        ranks = list(accumulate((piece.rank for piece in pieces), initial=0))
+        columns = list(accumulate(group.out_features, initial=0))
+        if ranks[-1] == 0:
+            return None
+        parts = tuple(
+            (
+                slice(columns[member], columns[member + 1]),
+                slice(ranks[member], ranks[member + 1]),
+                self._view(first, slots, piece.rank, piece.out_features, piece.b_at),
+            )
+            for member, piece in enumerate(pieces)
+            if piece.rank
+        )
+        return self._view(first, slots, ranks[-1], group.in_features, pieces[0].a_at), parts
+
+    def _view(self, first: int, slots: int, rows: int, width: int, at: int) -> Tensor:
+        return self.memory.as_strided((slots, rows, width), (self._stride, width, 1), first * self._stride + at)
+
+    def _refuse_published(self, slot: int) -> None:
+        if self.layouts[slot] is not None:
+            raise ValueError(f"slot {slot} is not empty")

@@ -72,24 +72,27 @@ def reweight(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
     save_file(tensors, path)
 
 
+QKV0 = range(3)  # the numbers of layer 0's first three linears
+
+
 def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
     adapter = read(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert (adapter.rank, adapter.target_modules) == (4, ("q_proj", "v_proj"))
-    assert adapter.weights.keys() == {0, 4}
-    part = adapter.weights[0]
-    assert part.a.shape == (4, 3, 64)
-    np.testing.assert_array_equal(part.a[:, 0], tensors[f"{Q0}.lora_A.weight"].numpy())
-    np.testing.assert_array_equal(part.b[0], tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
-    assert not part.a[:, 1].any()  # k is left alone
-    assert not part.b[1].any()
-    assert adapter.host_bytes == sum(w.a.nbytes + sum(b.nbytes for b in w.b) for w in adapter.weights.values())
+    q, k, v = (adapter.layout.pieces[i] for i in QKV0)
+    np.testing.assert_array_equal(q.a(adapter.buffer), tensors[f"{Q0}.lora_A.weight"].numpy())
+    np.testing.assert_array_equal(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
+    assert (q.rank, k.rank, v.rank) == (4, 0, 4)  # k is left alone
+    assert sum(piece.rank for piece in adapter.layout.pieces) == 4 * 4
+    weights = sum(tensor.numel() * 4 for tensor in tensors.values())
+    assert weights <= adapter.host_bytes == adapter.buffer.nbytes < weights + 64 * len(tensors)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
-    plain = read(folder).weights[0].b[0]
+    plain = read(folder)
     configure(folder, use_rslora=True)
-    np.testing.assert_allclose(read(folder).weights[0].b[0], plain * math.sqrt(4), rtol=1e-6)
+    got, q = read(folder).buffer, plain.layout.pieces[0]
+    np.testing.assert_allclose(q.b(got), q.b(plain.buffer) * math.sqrt(4), rtol=1e-6)
 
 
 def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
@@ -102,18 +105,18 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
         rank_pattern={"layers.0.self_attn.q_proj": 2},
         alpha_pattern={"v_proj": 12},
     )
-    tensors, part = load_file(made / "adapter_model.safetensors"), read(made).weights[0]
-    assert part.a.shape[0] == 4
-    assert not part.a[2:, 0].any()
-    np.testing.assert_allclose(part.b[0][:2], tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
-    v = tensors[f"{Q0.replace('q_proj', 'v_proj')}.lora_B.weight"].numpy()
-    np.testing.assert_allclose(part.b[2], v.T * 3)
+    tensors, adapter = load_file(made / "adapter_model.safetensors"), read(made)
+    q, _, v = (adapter.layout.pieces[i] for i in QKV0)
+    assert (q.rank, v.rank) == (2, 4)
+    np.testing.assert_allclose(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
+    want = tensors[f"{Q0.replace('q_proj', 'v_proj')}.lora_B.weight"].numpy().T * 3
+    np.testing.assert_allclose(v.b(adapter.buffer), want)
 
 
 def test_bfloat16_is_rounded_to_nearest_even_like_torch(folder: Path) -> None:
-    part = read(folder, dtype="bfloat16").weights[0]
+    adapter = read(folder, dtype="bfloat16")
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].to(torch.bfloat16)
-    got = torch.from_numpy(np.ascontiguousarray(part.a[:, 0])).view(torch.bfloat16)
+    got = torch.from_numpy(adapter.layout.pieces[0].a(adapter.buffer)).view(torch.bfloat16)
     assert torch.equal(got, want)
 
 
@@ -124,7 +127,8 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
 
     reweight(folder, halve)
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].float()
-    np.testing.assert_array_equal(read(folder).weights[0].a[:, 0], want.numpy())
+    adapter = read(folder)
+    np.testing.assert_array_equal(adapter.layout.pieces[0].a(adapter.buffer), want.numpy())
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ def load(engine: TorchEngine, world: PeftWorld, name: str, slot: int, *, poison:
     adapter = engine.read_adapter(str(world.adapters[name]), max_rank=16)
     assert isinstance(adapter, PackedAdapter)
     if poison:  # what the check at reading would have refused
-        for part in adapter.weights.values():
-            part.a[...] = np.nan
+        adapter.buffer[:] = np.nan
     engine.load(slot, adapter).result(10)
 
 

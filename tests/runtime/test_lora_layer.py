@@ -7,15 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
+from lora_kit import RandomAdapter
 from torch import Tensor, nn
 
-from lorapool_runtime.adapter_file import HostWeights
+from lorapool_runtime.layout import lay_out
 from lorapool_runtime.linear import FusedLinear
-from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear, Rows, ScatteredRun, Segment, SlabRun, choose_ways
+from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear
 from lorapool_runtime.slabs import Slabs
 from lorapool_runtime.targets import TargetGroup
+from lorapool_runtime.ways import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
 
 WIDTH, OUTS, SLOTS, MAX_RANK = 24, (20, 12), 6, 8
+RANKS = ((4, 4), (4, 4), (4, 4), (1, 8), (0, 3), (7, 2))  # per slot, of the two linears
 CPU = torch.device("cpu")
 
 
@@ -31,29 +34,23 @@ class World:
         self.batch.slabs = self.slabs
         rng = np.random.default_rng(0)
         self.weights = {}
-        for slot in range(SLOTS):
-            rank = 1 + slot
-            part = HostWeights(
-                rng.standard_normal((rank, 2, WIDTH)).astype(np.float32),
-                tuple(rng.standard_normal((rank, out)).astype(np.float32) for out in OUTS),
-            )
-            self.weights[slot] = part
-            self.slabs.write(slot, {0: part})
+        for slot, ranks in enumerate(RANKS):
+            self.weights[slot] = RandomAdapter((group,), ranks, rng)
+            self.slabs.fill(slot, self.weights[slot])
+            self.slabs.publish(slot, self.weights[slot].layout)
         lora = LoraGroup(0, group, FusedLinear(self.linears), self.batch)
         self.modules = [LoraLinear(lora, member) for member in range(2)]
 
     def run(self, slots: list[int], x: Tensor) -> list[Tensor]:
-        self.batch.set(choose_ways(Rows(slot, i, i + 1) for i, slot in enumerate(slots)), CPU)
+        self.batch.set([Rows(slot, i, i + 1) for i, slot in enumerate(slots)])
         return [module(x[None])[0] for module in self.modules]
 
     def expected(self, slots: list[int], x: Tensor) -> list[Tensor]:
         outs = [linear(x) for linear in self.linears]
         for i, slot in enumerate(slots):
             if slot >= 0:
-                part = self.weights[slot]
                 for member in range(2):
-                    u = x[i] @ torch.from_numpy(part.a[:, member]).T
-                    outs[member][i] += u @ torch.from_numpy(part.b[member])
+                    outs[member][i] += self.weights[slot].delta(member, x[i])
         return outs
 
 
@@ -98,7 +95,9 @@ def test_a_slot_full_of_nan_reaches_its_own_rows_only() -> None:
     x = torch.randn(len(slots), WIDTH)
     clean = world.run(slots, x)
     for sick in (1, 2, 3):
-        world.slabs.a[0][sick] = float("nan")
+        span = world.slabs.span(0, sick, 1)
+        assert span is not None
+        span[0].fill_(float("nan"))
     for got, wanted in zip(world.run(slots, x), clean, strict=True):
         assert torch.equal(got[[0, 1, 4, 5]], wanted[[0, 1, 4, 5]])
         assert bool(got[[2, 3]].isnan().all())
@@ -107,7 +106,7 @@ def test_a_slot_full_of_nan_reaches_its_own_rows_only() -> None:
 def test_an_unloaded_slot_adds_nothing() -> None:
     world = World()
     x = torch.randn(3, WIDTH)
-    world.slabs.clear(1)
+    world.slabs.withdraw(1)
     del world.weights[1]
     got = world.run([0, 1, 2], x)
     assert torch.allclose(got[0][1], world.linears[0](x)[1], atol=1e-5)
@@ -138,21 +137,41 @@ def test_fusing_leaves_the_original_weights_alone() -> None:
     assert torch.equal(linear.weight, before)
 
 
+SAME, OTHER = lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4), lay_out((TargetGroup(("a",), 4, (4,)),), (3,), 4)
+
+
 def test_distinct_neighbours_are_one_run_and_a_base_batch_is_nothing() -> None:
-    assert choose_ways([Rows(-1, 0, 4)]) == ()
-    assert choose_ways([Rows(i, i, i + 1) for i in range(4)]) == (SlabRun(0, 4, 1, 0),)
-    assert choose_ways([Rows(3, 0, 5)]) == (Segment(Rows(3, 0, 5)),)
-    assert choose_ways([Rows(0, 0, 1), Rows(1, 1, 3)]) == (ScatteredRun(0, 2, 2, (0, 1, 2), (0, 2, 3)),)
+    layouts = [SAME] * 4
+    assert choose_ways([Rows(-1, 0, 4)], layouts, kernel=False) == ()
+    run = [Rows(i, i, i + 1) for i in range(4)]
+    assert choose_ways(run, layouts, kernel=False) == (SlabRun(0, 4, 1, 0),)
+    assert choose_ways([Rows(3, 0, 5)], layouts, kernel=False) == (Segment(Rows(3, 0, 5)),)
+    assert choose_ways([Rows(0, 0, 1), Rows(1, 1, 3)], layouts, kernel=False) == (
+        ScatteredRun(0, 2, 2, (0, 1, 2), (0, 2, 3)),
+    )
 
 
+def test_slots_of_different_layouts_share_no_run() -> None:
+    run = [Rows(i, i, i + 1) for i in range(4)]
+    assert choose_ways(run, [SAME, SAME, OTHER, OTHER], kernel=False) == (SlabRun(0, 2, 1, 0), SlabRun(2, 2, 1, 2))
+
+
+def test_equal_layouts_are_one_object() -> None:
+    assert lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4) is SAME
+
+
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_the_ways_cover_each_adapter_row_exactly_once(seed: int) -> None:
+def test_the_ways_cover_each_adapter_row_exactly_once(seed: int, kernel: bool) -> None:
     rng = random.Random(seed)
+    layouts = rng.choices([SAME, OTHER], k=12)
     slots = sorted(rng.choices(range(-1, 12), k=rng.randrange(1, 24)))
     slots += sorted(s for slot in rng.sample(range(-1, 12), k=3) for s in [slot] * rng.choice([1, 9, 9, 30]))
     covered: dict[int, int] = {}
-    for way in choose_ways(Rows(slot, i, i + 1) for i, slot in enumerate(slots)):
-        if isinstance(way, Segment):
+    for way in choose_ways([Rows(slot, i, i + 1) for i, slot in enumerate(slots)], layouts, kernel=kernel):
+        if isinstance(way, KernelRows):
+            found = {row: slot for row, slot in enumerate(way.row_slots) if slot >= 0}
+        elif isinstance(way, Segment):
             found = dict.fromkeys(range(way.rows.begin, way.rows.end), way.rows.slot)
         elif isinstance(way, SlabRun):
             found = {way.begin + i: way.first + i // way.each for i in range(way.slots * way.each)}

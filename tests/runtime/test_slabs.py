@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from lora_kit import RandomAdapter
 
 from lorapool_runtime.slabs import Slabs
 from lorapool_runtime.targets import TargetGroup
@@ -15,24 +15,28 @@ from lorapool_runtime.targets import TargetGroup
 GROUPS = (TargetGroup(("q", "k"), 512, (512, 128)), TargetGroup(("o",), 512, (512,)))
 
 
-@dataclass(frozen=True)
-class Part:
-    a: np.ndarray
-    b: tuple[np.ndarray, ...]
+def adapter(rank: int, value: float = 1.0, dtype: torch.dtype = torch.float32) -> RandomAdapter:
+    made = RandomAdapter(GROUPS, (rank,) * 3, np.random.default_rng(0), dtype)
+    made.tensor.fill_(value)
+    return made
 
 
-def weights(rank: int, value: float = 1.0) -> dict[int, Part]:
-    return {
-        number: Part(
-            np.full((rank, group.size, group.in_features), value, np.float32),
-            tuple(np.full((rank, out), value, np.float32) for out in group.out_features),
-        )
-        for number, group in enumerate(GROUPS)
-    }
+def slabs(dtype: torch.dtype = torch.float32, max_rank: int = 64) -> Slabs:
+    return Slabs(GROUPS, slots=3, max_rank=max_rank, dtype=dtype, device=torch.device("cpu"))
 
 
-def slabs(dtype: torch.dtype = torch.float32) -> Slabs:
-    return Slabs(GROUPS, slots=3, max_rank=64, dtype=dtype, device=torch.device("cpu"))
+def load(made: Slabs, slot: int, weights: RandomAdapter) -> None:
+    made.fill(slot, weights)
+    made.publish(slot, weights.layout)
+
+
+def parts(made: Slabs, slot: int) -> list[torch.Tensor]:
+    found = []
+    for group in range(len(GROUPS)):
+        span = made.span(group, slot, 1)
+        assert span is not None
+        found += [span[0], *(b for _, _, b in span[1])]
+    return found
 
 
 def test_an_untouched_slot_costs_nothing() -> None:
@@ -40,60 +44,74 @@ def test_an_untouched_slot_costs_nothing() -> None:
     assert [made.resident_bytes(slot) for slot in range(3)] == [0, 0, 0]
 
 
-def test_a_low_rank_touches_its_own_bytes_only() -> None:
-    made = slabs()
-    made.write(1, weights(rank=4))
-    written = sum(p.a.nbytes + sum(b.nbytes for b in p.b) for p in weights(4).values())
-    pages_at_edges = 2 * 5 * mmap.PAGESIZE
-    assert written <= made.resident_bytes(1) <= written + pages_at_edges
-    assert made.slot_bytes > 8 * made.resident_bytes(1)
+@pytest.mark.parametrize("max_rank", [64, 1024])  # 1024: slots of 13 MB, which use huge pages
+def test_a_low_rank_touches_its_own_bytes_only(max_rank: int) -> None:
+    made, weights = slabs(max_rank=max_rank), adapter(rank=max_rank // 3)
+    load(made, 1, weights)
+    assert weights.buffer.nbytes <= made.resident_bytes(1) < weights.buffer.nbytes + mmap.PAGESIZE
     assert (made.resident_bytes(0), made.resident_bytes(2)) == (0, 0)
 
 
 def test_reading_a_slot_does_not_count_as_having_it() -> None:
     made = slabs()
-    assert float(made.a[0].sum()) == 0
+    assert float(made.memory.sum()) == 0
     assert made.resident_bytes(0) == 0
 
 
-def test_clearing_gives_back_what_was_measured_and_leaves_zeros() -> None:
-    made = slabs()
-    made.write(0, weights(4, 2.0))
-    made.write(1, weights(8, 3.0))
+@pytest.mark.parametrize("max_rank", [64, 1024])
+def test_releasing_gives_back_what_was_measured_and_leaves_zeros(max_rank: int) -> None:
+    made = slabs(max_rank=max_rank)
+    load(made, 0, adapter(max_rank // 2, 2.0))
+    load(made, 1, adapter(max_rank, 3.0))
     held = made.resident_bytes(1)
-    assert made.clear(1) == held > 0
+    made.withdraw(1)
+    assert made.release(1) == held > 0
     assert made.resident_bytes(1) == 0
-    assert all(float(slab[1].abs().sum()) == 0 for slab in (*made.a, *made.b[0], *made.b[1]))
-    assert float(made.a[0][0, :4].mean()) == 2.0
+    stride = made.slot_bytes // 4
+    assert not made.memory[stride : 2 * stride].any()
+    assert all(bool((part == 2.0).all()) for part in parts(made, 0))
     assert not made.occupied(1)
 
 
-def test_a_slot_is_written_only_when_empty() -> None:
+def test_a_published_slot_is_neither_filled_nor_released() -> None:
     made = slabs()
-    made.write(2, weights(2))
-    with pytest.raises(ValueError, match="not empty"):
-        made.write(2, weights(2))
+    load(made, 2, adapter(2))
+    for forbidden in (lambda: made.fill(2, adapter(2)), lambda: made.release(2)):
+        with pytest.raises(ValueError, match="not empty"):
+            forbidden()
 
 
-def test_ranks_are_known_per_group_and_slot() -> None:
-    made = slabs()
-    made.write(2, {1: weights(5)[1]})
-    assert made.ranks == [[0, 0, 0], [0, 0, 5]]
+def test_an_adapter_above_the_slots_rank_is_not_filled_in() -> None:
+    made = slabs(max_rank=4)
+    with pytest.raises(ValueError, match="does not fit"):
+        made.fill(0, adapter(5))
+
+
+def test_the_tables_say_where_the_slot_has_what() -> None:
+    made, weights = slabs(), RandomAdapter(GROUPS, (5, 0, 3), np.random.default_rng(1))
+    load(made, 2, weights)
+    linears = [(group, member) for group in made.groups for member in range(len(group.out_features))]
+    assert [int(group.ranks[member, 2]) for group, member in linears] == [5, 0, 3]
+    for number, (group, member) in enumerate(linears):
+        assert not group.ranks[member, :2].any()
+        if rank := int(group.ranks[member, 2]):
+            a_at, b_at = int(group.a_at[member, 2]), int(group.b_at[member, 2])
+            width, out = group.in_features, group.out_features[member]
+            assert torch.equal(group.memory[a_at : a_at + rank * width].view(rank, width), weights.a(number))
+            assert torch.equal(group.memory[b_at : b_at + rank * out].view(rank, out), weights.b(number))
 
 
 def test_bfloat16_arrives_bit_for_bit() -> None:
-    made = slabs(torch.bfloat16)
-    bits = np.full((2, 1, 512), 0x3F80, np.uint16)  # 1.0
-    made.write(0, {1: Part(bits, (np.full((2, 512), 0xC000, np.uint16),))})  # -2.0
-    assert float(made.a[1][0, :2].float().mean()) == 1.0
-    assert float(made.b[1][0][0, :2].float().mean()) == -2.0
+    made, weights = slabs(torch.bfloat16), RandomAdapter(GROUPS, (3, 2, 1), np.random.default_rng(2), torch.bfloat16)
+    load(made, 0, weights)
+    assert torch.equal(made.memory[: weights.layout.elements].view(torch.int16), weights.tensor.view(torch.int16))
 
 
 def test_slots_do_not_overlap_and_start_on_pages() -> None:
     made = slabs()
     assert made.slot_bytes % mmap.PAGESIZE == 0
+    assert made.memory.data_ptr() % mmap.PAGESIZE == 0
     for slot in range(3):
-        made.write(slot, weights(64, float(slot + 1)))
+        load(made, slot, adapter(64, float(slot + 1)))
     for slot in range(3):
-        for slab in (*made.a, *made.b[0], *made.b[1]):
-            assert bool((slab[slot] == slot + 1).all())
+        assert all(bool((part == slot + 1).all()) for part in parts(made, slot))
