@@ -18,6 +18,7 @@ from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.cores import usable_memory_bytes
 from lorapool_runtime.interface import (
     BASE_SLOT,
+    ConstraintError,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -31,6 +32,7 @@ from lorapool_runtime.model import Base, load_base
 from lorapool_runtime.runner import Runner
 from lorapool_runtime.sampling import Sampled, SampleRow, check_params, sample
 from lorapool_runtime.scheduler import Scheduler, StepPlan
+from lorapool_runtime.scoring import score_prompts
 from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.slabs import Slabs
 
@@ -84,6 +86,8 @@ class Core:
         """Called in the caller's thread: reads only what never changes."""
         prompt, params, facts = request.prompt_ids, request.sampling, self.facts
         check_params(params, facts.vocab_size)
+        if request.prompt_logprobs is not None and not 0 <= request.prompt_logprobs <= facts.vocab_size:
+            raise ValueError(f"prompt_logprobs must be within [0, {facts.vocab_size}], not {request.prompt_logprobs}")
         if not prompt:
             raise ValueError("the prompt has no tokens")
         if len(prompt) + params.max_tokens > facts.max_model_len:
@@ -130,7 +134,7 @@ class Core:
 
     def step(self) -> list[TokenOutput]:
         plan = self.scheduler.schedule()
-        logits = self.runner.run(plan)
+        logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         sampled = sample(logits, [_sample_row(sequence) for sequence in sampling])
         self._count(plan)
@@ -140,30 +144,43 @@ class Core:
 
     def _settle(self, sequence: Sequence, sampled: Sampled) -> list[TokenOutput]:
         """One row's result: a token, and perhaps the end."""
-        if sampled.token_id is None:
-            return self.end(sequence.request_id, FinishReason.ERROR, "the model's output is not finite")
-        sequence.append(sampled.token_id)
-        self._generated_tokens += 1
-        params = sequence.request.sampling
-        stops = sampled.token_id in params.stop_token_ids or (
-            not params.ignore_eos and sampled.token_id in self.facts.eos_token_ids
-        )
-        reason = FinishReason.STOP if stops else None
-        if reason is None and sequence.generated >= params.max_tokens:
-            reason = FinishReason.LENGTH
+        error = sampled.error if sampled.token_id is None else sequence.fault
+        if error is not None:
+            return self.end(sequence.request_id, FinishReason.ERROR, error)
+        scores = tuple(sequence.prompt_logprobs) if sequence.scores_prompt else None
+        stops, reason = False, FinishReason.LENGTH if sequence.request.sampling.max_tokens == 0 else None
+        if reason is None and sampled.token_id is not None:
+            sequence.append(sampled.token_id)
+            self._generated_tokens += 1
+            try:
+                stops, reason = self._end_of(sequence, sampled.token_id)
+            except ConstraintError as refusal:
+                return self.end(sequence.request_id, FinishReason.ERROR, str(refusal))
         output = TokenOutput(
             request_id=sequence.request_id,
-            token_id=sampled.token_id,
-            text_token=not stops,
+            token_id=sampled.token_id if sequence.generated else None,
+            text_token=bool(sequence.generated) and not stops,
             prompt_tokens=sequence.prompt_tokens,
             completion_tokens=sequence.generated,
             finish_reason=reason,
-            logprob=sampled.logprob,
+            logprob=sampled.logprob if sequence.generated else None,
+            prompt_logprobs=scores,
         )
         if reason is not None:
             del self._sequences[sequence.request_id]
             self.scheduler.finish(sequence, reason)
         return [output]
+
+    def _end_of(self, sequence: Sequence, token_id: int) -> tuple[bool, FinishReason | None]:
+        """Whether the token just taken is an end-of-sequence token, and why the sequence ends with it, if it does."""
+        request, params = sequence.request, sequence.request.sampling
+        if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.facts.eos_token_ids):
+            return True, FinishReason.STOP
+        if request.constraint is not None:
+            request.constraint.accept(token_id)
+            if request.constraint.complete:
+                return False, FinishReason.STOP
+        return False, FinishReason.LENGTH if sequence.generated >= params.max_tokens else None
 
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
@@ -253,6 +270,7 @@ def _sample_row(sequence: Sequence) -> SampleRow:
         position=sequence.generated,
         prompt_ids=sequence.request.prompt_ids,
         generated_counts=sequence.generated_counts,
+        constraint=sequence.request.constraint,
     )
 
 

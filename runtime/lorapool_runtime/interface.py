@@ -30,6 +30,7 @@ class SamplingParams:
     """Per request, independent of who shares the batch. temperature 0 is greedy."""
 
     max_tokens: int
+    """0 computes the prompt and generates nothing."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -46,6 +47,33 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
+class ConstraintError(Exception):
+    """The constraint cannot say what may come next (it ran out of its own bounds); ends its own request only."""
+
+
+class TokenConstraint(Protocol):
+    """What one sequence may say next. Made for one request; from `submit` on the engine's thread alone calls it.
+
+    Its state moves with the tokens the sequence has generated, so being pre-empted and recomputed does not touch it.
+    """
+
+    def mask(self) -> bytes:
+        """One bit per token of the vocabulary, set where it may come next; lowest bit of the first byte is token 0.
+
+        A token beyond the last bit may not come. Raises ConstraintError.
+        """
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """The sequence took this token. Raises ConstraintError."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Nothing but the end may come: the engine ends the sequence with STOP."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     request_id: str
@@ -55,6 +83,10 @@ class GenerationRequest:
     cache_salt: str
     """Identity of the weights (`base` or the adapter's digest): never two salts on one cached block."""
     sampling: SamplingParams
+    prompt_logprobs: int | None = None
+    """n >= 0: each prompt token's log-probability after those before it, and the n likeliest. Such a prompt is always
+    computed whole: no part of it is taken from a prefix cache."""
+    constraint: TokenConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +102,7 @@ class TokenOutput:
 
     request_id: str
     token_id: int | None
-    """None for an end without a token (cancelled, error)."""
+    """None for an end without a token (cancelled, error, `max_tokens` 0)."""
     text_token: bool
     """False for an end-of-sequence token, which is counted but not text."""
     prompt_tokens: int
@@ -79,6 +111,8 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of the prompt's tokens from the second on, with the first output of a request that asked for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""One step's tensors: from the scheduler's plan to the logits of the rows that sample.
+"""One step's tensors: from the scheduler's plan to the logits of the rows that are asked for.
 
 The engine thread calls `run`; the runner holds no request's state. `self_check` proves at start that the fitted
 model (packed layers, paged attention, chunks, decoding) still computes what the stock one does.
@@ -26,7 +26,7 @@ class Runner:
         self.base, self.pool = base, pool
 
     def run(self, plan: StepPlan) -> Tensor:
-        """[rows, vocabulary] for the chunks that sample, in the plan's order."""
+        """[rows, vocabulary] of each chunk's `logit_rows`, in the plan's order."""
         self.pool.wipe(plan.fresh_blocks)
         token_ids: list[int] = []
         positions: list[int] = []
@@ -37,8 +37,7 @@ class Runner:
             token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
             positions += range(chunk.start, chunk.start + chunk.num_tokens)
             rows.append(Rows(chunk.sequence.slot, begin, end))
-            if chunk.samples:
-                keep.append(end - 1)
+            keep += [begin + row for row in chunk.logit_rows]
         device = self.base.device
         self.base.lora.set(rows)
         logits = self.base.logits(

@@ -29,6 +29,13 @@ class Chunk:
         """Whether the sequence's last token is in it, so that a new one is sampled."""
         return self.start + self.num_tokens == len(self.sequence.tokens)
 
+    @property
+    def logit_rows(self) -> range:
+        """Of the chunk's tokens, those whose logits are wanted: the last when it samples, all when it scores."""
+        if self.sequence.scores_prompt:
+            return range(self.num_tokens)
+        return range(self.num_tokens - 1, self.num_tokens) if self.samples else range(0)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -62,7 +69,7 @@ class Scheduler:
 
     def could_ever_fit(self, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether the whole KV cache holds this request alone (the last token sampled needs no place)."""
-        return self.allocator.blocks_for(prompt_tokens + max_tokens - 1) <= self.allocator.total
+        return self.allocator.blocks_for(prompt_tokens + max(max_tokens, 1) - 1) <= self.allocator.total
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_arrival)

@@ -10,10 +10,12 @@ No torch, no clock, no I/O.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 
-from lorapool_runtime.interface import FinishReason, GenerationRequest
+from lorapool_runtime.interface import FinishReason, GenerationRequest, TokenLogprob
 
 
 class SequenceStatus(StrEnum):
@@ -35,6 +37,7 @@ class Sequence:
         "computed",
         "finish_reason",
         "generated_counts",
+        "prompt_logprobs",
         "prompt_tokens",
         "request",
         "seed",
@@ -49,6 +52,7 @@ class Sequence:
         self.tokens = list(request.prompt_ids)
         self.prompt_tokens = len(request.prompt_ids)
         self.generated_counts: Counter[int] = Counter()
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.computed = 0
         self.block_table: list[int] = []
         self.status = SequenceStatus.WAITING
@@ -70,6 +74,23 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The log-probabilities of its prompt are wanted and not yet told."""
+        return self.request.prompt_logprobs is not None and not self.generated
+
+    def score(self, start: int, logprobs: Iterable[TokenLogprob]) -> None:
+        """Log-probabilities of the prompt's tokens behind `start`; a recomputed chunk takes the place of its first."""
+        del self.prompt_logprobs[start:]
+        self.prompt_logprobs += logprobs
+
+    @property
+    def fault(self) -> str | None:
+        """What makes its results unfit to be told."""
+        if self.scores_prompt and not all(math.isfinite(one.logprob) for one in self.prompt_logprobs):
+            return "the model's output is not finite"
+        return None
 
     def admit(self, block_table: list[int]) -> None:
         self._must_be(SequenceStatus.WAITING, "admit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapool_runtime.interface import SamplingParams
+from lorapool_runtime.interface import ConstraintError, SamplingParams
 from lorapool_runtime.sampling import SampleRow, check_params, sample, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
@@ -130,6 +131,86 @@ def test_a_bad_parameter_is_refused_by_name(params: dict[str, Any], named: str) 
         check_params(SamplingParams(max_tokens=1, **params), vocab_size=5)
 
 
-def test_no_tokens_at_all_is_refused() -> None:
+def test_fewer_than_no_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="max_tokens"):
-        check_params(SamplingParams(max_tokens=0), vocab_size=5)
+        check_params(SamplingParams(max_tokens=-1), vocab_size=5)
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    assert draws(20, temperature=1e-30) == {0: 20}
+
+
+WISHES: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"top_k": 3},
+    {"top_k": 400, "top_p": 0.95},
+    {"top_p": 0.5},
+    {"top_p": 0.99999},
+    {"min_p": 0.1},
+    {"min_p": 0.02, "top_k": 40, "top_p": 0.9, "temperature": 1.7},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.3, "logit_bias": {5: 4.0}},
+    {"top_logprobs": 3, "temperature": 0.0},
+    {"top_logprobs": 5, "top_p": 0.8},
+)
+
+
+def test_every_kind_of_row_gives_the_same_whoever_shares_the_batch() -> None:
+    torch.manual_seed(3)
+    count = 3 * len(WISHES)
+    logits = torch.randn(count, 5003) * 4
+    logits[1::3] = logits[1::3].bfloat16().float()  # many equal values
+    rows = [row(i, seed=i % 5, generated={7: 1, 5: 2}, **WISHES[i % len(WISHES)]) for i in range(count)]
+    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(count)]
+    for company in (list(range(count)), list(range(count))[::-1], list(range(0, count, 2)), list(range(1, count, 5))):
+        assert sample(logits[company], [rows[i] for i in company]) == [alone[i] for i in company]
+
+
+def test_a_large_share_is_found_behind_the_first_guess() -> None:
+    logits = torch.zeros(1, 5000)
+    logits[0, :2500] = 0.5
+    kept = {one(logits[0], row(position, top_p=0.62)) for position in range(300)}
+    assert len(kept) > 200
+    assert all(token is not None and token < 2500 for token in kept)
+
+
+class Allows:
+    """A constraint that allows fixed tokens, or fails."""
+
+    complete = False
+
+    def __init__(self, *tokens: int, error: str | None = None) -> None:
+        self.tokens, self.error = tokens, error
+
+    def mask(self) -> bytes:
+        if self.error:
+            raise ConstraintError(self.error)
+        return bytes([sum(1 << token for token in self.tokens)])
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("sampling only asks")
+
+
+def constrained(constraint: Allows, **params: Any) -> SampleRow:
+    return dataclasses.replace(row(**params), constraint=constraint)
+
+
+def test_a_constraint_bounds_its_own_row_and_no_other() -> None:
+    rows = [row(temperature=0.0), constrained(Allows(3, 4), temperature=0.0), constrained(Allows(2)), row(top_k=1)]
+    assert [s.token_id for s in sample(LOGITS.repeat(4, 1), rows)] == [0, 3, 2, 0]
+    wide = torch.tensor([0.0] * 20 + [9.0])
+    assert one(wide, constrained(Allows(1), temperature=0.0)) == 1  # beyond its last bit nothing is allowed
+
+
+def test_a_constraint_that_fails_or_allows_nothing_ends_its_own_row_only() -> None:
+    rows = [row(temperature=0.0), constrained(Allows(error="too deep")), constrained(Allows()), row(temperature=0.0)]
+    got = sample(LOGITS.repeat(4, 1), rows)
+    assert [s.token_id for s in got] == [0, None, None, 0]
+    assert got[1].error == "too deep"
+    assert got[2].error == "no token may follow what was generated"
+
+
+def test_a_bias_cannot_break_a_constraint() -> None:
+    assert one(LOGITS, constrained(Allows(3), temperature=0.0, logit_bias={0: 100.0, 3: -100.0})) == 3
