@@ -43,7 +43,7 @@ def _attend(
     GROUP: tl.constexpr, GROUP_UP: tl.constexpr, DIM: tl.constexpr, DIM_UP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, head, part] = sum of exp(score - peak) value; weights the sum of exp(score - peak); peaks the maximum."""
+    """sums[row, head, part] = sum of exp(score - peak) value; weights: of exp(score - peak); peaks: the maximum."""
     row, key_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + row)
     first = 0

@@ -184,7 +184,7 @@ def lora_rows(
     last dimension of each contiguous.
     """
     rows, in_features, (members, slots) = x.shape[0], x.shape[1], ranks.shape
-    splits, block_in = -(-in_features // _ROWS_IN), min(256, triton.next_power_of_2(in_features))
+    splits, block_in = -(-in_features // _ROWS_IN), min(256, triton.next_power_of_2(min(in_features, _ROWS_IN)))
     per_split = _ROWS_IN if splits > 1 else -(-in_features // block_in) * block_in
     rank_blocks = -(-max_rank // BLOCK_RANK)
     parts = torch.empty((splits, members, rows, max_rank), dtype=torch.float32, device=x.device)
@@ -210,7 +210,8 @@ def lora_segments(
     """`lora_rows` for many rows per slot. order: int32 [rows], the rows of adapters, those of one slot side by side;
     segments: int32 [segments, SEGMENT_FIELDS], each at most SEGMENT_ROWS rows of one slot; the rest as there."""
     rows, in_features, (members, slots) = x.shape[0], x.shape[1], ranks.shape
-    splits, block_in = -(-in_features // _SEGMENTS_IN), max(16, min(64, triton.next_power_of_2(in_features)))
+    splits = -(-in_features // _SEGMENTS_IN)
+    block_in = max(16, min(64, triton.next_power_of_2(min(in_features, _SEGMENTS_IN))))
     per_split = _SEGMENTS_IN if splits > 1 else -(-in_features // block_in) * block_in
     rank_blocks = -(-max_rank // BLOCK_RANK)
     widen = x.device.type == "cpu"  # Triton's interpreter would multiply the bit patterns of bfloat16

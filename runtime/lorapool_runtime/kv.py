@@ -54,6 +54,10 @@ class KVPool:
         values = self._values[layer].index_select(0, blocks).view(shape).transpose(1, 2)
         return keys, values
 
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of all keys and values, [blocks * block_size, kv_heads, head_dim]: what a paged kernel reads."""
+        return self._key_rows[layer], self._value_rows[layer]
+
     def wipe(self, blocks: tuple[int, ...]) -> None:
         """Zeroes blocks in all layers, so that nothing of their last holder is ever read, not even NaN times zero."""
         if NULL_BLOCK in blocks:
