@@ -2,8 +2,8 @@
 
 Called by `inspect` and by the runtime's `adapter_file`, which takes rank and scaling of each module from
 here so that what was judged is what is computed. An allow-list: a setting that changes the maths and is
-not supported is refused when it is switched on; a setting nobody knows is refused unless it is empty.
-User-written regular expressions are compiled but never run: one of them can hold a process for hours.
+not supported is refused when it is switched on (`peft_settings` says why); a setting nobody knows is refused
+unless it is empty. User-written regular expressions are matched by `pattern`, in bounded time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,48 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.limits import MAX_JSON_BYTES, MIB
+from lorapool_artifacts.module_names import Names, PerModule
+from lorapool_artifacts.pattern import MAX_CHARS, PatternError
+from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
 
 _ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 1 * MIB
-_MAX_PATTERN_CHARS = 512
 
-_PATTERN_KEY = re.compile(r"^\^?[A-Za-z0-9_.]{1,256}$")
 _LAYERS_PATTERN = re.compile(r"^[A-Za-z0-9_]{1,64}$")
-_NO_EFFECT_ON_BASE = frozenset({"gaussian", "eva", "orthogonal"})
-
-_IGNORED = frozenset(
-    {
-        "auto_mapping",  # class names of the trainer's model; nothing is imported from them
-        "inference_mode", "lora_dropout", "peft_version", "revision", "task_type", "runtime_config",
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # how training started; see init_lora_weights
-        "megatron_core", "qalora_group_size", "ensure_weight_tying",
-    }
-)  # fmt: skip
-
-_UNSUPPORTED = {
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "fan_in_fan_out": "Conv1D layers",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers of the base",
-    "lora_bias": "trained biases in LoRA layers",
-    "megatron_config": "Megatron layers",
-    "modules_to_save": "fully trained modules",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "embeddings of trained tokens",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
-}
-_REMEDIES = {
-    "fan_in_fan_out": "train it on a base with linear layers",
-    "lora_bias": "train it again with lora_bias=False",
-    "target_parameters": "train it again with target_modules only",
-    "use_dora": "train it again with use_dora=False",
-}
-"""Where leaving the setting out says too little."""
 
 
 class AdapterConfig(BaseModel):
@@ -82,23 +49,41 @@ class AdapterConfig(BaseModel):
 
     def rank_of(self, module: str) -> int:
         """Rank of one module, by its full name in the base (`model.layers.0.self_attn.q_proj`)."""
-        return int(_match(self.rank_pattern, module, self.r))
+        return int(_of(self._ranks, module, self.r))
 
     def scaling_of(self, module: str) -> float:
         """What B·A is multiplied by in one module: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA."""
-        alpha, rank = float(_match(self.alpha_pattern, module, self.lora_alpha)), self.rank_of(module)
+        alpha, rank = float(_of(self._alphas, module, self.lora_alpha)), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool | None:
-        """Whether the settings name this linear layer; None when only a regular expression could tell."""
-        if isinstance(self.target_modules, str):
-            if self.target_modules.lower() != _ALL_LINEAR:
-                return None
-        elif not _names(self.target_modules, module) or not self._in_layers(module):
+        """Whether the settings name this linear layer; None when only an expression beyond `pattern` could tell."""
+        excluded = self._excluded.match(module)
+        if excluded:
             return False
-        if isinstance(self.exclude_modules, str):
-            return None
-        return not _names(self.exclude_modules or [], module)
+        named = self._named(module)
+        return named if named is False or excluded is False else None
+
+    def _named(self, module: str) -> bool | None:
+        if isinstance(self.target_modules, str):
+            return self.target_modules.lower() == _ALL_LINEAR or self._targets.match(module)
+        return self._targets.whole(module) or bool(self._targets.match(module) and self._in_layers(module))
+
+    @cached_property
+    def _targets(self) -> Names:
+        return Names(self.target_modules)
+
+    @cached_property
+    def _excluded(self) -> Names:
+        return Names(self.exclude_modules or [])
+
+    @cached_property
+    def _ranks(self) -> PerModule:
+        return PerModule(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PerModule:
+        return PerModule(self.alpha_pattern)
 
     def _in_layers(self, module: str) -> bool:
         if self.layers_to_transform is None or self.layers_to_transform == []:
@@ -114,16 +99,16 @@ class AdapterConfig(BaseModel):
         return False
 
 
-def _names(keys: Iterable[str], module: str) -> bool:
-    return any(module == key or module.endswith(f".{key}") for key in keys)
-
-
-def _match(patterns: Mapping[str, int | float], module: str, default: float) -> float:
-    """peft's rule: the first key that is the module's name or its end; `^` anchors at the start."""
-    for key, value in patterns.items():
-        if module == key.removeprefix("^") or (not key.startswith("^") and module.endswith(f".{key}")):
-            return value
-    return default
+def _of(table: PerModule, module: str, default: float) -> float:
+    try:
+        value = table.value(module)
+    except PatternError as error:
+        raise ArtifactError(
+            FailureReason.INCOMPATIBLE,
+            f"adapter_config.json: rank_pattern or alpha_pattern cannot be applied to {module}: {error}; write plain "
+            "module names instead.",
+        ) from error
+    return default if value is None else value
 
 
 def parse_adapter_config(raw: bytes, *, name: str = "adapter_config.json") -> AdapterConfig:
@@ -177,36 +162,40 @@ def refuse_code(document: Mapping[str, Any], *, name: str) -> None:
 
 
 def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings that decide; what the tables refuse is refused here, in the table's words."""
     kind = document.get("peft_type")
-    if kind != "LORA":
-        raise ArtifactError(
-            FailureReason.INCOMPATIBLE,
-            f"{name}: peft_type is {_short(kind)}; only LoRA adapters are served. Train with peft's LoraConfig.",
+    if kind != LORA:
+        known = KINDS.get(kind) if isinstance(kind, str) else None
+        does = f", which {known.why}" if known else ""
+        raise _refused(
+            f"{name}: peft_type is {_short(kind)}{does}; only LoRA adapters are served",
+            known.remedy if known else "train with peft's LoraConfig",
         )
     _check_start(document.get("init_lora_weights", True), name)
     if document.get("bias", "none") != "none":
-        raise ArtifactError(
-            FailureReason.INCOMPATIBLE,
-            f'{name}: trained biases (bias={_short(document["bias"])}) are not supported; train with bias="none".',
+        raise _refused(
+            f"{name}: bias={_short(document['bias'])} trains biases of the base, which all adapters share",
+            'train it again with bias="none"',
         )
     kept = {}
     for key, value in document.items():
         if key in AdapterConfig.model_fields:
             kept[key] = value
-        elif key in _UNSUPPORTED:
+        elif key in REFUSED:
             if _is_on(value):
-                raise ArtifactError(
-                    FailureReason.INCOMPATIBLE,
-                    f"{name}: {key} is set ({_UNSUPPORTED[key]}), which is not supported; "
-                    f"{_REMEDIES.get(key, f'train it again without {key}')}.",
+                raise _refused(
+                    f"{name}: {key} is set ({REFUSED[key].why}), which is not supported", REFUSED[key].remedy
                 )
-        elif key not in _IGNORED and key not in ("bias", "init_lora_weights") and _is_on(value):
-            raise ArtifactError(
-                FailureReason.INCOMPATIBLE,
-                f"{name}: the setting {_short(key)} is not known here, so it cannot be left out safely; train the "
-                "adapter without it.",
+        elif key not in HARMLESS and key not in ("bias", "init_lora_weights") and _is_on(value):
+            raise _refused(
+                f"{name}: the setting {_short(key)} is not known here, so it cannot be left out safely",
+                f"train the adapter without it, or take it out of {name} if it only acts in training",
             )
     return kept
+
+
+def _refused(what: str, remedy: str) -> ArtifactError:
+    return ArtifactError(FailureReason.INCOMPATIBLE, f"{what}; {remedy}.")
 
 
 def _is_on(value: Any) -> bool:
@@ -215,12 +204,15 @@ def _is_on(value: Any) -> bool:
 
 def _check_start(value: Any, name: str) -> None:
     """PiSSA, OLoRA, CorDA, LoftQ and others change the base's weights; such an adapter is wrong on the true base."""
-    if isinstance(value, bool) or value is None or (isinstance(value, str) and value in _NO_EFFECT_ON_BASE):
+    if isinstance(value, bool) or value is None:
         return
-    raise ArtifactError(
-        FailureReason.INCOMPATIBLE,
-        f"{name}: init_lora_weights={_short(value)} trains against changed base weights; convert the adapter with "
-        "save_pretrained(path_initial_model_for_weight_conversion=...).",
+    start = value.lower() if isinstance(value, str) else ""
+    if start in STARTS:
+        return
+    known = REFUSED_STARTS.get("pissa" if start.startswith("pissa_niter_") else start)
+    raise _refused(
+        f"{name}: init_lora_weights={_short(value)} {known.why if known else 'is not known here'}",
+        known.remedy if known else "train it again with init_lora_weights=True",
     )
 
 
@@ -230,12 +222,17 @@ def _check_patterns(config: AdapterConfig, name: str) -> None:
             _check_expression(name, field, expression)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key, value in patterns.items():
-            if not _PATTERN_KEY.match(key):
-                raise _pattern_error(name, field, key)
             if not 0 < value < 1e6:
                 raise ArtifactError(
                     FailureReason.INCOMPATIBLE, f"{name}: {field} of {_short(key)} is {value}; it must be positive."
                 )
+        try:
+            PerModule(patterns)
+        except PatternError as error:
+            raise _refused(
+                f"{name}: {field} holds a regular expression that is not supported ({error})",
+                "write plain module names instead",
+            ) from error
     given = config.layers_pattern or []
     for key in [given] if isinstance(given, str) else given:
         if not _LAYERS_PATTERN.match(key):
@@ -248,8 +245,8 @@ def _check_patterns(config: AdapterConfig, name: str) -> None:
 
 def _check_expression(name: str, field: str, expression: str) -> None:
     try:
-        if len(expression) > _MAX_PATTERN_CHARS:
-            raise re.error(f"it is longer than {_MAX_PATTERN_CHARS} characters")
+        if len(expression) > MAX_CHARS:
+            raise re.error(f"it is longer than {MAX_CHARS} characters")
         re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise ArtifactError(

@@ -165,7 +165,8 @@ def inspect_adapter_source(
     config = parse_adapter_config(raw)
     header = read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
     size_bytes = sum(file.size_bytes for file in files)
-    verdict = judge(AdapterFacts(config, header, size_bytes), base_facts, limits)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    verdict = judge(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
     if verdict.ok and digest is None:
         digest = digest_of(_with_hashes(source, files))
         check_digest(digest, expected_digest, source.where)

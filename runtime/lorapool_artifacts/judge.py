@@ -1,8 +1,8 @@
 """Does this adapter fit this base? Decided from headers and settings, before anything is loaded.
 
-Called by `inspect`, so by the operator for every adapter and by the runtime after a fetch. Pure.
-Shapes decide; names only explain. Every tensor of the adapter must be used and every targeted module
-must have its pair: an adapter that half applies would answer almost like the base and nobody would see it.
+Called by `inspect`, so by the operator for every adapter and by the runtime after a fetch, and by the runtime's
+`adapter_file` with the layers of the loaded base. Pure. Shapes decide; names only explain. Every tensor must be
+used and every targeted module must have its pair: what half applies answers almost like the base, unseen.
 
     adapter tensor                                     base tensor
     base_model.model.<module>.lora_A.weight [r, in]    <module>.weight [out, in]
@@ -13,21 +13,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, suffixes
-from lorapool_artifacts.header import SafetensorsHeader, TensorInfo
 from lorapool_artifacts.limits import JudgeLimits
+from lorapool_artifacts.peft_settings import HARMLESS_TENSORS, TENSORS
 
 MAX_WORDS = 3
 """Mismatches told in words; the rest is counted."""
+
+_BESIDE = 8
 
 PREFIX = "base_model.model."
 _PAIR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 _LAYER = re.compile(r"\.(\d{1,6})\.")
 _NOT_LINEAR = frozenset({"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in"})
 _HEADS = frozenset({"lm_head", "embed_out"})
+_EXPERT = re.compile(r"^(?P<mixture>.+)\.experts(?:\.|$)")
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,12 @@ class BaseFacts:
     names: frozenset[str] = frozenset()
     """Names it goes by (repository, `_name_or_path`, served name), for explanations only."""
     architectures: tuple[str, ...] = ()
+    loaded: bool = False
+    """`modules` are the layers of the loaded base that adapters can change, no more and no fewer. Otherwise they are
+    all matrices of its files: with embeddings, and with experts under names that loading does away with."""
 
     def with_names(self, *names: str) -> BaseFacts:
-        return BaseFacts(self.modules, self.names | {name for name in names if name}, self.architectures)
+        return replace(self, names=self.names | {name for name in names if name})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,8 @@ class AdapterFacts:
     """What an adapter says it is."""
 
     config: AdapterConfig
-    header: SafetensorsHeader
+    shapes: Mapping[str, Shape]
+    """Of its tensors, by their full names in the file."""
     size_bytes: int
     """Of all its files."""
 
@@ -72,13 +81,13 @@ class Verdict:
 class _Pairs:
     """Tensors sorted by the module they belong to."""
 
-    parts: Mapping[str, Mapping[str, TensorInfo]]
-    """Module → {"A": tensor, "B": tensor}, perhaps incomplete."""
+    parts: Mapping[str, Mapping[str, Shape]]
+    """Module → {"A": shape, "B": shape}, perhaps incomplete."""
     extra: tuple[str, ...]
 
     @property
     def rank(self) -> int:
-        return max((part["A"].shape[0] for part in self.parts.values() if "A" in part and part["A"].shape), default=0)
+        return max((part["A"][0] for part in self.parts.values() if part.get("A")), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,7 @@ class _Finding:
 
 def judge(adapter: AdapterFacts, base: BaseFacts | None, limits: JudgeLimits) -> Verdict:
     """The verdict; without a base only what the adapter alone can tell is judged."""
-    pairs = _sort(adapter.header.tensors)
+    pairs = _sort(adapter.shapes)
     finding = _first_finding(adapter, pairs, base, limits)
     rank = max(pairs.rank, 0 if pairs.rank else adapter.config.r)
     targets = suffixes(pairs.parts)
@@ -115,19 +124,25 @@ def _first_finding(
         or _extra_tensors(pairs)
         or _broken_pairs(adapter.config, pairs)
         or _rank(pairs, limits)
-        or _unsupported_modules(pairs)
+        or _unsupported_modules(pairs, base)
         or (_unlike_base(adapter.config, pairs, base) if base is not None else None)
         or _against_settings(adapter.config, pairs, base)
     )
 
 
-def _sort(tensors: Mapping[str, TensorInfo]) -> _Pairs:
-    parts: dict[str, dict[str, TensorInfo]] = {}
+def pair_of(name: str) -> tuple[str, str] | None:
+    """Tensor name → (module, "A" or "B"); None for what is no LoRA matrix."""
+    match = _PAIR.match(name)
+    return (match["module"], match["part"]) if match else None
+
+
+def _sort(shapes: Mapping[str, Shape]) -> _Pairs:
+    parts: dict[str, dict[str, Shape]] = {}
     extra = []
-    for name, tensor in tensors.items():
-        if match := _PAIR.match(name):
-            parts.setdefault(match["module"], {})[match["part"]] = tensor
-        else:
+    for name, shape in shapes.items():
+        if pair := pair_of(name):
+            parts.setdefault(pair[0], {})[pair[1]] = shape
+        elif name.rpartition(".")[2] not in HARMLESS_TENSORS:
             extra.append(name)
     return _Pairs(parts, tuple(sorted(extra)))
 
@@ -153,12 +168,9 @@ def _extra_tensors(pairs: _Pairs) -> _Finding | None:
 
 
 def _what_is(name: str) -> str:
-    if "lora_embedding_" in name or "embed" in name:
-        return "changes the embeddings, which is not supported"
-    if "lora_magnitude_vector" in name:
-        return "belongs to DoRA, which is not supported"
-    if "modules_to_save" in name:
-        return "is a fully trained module, which is not supported"
+    for part, sentence in TENSORS:
+        if part in name:
+            return sentence
     if name.endswith(".bias"):
         return "is a bias, which is not supported"
     if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name):
@@ -172,17 +184,12 @@ def _broken_pairs(config: AdapterConfig, pairs: _Pairs) -> _Finding | None:
         a, b, rank = part.get("A"), part.get("B"), config.rank_of(module)
         if a is None or b is None:
             lines.append(f"{_show(module)} has no lora_{'A' if a is None else 'B'} weight")
-        elif len(a.shape) != 2 or len(b.shape) != 2 or 0 in a.shape or 0 in b.shape:
-            lines.append(
-                f"{_show(module)} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which are no full matrices"
-            )
-        elif a.shape[0] != b.shape[1]:
-            lines.append(
-                f"{_show(module)} has rank {a.shape[0]} in lora_A {list(a.shape)} but {b.shape[1]} in lora_B "
-                f"{list(b.shape)}"
-            )
-        elif a.shape[0] != rank:
-            lines.append(f"{_show(module)} has rank {a.shape[0]} but adapter_config.json says {rank}")
+        elif len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+            lines.append(f"{_show(module)} has lora_A {list(a)} and lora_B {list(b)}, which are no full matrices")
+        elif a[0] != b[1]:
+            lines.append(f"{_show(module)} has rank {a[0]} in lora_A {list(a)} but {b[1]} in lora_B {list(b)}")
+        elif a[0] != rank:
+            lines.append(f"{_show(module)} has rank {a[0]} but adapter_config.json says {rank}")
     if not lines:
         return None
     return _Finding(
@@ -203,11 +210,13 @@ def _rank(pairs: _Pairs, limits: JudgeLimits) -> _Finding | None:
     )
 
 
-def _unsupported_modules(pairs: _Pairs) -> _Finding | None:
+def _unsupported_modules(pairs: _Pairs, base: BaseFacts | None) -> _Finding | None:
+    """What no base lets adapters change, whether it has it or not."""
+    known = base.modules if base is not None and base.loaded else ()
     lines = [
-        f"{_show(module)} is {'the output head' if last in _HEADS else 'an embedding'}"
+        f"{_show(module)} is {what}"
         for module in sorted(pairs.parts)
-        if (last := module.rpartition(".")[2]) in _NOT_LINEAR | _HEADS
+        if module not in known and (what := _what_no_adapter_changes(module))
     ]
     if not lines:
         return None
@@ -218,21 +227,34 @@ def _unsupported_modules(pairs: _Pairs) -> _Finding | None:
     )
 
 
+def _what_no_adapter_changes(module: str) -> str | None:
+    last = module.rpartition(".")[2]
+    if last in _HEADS:
+        return "the output head"
+    if last in _NOT_LINEAR:
+        return "an embedding"
+    return "an expert of a mixture" if _EXPERT.match(module) else None
+
+
 def _unlike_base(config: AdapterConfig, pairs: _Pairs, base: BaseFacts) -> _Finding | None:
     """Modules the base does not have, or has in another shape."""
     unknown = [module for module in sorted(pairs.parts) if module not in base.modules]
-    lines = [f"the base has no module {_show(module)}" for module in unknown]
     shaped = []
     for module, part in sorted(pairs.parts.items()):
         if module in base.modules:
-            out_features, in_features = base.modules[module]
-            a, b = part["A"].shape, part["B"].shape
+            (out_features, in_features), a, b = base.modules[module], part["A"], part["B"]
             if a[1] != in_features or b[0] != out_features:
                 shaped.append(
                     f"{_show(module)} is {out_features}x{in_features} in the base but the adapter fits {b[0]}x{a[1]}"
                 )
-    if not lines and not shaped:
+    if not unknown and not shaped:
         return None
+    what = "linear layer" if base.loaded else "module"
+    # the sentence about what is there is told once: it is the same for all layers
+    lines = [
+        f"the base has no {what} {_show(module)}{'' if number else _instead(module, base)}"
+        for number, module in enumerate(unknown)
+    ]
     trained_on = (
         f"; the adapter says it was trained on {_show(config.base_model_name_or_path)}"
         if config.base_model_name_or_path
@@ -245,8 +267,23 @@ def _unlike_base(config: AdapterConfig, pairs: _Pairs, base: BaseFacts) -> _Find
             f"Point baseModelRef at the model the adapter was trained on{trained_on}.",
         )
     return _Finding(
-        FailureReason.INCOMPATIBLE, tuple(lines), "Upload the adapter again as peft's save_pretrained() wrote it."
+        FailureReason.INCOMPATIBLE,
+        tuple(lines),
+        f"Train it on this base, naming modules that it has{trained_on}.",
     )
+
+
+def _instead(module: str, base: BaseFacts) -> str:
+    """What the base has where the adapter looks for a module of its own."""
+    parent, _, _ = module.rpartition(".")
+    beside = sorted(other.rpartition(".")[2] for other in base.modules if other.rpartition(".")[0] == parent)
+    if beside:
+        return f", only {', '.join(beside[:_BESIDE])}{' and others' if len(beside) > _BESIDE else ''} there"
+    layers = [int(found[1]) for other in base.modules if (found := _LAYER.search(other))]
+    layer = _LAYER.search(module)
+    if layers and layer and int(layer[1]) > max(layers):
+        return f", its last layer is {max(layers)}"
+    return ""
 
 
 def _deeper(unknown: Iterable[str], base: BaseFacts) -> bool:
@@ -277,8 +314,16 @@ def _against_settings(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | No
 def _missing(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> list[str]:
     if base is None:
         return []
-    linear = [module for module in base.modules if module.rpartition(".")[2] not in _NOT_LINEAR | _HEADS]
-    return sorted(module for module in linear if config.targets(module) and module not in pairs.parts)
+    linear: Iterable[str] = base.modules
+    if not base.loaded:
+        # which matrices of a mixture are linear layers after loading, only the loaded model can tell
+        mixtures = tuple({f"{found['mixture']}." for module in base.modules if (found := _EXPERT.match(module))})
+        linear = (m for m in linear if m.rpartition(".")[2] not in _NOT_LINEAR | _HEADS and not _within(m, mixtures))
+    return sorted(module for module in linear if module not in pairs.parts and config.targets(module))
+
+
+def _within(module: str, mixtures: tuple[str, ...]) -> bool:
+    return bool(mixtures) and module.startswith(mixtures)
 
 
 def _name_hint(config: AdapterConfig, base: BaseFacts | None) -> str:

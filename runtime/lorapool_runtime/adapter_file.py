@@ -1,13 +1,13 @@
 """From a verified folder to an adapter laid out for its slot: every tensor accounted for, every number finite.
 
-The server calls `read_adapter` in worker threads, hence NumPy and no torch. It refuses, with the remedy in words,
-whatever cannot become exactly what peft computes: other kinds of adapters, wrong shapes, tensors too few or too
-many, a rank above the base's limit. It never unpickles and never hands peft a folder.
+The server calls `read_adapter` in worker threads, hence NumPy and no torch. Whether the adapter fits is
+`lorapool_artifacts.judge`'s verdict, as when the operator judged it, but on the layers of the loaded base. Refused
+here, with the remedy in words: files that cannot be read and numbers that are not finite. It never unpickles and
+never hands peft a folder.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,12 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lorapool_artifacts.judge import AdapterFacts, BaseFacts, judge, pair_of
+from lorapool_artifacts.limits import JudgeLimits
 from lorapool_runtime.interface import AdapterArtifactError
 from lorapool_runtime.layout import Layout, lay_out
 from lorapool_runtime.safetensors_file import read_tensors
 from lorapool_runtime.targets import TargetGroup
-
-_NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-_SHOWN = 3  # mismatches named in a message
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,33 +46,23 @@ def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max
     """dtype: float32, float16 or bfloat16. Raises AdapterArtifactError."""
     try:
         config, tensors = _read_config(folder), _read_weights(folder)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        limits = JudgeLimits(max_rank, max_bytes=size_bytes)  # how large a file may be was asked before it was read
+        verdict = judge(AdapterFacts(config, shapes, size_bytes), base_facts(groups), limits)
     except ArtifactError as error:
         raise AdapterArtifactError(error.reason, error.message) from error
+    if not verdict.ok:
+        _refuse(verdict.reason or FailureReason.INCOMPATIBLE, verdict.message)
     pairs = _pairs(tensors)
-    _check_against_base(config, pairs, groups)
-    shapes = {shape.module: shape for group in groups for shape in group.shapes()}
-    for module, (a, b) in pairs.items():
-        rank = config.rank_of(module)
-        if rank > max_rank:
-            _refuse(
-                FailureReason.RANK_TOO_HIGH,
-                f"the adapter has rank {rank} on {module}; this base takes at most {max_rank}: "
-                f"train it with r <= {max_rank} or raise the base's lora.maxRank",
-            )
-        wanted = ((rank, shapes[module].in_features), (shapes[module].out_features, rank))
-        if (a.shape, b.shape) != wanted:
-            _refuse(
-                FailureReason.INCOMPATIBLE,
-                f"{module} has shapes A {list(a.shape)} and B {list(b.shape)}, "
-                f"this base needs A {list(wanted[0])} and B {list(wanted[1])}: it was trained on another base",
-            )
     layout, buffer = _packed(groups, config, pairs, dtype)
-    return PackedAdapter(
-        rank=layout.rank,
-        target_modules=tuple(sorted({module.rpartition(".")[2] for module in pairs})),
-        layout=layout,
-        buffer=buffer,
-    )
+    return PackedAdapter(rank=verdict.rank, target_modules=verdict.target_modules, layout=layout, buffer=buffer)
+
+
+def base_facts(groups: Sequence[TargetGroup]) -> BaseFacts:
+    """The loaded base, as far as adapters are concerned."""
+    shapes = (shape for group in groups for shape in group.shapes())
+    return BaseFacts({shape.module: (shape.out_features, shape.in_features) for shape in shapes}, loaded=True)
 
 
 def _read_config(folder: Path) -> AdapterConfig:
@@ -106,76 +95,12 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """module -> (A, B); refuses whatever is not one of the two."""
+    """module -> (A, B), of tensors that were judged complete."""
     sides: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        match = _NAME.match(name)
-        if match is None:
-            _refuse_tensor(name)
-        if tensor.ndim != 2:
-            _refuse(FailureReason.INCOMPATIBLE, f"{name} has {tensor.ndim} dimensions, a LoRA matrix has 2")
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
-    halves = [f"{module}.lora_{'B' if 'A' in found else 'A'}" for module, found in sides.items() if len(found) < 2]
-    if halves:
-        _refuse(FailureReason.CORRUPT_ARTIFACT, f"tensors are missing: {_listed(halves)}; save the adapter again")
+        if pair := pair_of(name):
+            sides.setdefault(pair[0], {})[pair[1]] = tensor
     return {module: (found["A"], found["B"]) for module, found in sides.items()}
-
-
-def _refuse_tensor(name: str) -> NoReturn:
-    kinds = (
-        ("lora_magnitude_vector", "a DoRA magnitude; DoRA is not supported: train it again with use_dora=False"),
-        ("lora_embedding_", "a trained embedding; train it again without embed_tokens among target_modules"),
-        ("lora_B.bias", "a trained bias; train it again with lora_bias=False"),
-        (
-            "embed_tokens",
-            "a saved embedding; it cannot differ per adapter: save with save_embedding_layers=False",
-        ),
-        ("lm_head", "a saved output layer; it cannot differ per adapter: train without lm_head"),
-        ("modules_to_save", "a whole saved module; train it again without modules_to_save"),
-    )
-    for part, sentence in kinds:
-        if part in name:
-            _refuse(FailureReason.INCOMPATIBLE, f"{name} is {sentence}")
-    _refuse(FailureReason.INCOMPATIBLE, f"{name} is no LoRA weight: save the adapter with peft's save_pretrained")
-
-
-def _check_against_base(
-    config: AdapterConfig, pairs: dict[str, tuple[np.ndarray, np.ndarray]], groups: Sequence[TargetGroup]
-) -> None:
-    """The file must hold exactly the modules of this base that the config targets.
-
-    Where a regular expression names them, those the file holds: to peft a module without weights is one unchanged.
-    """
-    modules = {module for group in groups for module in group.modules}
-    unknown = sorted(pairs.keys() - modules)
-    if unknown:
-        _refuse(
-            FailureReason.INCOMPATIBLE,
-            f"the adapter changes {_listed(unknown)}, which this base does not have or does not let adapters change: "
-            "train it on this base, on its attention and MLP layers",
-        )
-    missing = sorted(module for module in modules - pairs.keys() if config.targets(module))
-    extra = sorted(module for module in pairs if config.targets(module) is False)
-    if missing:
-        _refuse(
-            FailureReason.CORRUPT_ARTIFACT,
-            f"target_modules names layers the file has no weights for: {_listed(missing)}; save the adapter again",
-        )
-    if extra:
-        _refuse(
-            FailureReason.CORRUPT_ARTIFACT,
-            f"the file has weights that target_modules does not name: {_listed(extra)}; save the adapter again",
-        )
-    if isinstance(config.target_modules, list):
-        unmatched = sorted(
-            name for name in config.target_modules if not any(m == name or m.endswith(f".{name}") for m in pairs)
-        )
-        if unmatched:
-            _refuse(
-                FailureReason.INCOMPATIBLE,
-                f"target_modules names {_listed(unmatched)}, but no weights came with it for a layer of this base: "
-                "train it on this base",
-            )
 
 
 def _packed(
@@ -211,11 +136,6 @@ def _cast(values: np.ndarray, to: np.ndarray, dtype: str) -> bool:
     with np.errstate(over="ignore"):
         to[:] = values
     return bool(np.isfinite(to).all())
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:

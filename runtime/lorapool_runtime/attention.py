@@ -23,7 +23,17 @@ from lorapool_runtime.scheduler import Chunk, StepPlan
 NAME = "lorapool_paged"
 ATTENTION_KWARG = "lorapool_attention"
 
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache"})
+_HARMLESS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "is_causal",
+        "cache",
+        "output_router_logits",
+    }
+)
 
 
 class UnsupportedAttentionError(ValueError):

@@ -31,9 +31,10 @@ def verdict_of(
     **config: object,
 ) -> Verdict:
     raw = zoo.safetensors(zoo.adapter_tensors() if tensors is None else tensors)
+    header = parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a")
     facts = AdapterFacts(
         parse_adapter_config(zoo.adapter_config(**config)),
-        parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a"),
+        {name: tensor.shape for name, tensor in header.tensors.items()},
         len(raw),
     )
     return judge(facts, None if alone else on or base(), limits)
@@ -174,7 +175,9 @@ def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, 
         ({"lora_alpha": "NaN"}, "lora_alpha"),
         ({"target_modules": []}, "target_modules"),
         ({"target_modules": None}, "target_modules"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "regular expression"),
+        ({"rank_pattern": {"(?!q)": 4}}, "regular expression"),
+        ({"alpha_pattern": {"(q": 4}}, "regular expression"),
+        ({"alpha_pattern": {f"{n}[qv]_proj": 4 for n in range(65)}}, "more than 64"),
         ({"alpha_pattern": {"q_proj": 0}}, "positive"),
         ({"layers_pattern": "(x+)+"}, "regular expression"),
     ],

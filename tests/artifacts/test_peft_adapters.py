@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorapool_artifacts import adapter_config
-from lorapool_artifacts.adapter_config import parse_adapter_config
+from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
 from lorapool_artifacts.limits import JudgeLimits
+from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -37,13 +38,20 @@ def tiny_llama() -> Any:
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:
     """A new peft with new settings must be looked at before its adapters are trusted."""
-    known = (
-        set(adapter_config.AdapterConfig.model_fields)
-        | set(adapter_config._UNSUPPORTED)
-        | adapter_config._IGNORED
-        | {"bias", "init_lora_weights"}
-    )
-    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - known == set()
+    decides = set(AdapterConfig.model_fields) | {"bias", "init_lora_weights"}
+    assert not decides & (HARMLESS.keys() | REFUSED.keys())
+    assert not HARMLESS.keys() & REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == decides | HARMLESS.keys() | REFUSED.keys()
+
+
+def test_every_kind_of_adapter_of_the_installed_peft_has_its_own_words() -> None:
+    assert {kind.value for kind in peft.PeftType} == KINDS.keys() | {LORA}
+
+
+def test_every_start_that_the_installed_peft_documents_is_known() -> None:
+    hint = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
+    named = {value for part in typing.get_args(hint) for value in typing.get_args(part)}
+    assert named - {"pissa_niter_[number of iters]"} <= STARTS | REFUSED_STARTS.keys()
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,8 @@ def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
     [
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.weight", "lm_head"),
-        (f"{Q0}.something", "no LoRA weight"),
+        ("base_model.model.lm_head.weight", "output layer"),
+        (f"{Q0}.something", "no part of a LoRA"),
     ],
 )
 def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
@@ -167,7 +167,7 @@ def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, 
 
 
 def test_a_rank_above_the_limit_names_both(folder: Path) -> None:
-    refused(folder, FailureReason.RANK_TOO_HIGH, "rank 4", "at most 2", max_rank=2)
+    refused(folder, FailureReason.RANK_TOO_HIGH, "rank is 4", "r <= 2", max_rank=2)
 
 
 def test_a_pickle_is_refused_and_never_opened(folder: Path) -> None:
@@ -193,8 +193,17 @@ def test_a_pattern_that_is_no_regular_expression_is_corrupt(folder: Path) -> Non
     refused(folder, FailureReason.CORRUPT_ARTIFACT, "regular expression")
 
 
-def test_layers_named_by_an_expression_are_those_the_file_holds_and_the_expression_is_never_run(folder: Path) -> None:
-    configure(folder, target_modules="(.*.*.*)*z")  # would hold the whole process for hours
+def test_an_expression_must_name_the_layers_the_file_holds(folder: Path) -> None:
+    configure(folder, target_modules=r".*\.(q|v)_proj")
+    assert read(folder).target_modules == ("q_proj", "v_proj")
+    configure(folder, target_modules=r".*\.(q|k|v)_proj")
+    refused(folder, FailureReason.INCOMPATIBLE, "k_proj is targeted but has no weights")
+    configure(folder, target_modules="(.*.*.*)*z")  # would hold Python's own matcher for hours
+    refused(folder, FailureReason.INCOMPATIBLE, "not in target_modules", "and 1 more")
+
+
+def test_where_an_expression_cannot_be_matched_the_layers_are_those_the_file_holds(folder: Path) -> None:
+    configure(folder, target_modules=r"(?!lm_head).*_proj")
     assert read(folder).target_modules == ("q_proj", "v_proj")
 
 
@@ -211,33 +220,59 @@ def test_trailing_bytes_are_corrupt(folder: Path) -> None:
     refused(folder, FailureReason.CORRUPT_ARTIFACT, "bytes")
 
 
-def test_one_half_of_a_pair_missing_is_corrupt_and_named(folder: Path) -> None:
+def test_one_half_of_a_pair_missing_is_named(folder: Path) -> None:
     reweight(folder, lambda tensors: tensors.pop(f"{Q0}.lora_B.weight"))
-    refused(folder, FailureReason.CORRUPT_ARTIFACT, "layers.0.self_attn.q_proj.lora_B")
+    refused(folder, FailureReason.INCOMPATIBLE, "layers.0.self_attn.q_proj has no lora_B")
 
 
-def test_a_whole_layer_missing_is_corrupt_and_named(folder: Path) -> None:
+def test_a_whole_layer_missing_is_named(folder: Path) -> None:
     def drop(tensors: dict[str, torch.Tensor]) -> None:
         for side in "AB":
             tensors.pop(f"{Q0}.lora_{side}.weight")
 
     reweight(folder, drop)
-    refused(folder, FailureReason.CORRUPT_ARTIFACT, "model.layers.0.self_attn.q_proj")
+    refused(folder, FailureReason.INCOMPATIBLE, "model.layers.0.self_attn.q_proj is targeted but has no weights")
 
 
-def test_weights_the_config_does_not_target_are_corrupt(folder: Path) -> None:
+def test_weights_the_config_does_not_target_are_named(folder: Path) -> None:
     configure(folder, target_modules=["q_proj"])
-    refused(folder, FailureReason.CORRUPT_ARTIFACT, "v_proj")
+    refused(folder, FailureReason.INCOMPATIBLE, "v_proj has weights but is not in target_modules")
 
 
-def test_layers_the_base_lacks_are_incompatible_and_the_first_three_named(tmp_path: Path) -> None:
+def test_of_layers_the_base_lacks_the_first_three_are_told_in_words(tmp_path: Path) -> None:
     made = save_adapter(tmp_path, tiny_model("Llama", num_hidden_layers=6), r=2, target_modules=["q_proj"])
-    refused(made, FailureReason.INCOMPATIBLE, "model.layers.2.self_attn.q_proj", "and 1 more")
+    refused(
+        made,
+        FailureReason.WRONG_BASE,
+        "the base has no linear layer model.layers.2.self_attn.q_proj, its last layer is 1; "
+        "the base has no linear layer model.layers.3.self_attn.q_proj; "
+        "the base has no linear layer model.layers.4.self_attn.q_proj; and 1 more.",
+        "baseModelRef",
+    )
 
 
-def test_another_bases_shapes_are_incompatible_and_shown(tmp_path: Path) -> None:
-    made = save_adapter(tmp_path, tiny_model("Llama", hidden_size=32), r=2, target_modules=["q_proj"])
-    refused(made, FailureReason.INCOMPATIBLE, "[2, 32]", "[2, 64]")
+def test_modules_the_base_lacks_are_told_with_what_it_has_there(tmp_path: Path) -> None:
+    made = save_adapter(tmp_path, tiny_model("Phi3"), r=2, target_modules=["qkv_proj", "gate_up_proj"])
+    refused(
+        made,
+        FailureReason.WRONG_BASE,
+        "model.layers.0.mlp.gate_up_proj, only down_proj, gate_proj, up_proj there",
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.1.mlp.gate_up_proj; and 1 more.",
+    )
+
+
+def test_of_another_bases_shapes_the_first_three_are_told_in_words(tmp_path: Path) -> None:
+    made = save_adapter(
+        tmp_path, tiny_model("Llama", hidden_size=32), r=2, target_modules=["q_proj", "down_proj", "up_proj"]
+    )
+    refused(
+        made,
+        FailureReason.WRONG_BASE,
+        "model.layers.0.mlp.down_proj is 64x96 in the base but the adapter fits 32x96; "
+        "model.layers.0.mlp.up_proj is 96x64 in the base but the adapter fits 96x32; "
+        "model.layers.0.self_attn.q_proj is 64x64 in the base but the adapter fits 32x32; and 3 more.",
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -1,0 +1,288 @@
+"""Regular expressions that customers wrote, matched in bounded time.
+
+`adapter_config` asks with them which modules an adapter targets and which alpha a module has. Python's own
+matcher backtracks: one expression of twenty characters can hold a process for hours. Here the expression becomes
+a nondeterministic automaton whose states are walked all at once (K. Thompson, CACM 11(6), 1968), with the walked
+sets remembered. What such an automaton cannot express (look-around, back-references, flags) is refused, and
+past a budget of work the answer is None; the caller then goes by the adapter's tensors or refuses it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+MAX_CHARS = 512
+MAX_STATES = 4_000
+MAX_WORK = 2_000_000
+"""Steps over states, in all matches of one pattern together: below a second."""
+
+_MAX_DEPTH = 50
+_CLASS_ESCAPES = frozenset("dDwWsS")
+_ASSERTIONS = {"b": "b", "A": "^", "Z": "Z"}  # not \B: what it means in an empty text depends on Python
+_CONTROL_ESCAPES = frozenset("nrtfva")
+_REPEAT = re.compile(r"\{(\d*)(,?)(\d*)\}")
+
+_END, _FINAL_NEWLINE, _WORD, _OTHER = range(4)  # what comes after a position, as far as assertions look
+
+
+class PatternError(ValueError):
+    """No regular expression, or one this matcher does not do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Char:
+    accepts: Callable[[str], object]
+    next: int
+
+
+@dataclass(slots=True)
+class _Split:
+    ways: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Assert:
+    kind: str
+    next: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    pass
+
+
+_State = _Char | _Split | _Assert | _Match
+_Node = Callable[["_Builder", int], int]
+"""Given the state that follows, adds its own and returns the first of them."""
+
+
+class Pattern:
+    """One expression. Raises PatternError when made of something it cannot match."""
+
+    def __init__(self, expression: str) -> None:
+        if len(expression) > MAX_CHARS:
+            raise PatternError(f"it is longer than {MAX_CHARS} characters")
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternError(str(error)) from error
+        node = _Parser(expression).parse()
+        self._builder = _Builder()
+        self._start = node(self._builder, self._builder.add(_Match()))
+        self._work = 0
+        self._starts: dict[int, frozenset[int]] = {}
+        self._moves: dict[tuple[frozenset[int], str, int], frozenset[int]] = {}
+
+    def fullmatch(self, text: str) -> bool | None:
+        """As re.fullmatch; None when this pattern has used up its budget."""
+        if self._work > MAX_WORK:
+            return None
+        ahead = _kind(text, 0)
+        states = self._starts.get(ahead)
+        if states is None:
+            states = self._starts[ahead] = self._closure([self._start], "", ahead)
+        for position, char in enumerate(text):
+            ahead = _kind(text, position + 1)
+            key = (states, char, ahead)
+            following = self._moves.get(key)
+            if following is None:
+                if self._work > MAX_WORK:
+                    return None
+                following = self._moves[key] = self._closure(list(self._step(states, char)), char, ahead)
+            states = following
+        return any(isinstance(self._builder.states[state], _Match) for state in states)
+
+    def _step(self, states: frozenset[int], char: str) -> Iterator[int]:
+        for number in states:
+            state = self._builder.states[number]
+            if isinstance(state, _Char) and state.accepts(char):
+                yield state.next
+
+    def _closure(self, pending: list[int], behind: str, ahead: int) -> frozenset[int]:
+        """All states reached without reading; `behind`: the character before ("" at the start)."""
+        seen: set[int] = set()
+        while pending:
+            number = pending.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            state = self._builder.states[number]
+            if isinstance(state, _Split):
+                pending += state.ways
+            elif isinstance(state, _Assert) and _holds(state.kind, behind, ahead):
+                pending.append(state.next)
+        self._work += len(seen) + 1
+        return frozenset(n for n in seen if isinstance(self._builder.states[n], _Char | _Match))
+
+
+def _kind(text: str, position: int) -> int:
+    if position >= len(text):
+        return _END
+    if text[position] == "\n" and position == len(text) - 1:
+        return _FINAL_NEWLINE
+    return _WORD if _is_word(text[position]) else _OTHER
+
+
+def _is_word(char: str) -> bool:
+    return char.isalnum() or char == "_"
+
+
+def _holds(kind: str, behind: str, ahead: int) -> bool:
+    match kind:
+        case "^":
+            return behind == ""
+        case "$":
+            return ahead in (_END, _FINAL_NEWLINE)
+        case "Z":
+            return ahead == _END
+        case _:  # "b"
+            return (behind != "" and _is_word(behind)) != (ahead == _WORD)
+
+
+@dataclass(slots=True)
+class _Builder:
+    states: list[_State] = field(default_factory=list)
+
+    def add(self, state: _State) -> int:
+        if len(self.states) >= MAX_STATES:
+            raise PatternError("it is too large")
+        self.states.append(state)
+        return len(self.states) - 1
+
+
+class _Parser:
+    """Recursive descent over the syntax that Python has already accepted."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._at = text, 0
+
+    def parse(self) -> _Node:
+        return self._alternatives(0)
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _take(self) -> str:
+        char = self._peek()
+        self._at += 1
+        return char
+
+    def _alternatives(self, depth: int) -> _Node:
+        if depth > _MAX_DEPTH:
+            raise PatternError("its groups are nested too deeply")
+        ways = [self._sequence(depth)]
+        while self._peek() == "|":
+            self._at += 1
+            ways.append(self._sequence(depth))
+        return ways[0] if len(ways) == 1 else _either(ways)
+
+    def _sequence(self, depth: int) -> _Node:
+        parts: list[_Node] = []
+        while self._peek() not in ("", "|", ")"):
+            parts.append(self._repeated(self._atom(depth)))
+        return _in_a_row(parts)
+
+    def _repeated(self, node: _Node) -> _Node:
+        while (bounds := self._bounds()) is not None:
+            if self._peek() == "+":
+                raise PatternError("possessive repeats are not supported")
+            if self._peek() == "?":
+                self._at += 1  # lazy: which match is found first, not whether there is one
+            node = _times(node, *bounds)
+        return node
+
+    def _bounds(self) -> tuple[int, int | None] | None:
+        char = self._peek()
+        if char in ("*", "+", "?"):
+            self._at += 1
+            return {"*": (0, None), "+": (1, None), "?": (0, 1)}[char]
+        if char == "{" and (found := _REPEAT.match(self._text, self._at)) and (found[1] or found[2]):
+            self._at = found.end()
+            least = int(found[1] or 0)
+            return least, (int(found[3]) if found[3] else None) if found[2] else least
+        return None
+
+    def _atom(self, depth: int) -> _Node:
+        match char := self._take():
+            case "(":
+                return self._group(depth)
+            case "[":
+                return self._class()
+            case ".":
+                return _one(lambda c: c != "\n")
+            case "^" | "$":
+                return _assertion(char)
+            case "\\":
+                return self._escape()
+            case _:
+                return _one(char.__eq__)
+
+    def _group(self, depth: int) -> _Node:
+        if self._peek() == "?":
+            found = re.compile(r"\?(?::|P<\w+>)").match(self._text, self._at)
+            if found is None:
+                raise PatternError("look-around, back-references and flags are not supported")
+            self._at = found.end()
+        node = self._alternatives(depth + 1)
+        self._at += 1  # the closing parenthesis, which Python has seen
+        return node
+
+    def _class(self) -> _Node:
+        begin = self._at - 1
+        if self._peek() == "^":
+            self._at += 1
+        if self._peek() == "]":
+            self._at += 1
+        while self._take() != "]":
+            if self._text[self._at - 1] == "\\":
+                self._at += 1
+        return _one(re.compile(self._text[begin : self._at]).fullmatch)  # one character: nothing to backtrack
+
+    def _escape(self) -> _Node:
+        char = self._take()
+        if char in _ASSERTIONS:
+            return _assertion(_ASSERTIONS[char])
+        if char in _CLASS_ESCAPES or char in _CONTROL_ESCAPES:
+            return _one(re.compile("\\" + char).fullmatch)
+        if char.isalnum():
+            raise PatternError(f"the escape \\{char} is not supported")
+        return _one(char.__eq__)
+
+
+def _one(accepts: Callable[[str], object]) -> _Node:
+    return lambda builder, following: builder.add(_Char(accepts, following))
+
+
+def _assertion(kind: str) -> _Node:
+    return lambda builder, following: builder.add(_Assert(kind, following))
+
+
+def _in_a_row(parts: list[_Node]) -> _Node:
+    def build(builder: _Builder, following: int) -> int:
+        for part in reversed(parts):
+            following = part(builder, following)
+        return following
+
+    return build
+
+
+def _either(ways: list[_Node]) -> _Node:
+    return lambda builder, following: builder.add(_Split([way(builder, following) for way in ways]))
+
+
+def _times(node: _Node, least: int, most: int | None) -> _Node:
+    def build(builder: _Builder, following: int) -> int:
+        if most is None:
+            loop = _Split([following])
+            again = builder.add(loop)
+            loop.ways.append(node(builder, again))
+            following = again
+        for _ in range((most or least) - least):
+            following = builder.add(_Split([following, node(builder, following)]))
+        for _ in range(least):
+            following = node(builder, following)
+        return following
+
+    return build

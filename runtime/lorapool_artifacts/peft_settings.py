@@ -1,0 +1,164 @@
+"""What each setting of peft's LoraConfig means for serving: computed exactly, harmless, or refused in its own words.
+
+`adapter_config` reads adapters by these tables and nothing else decides; a test holds them to the fields, the
+initialisations and the adapter kinds of the installed peft, so that an upgrade with something new fails there
+and not on a customer's answers. Pure data; each refusal says what it would change and what its owner can do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LORA = "LORA"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    why: str
+    """Completes "<setting> is set: ...": what the adapter would need."""
+    remedy: str
+
+
+def _again(without: str) -> str:
+    return f"train it again {without}"
+
+
+HARMLESS = {
+    "auto_mapping": "class names of the trainer's model; nothing is imported from them",
+    "corda_config": "how training started; init_lora_weights says whether the base was changed",
+    "ensure_weight_tying": "acts on tied embeddings, which are refused by themselves",
+    "eva_config": "how training started; the ranks it chose stand in rank_pattern",
+    "inference_mode": "acts in training only",
+    "loftq_config": "how training started; init_lora_weights says whether the base was changed",
+    "lora_dropout": "acts in training only",
+    "lora_ga_config": "how training started; init_lora_weights says whether the base was changed",
+    "megatron_core": "names a module for megatron_config, which is refused by itself",
+    "peft_version": "information",
+    "qalora_group_size": "acts with use_qalora only, which is refused by itself",
+    "revision": "information about the base it was trained on",
+    "runtime_config": "where training ran; peft does not save it",
+    "task_type": "which wrapper the trainer used; the modules themselves are compared with the base's",
+    "velora_config": "compresses what training remembers; serving computes plain LoRA",
+}
+"""Setting → why leaving it out changes nothing."""
+
+REFUSED = {
+    "alora_invocation_tokens": Refusal(
+        "activated LoRA, which changes only the tokens after its invocation", _again("without alora_invocation_tokens")
+    ),
+    "arrow_config": Refusal(
+        "Arrow routing, which mixes several adapters per token", "serve each of its adapters by itself"
+    ),
+    "fan_in_fan_out": Refusal(
+        "trained on Conv1D layers, whose weights lie transposed",
+        "train it on a base with linear layers; if its base has them, set fan_in_fan_out to false",
+    ),
+    "kasa_config": Refusal("KaSA, which cuts the smallest parts out of the base's weights", _again("without KaSA")),
+    "layer_replication": Refusal(
+        "replicated layers of the base, so it belongs to a deeper model", _again("without layer_replication")
+    ),
+    "lora_bias": Refusal("trained biases in LoRA layers", _again("with lora_bias=False")),
+    "megatron_config": Refusal("Megatron's parallel layers", _again("on the transformers model")),
+    "modules_to_save": Refusal(
+        "fully trained modules, which would replace parts of the shared base", _again("without modules_to_save")
+    ),
+    "monteclora_config": Refusal(
+        "MonteCLoRA, which samples its weights at every step", _again("without monteclora_config")
+    ),
+    "target_parameters": Refusal(
+        "LoRA on bare parameters, such as the fused experts of a mixture", _again("with target_modules only")
+    ),
+    "trainable_token_indices": Refusal(
+        "embeddings of trained tokens, which all adapters share", _again("without trainable_token_indices")
+    ),
+    "use_bdlora": Refusal("block-diagonal LoRA, whose matrices are stored in blocks", _again("without use_bdlora")),
+    "use_dora": Refusal("DoRA, which rescales the base's own weights", _again("with use_dora=False")),
+    "use_qalora": Refusal("QALoRA, which pools the inputs of a quantized base", _again("with use_qalora=False")),
+}
+"""Setting → why an adapter with it switched on is not what plain LoRA computes."""
+
+STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+"""Values of init_lora_weights, besides true and false, that leave the base as it is."""
+
+_CUT = Refusal(
+    "starts with a part of the base's weights moved into the adapter, so it is wrong on the true base",
+    "convert the adapter with save_pretrained(path_initial_model_for_weight_conversion=...)",
+)
+REFUSED_STARTS = {
+    "pissa": _CUT,  # also pissa_niter_<n>
+    "olora": _CUT,
+    "corda": _CUT,
+    "lora_ga": _CUT,
+    "loftq": Refusal(
+        "trains against a quantized copy of the base's weights, so it is wrong on the true base",
+        _again("with init_lora_weights=True on the base as it is"),
+    ),
+}
+
+_CONVERT = "convert it with peft's save_as_lora(), or train with peft's LoraConfig"
+_TRAIN = "train with peft's LoraConfig"
+_PROMPT = "puts trained vectors into the prompt or the attention's cache"
+
+KINDS = {
+    "ADALORA": Refusal("moves rank between layers and keeps singular values beside its matrices", _TRAIN),
+    "ADAMSS": Refusal("trains in subspaces of the base's weights", _TRAIN),
+    "ADAPTION_PROMPT": Refusal(_PROMPT, _TRAIN),
+    "BEFT": Refusal("trains biases of the base", _TRAIN),
+    "BOFT": Refusal("rotates the base's weights", _TRAIN),
+    "C3A": Refusal("adds circular convolutions", _CONVERT),
+    "CARTRIDGE": Refusal(_PROMPT, _TRAIN),
+    "CPT": Refusal(_PROMPT, _TRAIN),
+    "DEFT": Refusal("projects the base's weights", _TRAIN),
+    "DELORA": Refusal("normalises its matrices", _CONVERT),
+    "FOURIERFT": Refusal("keeps its change as frequencies", _CONVERT),
+    "FROD": Refusal("trains in a basis shared by all layers", _TRAIN),
+    "GLORA": Refusal("rescales the base's weights and biases", _TRAIN),
+    "GRALORA": Refusal("splits each matrix into blocks", _CONVERT),
+    "HIRA": Refusal("multiplies the base's weights", _TRAIN),
+    "HRA": Refusal("reflects the base's weights", _TRAIN),
+    "IA3": Refusal("scales the base's activations", _TRAIN),
+    "LILY": Refusal("shares its matrices between layers", _TRAIN),
+    "LN_TUNING": Refusal("trains the base's normalisation layers", _TRAIN),
+    "LOHA": Refusal("multiplies two low-rank products by element", _CONVERT),
+    "LOKR": Refusal("adds Kronecker products", _CONVERT),
+    "MISS": Refusal("adds sums over shards of the input", _CONVERT),
+    "MULTITASK_PROMPT_TUNING": Refusal(_PROMPT, _TRAIN),
+    "OFT": Refusal("rotates the base's weights", _TRAIN),
+    "OSF": Refusal("changes the base's weights in their singular directions", _TRAIN),
+    "PEANUT": Refusal("makes its change from the base's weights", _TRAIN),
+    "POLY": Refusal("mixes several adapters by task", _TRAIN),
+    "PREFIX_TUNING": Refusal(_PROMPT, _TRAIN),
+    "PROMPT_TUNING": Refusal(_PROMPT, _TRAIN),
+    "PSOFT": Refusal("rotates the base's weights in a subspace", _CONVERT),
+    "PVERA": Refusal("samples its vectors at every step", _TRAIN),
+    "P_TUNING": Refusal(_PROMPT, _TRAIN),
+    "RANDLORA": Refusal("trains in random bases shared by all layers", _CONVERT),
+    "ROAD": Refusal("rotates the base's activations", _TRAIN),
+    "SHADOW": Refusal("runs a second, trained model beside the base", _TRAIN),
+    "SHIRA": Refusal("changes single weights of the base", _TRAIN),
+    "SUPERTUNING": Refusal("changes single weights of the base", _TRAIN),
+    "TINYLORA": Refusal("trains in random bases shared by all layers", _CONVERT),
+    "TRAINABLE_TOKENS": Refusal("trains embeddings, which all adapters share", _TRAIN),
+    "UNILORA": Refusal("keeps one vector for all layers", _CONVERT),
+    "VBLORA": Refusal("keeps a bank of vectors for all layers", _CONVERT),
+    "VERA": Refusal("trains in random bases shared by all layers", _CONVERT),
+    "WAVEFT": Refusal("keeps its change as wavelets", _CONVERT),
+    "XLORA": Refusal("mixes several adapters per token", _TRAIN),
+}
+"""peft_type → what such an adapter does that LoRA's matrices do not."""
+
+HARMLESS_TENSORS = ("lora_velora_embed",)
+"""Last parts of tensor names that only training reads."""
+
+TENSORS = (
+    ("lora_magnitude_vector", "belongs to DoRA, which is not supported"),
+    ("lora_diag", "belongs to KaSA, which is not supported"),
+    ("lora_monteclora", "belongs to MonteCLoRA, which is not supported"),
+    ("token_adapter", "holds embeddings of trained tokens, which all adapters share"),
+    ("modules_to_save", "is a fully trained module, which is not supported"),
+    ("lora_embedding_", "changes the embeddings, which all adapters share"),
+    ("embed", "changes the embeddings, which all adapters share"),
+    ("lm_head", "changes the output layer, which all adapters share"),
+    (".experts.", "belongs to the experts of a mixture, which cannot be adapted"),
+)
+"""Parts of tensor names, the more telling first → why such a tensor cannot be left out."""
