@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import queue
@@ -236,6 +237,14 @@ class FakeEngine:
             del self._runs[request.request_id]
             run.sink(self._end(run, FinishReason.ERROR, "the device is on fire"))
             return
+        scores = None
+        if request.prompt_logprobs is not None and not run.made:
+            top = tuple((candidate, -0.5 - candidate) for candidate in range(request.prompt_logprobs))
+            scores = tuple(TokenLogprob(token, -0.125, top) for token in request.prompt_ids[1:])
+        if sampling.max_tokens == 0:
+            del self._runs[request.request_id]
+            run.sink(dataclasses.replace(self._end(run, FinishReason.LENGTH), prompt_logprobs=scores))
+            return
         token = run.script[run.made % len(run.script)]
         run.made += 1
         self.tokens_made += 1
@@ -255,7 +264,7 @@ class FakeEngine:
         run.sink(
             TokenOutput(
                 request.request_id, token, not at_end, len(request.prompt_ids), run.made,
-                finish_reason=finish, logprob=logprob,
+                finish_reason=finish, logprob=logprob, prompt_logprobs=scores,
             )
         )  # fmt: skip
 

@@ -68,6 +68,10 @@ class Delta:
     """Of the whole request, up to this text."""
     finish: FinishReason | None = None
     error: str | None = None
+    offsets: tuple[int, ...] = ()
+    """Where in the sequence's text the token of each log-probability begins."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, with the first delta of a sequence that asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class _Sequence:
     stream: TextStream
     completion_tokens: int = 0
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+    pending_offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     told: bool = False
     """The reader has its end (or gave up): later outputs of the engine are neither text nor counted."""
     ended: bool = False
@@ -103,11 +109,14 @@ class Generation:
         stops: Sequence[str],
         decode: Decode,
         on_end: Callable[[Ended], None],
+        tell_end_token: bool = False,
     ) -> None:
+        """`tell_end_token`: the log-probability of an end-of-sequence token is told too, though it is no text."""
         self._engine = engine
         self._mailbox = mailbox
         self._n = n
         self._on_end = on_end
+        self._tell_end_token = tell_end_token
         self._sequences = [_Sequence(request, TextStream(decode, stops)) for request in requests]
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._prompt_tokens = [0] * (len(requests) // n)
@@ -191,8 +200,10 @@ class Generation:
 
     def _speak(self, number: int, output: TokenOutput) -> None:
         sequence = self._sequences[number]
-        if output.logprob is not None and output.text_token:
+        if output.logprob is not None and (output.text_token or self._tell_end_token):
             sequence.pending_logprobs.append(output.logprob)
+            sequence.pending_offsets.append(sequence.stream.characters)
+        sequence.prompt_logprobs = output.prompt_logprobs or sequence.prompt_logprobs
         piece = Piece("")
         if output.token_id is not None and output.text_token:
             piece = sequence.stream.push(output.token_id)
@@ -215,9 +226,20 @@ class Generation:
             sequence.told = True
         if self._left:
             return
-        logprobs = tuple(sequence.pending_logprobs)
+        delta = Delta(
+            number,
+            text,
+            tuple(sequence.pending_logprobs),
+            self.usage(),
+            finish,
+            error,
+            tuple(sequence.pending_offsets),
+            sequence.prompt_logprobs,
+        )
         sequence.pending_logprobs.clear()
-        self._deltas.put_nowait(Delta(number, text, logprobs, self.usage(), finish, error))
+        sequence.pending_offsets.clear()
+        sequence.prompt_logprobs = ()
+        self._deltas.put_nowait(delta)
 
     def _count(self, number: int, output: TokenOutput) -> None:
         """A sequence whose stop string was found counts up to there, though the engine may be a token ahead."""

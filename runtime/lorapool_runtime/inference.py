@@ -55,7 +55,7 @@ class Inference:
         return Answer(
             head,
             choices=running.sequences,
-            with_logprobs=parsed.sampling.top_logprobs is not None,
+            top_logprobs=parsed.sampling.top_logprobs,
             echo=running.echo,
             token_text=codec.token_text,
             token_bytes=codec.token_bytes,

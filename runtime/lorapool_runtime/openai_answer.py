@@ -15,6 +15,7 @@ from typing import Any
 from lorapool_api.protocol import Usage
 from lorapool_runtime.generation import Delta
 from lorapool_runtime.interface import FinishReason, TokenLogprob
+from lorapool_runtime.text import EchoedPrompt
 
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
@@ -45,10 +46,10 @@ class Head:
 class _Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
     begun: bool = False
-    offset: int = 0
-    """Characters of all tokens so far, for `text_offset`."""
 
 
 class Answer:
@@ -59,13 +60,13 @@ class Answer:
         head: Head,
         *,
         choices: int,
-        with_logprobs: bool,
-        echo: Sequence[str],
+        top_logprobs: int | None,
+        echo: Sequence[EchoedPrompt],
         token_text: Callable[[int], str],
         token_bytes: Callable[[int], list[int]],
     ) -> None:
         self._head = head
-        self._with_logprobs = with_logprobs
+        self._top_logprobs = top_logprobs
         self._token_text = token_text
         self._token_bytes = token_bytes
         self._echo = echo
@@ -77,6 +78,8 @@ class Answer:
         choice = self._choices[delta.number]
         choice.text += delta.text
         choice.logprobs.extend(delta.logprobs)
+        choice.offsets.extend(delta.offsets)
+        choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
         if delta.finish is not None:
             choice.finish = _FINISH[delta.finish]
 
@@ -86,11 +89,13 @@ class Answer:
         return {**self._head.body(kind, choices), "usage": usage_body(usage)}
 
     def _whole_choice(self, number: int, choice: _Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice, choice.logprobs)
         if self._head.chat:
+            logprobs = self._chat_logprobs(choice.logprobs)
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
-        text = self._echoed(number) + choice.text
+        echo = self._echo_of(number)
+        text = (echo.text if echo else "") + choice.text
+        logprobs = self._completion_logprobs(choice.logprobs, choice.offsets, echo, choice.prompt_logprobs, told=echo)
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     # --- streamed -----------------------------------------------------------------------
@@ -100,8 +105,8 @@ class Answer:
         choice = self._choices[delta.number]
         parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
         finish = None if delta.finish is None else _FINISH[delta.finish]
-        logprobs = self._logprobs(choice, delta.logprobs)
         if self._head.chat:
+            logprobs = self._chat_logprobs(delta.logprobs)
             if not choice.begun:
                 parts.append(({"delta": {"role": "assistant", "content": ""}}, None, None))
             if delta.text or logprobs:
@@ -109,7 +114,10 @@ class Answer:
             if finish is not None:
                 parts.append(({"delta": {}}, None, finish))
         else:
-            text = ("" if choice.begun else self._echoed(delta.number)) + delta.text
+            echo = self._echo_of(delta.number)
+            told = None if choice.begun else echo
+            text = (told.text if told else "") + delta.text
+            logprobs = self._completion_logprobs(delta.logprobs, delta.offsets, echo, delta.prompt_logprobs, told=told)
             parts.append(({"text": text}, logprobs, finish))
         choice.begun = True
         return [
@@ -129,17 +137,12 @@ class Answer:
 
     # --- parts --------------------------------------------------------------------------
 
-    def _echoed(self, number: int) -> str:
-        if not self._echo:
-            return ""
-        return self._echo[number * len(self._echo) // len(self._choices)]
+    def _echo_of(self, number: int) -> EchoedPrompt | None:
+        return self._echo[number * len(self._echo) // len(self._choices)] if self._echo else None
 
-    def _logprobs(self, choice: _Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._with_logprobs or (not entries and self._head.chat):
+    def _chat_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self._top_logprobs is None or not entries:
             return None
-        return self._chat_logprobs(entries) if self._head.chat else self._completion_logprobs(choice, entries)
-
-    def _chat_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = [
             {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*pair) for pair in entry.top]}
             for entry in entries
@@ -149,24 +152,45 @@ class Answer:
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": self._token_text(token_id),
-            "logprob": logprob,
+            "logprob": _finite(logprob),
             "bytes": self._token_bytes(token_id),
         }
 
-    def _completion_logprobs(self, choice: _Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        tokens = [self._token_text(entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(choice.offset)
-            choice.offset += len(token)
+    def _completion_logprobs(
+        self,
+        entries: Sequence[TokenLogprob],
+        offsets: Sequence[int],
+        echo: EchoedPrompt | None,
+        of_prompt: Sequence[TokenLogprob],
+        *,
+        told: EchoedPrompt | None,
+    ) -> dict[str, Any] | None:
+        """Of the tokens of this piece; with `told` the prompt's stand before them, the first without a number."""
+        if self._top_logprobs is None:
+            return None
+        begin = len(echo.text) if echo else 0
+        before = told.token_ids[:1] if told else ()
+        scored = [*(of_prompt if told else ()), *entries]
+        top: list[dict[str, float] | None] = [None for _ in before]
+        top += [self._likeliest(entry) for entry in scored]
         return {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {self._token_text(token_id): logprob for token_id, logprob in entry.top} for entry in entries
-            ],
-            "text_offset": offsets,
+            "tokens": [self._token_text(token_id) for token_id in (*before, *(entry.token_id for entry in scored))],
+            "token_logprobs": [*(None for _ in before), *(_finite(entry.logprob) for entry in scored)],
+            "top_logprobs": top if self._top_logprobs else None,
+            "text_offset": [*(told.offsets if told else ()), *(begin + offset for offset in offsets)],
         }
+
+    def _likeliest(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text, the likeliest first, and the token itself where it is none of them (as OpenAI does)."""
+        found: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            found.setdefault(self._token_text(token_id), _finite(logprob))
+        return found
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot be is told as -9999."""
+    return max(logprob, -9999.0)
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class ChatRequest(ParsedRequest):
     def prompt_param(self) -> str:
         return "messages"
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(ParsedRequest):
@@ -84,6 +88,11 @@ class CompletionRequest(ParsedRequest):
     @property
     def prompt_param(self) -> str:
         return "prompt"
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many of the likeliest to tell beside each of the prompt's tokens; None: nothing of them."""
+        return self.sampling.top_logprobs if self.echo else None
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
@@ -112,8 +121,7 @@ def parse_completion(raw: bytes) -> CompletionRequest:
     body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")
-    if echo and top_logprobs is not None:
-        body.refuse("echo", "cannot be combined with `logprobs`: log-probabilities of the prompt are not computed")
+    max_tokens = body.integer("max_tokens", DEFAULT_COMPLETION_TOKENS, low=0 if echo else 1)
     n = body.integer("n", 1, low=1, high=MAX_N)
     prompts = _prompts(body)
     if len(prompts) * n > MAX_SEQUENCES:
@@ -124,7 +132,7 @@ def parse_completion(raw: bytes) -> CompletionRequest:
         include_usage=_include_usage(body),
         n=n,
         stops=_stops(body),
-        sampling=_sampling(body, body.integer("max_tokens", DEFAULT_COMPLETION_TOKENS, low=1), top_logprobs),
+        sampling=_sampling(body, max_tokens, top_logprobs),
         prompts=prompts,
         echo=echo,
     )
@@ -142,7 +150,7 @@ def sampling_params(
     """The engine's parameters of one sequence. Raises InvalidRequest where the base's bounds are passed."""
     wishes = request.sampling
     room = facts.max_model_len - prompt_tokens
-    if room < 1:
+    if room < (0 if wishes.max_tokens == 0 else 1):
         raise InvalidRequest(
             f"This model's context is {facts.max_model_len} tokens, but the prompt alone has {prompt_tokens}. "
             "Shorten it.",

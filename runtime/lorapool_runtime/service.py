@@ -39,6 +39,7 @@ from lorapool_runtime.openai_request import ChatRequest, CompletionRequest
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.store import AdapterStore
 from lorapool_runtime.submission import SequenceMaker, TextCodec, prompts_of, sequences_of
+from lorapool_runtime.text import EchoedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Running:
 
     generation: Generation
     sequences: int
-    echo: tuple[str, ...]
+    echo: tuple[EchoedPrompt, ...]
     target: str
     """For the answer's header: `<namespace>/<name>@<digest>` or `base`."""
     cold_start_s: float | None
@@ -226,6 +227,9 @@ class Runtime:
         codec, facts = serving.base.codec, serving.base.engine.facts
         prompts = await prompts_of(request, codec, facts)
         sequences = sequences_of(request, prompts, codec, facts)
+        echo: tuple[EchoedPrompt, ...] = ()
+        if isinstance(request, CompletionRequest) and request.echo:
+            echo = tuple([await codec.echo(prompt) for prompt in prompts])
         self._refuse_when_draining()
         self._enter(len(sequences))
         try:
@@ -238,9 +242,6 @@ class Runtime:
             generation.start()  # from here on its end gives back the lease and the place
         except ValueError as error:
             raise InvalidRequest(str(error), param=request.prompt_param, code="context_length_exceeded") from error
-        echo: tuple[str, ...] = ()
-        if isinstance(request, CompletionRequest) and request.echo:
-            echo = tuple(codec.decode(prompt) for prompt in prompts)
         return Running(
             generation,
             sequences=len(sequences),
@@ -277,6 +278,8 @@ class Runtime:
             stops=request.stops,
             decode=serving.base.codec.decode,
             on_end=on_end,
+            # who scores texts counts tokens (lm-eval leaves the last one out, whatever it is)
+            tell_end_token=isinstance(request, CompletionRequest),
         )
         if lease is not None:
             lease.attach(generation)

@@ -13,6 +13,7 @@ from typing import Protocol
 from lorapool_api.openai import InvalidRequest
 from lorapool_runtime.interface import GenerationRequest, ModelFacts
 from lorapool_runtime.openai_request import ChatRequest, CompletionRequest, sampling_params
+from lorapool_runtime.text import EchoedPrompt
 
 SequenceMaker = Callable[[int, str], GenerationRequest]
 """Slot and salt -> the engine's request."""
@@ -25,6 +26,7 @@ class TextCodec(Protocol):
 
     async def prompt_of_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
     async def prompt_of_text(self, text: str) -> tuple[int, ...]: ...
+    async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> list[int]: ...
@@ -69,7 +71,9 @@ def sequences_of(
             facts=facts,
             stop_token_ids=codec.eos_token_ids,
         )
-        return lambda slot, salt: GenerationRequest(f"{internal}-{number}", prompt, slot, salt, params)
+        return lambda slot, salt: GenerationRequest(
+            f"{internal}-{number}", prompt, slot, salt, params, prompt_logprobs=request.prompt_logprobs
+        )
 
     return [make(place * request.n + choice, prompt) for place, prompt in enumerate(prompts)
             for choice in range(request.n)]  # fmt: skip

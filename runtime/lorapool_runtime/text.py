@@ -28,6 +28,8 @@ class Detokenizer:
         self._ids: list[int] = []
         self._context = 0
         self._sent = 0
+        self.characters = 0
+        """Of all the text handed out so far: where the next token's text begins."""
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, often empty."""
@@ -53,6 +55,7 @@ class Detokenizer:
         del self._ids[: self._context]
         self._sent -= self._context
         self._context = 0
+        self.characters += len(now) - len(before)
         return now[len(before) :]
 
 
@@ -115,6 +118,11 @@ class TextStream:
         self._detokenizer = Detokenizer(decode)
         self._filter = StopFilter(stops)
 
+    @property
+    def characters(self) -> int:
+        """Where the next token's text begins, a stop string not cut off."""
+        return self._detokenizer.characters
+
     def push(self, token_id: int) -> Piece:
         return self._filter.push(self._detokenizer.push(token_id))
 
@@ -124,3 +132,22 @@ class TextStream:
         if piece.stopped:
             return piece
         return Piece(piece.text + self._filter.finish())
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt as it is told back: its text, and where in it each token begins."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def echoed(decode: Decode, token_ids: Sequence[int]) -> EchoedPrompt:
+    """Decodes a prompt token by token; half a character begins where the whole one does."""
+    detokenizer, texts, offsets = Detokenizer(decode), [], []
+    for token_id in token_ids:
+        offsets.append(detokenizer.characters)
+        texts.append(detokenizer.push(token_id))
+    texts.append(detokenizer.finish())
+    return EchoedPrompt("".join(texts), tuple(token_ids), tuple(offsets))

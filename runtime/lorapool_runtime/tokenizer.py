@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_runtime.text import EchoedPrompt, echoed
 
 T = TypeVar("T")
 
@@ -72,6 +73,10 @@ class Tokenizer:
     async def prompt_of_text(self, text: str) -> tuple[int, ...]:
         """Ids of a bare prompt, with the start token where the base has one."""
         return await self._within_limits(functools.partial(self._encode, text))
+
+    async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
+        """A prompt told back, token by token."""
+        return await self._within_limits(functools.partial(echoed, self.decode, token_ids))
 
     def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         try:

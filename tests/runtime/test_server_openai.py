@@ -136,6 +136,48 @@ async def test_logprobs_come_in_both_shapes(client: openai.AsyncOpenAI) -> None:
     assert text.choices[0].logprobs.token_logprobs == [-0.25, -0.25, -0.25]
 
 
+async def test_an_echo_with_logprobs_scores_the_prompt_and_begins_with_null(client: openai.AsyncOpenAI) -> None:
+    both = await client.completions.create(model="tiny", prompt=["hé", [72, 105]], echo=True, logprobs=1, max_tokens=2)
+    first, second = both.choices
+    assert first.text == "héI "
+    assert first.logprobs.tokens == ["h", "\ufffd", "\ufffd", "I", " "]
+    assert first.logprobs.text_offset == [0, 1, 1, 2, 3]
+    assert first.logprobs.token_logprobs == [None, -0.125, -0.125, -0.25, -0.25]
+    assert first.logprobs.top_logprobs[0] is None
+    assert first.logprobs.top_logprobs[1] == {"\x00": -0.5, "\ufffd": -0.125}
+    assert second.text == "HiI "
+    alone = await client.completions.create(model="tiny", prompt="Once", echo=True, logprobs=0, max_tokens=0)
+    assert alone.choices[0].text == "Once"
+    assert alone.choices[0].finish_reason == "length"
+    assert alone.choices[0].logprobs.token_logprobs == [None, -0.125, -0.125, -0.125]
+    assert alone.choices[0].logprobs.top_logprobs is None
+    assert (alone.usage.prompt_tokens, alone.usage.completion_tokens) == (4, 0)
+
+
+async def test_the_end_token_of_a_completion_is_scored_too(client: openai.AsyncOpenAI) -> None:
+    whole = await client.completions.create(model="tiny", prompt="x", echo=True, logprobs=1, max_tokens=99)
+    assert whole.choices[0].finish_reason == "stop"
+    assert len(whole.choices[0].logprobs.tokens) == 1 + len("I am base.") + 1
+    chat = await client.chat.completions.create(model="tiny", messages=HI, logprobs=True)
+    assert len(chat.choices[0].logprobs.content) == len("I am base.")
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 30])
+async def test_a_streamed_echo_says_the_same_as_a_whole_one(client: openai.AsyncOpenAI, max_tokens: int) -> None:
+    wish: dict[str, Any] = {"model": "tiny", "prompt": "Once", "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    whole = await client.completions.create(**wish)
+    text, tokens, values, offsets = "", [], [], []
+    async for chunk in await client.completions.create(**wish, stream=True):
+        text += chunk.choices[0].text
+        tokens += chunk.choices[0].logprobs.tokens
+        values += chunk.choices[0].logprobs.token_logprobs
+        offsets += chunk.choices[0].logprobs.text_offset
+    told = whole.choices[0].logprobs
+    assert (text, tokens, values, offsets) == (
+        whole.choices[0].text, told.tokens, told.token_logprobs, told.text_offset,
+    )  # fmt: skip
+
+
 async def test_every_wish_reaches_the_engine(client: openai.AsyncOpenAI, served: Served) -> None:
     await client.chat.completions.create(
         model="tiny", messages=HI, max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=11, n=2,
@@ -280,7 +322,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[1], "x", [True]]}, "prompt"),
     ({"prompt": "x", "best_of": 3}, "best_of"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
-    ({"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    ({"prompt": "x", "max_tokens": -1, "echo": True}, "max_tokens"),
     ({"prompt": "x", "logprobs": 21}, "logprobs"),
     ({"prompt": "x", "messages": HI}, "messages"),
     ({"prompt": "x" * 600}, "prompt"),
