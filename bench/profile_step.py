@@ -1,0 +1,286 @@
+"""Where each millisecond of a steady decode step goes: W1's 16 rows, on the base alone and over 16 distinct adapters.
+
+    python bench/profile_step.py BASE_FOLDER [--dtypes float32 bfloat16] [--threads 2] [--rounds 3] [--json PATH]
+
+The engine's core runs in this thread without its queue. Rounds alternate: the step untouched, then the step with a
+clock around each part; a part's time is what it spends itself, without the parts inside it. The table refuses to
+print parts whose sum is more than 10 % off the untouched step. The floor is the base's packed linears alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lorapool_runtime import core as core_module
+from lorapool_runtime import runner as runner_module
+from lorapool_runtime.attention import PagedAttention
+from lorapool_runtime.config import EngineConfig
+from lorapool_runtime.core import Core
+from lorapool_runtime.cores import usable_cores
+from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.kv import KVPool
+from lorapool_runtime.linear import FusedLinear
+from lorapool_runtime.lora import LoraBatch, LoraGroup, PlainLinear
+from lorapool_runtime.model import Base
+from lorapool_runtime.runner import Runner
+from lorapool_runtime.scheduler import Scheduler
+
+REQUESTS, PROMPT, NEW, RANK = 16, 32, 32, 16
+TOLERANCE = 0.10
+
+
+class Clock:
+    """Time by part, each without the parts called inside it."""
+
+    def __init__(self) -> None:
+        self.own_s: dict[str, float] = defaultdict(float)
+        self._inner_s = [0.0]
+
+    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        own_s, inner_s, now = self.own_s, self._inner_s, time.perf_counter
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            inner_s.append(0.0)
+            begin = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = now() - begin
+                own_s[part] += took - inner_s.pop()
+                inner_s[-1] += took
+
+        return timed
+
+
+@contextmanager
+def clocked(core: Core, clock: Clock) -> Iterator[None]:
+    """Puts the clock around every part of the engine, and takes it away again."""
+    undo: list[Callable[[], None]] = []
+
+    def put(owner: Any, name: str, part: str) -> None:
+        if hasattr(owner, name):
+            kept = vars(owner).get(name)
+            setattr(owner, name, clock.wrap(part, getattr(owner, name)))
+            undo.append(lambda: delattr(owner, name) if kept is None else setattr(owner, name, kept))
+
+    put(Scheduler, "schedule", "scheduler")
+    put(core_module, "sample", "sampling")
+    put(Runner, "run", "tensors of the step")
+    put(runner_module, "PagedAttention", "tensors of the step")
+    put(Base, "logits", "model: glue and residuals")
+    put(FusedLinear, "__call__", "linears")
+    put(PlainLinear, "forward", "output layer")
+    put(LoraGroup, "output", "linears: glue")
+    put(LoraBatch, "add", "lora")
+    put(PagedAttention, "attend", "attention: scores and values")
+    put(KVPool, "write", "attention: write")
+    put(KVPool, "gather", "attention: gather")
+    rotaries = set()
+    for name, module in core.base.model.named_modules():
+        leaf, kind = name.rpartition(".")[2], type(module)
+        if "norm" in leaf:
+            put(module, "forward", "norms")
+        elif "rotary" in leaf:
+            put(module, "forward", "rotary")
+        elif isinstance(module, torch.nn.Embedding):
+            put(module, "forward", "embedding")
+        elif leaf.startswith("act"):
+            put(module, "forward", "activation")
+        elif leaf == "mlp":
+            put(module, "forward", "mlp: product and glue")
+        elif hasattr(sys.modules[kind.__module__], "apply_rotary_pos_emb"):
+            rotaries.add(sys.modules[kind.__module__])
+    for modeling in rotaries:
+        put(modeling, "apply_rotary_pos_emb", "rotary")
+    try:
+        yield
+    finally:
+        for back in reversed(undo):
+            back()
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    dtype: str
+    rows: str
+    whole_ms: float
+    """Untouched; median over steps, median over rounds."""
+    whole_runs_ms: tuple[float, ...]
+    parts_ms: dict[str, float]
+    floor_ms: float
+    """The packed linears and the output layer alone."""
+
+    @property
+    def sum_over_whole(self) -> float:
+        return sum(self.parts_ms.values()) / self.whole_ms
+
+
+def write_adapters(core: Core, folder: Path) -> list[Path]:
+    """Random, rank 16, in peft's file format, on every target layer of the base."""
+    folders = []
+    names = sorted({target.module.rpartition(".")[2] for target in core.facts.targets})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names, "task_type": "CAUSAL_LM"}
+    for number in range(REQUESTS):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for target in core.facts.targets:
+            a = torch.randn((RANK, target.in_features), generator=generator) / target.in_features**0.5
+            b = torch.randn((target.out_features, RANK), generator=generator) * 0.3 / RANK**0.5
+            tensors[f"base_model.model.{target.module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{target.module}.lora_B.weight"] = b
+        own = folder / f"adapter-{number}"
+        own.mkdir()
+        save_file(tensors, own / "adapter_model.safetensors")
+        (own / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(own)
+    return folders
+
+
+def decode_steps_s(core: Core, slots: list[int]) -> list[float]:
+    """Runs W1 once; the seconds of every step in which all rows decode, the first and last few left out."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(5, core.facts.vocab_size - 5, (REQUESTS, PROMPT), generator=generator).tolist()
+    greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    for number, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
+        core.add(GenerationRequest(str(number), tuple(prompt), slot, f"salt-{slot}", greedy))
+    took = []
+    while core.scheduler.has_work:
+        begin = time.perf_counter()
+        core.step()
+        took.append(time.perf_counter() - begin)
+    steady = took[-NEW + 4 : -2]
+    assert len(steady) == NEW - 6
+    return steady
+
+
+def floor_ms(core: Core, rounds: int) -> float:
+    """Every packed product of a step, with the output layer, in a loop over 16 rows."""
+    layers: list[FusedLinear] = []
+    for module in core.base.model.modules():
+        base = getattr(getattr(module, "_group", module), "base", None)
+        if isinstance(base, FusedLinear) and base not in layers:
+            layers.append(base)
+    inputs = {layer.in_features: torch.randn(REQUESTS, layer.in_features).to(core.base.dtype) for layer in layers}
+
+    def loop() -> float:
+        begin = time.perf_counter()
+        for layer in layers:
+            layer(inputs[layer.in_features])
+        return (time.perf_counter() - begin) * 1e3
+
+    loop()
+    return statistics.median(loop() for _ in range(10 * rounds))
+
+
+def profile(core: Core, dtype: str, rows: str, slots: list[int], rounds: int) -> Profile:
+    decode_steps_s(core, slots)
+    whole, clock, steps = [], Clock(), 0
+    for _ in range(rounds):
+        whole.append(statistics.median(decode_steps_s(core, slots)) * 1e3)
+        with clocked(core, clock):
+            before = dict(clock.own_s)
+            counted = _steady_parts(core, slots, clock)
+            clock.own_s.clear()
+            clock.own_s.update({part: before.get(part, 0.0) + own for part, own in counted[0].items()})
+            steps += counted[1]
+    parts = {part: own * 1e3 / steps for part, own in sorted(clock.own_s.items(), key=lambda item: -item[1])}
+    return Profile(dtype, rows, statistics.median(whole), tuple(whole), parts, floor_ms(core, rounds))
+
+
+def _steady_parts(core: Core, slots: list[int], clock: Clock) -> tuple[dict[str, float], int]:
+    """Own seconds by part summed over the steady steps, and their number."""
+    step, seen, marks = core.step, 0, []
+
+    def marked() -> Any:
+        nonlocal seen
+        clock.own_s.clear()
+        result = clock.wrap("sequences and outputs", step)()
+        marks.append(dict(clock.own_s))
+        seen += 1
+        return result
+
+    core.step = marked  # type: ignore[method-assign]  # for this one run
+    try:
+        decode_steps_s(core, slots)
+    finally:
+        del core.step  # type: ignore[method-assign]  # the class's own again
+    steady = marks[-NEW + 4 : -2]
+    total: dict[str, float] = defaultdict(float)
+    for mark in steady:
+        for part, own in mark.items():
+            total[part] += own
+    return total, len(steady)
+
+
+def table(profiles: list[Profile]) -> str:
+    parts = list(dict.fromkeys(part for profile in profiles for part in profile.parts_ms))
+    head = [f"{p.dtype.replace('float', 'f')} {p.rows}" for p in profiles]
+    lines = [f"{'ms per step':30}" + "".join(f"{h:>18}" for h in head)]
+    lines += [f"{part:30}" + "".join(f"{p.parts_ms.get(part, 0.0):18.2f}" for p in profiles) for part in parts]
+    for name, cells in (
+        ("sum of parts", [f"{sum(p.parts_ms.values()):.2f}" for p in profiles]),
+        ("whole, untouched", [f"{p.whole_ms:.2f}" for p in profiles]),
+        ("sum / whole", [f"{p.sum_over_whole:.3f}" for p in profiles]),
+        ("linears alone (floor)", [f"{p.floor_ms:.2f}" for p in profiles]),
+        ("floor / whole", [f"{p.floor_ms / p.whole_ms:.2f}" for p in profiles]),
+        ("tokens per second", [f"{REQUESTS / p.whole_ms * 1e3:.0f}" for p in profiles]),
+    ):
+        lines.append(f"{name:30}" + "".join(f"{cell:>18}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", nargs="+", default=["base", "distinct16"], choices=["base", "distinct16"])
+    parser.add_argument("--json", type=Path, help="where to write the profiles")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    profiles = []
+    for dtype in arguments.dtypes:
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
+            core = Core(
+                EngineConfig(
+                    arguments.base, dtype=dtype, slots=REQUESTS, max_batch=REQUESTS, max_model_len=512, device="cpu"
+                )
+            )
+            if "distinct16" in arguments.rows:
+                from lorapool_runtime.adapter_file import read_adapter
+
+                for slot, folder in enumerate(write_adapters(core, Path(scratch))):
+                    core.load(slot, read_adapter(folder, core.base.groups, dtype=dtype, max_rank=64))
+            for rows in arguments.rows:
+                slots = [BASE_SLOT] * REQUESTS if rows == "base" else list(range(REQUESTS))
+                profiles.append(profile(core, dtype, rows, slots, arguments.rounds))
+            del core
+    print(f"{arguments.threads} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
+    print(table(profiles))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(p) for p in profiles], indent=2) + "\n")
+    off = [p for p in profiles if abs(p.sum_over_whole - 1) > TOLERANCE]
+    for p in off:
+        print(f"{p.dtype} {p.rows}: the parts add up to {p.sum_over_whole:.2f} of the whole", file=sys.stderr)
+    return 1 if off else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
