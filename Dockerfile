@@ -8,6 +8,8 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS wheel
+# The compiler of the runtime's CPU kernel stays in this stage.
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++
 COPY requirements-build.lock /build/
 RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir --require-hashes -r /build/requirements-build.lock
 COPY pyproject.toml README.md LICENSE /build/
@@ -15,7 +17,7 @@ COPY crds /build/crds
 COPY operator /build/operator
 COPY runtime /build/runtime
 # The date is fixed: the same sources give the same wheel, byte for byte.
-RUN cd /build && SOURCE_DATE_EPOCH=1700000000 PYTHONSAFEPATH=1 /opt/build/bin/hatchling build -t wheel -d /dist
+RUN cd /build && LORAPOOL_NATIVE=require SOURCE_DATE_EPOCH=1700000000 PYTHONSAFEPATH=1 /opt/build/bin/hatchling build -t wheel -d /dist
 
 FROM ${BASE} AS python
 RUN useradd --key UID_MAX=65535 --uid 65532 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin nonroot \

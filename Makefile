@@ -21,8 +21,16 @@ help: ## list the targets
 
 # --- the development environment ---------------------------------------------------------
 
+NATIVE := runtime/lorapool_runtime/native/liblora_rows.so
+
 .PHONY: install
-install: $(VENV)/.installed ## make the locked virtual environment in .venv
+install: $(VENV)/.installed native ## make the locked virtual environment in .venv, and the native kernel
+
+.PHONY: native
+native: $(NATIVE) ## compile the runtime's CPU kernel (needs g++; without one the runtime uses plain torch)
+
+$(NATIVE): $(wildcard runtime/native/*) runtime/native_build.py
+	@$(PYTHON) runtime/native_build.py
 
 $(VENV)/.installed: requirements.lock hack/bootstrap.lock pyproject.toml
 	@echo "==> installing the locked environment (about 6 GB with torch; a minute when cached)"

@@ -45,7 +45,7 @@ class Image:
 
 
 def _counts(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    return path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".so"}
 
 
 def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> dict[str, str]:

@@ -29,6 +29,7 @@ from lorapool_runtime.interface import (
 )
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.model import Base, load_base
+from lorapool_runtime.rowkernel import load_row_kernel
 from lorapool_runtime.runner import Runner
 from lorapool_runtime.sampling import Sampled, SampleRow, check_params, sample
 from lorapool_runtime.scheduler import Scheduler, StepPlan
@@ -54,6 +55,7 @@ class Core:
             self.base.groups, slots=config.slots, max_rank=config.max_rank, dtype=self.base.dtype, device=device
         )
         self.base.lora.slabs = self.slabs
+        self.base.lora.kernel = load_row_kernel(self.base.dtype, device)
         max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
         if config.max_model_len and config.max_model_len > max_model_len:
             log.warning("max_model_len %d is cut to the model's own %d", config.max_model_len, max_model_len)

@@ -1,0 +1,46 @@
+// What the row kernel is asked, and how one call is split: shared by the entry point and its variants per instruction set.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// One group of linears with a common input (lorapool_runtime.slabs.GroupSlab). Tables are [members][slots].
+struct LoraGroup {
+    const void* memory;      // elements of all slots
+    const int32_t* ranks;    // 0: nothing to add
+    const int64_t* a_at;     // element offset of A [rank][in]; the A of all members follow each other without a gap
+    const int64_t* b_at;     // element offset of B [rank][out of the member]
+    const int64_t* columns;  // [members + 1]: the member's columns of y
+    int64_t slots;
+    int64_t in_features;
+    int32_t members;
+    int32_t bfloat16;  // elements of memory, x and y: 1 bfloat16, 0 float32
+};
+
+// Rows of one slot. order[first .. first+count) are their numbers in x and y.
+struct LoraRun {
+    int64_t slot, first, count;
+    int64_t ranks;     // of all members together
+    int64_t u_at;      // where its shrink products [count][ranks] lie in u
+    double shrink_to;  // work up to and including this run, for splitting among threads
+    double expand_to;
+};
+
+struct LoraJob {
+    const LoraGroup* group;
+    void* y;        // [rows][columns[members]], added to in place
+    const void* x;  // [rows][in]
+    const int64_t* order;
+    const LoraRun* runs;
+    int64_t num_runs;
+    float* u;
+    int threads;
+};
+}
+
+// Reading weights costs this many times what multiplying one row with them costs (splits the work, decides nothing).
+constexpr double kReadCost = 4.0;
+constexpr int64_t kRankBlock = 4;     // rows of A taken together: one read of x for four products
+constexpr int64_t kColumnBlock = 64;  // columns of B given to a thread together: whole cache lines
+
+inline double row_work(int64_t count) { return kReadCost + double(count); }

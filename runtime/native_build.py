@@ -1,0 +1,100 @@
+"""Compiles the runtime's native kernel: `make native`, and a hook of the wheel's build. Never at run time.
+
+    python runtime/native_build.py [--check]
+
+One object per instruction set from the same source, so that the wheel runs on any CPU of its architecture and each
+uses what it has. Without a compiler the wheel is pure Python and the runtime uses plain torch products, unless
+LORAPOOL_NATIVE=require (the images), where that is an error; LORAPOOL_NATIVE=0 leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "native"
+LIBRARY = ROOT / "lorapool_runtime" / "native" / "liblora_rows.so"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
+VARIANTS = {
+    "x86_64": {
+        "avx2": ("-mavx2", "-mfma"),
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    },
+}
+"""By machine, beside `baseline`, what `lora_rows.cpp` may choose from when it runs."""
+
+
+class CompilerMissingError(RuntimeError):
+    """There is no C++ compiler on this machine."""
+
+
+def compile_library(to: Path = LIBRARY) -> Path:
+    """Raises CompilerMissingError; subprocess.CalledProcessError when the compiler refuses the source."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise CompilerMissingError("no C++ compiler (g++) is installed")
+    variants = {"baseline": (), **VARIANTS.get(platform.machine(), {})}
+    with tempfile.TemporaryDirectory() as scratch:
+        # relative paths and a fixed order: the same sources give the same bytes
+        jobs = [("entry", "lora_rows.cpp", ())]
+        jobs += [(name, "lora_rows_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
+        running = [
+            subprocess.Popen([compiler, *FLAGS, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES)
+            for name, source, flags in jobs
+        ]
+        failed = [one.args for one in running if one.wait()]
+        if failed:
+            raise subprocess.CalledProcessError(1, failed[0])
+        objects = [f"{name}.o" for name, _, _ in jobs]
+        made = Path(scratch, LIBRARY.name)
+        subprocess.run([compiler, "-shared", "-fopenmp", *objects, "-o", made.name], cwd=scratch, check=True)
+        to.parent.mkdir(exist_ok=True)
+        partial = to.with_suffix(".partial")
+        shutil.copyfile(made, partial)
+        partial.replace(to)  # a running process keeps the one it has mapped
+    return to
+
+
+def main() -> int:
+    try:
+        print(f"built {compile_library().relative_to(ROOT.parent)}")
+    except CompilerMissingError as error:
+        print(f"{error}: the runtime will use plain torch products, which are slower", file=sys.stderr)
+    return 0
+
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run as a script, where hatchling need not be installed
+    pass
+else:
+
+    class NativeKernelHook(BuildHookInterface[Any]):
+        PLUGIN_NAME = "custom"
+
+        def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+            wish = os.environ.get("LORAPOOL_NATIVE", "auto")
+            LIBRARY.unlink(missing_ok=True)
+            if wish == "0":
+                return
+            try:
+                compile_library()
+            except CompilerMissingError as error:
+                if wish == "require":
+                    raise
+                self.app.display_warning(f"{error}: the wheel has no native kernel")
+                return
+            build_data["pure_python"] = False
+            if version != "editable":
+                build_data["tag"] = f"py3-none-linux_{platform.machine()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
