@@ -1,8 +1,8 @@
-"""What the gateway adds to a request: latency through it against a direct call, at 1 and at 32 connections.
+"""W8: what the gateway adds to a request, against a direct call to the same runtime in the same rounds.
 
-Three processes on loopback: a runtime that answers at once, the gateway with injected tables, and this client.
-`python bench/gateway_overhead.py` prints a table and one JSON line; `--requests` bounds the work. Direct and
-through-gateway requests alternate in short rounds, so that a noisy machine disturbs both alike.
+`python bench/gateway_overhead.py [--records PATH]`. The gateway, with 1,000 adapters in its table, keys and metrics,
+is a process of its own on one core; a runtime that answers at once and the clients (`gateway_load`) share another.
+Processor time per request stands on a machine that others use too; the latencies and rates do not.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 
-import aiohttp
-from aiohttp import web
+import kit
+from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_USAGE
-from lorapool_gateway.__main__ import client_session
+from lorapool_gateway.__main__ import client_session, listen
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.auth import ApiKey, KeyTable
 from lorapool_gateway.dispatch import Dispatcher
@@ -34,43 +34,18 @@ from lorapool_gateway.routes import Replica, RouteTable
 from lorapool_gateway.settings import Settings
 from lorapool_gateway.store import KeyStore, RouteStore
 
-KEY = "lp-bench"
+KEY = "lp-" + "b" * 43
 ADAPTERS = 1000
-ROUNDS = 10
 DIGEST = "sha256:" + "0" * 64
-CHUNK = b'data: {"id":"c","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}\n\n'
-ANSWER = json.dumps({"id": "c", "object": "chat.completion", "choices": [{"message": {"content": "x" * 400}}]}).encode()
-USAGE = '{"prompt_tokens":5,"completion_tokens":20,"cached_tokens":0}'
-STREAM_EVENTS = 20
-IDENTITY = f"demo/a0@{DIGEST}"
-BODY = {"model": "demo/a0", "messages": [{"role": "user", "content": "word " * 100}]}
+RATE_PER_S = 2000
+"""The bar's rate: latencies are held against it, not against what an overloaded gateway would show."""
+PROMPT_BYTES = 500
+LARGE_PROMPT_BYTES = 200_000
+STREAMS = 1000
+GATEWAY_CORE, CLIENT_CORE = 0, 1
 
 
-# --- the runtime that answers at once
-
-
-async def _answer(request: web.Request) -> web.StreamResponse:
-    body = await request.json()
-    headers = {HEADER_ADAPTER: IDENTITY}
-    if not body.get("stream"):
-        return web.Response(body=ANSWER, content_type="application/json", headers={**headers, HEADER_USAGE: USAGE})
-    out = web.StreamResponse(headers=headers)
-    out.content_type = "text/event-stream"
-    await out.prepare(request)
-    for _ in range(STREAM_EVENTS):
-        await out.write(b": lorapool-usage " + USAGE.encode() + b"\n" + CHUNK)
-    await out.write(b"data: [DONE]\n\n")
-    await out.write_eof()
-    return out
-
-
-def _runtime_app() -> web.Application:
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", _answer)
-    return app
-
-
-# --- the gateway, with 1,000 adapters in its table
+# --- the gateway's process ----------------------------------------------------------------
 
 
 class _NeverAsleep:
@@ -83,133 +58,178 @@ def _object(name: str, **spec: object) -> dict[str, object]:
     return {"metadata": metadata, "spec": spec, "status": {"observedGeneration": 1, "digest": DIGEST}}
 
 
-def _gateway_app(runtime_url: str, session: aiohttp.ClientSession) -> web.Application:
-    ref = ObjectRef("demo", "tiny")
+async def _gateway(runtime_url: str) -> None:
+    ref, source = ObjectRef("demo", "tiny"), {"uri": "hf://org/x"}
     endpoint = Endpoint(ref, None, "pod-1", "pod-1", runtime_url, ready=True, terminating=False)
     state = RuntimeState("boot", ready=True, draining=False, in_flight=0, loaded=frozenset({("uid-a0", DIGEST)}))
-    source = {"uri": "hf://org/x"}
-    adapters = [
-        adapter_route(_object(f"a{number}", baseModelRef={"name": "tiny"}, source=source)) for number in range(ADAPTERS)
-    ]
-    routes = RouteStore(
-        RouteTable.of([base_route(_object("tiny", source=source))], adapters, {ref: (Replica(endpoint, state),)})
-    )
+    adapters = [adapter_route(_object(f"a{i}", baseModelRef={"name": "tiny"}, source=source)) for i in range(ADAPTERS)]
+    base = base_route(_object("tiny", source=source))
+    routes = RouteStore(RouteTable.of([base], adapters, {ref: (Replica(endpoint, state),)}))
+    keys = KeyStore(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), frozenset({"demo"}))]))
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
-    keys = KeyStore(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), None)]))
-    forwarder = Forwarder(session, lambda base: "t" * 64)
-    dispatcher = Dispatcher(routes, _NeverAsleep(), forwarder, metrics)
-    return Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).app()
-
-
-async def _serve(role: str, runtime_url: str) -> None:
-    async with client_session() as session:
-        app = _runtime_app() if role == "runtime" else _gateway_app(runtime_url, session)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
-        sys.stdout.write(f"{runner.addresses[0][1]}\n")
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session())
+        dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(session, lambda base: "t" * 64), metrics)
+        app = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).app()
+        _, port = await listen(stack, app, "127.0.0.1", 0)
+        sys.stdout.write(f"{port}\n")
         sys.stdout.flush()
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent goes
-        await runner.cleanup()
+
+
+class Process:
+    """The gateway's process as seen from outside."""
+
+    def __init__(self, pid: int, port: int) -> None:
+        self.port = port
+        self._clock = (~pid << 3) | 2  # Linux: the clock of another process's processor time
+
+    def cpu_s(self) -> float:
+        return time.clock_gettime(self._clock)
 
 
 @asynccontextmanager
-async def _process(role: str, runtime_url: str = "") -> AsyncIterator[str]:
+async def _gateway_process(runtime_url: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "--role", role, "--runtime-url", runtime_url,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        sys.executable,
+        __file__,
+        "--gateway",
+        runtime_url,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
-        yield f"http://127.0.0.1:{int(line)}"
+        port = int(await asyncio.wait_for(process.stdout.readline(), 60))
+        _pin(process.pid, GATEWAY_CORE)
+        yield Process(process.pid, port)
     finally:
         process.stdin.close()
         await process.wait()
 
 
-# --- the client
+def _pin(pid: int, core: int) -> None:
+    if core < (os.cpu_count() or 1):
+        os.sched_setaffinity(pid, {core})
 
 
-async def _round(session: aiohttp.ClientSession, url: str, connections: int, count: int, stream: bool) -> list[float]:
-    """Milliseconds of each request."""
-    left = count
-    times: list[float] = []
-    headers = {"Authorization": f"Bearer {KEY}"}
-    body = {**BODY, "stream": stream}
+# --- the measuring process ----------------------------------------------------------------
 
-    async def worker() -> None:
-        nonlocal left
-        while left > 0:
-            left -= 1
-            began_s = time.perf_counter()
-            async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
-                data = await response.read()
-            times.append((time.perf_counter() - began_s) * 1000)
-            if response.status != 200 or not data:
-                raise SystemExit(f"unexpected answer {response.status}: {data[:200]!r}")
-
-    await asyncio.gather(*(worker() for _ in range(connections)))
-    return times
+Load = Callable[[list[Client], Ask, int], Awaitable[Round]]
 
 
-def _percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+class Bench:
+    """Direct and through the gateway in turns, on connections that were opened before."""
+
+    def __init__(self, gateway: Process, direct_port: int, seconds: float, rounds: int) -> None:
+        self._gateway, self._direct_port = gateway, direct_port
+        self._seconds, self._rounds = seconds, rounds
+        self.records: list[kit.Record] = []
+
+    async def saturated(self, clients: list[Client], ask: Ask, _round: int) -> Round:
+        return await closed_loop(clients, ask, self._seconds)
+
+    async def at_rate(self, clients: list[Client], ask: Ask, number: int) -> Round:
+        return await open_loop(clients, ask, RATE_PER_S, self._seconds, seed=number)
+
+    async def compare(self, name: str, ask: Ask, connections: int, load: Load) -> None:
+        """Added latency, rate, and requests per second of the gateway's processor time."""
+        direct = await connect(self._direct_port, connections)
+        through = await connect(self._gateway.port, connections)
+        await closed_loop(direct, ask, 0.2)
+        await closed_loop(through, ask, 0.4)
+        rounds: list[tuple[Round, Round]] = []  # (through, direct)
+        per_core_s: list[float] = []
+        for number in range(self._rounds):
+            rival = await load(direct, ask, number)
+            before_s = self._gateway.cpu_s()
+            ours = await load(through, ask, number)
+            per_core_s.append(len(ours.latencies_s) / (self._gateway.cpu_s() - before_s))
+            rounds.append((ours, rival))
+        for client in (*direct, *through):
+            client.close()
+        for short, share in (("p50", 0.5), ("p99", 0.99)):
+            pairs = [(_ms(ours, share), _ms(rival, share)) for ours, rival in rounds]
+            medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
+            note = f"{medians[0]:.2f} through, {medians[1]:.2f} direct"
+            self._add(kit.measured(f"{name}added_{short}_ms", "ms", [a - b for a, b in pairs], note))
+        rates = [(ours.per_s, rival.per_s) for ours, rival in rounds]
+        self._add(kit.against(f"{name}requests_per_s", "1/s", [a for a, _ in rates], "direct", [b for _, b in rates]))
+        self._add(
+            kit.measured(f"{name}requests_per_core_s", "1/s", per_core_s, "per second of the gateway's processor time")
+        )
+
+    async def open_streams(self) -> None:
+        """1,000 streams open at the same time, an event every 0.1 s on each."""
+        clients = await connect(self._gateway.port, STREAMS)
+        ask = Ask.of(KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
+        errors: list[float] = []
+        per_core_s: list[float] = []
+        for _ in range(self._rounds):
+            before_s = self._gateway.cpu_s()
+            failed, seconds = await once_each(clients, ask)
+            errors.append(failed)
+            per_core_s.append(STREAMS * EVENTS / (self._gateway.cpu_s() - before_s))
+        for client in clients:
+            client.close()
+        note = f"{EVENTS} events each, {seconds:.1f} s"
+        self._add(kit.measured("streams_1000_errors", "errors", errors, note))
+        self._add(kit.measured("streams_1000.events_per_core_s", "1/s", per_core_s, "their first bytes included"))
+
+    def _add(self, record: kit.Record) -> None:
+        self.records.append(replace(record, name="gateway." + record.name))
 
 
-async def _measure(requests: int) -> list[dict[str, object]]:
-    results: list[dict[str, object]] = []
-    async with _process("runtime") as runtime, _process("gateway", runtime) as gateway, client_session() as session:
-        for stream in (False, True):
-            for connections in (1, 32):
-                await _round(session, runtime, connections, 50, stream)
-                await _round(session, gateway, connections, 50, stream)
-                direct: list[float] = []
-                through: list[float] = []
-                spent_s = 0.0
-                for _ in range(ROUNDS):
-                    direct += await _round(session, runtime, connections, requests // ROUNDS, stream)
-                    began_s = time.perf_counter()
-                    through += await _round(session, gateway, connections, requests // ROUNDS, stream)
-                    spent_s += time.perf_counter() - began_s
-                results.append(
-                    {
-                        "stream": stream,
-                        "connections": connections,
-                        "requests": len(through),
-                        "direct_p50_ms": round(statistics.median(direct), 2),
-                        "direct_p99_ms": round(_percentile(direct, 0.99), 2),
-                        "gateway_p50_ms": round(statistics.median(through), 2),
-                        "gateway_p99_ms": round(_percentile(through, 0.99), 2),
-                        "added_p50_ms": round(statistics.median(through) - statistics.median(direct), 2),
-                        "added_p99_ms": round(_percentile(through, 0.99) - _percentile(direct, 0.99), 2),
-                        "requests_per_s": round(len(through) / spent_s),
-                    }
-                )
-    return results
+def _ms(done: Round, share: float) -> float:
+    return kit.percentile(done.latencies_s, share) * 1000
+
+
+async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
+    loop = asyncio.get_running_loop()
+    stub = await loop.create_server(lambda: StubRuntime(f"demo/a0@{DIGEST}"), "127.0.0.1", 0, backlog=1024)
+    port = int(stub.sockets[0].getsockname()[1])
+    whole, stream = (Ask.of(KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
+    large = Ask.of(KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
+    async with _gateway_process(f"http://127.0.0.1:{port}") as gateway:
+        bench = Bench(gateway, port, seconds, rounds)
+        # The records with the bare names are the bars'.
+        plan: list[tuple[str, Ask, int, Load]] = [
+            ("", whole, 32, bench.at_rate),
+            ("json_1.", whole, 1, bench.saturated),
+            ("json_32.", whole, 32, bench.saturated),
+            ("json_1000.", whole, 1000, bench.saturated),
+            ("stream_1.", stream, 1, bench.saturated),
+            ("stream_32.", stream, 32, bench.saturated),
+            ("stream_1000.", stream, 1000, bench.saturated),
+            ("large_", large, 32, bench.saturated),
+        ]
+        for name, ask, connections, load in plan:
+            if name.startswith(only):
+                await bench.compare(name, ask, connections, load)
+        if "streams".startswith(only):
+            await bench.open_streams()
+    stub.close()
+    return bench.records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--requests", type=int, default=1000, help="per line of the table and side")
-    parser.add_argument("--role", choices=("runtime", "gateway"), help=argparse.SUPPRESS)
-    parser.add_argument("--runtime-url", default="", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each load, side and round")
+    parser.add_argument("--rounds", type=int, default=kit.COUNTED_ROUNDS)
+    parser.add_argument("--only", default="", help="loads whose name starts so")
+    parser.add_argument("--records", type=Path, help="write the records there as JSON")
+    parser.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.role:
-        asyncio.run(_serve(arguments.role, arguments.runtime_url))
+    if arguments.gateway:
+        asyncio.run(_gateway(arguments.gateway))
         return
-    results = asyncio.run(_measure(arguments.requests))
-    sys.stdout.write("stream  connections  direct p50/p99 ms  gateway p50/p99 ms  added p50/p99 ms  requests/s\n")
-    for line in results:
-        sys.stdout.write(
-            f"{line['stream']!s:6}  {line['connections']:11}  {line['direct_p50_ms']:8} / {line['direct_p99_ms']:<6}"
-            f"  {line['gateway_p50_ms']:8} / {line['gateway_p99_ms']:<7}  {line['added_p50_ms']:6} / "
-            f"{line['added_p99_ms']:<6}  {line['requests_per_s']}\n"
-        )
-    machine = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    sys.stdout.write(json.dumps({"machine": machine, "adapters": ADAPTERS, "results": results}) + "\n")
+    _pin(0, CLIENT_CORE)
+    records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))
+    sys.stdout.write(kit.table(records) + "\n")
+    if arguments.records:
+        kit.write_records(arguments.records, records, {"aiohttp": version("aiohttp")})
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ async def running(settings: Settings, master_token: str) -> AsyncIterator[Runnin
             return not watching.done()
 
         health = health_app(metrics, alive, lambda: alive() and tables.synced and not gateway.draining)
-        _, metrics_port = await _listen(stack, health, settings.listen_host, settings.metrics_port)
-        site, api_port = await _listen(stack, gateway.app(), settings.listen_host, settings.api_port)
+        _, metrics_port = await listen(stack, health, settings.listen_host, settings.metrics_port)
+        site, api_port = await listen(stack, gateway.app(), settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
         yield Running(gateway, tables, site, api_port, metrics_port)
 
@@ -117,7 +117,8 @@ async def serve(settings: Settings, master_token: str) -> None:
         await drain(process, settings)
 
 
-async def _listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> tuple[web.TCPSite, int]:
+async def listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> tuple[web.TCPSite, int]:
+    """Serves on that port (0: a free one) until the stack unwinds."""
     # handler_cancellation: a client that leaves cancels its handler, which ends hold and generation.
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=1.0
