@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import cast
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_USAGE
 from lorapool_api.protocol import ROUTE_CHAT, USAGE_COMMENT
@@ -61,8 +62,7 @@ class StubRuntime(asyncio.Protocol):
         self._left: int | None = None  # bytes of the body that have not come; None: the head is not complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -141,8 +141,7 @@ class Client(asyncio.Protocol):
         self._answer: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -23,7 +23,7 @@ from pathlib import Path
 import kit
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
-from lorapool_gateway.__main__ import client_session, listen
+from lorapool_gateway.__main__ import listen
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.auth import ApiKey, KeyTable
 from lorapool_gateway.dispatch import Dispatcher
@@ -33,6 +33,7 @@ from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, RuntimeStat
 from lorapool_gateway.routes import Replica, RouteTable
 from lorapool_gateway.settings import Settings
 from lorapool_gateway.store import KeyStore, RouteStore
+from lorapool_gateway.upstream import Upstream
 
 KEY = "lp-" + "b" * 43
 ADAPTERS = 1000
@@ -69,8 +70,9 @@ async def _gateway(runtime_url: str) -> None:
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(client_session())
-        dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(session, lambda base: "t" * 64), metrics)
+        upstream = Upstream()
+        stack.push_async_callback(upstream.close)
+        dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(upstream, lambda base: "t" * 64), metrics)
         app = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).app()
         _, port = await listen(stack, app, "127.0.0.1", 0)
         sys.stdout.write(f"{port}\n")

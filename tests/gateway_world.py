@@ -30,6 +30,7 @@ from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, adapter_rou
 from lorapool_gateway.routes import Replica, RouteTable
 from lorapool_gateway.settings import Settings
 from lorapool_gateway.store import KeyStore, RouteStore
+from lorapool_gateway.upstream import Upstream
 
 KEY = "lp-" + "k" * 43
 OTHER_KEY = "lp-" + "o" * 43
@@ -141,12 +142,12 @@ class World:
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     replicas: dict[ObjectRef, list[Replica]] = field(default_factory=dict)
     gateway: Gateway = field(init=False)
+    upstream: Upstream = field(init=False)
     forwarder: Forwarder = field(init=False)
 
     def __post_init__(self) -> None:
-        self.forwarder = Forwarder(
-            self.session, lambda base: "t" * 64, request_timeout_s=self.settings.request_timeout_s
-        )
+        self.upstream = Upstream(read_timeout_s=self.settings.request_timeout_s)
+        self.forwarder = Forwarder(self.upstream, lambda base: "t" * 64)
         dispatcher = Dispatcher(self.routes, self.waker, self.forwarder, self.metrics)
         self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
 
@@ -213,6 +214,7 @@ async def world(**settings: Any) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         made = World(Settings(keys_namespace="lorapool", **settings), session)
+        stack.push_async_callback(made.upstream.close)
         runner = web.AppRunner(made.gateway.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

@@ -30,6 +30,7 @@ from lorapool_gateway.runtimes import RuntimePolls
 from lorapool_gateway.settings import Settings, SettingsError, read_master_token, read_settings
 from lorapool_gateway.store import KeyStore, RouteStore
 from lorapool_gateway.tables import Tables
+from lorapool_gateway.upstream import Upstream
 from lorapool_gateway.wake import ScaleWaker
 
 log = logging.getLogger("lorapool_gateway")
@@ -63,13 +64,9 @@ async def running(settings: Settings, master_token: str) -> AsyncIterator[Runnin
         stack.push_async_callback(tables.polls.close)
         waker = ScaleWaker(kube, metrics.wake)
         stack.push_async_callback(waker.close)
-        forwarder = Forwarder(
-            session,
-            lambda base: token(base.uid),
-            connect_timeout_s=settings.connect_timeout_s,
-            request_timeout_s=settings.request_timeout_s,
-        )
-        dispatcher = Dispatcher(routes, waker, forwarder, metrics)
+        upstream = Upstream(connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s)
+        stack.push_async_callback(upstream.close)
+        dispatcher = Dispatcher(routes, waker, Forwarder(upstream, lambda base: token(base.uid)), metrics)
         gateway = Gateway(settings, routes, keys, dispatcher, metrics)
         watching = asyncio.create_task(tables.run(), name="tables")
         stack.push_async_callback(_cancel, watching)
@@ -85,7 +82,7 @@ async def running(settings: Settings, master_token: str) -> AsyncIterator[Runnin
 
 
 def client_session() -> aiohttp.ClientSession:
-    """Towards runtimes: no limit but the gateway's own, nothing decompressed, no proxy."""
+    """For the long-polls of runtimes (requests go by `upstream`): no limit, nothing decompressed, no proxy."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
         auto_decompress=False,

@@ -34,7 +34,7 @@ from lorapool_gateway.dispatch import Dispatcher
 from lorapool_gateway.forward import Passed
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.objects import AdapterRoute
-from lorapool_gateway.relay import CODE_CLIENT_GONE, relay_stream, relay_whole
+from lorapool_gateway.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
 from lorapool_gateway.request import parse_request, request_id
 from lorapool_gateway.routes import Entry
 from lorapool_gateway.settings import Settings
@@ -90,7 +90,7 @@ class Gateway:
                     status=result.status, body=result.body, content_type="application/json", headers=headers
                 )
             try:
-                if parsed.stream and result.response.content_type == "text/event-stream":
+                if parsed.stream and result.answer.headers.get("content-type", "").startswith(SSE):
                     timeout_s = self._settings.write_timeout_s
                     return await relay_stream(request, result, record, headers, write_timeout_s=timeout_s)
                 return await relay_whole(result, record, headers)

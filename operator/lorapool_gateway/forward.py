@@ -8,7 +8,6 @@ and never lets an answer through whose identity is not the one that was pinned.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import logging
 from collections import Counter
@@ -16,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
-
-import aiohttp
+from urllib.parse import quote
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE, AdapterKey
 from lorapool_api.openai import (
@@ -33,12 +31,11 @@ from lorapool_api.protocol import ROUTE_ADAPTER
 from lorapool_gateway.objects import BaseRoute
 from lorapool_gateway.request import InferenceRequest
 from lorapool_gateway.routes import Replica, Target
+from lorapool_gateway.upstream import Answer, ConnectFailed, Lost, TimedOut, Upstream, UpstreamError
 
 log = logging.getLogger(__name__)
 
 ERROR_BODY_MAX_BYTES = 64 * 1024
-WRITE_AT_ONCE_BYTES = 2**20
-"""A longer body is handed to aiohttp as a file, so that writing it does not stop the loop."""
 REGISTER_TIMEOUT_S = 10.0
 
 
@@ -68,13 +65,13 @@ class Passed:
 class Accepted:
     """An answer under way. The owner must `close` it, which ends the generation if it is not complete."""
 
-    response: aiohttp.ClientResponse
+    answer: Answer
     replica: Replica
     runtime_cold_ms: int | None
     _release: Callable[[], None]
 
     def close(self) -> None:
-        self.response.close()
+        self.answer.close()
         self._release()
 
 
@@ -85,16 +82,11 @@ class TooLate(Exception):
 class Forwarder:
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        upstream: Upstream,
         token: Callable[[BaseRoute], str],
-        *,
-        connect_timeout_s: float = 1.0,
-        request_timeout_s: float = 600.0,
     ) -> None:
-        self._session = session
+        self._upstream = upstream
         self._token = token
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=request_timeout_s)
-        self._register_timeout = aiohttp.ClientTimeout(total=REGISTER_TIMEOUT_S, sock_connect=connect_timeout_s)
         self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
         self.in_flight: Counter[str] = Counter()
         """Requests of this gateway by pod uid."""
@@ -123,7 +115,7 @@ class Forwarder:
 
         try:
             result = await self._attempt(target, replica, request, request_id, still_loading, patience_s)
-            if isinstance(result, aiohttp.ClientResponse):
+            if isinstance(result, Answer):
                 return Accepted(result, replica, _whole(result.headers.get(HEADER_COLD_START)), release)
         except BaseException:
             release()
@@ -139,7 +131,7 @@ class Forwarder:
         request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
-    ) -> aiohttp.ClientResponse | Refusal | Passed:
+    ) -> Answer | Refusal | Passed:
         headers = {
             "Authorization": f"Bearer {self._token(target.base)}",
             "Content-Type": "application/json",
@@ -147,9 +139,8 @@ class Forwarder:
             HEADER_USAGE: "1",
             HEADER_REQUEST_ID: request_id,
         }
-        url = replica.endpoint.url + request.route
         for registered in (False, True):
-            sent = await self._post(url, headers, request.body, still_loading, patience_s)
+            sent = await self._post(replica.endpoint.url, request, headers, still_loading, patience_s)
             if isinstance(sent, Refusal):
                 return sent
             result = await self._classify(sent, target, replica)
@@ -162,43 +153,41 @@ class Forwarder:
     async def _post(
         self,
         url: str,
+        request: InferenceRequest,
         headers: dict[str, str],
-        body: bytes,
         still_loading: Callable[[], bool],
         patience_s: float,
-    ) -> aiohttp.ClientResponse | Refusal:
-        post = asyncio.ensure_future(
-            self._session.post(url, data=_payload(body), headers=headers, timeout=self._timeout, allow_redirects=False)
-        )
+    ) -> Answer | Refusal:
+        """An answer whose head has come."""
         try:
-            done, _ = await asyncio.wait({post}, timeout=max(0.0, patience_s))
-            if not done and still_loading():
-                raise TooLate
-            return await post
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            answer = await self._upstream.send(url, "POST", request.route, headers, request.body)
+        except ConnectFailed:
             return Refusal.CONNECT
-        except aiohttp.ServerTimeoutError:
+        try:
+            if not await answer.head(max(0.0, patience_s)):
+                if still_loading():
+                    raise TooLate
+                await answer.head()
+        except TimedOut:
             raise Unavailable("The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5) from None
-        except (aiohttp.ClientError, ConnectionError):
+        except Lost:
             return Refusal.LOST
-        finally:
-            if not post.done():
-                post.cancel()
-                await asyncio.gather(post, return_exceptions=True)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
-    async def _classify(
-        self, response: aiohttp.ClientResponse, target: Target, replica: Replica
-    ) -> aiohttp.ClientResponse | Refusal | Passed | None:
+    async def _classify(self, response: Answer, target: Target, replica: Replica) -> Answer | Refusal | Passed | None:
         """None: the adapter must be registered first."""
         if response.status == 200:
             self._check_identity(response, target, replica)
             return response
         try:
-            body = await _read_bounded(response)
-        except (aiohttp.ClientError, TimeoutError):
+            body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
+        except UpstreamError:
             body = b""
         finally:
-            response.release() if response.content.at_eof() else response.close()
+            response.close()
         code = _code(body)
         match response.status, code:
             case 404, code if code == CODE_NOT_REGISTERED and target.adapter is not None:
@@ -215,11 +204,11 @@ class Forwarder:
                 log.error("runtime refuses our token", extra=_where(target, replica))
                 return Refusal.UNAUTHORIZED
             case 400 | 413 | 422 | 429 | 500 | 503, str():
-                return Passed(response.status, body, response.headers.get("Retry-After"))
+                return Passed(response.status, body, response.headers.get("retry-after"))
         log.error("unexpected answer of a runtime", extra={**_where(target, replica), "code": response.status})
         raise ServerError("The runtime gave an answer that the gateway does not understand.", code="bad_upstream")
 
-    def _check_identity(self, response: aiohttp.ClientResponse, target: Target, replica: Replica) -> None:
+    def _check_identity(self, response: Answer, target: Target, replica: Replica) -> None:
         answered = response.headers.get(HEADER_ADAPTER)
         if answered == target.identity:
             return
@@ -245,32 +234,23 @@ class Forwarder:
         descriptor, key = target.descriptor(), target.key
         assert descriptor is not None
         assert key is not None
-        url = replica.endpoint.url + ROUTE_ADAPTER.format(uid=key.uid, digest=key.digest)
-        headers = {"Authorization": f"Bearer {self._token(target.base)}"}
+        path = ROUTE_ADAPTER.format(uid=quote(key.uid, safe=""), digest=quote(key.digest, safe=":"))
+        headers = {"Authorization": f"Bearer {self._token(target.base)}", "Content-Type": "application/json"}
+        body = json.dumps(descriptor.dump()).encode()
         try:
-            async with self._session.put(
-                url, json=descriptor.dump(), headers=headers, timeout=self._register_timeout, allow_redirects=False
-            ) as response:
-                if response.status in (200, 201, 202):
-                    await _read_bounded(response)
-                    return None
-                result = await self._classify(response, target, replica)
-                return result if isinstance(result, Refusal | Passed) else Refusal.LOST
-        except (aiohttp.ClientError, TimeoutError, ConnectionError):
+            async with asyncio.timeout(REGISTER_TIMEOUT_S):
+                answer = await self._upstream.send(replica.endpoint.url, "PUT", path, headers, body)
+                try:
+                    await answer.head()
+                    if answer.status in (200, 201, 202):
+                        await answer.read_all(ERROR_BODY_MAX_BYTES)
+                        return None
+                    result = await self._classify(answer, target, replica)
+                    return result if isinstance(result, Refusal | Passed) else Refusal.LOST
+                finally:
+                    answer.close()
+        except (UpstreamError, TimeoutError):
             return Refusal.CONNECT  # idempotent, and no generation has begun
-
-
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    return body if len(body) < WRITE_AT_ONCE_BYTES else io.BytesIO(body)
-
-
-async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(16 * 1024):
-        body += chunk
-        if len(body) > ERROR_BODY_MAX_BYTES:
-            return b""
-    return bytes(body)
 
 
 def _code(body: bytes) -> str | None:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import aiohttp
 from aiohttp import web
 
 from lorapool_api.common import HEADER_USAGE
@@ -20,6 +19,7 @@ from lorapool_api.openai import ApiError, Unavailable
 from lorapool_gateway.forward import Accepted
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.stream import EventFilter, EventTooLong, error_event, parse_usage
+from lorapool_gateway.upstream import UpstreamError
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +31,15 @@ SSE = "text/event-stream"
 
 async def relay_whole(accepted: Accepted, record: RequestRecord, headers: dict[str, str]) -> web.Response:
     """Raises Unavailable when the runtime is lost: it may have generated, so nothing is sent again."""
-    response = accepted.response
-    body = bytearray()
+    answer = accepted.answer
     try:
-        async for chunk in response.content.iter_any():
-            body += chunk
-            if len(body) > ANSWER_MAX_BYTES:
-                raise _lost("sent an answer beyond all bounds")
-    except (aiohttp.ClientError, ConnectionError, TimeoutError):
+        body = await answer.read_all(ANSWER_MAX_BYTES)
+    except UpstreamError:
         raise _lost("was lost while it answered") from None
-    record.usage = parse_usage(response.headers.get(HEADER_USAGE, ""))
-    return web.Response(status=200, body=bytes(body), content_type="application/json", headers=headers)
+    if body is None:
+        raise _lost("sent an answer beyond all bounds")
+    record.usage = parse_usage(answer.headers.get(HEADER_USAGE, ""))
+    return web.Response(status=200, body=body, content_type="application/json", headers=headers)
 
 
 async def relay_stream(
@@ -63,9 +61,9 @@ async def relay_stream(
         await out.prepare(request)
         while True:
             try:
-                chunk = await accepted.response.content.readany()
+                chunk = await accepted.answer.read()
                 data = events.feed(chunk)
-            except (aiohttp.ClientError, ConnectionError, TimeoutError, EventTooLong) as error:
+            except (UpstreamError, EventTooLong) as error:
                 broken = _lost(f"was lost mid-answer ({type(error).__name__})")
                 break
             if data:
