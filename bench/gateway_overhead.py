@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import kit
+from aiohttp import web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
 from lorapool_gateway.__main__ import listen
@@ -73,8 +74,8 @@ async def _gateway(runtime_url: str) -> None:
         upstream = Upstream()
         stack.push_async_callback(upstream.close)
         dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(upstream, lambda base: "t" * 64), metrics)
-        app = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).app()
-        _, port = await listen(stack, app, "127.0.0.1", 0)
+        server = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).server()
+        _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
         sys.stdout.write(f"{port}\n")
         sys.stdout.flush()
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent goes

@@ -215,7 +215,7 @@ async def world(**settings: Any) -> AsyncIterator[World]:
         session = await stack.enter_async_context(client_session())
         made = World(Settings(keys_namespace="lorapool", **settings), session)
         stack.push_async_callback(made.upstream.close)
-        runner = web.AppRunner(made.gateway.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        runner = web.ServerRunner(made.gateway.server(), shutdown_timeout=0.1)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()

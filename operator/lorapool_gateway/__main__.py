@@ -36,8 +36,7 @@ from lorapool_gateway.wake import ScaleWaker
 log = logging.getLogger("lorapool_gateway")
 
 BACKLOG = 1024
-KEEPALIVE_S = 75.0
-"""Longer than the idle timeout of usual load balancers, so that they close first."""
+SHUTDOWN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,10 @@ async def running(settings: Settings, master_token: str) -> AsyncIterator[Runnin
             return not watching.done()
 
         health = health_app(metrics, alive, lambda: alive() and tables.synced and not gateway.draining)
-        _, metrics_port = await listen(stack, health, settings.listen_host, settings.metrics_port)
-        site, api_port = await listen(stack, gateway.app(), settings.listen_host, settings.api_port)
+        open_runner = web.AppRunner(health, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port)
+        runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
+        site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
         yield Running(gateway, tables, site, api_port, metrics_port)
 
@@ -114,12 +115,8 @@ async def serve(settings: Settings, master_token: str) -> None:
         await drain(process, settings)
 
 
-async def listen(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> tuple[web.TCPSite, int]:
+async def listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int) -> tuple[web.TCPSite, int]:
     """Serves on that port (0: a free one) until the stack unwinds."""
-    # handler_cancellation: a client that leaves cancels its handler, which ends hold and generation.
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=1.0
-    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port, backlog=BACKLOG)

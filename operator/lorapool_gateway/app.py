@@ -7,14 +7,19 @@ come from, and who wakes a base. It knows nothing of Kubernetes and asks nobody 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
+from aiohttp.web_protocol import RequestHandler
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_REQUEST_ID
 from lorapool_api.openai import (
@@ -42,10 +47,34 @@ from lorapool_gateway.store import KeySource, RouteSource
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+KEEPALIVE_S = 75.0
+"""Longer than the idle timeout of usual load balancers, so that they close first."""
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-_ID: Final = web.RequestKey("request_id", str)
-_RECORD: Final = web.RequestKey("record", RequestRecord)
+
+@dataclass(slots=True)
+class _Exchange:
+    """One client request and what is kept about it."""
+
+    request: web.BaseRequest
+    id: str
+    record: RequestRecord
+
+    def headers(self, *, failed: bool = False) -> dict[str, str]:
+        """Of every answer, whatever it is."""
+        record = self.record
+        headers = {
+            HEADER_REQUEST_ID: self.id,
+            HEADER_PROCESSING_MS: str(round((time.monotonic() - record.started_s) * 1000)),
+        }
+        if record.identity is not None and not failed:
+            headers[HEADER_ADAPTER] = record.identity
+        if record.cold_ms is not None:
+            headers[HEADER_COLD_START] = str(record.cold_ms)
+        return headers
+
+
+Handler = Callable[[_Exchange], Awaitable[web.StreamResponse]]
 
 
 class Gateway:
@@ -59,53 +88,86 @@ class Gateway:
         self._metrics = metrics
         self._by_key: Counter[str] = Counter()
         self.in_flight = 0
+        metrics.in_flight.set_function(lambda: self.in_flight)
         self.idle = asyncio.Event()
         """Set while no request is under way."""
         self.idle.set()
         self.draining = False
         """Set by `__main__` on SIGTERM: answers then ask clients to open their next connection elsewhere."""
 
-    def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._outermost], client_max_size=self._settings.max_body_bytes)
-        app.router.add_post(ROUTE_CHAT, self._infer)
-        app.router.add_post(ROUTE_COMPLETIONS, self._infer)
-        app.router.add_get(ROUTE_MODELS, self._list_models)
-        app.router.add_get(ROUTE_MODELS + "/{id:.+}", self._get_model)
-        return app
+        self._routes_by_path: dict[str, dict[str, Handler]] = {
+            ROUTE_CHAT: {"POST": self._infer},
+            ROUTE_COMPLETIONS: {"POST": self._infer},
+            ROUTE_MODELS: {"GET": self._list_models, "HEAD": self._list_models},
+        }
+
+    def server(self) -> web.Server:
+        """aiohttp's server without its application: four routes need no router and no signals."""
+
+        def make(
+            message: RawRequestMessage,
+            payload: StreamReader,
+            protocol: RequestHandler,
+            writer: AbstractStreamWriter,
+            task: asyncio.Task[None],
+        ) -> web.BaseRequest:
+            loop = asyncio.get_running_loop()
+            bound = self._settings.max_body_bytes
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=bound)
+
+        # handler_cancellation: a client that leaves cancels its handler, which ends hold and generation.
+        return web.Server(
+            self.handle,
+            request_factory=make,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+        )
 
     # --- handlers
 
-    async def _infer(self, request: web.Request) -> web.StreamResponse:
+    def _handler(self, request: web.BaseRequest) -> Handler:
+        """Raises NotFound, MethodNotAllowed."""
+        path = request.path
+        methods = self._routes_by_path.get(path)
+        if methods is None:
+            if not path.startswith(ROUTE_MODELS + "/") or path == ROUTE_MODELS + "/":
+                raise NotFound(f"There is no {request.method} {path[:200]}.")
+            methods = {"GET": self._get_model, "HEAD": self._get_model}
+        handler = methods.get(request.method)
+        if handler is None:
+            allowed = ", ".join(sorted(methods.keys() - {"HEAD"}))
+            raise _NotAllowedHere(f"{request.method} is not allowed here; use {allowed}.", allowed)
+        return handler
+
+    async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
+        request, record = exchange.request, exchange.record
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
         with self._place(key):
             parsed = parse_request(request.path, await self._body(request))
-            record = request[_RECORD]
-            result = await self._dispatcher.dispatch(parsed, key, request[_ID], record)
-            headers = self._headers(request)
+            result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
+            headers = exchange.headers()
             if isinstance(result, Passed):
                 if result.retry_after is not None:
                     headers["Retry-After"] = result.retry_after
-                record.code = result.status
-                return web.Response(
-                    status=result.status, body=result.body, content_type="application/json", headers=headers
-                )
+                return _json(result.body, headers, result.status)
             try:
                 if parsed.stream and result.answer.headers.get("content-type", "").startswith(SSE):
                     timeout_s = self._settings.write_timeout_s
                     return await relay_stream(request, result, record, headers, write_timeout_s=timeout_s)
-                return await relay_whole(result, record, headers)
+                return _json(await relay_whole(result, record), headers)
             finally:
                 result.close()
 
-    async def _list_models(self, request: web.Request) -> web.StreamResponse:
-        key = authenticate(self._keys.table, request.headers.get("Authorization"))
+    async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
+        key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
         data = [_model(entry) for entry in self._routes.table.visible(key)]
-        return web.json_response({"object": "list", "data": data}, headers=self._headers(request))
+        return _json(json.dumps({"object": "list", "data": data}).encode(), exchange.headers())
 
-    async def _get_model(self, request: web.Request) -> web.StreamResponse:
-        key = authenticate(self._keys.table, request.headers.get("Authorization"))
-        entry = self._routes.table.find(request.match_info["id"], key)
-        return web.json_response(_model(entry), headers=self._headers(request))
+    async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
+        key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
+        entry = self._routes.table.find(exchange.request.path.removeprefix(ROUTE_MODELS + "/"), key)
+        return _json(json.dumps(_model(entry)).encode(), exchange.headers())
 
     # --- limits
 
@@ -127,11 +189,15 @@ class Gateway:
             if self._by_key[key.id] <= 0:
                 del self._by_key[key.id]
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.BaseRequest) -> bytes:
         bound = self._settings.max_body_bytes
         if request.content_length is not None and request.content_length > bound:
             raise _too_large(bound)
         try:
+            if request.content.is_eof():  # short ones came with their head: nothing is waited for
+                return await request.read()
+            if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+                request.transport.write(CONTINUE)
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await request.read()
         except web.HTTPRequestEntityTooLarge:
@@ -143,17 +209,13 @@ class Gateway:
 
     # --- one place for all responses
 
-    @web.middleware
-    async def _outermost(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         record = RequestRecord(started_s=time.monotonic())
-        request[_ID] = request_id(request.headers.get(HEADER_REQUEST_ID))
-        request[_RECORD] = record
-        metered = request.path in (ROUTE_CHAT, ROUTE_COMPLETIONS)
+        exchange = _Exchange(request, request_id(request.headers.get(HEADER_REQUEST_ID)), record)
         self.in_flight += 1
         self.idle.clear()
-        self._metrics.in_flight.set(self.in_flight)
         try:
-            response = await self._answer(request, handler)
+            response = await self._answer(exchange)
             if not response.prepared:
                 record.code = response.status
                 if self.draining:
@@ -166,50 +228,43 @@ class Gateway:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self.idle.set()
-            self._metrics.in_flight.set(self.in_flight)
-            if metered:
+            if request.path in (ROUTE_CHAT, ROUTE_COMPLETIONS):
                 self._metrics.finish(record, time.monotonic())
 
-    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
         try:
-            return await handler(request)
-        except Unauthenticated as error:
-            # For the audit: that a key was refused, from where; nothing of what was sent.
-            log.info("key refused", extra={"request_id": request[_ID], "remote": request.remote})
-            return self._error(request, error)
+            return await self._handler(exchange.request)(exchange)
         except ApiError as error:
-            return self._error(request, error)
-        except web.HTTPMethodNotAllowed as error:
-            refusal = MethodNotAllowed(f"{request.method} is not allowed here; use {_allowed(error)}.")
-            response = self._error(request, refusal)
-            response.headers["Allow"] = _allowed(error)
-            return response
-        except web.HTTPNotFound:
-            return self._error(request, NotFound(f"There is no {request.method} {request.path[:200]}."))
+            if isinstance(error, Unauthenticated):
+                # For the audit: that a key was refused, from where; nothing of what was sent.
+                log.info("key refused", extra={"request_id": exchange.id, "remote": exchange.request.remote})
+            return _refusal(exchange, error)
         except (asyncio.CancelledError, ConnectionError):
             raise  # the client is gone
         except Exception:
-            log.exception("unexpected error", extra={"request_id": request[_ID]})
-            return self._error(request, ServerError("The gateway made an error; its log has the request id."))
+            log.exception("unexpected error", extra={"request_id": exchange.id})
+            return _refusal(exchange, ServerError("The gateway made an error; its log has the request id."))
 
-    def _error(self, request: web.Request, error: ApiError) -> web.Response:
-        if error.status >= 500 and not isinstance(error, Unavailable):
-            log.error("answered %d", error.status, extra={"request_id": request[_ID], "error": error.message})
-        return web.json_response(
-            error.body(), status=error.status, headers={**self._headers(request, failed=True), **error.headers()}
-        )
 
-    def _headers(self, request: web.Request, *, failed: bool = False) -> dict[str, str]:
-        record = request[_RECORD]
-        headers = {
-            HEADER_REQUEST_ID: request[_ID],
-            HEADER_PROCESSING_MS: str(round((time.monotonic() - record.started_s) * 1000)),
-        }
-        if record.identity is not None and not failed:
-            headers[HEADER_ADAPTER] = record.identity
-        if record.cold_ms is not None:
-            headers[HEADER_COLD_START] = str(record.cold_ms)
-        return headers
+class _NotAllowedHere(MethodNotAllowed):
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "Allow": self.allowed}
+
+
+def _refusal(exchange: _Exchange, error: ApiError) -> web.Response:
+    if error.status >= 500 and not isinstance(error, Unavailable):
+        log.error("answered %d", error.status, extra={"request_id": exchange.id, "error": error.message})
+    body = json.dumps(error.body()).encode()
+    return _json(body, {**exchange.headers(failed=True), **error.headers()}, error.status)
+
+
+def _json(body: bytes, headers: dict[str, str], status: int = 200) -> web.Response:
+    headers["Content-Type"] = "application/json"
+    return web.Response(body=body, status=status, headers=headers)
 
 
 def _model(entry: Entry) -> dict[str, Any]:
@@ -226,7 +281,3 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 def _too_large(bound: int) -> ApiError:
     return PayloadTooLarge(f"The request body must not be larger than {bound} bytes.")
-
-
-def _allowed(error: web.HTTPMethodNotAllowed) -> str:
-    return ", ".join(sorted(error.allowed_methods - {"HEAD"}))

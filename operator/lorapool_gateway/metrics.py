@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter as TallyOf
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -59,6 +60,8 @@ class Metrics:
         self._adapters = _Tracked()
         self._bases = _Tracked()
         self._held: TallyOf[str] = TallyOf()
+        self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
+        """Counters and histograms by (metric, labels): looking one up in its family costs more than counting."""
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
@@ -179,16 +182,20 @@ class Metrics:
         return base, adapter
 
     def _inc(self, metric: str, labels: tuple[str, ...], amount: float = 1) -> None:
-        counter: Counter = getattr(self, metric)
-        counter.labels(*labels).inc(amount)
+        counter: Counter = self._children.get((metric, labels)) or self._child(metric, labels)
+        counter.inc(amount)
+
+    def _observe(self, metric: str, labels: tuple[str, ...], value: float) -> None:
+        histogram: Histogram = self._children.get((metric, labels)) or self._child(metric, labels)
+        histogram.observe(max(0.0, value))
+
+    def _child(self, metric: str, labels: tuple[str, ...]) -> Any:
+        """A series that is new, or was dropped; noted with its owners so that it goes when they go."""
+        child = self._children[metric, labels] = getattr(self, metric).labels(*labels)
         self._note(self._bases, labels[0], metric, labels)
         if len(labels) > 2 and labels[1] in self._adapters.series:
             self._adapters.series[labels[1]].add((metric, labels))
-
-    def _observe(self, metric: str, labels: tuple[str, ...], value: float) -> None:
-        histogram: Histogram = getattr(self, metric)
-        histogram.labels(*labels).observe(max(0.0, value))
-        self._note(self._bases, labels[0], metric, labels)
+        return child
 
     @staticmethod
     def _note(tracked: _Tracked, owner: str, metric: str, labels: tuple[str, ...]) -> None:
@@ -199,6 +206,7 @@ class Metrics:
         for gone in [owner for owner in tracked.series if owner not in known]:
             for metric, labels in tracked.series.pop(gone):
                 # A base and its adapter may both own a series; whoever goes first removes it.
+                self._children.pop((metric, labels), None)
                 family: Counter | Gauge | Histogram = getattr(self, metric)
                 try:
                     family.remove(*labels)

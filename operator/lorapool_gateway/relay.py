@@ -29,7 +29,7 @@ CODE_BROKEN_STREAM = 502
 SSE = "text/event-stream"
 
 
-async def relay_whole(accepted: Accepted, record: RequestRecord, headers: dict[str, str]) -> web.Response:
+async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
     """Raises Unavailable when the runtime is lost: it may have generated, so nothing is sent again."""
     answer = accepted.answer
     try:
@@ -39,11 +39,11 @@ async def relay_whole(accepted: Accepted, record: RequestRecord, headers: dict[s
     if body is None:
         raise _lost("sent an answer beyond all bounds")
     record.usage = parse_usage(answer.headers.get(HEADER_USAGE, ""))
-    return web.Response(status=200, body=body, content_type="application/json", headers=headers)
+    return body
 
 
 async def relay_stream(
-    request: web.Request,
+    request: web.BaseRequest,
     accepted: Accepted,
     record: RequestRecord,
     headers: dict[str, str],
@@ -91,7 +91,7 @@ async def relay_stream(
     return out
 
 
-async def _write(request: web.Request, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
     """Raises ConnectionError when the client is gone or takes nothing."""
     try:
         async with asyncio.timeout(timeout_s):

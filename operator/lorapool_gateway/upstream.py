@@ -287,7 +287,7 @@ class Upstream:
         self._closed = False
 
     async def send(self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Sends a request; the answer is still to come. Raises ConnectFailed, ValueError for a header with a line end."""
+        """Sends a request; the answer is to come. Raises ConnectFailed, ValueError for a header with a line end."""
         if any("\n" in value or "\r" in value for value in headers.values()):
             raise ValueError("a header value must not hold a line end")
         loop = asyncio.get_running_loop()
@@ -313,7 +313,7 @@ class Upstream:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self, url), address.hostname, address.port
+                    lambda: _Connection(self, url), address.hostname or "", address.port or 80
                 )
         except (OSError, TimeoutError) as error:
             raise ConnectFailed(f"{url}: {type(error).__name__}") from error
