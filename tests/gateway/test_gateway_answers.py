@@ -279,3 +279,22 @@ async def test_names_that_clients_invent_are_refused_from_memory_and_add_no_seri
     assert len(here.metrics.text().splitlines()) == before
     assert here.sample("requests_total", base="__unknown__", adapter="__unknown__", code="404") == 1001
     assert runtime.seen == []
+
+
+async def test_a_client_that_waits_to_be_told_to_continue_is_told(here: World) -> None:
+    body = json.dumps(here.ask("route", text="word " * 1000)).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(here.url.rsplit(":", 1)[1]))
+    writer.write(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nExpect: 100-continue\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n".encode()
+    )
+    async with asyncio.timeout(2):
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_the_model_list_answers_head_without_a_body(here: World) -> None:
+    async with here.session.head(f"{here.url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}) as response:
+        assert (response.status, await response.read()) == (200, b"")
