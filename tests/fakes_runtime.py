@@ -29,6 +29,7 @@ from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.protocol import AdapterDescriptor, ErrorDetail, ResolveAnswer, ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.clock import Clock
+from lorapool_runtime.grammar import GrammarCompiler
 from lorapool_runtime.interface import (
     BASE_SLOT,
     AdapterArtifactError,
@@ -418,7 +419,8 @@ async def serving(
     engine, store = engine or FakeEngine(), store or FakeStore()
     engine.start()
     codec = tokenizer_of(tokenizer_folder)
-    runtime.serve(LoadedBase(engine, codec, store, digest_of_name("base")))
+    grammars = GrammarCompiler(codec.grammar_json(), vocab_size=VOCAB, eos_token_ids={EOS}, timeout_s=5.0)
+    runtime.serve(LoadedBase(engine, codec, grammars, store, digest_of_name("base")))
     sweeping = asyncio.create_task(runtime.sweep_forever()) if sweep else None
     try:
         async with listening(runtime) as url:
@@ -428,4 +430,5 @@ async def serving(
             sweeping.cancel()
         await runtime.close()
         engine.stop(5.0)
+        grammars.close()
     assert engine.violations == []

@@ -94,6 +94,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
         await runtime.close()
         base.engine.stop(ENGINE_STOP_S)
         base.codec.close()
+        base.grammars.close()
         log.info("stopped")
 
 

@@ -20,6 +20,7 @@ from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, names_of
 from lorapool_artifacts.limits import SourceSettings
 from lorapool_artifacts.uri import PvcUri, parse_uri
+from lorapool_runtime.grammar import GrammarCompiler
 from lorapool_runtime.interface import Engine
 from lorapool_runtime.service import LoadedBase
 from lorapool_runtime.settings import RuntimeSettings
@@ -89,13 +90,19 @@ def bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine:
     codec = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
+    grammars = GrammarCompiler(
+        codec.grammar_json(),
+        vocab_size=engine.facts.vocab_size,
+        eos_token_ids=engine.facts.eos_token_ids | codec.eos_token_ids,
+        timeout_s=settings.grammar_timeout_s,
+    )
     cache = DiskCache(
         settings.cache_dir.expanduser() / "adapters", high_bytes=room_bytes, low_bytes=int(room_bytes * LOW_WATER)
     )
     cache.start()
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
-    return LoadedBase(engine, codec, store, folder.digest)
+    return LoadedBase(engine, codec, grammars, store, folder.digest)
 
 
 def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolder:

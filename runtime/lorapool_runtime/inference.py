@@ -57,6 +57,7 @@ class Inference:
             choices=running.sequences,
             top_logprobs=parsed.sampling.top_logprobs,
             echo=running.echo,
+            tools=codec.tool_format if isinstance(parsed, ChatRequest) and parsed.tools.active else None,
             token_text=codec.token_text,
             token_bytes=codec.token_bytes,
         )

@@ -16,6 +16,8 @@ from lorapool_api.protocol import Usage
 from lorapool_runtime.generation import Delta
 from lorapool_runtime.interface import FinishReason, TokenLogprob
 from lorapool_runtime.text import EchoedPrompt
+from lorapool_runtime.tool_calls import ToolCall, ToolCallReader
+from lorapool_runtime.tool_format import ToolFormat
 
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
@@ -50,6 +52,22 @@ class _Choice:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
     begun: bool = False
+    reader: ToolCallReader | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def read(self, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
+        """The delta's text and the calls of tools that became whole with it."""
+        if self.reader is None:
+            return delta.text, []
+        parts = self.reader.push(delta.text)
+        if delta.finish is not None:
+            parts += self.reader.finish()
+        fresh = [_call_body(part) for part in parts if isinstance(part, ToolCall)]
+        self.calls += fresh
+        return "".join(part for part in parts if isinstance(part, str)), fresh
+
+    def ended(self, finish: FinishReason) -> str:
+        return "tool_calls" if self.calls and finish is FinishReason.STOP else _FINISH[finish]
 
 
 class Answer:
@@ -62,6 +80,7 @@ class Answer:
         choices: int,
         top_logprobs: int | None,
         echo: Sequence[EchoedPrompt],
+        tools: ToolFormat | None = None,
         token_text: Callable[[int], str],
         token_bytes: Callable[[int], list[int]],
     ) -> None:
@@ -70,18 +89,18 @@ class Answer:
         self._token_text = token_text
         self._token_bytes = token_bytes
         self._echo = echo
-        self._choices = [_Choice() for _ in range(choices)]
+        self._choices = [_Choice(reader=None if tools is None else ToolCallReader(tools)) for _ in range(choices)]
 
     # --- whole --------------------------------------------------------------------------
 
     def take(self, delta: Delta) -> None:
         choice = self._choices[delta.number]
-        choice.text += delta.text
+        choice.text += choice.read(delta)[0]
         choice.logprobs.extend(delta.logprobs)
         choice.offsets.extend(delta.offsets)
         choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
         if delta.finish is not None:
-            choice.finish = _FINISH[delta.finish]
+            choice.finish = choice.ended(delta.finish)
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         kind = "chat.completion" if self._head.chat else "text_completion"
@@ -91,7 +110,9 @@ class Answer:
     def _whole_choice(self, number: int, choice: _Choice) -> dict[str, Any]:
         if self._head.chat:
             logprobs = self._chat_logprobs(choice.logprobs)
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
             return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         echo = self._echo_of(number)
         text = (echo.text if echo else "") + choice.text
@@ -104,19 +125,24 @@ class Answer:
         """The data events of one delta: the role first, then text, then the end."""
         choice = self._choices[delta.number]
         parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
-        finish = None if delta.finish is None else _FINISH[delta.finish]
+        before = len(choice.calls)
+        text, calls = choice.read(delta)
+        finish = None if delta.finish is None else choice.ended(delta.finish)
         if self._head.chat:
             logprobs = self._chat_logprobs(delta.logprobs)
             if not choice.begun:
                 parts.append(({"delta": {"role": "assistant", "content": ""}}, None, None))
-            if delta.text or logprobs:
-                parts.append(({"delta": {"content": delta.text}}, logprobs, None))
+            if text or logprobs:
+                parts.append(({"delta": {"content": text}}, logprobs, None))
+            if calls:
+                numbered = [{"index": before + place, **call} for place, call in enumerate(calls)]
+                parts.append(({"delta": {"tool_calls": numbered}}, None, None))
             if finish is not None:
                 parts.append(({"delta": {}}, None, finish))
         else:
             echo = self._echo_of(delta.number)
             told = None if choice.begun else echo
-            text = (told.text if told else "") + delta.text
+            text = (told.text if told else "") + text
             logprobs = self._completion_logprobs(delta.logprobs, delta.offsets, echo, delta.prompt_logprobs, told=told)
             parts.append(({"text": text}, logprobs, finish))
         choice.begun = True
@@ -186,6 +212,11 @@ class Answer:
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
             found.setdefault(self._token_text(token_id), _finite(logprob))
         return found
+
+
+def _call_body(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _finite(logprob: float) -> float:

@@ -19,9 +19,6 @@ _LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the caller's own use: taken and without effect, as with `user`."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     # not done here; the value that asks for nothing is fine
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "parallel_tool_calls": (None, False, True),
     "functions": (None, []),
     "function_call": (None, "none"),
     "best_of": (None, 1),
@@ -48,7 +45,7 @@ class Body:
     """A JSON object whose fields are taken by type and bound; null counts as left out, as with OpenAI."""
 
     def __init__(self, raw: bytes, known: frozenset[str]) -> None:
-        self.fields = parse_json_object(raw)
+        self.fields = parse_json_object(raw, constants=True)
         for name in self.fields:
             self._check_known(name, known)
 
@@ -100,16 +97,31 @@ class Body:
         return float(value)
 
 
-def parse_json_object(raw: bytes) -> dict[str, Any]:
-    """The body as an object of bounded depth. Raises InvalidRequest."""
+def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:
+    """The body as an object of bounded depth. Raises InvalidRequest.
+
+    `constants`: NaN and Infinity, which are no JSON, come through, so that whose value they are can be said.
+    """
     try:
-        value = json.loads(raw, parse_constant=_no_constant)
+        value = json.loads(raw, parse_constant=None if constants else _no_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     _check_depth(value)
+    for name, own in value.items():
+        if isinstance(own, (dict, list)) and not _all_finite(own):
+            shown = printable(name)
+            raise InvalidRequest(f"`{shown}` holds a number that is not finite.", param=shown)
     return value
+
+
+def _all_finite(value: Any) -> bool:
+    """Of bounded depth by now. Lists of whole numbers (prompts) are passed over quickly."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_all_finite(one) for one in inner if isinstance(one, (float, dict, list)))
 
 
 def _no_constant(name: str) -> NoReturn:

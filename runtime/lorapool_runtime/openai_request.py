@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.grammar_spec import GrammarSpec
 from lorapool_runtime.interface import ModelFacts, SamplingParams
 from lorapool_runtime.openai_body import Body, clean_text, printable
+from lorapool_runtime.openai_tools import ToolWishes, called_before, response_format, tool_wishes
 
 MAX_N = 8
 MAX_SEQUENCES = 64
@@ -26,16 +28,17 @@ MAX_LOGIT_BIAS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat's is all that fits."""
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
+_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _SHARED = frozenset(
     {
         "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
         "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
-        "ignore_eos",
+        "ignore_eos", "response_format",
     }
 )  # fmt: skip
-_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "response_format"}
+_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 _COMPLETION = _SHARED | {"prompt", "echo"}
 
 
@@ -65,11 +68,14 @@ class ParsedRequest:
     n: int
     stops: tuple[str, ...]
     sampling: Sampling
+    grammar: GrammarSpec | None
+    """Of `response_format`; what `tools` ask for follows from how the base writes calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ParsedRequest):
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
+    tools: ToolWishes
 
     @property
     def prompt_param(self) -> str:
@@ -103,7 +109,12 @@ def parse_chat(raw: bytes) -> ChatRequest:
         top_logprobs = top_logprobs or 0
     elif top_logprobs is not None:
         body.refuse("top_logprobs", "needs `logprobs` to be true")
-    _check_response_format(body)
+    tools = tool_wishes(body)
+    grammar = _response_format(body)
+    if tools.active and grammar is not None:
+        body.refuse("response_format", "cannot be combined with `tools` unless `tool_choice` is none")
+    if tools.active and body.flag("ignore_eos"):
+        body.refuse("ignore_eos", "cannot be combined with `tools`: what has an end must be let end")
     max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
     return ChatRequest(
         model=body.text("model"),
@@ -112,7 +123,9 @@ def parse_chat(raw: bytes) -> ChatRequest:
         n=body.integer("n", 1, low=1, high=MAX_N),
         stops=_stops(body),
         sampling=_sampling(body, max_tokens, top_logprobs),
+        grammar=grammar,
         messages=_messages(body),
+        tools=tools,
     )
 
 
@@ -133,6 +146,7 @@ def parse_completion(raw: bytes) -> CompletionRequest:
         n=n,
         stops=_stops(body),
         sampling=_sampling(body, max_tokens, top_logprobs),
+        grammar=_response_format(body),
         prompts=prompts,
         echo=echo,
     )
@@ -255,15 +269,11 @@ def _logit_bias(body: Body) -> Mapping[int, float]:
     return result
 
 
-def _check_response_format(body: Body) -> None:
-    value = body.fields.get("response_format")
-    if value is None or value == {"type": "text"}:
-        return
-    raise InvalidRequest(
-        'Only `response_format: {"type": "text"}` is supported by this server.',
-        param="response_format",
-        code="unsupported_parameter",
-    )
+def _response_format(body: Body) -> GrammarSpec | None:
+    grammar = response_format(body)
+    if grammar is not None and body.flag("ignore_eos"):
+        body.refuse("ignore_eos", "cannot be combined with `response_format`: what has an end must be let end")
+    return grammar
 
 
 # --- messages and prompts -----------------------------------------------------------------
@@ -278,18 +288,29 @@ def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
     return tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
 
 
-def _message(item: Any, where: str) -> Mapping[str, str]:
+def _message(item: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(item, dict):
         raise InvalidRequest(f"`{where}` must be an object.", param=where)
-    for name, value in item.items():
-        if name not in ("role", "content", "name") and value not in (None, [], ""):
-            shown = f"{where}.{printable(name)}"
-            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
     role = item.get("role")
     if role not in ROLES:
         raise InvalidRequest(
             f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
         )
+    known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
+    for name, value in item.items():
+        if name not in known and value not in (None, [], ""):
+            shown = f"{where}.{printable(name)}"
+            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
+    if role == "assistant" and item.get("tool_calls"):
+        calls = called_before(item["tool_calls"], f"{where}.tool_calls")
+        return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
+    if role == "tool":
+        answered = item.get("tool_call_id")
+        if not isinstance(answered, str) or not answered:
+            param = f"{where}.tool_call_id"
+            raise InvalidRequest(f"`{param}` must name the call that this answers.", param=param)
+        own = {"tool_call_id": clean_text(answered, where)}
+        return {"role": role, "content": _content(item.get("content"), where), **own}
     # "developer" is the newer word for "system"; templates of open models know the older
     return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
 

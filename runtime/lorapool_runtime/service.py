@@ -33,12 +33,13 @@ from lorapool_runtime.adapters import AdapterManager
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.generation import Ended, Generation, Mailbox, Outcome
+from lorapool_runtime.grammar import GrammarCompiler
 from lorapool_runtime.interface import BASE_SLOT, Engine, EngineStats
 from lorapool_runtime.metrics import Gauges, Metrics
 from lorapool_runtime.openai_request import ChatRequest, CompletionRequest
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.store import AdapterStore
-from lorapool_runtime.submission import SequenceMaker, TextCodec, prompts_of, sequences_of
+from lorapool_runtime.submission import SequenceMaker, TextCodec, grammar_of, prompts_of, sequences_of
 from lorapool_runtime.text import EchoedPrompt
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class LoadedBase:
 
     engine: Engine
     codec: TextCodec
+    grammars: GrammarCompiler
     store: AdapterStore
     digest: str | None
 
@@ -226,7 +228,9 @@ class Runtime:
         target = self.target_of(header, request.model)
         codec, facts = serving.base.codec, serving.base.engine.facts
         prompts = await prompts_of(request, codec, facts)
-        sequences = sequences_of(request, prompts, codec, facts)
+        spec = grammar_of(request, codec)
+        grammar = None if spec is None else await serving.base.grammars.compile(spec)
+        sequences = sequences_of(request, prompts, grammar, codec, facts)
         echo: tuple[EchoedPrompt, ...] = ()
         if isinstance(request, CompletionRequest) and request.echo:
             echo = tuple([await codec.echo(prompt) for prompt in prompts])

@@ -117,6 +117,8 @@ class RuntimeSettings(BaseModel):
     # --- prompts ------------------------------------------------------------------------
     template_timeout_s: float = Field(default=5.0, gt=0)
     """Rendering a chat template may take this long."""
+    grammar_timeout_s: float = Field(default=5.0, gt=0)
+    """Compiling a schema or tools may take this long, the wait for others' included; milliseconds are usual."""
     tokenize_threads: int = Field(default=2, ge=1, le=32)
     """Threads that render and tokenize prompts, so that a long one does not delay the others."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -7,13 +7,17 @@ starts nothing; what belongs to the adapter, slot and salt, is given last, when 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.grammar import Grammar
+from lorapool_runtime.grammar_spec import GrammarSpec
 from lorapool_runtime.interface import GenerationRequest, ModelFacts
 from lorapool_runtime.openai_request import ChatRequest, CompletionRequest, sampling_params
+from lorapool_runtime.openai_tools import tools_grammar
 from lorapool_runtime.text import EchoedPrompt
+from lorapool_runtime.tool_format import ToolFormat
 
 SequenceMaker = Callable[[int, str], GenerationRequest]
 """Slot and salt -> the engine's request."""
@@ -24,7 +28,11 @@ class TextCodec(Protocol):
 
     eos_token_ids: frozenset[int]
 
-    async def prompt_of_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]: ...
+    tool_format: ToolFormat
+
+    async def prompt_of_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]: ...
     async def prompt_of_text(self, text: str) -> tuple[int, ...]: ...
     async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -38,7 +46,8 @@ async def prompts_of(
 ) -> tuple[tuple[int, ...], ...]:
     """Raises InvalidRequest."""
     if isinstance(request, ChatRequest):
-        return (await codec.prompt_of_messages([dict(message) for message in request.messages]),)
+        tools = [tool.definition for tool in request.tools.offered]
+        return (await codec.prompt_of_messages(request.messages, tools),)
     prompts = []
     for prompt in request.prompts:
         ids = await codec.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
@@ -53,9 +62,17 @@ async def prompts_of(
     return tuple(prompts)
 
 
+def grammar_of(request: ChatRequest | CompletionRequest, codec: TextCodec) -> GrammarSpec | None:
+    """What every answer of the request must follow, if anything."""
+    if isinstance(request, ChatRequest) and request.tools.active:
+        return tools_grammar(request.tools, codec.tool_format)
+    return request.grammar
+
+
 def sequences_of(
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[tuple[int, ...]],
+    grammar: Grammar | None,
     codec: TextCodec,
     facts: ModelFacts,
 ) -> list[SequenceMaker]:
@@ -72,7 +89,13 @@ def sequences_of(
             stop_token_ids=codec.eos_token_ids,
         )
         return lambda slot, salt: GenerationRequest(
-            f"{internal}-{number}", prompt, slot, salt, params, prompt_logprobs=request.prompt_logprobs
+            f"{internal}-{number}",
+            prompt,
+            slot,
+            salt,
+            params,
+            prompt_logprobs=request.prompt_logprobs,
+            constraint=None if grammar is None else grammar.constraint(),
         )
 
     return [make(place * request.n + choice, prompt) for place, prompt in enumerate(prompts)

@@ -12,7 +12,7 @@ import copy
 import functools
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import jinja2
 
 from lorapool_api.openai import InvalidRequest, Unavailable
 from lorapool_runtime.text import EchoedPrompt, echoed
+from lorapool_runtime.tool_format import PLAIN, learn_format, plain_messages
 
 T = TypeVar("T")
 
@@ -50,16 +51,27 @@ class Tokenizer:
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._byte_level = _is_byte_level(backend)
+        self._control_tokens = frozenset(
+            token.content for token in inner.added_tokens_decoder.values() if token.special
+        )
         self.has_chat_template = bool(inner.chat_template)
         eos = inner.eos_token_id
         self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else [])
+        self.tool_format = learn_format(self._probe, sorted(self._control_tokens)) if inner.chat_template else PLAIN
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # --- prompts ------------------------------------------------------------------------
 
-    async def prompt_of_messages(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+    def grammar_json(self) -> str:
+        """The tokenizer as one JSON text, for the grammar library."""
+        text: str = self._own_copy().backend_tokenizer.to_str()
+        return text
+
+    async def prompt_of_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
         """Ids of a conversation with the turn of the assistant opened. Raises InvalidRequest."""
         if not self.has_chat_template:
             raise InvalidRequest(
@@ -68,7 +80,7 @@ class Tokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        return await self._within_limits(functools.partial(self._render, list(messages)))
+        return await self._within_limits(functools.partial(self._render, messages, tools))
 
     async def prompt_of_text(self, text: str) -> tuple[int, ...]:
         """Ids of a bare prompt, with the start token where the base has one."""
@@ -78,10 +90,17 @@ class Tokenizer:
         """A prompt told back, token by token."""
         return await self._within_limits(functools.partial(echoed, self.decode, token_ids))
 
-    def _render(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        if not self.tool_format.native:
+            messages, tools = plain_messages(messages, tools), ()
+        self._refuse_control_keys([*messages, *tools])
         try:
             ids = self._own_copy().apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise InvalidRequest(
@@ -90,6 +109,19 @@ class Tokenizer:
                 code="chat_template_refused",
             ) from error
         return tuple(int(item) for item in ids)
+
+    def _probe(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        text: str = self._inner.apply_chat_template(list(messages), tools=tools, tokenize=False)
+        return text
+
+    def _refuse_control_keys(self, value: Any) -> None:
+        """Control tokens in values are taken as text by transformers; in names of properties they are not."""
+        if isinstance(value, Mapping):
+            for key in value:
+                if any(token in key for token in self._control_tokens):
+                    raise InvalidRequest("A name in `tools` or `tool_calls` holds a control token.", param="tools")
+        for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            self._refuse_control_keys(inner)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._backend.encode(text, add_special_tokens=True).ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ async def test_an_engine_error_mid_stream_is_an_event_and_no_done(http: aiohttp.
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
@@ -278,6 +279,14 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
+    ({"temperature": math.nan}, "temperature"),
+    ({"temperature": math.inf}, "temperature"),
+    ({"min_p": math.nan}, "min_p"),
+    ({"logit_bias": {"3": math.inf}}, "logit_bias"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty"),
+    ({"top_k": -2}, "top_k"),
+    ({"stop": ["fine", ""]}, "stop"),
     ({"top_p": 0}, "top_p"),
     ({"seed": 1.5}, "seed"),
     ({"stop": ["a"] * 9}, "stop"),
@@ -290,8 +299,6 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": "yes"}, "stream"),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),

@@ -1,0 +1,107 @@
+"""JSON schemas that callers send, judged before a grammar is made of them.
+
+`openai_tools` calls `checked_schema` at the door. Bounds are on what a grammar's size follows from: bytes, nodes, and
+the alternatives that combining `allOf` with `anyOf` multiplies. What a schema means is the grammar library's business.
+Pure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from lorapool_api.openai import InvalidRequest
+
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_SCHEMA_NODES = 5000
+"""Objects, lists and listed values."""
+MAX_ALTERNATIVES = 1024
+"""Ways through one place of a schema once every `allOf` is multiplied out; each becomes a rule of its own."""
+MAX_PATTERN_CHARS = 1000
+_OF_THE_LIBRARY = "x-guidance"
+
+
+def checked_schema(value: Any, param: str) -> str:
+    """The schema as compact JSON text. Raises InvalidRequest naming `param` and the bound it passes."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"`{param}` must be a JSON schema: an object.", param=param)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_SCHEMA_BYTES:
+        raise _too_large(param, f"is longer than {MAX_SCHEMA_BYTES} bytes")
+    for nodes, node in enumerate(_nodes(value), start=1):
+        if nodes > MAX_SCHEMA_NODES:
+            raise _too_large(param, f"has more than {MAX_SCHEMA_NODES} parts")
+        if isinstance(node, dict):
+            _check_keywords(node, param)
+    if _Alternatives(value).most() > MAX_ALTERNATIVES:
+        raise _too_large(param, f"multiplies out to more than {MAX_ALTERNATIVES} alternatives in one place")
+    return text
+
+
+def _too_large(param: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"The schema in `{param}` {why}.", param=param, code="schema_too_large")
+
+
+def _nodes(value: Any) -> Iterator[Any]:
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _nodes(inner)
+
+
+def _check_keywords(node: dict[str, Any], param: str) -> None:
+    if _OF_THE_LIBRARY in node:
+        raise InvalidRequest(
+            f"`{_OF_THE_LIBRARY}` in `{param}` is not supported.", param=param, code="unsupported_schema"
+        )
+    reference = node.get("$ref")
+    if isinstance(reference, str) and not reference.startswith("#"):
+        raise InvalidRequest(
+            f"`$ref` in `{param}` must point into the schema itself (`#/...`): nothing else is read.",
+            param=param,
+            code="unsupported_schema",
+        )
+    pattern = node.get("pattern")
+    if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARS:
+        raise _too_large(param, f"has a pattern of more than {MAX_PATTERN_CHARS} characters")
+
+
+class _Alternatives:
+    """Counts, at every place of one schema, the product that `allOf` makes of the sums under `anyOf` and `oneOf`."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._counted: dict[int, int] = {}
+
+    def most(self) -> int:
+        return max((self._of(node) for node in _nodes(self._root) if isinstance(node, dict)), default=1)
+
+    def _of(self, node: Any) -> int:
+        if not isinstance(node, dict):
+            return 1
+        if id(node) not in self._counted:
+            self._counted[id(node)] = 1  # a circle of references adds nothing to itself
+            self._counted[id(node)] = min(self._product(node), MAX_ALTERNATIVES + 1)
+        return self._counted[id(node)]
+
+    def _product(self, node: dict[str, Any]) -> int:
+        product = 1
+        for part in _listed(node, "allOf"):
+            product *= self._of(part)
+        for word in ("anyOf", "oneOf"):
+            product *= sum(self._of(part) for part in _listed(node, word)) or 1
+        if isinstance(node.get("$ref"), str):
+            product *= self._of(self._target(node["$ref"]))
+        return product
+
+    def _target(self, reference: str) -> Any:
+        found: Any = self._root
+        for step in reference.removeprefix("#").split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+
+def _listed(node: dict[str, Any], word: str) -> list[Any]:
+    value = node.get(word)
+    return value if isinstance(value, list) else []
