@@ -39,7 +39,13 @@ def test_two_hundred_adapters_at_once(world: World) -> None:
         )
         assert set(writes.values()) == {1}
     finally:
-        world.kubectl("delete", "lora", *names, timeout_s=180)
+        # not kubectl's own wait, which looks at one object after the other
+        world.kubectl("delete", "lora", *names, "--wait=false", timeout_s=180)
+        world.wait("their end", lambda: _left(world) == 0 or f"{_left(world)} left", timeout_s=60, every_s=1)
+
+
+def _left(world: World) -> int:
+    return sum(item["metadata"]["name"].startswith("many-") for item in world.get("lora")["items"])
 
 
 def _status_writes(world: World, names: list[str]) -> dict[str, int]:
