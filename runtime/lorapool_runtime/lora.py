@@ -11,9 +11,9 @@ what is not finite in one row stays there. `model` puts these modules in place; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ class RowKernel(Protocol):
         ...
 
 
+@runtime_checkable
+class StepKernel(RowKernel, Protocol):
+    """A row kernel that takes long runs of one slot too, and so adds all of a step's LoRA by itself: Triton's."""
+
+    def prepare(self, pieces: Sequence[Rows]) -> Callable[[Tensor, Tensor, GroupSlab], None]:
+        """The next step's `add`, without the row's slots: called with y, x and the group as there."""
+        ...
+
+
 class LoraBatch:
     """What the layers read during a step. One per engine, handed to every group."""
 
@@ -44,13 +53,17 @@ class LoraBatch:
         self.slabs: Slabs | None = None
         self.kernel: RowKernel | None = None
         self._row_slots: Tensor | None = None  # int32 [rows]: what the kernel adds
+        self._prepared: Callable[[Tensor, Tensor, GroupSlab], None] | None = None  # or all that a step kernel adds
         self._runs: tuple[_Run, ...] = ()  # what plain products add
 
     def set(self, pieces: Sequence[Rows]) -> None:
         """The next step's rows, in the batch's order."""
-        self._row_slots, self._runs = None, ()
+        self._row_slots, self._prepared, self._runs = None, None, ()
         slabs = self.slabs
         if slabs is None or all(piece.slot == BASE_SLOT for piece in pieces):
+            return
+        if isinstance(self.kernel, StepKernel):
+            self._prepared = self.kernel.prepare(pieces)
             return
         ways = choose_ways(pieces, slabs.layouts, kernel=self.kernel is not None)
         if ways and isinstance(ways[0], KernelRows):
@@ -60,7 +73,7 @@ class LoraBatch:
     def use(self, row_slots: Tensor) -> None:
         """Every row goes through the kernel, by a tensor that the caller keeps and overwrites: for a captured graph.
         row_slots: int32 [rows]."""
-        self._row_slots, self._runs = row_slots, ()
+        self._row_slots, self._prepared, self._runs = row_slots, None, ()
 
     def add(self, group: int, x: Tensor, y: Tensor) -> None:
         """x: [rows, in]; y: [rows, out of all members], added to in place."""
@@ -68,6 +81,9 @@ class LoraBatch:
             assert self.kernel is not None
             assert self.slabs is not None
             self.kernel.add(y, x, self._row_slots, self.slabs.groups[group])
+        if self._prepared is not None:
+            assert self.slabs is not None
+            self._prepared(y, x, self.slabs.groups[group])
         for run in self._runs:
             run.add(group, x, y)
 

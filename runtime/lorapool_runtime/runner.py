@@ -6,6 +6,8 @@ model (packed layers, paged attention, chunks, decoding) still computes what the
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,24 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the largest logit: rounding stays far below, a wrong mask or weight does not."""
 
 
+class DecodePath(Protocol):
+    """A faster way for steps that only decode: `decode_graph` on a GPU."""
+
+    def can_run(self, plan: StepPlan) -> bool: ...
+
+    def run(self, plan: StepPlan) -> Tensor: ...
+
+
 class Runner:
     def __init__(self, base: Base, pool: KVPool) -> None:
         self.base, self.pool = base, pool
+        self.decode_path: DecodePath | None = None
 
     def run(self, plan: StepPlan) -> Tensor:
         """[rows, vocabulary] of each chunk's `logit_rows`, in the plan's order."""
         self.pool.wipe(plan.fresh_blocks)
+        if self.decode_path is not None and self.decode_path.can_run(plan):
+            return self.decode_path.run(plan)
         token_ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
