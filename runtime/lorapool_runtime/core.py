@@ -62,6 +62,8 @@ class Core:
         self.pool = _make_pool(config, self.base, max_model_len)
         self.runner = Runner(self.base, self.pool)
         with torch.inference_mode():
+            if device.type == "cuda":
+                self._fit_to_gpu(config.max_batch, max_model_len)
             self.runner.self_check()
         blocks = self.pool.data.shape[2] - 1
         self.scheduler = Scheduler(
@@ -81,6 +83,17 @@ class Core:
         self._salts: list[str | None] = [None] * config.slots
         self._slot_bytes = [0] * config.slots
         self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    def _fit_to_gpu(self, max_batch: int, max_model_len: int) -> None:
+        from lorapool_runtime.decode_graph import CudaCapture, DecodeGraphs  # Triton comes with builds for CUDA only
+        from lorapool_runtime.lora_triton import TritonKernel
+
+        self.base.lora.kernel = TritonKernel(self.slabs)
+        graphs = DecodeGraphs(
+            self.base, self.pool, max_batch=max_batch, max_model_len=max_model_len, capture=CudaCapture()
+        )
+        graphs.capture_all()
+        self.runner.decode_path = graphs
 
     # --- requests ---
 
