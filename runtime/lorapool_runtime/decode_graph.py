@@ -9,6 +9,7 @@ must not look at a value on the host nor have a shape that follows from one (the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -42,7 +43,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch declares no types here
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # compiles the kernels and makes the libraries' workspaces: neither is allowed in a capture
@@ -77,7 +78,7 @@ class DecodeAttention:
         window, softcap = wants.window or 0, wants.softcap or 0.0
         size = self._pool.block_size
         q = q[0].transpose(0, 1)
-        out = paged_attend(q, keys, values, self._tables, self._contexts, size, scale, window, softcap)
+        out: Tensor = paged_attend(q, keys, values, self._tables, self._contexts, size, scale, window, softcap)
         return out[None]
 
 
@@ -88,7 +89,7 @@ class _Staging:
         on_cuda = device.type == "cuda"
         self.fields = torch.zeros(len(_PADDING), max_batch, dtype=torch.int32, pin_memory=on_cuda)
         self.tables = torch.full((max_batch, width), NULL_BLOCK, dtype=torch.int32, pin_memory=on_cuda)
-        self._copied = torch.cuda.Event() if on_cuda else None
+        self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]  # as above
         self._fields, self._tables = self.fields.numpy(), self.tables.numpy()
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
 
@@ -135,7 +136,7 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             self._copy_in((), size)
             for with_lora in (True, False):
-                self._replays[size, with_lora] = self._capture(lambda n=size, lora=with_lora: self.step(n, lora))
+                self._replays[size, with_lora] = self._capture(partial(self.step, size, with_lora))
 
     def can_run(self, plan: StepPlan) -> bool:
         """Whether the step is nothing but decoding, of a size that was captured."""
