@@ -158,6 +158,7 @@ def request(
     slot: int = BASE_SLOT,
     salt: str | None = None,
 ) -> GenerationRequest:
+    """`salt` must be another for each adapter that sits in one slot in turn: what was computed is kept under it."""
     cache_salt = salt or ("base" if slot == BASE_SLOT else f"slot-{slot}")
     return GenerationRequest(request_id, tuple(prompt), slot, cache_salt, sampling)
 

@@ -69,6 +69,8 @@ def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
             max_batch=settings.max_batch,
             kv_bytes=settings.kv_bytes,
             max_batch_tokens=settings.max_batch_tokens,
+            max_prefill_tokens=settings.max_prefill_tokens,
+            prefix_cache=settings.prefix_cache,
             threads=settings.threads,
         )
     )

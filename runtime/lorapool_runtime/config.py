@@ -25,7 +25,12 @@ class EngineConfig:
     kv_bytes: int | None = None
     """Budget of the KV cache; None: a share of the memory that is free after loading the base."""
     max_batch_tokens: int = 512
-    """Tokens computed in one step at most: bounds how long a long prompt delays the others."""
+    """Tokens computed in one step at most."""
+    max_prefill_tokens: int | None = None
+    """Of prompts, in a step that also decodes: bounds how long a long prompt delays the others. None: all of
+    max_batch_tokens on a GPU, where they cost less than reading the weights; 128 on a CPU, where each costs."""
+    prefix_cache: bool = True
+    """Requests on the same weights share the computed blocks of a common beginning of their prompts."""
     threads: int | None = None
     """CPU threads of torch; None: the cores this process may use (affinity and cgroup)."""
     kv_block_tokens: int = 16
@@ -35,6 +40,8 @@ class EngineConfig:
         for name in ("max_rank", "slots", "max_batch", "max_batch_tokens", "kv_block_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens must be at least 1, not {self.max_prefill_tokens}")
         if self.max_batch > self.max_batch_tokens:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch})"

@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 _KV_SHARE = 0.4
 """Of the memory left after loading the base, unless `kv_bytes` says otherwise; the rest is for adapters and work."""
 
+_CPU_PREFILL_TOKENS = 128
+"""See `EngineConfig.max_prefill_tokens`. A few times a full decode batch: enough rows to read the weights once for all
+of them, few enough that a step with them takes a few times a step without."""
+
 
 class SlotInUseError(RuntimeError):
     """The slot still has requests; whoever assigns slots must wait for them."""
@@ -70,6 +74,8 @@ class Core:
             BlockAllocator(blocks, config.kv_block_tokens),
             max_batch=config.max_batch,
             max_batch_tokens=config.max_batch_tokens,
+            max_prefill_tokens=config.max_prefill_tokens or _max_prefill_tokens(device, config.max_batch_tokens),
+            prefix_cache=config.prefix_cache,
         )
         self.facts = ModelFacts(
             max_model_len=max_model_len,
@@ -82,7 +88,7 @@ class Core:
         self._sequences: dict[str, Sequence] = {}
         self._salts: list[str | None] = [None] * config.slots
         self._slot_bytes = [0] * config.slots
-        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
 
     def _fit_to_gpu(self, max_batch: int, max_model_len: int) -> None:
         from lorapool_runtime.decode_graph import CudaCapture, DecodeGraphs  # Triton comes with builds for CUDA only
@@ -140,7 +146,7 @@ class Core:
         if sequence is None:
             return []
         self.scheduler.finish(sequence, reason)
-        return [ending(sequence.request, sequence.generated, reason, message)]
+        return [ending(sequence.request, sequence.generated, reason, message, cached=sequence.cached_tokens)]
 
     def end_all(self, reason: FinishReason, message: str | None) -> list[TokenOutput]:
         return [output for request_id in list(self._sequences) for output in self.end(request_id, reason, message)]
@@ -155,6 +161,7 @@ class Core:
         self._count(plan)
         for chunk in plan.chunks:
             chunk.sequence.advance(chunk.num_tokens)
+        self._keep_prefixes(plan)
         return [out for sequence, one in zip(sampling, sampled, strict=True) for out in self._settle(sequence, one)]
 
     def _settle(self, sequence: Sequence, sampled: Sampled) -> list[TokenOutput]:
@@ -177,6 +184,7 @@ class Core:
             text_token=bool(sequence.generated) and not stops,
             prompt_tokens=sequence.prompt_tokens,
             completion_tokens=sequence.generated,
+            cached_tokens=sequence.cached_tokens,
             finish_reason=reason,
             logprob=sampled.logprob if sequence.generated else None,
             prompt_logprobs=scores,
@@ -197,8 +205,20 @@ class Core:
                 return False, FinishReason.STOP
         return False, FinishReason.LENGTH if sequence.generated >= params.max_tokens else None
 
+    def _keep_prefixes(self, plan: StepPlan) -> None:
+        """Lets others find the blocks this step filled, once their numbers are seen to be finite.
+
+        A row that fails in this very step takes its own out again before anyone looks: see `Scheduler.finish`.
+        """
+        filled = self.scheduler.completed(plan)
+        finite = self.pool.are_finite([block for block, _ in filled])
+        for (block, key), good in zip(filled, finite, strict=True):
+            if good:
+                self.scheduler.allocator.register(block, key)
+
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
+        self._preemptions += len(plan.preempted)
         fresh = (c.sequence for c in plan.chunks if c.samples and not c.sequence.generated)
         self._prompt_tokens += sum(sequence.prompt_tokens for sequence in fresh)
 
@@ -244,6 +264,9 @@ class Core:
             generated_tokens=self._generated_tokens,
             healthy=True,
             device_bytes=self.base.weight_bytes + self.pool.nbytes + sum(self._slot_bytes),
+            prefix_queried_tokens=self.scheduler.queried_tokens,
+            prefix_hit_tokens=self.scheduler.hit_tokens,
+            preemptions=self._preemptions,
         )
 
 
@@ -270,6 +293,10 @@ def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:
     )
 
 
+def _max_prefill_tokens(device: torch.device, max_batch_tokens: int) -> int:
+    return max_batch_tokens if device.type == "cuda" else min(_CPU_PREFILL_TOKENS, max_batch_tokens)
+
+
 def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory_bytes()
 
@@ -289,13 +316,16 @@ def _sample_row(sequence: Sequence) -> SampleRow:
     )
 
 
-def ending(request: GenerationRequest, generated: int, reason: FinishReason, message: str | None) -> TokenOutput:
+def ending(
+    request: GenerationRequest, generated: int, reason: FinishReason, message: str | None, *, cached: int = 0
+) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
         token_id=None,
         text_token=False,
         prompt_tokens=len(request.prompt_ids),
         completion_tokens=generated,
+        cached_tokens=cached,
         finish_reason=reason,
         error=message,
     )

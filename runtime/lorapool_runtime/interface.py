@@ -108,6 +108,7 @@ class TokenOutput:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    """Of the prompt's, those that another request on the same weights had computed before."""
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
@@ -157,6 +158,12 @@ class EngineStats:
     healthy: bool
     """False when the engine thread has died; the process should end."""
     device_bytes: int
+    prefix_queried_tokens: int = 0
+    """Tokens of prompts looked up in the prefix cache since the start."""
+    prefix_hit_tokens: int = 0
+    """Of them, those that were not computed again."""
+    preemptions: int = 0
+    """Sequences sent back to the queue since the start, for want of KV blocks."""
 
 
 class AdapterArtifactError(Exception):

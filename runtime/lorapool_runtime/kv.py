@@ -64,3 +64,11 @@ class KVPool:
             raise ValueError("the null block is never given out")
         if blocks:
             self.data.index_fill_(2, torch.tensor(blocks, device=self.data.device), 0)
+
+    def are_finite(self, blocks: list[int]) -> list[bool]:
+        """Whether no key and no value in each of these blocks, in any layer, is NaN or infinite."""
+        if not blocks:
+            return []
+        held = self.data.index_select(2, torch.tensor(blocks, device=self.data.device))
+        # a sum is the cheapest look at every number: NaN and infinity survive it, and a false alarm costs one re-use
+        return torch.isfinite(held.sum(dim=(0, 1, 3), dtype=torch.float32)).tolist()

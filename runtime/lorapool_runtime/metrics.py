@@ -45,6 +45,9 @@ class Gauges:
     host_bytes: int = 0
     registered: int = 0
     steps: int = 0
+    preemptions: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
     ready: bool = False
     draining: bool = False
     running_adapters: Sequence[str] = ()
@@ -162,9 +165,15 @@ class _Present:
             ("draining", "1 after the order to stop.", int(now.draining)),
         ):
             yield _gauge(f"lorapool_runtime_{name}", help_text, {"base": self._base}, value)
-        steps = CounterMetricFamily("lorapool_runtime_engine_steps", "Steps of the engine.", labels=["base"])
-        steps.add_metric([self._base], now.steps)
-        yield steps
+        for name, help_text, value in (
+            ("engine_steps", "Steps of the engine.", now.steps),
+            ("preemptions", "Sequences sent back to the queue for want of KV blocks.", now.preemptions),
+            ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache.", now.prefix_queried_tokens),
+            ("prefix_cache_hit_tokens", "Of them, those not computed again.", now.prefix_hit_tokens),
+        ):
+            counter = CounterMetricFamily(f"lorapool_runtime_{name}", help_text, labels=["base"])
+            counter.add_metric([self._base], value)
+            yield counter
 
     def _per_adapter(self) -> Iterator[Metric]:
         named, others, now_s = self._accounts.named(), self._accounts.others(), self._clock.now_s()

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
 
-from lorapool_runtime.interface import FinishReason, GenerationRequest, TokenLogprob
+from lorapool_runtime.interface import BASE_SLOT, FinishReason, GenerationRequest, TokenLogprob
+from lorapool_runtime.prefix import next_key, root_key
 
 
 class SequenceStatus(StrEnum):
@@ -32,11 +33,14 @@ class Sequence:
     """`tokens` is prompt plus generated; the first `computed` of them have their keys and values in `block_table`."""
 
     __slots__ = (
+        "_keys",
         "arrival",
         "block_table",
+        "cached_tokens",
         "computed",
         "finish_reason",
         "generated_counts",
+        "preemptions",
         "prompt_logprobs",
         "prompt_tokens",
         "request",
@@ -54,7 +58,11 @@ class Sequence:
         self.generated_counts: Counter[int] = Counter()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.computed = 0
+        self.cached_tokens = 0
+        """Prompt tokens that others had computed. What it takes back after a pre-emption is its own and not counted."""
+        self.preemptions = 0
         self.block_table: list[int] = []
+        self._keys: list[bytes] = []
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
 
@@ -92,15 +100,40 @@ class Sequence:
             return "the model's output is not finite"
         return None
 
-    def admit(self, block_table: list[int]) -> None:
+    @property
+    def reads_cache(self) -> bool:
+        """Whether blocks that others computed may stand for its own: whoever wants its logits computes a prompt."""
+        return not self.scores_prompt
+
+    def block_key(self, index: int, block_size: int) -> bytes:
+        """The name of its full block `index` in the prefix cache: same weights, same tokens, same key."""
+        while len(self._keys) <= index:
+            begin = len(self._keys) * block_size
+            if begin + block_size > len(self.tokens):
+                raise IllegalMoveError(f"{self.request_id} has no full block {index}")
+            parent = self._keys[-1] if self._keys else self._root_key()
+            self._keys.append(next_key(parent, self.tokens[begin : begin + block_size]))
+        return self._keys[index]
+
+    def _root_key(self) -> bytes:
+        return root_key(self.request.cache_salt, is_base=self.slot == BASE_SLOT)
+
+    def admit(self, block_table: list[int], *, cached_tokens: int = 0) -> None:
+        """Its first `cached_tokens` stand in the blocks already; at least one token is left to compute."""
         self._must_be(SequenceStatus.WAITING, "admit")
+        if not 0 <= cached_tokens < len(self.tokens):
+            raise IllegalMoveError(f"{self.request_id} cannot take {cached_tokens} of {len(self.tokens)} tokens")
         self.block_table = block_table
+        self.computed = cached_tokens
+        if not self.preemptions:
+            self.cached_tokens = cached_tokens
         self.status = SequenceStatus.RUNNING
 
     def preempt(self) -> list[int]:
         """Back to the queue; everything is recomputed later. Returns the blocks it held."""
         self._must_be(SequenceStatus.RUNNING, "preempt")
         self.status = SequenceStatus.WAITING
+        self.preemptions += 1
         return self._give_back()
 
     def finish(self, reason: FinishReason) -> list[int]:

@@ -53,7 +53,13 @@ class RuntimeSettings(BaseModel):
     max_batch: int = Field(default=32, ge=1, le=1024)
     """Sequences computed in one step at most."""
     max_batch_tokens: int = Field(default=512, ge=16)
-    """Tokens computed in one step at most: bounds how long one long prompt delays the others."""
+    """Tokens computed in one step at most."""
+    max_prefill_tokens: int | None = Field(default=None, ge=1)
+    """Of prompts, in a step that also decodes: bounds how long one long prompt delays the others. None: 128 on a CPU,
+    where each token costs; all of max_batch_tokens on a GPU, where they cost less than reading the weights."""
+    prefix_cache: bool = True
+    """Requests on the same weights (never others) share the computed beginning of their prompts. Whoever may call a
+    model can then tell, by time and by `cached_tokens`, whether a beginning was sent lately: off where that matters."""
     kv_bytes: int | None = Field(default=None, ge=1)
     """Budget of the KV cache; None: a share of the memory that is free after loading the base."""
     threads: int | None = Field(default=None, ge=1)

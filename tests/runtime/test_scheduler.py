@@ -13,10 +13,10 @@ from lorapool_runtime.sequence import Sequence, SequenceStatus
 
 
 def make(arrival: int, prompt_tokens: int, slot: int = -1, max_tokens: int = 8) -> Sequence:
+    """Of a prompt that begins like no other's."""
+    prompt = tuple(range(arrival * 1000, arrival * 1000 + prompt_tokens))
     params = SamplingParams(max_tokens=max_tokens)
-    return Sequence(
-        GenerationRequest(f"r{arrival}", tuple(range(prompt_tokens)), slot, "s", params), arrival=arrival, seed=0
-    )
+    return Sequence(GenerationRequest(f"r{arrival}", prompt, slot, "s", params), arrival=arrival, seed=0)
 
 
 def scheduler(blocks: int = 100, block_size: int = 4, max_batch: int = 8, max_batch_tokens: int = 16) -> Scheduler:
