@@ -20,6 +20,9 @@ from lorapool_runtime.openai_tools import ToolWishes, called_before, response_fo
 MAX_N = 8
 MAX_SEQUENCES = 64
 """prompts x n of one request."""
+MAX_REQUEST_TOKENS = 65_536
+"""Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
+it one caller would hold the line."""
 MAX_MESSAGES = 2048
 MAX_STOPS = 8
 MAX_STOP_CHARS = 512
@@ -158,6 +161,7 @@ def sampling_params(
     prompt_tokens: int,
     prompt_param: str,
     choice: int,
+    sequences: int,
     facts: ModelFacts,
     stop_token_ids: frozenset[int],
 ) -> SamplingParams:
@@ -178,13 +182,21 @@ def sampling_params(
             param="max_tokens",
             code="context_length_exceeded",
         )
+    budget = max(MAX_REQUEST_TOKENS, facts.max_model_len)
+    share = budget // sequences
+    if wishes.max_tokens is not None and wishes.max_tokens > share:
+        raise InvalidRequest(
+            f"{sequences} sequences of `max_tokens` {wishes.max_tokens} are {sequences * wishes.max_tokens} tokens; "
+            f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
+            param="max_tokens",
+        )
     if wishes.logit_bias and max(wishes.logit_bias) >= facts.vocab_size:
         raise InvalidRequest(
             f"`logit_bias` names token {max(wishes.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
             param="logit_bias",
         )
     return SamplingParams(
-        max_tokens=room if wishes.max_tokens is None else wishes.max_tokens,
+        max_tokens=min(room, share) if wishes.max_tokens is None else wishes.max_tokens,
         temperature=wishes.temperature,
         top_p=wishes.top_p,
         top_k=wishes.top_k,

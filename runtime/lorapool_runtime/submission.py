@@ -85,6 +85,7 @@ def sequences_of(
             prompt_tokens=len(prompt),
             prompt_param=request.prompt_param,
             choice=number % request.n,
+            sequences=len(prompts) * request.n,
             facts=facts,
             stop_token_ids=codec.eos_token_ids,
         )

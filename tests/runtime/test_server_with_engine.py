@@ -6,11 +6,8 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +17,11 @@ import aiohttp
 import pytest
 from engine_kit import PeftWorld, peft_world, tiny_model
 from fakes_runtime import save_byte_tokenizer, tokenizer_of, until
+from runtime_process import TOKEN, runtime_process
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.protocol import ResolveAnswer, RuntimeSnapshot, token_sha256
+from lorapool_api.protocol import ResolveAnswer, RuntimeSnapshot
 
-TOKEN = "0123456789abcdef" * 4
 CONFIGS: dict[str, dict[str, Any]] = {
     "one": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     "two": {"r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
@@ -58,27 +55,6 @@ class Process:
         return key
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def start(folder: Path, base: Path, pvc: Path, port: int) -> subprocess.Popen[bytes]:
-    settings = {
-        "MODEL": str(base), "SERVED_NAME": "tiny", "LISTEN_PORT": str(port), "PVC_ROOT": str(pvc), "SLOTS": "2",
-        "CACHE_DIR": str(folder / "cache"), "KV_BYTES": str(8 * 2**20), "MAX_RANK": "16", "THREADS": "1",
-        "HOST_IDLE_S": "0.5", "SWEEP_INTERVAL_S": "0.1", "DRAIN_NOTICE_S": "0.2",
-    }  # fmt: skip
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAPOOL_")}
-    environ |= {f"LORAPOOL_RUNTIME_{name}": value for name, value in settings.items()}
-    environ["LORAPOOL_TOKEN_SHA256"] = token_sha256(TOKEN)
-    environ["LORAPOOL_RUNTIME_LISTEN_HOST"] = "127.0.0.1"
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen([sys.executable, "-m", "lorapool_runtime"], env=environ, stdout=log, stderr=log)
-
-
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("process")
@@ -90,23 +66,9 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     (tunes / "pickled").mkdir()
     (tunes / "pickled" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tunes / "pickled" / "adapter_config.json").write_text("{}")
-    port = free_port()
-    popen = start(folder, world.base, folder / "pvc", port)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while True:
-            assert popen.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            try:
-                with urllib.request.urlopen(url + "/readyz", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        yield Process(url, popen, world, folder / "pvc", tokenizer, folder / "log")
-    finally:
-        popen.kill()
-        popen.wait()
+    settings = {"pvc_root": folder / "pvc", "host_idle_s": 0.5, "sweep_interval_s": 0.1}
+    with runtime_process(folder, world.base, **settings) as running:
+        yield Process(running.url, running.popen, world, folder / "pvc", tokenizer, running.log)
 
 
 def open_session(process: Process) -> aiohttp.ClientSession:
