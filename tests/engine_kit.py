@@ -17,6 +17,7 @@ from lorapool_runtime.engine import EngineConfig, TorchEngine
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
 
 VOCAB = 320
+_BOTH = ["sliding_attention", "full_attention"]
 MAX_LEN = 160
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -42,11 +43,15 @@ def tiny_model(architecture: str, **changes: Any) -> Any:
         "Qwen3": {"head_dim": 32},
         "Mistral": {"sliding_window": 7},
         "Gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
-        "Phi3": {},
+        "Gemma3": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16, "layer_types": _BOTH},
+        "Phi3": {"sliding_window": 9},
         "Olmo2": {},
-        "Granite": {},
+        "Granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+        "Qwen3Moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "Mixtral": {"num_local_experts": 4, "sliding_window": 8},
     }[architecture]
-    config = getattr(transformers, f"{architecture}Config")(**_COMMON | own | changes)
+    name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
+    config = getattr(transformers, name)(**_COMMON | own | changes)
     torch.manual_seed(11)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():

@@ -81,6 +81,8 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     probe, calls = _run_stock(model, device)
     names = {module: name for name, module in model.named_modules()}
     found = _grouped(calls, names, model.get_output_embeddings())
+    if not found:
+        raise UnsupportedBaseError("the base has no linear layers that adapters could change")
     lora = LoraBatch()
     groups, fused_bytes = _fit_linears(model, found, names, lora)
     model.set_attn_implementation(attention.NAME)

@@ -28,10 +28,6 @@ FIVE: dict[str, dict[str, Any]] = {
         "layers_to_transform": [0],
     },
 }
-FUSED: dict[str, dict[str, Any]] = {
-    "fused": {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "gate_up_proj"]},
-    "o": {"r": 8, "lora_alpha": 8, "target_modules": ["o_proj"]},
-}
 
 
 def mixed_batch(world: PeftWorld, *, count: int, **settings: Any) -> None:
@@ -59,15 +55,6 @@ def mixed_batch(world: PeftWorld, *, count: int, **settings: Any) -> None:
 
 def test_24_requests_over_five_adapters_and_the_base_equal_peft_one_by_one(tmp_path: Path) -> None:
     mixed_batch(peft_world(tmp_path, tiny_model("Llama"), FIVE), count=24)
-
-
-@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Mistral", "Gemma2", "Olmo2", "Granite"])
-def test_a_mixed_batch_equals_peft_for_other_architectures(architecture: str, tmp_path: Path) -> None:
-    mixed_batch(peft_world(tmp_path, tiny_model(architecture), FIVE), count=7)
-
-
-def test_fused_projections_of_phi3_equal_peft(tmp_path: Path) -> None:
-    mixed_batch(peft_world(tmp_path, tiny_model("Phi3"), FUSED), count=6)
 
 
 def test_tiny_chunks_and_tiny_blocks_change_nothing(tmp_path: Path) -> None:
