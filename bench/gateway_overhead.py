@@ -24,7 +24,7 @@ import kit
 from aiohttp import web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
-from lorapool_gateway.__main__ import listen
+from lorapool_gateway.__main__ import listen, run
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.auth import ApiKey, KeyTable
 from lorapool_gateway.dispatch import Dispatcher
@@ -226,13 +226,15 @@ def main() -> None:
     parser.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.gateway:
-        asyncio.run(_gateway(arguments.gateway))
+        run(_gateway(arguments.gateway))
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))
     sys.stdout.write(kit.table(records) + "\n")
     if arguments.records:
-        kit.write_records(arguments.records, records, {"aiohttp": version("aiohttp")})
+        kit.write_records(
+            arguments.records, records, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")}
+        )
 
 
 if __name__ == "__main__":

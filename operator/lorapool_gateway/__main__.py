@@ -10,12 +10,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import aiohttp
+import uvloop
 from aiohttp import web
 
 from lorapool_api.protocol import runtime_token
@@ -137,7 +139,13 @@ def main() -> None:
         sys.stderr.write(f"lorapool-gateway: {error}\n")
         sys.exit(2)
     logs.set_up(settings.log_level)
-    asyncio.run(serve(settings, master_token))
+    run(serve(settings, master_token))
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """On the loop that the process serves with."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)
 
 
 if __name__ == "__main__":
