@@ -1,39 +1,22 @@
 """Attention of a mixed batch over each request's own paged keys and values.
 
-`model` registers `forward` with transformers' public AttentionInterface; the batch to attend over travels through
-the model's keyword arguments (`ATTENTION_KWARG`), so there is no global state. Grouped queries, sliding windows and
-logit soft caps are computed; whatever else an architecture passes (sinks, biases) is refused when the model loads,
-never ignored.
+`model` hands every layer's queries here, as transformers calls its attention, and refuses architectures that ask for
+more (sinks, biases); `runner` makes one batch per step. Grouped queries, sliding windows and logit soft caps are
+computed, never ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorapool_runtime.blocks import NULL_BLOCK
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.scheduler import Chunk, StepPlan
-
-NAME = "lorapool_paged"
-ATTENTION_KWARG = "lorapool_attention"
-
-_HARMLESS = frozenset(
-    {
-        "position_ids",
-        "use_cache",
-        "output_attentions",
-        "output_hidden_states",
-        "is_causal",
-        "cache",
-        "output_router_logits",
-    }
-)
 
 
 class UnsupportedAttentionError(ValueError):
@@ -56,32 +39,6 @@ class Attention(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         """q: [1, heads, tokens, head_dim]; k, v: [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
         ...
-
-
-def forward(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """The signature transformers calls every attention function with."""
-    attention: Attention | None = rest.pop(ATTENTION_KWARG, None)
-    if attention is None:
-        raise UnsupportedAttentionError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
-    unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS)
-    if unknown or attention_mask is not None or dropout:
-        named = ", ".join(unknown) or ("attention_mask" if attention_mask is not None else "dropout")
-        raise UnsupportedAttentionError(f"{type(module).__name__} asks for {named}, which this engine does not compute")
-    layer: int = module.layer_idx  # type: ignore[assignment]  # set by every transformers attention module
-    wants = LayerAttention(kv_heads=k.shape[1], head_dim=k.shape[3], window=sliding_window, softcap=softcap)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention.attend(layer, q, k, v, scale, wants), None
 
 
 class ProbeAttention:
@@ -206,6 +163,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / softcap)) * softcap + mask
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
-
-
-AttentionFunction = Callable[..., tuple[Tensor, None]]

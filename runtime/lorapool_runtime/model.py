@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from lorapool_runtime import attention
-from lorapool_runtime.attention import ATTENTION_KWARG, Attention, LayerAttention, ProbeAttention
+from lorapool_runtime.attention import Attention, LayerAttention, ProbeAttention, UnsupportedAttentionError
 from lorapool_runtime.linear import FusedLinear
 from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear, PlainLinear
 from lorapool_runtime.targets import TargetGroup
@@ -27,6 +26,21 @@ from lorapool_runtime.targets import TargetGroup
 PROBE_TOKENS = 12
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOVING_ROPES = frozenset({"dynamic", "longrope"})
+
+_ATTENTION_NAME = "lorapool_paged"
+_ATTENTION_KWARG = "lorapool_attention"
+_HARMLESS_KWARGS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+    }
+)
+"""What architectures hand on to their attention without meaning it to change the result."""
 
 
 class UnsupportedBaseError(ValueError):
@@ -62,7 +76,7 @@ class Base:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=keep,
-            **{ATTENTION_KWARG: attend},
+            **{_ATTENTION_KWARG: attend},
         )
         logits: Tensor = out.logits[0]
         return logits
@@ -72,7 +86,7 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     """Raises UnsupportedBaseError, and OSError or ValueError of a broken folder."""
     config = _checked_config(folder)
     element = _element_type(config, dtype, device)
-    AttentionInterface.register(attention.NAME, attention.forward)
+    AttentionInterface.register(_ATTENTION_NAME, _attention)
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
@@ -85,7 +99,7 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
         raise UnsupportedBaseError("the base has no linear layers that adapters could change")
     lora = LoraBatch()
     groups, fused_bytes = _fit_linears(model, found, names, lora)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(_ATTENTION_NAME)
     text = config.get_text_config()
     base = Base(
         model=model,
@@ -235,6 +249,33 @@ def _with_layers(base: Base, text: Any) -> Base:
         if kind == "sliding_attention" and layers[number].window is None:
             raise UnsupportedBaseError(f"layer {number} slides its window in a way this engine does not see")
     return replace(base, layers=layers)
+
+
+def _attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls every attention function with; the batch comes in with the keyword arguments,
+    so there is no global state."""
+    attention: Attention | None = rest.pop(_ATTENTION_KWARG, None)
+    if attention is None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
+    unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS_KWARGS)
+    if unknown or attention_mask is not None or dropout:
+        named = ", ".join(unknown) or ("attention_mask" if attention_mask is not None else "dropout")
+        raise UnsupportedAttentionError(f"{type(module).__name__} asks for {named}, which this engine does not compute")
+    layer: int = module.layer_idx  # type: ignore[assignment]  # set by every transformers attention module
+    wants = LayerAttention(kv_heads=k.shape[1], head_dim=k.shape[3], window=sliding_window, softcap=softcap)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.attend(layer, q, k, v, scale, wants), None
 
 
 def _eos_token_ids(folder: str, config: Any) -> frozenset[int]:

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SLOTS = 5
 """Fewer than there are kinds, so that each is evicted, and loaded again into another slot."""
-SETTINGS: list[dict[str, Any]] = [{"max_batch_tokens": 64}, {"max_batch_tokens": 24}]
+SETTINGS: list[dict[str, Any]] = [
+    {"max_batch_tokens": 64, "prefix_cache": True},
+    {"max_batch_tokens": 24, "prefix_cache": False},
+]
 PREFIX = [11, 45, 7, 203, 98, 150, 31, 64, 5, 277, 19, 88]
 """Begins many prompts of all adapters and of the base: longer than every sliding window, and than two KV blocks."""
 
@@ -54,7 +57,7 @@ def test_the_comparison_sees_a_scale_that_is_a_tenth_off(world: World, monkeypat
     right = AdapterConfig.scaling_of
     monkeypatch.setattr(AdapterConfig, "scaling_of", lambda self, module: 1.1 * right(self, module))
     with pytest.raises(AssertionError, match="peft answers"):
-        equal_peft(world, seed=0)
+        equal_peft(world, seed=0, prefix_cache=True)
 
 
 def equal_peft(world: World, *, seed: int, **settings: Any) -> None:
@@ -68,6 +71,7 @@ def equal_peft(world: World, *, seed: int, **settings: Any) -> None:
             answer = got.tokens(request_id)
             expected = world.choices(adapter, prompt, answer)
             assert answer == expected, f"{request_id} of {adapter}: {answer}, peft answers {expected} to {prompt}"
+        assert (engine.observe().prefix_hit_tokens > 0) is settings["prefix_cache"]
         for slot in range(SLOTS):
             engine.unload(slot).result(10)
     finally:
