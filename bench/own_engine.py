@@ -1,0 +1,84 @@
+"""Lorapool's engine in process, as a contestant of W1: `python own_engine.py BASE ADAPTERS DTYPE [--gpu]`.
+
+Adapters are read once and copied into slots before the clock starts, as the tiers above the engine do for warm ones.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process sets it
+
+import torch
+import transformers
+from contest import serve
+from workloads import REQUESTS, Batch
+
+from lorapool_runtime.engine import EngineConfig, TorchEngine
+from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
+
+MAX_RANK = 64
+MAX_MODEL_LEN = 512
+
+
+class OwnEngine:
+    def __init__(self, base: str, adapters: Path, dtype: str) -> None:
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        config: dict[str, Any] = {"dtype": dtype, "max_rank": MAX_RANK, "slots": REQUESTS, "max_batch": REQUESTS}
+        self._engine = TorchEngine(EngineConfig(base, max_model_len=MAX_MODEL_LEN, **config))
+        self._engine.start()
+        self._adapters = adapters
+        self._host: dict[str, HostAdapter] = {}
+        self._slots: dict[str, int] = {}
+        self._batches = 0
+
+    def prepare(self, batch: Batch) -> None:
+        """Loads what the batch needs; a base-only batch leaves the slots as they are."""
+        wanted = {name for name in batch.adapters if name is not None}
+        if wanted <= set(self._slots):
+            return
+        self.unload()
+        for slot, name in enumerate(sorted(wanted)):
+            self._host[name] = self._host.get(name) or self._engine.read_adapter(
+                str(self._adapters / name), max_rank=MAX_RANK
+            )
+            self._engine.load(slot, self._host[name]).result(60)
+            self._slots[name] = slot
+
+    def unload(self) -> None:
+        for slot in self._slots.values():
+            self._engine.unload(slot).result(60)
+        self._slots = {}
+
+    def generate(self, batch: Batch) -> list[list[int]]:
+        greedy = SamplingParams(max_tokens=batch.new, temperature=0.0, ignore_eos=True)
+        outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+        tokens: dict[str, list[int]] = {str(row): [] for row in range(len(batch.prompts))}
+        self._batches += 1
+        for row, (prompt, name) in enumerate(zip(batch.prompts, batch.adapters, strict=True)):
+            slot = BASE_SLOT if name is None else self._slots[name]
+            salt = f"{name}, batch {self._batches}"  # a repeated batch must not find its prompts in the prefix cache
+            self._engine.submit(GenerationRequest(str(row), prompt, slot, salt, greedy), outputs.put)
+        left = len(tokens)
+        while left:
+            output = outputs.get(timeout=300)
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            if output.token_id is not None:
+                tokens[output.request_id].append(output.token_id)
+            left -= output.finish_reason is not None
+        return list(tokens.values())
+
+
+def _unload(engine: OwnEngine, _asked: Mapping[str, Any]) -> dict[str, Any]:
+    engine.unload()
+    return {}
+
+
+if __name__ == "__main__":
+    serve(lambda: OwnEngine(sys.argv[1], Path(sys.argv[2]), sys.argv[3]), {"unload": _unload})
