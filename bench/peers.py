@@ -49,7 +49,7 @@ def make_vllm(folder: Path) -> None:
     uv = Path(sys.executable).with_name("uv")
     _run(str(uv), "venv", "-q", "--python", sys.executable, str(folder))
     python = str(folder / "bin" / "python")
-    _run(str(uv), "pip", "install", "-q", "--python", python, "--no-deps", "-r", str(VLLM_PINS))
+    _run(str(uv), "pip", "install", "-q", "--compile-bytecode", "--python", python, "--no-deps", "-r", str(VLLM_PINS))
     _run(python, "-c", "import vllm")
 
 
