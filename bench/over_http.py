@@ -49,7 +49,7 @@ def status_of(port: int, path: str) -> int:
 
 
 class Clients:
-    """Keeps its threads and connections between batches, as a client that is in use does."""
+    """Threads that are there before the batch; each connects anew for it."""
 
     def __init__(self, port: int, count: int) -> None:
         self._pool = ThreadPoolExecutor(count)
@@ -68,6 +68,7 @@ class Clients:
     def _post(
         connection: http.client.HTTPConnection, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
     ) -> Any:
+        connection.close()  # a server may have dropped it since the last batch; connecting on loopback costs nothing
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **headers})
         response = connection.getresponse()
         data = response.read()

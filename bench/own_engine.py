@@ -30,12 +30,13 @@ class OwnEngine:
     def __init__(self, base: str, adapters: Path, dtype: str) -> None:
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config: dict[str, Any] = {"dtype": dtype, "max_rank": MAX_RANK, "slots": REQUESTS, "max_batch": REQUESTS}
+        if "prefix_cache" in EngineConfig.__dataclass_fields__:
+            config["prefix_cache"] = False  # cases share prompts; the rivals' caches are off too
         self._engine = TorchEngine(EngineConfig(base, max_model_len=MAX_MODEL_LEN, **config))
         self._engine.start()
         self._adapters = adapters
         self._host: dict[str, HostAdapter] = {}
         self._slots: dict[str, int] = {}
-        self._batches = 0
 
     def prepare(self, batch: Batch) -> None:
         """Loads what the batch needs; a base-only batch leaves the slots as they are."""
@@ -59,11 +60,9 @@ class OwnEngine:
         greedy = SamplingParams(max_tokens=batch.new, temperature=0.0, ignore_eos=True)
         outputs: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         tokens: dict[str, list[int]] = {str(row): [] for row in range(len(batch.prompts))}
-        self._batches += 1
         for row, (prompt, name) in enumerate(zip(batch.prompts, batch.adapters, strict=True)):
             slot = BASE_SLOT if name is None else self._slots[name]
-            salt = f"{name}, batch {self._batches}"  # a repeated batch must not find its prompts in the prefix cache
-            self._engine.submit(GenerationRequest(str(row), prompt, slot, salt, greedy), outputs.put)
+            self._engine.submit(GenerationRequest(str(row), prompt, slot, name or "base", greedy), outputs.put)
         left = len(tokens)
         while left:
             output = outputs.get(timeout=300)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ class Series:
             turn.contestant.ask({"do": turn.before})
         outcome = turn.contestant.run(batch)
         self.tokens[turn.label, round_number] = (batch, outcome.tokens)
+        said = f"    {turn.label}: {outcome.tokens_per_s:.0f} tok/s"
+        print(said if counted else said + " (not counted)", file=sys.stderr, flush=True)
         if counted:
             self.rates.setdefault(turn.label, []).append(outcome.tokens_per_s)
 
@@ -157,8 +160,10 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
         turns.append(Turn("http distinct16", http, "distinct16"))
     turns.append(Turn("mixed_ranks", own, "mixed_ranks"))
     versions: dict[str, str] = {}
+    began_s = time.monotonic()
     for contestant in started:
         contestant.wait_until_loaded()
+        print(f"  {contestant.name} is loaded after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
         versions |= contestant.versions
     return turns, versions
 
