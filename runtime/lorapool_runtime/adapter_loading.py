@@ -21,6 +21,7 @@ from lorapool_runtime.adapter_entry import Entry, Failure
 from lorapool_runtime.adapter_table import AdapterTable
 from lorapool_runtime.interface import AdapterArtifactError, Engine, HostAdapter
 from lorapool_runtime.metrics import Metrics
+from lorapool_runtime.slot_filling import yield_to_the_batch
 from lorapool_runtime.store import AdapterStore
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class AdapterLoader:
         self._changes = table.changes
         self._limits = table.limits
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
-        self._readers = ThreadPoolExecutor(MAX_READS, thread_name_prefix="read-adapter")
+        self._readers = ThreadPoolExecutor(MAX_READS, thread_name_prefix="read-adapter", initializer=yield_to_the_batch)
         self._unloads: set[asyncio.Task[int]] = set()
 
     # --- in -----------------------------------------------------------------------------

@@ -36,6 +36,9 @@ class EngineConfig:
     kv_block_tokens: int = 16
     """Tokens per KV block: the unit in which memory is given to requests."""
 
+    cache_dir: str | None = None
+    """Folder for what was measured of this machine; None: measured at each start."""
+
     def __post_init__(self) -> None:
         for name in ("max_rank", "slots", "max_batch", "max_batch_tokens", "kv_block_tokens"):
             if getattr(self, name) < 1:

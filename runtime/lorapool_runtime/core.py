@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from pathlib import Path
 
 import torch
 
@@ -36,6 +37,7 @@ from lorapool_runtime.scheduler import Scheduler, StepPlan
 from lorapool_runtime.scoring import score_prompts
 from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.slabs import Slabs
+from lorapool_runtime.way_probe import known_costs
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,6 @@ class Core:
             self.base.groups, slots=config.slots, max_rank=config.max_rank, dtype=self.base.dtype, device=device
         )
         self.base.lora.slabs = self.slabs
-        self.base.lora.kernel = load_row_kernel(self.base.dtype, device)
         max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
         if config.max_model_len and config.max_model_len > max_model_len:
             log.warning("max_model_len %d is cut to the model's own %d", config.max_model_len, max_model_len)
@@ -68,6 +69,8 @@ class Core:
         with torch.inference_mode():
             if device.type == "cuda":
                 self._fit_to_gpu(config.max_batch, max_model_len)
+            else:
+                self._fit_to_cpu(config)
             self.runner.self_check()
         blocks = self.pool.data.shape[2] - 1
         self.scheduler = Scheduler(
@@ -89,6 +92,18 @@ class Core:
         self._salts: list[str | None] = [None] * config.slots
         self._slot_bytes = [0] * config.slots
         self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
+
+    def _fit_to_cpu(self, config: EngineConfig) -> None:
+        lora = self.base.lora
+        lora.kernel = load_row_kernel(self.base.dtype, self.base.device)
+        lora.costs = known_costs(
+            self.base.groups,
+            dtype=self.base.dtype,
+            device=self.base.device,
+            max_rank=config.max_rank,
+            kernel=lora.kernel,
+            folder=None if config.cache_dir is None else Path(config.cache_dir),
+        )
 
     def _fit_to_gpu(self, max_batch: int, max_model_len: int) -> None:
         from lorapool_runtime.decode_graph import CudaCapture, DecodeGraphs  # Triton comes with builds for CUDA only
@@ -225,26 +240,41 @@ class Core:
     # --- slots ---
 
     def load(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
-        if not isinstance(adapter, PackedAdapter):
-            raise TypeError("this engine loads what its own read_adapter returned")
-        self._check_free(slot)
-        begin = time.monotonic()
-        if self.slabs.occupied(slot):
-            self.slabs.withdraw(slot)
-        self.slabs.release(slot)
-        self.slabs.fill(slot, adapter)
-        self.slabs.publish(slot, adapter.layout)
-        self._salts[slot] = None
-        self._slot_bytes[slot] = self.slabs.resident_bytes(slot)
-        return LoadOutcome(slot, self._slot_bytes[slot], time.monotonic() - begin)
+        """All of it in this thread; `engine` has the copying done elsewhere where it can."""
+        self.withdraw(slot)
+        return self.publish(slot, adapter, self.fill(slot, adapter))
 
     def unload(self, slot: int) -> int:
+        self.withdraw(slot)
+        return self.slabs.release(slot)
+
+    def withdraw(self, slot: int) -> None:
+        """From the next step on the slot is empty; then `fill` and `slabs.release` may run in any thread."""
         self._check_free(slot)
         self.slabs.withdraw(slot)
-        freed = self.slabs.release(slot)
         self._salts[slot] = None
         self._slot_bytes[slot] = 0
-        return freed
+
+    def fill(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
+        """Copies into a slot that is empty to every request. Any thread where `fills_anywhere`, one at a time."""
+        begin = time.monotonic()
+        self.slabs.release(slot)
+        self.slabs.fill(slot, _packed(adapter))
+        seconds = time.monotonic() - begin
+        return LoadOutcome(slot, self.slabs.resident_bytes(slot), seconds)
+
+    def publish(self, slot: int, adapter: HostAdapter, filled: LoadOutcome) -> LoadOutcome:
+        """From the next step on the slot is what was filled in."""
+        self._check_free(slot)
+        self.slabs.publish(slot, _packed(adapter).layout)
+        self._salts[slot] = None
+        self._slot_bytes[slot] = filled.device_bytes
+        return filled
+
+    @property
+    def fills_anywhere(self) -> bool:
+        """Whether a slot may be filled outside of the engine thread: on a GPU its stream gives the order."""
+        return self.base.device.type == "cpu"
 
     def _check_free(self, slot: int) -> None:
         if not 0 <= slot < self.slabs.slots:
@@ -268,6 +298,12 @@ class Core:
             prefix_hit_tokens=self.scheduler.hit_tokens,
             preemptions=self._preemptions,
         )
+
+
+def _packed(adapter: HostAdapter) -> PackedAdapter:
+    if not isinstance(adapter, PackedAdapter):
+        raise TypeError("this engine loads what its own read_adapter returned")
+    return adapter
 
 
 def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:

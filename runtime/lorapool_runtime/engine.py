@@ -1,9 +1,9 @@
 """The engine: one thread that owns torch, a queue of commands to it, and the step loop.
 
 `adapters` and `server` call it from the event loop through `interface.Engine`; they never touch torch. Commands
-(submit, cancel, load, unload) take effect between two steps, in the order they were given, and need no other request
-to drain. When the thread dies every request ends with an error and `observe().healthy` turns False: the process
-should end then, nothing here restarts itself.
+(submit, cancel, load, unload) take effect between two steps, and need no other request to drain; the copying that a
+load needs is done by a thread of its own (`slot_filling`). When the engine thread dies every request ends with an
+error and `observe().healthy` turns False: the process should end then, nothing here restarts itself.
 
     EngineStoppedError   the engine was asked to work after stop() or its thread's death
     SlotInUseError       load or unload of a slot that still has requests
@@ -36,6 +36,7 @@ from lorapool_runtime.interface import (
     TokenOutput,
     TokenSink,
 )
+from lorapool_runtime.slot_filling import SlotFiller
 
 __all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"]
 
@@ -58,6 +59,7 @@ class TorchEngine:
         self._lock = threading.Lock()  # guards _alive and _sinks, the two things callers and the thread share
         self._alive = False
         self._sinks: dict[str, TokenSink] = {}
+        self._filler = SlotFiller()
         self._stats = EngineStats(0, 0, 0, 0, config.slots, 0, 0, 0, healthy=True, device_bytes=0)
         # below: set once by the engine thread, touched by it alone
         self._core: Core | None = None
@@ -88,11 +90,27 @@ class TorchEngine:
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
         core = self._loaded()
-        return self._ask(lambda: core.load(slot, adapter))
+        if not core.fills_anywhere:
+            return self._ask(lambda: core.load(slot, adapter))
+
+        def load() -> LoadOutcome:
+            if not 0 <= slot < core.slabs.slots or core.slabs.occupied(slot):
+                self._ask(lambda: core.withdraw(slot)).result()
+            filled = core.fill(slot, adapter)
+            return self._ask(lambda: core.publish(slot, adapter, filled)).result()
+
+        return self._filler.submit(load)
 
     def unload(self, slot: int) -> Future[int]:
         core = self._loaded()
-        return self._ask(lambda: core.unload(slot))
+        if not core.fills_anywhere:
+            return self._ask(lambda: core.unload(slot))
+
+        def unload() -> int:
+            self._ask(lambda: core.withdraw(slot)).result()
+            return core.slabs.release(slot)
+
+        return self._filler.submit(unload)
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
         core = self._loaded()

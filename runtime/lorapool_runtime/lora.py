@@ -22,6 +22,7 @@ from lorapool_runtime.interface import BASE_SLOT
 from lorapool_runtime.linear import FusedLinear
 from lorapool_runtime.slabs import GroupSlab, Slabs
 from lorapool_runtime.targets import TargetGroup
+from lorapool_runtime.way_costs import USUAL, WayCosts
 from lorapool_runtime.ways import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
 
 
@@ -52,9 +53,10 @@ class LoraBatch:
     def __init__(self) -> None:
         self.slabs: Slabs | None = None
         self.kernel: RowKernel | None = None
+        self.costs: WayCosts = USUAL
         self._row_slots: Tensor | None = None  # int32 [rows]: what the kernel adds
         self._prepared: Callable[[Tensor, Tensor, GroupSlab], None] | None = None  # or all that a step kernel adds
-        self._runs: tuple[_Run, ...] = ()  # what plain products add
+        self._runs: tuple[PlainRun, ...] = ()  # what plain products add
 
     def set(self, pieces: Sequence[Rows]) -> None:
         """The next step's rows, in the batch's order."""
@@ -65,10 +67,10 @@ class LoraBatch:
         if isinstance(self.kernel, StepKernel):
             self._prepared = self.kernel.prepare(pieces)
             return
-        ways = choose_ways(pieces, slabs.layouts, kernel=self.kernel is not None)
+        ways = choose_ways(pieces, slabs.layouts, self.costs, kernel=self.kernel is not None)
         if ways and isinstance(ways[0], KernelRows):
             self._row_slots = torch.tensor(ways[0].row_slots, dtype=torch.int32, device=slabs.memory.device)
-        self._runs = tuple(_Run(way, slabs) for way in ways if not isinstance(way, KernelRows))
+        self._runs = tuple(PlainRun(way, slabs) for way in ways if not isinstance(way, KernelRows))
 
     def use(self, row_slots: Tensor) -> None:
         """Every row goes through the kernel, by a tensor that the caller keeps and overwrites: for a captured graph.
@@ -88,7 +90,7 @@ class LoraBatch:
             run.add(group, x, y)
 
 
-class _Run:
+class PlainRun:
     """Plain torch products for some rows of a step."""
 
     def __init__(self, way: Segment | SlabRun | ScatteredRun, slabs: Slabs) -> None:

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 from lorapool_runtime.interface import BASE_SLOT
 from lorapool_runtime.layout import Layout
-
-_MAX_KERNEL_ROWS = 16  # adjacent rows of one slot up to which the row kernel beats a product per slot
-_MAX_SCATTERED_ROWS = 8  # rows of one slot up to which scattering into a slab run beats a product per slot
-_MAX_PADDING = 3  # scattered: padded rows per real row that are still cheaper than another launch
-_MAX_GAP = 2  # unused slots between two used ones that a run reads over
+from lorapool_runtime.way_costs import WayCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +62,36 @@ class ScatteredRun:
 Way = KernelRows | Segment | SlabRun | ScatteredRun
 
 
-def choose_ways(pieces: Iterable[Rows], layouts: Sequence[Layout | None], *, kernel: bool) -> tuple[Way, ...]:
-    """`pieces`: in the batch's order. `layouts`: by slot; equal ones are the same object. `KernelRows` comes first."""
+def choose_ways(
+    pieces: Iterable[Rows], layouts: Sequence[Layout | None], costs: WayCosts, *, kernel: bool
+) -> tuple[Way, ...]:
+    """The cheapest by `costs`. `pieces`: in the batch's order. `layouts`: by slot; equal ones are the same object.
+    `KernelRows` comes first."""
     merged = _merged(pieces)
     if kernel:
-        return _with_kernel(merged)
+        return _with_kernel(merged, costs)
     ways: list[Way] = []
     run: list[Rows] = []
     for piece in merged:
         if piece.slot == BASE_SLOT:
             continue
-        if run and not _continues(run, piece, layouts):
-            ways += _ways_of(run)
+        if run and not _may_share(run[-1], piece, layouts):
+            ways += _cheapest(run, costs)
             run = []
         run.append(piece)
-    return tuple(ways + _ways_of(run))
+    return tuple(ways + _cheapest(run, costs))
 
 
-def _with_kernel(pieces: list[Rows]) -> tuple[Way, ...]:
+def _with_kernel(pieces: list[Rows], costs: WayCosts) -> tuple[Way, ...]:
     row_slots = [BASE_SLOT] * (pieces[-1].end if pieces else 0)
     segments: list[Way] = []
     for piece in pieces:
-        if piece.count > _MAX_KERNEL_ROWS:
-            if piece.slot != BASE_SLOT:
-                segments.append(Segment(piece))
-        else:
+        if piece.slot == BASE_SLOT:
+            continue
+        if costs.prefers_kernel(piece.count):
             row_slots[piece.begin : piece.end] = [piece.slot] * piece.count
+        else:
+            segments.append(Segment(piece))
     if any(slot != BASE_SLOT for slot in row_slots):
         return (KernelRows(tuple(row_slots)), *segments)
     return tuple(segments)
@@ -107,23 +107,49 @@ def _merged(pieces: Iterable[Rows]) -> list[Rows]:
     return merged
 
 
-def _continues(run: list[Rows], piece: Rows, layouts: Sequence[Layout | None]) -> bool:
-    last, gap = run[-1], piece.slot - run[-1].slot - 1
-    if gap < 0 or piece.begin != last.end or layouts[piece.slot] is not layouts[last.slot]:
-        return False
-    if piece.count == last.count and gap == 0:
-        return True
-    return gap <= _MAX_GAP and max(piece.count, *(rows.count for rows in run)) <= _MAX_SCATTERED_ROWS
+def _may_share(last: Rows, piece: Rows, layouts: Sequence[Layout | None]) -> bool:
+    """Whether one product may cover both: adjacent rows, ascending slots, matrices at the same places."""
+    return piece.begin == last.end and piece.slot > last.slot and layouts[piece.slot] is layouts[last.slot]
 
 
-def _ways_of(run: list[Rows]) -> list[Way]:
-    if len(run) < 2:
-        return [Segment(rows) for rows in run]
-    first, slots, each = run[0].slot, run[-1].slot - run[0].slot + 1, max(rows.count for rows in run)
-    if len(run) == slots and all(rows.count == each for rows in run):
-        return [SlabRun(first, slots, each, run[0].begin)]
-    if each > _MAX_SCATTERED_ROWS or slots * each > (1 + _MAX_PADDING) * sum(rows.count for rows in run):
-        return [Segment(rows) for rows in run]
-    source = tuple(row for rows in run for row in range(rows.begin, rows.end))
-    place = tuple((rows.slot - first) * each + i for rows in run for i in range(rows.count))
-    return [ScatteredRun(first, slots, each, source, place)]
+def _cheapest(run: list[Rows], costs: WayCosts) -> list[Way]:
+    """Cuts `run` where its parts cost least in sum; no product spans more than twice as many slots as it has pieces."""
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first n pieces: the cost, where the last part begins
+    for end in range(1, len(run) + 1):
+        least = (best[end - 1][0] + costs.segment(run[end - 1].count), end - 1)
+        for begin in range(end - 2, -1, -1):
+            part = run[begin:end]
+            if _span(part) > 2 * len(part):
+                break
+            least = min(least, (best[begin][0] + _cost(part, costs), begin))
+        best.append(least)
+    ways: list[Way] = []
+    end = len(run)
+    while end:
+        begin = best[end][1]
+        ways.append(_way(run[begin:end]))
+        end = begin
+    return ways[::-1]
+
+
+def _span(part: list[Rows]) -> int:
+    return part[-1].slot - part[0].slot + 1
+
+
+def _is_even(part: list[Rows]) -> bool:
+    return len(part) == _span(part) and all(rows.count == part[0].count for rows in part)
+
+
+def _cost(part: list[Rows], costs: WayCosts) -> float:
+    return costs.run(_span(part), max(rows.count for rows in part), scattered=not _is_even(part))
+
+
+def _way(part: list[Rows]) -> Way:
+    if len(part) == 1:
+        return Segment(part[0])
+    first, slots, each = part[0].slot, _span(part), max(rows.count for rows in part)
+    if _is_even(part):
+        return SlabRun(first, slots, each, part[0].begin)
+    source = tuple(row for rows in part for row in range(rows.begin, rows.end))
+    place = tuple((rows.slot - first) * each + i for rows in part for i in range(rows.count))
+    return ScatteredRun(first, slots, each, source, place)
