@@ -15,6 +15,7 @@ from lorapool_runtime.linear import FusedLinear
 from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear
 from lorapool_runtime.slabs import Slabs
 from lorapool_runtime.targets import TargetGroup
+from lorapool_runtime.way_costs import WayCosts
 from lorapool_runtime.ways import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
 
 WIDTH, OUTS, SLOTS, MAX_RANK = 24, (20, 12), 6, 8
@@ -137,23 +138,36 @@ def test_fusing_leaves_the_original_weights_alone() -> None:
     assert torch.equal(linear.weight, before)
 
 
+COSTS = WayCosts(
+    rows=(1, 8, 64), segment_us=(10, 12, 30), run_us=(14, 30, 240), scatter_us=(4, 8, 100), kernel_us=(5, 10, 40)
+)
 SAME, OTHER = lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4), lay_out((TargetGroup(("a",), 4, (4,)),), (3,), 4)
 
 
 def test_distinct_neighbours_are_one_run_and_a_base_batch_is_nothing() -> None:
     layouts = [SAME] * 4
-    assert choose_ways([Rows(-1, 0, 4)], layouts, kernel=False) == ()
+    assert choose_ways([Rows(-1, 0, 4)], layouts, COSTS, kernel=False) == ()
     run = [Rows(i, i, i + 1) for i in range(4)]
-    assert choose_ways(run, layouts, kernel=False) == (SlabRun(0, 4, 1, 0),)
-    assert choose_ways([Rows(3, 0, 5)], layouts, kernel=False) == (Segment(Rows(3, 0, 5)),)
-    assert choose_ways([Rows(0, 0, 1), Rows(1, 1, 3)], layouts, kernel=False) == (
+    assert choose_ways(run, layouts, COSTS, kernel=False) == (SlabRun(0, 4, 1, 0),)
+    assert choose_ways([Rows(3, 0, 5)], layouts, COSTS, kernel=False) == (Segment(Rows(3, 0, 5)),)
+    assert choose_ways([Rows(0, 0, 1), Rows(1, 1, 3)], layouts, COSTS, kernel=False) == (
         ScatteredRun(0, 2, 2, (0, 1, 2), (0, 2, 3)),
     )
 
 
+def test_the_kernel_gets_what_it_does_faster_and_long_runs_are_segments() -> None:
+    ways = choose_ways([Rows(2, 0, 1), Rows(-1, 1, 3), Rows(0, 3, 90)], [SAME] * 3, COSTS, kernel=True)
+    assert ways == (KernelRows((2, *[-1] * 89)), Segment(Rows(0, 3, 90)))
+    assert choose_ways([Rows(0, 0, 90)], [SAME], COSTS, kernel=True) == (Segment(Rows(0, 0, 90)),)
+    assert choose_ways([Rows(-1, 0, 9)], [SAME], COSTS, kernel=True) == ()
+
+
 def test_slots_of_different_layouts_share_no_run() -> None:
     run = [Rows(i, i, i + 1) for i in range(4)]
-    assert choose_ways(run, [SAME, SAME, OTHER, OTHER], kernel=False) == (SlabRun(0, 2, 1, 0), SlabRun(2, 2, 1, 2))
+    assert choose_ways(run, [SAME, SAME, OTHER, OTHER], COSTS, kernel=False) == (
+        SlabRun(0, 2, 1, 0),
+        SlabRun(2, 2, 1, 2),
+    )
 
 
 def test_equal_layouts_are_one_object() -> None:
@@ -168,7 +182,7 @@ def test_the_ways_cover_each_adapter_row_exactly_once(seed: int, kernel: bool) -
     slots = sorted(rng.choices(range(-1, 12), k=rng.randrange(1, 24)))
     slots += sorted(s for slot in rng.sample(range(-1, 12), k=3) for s in [slot] * rng.choice([1, 9, 9, 30]))
     covered: dict[int, int] = {}
-    for way in choose_ways([Rows(slot, i, i + 1) for i, slot in enumerate(slots)], layouts, kernel=kernel):
+    for way in choose_ways([Rows(slot, i, i + 1) for i, slot in enumerate(slots)], layouts, COSTS, kernel=kernel):
         if isinstance(way, KernelRows):
             found = {row: slot for row, slot in enumerate(way.row_slots) if slot >= 0}
         elif isinstance(way, Segment):
