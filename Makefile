@@ -21,15 +21,15 @@ help: ## list the targets
 
 # --- the development environment ---------------------------------------------------------
 
-NATIVE := runtime/lorapool_runtime/native/liblora_rows.so
+NATIVE := $(addprefix runtime/lorapool_runtime/native/,liblora_rows.so libbase_step.so)
 
 .PHONY: install
 install: $(VENV)/.installed native ## make the locked virtual environment in .venv, and the native kernel
 
 .PHONY: native
-native: $(NATIVE) ## compile the runtime's CPU kernel (needs g++; without one the runtime uses plain torch)
+native: $(NATIVE) ## compile the runtime's CPU kernels (needs g++; without one the runtime uses plain torch)
 
-$(NATIVE): $(wildcard runtime/native/*) runtime/native_build.py
+$(NATIVE) &: $(wildcard runtime/native/*) runtime/native_build.py
 	@$(PYTHON) runtime/native_build.py
 
 $(VENV)/.installed: requirements.lock hack/bootstrap.lock pyproject.toml

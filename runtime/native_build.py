@@ -1,6 +1,6 @@
-"""Compiles the runtime's native kernel: `make native`, and a hook of the wheel's build. Never at run time.
+"""Compiles the runtime's native kernels: `make native`, and a hook of the wheel's build. Never at run time.
 
-    python runtime/native_build.py [--check]
+    python runtime/native_build.py
 
 One object per instruction set from the same source, so that the wheel runs on any CPU of its architecture and each
 uses what it has. Without a compiler the wheel is pure Python and the runtime uses plain torch products, unless
@@ -20,7 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "native"
-LIBRARY = ROOT / "lorapool_runtime" / "native" / "liblora_rows.so"
+BUILT = ROOT / "lorapool_runtime" / "native"
+LIBRARIES = {"lora_rows": True, "base_step": False}
+"""Each from NAME.cpp and NAME_variant.cpp; whether there is a variant for a processor without any of VARIANTS."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 VARIANTS = {
     "x86_64": {
@@ -28,23 +30,26 @@ VARIANTS = {
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     },
 }
-"""By machine, beside `baseline`, what `lora_rows.cpp` may choose from when it runs."""
+"""By machine, what NAME.cpp may choose from when it runs."""
 
 
 class CompilerMissingError(RuntimeError):
     """There is no C++ compiler on this machine."""
 
 
-def compile_library(to: Path = LIBRARY) -> Path:
-    """Raises CompilerMissingError; subprocess.CalledProcessError when the compiler refuses the source."""
+def compile_library(to: Path) -> Path:
+    """`to` is named libNAME.so. Raises CompilerMissingError; subprocess.CalledProcessError when the compiler refuses the source."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CompilerMissingError("no C++ compiler (g++) is installed")
-    variants = {"baseline": (), **VARIANTS.get(platform.machine(), {})}
+    library = to.stem.removeprefix("lib")
+    variants = VARIANTS.get(platform.machine(), {})
+    if LIBRARIES[library]:
+        variants = {"baseline": (), **variants}
     with tempfile.TemporaryDirectory() as scratch:
         # relative paths and a fixed order: the same sources give the same bytes
-        jobs = [("entry", "lora_rows.cpp", ())]
-        jobs += [(name, "lora_rows_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
+        jobs = [("entry", f"{library}.cpp", ())]
+        jobs += [(name, f"{library}_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
         running = [
             subprocess.Popen([compiler, *FLAGS, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES)
             for name, source, flags in jobs
@@ -53,7 +58,7 @@ def compile_library(to: Path = LIBRARY) -> Path:
         if failed:
             raise subprocess.CalledProcessError(1, failed[0])
         objects = [f"{name}.o" for name, _, _ in jobs]
-        made = Path(scratch, LIBRARY.name)
+        made = Path(scratch, to.name)
         subprocess.run([compiler, "-shared", "-fopenmp", *objects, "-o", made.name], cwd=scratch, check=True)
         to.parent.mkdir(exist_ok=True)
         partial = to.with_suffix(".partial")
@@ -62,9 +67,15 @@ def compile_library(to: Path = LIBRARY) -> Path:
     return to
 
 
+def compile_all() -> list[Path]:
+    """As `compile_library`, each into the package."""
+    return [compile_library(BUILT / f"lib{name}.so") for name in LIBRARIES]
+
+
 def main() -> int:
     try:
-        print(f"built {compile_library().relative_to(ROOT.parent)}")
+        for path in compile_all():
+            print(f"built {path.relative_to(ROOT.parent)}")
     except CompilerMissingError as error:
         print(f"{error}: the runtime will use plain torch products, which are slower", file=sys.stderr)
     return 0
@@ -81,15 +92,16 @@ else:
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             wish = os.environ.get("LORAPOOL_NATIVE", "auto")
-            LIBRARY.unlink(missing_ok=True)
+            for name in LIBRARIES:
+                (BUILT / f"lib{name}.so").unlink(missing_ok=True)
             if wish == "0":
                 return
             try:
-                compile_library()
+                compile_all()
             except CompilerMissingError as error:
                 if wish == "require":
                     raise
-                self.app.display_warning(f"{error}: the wheel has no native kernel")
+                self.app.display_warning(f"{error}: the wheel has no native kernels")
                 return
             build_data["pure_python"] = False
             if version != "editable":

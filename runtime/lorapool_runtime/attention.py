@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorapool_runtime.basekernel import PagedDecode
 from lorapool_runtime.blocks import NULL_BLOCK
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.scheduler import Chunk, StepPlan
@@ -76,13 +77,7 @@ class PagedAttention:
             [p for chunk in plan.chunks for p in _flat_positions(chunk, size)], device=device
         )  # [tokens]
         self.decoding = len(plan.decodes)
-        self._masks: dict[int | None, Tensor] = {}
-        if plan.decodes:
-            width = max(-(-(c.start + 1) // size) for c in plan.decodes)
-            tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
-            self.blocks = torch.tensor(tables, device=device).view(-1)  # [decoding * width]
-            self.last = torch.tensor([[c.start] for c in plan.decodes], device=device)  # [decoding, 1]
-            self.context = torch.arange(width * size, device=device)  # [width * block_size]
+        self._decoder = self._decoder_of(plan) if plan.decodes else None
         self.segments: list[_Segment] = []
         begin = self.decoding
         for chunk in plan.prefills:
@@ -91,27 +86,27 @@ class PagedAttention:
             self.segments.append(_Segment(begin, end, chunk.start, torch.tensor(held, device=device)))
             begin = end
 
+    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode:
+        """What the decoding rows go through; a table of blocks per row, padded to the longest."""
+        pool = self.pool
+        width = max(-(-(c.start + 1) // pool.block_size) for c in plan.decodes)
+        tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
+        kind = _NativeDecode if PagedDecode.serves(pool.data, pool.head_dim) else _TorchDecode
+        return kind(pool, tables, [c.start for c in plan.decodes])
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
-        self.pool.write(layer, self.positions, k[0].transpose(0, 1), v[0].transpose(0, 1))
-        parts = [self._decode(layer, q, scale, wants)] if self.decoding else []
+        decoder, parts = self._decoder, []
+        if decoder is not None and not decoder.writes:
+            self.pool.write(layer, self.positions, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        elif self.segments:
+            begin = self.decoding
+            self.pool.write(
+                layer, self.positions[begin:], k[0, :, begin:].transpose(0, 1), v[0, :, begin:].transpose(0, 1)
+            )
+        if decoder is not None:
+            parts.append(decoder.attend(layer, q[0], k[0], v[0], scale, wants))
         parts += [self._segment(segment, layer, q, k, v, scale, wants) for segment in self.segments]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
-
-    def _decode(self, layer: int, q: Tensor, scale: float, wants: LayerAttention) -> Tensor:
-        n, heads, dim = self.decoding, q.shape[1], q.shape[3]
-        keys, values = self.pool.gather(layer, self.blocks, n)
-        # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
-        grouped = q[0, :, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
-        out = _attend(grouped, keys, values, self._decode_mask(wants.window, q.dtype), scale, wants.softcap)
-        return out.reshape(n, heads, dim)
-
-    def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[decoding, 1, 1, context]; the same for all layers of one window."""
-        mask = self._masks.get(window)
-        if mask is None:
-            mask = _additive(_visible(self.last, self.context, window), dtype)[:, None, None]
-            self._masks[window] = mask
-        return mask
 
     def _segment(
         self, s: _Segment, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention
@@ -122,6 +117,58 @@ class PagedAttention:
             length = s.start + s.end - s.begin
             keys, values = keys[:, :, :length], values[:, :, :length]
         return _prefill(queries, keys, values, s.start, scale, wants)[0].transpose(0, 1)
+
+
+class _NativeDecode:
+    """The decoding rows by the native kernel: each over exactly its own tokens, its new one written on the way."""
+
+    writes = True
+
+    def __init__(self, pool: KVPool, tables: list[list[int]], last: list[int]) -> None:
+        self._pool = pool
+        self._job = PagedDecode(
+            torch.tensor(tables, dtype=torch.int32),
+            torch.tensor(last, dtype=torch.int32) + 1,
+            kv_heads=pool.kv_heads,
+            head_dim=pool.head_dim,
+            block_size=pool.block_size,
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
+        keys, values = self._pool.rows(layer)
+        return self._job.attend(q, k, v, keys, values, scale=scale, window=wants.window, softcap=wants.softcap)
+
+
+class _TorchDecode:
+    """The decoding rows by torch: each over the blocks of the longest, masked to its own tokens."""
+
+    writes = False
+
+    def __init__(self, pool: KVPool, tables: list[list[int]], last: list[int]) -> None:
+        device = pool.data.device
+        self._pool, self._rows = pool, len(tables)
+        self._blocks = torch.tensor(tables, device=device).view(-1)  # [decoding * width]
+        self._last = torch.tensor(last, device=device)[:, None]  # [decoding, 1]
+        self._context = torch.arange(len(tables[0]) * pool.block_size, device=device)  # [width * block_size]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim]; k and v are in the cache already -> [decoding, heads, head_dim]."""
+        n, heads, dim = self._rows, q.shape[0], q.shape[2]
+        keys, values = self._pool.gather(layer, self._blocks, n)
+        # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
+        grouped = q[:, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
+        out = _attend(grouped, keys, values, self._mask(wants.window, q.dtype), scale, wants.softcap)
+        return out.reshape(n, heads, dim)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[decoding, 1, 1, context]; the same for all layers of one window."""
+        mask = self._masks.get(window)
+        if mask is None:
+            mask = _additive(_visible(self._last, self._context, window), dtype)[:, None, None]
+            self._masks[window] = mask
+        return mask
 
 
 def _flat_positions(chunk: Chunk, block_size: int) -> list[int]:

@@ -1,15 +1,19 @@
 """The base's own linear layers, several with one input fused into one product, packed where the CPU can.
 
-`lora` builds one per group. Packing (oneDNN's blocked weight layout) halves the time of a decode step; it is used
-only where oneDNN computes in the weight's own type, and `model` proves the packed model equal to the stock one
-when it loads. Everywhere else it is the plain product.
+`lora` builds one per group. Packed by the native kernel (`basekernel`) where it serves, else in oneDNN's blocked
+layout where oneDNN computes in the weight's own type, else the plain product. `model` proves the packed model equal to
+the stock one when it loads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorapool_runtime.basekernel import PanelLinear
 
 _PACK_ROWS = 16  # the batch the blocked layout is chosen for: a decode step's rows
 
@@ -36,21 +40,32 @@ class FusedLinear:
         self.dtype, self.device = first.dtype, first.device
         # an own copy: packing rewrites what it is given, and a tied embedding still reads the original
         weight = torch.cat([linear.weight.detach() for linear in linears])  # [out, in]
+        bias = _joined_bias(linears)
         self.nbytes = weight.nbytes
-        self.bias = _joined_bias(linears)
-        self.packed = can_pack(weight)
-        if self.packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        elif len(linears) == 1:
-            weight = first.detach()
-        self.weight = weight
+        self.packed = True
+        self._product: Callable[[Tensor], Tensor]
+        if PanelLinear.serves(weight):
+            panels = PanelLinear(weight, bias)
+            self.nbytes = panels.nbytes
+            self._product = panels
+        elif can_pack(weight):
+            self._product = _onednn(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS), bias)
+        else:
+            self.packed = False
+            self._product = _plain(first.detach() if len(linears) == 1 else weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
-        if self.packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return product
-        return F.linear(x, self.weight, self.bias)
+        return self._product(x)
+
+
+def _onednn(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda x: product(x, packed, bias, "none", [], "")
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _joined_bias(linears: list[nn.Linear]) -> Tensor | None:

@@ -1,0 +1,39 @@
+// What the base's own kernels for CPU are asked: shared by the entry point and its variants per instruction set.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// y = x W^T + b. The weight lies in panels of `2 * lanes` outputs (zeros behind the last), each [in][2 * lanes]; of
+// bfloat16 weights one 32-bit lane holds output j in its low half and output j + lanes in its high half.
+struct BaseLinear {
+    const void* panels;
+    const float* bias;  // [out] or null
+    int64_t in_features, out_features;
+    int32_t bfloat16_panels;
+    int32_t bfloat16_rows;  // elements of x and y: 1 bfloat16, 0 float32
+};
+
+// One token per row attends to its own request's paged keys and values, the token's own (k, v) written there first.
+struct BaseDecode {
+    const void *q, *k, *v;      // [rows][heads or kv_heads][head_dim] by the strides below, head_dim contiguous
+    void* out;                  // [rows][heads][head_dim]
+    void *keys, *values;        // one layer: [blocks][block_size][kv_heads][head_dim]
+    const int32_t* tables;      // [rows][width] block numbers
+    const int32_t* lengths;     // [rows] tokens to see, the row's own included
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides in elements
+    int64_t rows, heads, kv_heads, head_dim, width, block_size;
+    int64_t window;             // tokens seen at most; 0: all
+    float scale, softcap;       // softcap 0: none
+    int32_t bfloat16;
+};
+
+struct BaseVariant {
+    const char* isa;
+    int64_t lanes;
+    // float32 [out][in] -> panels; `panels` holds base_step_panel_bytes
+    void (*pack)(const BaseLinear*, const float* weight, void* panels);
+    void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, int threads);
+    void (*decode)(const BaseDecode*, int threads);
+};
+}

@@ -1,0 +1,313 @@
+// The base's linear layers and decode attention. Compiled once per instruction set, with -DVARIANT=name.
+//
+// Linear: a panel of outputs stays in the first cache while blocks of rows pass over it; sums stay in registers. A
+// bfloat16 weight is widened as it is loaded, which is exact, so a float32 base whose weights came from bfloat16 is
+// computed exactly and read at half the bytes. Each sum runs over k in order: who shares the batch, and how many
+// threads work, changes no bit. Attention: one request and key head at a time, over exactly the tokens it may see.
+#include <cstring>
+#include <vector>
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include "base_step.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kBlock = 8;  // rows whose sums fit the registers
+#else
+constexpr int kLanes = 8;
+constexpr int kBlock = 6;
+#endif
+constexpr int64_t kTile = 48;  // rows that pass over a panel while their inputs stay in the second cache
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
+
+inline Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Vec load(const uint16_t* p) {
+    Half h;
+    memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, Bits) << 16);
+}
+inline Bits load_bits(const uint32_t* p) {
+    Bits v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+inline Vec broadcast(const float* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_set1_ps(*p);
+#else
+    return (Vec)_mm256_broadcast_ss(p);
+#endif
+}
+inline Vec all(float f) { return broadcast(&f); }
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+inline uint16_t narrowed(float v) {  // to nearest even; what is not a number stays so
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return v != v ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void store(uint16_t* p, Vec v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits nan = (Bits)(v != v);
+    const Half h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half);
+    memcpy(p, &h, sizeof h);
+}
+inline void put(float* p, float v) { *p = v; }
+inline void put(uint16_t* p, float v) { *p = narrowed(v); }
+inline float sum(Vec v) {
+    __m256 half[kLanes / 8];
+    memcpy(half, &v, sizeof v);
+    __m256 eight = half[0];
+    if (kLanes == 16) eight = _mm256_add_ps(eight, half[kLanes / 8 - 1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// --- linear ---
+
+void pack(const BaseLinear* linear, const float* weight, void* panels) {
+    const int64_t in = linear->in_features, out = linear->out_features, width = 2 * kLanes;
+    for (int64_t first = 0; first < out; first += width)
+        for (int64_t k = 0; k < in; k++)
+            for (int64_t j = 0; j < width; j++) {
+                const float w = first + j < out ? weight[(first + j) * in + k] : 0.0f;
+                const int64_t at = first * in + k * width;
+                if (!linear->bfloat16_panels)
+                    ((float*)panels)[at + j] = w;
+                else
+                    ((uint16_t*)panels)[at + 2 * (j % kLanes) + j / kLanes] = narrowed(w);
+            }
+}
+
+template <int R, bool kHalf>
+__attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t in, const void* panel,
+                                                         const char* ahead, Vec (&sums)[kBlock][2]) {
+    Vec s[R][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) s[r][0] = s[r][1] = Vec{};
+    for (int64_t k = 0; k < in; k++) {
+        Vec low, high;
+        if (kHalf) {
+            const Bits both = load_bits((const uint32_t*)panel + k * kLanes);
+            low = (Vec)(both << 16), high = (Vec)(both & 0xffff0000u);
+            __builtin_prefetch(ahead + k * kLanes * 4);
+        } else {
+            low = load((const float*)panel + k * 2 * kLanes), high = load((const float*)panel + k * 2 * kLanes + kLanes);
+            __builtin_prefetch(ahead + k * kLanes * 8);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const Vec b = broadcast(x + r * in + k);
+            s[r][0] += b * low, s[r][1] += b * high;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
+}
+
+template <bool kHalf>
+void block_of_panel(int rows, const float* x, int64_t in, const void* panel, const char* ahead,
+                    Vec (&sums)[kBlock][2]) {
+    switch (rows) {
+        case 1: return rows_of_panel<1, kHalf>(x, in, panel, ahead, sums);
+        case 2: return rows_of_panel<2, kHalf>(x, in, panel, ahead, sums);
+        case 3: return rows_of_panel<3, kHalf>(x, in, panel, ahead, sums);
+        case 4: return rows_of_panel<4, kHalf>(x, in, panel, ahead, sums);
+        case 5: return rows_of_panel<5, kHalf>(x, in, panel, ahead, sums);
+        case 6: return rows_of_panel<6, kHalf>(x, in, panel, ahead, sums);
+#if defined(__AVX512F__)
+        case 7: return rows_of_panel<7, kHalf>(x, in, panel, ahead, sums);
+        case 8: return rows_of_panel<8, kHalf>(x, in, panel, ahead, sums);
+#endif
+    }
+}
+
+template <bool kHalf, class T>
+void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int64_t begin, int64_t end) {
+    const int64_t in = l->in_features, out = l->out_features, width = 2 * kLanes;
+    const int64_t bytes = in * width * (kHalf ? 2 : 4), blocks = (rows + kBlock - 1) / kBlock;
+    for (int64_t p = begin; p < end; p++) {
+        const char* panel = (const char*)l->panels + p * bytes;
+        const int64_t column = p * width;
+        const bool whole = column + width <= out;
+        Vec bias[2] = {};
+        if (l->bias) {
+            float padded[2 * kLanes] = {};
+            memcpy(padded, l->bias + column, 4 * size_t(whole ? width : out - column));
+            bias[0] = load(padded), bias[1] = load(padded + kLanes);
+        }
+        for (int64_t b = 0, row = 0; b < blocks; b++) {
+            const int64_t take = (rows - row + blocks - b - 1) / (blocks - b);
+            Vec sums[kBlock][2];
+            // the last block of rows fetches the next panel, which nothing needs before
+            const char* ahead = b + 1 == blocks && p + 1 < end ? panel + bytes : panel;
+            block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, sums);
+            for (int64_t r = 0; r < take; r++) {
+                const Vec low = sums[r][0] + bias[0], high = sums[r][1] + bias[1];
+                T* to = y + (row + r) * out + column;
+                if (whole) {
+                    store(to, low), store(to + kLanes, high);
+                } else {
+                    float tail[2 * kLanes];
+                    store(tail, low), store(tail + kLanes, high);
+                    for (int64_t j = 0; j < out - column; j++) put(to + j, tail[j]);
+                }
+            }
+            row += take;
+        }
+    }
+}
+
+template <class T>
+void linear_of(const BaseLinear* l, const float* x, T* y, int64_t rows, int threads) {
+    const int64_t in = l->in_features, out = l->out_features, panels = (out + 2 * kLanes - 1) / (2 * kLanes);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int64_t id = omp_get_thread_num(), of = omp_get_num_threads();
+        const int64_t begin = panels * id / of, end = panels * (id + 1) / of;
+        for (int64_t row = 0; row < rows; row += kTile) {
+            const int64_t take = rows - row < kTile ? rows - row : kTile;
+            if (l->bfloat16_panels)
+                panels_of_tile<true>(l, x + row * in, y + row * out, take, begin, end);
+            else
+                panels_of_tile<false>(l, x + row * in, y + row * out, take, begin, end);
+        }
+    }
+}
+
+thread_local std::vector<float> wide;
+
+void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, int threads) {
+    if (!l->bfloat16_rows) return linear_of(l, (const float*)x, (float*)y, rows, threads);
+    const int64_t count = rows * l->in_features;
+    if (int64_t(wide.size()) < count) wide.resize(size_t(count));
+    const uint16_t* from = (const uint16_t*)x;
+    float* to = wide.data();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    for (; i < count; i++) {
+        const uint32_t bits = uint32_t(from[i]) << 16;
+        memcpy(to + i, &bits, 4);
+    }
+    linear_of(l, to, (uint16_t*)y, rows, threads);
+}
+
+// --- decode attention ---
+
+// e^x for x <= 0: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; NaN stays NaN, below -87 it is 0.
+inline Vec exponential(Vec x) {
+    typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+    const Ints tiny = x < -87.0f;
+    const Ints usual = x >= -87.0f;
+    const Vec safe = (Vec)((Ints)x & usual);
+    const Vec turns = safe * 1.44269504088896341f + 12582912.0f;  // rounds to the nearest whole number
+    const Vec n = turns - 12582912.0f;
+    const Vec r = (safe - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Ints power = __builtin_convertvector(n, Ints) << 23;
+    const Vec value = (Vec)((Ints)p + power);
+    const Ints odd = ~(tiny | usual);  // NaN
+    return (Vec)(((Ints)value & usual) | ((Ints)x & odd));
+}
+
+template <class T>
+void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, step = a->kv_heads * dim;
+    const int64_t length = a->lengths[row], size = a->block_size;
+    const int64_t first = a->window && length > a->window ? length - a->window : 0, seen = length - first;
+    const int64_t padded = (seen + kLanes - 1) / kLanes * kLanes;
+    const int32_t* table = a->tables + row * a->width;
+    T* keys = (T*)a->keys + kv_head * dim;
+    T* values = (T*)a->values + kv_head * dim;
+    const int64_t own = (table[(length - 1) / size] * size + (length - 1) % size) * step;
+    memcpy(keys + own, (const T*)a->k + row * a->k_row + kv_head * a->k_head, sizeof(T) * size_t(dim));
+    memcpy(values + own, (const T*)a->v + row * a->v_row + kv_head * a->v_head, sizeof(T) * size_t(dim));
+
+    float* queries = scratch;               // [group][dim]
+    float* scores = queries + group * dim;  // [group][padded]
+    float* sums = scores + group * padded;  // [group][dim]
+    const float fold = a->softcap != 0 ? a->scale / a->softcap : a->scale;
+    for (int64_t g = 0; g < group; g++) {
+        const T* q = (const T*)a->q + row * a->q_row + (kv_head * group + g) * a->q_head;
+        for (int64_t d = 0; d < dim; d += kLanes) store(queries + g * dim + d, load(q + d) * fold);
+    }
+    for (int64_t t = 0; t < seen; t++) {
+        const int64_t at = first + t;
+        const T* key = keys + (table[at / size] * size + at % size) * step;
+        for (int64_t g = 0; g < group; g++) {
+            Vec s = Vec{};
+            for (int64_t d = 0; d < dim; d += kLanes) s += load(queries + g * dim + d) * load(key + d);
+            scores[g * padded + t] = sum(s);
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float* s = scores + g * padded;
+        if (a->softcap != 0)
+            for (int64_t t = 0; t < seen; t++) s[t] = __builtin_tanhf(s[t]) * a->softcap;
+        float peak = s[0];
+        for (int64_t t = 1; t < seen; t++) peak = s[t] > peak || s[t] != s[t] ? s[t] : peak;
+        for (int64_t t = seen; t < padded; t++) s[t] = -1e30f;
+        Vec total = Vec{};
+        for (int64_t t = 0; t < padded; t += kLanes) {
+            const Vec e = exponential(load(s + t) - peak);
+            store(s + t, e), total += e;
+        }
+        const float whole = sum(total);
+        for (int64_t t = 0; t < seen; t++) s[t] /= whole;
+    }
+    for (int64_t i = 0; i < group * dim; i++) sums[i] = 0;
+    for (int64_t t = 0; t < seen; t++) {
+        const int64_t at = first + t;
+        const T* value = values + (table[at / size] * size + at % size) * step;
+        for (int64_t g = 0; g < group; g++) {
+            const Vec weight = broadcast(scores + g * padded + t);
+            for (int64_t d = 0; d < dim; d += kLanes)
+                store(sums + g * dim + d, load(sums + g * dim + d) + weight * load(value + d));
+        }
+    }
+    T* out = (T*)a->out + (row * a->heads + kv_head * group) * dim;
+    for (int64_t i = 0; i < group * dim; i += kLanes) store(out + i, load(sums + i));
+}
+
+void decode(const BaseDecode* a, int threads) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < a->rows; i++) longest = a->lengths[i] > longest ? a->lengths[i] : longest;
+    const int64_t need = a->heads / a->kv_heads * (2 * a->head_dim + longest + kLanes);
+    std::vector<float> scratch(size_t(need * threads));
+    const int64_t jobs = a->rows * a->kv_heads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 2)
+    for (int64_t job = 0; job < jobs; job++) {
+        float* mine = scratch.data() + need * omp_get_thread_num();
+        if (a->bfloat16)
+            attend<uint16_t>(a, job / a->kv_heads, job % a->kv_heads, mine);
+        else
+            attend<float>(a, job / a->kv_heads, job % a->kv_heads, mine);
+    }
+}
+
+}  // namespace
+
+#define NAME2(name) base_step_##name
+#define NAME(name) NAME2(name)
+#define TEXT2(name) #name
+#define TEXT(name) TEXT2(name)
+extern "C" {
+extern const BaseVariant NAME(VARIANT);
+const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode};
+}
