@@ -38,7 +38,8 @@ class CompilerMissingError(RuntimeError):
 
 
 def compile_library(to: Path) -> Path:
-    """`to` is named libNAME.so. Raises CompilerMissingError; subprocess.CalledProcessError when the compiler refuses the source."""
+    """`to` is named libNAME.so. Raises CompilerMissingError; subprocess.CalledProcessError when the compiler refuses
+    the source."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise CompilerMissingError("no C++ compiler (g++) is installed")
