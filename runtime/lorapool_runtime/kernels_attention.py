@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_TOKENS = 64
+_BLOCK_BYTES = 512 * _BLOCK_TOKENS
+"""Of keys, and as many of values, that a program holds in shared memory: wider heads are read by fewer tokens."""
 _MOST_PARTS = 8
 _PART_TOKENS = 256
 """Tokens of the longest context that are worth another part."""
@@ -137,8 +139,8 @@ def paged_attend(
     longest = tables.shape[1] * block_size
     longest = min(longest, window) if window else longest
     parts = min(_MOST_PARTS, triton.next_power_of_2(-(-longest // _PART_TOKENS)))
-    tokens = min(_BLOCK_TOKENS, max(16, triton.next_power_of_2(longest)))
     dim_up = max(16, triton.next_power_of_2(dim))
+    tokens = min(_BLOCK_TOKENS, _BLOCK_BYTES // (dim_up * q.itemsize), max(16, triton.next_power_of_2(longest)))
     group = heads // kv_heads
     sums = torch.empty((rows, heads, parts, dim), dtype=torch.float32, device=q.device)
     peaks, weights = (torch.empty((rows, heads, parts), dtype=torch.float32, device=q.device) for _ in range(2))

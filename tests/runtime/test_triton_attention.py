@@ -74,8 +74,18 @@ class World:
         return paged_attend(q, keys, values, tables.to(DEVICE), lengths, BLOCK, 0.3, window, softcap)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 0.0), (0, 2.0), (7, 2.0)])
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap"),
+    [
+        (torch.float32, 0, 0.0),
+        (torch.float32, 7, 0.0),
+        (torch.float32, 0, 2.0),
+        (torch.float32, 7, 2.0),
+        (torch.float16, 7, 2.0),
+        (torch.bfloat16, 0, 0.0),
+    ],
+    ids=str,
+)
 def test_decode_equals_the_reference(dtype: torch.dtype, window: int, softcap: float) -> None:
     world = World(dtype)
     want = world.reference(LayerAttention(KV_HEADS, DIM, window or None, softcap or None))

@@ -76,8 +76,11 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.float().cpu(), want, rtol=limit, atol=limit * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("group", [0, 1], ids=["odd widths", "aligned widths"])
+@pytest.mark.parametrize(
+    ("dtype", "group"),
+    [(torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 0), (torch.float32, 1), (torch.bfloat16, 1)],
+    ids=str,
+)
 def test_rows_of_any_slots_and_ranks_equal_the_formula(dtype: torch.dtype, group: int) -> None:
     world = World(dtype)
     x, y = world.inputs(len(MIXED), group)
