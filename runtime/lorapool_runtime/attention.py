@@ -86,11 +86,13 @@ class PagedAttention:
             self.segments.append(_Segment(begin, end, chunk.start, torch.tensor(held, device=device)))
             begin = end
 
-    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode:
+    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode | _TritonDecode:
         """What the decoding rows go through; a table of blocks per row, padded to the longest."""
         pool = self.pool
         width = max(-(-(c.start + 1) // pool.block_size) for c in plan.decodes)
         tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
+        if pool.data.device.type == "cuda":
+            return _TritonDecode(pool, self.positions[: self.decoding], tables, [c.start for c in plan.decodes])
         kind = _NativeDecode if PagedDecode.serves(pool.data, pool.head_dim) else _TorchDecode
         return kind(pool, tables, [c.start for c in plan.decodes])
 
@@ -138,6 +140,25 @@ class _NativeDecode:
         """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
         keys, values = self._pool.rows(layer)
         return self._job.attend(q, k, v, keys, values, scale=scale, window=wants.window, softcap=wants.softcap)
+
+
+class _TritonDecode:
+    """The same on a GPU, by Triton."""
+
+    writes = True
+
+    def __init__(self, pool: KVPool, places: Tensor, tables: list[list[int]], last: list[int]) -> None:
+        from lorapool_runtime.paged_triton import TritonDecode  # Triton comes with builds for CUDA only
+
+        device = pool.data.device
+        contexts = torch.tensor(last, dtype=torch.int32, device=device) + 1
+        self._rows = len(last)
+        self._job = TritonDecode(pool, places.int(), contexts, torch.tensor(tables, dtype=torch.int32, device=device))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
+        q, k, v = (t[:, : self._rows] for t in (q, k, v))
+        return self._job.attend(layer, q, k, v, scale=scale, window=wants.window, softcap=wants.softcap)
 
 
 class _TorchDecode:

@@ -109,7 +109,8 @@ class Core:
         from lorapool_runtime.decode_graph import CudaCapture, DecodeGraphs  # Triton comes with builds for CUDA only
         from lorapool_runtime.lora_triton import TritonKernel
 
-        self.base.lora.kernel = TritonKernel(self.slabs)
+        self.base.lora.kernel = kernel = TritonKernel(self.slabs)
+        kernel.warm_up(self.slabs)
         graphs = DecodeGraphs(
             self.base, self.pool, max_batch=max_batch, max_model_len=max_model_len, capture=CudaCapture()
         )

@@ -19,9 +19,9 @@ from torch import Tensor
 from lorapool_runtime.attention import LayerAttention
 from lorapool_runtime.blocks import NULL_BLOCK
 from lorapool_runtime.interface import BASE_SLOT
-from lorapool_runtime.kernels_attention import paged_attend, paged_write
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.model import Base
+from lorapool_runtime.paged_triton import TritonDecode
 from lorapool_runtime.scheduler import Chunk, StepPlan
 
 _TOKEN, _POSITION, _SLOT, _PLACE, _CONTEXT = range(5)
@@ -66,20 +66,14 @@ def batch_sizes(max_batch: int) -> tuple[int, ...]:
 
 
 class DecodeAttention:
-    """`attention.Attention` for one token per row, over tables that stay where they are."""
+    """`attention.Attention` for one token per row."""
 
-    def __init__(self, pool: KVPool, places: Tensor, contexts: Tensor, tables: Tensor) -> None:
-        """places, contexts: int32 [rows]; tables: int32 [rows, blocks]."""
-        self._pool, self._places, self._contexts, self._tables = pool, places, contexts, tables
+    def __init__(self, decode: TritonDecode) -> None:
+        self._decode = decode
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
-        keys, values = self._pool.rows(layer)
-        paged_write(keys, values, self._places, k[0].transpose(0, 1), v[0].transpose(0, 1))
-        window, softcap = wants.window or 0, wants.softcap or 0.0
-        size = self._pool.block_size
-        q = q[0].transpose(0, 1)
-        out: Tensor = paged_attend(q, keys, values, self._tables, self._contexts, size, scale, window, softcap)
-        return out[None]
+        window, softcap = wants.window, wants.softcap
+        return self._decode.attend(layer, q[0], k[0], v[0], scale=scale, window=window, softcap=softcap)[None]
 
 
 class _Staging:
@@ -157,7 +151,7 @@ class DecodeGraphs:
             self._base.lora.use(fields[_SLOT])
         else:
             self._base.lora.set(())
-        attention = DecodeAttention(self._pool, fields[_PLACE], fields[_CONTEXT], self._tables[:size])
+        attention = DecodeAttention(TritonDecode(self._pool, fields[_PLACE], fields[_CONTEXT], self._tables[:size]))
         token_ids, positions = fields[: _POSITION + 1].long().unbind(0)
         return self._base.logits(token_ids, positions, self._every_row[:size], attention)
 

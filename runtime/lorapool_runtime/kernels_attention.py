@@ -16,9 +16,9 @@ from torch import Tensor
 _BLOCK_TOKENS = 64
 _BLOCK_BYTES = 512 * _BLOCK_TOKENS
 """Of keys, and as many of values, that a program holds in shared memory: wider heads are read by fewer tokens."""
-_MOST_PARTS = 8
-_PART_TOKENS = 256
-"""Tokens of the longest context that are worth another part."""
+_PARTS = 8
+"""The same for every batch and every table, so that a row's result does not depend on them and no kernel is compiled
+while requests wait."""
 _FEWEST_QUERIES = 16  # what tensor cores multiply at least
 
 
@@ -38,7 +38,7 @@ def _write(
         tl.store(values + target, tl.load(v + source, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def _attend(
     q, keys, values, tables, contexts, sums, peaks, weights,
     q_row, q_head, pool_row, pool_head, table_row, heads, scale, softcap,
@@ -136,11 +136,9 @@ def paged_attend(
     values of one type, the last dimension contiguous. Query head h reads key head h * kv_heads // heads.
     """
     (rows, heads, dim), kv_heads = q.shape, keys.shape[1]
-    longest = tables.shape[1] * block_size
-    longest = min(longest, window) if window else longest
-    parts = min(_MOST_PARTS, triton.next_power_of_2(-(-longest // _PART_TOKENS)))
+    parts = _PARTS
     dim_up = max(16, triton.next_power_of_2(dim))
-    tokens = min(_BLOCK_TOKENS, _BLOCK_BYTES // (dim_up * q.itemsize), max(16, triton.next_power_of_2(longest)))
+    tokens = min(_BLOCK_TOKENS, _BLOCK_BYTES // (dim_up * q.itemsize))
     group = heads // kv_heads
     sums = torch.empty((rows, heads, parts, dim), dtype=torch.float32, device=q.device)
     peaks, weights = (torch.empty((rows, heads, parts), dtype=torch.float32, device=q.device) for _ in range(2))

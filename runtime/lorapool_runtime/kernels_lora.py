@@ -31,6 +31,8 @@ ALIGNED = 16
 
 _ROWS_IN, _SEGMENTS_IN = 1024, 4096
 """Input features one program sums: the rest goes to other programs, whose parts the expand step adds up."""
+_BY_ROWS = ("p_split", "p_member")
+"""Arguments that follow from the number of rows: no kernel is compiled anew for them while requests wait."""
 
 
 def output_tiles(out_features: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -42,7 +44,7 @@ def output_tiles(out_features: Sequence[int]) -> list[tuple[int, int, int, int]]
     return tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_ROWS)
 def _shrink_rows(
     x, row_slots, memory, ranks, a_at, parts,
     x_row, slots, p_split, p_member, p_row, in_features,
@@ -69,7 +71,7 @@ def _shrink_rows(
             tl.store(parts + split * p_split + member * p_member + row * p_row + r, tl.sum(sums, axis=1), mask=r < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_ROWS)
 def _expand_rows(
     row_slots, memory, ranks, b_at, tiles, parts, y,
     slots, p_split, p_member, p_row, y_row, splits,
@@ -99,7 +101,7 @@ def _expand_rows(
             tl.store(out, (before + sums).to(y.dtype.element_ty), mask=n < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_ROWS)
 def _shrink_segments(
     x, order, segments, memory, ranks, a_at, parts,
     x_row, slots, p_split, p_member, p_row, in_features,
@@ -132,7 +134,7 @@ def _shrink_segments(
             tl.store(place, sums, mask=mine[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BY_ROWS)
 def _expand_segments(
     order, segments, memory, ranks, b_at, tiles, parts, y,
     slots, p_split, p_member, p_row, y_row, splits,

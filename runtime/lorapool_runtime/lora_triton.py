@@ -40,6 +40,16 @@ class TritonKernel:
         tiles, align = self._tiles[group.number], self._align[group.number]
         lora_rows(x, row_slots, group.memory, group.ranks, group.a_at, group.b_at, tiles, group.max_rank, align, y)
 
+    def warm_up(self, slabs: Slabs) -> None:
+        """Compiles what a step may launch, on rows of the base, which read and write nothing."""
+        nothing = np.full(1, BASE_SLOT, np.int32)
+        row_slots, (order, segments) = self._moved(nothing), map(self._moved, row_tiles(nothing, self._slots))
+        for group in slabs.groups:
+            x = torch.zeros(1, group.in_features, dtype=slabs.dtype, device=self._device)
+            y = torch.zeros(1, sum(group.out_features), dtype=slabs.dtype, device=self._device)
+            self.add(y, x, row_slots, group)
+            self._add_segments(y, x, order, segments, group)
+
     def prepare(self, pieces: Sequence[Rows]) -> Callable[[Tensor, Tensor, GroupSlab], None]:
         """See `lora.StepKernel`."""
         row_slots = np.concatenate([np.full(piece.count, piece.slot, np.int32) for piece in pieces])

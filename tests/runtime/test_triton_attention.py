@@ -11,7 +11,7 @@ from engine_kit import greedy, request
 from torch import Tensor
 
 from lorapool_runtime import kernels_attention
-from lorapool_runtime.attention import LayerAttention, PagedAttention
+from lorapool_runtime.attention import LayerAttention, PagedAttention, _TritonDecode
 from lorapool_runtime.kernels_attention import paged_attend, paged_write
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.scheduler import Chunk, StepPlan
@@ -23,6 +23,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, DIM, BLOCK, WIDTH = 6, 2, 20, 4, 10
 CONTEXTS = [1, 13, 36, 4, 23]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels_attention, "_PARTS", 2)  # each is a program, and the interpreter is slow
 
 
 @dataclass
@@ -55,10 +60,12 @@ class World:
         paged = PagedAttention(self.pool, StepPlan(tuple(self.chunks), (), (), ()))
         return paged.attend(layer, self.q, self.k, self.v, 0.3, wants)[0]
 
+    def places(self) -> list[int]:
+        return [c.sequence.block_table[c.start // BLOCK] * BLOCK + c.start % BLOCK for c in self.chunks]
+
     def write(self, layer: int = 1, rows: int = len(CONTEXTS)) -> None:
         keys, values = self.pool.rows(layer)
-        at = [c.sequence.block_table[c.start // BLOCK] * BLOCK + c.start % BLOCK for c in self.chunks]
-        places = torch.tensor([place if i < rows else -1 for i, place in enumerate(at)], dtype=torch.int32)
+        places = torch.tensor([at if i < rows else -1 for i, at in enumerate(self.places())], dtype=torch.int32)
         paged_write(keys, values, places.to(DEVICE), self.k[0].transpose(0, 1), self.v[0].transpose(0, 1))
 
     def attend(
@@ -94,7 +101,7 @@ def test_decode_equals_the_reference(dtype: torch.dtype, window: int, softcap: f
 
 
 def test_contexts_cut_into_parts_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_attention, "_PART_TOKENS", 8)  # 40 tokens at most: 8 parts, most of them empty
+    monkeypatch.setattr(kernels_attention, "_PARTS", 8)  # most of them empty
     monkeypatch.setattr(kernels_attention, "_BLOCK_TOKENS", 16)
     world = World()
     want = world.reference(LayerAttention(KV_HEADS, DIM, None, None))
@@ -110,6 +117,17 @@ def test_writing_fills_what_the_reference_fills_and_nothing_for_a_padding_row() 
     third = World()
     third.write(rows=0)
     assert torch.equal(third.pool.data.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_the_decoding_rows_of_a_mixed_step_equal_the_reference() -> None:
+    """What `PagedAttention` takes on a GPU; the step's other rows are a prompt's."""
+    world, wants = World(), LayerAttention(KV_HEADS, DIM, 7, 2.0)
+    tables = [[*c.sequence.block_table, *[0] * (WIDTH - len(c.sequence.block_table))] for c in world.chunks]
+    places = torch.tensor(world.places(), device=DEVICE)
+    decode = _TritonDecode(world.pool, places, tables, [c.start for c in world.chunks])
+    longer = [torch.cat([t[0], torch.full_like(t[0], float("nan"))], dim=1) for t in (world.q, world.k, world.v)]
+    got = decode.attend(1, *longer, 0.3, wants)
+    torch.testing.assert_close(got, world.reference(wants), rtol=2e-6, atol=2e-6)
 
 
 def test_a_padding_row_reads_nothing_and_gives_zeros() -> None:

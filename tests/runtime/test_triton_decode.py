@@ -69,14 +69,18 @@ def core_of(folder: Path, **changes: Any) -> Core:
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("Llama", 1), ("Gemma2", 2)])
-def test_every_decode_step_equals_the_eager_one(architecture: str, layers: int, tmp_path: Path) -> None:
+def test_every_decode_step_equals_the_eager_one(
+    architecture: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Base rows and two adapters, rows that come and go, contexts past Gemma's window of 6, padding to 4 and to 5."""
     world = peft_world(tmp_path, tiny_model(architecture, num_hidden_layers=layers), ADAPTERS)
     core = core_of(world.base)
     for slot, name in ((0, "everything"), (2, "qv")):
         core.load(slot, read(core, world.adapters[name]))
     capture = NoCapture()
-    core.base.lora.kernel = TritonKernel(core.slabs)
+    monkeypatch.setattr(kernels_attention, "_PARTS", 1)  # each is a program, and the interpreter is slow
+    core.base.lora.kernel = kernel = TritonKernel(core.slabs)
+    kernel.warm_up(core.slabs)
     graphs = DecodeGraphs(core.base, core.pool, max_batch=5, max_model_len=32, capture=capture)
     with torch.inference_mode():
         before = core.pool.data.clone()
