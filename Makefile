@@ -47,6 +47,7 @@ lock: ## resolve the dependencies of pyproject.toml anew into the lock files
 	$(LOCK) --all-extras -o requirements.lock pyproject.toml
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
+	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
 
@@ -88,8 +89,16 @@ binaries: ## build etcd, Kubernetes, Helm, CoreDNS and Prometheus from source (c
 model: install ## make the demo's base model folder (cached)
 	@$(PY) hack/models/base.py
 
+.PHONY: lm-eval
+lm-eval: .venv-lm-eval/.installed ## install lm-eval in an environment of its own (670 MB)
+
+.venv-lm-eval/.installed: tests/lm_eval/requirements.lock | $(VENV)/.installed
+	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv --without-pip .venv-lm-eval
+	$(UV) pip install -q --python .venv-lm-eval/bin/python --require-hashes -r tests/lm_eval/requirements.lock
+	touch $@
+
 .PHONY: unit
-unit: install ## tests that need nothing but the virtual environment (and the base model, made once)
+unit: install lm-eval ## tests that need nothing but the virtual environment (and the base model, made once)
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e
 
@@ -98,7 +107,8 @@ apiserver: install binaries ## tests against a real etcd and kube-apiserver
 	$(PY) -m pytest -q -m apiserver --ignore=tests/e2e
 
 .PHONY: e2e
-e2e: install binaries ## tests on a real one-node cluster with the real models
+e2e: install binaries lm-eval ## tests on a real one-node cluster with the real models
+	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	$(PY) -m pytest -q -m cluster
 
 .PHONY: test
