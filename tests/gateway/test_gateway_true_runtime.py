@@ -72,6 +72,36 @@ async def test_streams_and_whole_answers_count_the_same_tokens_as_the_runtime(he
     assert report.usage.completion_tokens == 2 * whole.usage.completion_tokens
 
 
+async def test_echoes_choices_and_tools_pass_through_and_are_counted(here: World, served: Served) -> None:
+    def counted() -> tuple[float, float]:
+        kinds = ("prompt", "completion")
+        return tuple(here.sample("tokens_total", base="demo/tiny", adapter="demo/route", type=kind) for kind in kinds)
+
+    echo: dict[str, Any] = {
+        "model": "route", "prompt": ["Once", "upon a time"], "echo": True, "logprobs": 1, "max_tokens": 0,
+    }  # fmt: skip
+    async with here.client() as client:
+        whole = await client.completions.create(**echo)
+        assert [choice.text for choice in whole.choices] == ["Once", "upon a time"]
+        assert whole.choices[0].logprobs.token_logprobs == [None, -0.125, -0.125, -0.125]
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (15, 0)
+        assert counted() == (15, 0)
+        events = [chunk async for chunk in await client.completions.create(**echo, stream=True)]
+        assert sorted((event.choices[0].index, event.choices[0].text) for event in events) == [
+            (0, "Once"), (1, "upon a time"),
+        ]  # fmt: skip
+        assert counted() == (30, 0)
+        many = await client.completions.create(model="route", prompt="x", n=3, max_tokens=5)
+        assert len(many.choices) == 3
+        assert counted() == (31, 15)
+        served.engine.reply = lambda *_: '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+        tools: Any = [{"type": "function", "function": {"name": "now"}}]
+        called = await client.chat.completions.create(model="route", messages=USER, tools=tools, max_tokens=60)
+        assert called.choices[0].finish_reason == "tool_calls"
+        assert called.choices[0].message.tool_calls[0].function.name == "now"
+        assert counted()[1] == 15 + called.usage.completion_tokens
+
+
 async def test_a_hundred_requests_on_one_cold_adapter_fetch_it_once(tokenizer: Path) -> None:
     store = FakeStore(delay_s=0.1)
     async with serving(tokenizer, store=store, token_sha256=token_sha256("t" * 64)) as served, world() as here:
