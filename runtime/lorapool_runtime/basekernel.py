@@ -19,7 +19,7 @@ from lorapool_runtime.nativelib import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the library's interface: base_step_version
+VERSION = 2  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _WIDTH = 16  # head sizes are whole vectors of any variant
 _TYPES = (torch.float32, torch.bfloat16)
@@ -52,6 +52,24 @@ class _Decode(ctypes.Structure):
     )
 
 
+class _Norm(ctypes.Structure):
+    """`BaseNorm` of base_step.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("bfloat16", ctypes.c_int32),
+        ("round_first", ctypes.c_int32),
+    )
+
+
+class _Gate(ctypes.Structure):
+    """`BaseGate` of base_step.h."""
+
+    _fields_ = (("width", ctypes.c_int64), ("bfloat16", ctypes.c_int32), ("activation", ctypes.c_int32))
+
+
 class BaseKernel:
     """The opened library."""
 
@@ -67,6 +85,9 @@ class BaseKernel:
         library.base_step_pack.restype = None
         library.base_step_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
         library.base_step_decode.argtypes = [ctypes.c_void_p]
+        for between in (library.base_step_norm, library.base_step_gate):
+            between.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
+            between.restype = None
         self.library = library
 
 
@@ -190,3 +211,57 @@ class PagedDecode:
         if self._run(self._address):
             raise MemoryError("the attention's scratch memory")
         return out
+
+
+class RowNorm:
+    """y = x / rms(x) * weight by the native kernel, over the last dimension."""
+
+    @staticmethod
+    def serves(weight: Tensor) -> bool:
+        return weight.device.type == "cpu" and weight.dtype in _TYPES and base_kernel() is not None
+
+    def __init__(self, weight: Tensor, epsilon: float, *, plus_one: bool, round_first: bool) -> None:
+        """weight: [width]. plus_one: 1 + weight is multiplied; round_first: bfloat16 rows are rounded before it too."""
+        kernel = base_kernel()
+        assert kernel is not None
+        self.dtype, self.width = weight.dtype, weight.shape[0]
+        self._weight = weight.detach().float().contiguous() + float(plus_one)  # [width]
+        bfloat16 = weight.dtype == torch.bfloat16
+        self._job = _Norm(self._weight.data_ptr(), self.width, epsilon, bfloat16, bfloat16 and round_first)
+        self._address, self._run = ctypes.addressof(self._job), kernel.library.base_step_norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [..., width] -> the same, contiguous"""
+        if x.dtype != self.dtype or x.shape[-1] != self.width:
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the norm takes {self.dtype} [..., {self.width}]")
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self.width)
+        return y
+
+
+class RowGate:
+    """y = act(gate) * up by the native kernel, of rows that hold gate and up side by side."""
+
+    ACTIVATIONS = ("silu", "gelu_tanh")
+
+    @staticmethod
+    def serves(dtype: torch.dtype, device: torch.device) -> bool:
+        return device.type == "cpu" and dtype in _TYPES and base_kernel() is not None
+
+    def __init__(self, width: int, dtype: torch.dtype, activation: str) -> None:
+        """width: of gate alone; activation: one of ACTIVATIONS."""
+        kernel = base_kernel()
+        assert kernel is not None
+        self.dtype, self.width = dtype, width
+        self._job = _Gate(width, dtype == torch.bfloat16, self.ACTIVATIONS.index(activation))
+        self._address, self._run = ctypes.addressof(self._job), kernel.library.base_step_gate
+
+    def __call__(self, both: Tensor) -> Tensor:
+        """both: [rows, 2 * width] -> [rows, width]"""
+        if both.dtype != self.dtype or both.shape[-1] != 2 * self.width:
+            raise ValueError(f"rows are {both.dtype} {tuple(both.shape)}, not {self.dtype} [rows, {2 * self.width}]")
+        both = both.contiguous()
+        y = torch.empty((both.shape[0], self.width), dtype=self.dtype)
+        self._run(self._address, both.data_ptr(), y.data_ptr(), both.shape[0])
+        return y

@@ -36,7 +36,7 @@ constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking o
 
 extern "C" {
 
-int base_step_version() { return 1; }
+int base_step_version() { return 2; }
 
 // Null: this processor has none of the instruction sets these kernels are for; nothing else may be called then.
 const char* base_step_isa() { return kVariant ? kVariant->isa : nullptr; }
@@ -71,5 +71,13 @@ int base_step_decode(const BaseDecode* job) {
     } catch (const std::bad_alloc&) {
         return 1;
     }
+}
+
+void base_step_norm(const BaseNorm* norm, const void* x, void* y, int64_t rows) {
+    kVariant->norm(norm, x, y, rows, rows * norm->width < kSmallWork ? 1 : omp_get_max_threads());
+}
+
+void base_step_gate(const BaseGate* gate, const void* x, void* y, int64_t rows) {
+    kVariant->gate(gate, x, y, rows, rows * gate->width < kSmallWork / 4 ? 1 : omp_get_max_threads());
 }
 }

@@ -28,6 +28,22 @@ struct BaseDecode {
     int32_t bfloat16;
 };
 
+// y = x / rms(x) * weight, row by row. `weight` is float32 and holds whatever the model adds to its own.
+struct BaseNorm {
+    const float* weight;  // [width]
+    int64_t width;
+    float epsilon;
+    int32_t bfloat16;     // elements of x and y
+    int32_t round_first;  // to bfloat16 before the weight is multiplied, not only after
+};
+
+// y = act(gate) * up, where x holds gate and up side by side.
+struct BaseGate {
+    int64_t width;  // of gate; x: [rows][2 * width], y: [rows][width]
+    int32_t bfloat16;
+    int32_t activation;  // 0 SiLU, 1 GELU by tanh
+};
+
 struct BaseVariant {
     const char* isa;
     int64_t lanes;
@@ -35,5 +51,7 @@ struct BaseVariant {
     void (*pack)(const BaseLinear*, const float* weight, void* panels);
     void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, int threads);
     void (*decode)(const BaseDecode*, int threads);
+    void (*norm)(const BaseNorm*, const void* x, void* y, int64_t rows, int threads);
+    void (*gate)(const BaseGate*, const void* x, void* y, int64_t rows, int threads);
 };
 }

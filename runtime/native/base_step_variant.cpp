@@ -301,6 +301,104 @@ void decode(const BaseDecode* a, int threads) {
     }
 }
 
+// --- what lies between the linear layers ---
+
+inline float widen(float v) { return v; }
+inline float widen(uint16_t v) {
+    const uint32_t bits = uint32_t(v) << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+template <class T>
+void norm_row(const BaseNorm* n, const T* x, T* y) {
+    const int64_t width = n->width, whole = width - width % kLanes;
+    Vec squares = Vec{};
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const Vec v = load(x + i);
+        squares += v * v;
+    }
+    float total = sum(squares);
+    for (int64_t i = whole; i < width; i++) total += widen(x[i]) * widen(x[i]);
+    const float by = 1.0f / __builtin_sqrtf(total / float(width) + n->epsilon);
+    for (int64_t i = 0; i < width; i += kLanes) {
+        float tail[kLanes] = {}, weights[kLanes] = {};
+        const bool full = i < whole;
+        if (!full)
+            for (int64_t j = i; j < width; j++) tail[j - i] = widen(x[j]), weights[j - i] = n->weight[j];
+        Vec v = (full ? load(x + i) : load(tail)) * by;
+        if (n->round_first) {
+            uint16_t narrow[kLanes];
+            store(narrow, v);
+            v = load(narrow);
+        }
+        v *= full ? load(n->weight + i) : load(weights);
+        if (full) {
+            store(y + i, v);
+        } else {
+            store(tail, v);
+            for (int64_t j = i; j < width; j++) put(y + j, tail[j - i]);
+        }
+    }
+}
+
+void norm(const BaseNorm* n, const void* x, void* y, int64_t rows, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        if (n->bfloat16)
+            norm_row(n, (const uint16_t*)x + row * n->width, (uint16_t*)y + row * n->width);
+        else
+            norm_row(n, (const float*)x + row * n->width, (float*)y + row * n->width);
+    }
+}
+
+// 1 / (1 + e^-x)
+inline Vec logistic(Vec x) {
+    typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+    const Ints positive = x > 0.0f;
+    const Vec size = (Vec)((Bits)x | 0x80000000u);  // -|x|; NaN stays NaN
+    const Vec e = exponential(size);
+    const Vec top = (Vec)(((Bits)(Vec{} + 1.0f) & (Bits)positive) | ((Bits)e & ~(Bits)positive));
+    return top / (e + 1.0f);
+}
+
+template <class T>
+void gate_row(const BaseGate* job, const T* x, T* y) {
+    const int64_t width = job->width;
+    for (int64_t i = 0; i < width; i += kLanes) {
+        const bool full = i + kLanes <= width;
+        float gates[kLanes] = {}, ups[kLanes] = {};
+        if (!full)
+            for (int64_t j = i; j < width; j++) gates[j - i] = widen(x[j]), ups[j - i] = widen(x[width + j]);
+        const Vec g = full ? load(x + i) : load(gates), up = full ? load(x + width + i) : load(ups);
+        // GELU by tanh is x times the logistic function of twice the tanh's argument
+        Vec v = job->activation ? g * logistic((g + g * g * g * 0.044715f) * 1.5957691216057308f) : g * logistic(g);
+        if (job->bfloat16) {  // the activation is rounded before it is multiplied, as by two operators
+            uint16_t narrow[kLanes];
+            store(narrow, v);
+            v = load(narrow);
+        }
+        v *= up;
+        if (full) {
+            store(y + i, v);
+        } else {
+            store(gates, v);
+            for (int64_t j = i; j < width; j++) put(y + j, gates[j - i]);
+        }
+    }
+}
+
+void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        if (job->bfloat16)
+            gate_row(job, (const uint16_t*)x + row * 2 * job->width, (uint16_t*)y + row * job->width);
+        else
+            gate_row(job, (const float*)x + row * 2 * job->width, (float*)y + row * job->width);
+    }
+}
+
 }  // namespace
 
 #define NAME2(name) base_step_##name
@@ -309,5 +407,5 @@ void decode(const BaseDecode* a, int threads) {
 #define TEXT(name) TEXT2(name)
 extern "C" {
 extern const BaseVariant NAME(VARIANT);
-const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode};
+const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode, norm, gate};
 }
