@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from lorapool_runtime import core as core_module
 from lorapool_runtime import runner as runner_module
 from lorapool_runtime.attention import PagedAttention
+from lorapool_runtime.basekernel import RowGate
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.core import Core
 from lorapool_runtime.cores import usable_cores
@@ -86,6 +87,8 @@ def clocked(core: Core, clock: Clock) -> Iterator[None]:
     put(FusedLinear, "__call__", "linears")
     put(PlainLinear, "forward", "output layer")
     put(LoraGroup, "output", "linears: glue")
+    put(LoraGroup, "all_outputs", "linears: glue")
+    put(RowGate, "__call__", "activation")
     put(LoraBatch, "add", "lora")
     put(PagedAttention, "attend", "attention: scores and values")
     put(KVPool, "write", "attention: write")
@@ -172,7 +175,7 @@ def floor_ms(core: Core, rounds: int) -> float:
     """Every packed product of a step, with the output layer, in a loop over 16 rows."""
     layers: list[FusedLinear] = []
     for module in core.base.model.modules():
-        base = getattr(getattr(module, "_group", module), "base", None)
+        base = getattr(getattr(module, "group", module), "base", None)
         if isinstance(base, FusedLinear) and base not in layers:
             layers.append(base)
     inputs = {layer.in_features: torch.randn(REQUESTS, layer.in_features).to(core.base.dtype) for layer in layers}

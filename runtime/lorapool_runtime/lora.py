@@ -148,14 +148,15 @@ class LoraGroup:
         """x: [..., in] -> [..., out of the member]. Computed for all members at the first that asks with this input."""
         bit = 1 << member
         if self._x is not x or self._y is None or self._taken & bit:
-            self._x, self._y, self._taken = x, self._compute(x), 0
+            self._x, self._y, self._taken = x, self.all_outputs(x), 0
         y = self._y[..., self.offsets[member] : self.offsets[member + 1]]
         self._taken |= bit
         if self._taken == (1 << self.target.size) - 1:
             self._x = self._y = None
         return y
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def all_outputs(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out of all members side by side]"""
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
         self.batch.add(self.number, rows, y)
@@ -167,10 +168,10 @@ class LoraLinear(nn.Module):
 
     def __init__(self, group: LoraGroup, member: int) -> None:
         super().__init__()
-        self._group, self._member = group, member
+        self.group, self._member = group, member
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._group.output(self._member, x)
+        return self.group.output(self._member, x)
 
 
 class PlainLinear(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lorapool_runtime.attention import Attention, LayerAttention, ProbeAttention, UnsupportedAttentionError
+from lorapool_runtime.fitting import fit_between
 from lorapool_runtime.linear import FusedLinear
 from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear, PlainLinear
 from lorapool_runtime.targets import TargetGroup
@@ -99,6 +100,7 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
         raise UnsupportedBaseError("the base has no linear layers that adapters could change")
     lora = LoraBatch()
     groups, fused_bytes = _fit_linears(model, found, names, lora)
+    fit_between(model)
     model.set_attn_implementation(_ATTENTION_NAME)
     text = config.get_text_config()
     base = Base(

@@ -6,14 +6,18 @@ import ctypes
 import importlib.util
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from engine_kit import tiny_model
 from torch import Tensor
 
 from lorapool_runtime import basekernel, nativelib
-from lorapool_runtime.basekernel import BaseKernel, PagedDecode, PanelLinear
+from lorapool_runtime.basekernel import VERSION, BaseKernel, PagedDecode, PanelLinear, RowGate, RowNorm
+from lorapool_runtime.fitting import NativeMLP, NativeNorm
+from lorapool_runtime.model import load_base
 from lorapool_runtime.nativelib import NativeUnavailableError, open_library
 
 
@@ -153,10 +157,62 @@ def test_a_score_that_is_not_a_number_spoils_its_own_row_alone() -> None:
 
 def test_a_library_that_was_not_built_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(NativeUnavailableError, match=r"libbase_step\.so was not built"):
-        open_library("base_step", 1, tmp_path)
+        open_library("base_step", VERSION, tmp_path)
 
 
 def test_torch_serves_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPOOL_NATIVE", "0")
     with pytest.raises(NativeUnavailableError, match="LORAPOOL_NATIVE=0"):
-        open_library("base_step", 1)
+        open_library("base_step", VERSION)
+
+
+@pytest.mark.parametrize("width", [64, 37, 576])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_a_norm_divides_by_the_root_mean_square(width: int, plus_one: bool) -> None:
+    x, weight = random(2, 7, width, seed=1), random(width, seed=2)
+    want = torch.nn.functional.rms_norm(x, (width,), weight + plus_one, 1e-5)
+    torch.testing.assert_close(
+        RowNorm(weight, 1e-5, plus_one=plus_one, round_first=True)(x), want, rtol=2e-6, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("width", [64, 37])
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [("silu", torch.nn.functional.silu), ("gelu_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))],
+)
+def test_a_gate_is_activated_and_multiplied(
+    width: int,
+    activation: str,
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    both = random(9, 2 * width, seed=1) * 8
+    both[0, :4] = torch.tensor([-100.0, 100.0, 0.0, -30.0])
+    want = function(both[:, :width]) * both[:, width:]
+    torch.testing.assert_close(RowGate(width, torch.float32, activation)(both), want, rtol=5e-6, atol=1e-5)
+    both[2, 3] = math.nan
+    y = RowGate(width, torch.float32, activation)(both)
+    assert bool(y[2, 3].isnan())
+    assert int(y.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fitted"),
+    [
+        ("Llama", 7),
+        ("Qwen2", 7),
+        ("Qwen3", 11),
+        ("Mistral", 7),
+        ("Gemma2", 11),
+        ("Olmo2", 11),
+        ("Phi3", 5),
+        ("Granite", 7),
+    ],
+)
+def test_norms_and_gated_products_are_found_by_what_they_compute(
+    architecture: str, fitted: int, tmp_path: Path
+) -> None:
+    tiny_model(architecture).save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))
+    found = [module for module in base.model.modules() if isinstance(module, NativeNorm | NativeMLP)]
+    assert len(found) == fitted
