@@ -21,7 +21,7 @@ help: ## list the targets
 
 # --- the development environment ---------------------------------------------------------
 
-NATIVE := $(addprefix runtime/lorapool_runtime/native/,liblora_rows.so libbase_step.so)
+NATIVE := $(addprefix runtime/lorapool_runtime/native/,liblora_rows.so liblora_pack.so libbase_step.so)
 
 .PHONY: install
 install: $(VENV)/.installed native ## make the locked virtual environment in .venv, and the native kernel

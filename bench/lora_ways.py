@@ -127,7 +127,7 @@ def main() -> int:
     for dtype in arguments.dtypes:
         records += measure(arguments.base, dtype, chosen, arguments.rounds, arguments.new)
         gc.collect()
-    print(table(records))
+    print(table(records), flush=True)
     if arguments.records:
         write_records(arguments.records, records, {"torch": torch.__version__})
     return 0

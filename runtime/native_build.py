@@ -23,7 +23,9 @@ SOURCES = ROOT / "native"
 BUILT = ROOT / "lorapool_runtime" / "native"
 LIBRARIES = {"lora_rows": True, "base_step": False}
 """Each from NAME.cpp and NAME_variant.cpp; whether there is a variant for a processor without any of VARIANTS."""
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
+SINGLE = ("lora_pack",)
+"""Each from NAME.cpp alone, for any processor of the architecture, without threads."""
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 VARIANTS = {
     "x86_64": {
         "avx2": ("-mavx2", "-mfma"),
@@ -44,15 +46,16 @@ def compile_library(to: Path) -> Path:
     if compiler is None:
         raise CompilerMissingError("no C++ compiler (g++) is installed")
     library = to.stem.removeprefix("lib")
-    variants = VARIANTS.get(platform.machine(), {})
-    if LIBRARIES[library]:
-        variants = {"baseline": (), **variants}
+    variants: dict[str, tuple[str, ...]] = {}
+    threads = () if library in SINGLE else ("-fopenmp",)
+    if library in LIBRARIES:
+        variants = {**({"baseline": ()} if LIBRARIES[library] else {}), **VARIANTS.get(platform.machine(), {})}
     with tempfile.TemporaryDirectory() as scratch:
         # relative paths and a fixed order: the same sources give the same bytes
         jobs = [("entry", f"{library}.cpp", ())]
         jobs += [(name, f"{library}_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
         running = [
-            subprocess.Popen([compiler, *FLAGS, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES)
+            subprocess.Popen([compiler, *FLAGS, *threads, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES)
             for name, source, flags in jobs
         ]
         failed = [one.args for one in running if one.wait()]
@@ -60,7 +63,7 @@ def compile_library(to: Path) -> Path:
             raise subprocess.CalledProcessError(1, failed[0])
         objects = [f"{name}.o" for name, _, _ in jobs]
         made = Path(scratch, to.name)
-        subprocess.run([compiler, "-shared", "-fopenmp", *objects, "-o", made.name], cwd=scratch, check=True)
+        subprocess.run([compiler, "-shared", *threads, *objects, "-o", made.name], cwd=scratch, check=True)
         to.parent.mkdir(exist_ok=True)
         partial = to.with_suffix(".partial")
         shutil.copyfile(made, partial)
@@ -70,7 +73,7 @@ def compile_library(to: Path) -> Path:
 
 def compile_all() -> list[Path]:
     """As `compile_library`, each into the package."""
-    return [compile_library(BUILT / f"lib{name}.so") for name in LIBRARIES]
+    return [compile_library(BUILT / f"lib{name}.so") for name in (*LIBRARIES, *SINGLE)]
 
 
 def main() -> int:
@@ -93,7 +96,7 @@ else:
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             wish = os.environ.get("LORAPOOL_NATIVE", "auto")
-            for name in LIBRARIES:
+            for name in (*LIBRARIES, *SINGLE):
                 (BUILT / f"lib{name}.so").unlink(missing_ok=True)
             if wish == "0":
                 return

@@ -70,6 +70,8 @@ class PerModule:
 
     def value(self, module: str) -> float | None:
         """None: no key matches. Raises PatternError when that cannot be told."""
+        if not (self._named or self._anchored or self._expressions):
+            return None
         found = [self._named[ending] for ending in endings(module) if ending in self._named]
         if module in self._anchored:
             found.append(self._anchored[module])

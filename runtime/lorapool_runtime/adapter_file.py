@@ -23,6 +23,7 @@ from lorapool_artifacts.judge import AdapterFacts, BaseFacts, judge, pair_of
 from lorapool_artifacts.limits import JudgeLimits
 from lorapool_runtime.interface import AdapterArtifactError
 from lorapool_runtime.layout import Layout, lay_out
+from lorapool_runtime.packing import pack, zeroed
 from lorapool_runtime.safetensors_file import read_tensors
 from lorapool_runtime.targets import TargetGroup
 
@@ -111,31 +112,19 @@ def _packed(
     ranks = tuple(config.rank_of(module) if module in pairs else 0 for module in modules)
     element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
     layout = lay_out(tuple(groups), ranks, element.itemsize)
-    buffer = np.zeros(layout.elements, element)
+    buffer = zeroed(layout.elements, element)
     for module, piece in zip(modules, layout.pieces, strict=True):
         if module not in pairs:
             continue
         a, b = pairs[module]
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled = np.multiply(b.T, np.float32(config.scaling_of(module)), dtype=np.float32)
-        if not (_cast(a, piece.a(buffer), dtype) and _cast(scaled, piece.b(buffer), dtype)):
+        finite = pack(a, piece.a(buffer), scale=1.0, transposed=False)
+        if not (finite and pack(b, piece.b(buffer), scale=config.scaling_of(module), transposed=True)):
             _refuse(
                 FailureReason.NON_FINITE_WEIGHTS,
                 f"weights of {module} are not finite numbers in {dtype}: "
                 "the training diverged, train it again with a lower learning rate",
             )
     return layout, buffer
-
-
-def _cast(values: np.ndarray, to: np.ndarray, dtype: str) -> bool:
-    """To the engine's type, rounded to nearest even; whether all are finite before and after."""
-    if dtype == "bfloat16":
-        bits = values.view(np.uint32)
-        to[:] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bool(np.isfinite(values).all() and ((to & 0x7F80) != 0x7F80).all())
-    with np.errstate(over="ignore"):
-        to[:] = values
-    return bool(np.isfinite(to).all())
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:

@@ -44,7 +44,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    made: Path = build.compile_library(tmp_path_factory.mktemp("native") / "liblora_rows.so")
+    made: Path = build.compile_library(tmp_path_factory.mktemp("native") / built.name)
     return made
 
 
