@@ -55,7 +55,9 @@ def compile_library(to: Path) -> Path:
         jobs = [("entry", f"{library}.cpp", ())]
         jobs += [(name, f"{library}_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
         running = [
-            subprocess.Popen([compiler, *FLAGS, *threads, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES)
+            subprocess.Popen(
+                [compiler, *FLAGS, *threads, *flags, "-c", source, "-o", f"{scratch}/{name}.o"], cwd=SOURCES
+            )
             for name, source, flags in jobs
         ]
         failed = [one.args for one in running if one.wait()]
