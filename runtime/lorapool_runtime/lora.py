@@ -91,7 +91,8 @@ class LoraBatch:
 
 
 class PlainRun:
-    """Plain torch products for some rows of a step."""
+    """Plain torch products for some rows of a step, in float32 and rounded once to the base's type: what peft computes.
+    Rounding u to bfloat16 as well makes the log-probabilities differ from peft's several times as much."""
 
     def __init__(self, way: Segment | SlabRun | ScatteredRun, slabs: Slabs) -> None:
         self._slabs = slabs
@@ -114,24 +115,33 @@ class PlainRun:
         if self._source is not None and self._place is not None:
             padded = x.new_zeros(slots * each, x.shape[1])
             padded[self._place] = x[self._source]
-            delta = y.new_zeros(slots * each, y.shape[1])
+            delta = y.new_zeros(slots * each, y.shape[1], dtype=torch.float32)
             _add_span(padded.view(slots, each, -1), delta.view(slots, each, -1), a, parts)
-            y.index_add_(0, self._source, delta[self._place])
+            if y.dtype == torch.float32:
+                y.index_add_(0, self._source, delta[self._place])
+            else:
+                y[self._source] += delta[self._place]
             return
         mine = slice(self._begin, self._begin + slots * each)
         if slots == 1:
-            u = x[mine] @ a[0].T  # [each, ranks of all members]
+            u = x[mine].float() @ a[0].T.float()  # [each, ranks of all members]
             for columns, ranks, b in parts:
-                y[mine, columns].addmm_(u[:, ranks], b[0])
+                if y.dtype == torch.float32:
+                    y[mine, columns].addmm_(u[:, ranks], b[0])
+                else:
+                    y[mine, columns] += u[:, ranks] @ b[0].float()
         else:
             _add_span(x[mine].view(slots, each, -1), y[mine].view(slots, each, -1), a, parts)
 
 
 def _add_span(x: Tensor, y: Tensor, a: Tensor, parts: Sequence[tuple[slice, slice, Tensor]]) -> None:
     """x: [slots, each, in]; y: [slots, each, out]; a: [slots, ranks of all members, in]; b: [slots, rank, out_m]."""
-    u = torch.bmm(x, a.transpose(1, 2))  # [slots, each, ranks of all members]
+    u = torch.bmm(x.float(), a.transpose(1, 2).float())  # [slots, each, ranks of all members]
     for columns, ranks, b in parts:
-        y[:, :, columns].baddbmm_(u[:, :, ranks], b)
+        if y.dtype == torch.float32:
+            y[:, :, columns].baddbmm_(u[:, :, ranks], b.float())
+        else:
+            y[:, :, columns] += torch.bmm(u[:, :, ranks], b.float())
 
 
 class LoraGroup:
