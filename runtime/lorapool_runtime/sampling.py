@@ -1,9 +1,9 @@
 """From logits to tokens, each request by its own parameters and by nothing else.
 
-The last act of a step. Greedy rows share one batched maximum. The others share batched operators that treat each row
-by itself, and are drawn by a uniform number made of (seed, position): the same seed gives the same text whoever
-shares the batch, to the bit. Penalties, biases and constraints touch only the rows that have them. A row whose
-logits are not finite, or whose constraint fails, gets no token: the engine ends that request with an error.
+The last act of a step. Greedy rows share one batched maximum. The others go through operators that treat each row by
+itself (batched on a GPU), and are drawn by a uniform number made of (seed, position): the same seed gives the same
+text whoever shares the batch, to the bit. Penalties, biases and constraints touch only the rows that have them. A row
+whose logits are not finite, or whose constraint fails, gets no token: the engine ends that request with an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from torch import Tensor
 
 from lorapool_runtime.interface import ConstraintError, SamplingParams, TokenConstraint, TokenLogprob
 
-_NUCLEUS_GUESS = 1024
-"""So many of the likeliest tokens nearly always hold top-p's share: looked at before all are sorted."""
 _GREEDY_BELOW = 1e-5
 """A lower temperature is greedy: dividing by it would overflow."""
 _NOT_FINITE = "the model's output is not finite"
@@ -159,6 +157,8 @@ def _unpacked(masks: Sequence[bytes], vocabulary: int, device: torch.device) -> 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """logits: [rows, vocabulary] -> the token at fraction `u` of the cumulated probabilities, in order of ids."""
+    if logits.device.type == "cpu" and len(rows) > 1:  # a row at a time stays in the cache; a batch is fresh memory
+        return [_draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
     probabilities = _filtered(logits, [row.params for row in rows])
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     u = _column([uniform(row.seed, row.position) for row in rows], logits.device)
@@ -205,20 +205,13 @@ def _top_k_floor(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | N
 
 def _nucleus_floor(probabilities: Tensor, shares: Tensor) -> Tensor:
     """[rows, 1]: the least likely token of the smallest set that reaches the row's share of the probability."""
-    guess = min(_NUCLEUS_GUESS, probabilities.shape[1])
-    floor, reached = _least_of_share(probabilities.topk(guess, dim=-1).values, shares)
-    missing = [i for i, enough in enumerate(reached) if not enough]
-    if missing and guess < probabilities.shape[1]:
-        ordered = probabilities[missing].sort(dim=-1, descending=True).values
-        floor[missing] = _least_of_share(ordered, shares[missing])[0]
-    return floor
-
-
-def _least_of_share(ordered: Tensor, shares: Tensor) -> tuple[Tensor, list[bool]]:
-    """ordered: [rows, n], descending -> the value at which the share is reached, and whether it is within n."""
-    cumulated = ordered.cumsum(dim=-1, dtype=torch.float64)
-    kept = (cumulated - ordered < shares).sum(dim=-1, keepdim=True)  # [rows, 1]
-    return ordered.gather(1, kept - 1), (cumulated[:, -1:] >= shares)[:, 0].tolist()
+    if len(probabilities) == 1:  # what has less than (1 - share) / vocabulary is never needed to reach the share
+        least = (1 - shares[0, 0]) / probabilities.shape[1]
+        probabilities = probabilities[probabilities >= least][None]
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    kept = (before < shares).sum(dim=-1, keepdim=True)  # [rows, 1]
+    return ordered.gather(1, kept - 1)
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

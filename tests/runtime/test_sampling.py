@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorapool_runtime import sampling
 from lorapool_runtime.interface import ConstraintError, SamplingParams
 from lorapool_runtime.sampling import SampleRow, check_params, sample, uniform
 
@@ -168,7 +169,17 @@ def test_every_kind_of_row_gives_the_same_whoever_shares_the_batch() -> None:
         assert sample(logits[company], [rows[i] for i in company]) == [alone[i] for i in company]
 
 
-def test_a_large_share_is_found_behind_the_first_guess() -> None:
+def test_rows_filtered_at_once_are_those_filtered_one_by_one() -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(6, 997) * 3
+    wishes = ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_p": 0.999, "top_k": 300}, {"temperature": 0.3})
+    params = [SamplingParams(max_tokens=1, **wish) for wish in wishes]  # type: ignore[arg-type]
+    at_once = sampling._filtered(logits, params)  # as a GPU does it
+    for i, one_params in enumerate(params):
+        assert torch.equal(at_once[i], sampling._filtered(logits[i : i + 1], [one_params])[0])
+
+
+def test_equals_at_the_edge_of_the_share_are_all_kept() -> None:
     logits = torch.zeros(1, 5000)
     logits[0, :2500] = 0.5
     kept = {one(logits[0], row(position, top_p=0.62)) for position in range(300)}
