@@ -1,8 +1,7 @@
 """The native row kernel on CPU: LoRA for rows in any order and of any mix of ranks, in one call per group of linears.
 
 `core` calls `load_row_kernel` once; it gives None, with the reason in the log, where the library was not built, or
-does not fit the process, and the plain ways of `lora` serve then. Nothing is compiled here. The library must share
-torch's OpenMP: a second runtime would bring its own threads, and the two would fight for the cores.
+does not fit the process (`nativelib`), and the plain ways of `lora` serve then. Nothing is compiled here.
 
 While torch traces, the kernel is the operator `lorapool::add_lora_rows`; otherwise the library is called directly,
 since a dispatch through Python costs as much as a small group's products.
@@ -17,56 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorapool_runtime.nativelib import FOLDER, NativeUnavailableError, open_library
 from lorapool_runtime.slabs import GroupSlab
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the library's interface: lora_rows_version
-LIBRARY = Path(__file__).parent / "native" / "liblora_rows.so"
-_MAPS = Path("/proc/self/maps")
+NAME, VERSION = "lora_rows", 1  # of the library and its interface
 
 
-def load_row_kernel(dtype: torch.dtype, device: torch.device, library: Path = LIBRARY) -> NativeRowKernel | None:
+def load_row_kernel(dtype: torch.dtype, device: torch.device, folder: Path = FOLDER) -> NativeRowKernel | None:
     """None where the plain ways must serve; the log says why."""
-    reason = _unfit(dtype, device, library)
-    if reason is None:
-        try:
-            kernel = NativeRowKernel(ctypes.CDLL(str(library)))
-        except (OSError, AttributeError, RuntimeError) as error:
-            reason = str(error)
-        else:
-            if runtimes := _second_openmp():
-                log.warning("native LoRA kernel: two OpenMP runtimes in one process: %s", ", ".join(runtimes))
-            log.info("native LoRA kernel", extra={"isa": kernel.isa})
-            return kernel
-    log.info("no native LoRA kernel, plain products serve: %s", reason)
-    return None
-
-
-def _unfit(dtype: torch.dtype, device: torch.device, library: Path) -> str | None:
-    if device.type != "cpu":
-        return f"it is for CPUs, the device is {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it has no {str(dtype).removeprefix('torch.')}"
-    if not library.is_file():
-        return f"{library.name} was not built (make native)"
-    if not any("libgomp" in path for path in _openmp_libraries()):
-        return "torch does not use libgomp here, and a second OpenMP runtime would fight it for the cores"
-    return None
-
-
-def _openmp_libraries() -> set[str]:
-    """The OpenMP runtimes mapped into this process, by path."""
     try:
-        paths = {line.split()[-1] for line in _MAPS.read_text().splitlines() if ".so" in line}
-    except OSError:
-        return set()
-    return {path for path in paths if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp"))}
-
-
-def _second_openmp() -> list[str]:
-    found = _openmp_libraries()
-    return sorted(found) if len(found) > 1 else []
+        if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            raise NativeUnavailableError(f"there is none for {str(dtype).removeprefix('torch.')} on {device}")
+        kernel = NativeRowKernel(open_library(NAME, VERSION, folder))
+    except NativeUnavailableError as error:
+        log.info("no native LoRA kernel, plain products serve: %s", error)
+        return None
+    log.info("native LoRA kernel", extra={"isa": kernel.isa})
+    return kernel
 
 
 class _Group(ctypes.Structure):
@@ -89,8 +57,6 @@ class NativeRowKernel:
     """`lora.RowKernel` for float32 and bfloat16 slabs on CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        if library.lora_rows_version() != VERSION:
-            raise RuntimeError("the library is of another version: build it again (make native)")
         self._add = library.lora_rows_add
         self._add.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
         self._add.restype = ctypes.c_int
@@ -158,7 +124,7 @@ def add_lora_rows(
 ) -> None:
     """`NativeRowKernel.add` for a traced model: the group's tensors one by one, as `slabs.GroupSlab` names them."""
     group = GroupSlab(0, memory, ranks, a_at, b_at, x.shape[1], tuple(out_features), 0)
-    NativeRowKernel(ctypes.CDLL(str(LIBRARY))).add(y, x, row_slots, group)
+    NativeRowKernel(open_library(NAME, VERSION)).add(y, x, row_slots, group)
 
 
 @add_lora_rows.register_fake

@@ -1,0 +1,71 @@
+"""Slots are filled beside the batch: in order, at a lower priority, and with every error told to who asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from engine_kit import Collector, greedy, peft_world, request, started, tiny_model
+
+from lorapool_runtime.interface import BASE_SLOT
+from lorapool_runtime.memory import SlotMemory
+from lorapool_runtime.slot_filling import NICENESS, SlotFiller
+
+
+def test_work_is_done_in_order_by_one_thread_of_lower_priority() -> None:
+    filler, done = SlotFiller(), []
+
+    def note(number: int) -> tuple[int, str, int]:
+        done.append(number)
+        priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return number, threading.current_thread().name, priority
+
+    futures = [filler.submit(lambda number=number: note(number)) for number in range(20)]
+    found = [future.result(10) for future in futures]
+    assert done == list(range(20))
+    assert {name for _, name, _ in found} == {"slot-filler"}
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert {priority for _, _, priority in found} == {max(own, NICENESS)}
+
+
+def test_an_error_is_told_and_the_next_piece_of_work_is_done() -> None:
+    filler = SlotFiller()
+    broken, fine = filler.submit(lambda: 1 // 0), filler.submit(lambda: 7)
+    with pytest.raises(ZeroDivisionError):
+        broken.result(10)
+    assert fine.result(10) == 7
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_engine_thread_copies_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    world = peft_world(
+        tmp_path_factory.mktemp("world"), tiny_model("Llama"), {"one": {"r": 4, "target_modules": ["q_proj"]}}
+    )
+    engine, got, threads = started(world.base), Collector(), set()
+    with pytest.MonkeyPatch.context() as patch:
+        fill, release = SlotMemory.fill, SlotMemory.release
+
+        def spied_fill(memory: SlotMemory, slot: int, values: np.ndarray) -> None:
+            threads.add(threading.current_thread().name)
+            fill(memory, slot, values)
+
+        def spied_release(memory: SlotMemory, slot: int) -> int:
+            threads.add(threading.current_thread().name)
+            return release(memory, slot)
+
+        patch.setattr(SlotMemory, "fill", spied_fill)
+        patch.setattr(SlotMemory, "release", spied_release)
+        try:
+            engine.submit(request("busy", (5, 9, 17), greedy(60), slot=BASE_SLOT), got)
+            adapter = engine.read_adapter(str(world.adapters["one"]), max_rank=16)
+            for _ in range(5):
+                outcome = engine.load(1, adapter).result(10)
+                assert outcome.device_bytes >= adapter.host_bytes
+                assert engine.unload(1).result(10) == outcome.device_bytes
+            got.wait(["busy"])
+            assert got.tokens("busy") == world.answer(None, (5, 9, 17), 60)
+        finally:
+            engine.stop(10)
+    assert threads == {"slot-filler"}
