@@ -52,9 +52,9 @@ def fit_between(model: nn.Module) -> int:
             native = _norm_of(module) or _mlp_of(module)
             if native is not None:
                 fitted.append((name, native))
-    for name, native in fitted:
+    for name, replacement in fitted:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, native)
+        setattr(model.get_submodule(parent), leaf, replacement)
     return len(fitted)
 
 
