@@ -1,0 +1,176 @@
+"""Open loops against a runtime over HTTP: W2, and in full W3 (skew), W4 (bursts), W5 (cold tiers), W7 (churn).
+
+    python bench/w2.py [--quick] [--records PATH]
+
+Adapters are of rank 16, bfloat16 on disk, 16 slots; only those that a trace asks for are written. Throughput with 500
+adapters against 5 is measured with more load than the machine can serve, in alternating rounds on the same arrivals;
+latencies at 0.7 of what it can serve, found first. A warm-up round puts every adapter on disk, none is in a slot for sure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kit import COUNTED_ROUNDS, Record, against, alternate, measured, table, write_records
+from open_loop import Load, run_load, stream
+from places import ROOT, VOLUMES, base_folder, make_adapter
+from standalone import Standalone
+from workloads import REQUESTS, Arrival, adapter_name, open_loop
+
+from lorapool_api.common import HEADER_ADAPTER
+
+CLAIM = "w2"
+SLOTS = REQUESTS
+POPULATIONS = (5, 20, 100, 500)
+OVERLOAD = 1.3
+COMFORT = 0.7
+DEADLINE_S = 240.0
+SETTINGS: dict[str, Any] = {"dtype": "float32", "max_rank": 16, "slots": SLOTS, "max_batch": 32, "max_model_len": 512}
+NOTE = f"rank 16, {SLOTS} slots, host cache 1 GiB"
+
+
+class Bench:
+    def __init__(self, server: Standalone, base: Path) -> None:
+        self._server = server
+        self._base = base
+        self._keys: dict[int, str] = {}
+
+    def load(self, arrivals: Sequence[Arrival]) -> Load:
+        """Writes and registers what the arrivals ask for, then sends them. Errors end the program: none is expected."""
+        wanted = sorted({arrival.adapter for arrival in arrivals} - set(self._keys))
+        names = [adapter_name(number) for number in wanted]
+        for number, name in zip(wanted, names, strict=True):
+            make_adapter(self._base, VOLUMES / CLAIM / name, number, 16, "bfloat16")
+        registered = self._server.register(CLAIM, names, idleAfterS=3600)
+        self._keys |= {number: registered[name] for number, name in zip(wanted, names, strict=True)}
+        keys = [self._keys.get(number, "") for number in range(max(self._keys) + 1)]
+        load = run_load(self._server.port, arrivals, keys, DEADLINE_S)
+        failed = [answer.error for answer in load.answers if answer.error]
+        if failed:
+            raise SystemExit(f"{len(failed)} of {len(load.answers)} requests failed: {failed[0]}")
+        return load
+
+
+def capacity_per_s(bench: Bench) -> float:
+    """Requests per second with five adapters, all sent at once. The first run only warms."""
+    arrivals = open_loop(adapters=5, per_s=1000.0, duration_s=0.04, seed=1)
+    bench.load(arrivals)
+    return len(arrivals) / bench.load(arrivals).seconds
+
+
+def throughput(bench: Bench, per_s: float, duration_s: float, rounds: int) -> list[Record]:
+    print(f"  throughput: {per_s:.1f} requests a second for {duration_s:.0f} s", file=sys.stderr, flush=True)
+    counted = {number: 0 for number in POPULATIONS}
+
+    def run(adapters: int) -> float:
+        seed = counted[adapters] = counted[adapters] + 1
+        load = bench.load(open_loop(adapters=adapters, per_s=per_s, duration_s=duration_s, seed=seed))
+        print(f"    {adapters} adapters: {load.tokens_per_s:.0f} tok/s", file=sys.stderr, flush=True)
+        return load.tokens_per_s
+
+    runs = alternate({"500": lambda: run(500), "5": lambda: run(5)}, rounds)
+    return [against("w2.n500_over_n5", "tok/s", runs["500"], "5 adapters", runs["5"], note=NOTE)]
+
+
+def latencies(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> list[Record]:
+    load = bench.load(arrivals)
+    note = f"{len(load.answers)} requests"
+    return [
+        measured(f"{name}.first_token_p50_ms", "ms", [load.first_token_s(0.50) * 1e3], note),
+        measured(f"{name}.first_token_p99_ms", "ms", [load.first_token_s(0.99) * 1e3]),
+        measured(f"{name}.inter_token_p50_ms", "ms", [load.inter_token_s(0.50) * 1e3]),
+        measured(f"{name}.inter_token_p99_ms", "ms", [load.inter_token_s(0.99) * 1e3]),
+        measured(f"{name}.first_within_1s", "share", [load.first_within(1.0)]),
+        measured(f"{name}.first_within_6s", "share", [load.first_within(6.0)]),
+        measured(f"{name}.rate", "tok/s", [load.tokens_per_s]),
+    ]
+
+
+def loops(bench: Bench, capacity: float, duration_s: float) -> list[Record]:
+    """W2 to W4: one run a line, at a comfortable load."""
+    common: dict[str, Any] = {"per_s": capacity * COMFORT, "duration_s": duration_s, "seed": 7}
+    records = []
+    for adapters in POPULATIONS:
+        records += latencies(bench, f"w2.n{adapters}", open_loop(adapters=adapters, **common))
+    for alpha in (0.1, 0.3, 0.6, 1.0):
+        records += latencies(bench, f"w3.alpha{alpha}", open_loop(adapters=100, alpha=alpha, **common))
+    for cv in (1, 2, 4, 8):
+        records += latencies(bench, f"w4.cv{cv}", open_loop(adapters=100, cv=cv, **common))
+    return records
+
+
+def cold(base: Path, each: int = 5) -> list[Record]:
+    """W5: time to the first token of an adapter that lies in a slot, in host memory, on disk, at its source only."""
+    names = [f"cold{number}" for number in range(each)]
+    for number, name in enumerate(names):
+        make_adapter(base, VOLUMES / CLAIM / name, 5000 + number, 16, "bfloat16")
+    settings = SETTINGS | {"sweep_interval_s": 0.1, "host_idle_s": 1.0}
+    times_ms: dict[str, list[float]] = {"source": [], "device": [], "host": [], "disk": []}
+    with tempfile.TemporaryDirectory() as cache, Standalone(base, VOLUMES, Path(cache), settings, "w5") as server:
+        server.wait_until_ready()
+        for name, key in server.register(CLAIM, names, idleAfterS=1.0).items():
+            for tier in times_ms:
+                if tier in ("host", "disk"):
+                    _wait_for_tier(server, name, tier)
+                times_ms[tier].append(_first_token_ms(server.port, key))
+    return [measured(f"w5.{tier}_first_token_ms", "ms", runs) for tier, runs in times_ms.items()]
+
+
+def _wait_for_tier(server: Standalone, uid: str, tier: str, timeout_s: float = 30.0) -> None:
+    ends_s = time.monotonic() + timeout_s
+    while time.monotonic() < ends_s:
+        reports = server.ask("GET", "/v1/runtime")["adapters"]
+        if next(report["tier"] for report in reports if report["uid"] == uid) == tier:
+            return
+        time.sleep(0.02)
+    raise SystemExit(f"{uid} did not reach the tier {tier} in {timeout_s:.0f} s")
+
+
+def _first_token_ms(port: int, key: str) -> float:
+    async def ask() -> float:
+        body = {"model": "base", "prompt": [5, 6, 7, 8], "max_tokens": 2, "temperature": 0, "stream": True}
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            answered = await stream(session, {**body, "ignore_eos": True}, {HEADER_ADAPTER: key})
+        if answered.error:
+            raise SystemExit(answered.error)
+        return answered.first_s * 1e3
+
+    return asyncio.run(ask())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="throughput and cold tiers only, in short rounds")
+    parser.add_argument("--records", type=Path)
+    given = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime"))
+    base = base_folder()
+    with tempfile.TemporaryDirectory() as cache, Standalone(base, VOLUMES, Path(cache), SETTINGS, "w2") as server:
+        server.wait_until_ready()
+        bench = Bench(server, base)
+        capacity = capacity_per_s(bench)
+        records = [measured("w2.capacity", "req/s", [capacity], "5 adapters, all at once")]
+        records += throughput(bench, capacity * OVERLOAD, 6.0 if given.quick else 30.0, COUNTED_ROUNDS)
+        records += (
+            latencies(bench, "w2.n100", open_loop(adapters=100, per_s=capacity * COMFORT, duration_s=10.0, seed=7))
+            if given.quick
+            else loops(bench, capacity, 60.0)
+        )
+    records += cold(base, 3 if given.quick else 5)
+    print(table(records))
+    if given.records:
+        write_records(given.records, records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
