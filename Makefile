@@ -77,6 +77,7 @@ generate: install ## write the CRDs from the models, the table of files from the
 verify: install ## fail where a generated file differs from what is committed
 	$(PY) -m lorapool_api --check
 	$(PY) hack/docs/file_table.py --check
+	$(PY) bench/page.py --check
 
 # --- tests -------------------------------------------------------------------------------
 
@@ -141,7 +142,18 @@ train: install model ## train the five example fine-tunes (minutes each on two c
 eval: install model ## score base and fine-tunes on the held-out lines
 	$(PY) hack/models/evaluate.py
 
+.PHONY: bench-peers
+bench-peers: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
+	$(PY) bench/peers.py
+
+.PHONY: bench-quick
+bench-quick: install model ## the bars, in some ten minutes; writes bench/results/
+	$(PY) bench quick
+
 .PHONY: bench
-bench: install model ## speed as ratios against rivals in the same run
-	$(PY) bench/engine_w1.py
-	$(PY) bench/gateway_overhead.py
+bench: install model ## everything this machine can measure; writes bench/results/
+	$(PY) bench full
+
+.PHONY: bench-page
+bench-page: install ## write docs/performance.md from the last results
+	$(PY) bench/page.py

@@ -1,4 +1,4 @@
-"""The client of the open loops: sends each request at its own time, whatever the others do, and notes every token's time.
+"""The client of the open loops: sends each request at its time, whatever the others do, and notes when tokens come.
 
 Used by `w2`. One asyncio loop on loopback; the load is bounded by the list of arrivals and by a deadline for all of it.
 A request that is answered with an error is counted, never repeated.
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-from kit import percentile
-from workloads import Arrival
 
+from kit import percentile
 from lorapool_api.common import HEADER_ADAPTER
+from workloads import Arrival
 
 
 @dataclass

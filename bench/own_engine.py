@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import torch
 import transformers
-from contest import serve
-from workloads import REQUESTS, Batch
 
+from contest import serve
 from lorapool_runtime.engine import EngineConfig, TorchEngine
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
+from workloads import REQUESTS, Batch
 
 MAX_RANK = 64
 MAX_MODEL_LEN = 512
@@ -73,6 +74,19 @@ class OwnEngine:
             left -= output.finish_reason is not None
         return list(tokens.values())
 
+    def load(self, name: str) -> float:
+        """Seconds from its files to its slot."""
+        self.unload()
+        began_s = time.perf_counter()
+        self._engine.load(0, self._engine.read_adapter(str(self._adapters / name), max_rank=MAX_RANK)).result(60)
+        seconds = time.perf_counter() - began_s
+        self._slots[name] = 0
+        return seconds
+
+
+def _load(engine: OwnEngine, asked: Mapping[str, Any]) -> dict[str, Any]:
+    return {"seconds": engine.load(asked["name"])}
+
 
 def _unload(engine: OwnEngine, _asked: Mapping[str, Any]) -> dict[str, Any]:
     engine.unload()
@@ -80,4 +94,4 @@ def _unload(engine: OwnEngine, _asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(lambda: OwnEngine(sys.argv[1], Path(sys.argv[2]), sys.argv[3]), {"unload": _unload})
+    serve(lambda: OwnEngine(sys.argv[1], Path(sys.argv[2]), sys.argv[3]), {"unload": _unload, "load": _load})

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from contest import serve
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from workloads import Batch
 
+from contest import serve
 from lorapool_runtime.cores import usable_cores
+from workloads import Batch
 
 
 class ContinuousBatching:

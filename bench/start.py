@@ -1,4 +1,4 @@
-"""How long the runtime takes from its start to ready, against `from_pretrained` in a bare script. In alternating rounds.
+"""How long the runtime takes from its start to ready, against `from_pretrained` in a bare script, alternating.
 
     python bench/start.py [--rounds 3] [--records PATH]
 

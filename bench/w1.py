@@ -18,11 +18,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contest import Contestant
-from kit import COUNTED_ROUNDS, Record, against, measured, not_run, table, write_records
+from contest import Contestant, ContestError
+from kit import COUNTED_ROUNDS, Record, against, alternate, measured, not_run, table, write_records
 from peers import gguf_folder, llamacpp_server, vllm_python
 from places import BENCH, LOGS, ROOT, VOLUMES, base_folder, w1_adapters
-from workloads import NEW_TOKENS, REQUESTS, Batch, w1
+from workloads import NEW_TOKENS, REQUESTS, Batch, adapter_name, w1
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WARM_UP_TOKENS = 8
@@ -59,6 +59,8 @@ class Series:
     rates: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[tuple[str, int], tuple[Batch, list[list[int]]]] = field(default_factory=dict)
     """(label, round) -> what was asked and what came."""
+    lost: set[str] = field(default_factory=set)
+    """Labels of rivals that died on the way: their rows are not run, ours go on."""
 
     def take(self, turn: Turn, round_number: int, new: int, *, counted: bool) -> None:
         batch = turn.batch(round_number, new)
@@ -162,7 +164,14 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
     versions: dict[str, str] = {}
     began_s = time.monotonic()
     for contestant in started:
-        contestant.wait_until_loaded()
+        try:
+            contestant.wait_until_loaded()
+        except ContestError as error:
+            if contestant.name.startswith("own"):
+                raise
+            print(f"  {error}", file=sys.stderr, flush=True)
+            turns = [turn for turn in turns if turn.contestant is not contestant]
+            continue
         print(f"  {contestant.name} is loaded after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
         versions |= contestant.versions
     return turns, versions
@@ -173,12 +182,36 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
     series = Series()
     for number in range(rounds + 1):
         for turn in turns:
-            if turn.only_round is None:
-                series.take(turn, number, WARM_UP_TOKENS if quick and number == 0 else new, counted=number > 0)
-            elif turn.only_round == number:
-                series.take(turn, number, new, counted=False)
+            if turn.only_round not in (None, number) or turn.label in series.lost:
+                continue
+            short = quick and number == 0
+            counted = number > 0 and turn.only_round is None
+            try:
+                series.take(turn, number, WARM_UP_TOKENS if short else new, counted=counted)
+            except ContestError as error:
+                if turn.contestant.name.startswith("own"):
+                    raise
+                print(f"    {turn.label} is out: {error}", file=sys.stderr, flush=True)
+                series.lost |= {other.label for other in turns if other.contestant is turn.contestant}
+    for label in series.lost:
+        series.rates.pop(label, None)  # rounds that were not whole pair with nothing
         print(f"  round {number} of {rounds}, load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return series
+
+
+def loads(turns: Sequence[Turn], rounds: int) -> list[Record]:
+    """One adapter of rank 16 in float32 (19.5 MB, in the page cache) from its files to its slot, ours and vLLM's."""
+    contestants = {turn.label: turn.contestant for turn in turns}
+    name = "load.disk_to_slot_over_vllm"
+    if "vllm distinct16" not in contestants:
+        return [not_run(name, "ms", NOT_INSTALLED)] if not vllm_python() else []
+
+    def load(label: str) -> float:
+        seconds: float = contestants[label].ask({"do": "load", "name": adapter_name(0)})["seconds"]
+        return seconds * 1e3
+
+    runs = alternate({"ours": lambda: load("base"), "vLLM": lambda: load("vllm distinct16")}, rounds)
+    return [against(name, "ms", runs["ours"], "vLLM CPU's add_lora", runs["vLLM"], "19.5 MB of float32")]
 
 
 def gate(series: Series, dtype: str, rounds: int) -> str:
@@ -207,7 +240,7 @@ def gate(series: Series, dtype: str, rounds: int) -> str:
     return ", ".join(said)
 
 
-def records_of(series: Series, dtype: str, rivals: Sequence[str], note: str) -> list[Record]:
+def records_of(series: Series, dtype: str, note: str) -> list[Record]:
     prefix = f"w1.{SHORT[dtype]}"
     wanted = [
         ("distinct16_over_base", "distinct16", "base", "own base"),
@@ -233,6 +266,8 @@ def records_of(series: Series, dtype: str, rivals: Sequence[str], note: str) -> 
                 against(f"{prefix}.{name}", "tok/s", series.rates[ours], rival, series.rates[theirs], note=note)
             )
             note = ""  # once is enough
+        elif theirs in series.lost:
+            records.append(not_run(f"{prefix}.{name}", "tok/s", f"{rival} died in the run"))
         elif ("vllm" in theirs and not vllm_python()) or ("llamacpp" in theirs and not llamacpp_server()):
             records.append(not_run(f"{prefix}.{name}", "tok/s", NOT_INSTALLED))
     return records + [
@@ -257,12 +292,13 @@ def main() -> int:
     with ExitStack() as stack:
         turns, versions = turns_of(stack, given.dtype, rivals, given.quick)
         series = run_rounds(turns, given.rounds, given.new, given.quick)
+        loaded = loads(turns, given.rounds) if given.dtype == "float32" else []
     try:
         note = "equal to ours: " + gate(series, given.dtype, given.rounds)
     except NotEqual as error:
         print(f"NOT EQUAL in {given.dtype}: {error}", file=sys.stderr)
         return 1
-    records = records_of(series, given.dtype, rivals, note)
+    records = records_of(series, given.dtype, note) + loaded
     print(table(records))
     if given.records:
         write_records(given.records, records, versions)

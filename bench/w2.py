@@ -4,7 +4,7 @@
 
 Adapters are of rank 16, bfloat16 on disk, 16 slots; only those that a trace asks for are written. Throughput with 500
 adapters against 5 is measured with more load than the machine can serve, in alternating rounds on the same arrivals;
-latencies at 0.7 of what it can serve, found first. A warm-up round puts every adapter on disk, none is in a slot for sure.
+latencies at 0.7 of what it can serve, found first. A warm-up round comes before.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
 from kit import COUNTED_ROUNDS, Record, against, alternate, measured, table, write_records
+from lorapool_api.common import HEADER_ADAPTER
 from open_loop import Load, run_load, stream
 from places import ROOT, VOLUMES, base_folder, make_adapter
 from standalone import Standalone
 from workloads import REQUESTS, Arrival, adapter_name, open_loop
-
-from lorapool_api.common import HEADER_ADAPTER
 
 CLAIM = "w2"
 SLOTS = REQUESTS
@@ -69,7 +69,7 @@ def capacity_per_s(bench: Bench) -> float:
 
 def throughput(bench: Bench, per_s: float, duration_s: float, rounds: int) -> list[Record]:
     print(f"  throughput: {per_s:.1f} requests a second for {duration_s:.0f} s", file=sys.stderr, flush=True)
-    counted = {number: 0 for number in POPULATIONS}
+    counted = dict.fromkeys(POPULATIONS, 0)
 
     def run(adapters: int) -> float:
         seed = counted[adapters] = counted[adapters] + 1

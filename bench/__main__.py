@@ -1,0 +1,137 @@
+"""`python bench quick|full`: runs the programs, holds their records against the bars, writes the result files.
+
+Called by `make bench-quick` and `make bench`. Each program is a process of its own; one that fails says why, its rows
+become "not run", and the exit code is 1. Writes bench/results/<date>-<machine>.json and bench/results/latest.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bars import BARS
+from kit import Record, machine, not_run, number, read_records, slug
+from places import BENCH, RESULTS, ROOT, commit
+
+
+@dataclass(frozen=True)
+class Step:
+    program: str
+    arguments: tuple[str, ...] = ()
+    timeout_s: float = 300.0
+
+
+QUICK = (
+    Step("w1.py", ("--quick",), 900.0),
+    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 200.0),
+    Step("w2.py", ("--quick",)),
+    Step("loading.py", (), 120.0),
+    Step("start.py", (), 120.0),
+    Step("gateway_overhead.py", (), 240.0),
+)
+FULL = (
+    Step("w1.py", (), 3600.0),
+    Step("w1.py", ("--dtype", "bfloat16"), 3600.0),
+    Step("w2.py", (), 3600.0),
+    Step("loading.py", (), 600.0),
+    Step("start.py", ("--rounds", "5"), 600.0),
+    Step("gateway_overhead.py", (), 600.0),
+)
+
+
+def run(step: Step, scratch: Path) -> tuple[list[Record], dict[str, str], str | None]:
+    """(records, versions, why it failed)"""
+    if not (BENCH / step.program).exists():
+        return [], {}, None
+    out = scratch / f"{step.program}-{time.monotonic_ns()}.json"
+    print(f"\n== {step.program} {' '.join(step.arguments)}", flush=True)
+    command = [sys.executable, str(BENCH / step.program), *step.arguments, "--records", str(out)]
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime")))
+    try:
+        subprocess.run(command, check=True, timeout=step.timeout_s, env=environ, cwd=ROOT)
+    except subprocess.CalledProcessError as error:
+        return [], {}, f"{step.program} failed with {error.returncode}"
+    except subprocess.TimeoutExpired:
+        return [], {}, f"{step.program} took more than {step.timeout_s:.0f} s"
+    return *read_records(out), None
+
+
+def with_missing(records: Sequence[Record], failures: Sequence[str]) -> list[Record]:
+    """All bars have a record: a missing one says that it was not run, and what failed."""
+    there = {record.name for record in records}
+    why = "; ".join(failures) or "not in this run"
+    return [*records, *(not_run(bar.record, "", why) for bar in BARS if bar.record not in there)]
+
+
+def judged(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records as JSON, with bar and verdict where there is a bar."""
+    bars = {bar.record: bar for bar in BARS}
+    items = []
+    for record in records:
+        item = asdict(record)
+        if (bar := bars.get(record.name)) is not None:
+            item |= {"bar": bar.bound, "verdict": bar.verdict(record)}
+        items.append(item)
+    return items
+
+
+def bar_table(records: Sequence[Record]) -> str:
+    by_name = {record.name: record for record in records}
+    lines = []
+    for bar in BARS:
+        record = by_name.get(bar.record)
+        figure = bar.figure(record)
+        value = "-" if figure is None else number(figure)
+        note = record.note if record is not None and figure is None else ""
+        lines.append(f"{bar.says:58} {bar.bound:8} {value:>8}  {bar.verdict(record)}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", choices=("quick", "full"))
+    given = parser.parse_args()
+    began_s, load = time.monotonic(), os.getloadavg()[0]
+    records: list[Record] = []
+    versions: dict[str, str] = {}
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in QUICK if given.what == "quick" else FULL:
+            more, used, failure = run(step, Path(scratch))
+            records += more
+            versions |= used
+            failures += [failure] if failure else []
+    records = with_missing(records, failures)
+    facts, today = machine(), datetime.datetime.now(datetime.UTC)
+    result = {
+        "date": today.date().isoformat(),
+        "kind": given.what,
+        "commit": commit(),
+        "machine": facts,
+        "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
+        "minutes": round((time.monotonic() - began_s) / 60, 1),
+        "versions": dict(sorted(versions.items())),
+        "records": judged(records),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    for name in (f"{result['date']}-{slug(facts)}.json", "latest.json"):
+        (RESULTS / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{bar_table(records)}\n")
+    print(f"{result['minutes']} minutes, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

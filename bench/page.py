@@ -1,0 +1,180 @@
+"""Writes docs/performance.md and its pictures from bench/results/latest.json and bench/performance.template.md.
+
+`python bench/page.py [--check]`, called by `make bench-page`; a test holds the committed page against the results, so
+no figure in it is typed by hand. The template has what people write: the demo, the operator, why a bar is not met. It
+holds one marker `<!-- name -->` a line for each generated part, and this program refuses a marker it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bars import BARS, Bar
+from kit import Record, number, record_of
+from places import BENCH, RESULTS, ROOT
+from svg import BarRow, bar_chart
+
+DOCS = ROOT / "docs"
+TEMPLATE = BENCH / "performance.template.md"
+W1_LABELS = {
+    "base": ("Lorapool, base alone", "ours"),
+    "distinct16": ("Lorapool, 16 distinct adapters", "ours"),
+    "mixed_ranks": ("Lorapool, 16 distinct of ranks 4 to 64", "ours"),
+    "one": ("Lorapool, one adapter for all", "ours"),
+    "four": ("Lorapool, 4 adapters × 4 requests", "ours"),
+    "http_distinct16": ("Lorapool over HTTP, 16 distinct", "ours"),
+    "vllm_base": ("vLLM CPU, base alone", "theirs"),
+    "vllm_base_LoRA_on": ("vLLM CPU, base alone, LoRA on", "theirs"),
+    "vllm_distinct16": ("vLLM CPU, 16 distinct", "theirs"),
+    "transformers_base": ("transformers' continuous batching, base", "theirs"),
+    "llamacpp_base": ("llama.cpp's server, base", "theirs"),
+    "llamacpp_distinct16": ("llama.cpp's server, 16 distinct", "theirs"),
+    "peft_mixed_batch": ("peft, one mixed batch, 16 distinct", "theirs"),
+    "peft_one_by_one": ("peft, set_adapter one by one", "theirs"),
+}
+SHOWN = 4.0
+"""Bars of the picture of bars end here."""
+
+
+@dataclass(frozen=True)
+class Results:
+    head: Mapping[str, Any]
+    records: Mapping[str, Record]
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        body = json.loads(path.read_text())
+        items = [{k: v for k, v in item.items() if k not in ("bar", "verdict")} for item in body.pop("records")]
+        return cls(body, {item["name"]: record_of(item) for item in items})
+
+
+def machine(results: Results) -> str:
+    facts, load = results.head["machine"], results.head["load_average"]
+    versions = ", ".join(f"{name} {version}" for name, version in results.head["versions"].items())
+    return (
+        f"Measured {results.head['date']} by `make {'bench-quick' if results.head['kind'] == 'quick' else 'bench'}` in "
+        f"{number(results.head['minutes'])} min, commit `{results.head['commit']}`, on {facts['cores']} cores of an "
+        f"{facts['cpu']} ({facts['simd']}), {facts['memory_gib']} GiB, Python {facts['python']}; load average "
+        f"{load['before']} before and {load['after']} after. {versions}."
+    )
+
+
+def bars(results: Results) -> str:
+    lines = ["| what | bar | measured | spread | |", "|---|---|---|---|---|"]
+    for bar in BARS:
+        record = results.records.get(bar.record)
+        figure, verdict = bar.figure(record), bar.verdict(record)
+        measured = "-" if figure is None else number(figure)
+        said = f"**{verdict}**" if verdict == "not met" else verdict
+        if verdict == "not run" and record is not None:
+            said += f": {record.note}"
+        lines.append(f"| {bar.says} | {bar.bound} | {measured} | {_spread(bar, record)} | {said} |")
+    return "\n".join(lines)
+
+
+def w1(results: Results) -> str:
+    lines = ["| | fp32, tok/s | bf16, tok/s |", "|---|---|---|"]
+    for key, (label, _kind) in W1_LABELS.items():
+        cells = [_median(results.records.get(f"w1.{dtype}.rate.{key}")) for dtype in ("fp32", "bf16")]
+        if cells != ["-", "-"]:
+            lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    notes = [record.note for name, record in results.records.items() if name == "w1.fp32.distinct16_over_base"]
+    equality = f"\nGreedy token sequences, fp32, {notes[0]}.\n" if notes and notes[0] else ""
+    return "\n".join(lines) + "\n" + equality
+
+
+def rest(results: Results) -> str:
+    """Every record that is neither a rate of W1 nor held against a bar."""
+    held = {bar.record for bar in BARS}
+    lines = ["| record | value | runs | against |", "|---|---|---|---|"]
+    for name, record in results.records.items():
+        if name in held or ".rate." in name or record.value is None:
+            continue
+        runs = f"{number(min(record.runs))} to {number(max(record.runs))}" if len(record.runs) > 1 else ""
+        against = f"{number(record.ratio)} × {record.rival}" if record.ratio is not None else record.note
+        lines.append(f"| `{name}` | {number(record.value)} {record.unit} | {runs} | {against} |")
+    return "\n".join(lines)
+
+
+def w1_picture(results: Results) -> str:
+    rows = []
+    for key, (label, kind) in W1_LABELS.items():
+        if (record := results.records.get(f"w1.fp32.rate.{key}")) is not None and record.runs:
+            rows.append(BarRow(label, record.value, min(record.runs), max(record.runs), kind))
+    return bar_chart("W1: 16 requests of 32 + 64 tokens, fp32, 2 cores", rows, "tok/s")
+
+
+def bars_picture(results: Results) -> str:
+    """Each figure over its bound (or the bound over the figure), so that 1 is the bar for all of them."""
+    rows = []
+    for bar in BARS:
+        record = results.records.get(bar.record)
+        figure = bar.figure(record)
+        share = None if figure is None else _share(bar, figure)
+        rows.append(BarRow(bar.says, share, kind="ours" if bar.verdict(record) == "met" else "missed"))
+    return bar_chart("Bars: right of the line is met", rows, "× the bar", mark=1.0, limit=SHOWN)
+
+
+PARTS: Mapping[str, Callable[[Results], str]] = {"machine": machine, "bars": bars, "w1": w1, "rest": rest}
+PICTURES: Mapping[str, Callable[[Results], str]] = {
+    "performance-bars.svg": bars_picture,
+    "performance-w1.svg": w1_picture,
+}
+
+
+def render(template: str, results: Results) -> str:
+    def part(match: re.Match[str]) -> str:
+        if match[1] not in PARTS:
+            raise ValueError(f"the template asks for {match[1]!r}; there are {', '.join(PARTS)}")
+        return PARTS[match[1]](results)
+
+    return re.sub(r"^<!-- ([\w-]+) -->$", part, template, flags=re.M)
+
+
+def pages(results: Results) -> dict[Path, str]:
+    text = {DOCS / "performance.md": render(TEMPLATE.read_text(), results)}
+    return text | {DOCS / name: draw(results) for name, draw in PICTURES.items()}
+
+
+def _share(bar: Bar, figure: float) -> float:
+    if bar.at_least is not None:
+        return figure / bar.at_least
+    bound = bar.at_most or 0.0
+    return SHOWN * 2 if figure <= 0 else bound / figure
+
+
+def _spread(bar: Bar, record: Record | None) -> str:
+    if record is None or record.value is None:
+        return ""
+    if bar.of == "ratio" and record.ratio_low is not None and record.ratio_high is not None:
+        return f"{number(record.ratio_low)} to {number(record.ratio_high)}"
+    return f"{number(min(record.runs))} to {number(max(record.runs))}" if len(record.runs) > 1 else ""
+
+
+def _median(record: Record | None) -> str:
+    if record is None or record.value is None:
+        return "-"
+    return f"{number(record.value)} ({number(min(record.runs))} to {number(max(record.runs))})"
+
+
+def main() -> int:
+    wanted = pages(Results.read(RESULTS / "latest.json"))
+    behind = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in behind:
+            print(f"{path.relative_to(ROOT)} is behind the results: run `make bench-page`")
+        return 1 if behind else 0
+    for path in behind:
+        path.write_text(wanted[path])
+        print(f"wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
