@@ -292,6 +292,7 @@ def main() -> int:
     with ExitStack() as stack:
         turns, versions = turns_of(stack, given.dtype, rivals, given.quick)
         series = run_rounds(turns, given.rounds, given.new, given.quick)
+        turns = [turn for turn in turns if turn.label not in series.lost]
         loaded = loads(turns, given.rounds) if given.dtype == "float32" else []
     try:
         note = "equal to ours: " + gate(series, given.dtype, given.rounds)
