@@ -21,7 +21,8 @@ class OwnHttp:
     def __init__(self, runtime: Standalone) -> None:
         self.versions: dict[str, str] = {}
         names = [adapter_name(number) for number in range(REQUESTS)]
-        self._headers: dict[str | None, str] = {None: "base", **runtime.register(W1_CLAIM, names, idleAfterS=3600)}
+        self._headers: dict[str | None, str] = {None: "base"}
+        self._headers.update(runtime.register(W1_CLAIM, names, idleAfterS=3600))
         self._clients = Clients(runtime.port, REQUESTS)
 
     def prepare(self, batch: Batch) -> None:
