@@ -21,12 +21,13 @@ from typing import Any
 
 from bars import BARS
 from kit import Record, machine, not_run, number, read_records, slug
-from places import BENCH, RESULTS, ROOT, commit
+from places import BENCH, RESULTS, ROOT, base_folder, commit
 
 
 @dataclass(frozen=True)
 class Step:
     program: str
+    """BASE among its arguments stands for the base's folder."""
     arguments: tuple[str, ...] = ()
     timeout_s: float = 300.0
 
@@ -34,8 +35,8 @@ class Step:
 QUICK = (
     Step("w1.py", ("--quick",), 900.0),
     Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 200.0),
-    Step("w2.py", ("--quick",)),
-    Step("loading.py", (), 120.0),
+    Step("w2.py", ("--quick",), 400.0),
+    Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
     Step("start.py", (), 120.0),
     Step("gateway_overhead.py", (), 240.0),
 )
@@ -43,7 +44,7 @@ FULL = (
     Step("w1.py", (), 3600.0),
     Step("w1.py", ("--dtype", "bfloat16"), 3600.0),
     Step("w2.py", (), 3600.0),
-    Step("loading.py", (), 600.0),
+    Step("loading.py", ("BASE",), 600.0),
     Step("start.py", ("--rounds", "5"), 600.0),
     Step("gateway_overhead.py", (), 600.0),
 )
@@ -54,8 +55,9 @@ def run(step: Step, scratch: Path) -> tuple[list[Record], dict[str, str], str | 
     if not (BENCH / step.program).exists():
         return [], {}, None
     out = scratch / f"{step.program}-{time.monotonic_ns()}.json"
+    arguments = [str(base_folder()) if argument == "BASE" else argument for argument in step.arguments]
     print(f"\n== {step.program} {' '.join(step.arguments)}", flush=True)
-    command = [sys.executable, str(BENCH / step.program), *step.arguments, "--records", str(out)]
+    command = [sys.executable, str(BENCH / step.program), *arguments, "--records", str(out)]
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime")))
     try:
         subprocess.run(command, check=True, timeout=step.timeout_s, env=environ, cwd=ROOT)

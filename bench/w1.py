@@ -202,7 +202,7 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
 def loads(turns: Sequence[Turn], rounds: int) -> list[Record]:
     """One adapter of rank 16 in float32 (19.5 MB, in the page cache) from its files to its slot, ours and vLLM's."""
     contestants = {turn.label: turn.contestant for turn in turns}
-    name = "load.disk_to_slot_over_vllm"
+    name = "loading.disk_to_slot_over_vllm"
     if "vllm distinct16" not in contestants:
         return [not_run(name, "ms", NOT_INSTALLED)] if not vllm_python() else []
 

@@ -62,7 +62,7 @@ class Bench:
 
 def capacity_per_s(bench: Bench) -> float:
     """Requests per second with five adapters, all sent at once. The first run only warms."""
-    arrivals = open_loop(adapters=5, per_s=1000.0, duration_s=0.04, seed=1)
+    arrivals = open_loop(adapters=5, per_s=1000.0, duration_s=0.03, seed=1)
     bench.load(arrivals)
     return len(arrivals) / bench.load(arrivals).seconds
 
@@ -159,9 +159,9 @@ def main() -> int:
         bench = Bench(server, base)
         capacity = capacity_per_s(bench)
         records = [measured("w2.capacity", "req/s", [capacity], "5 adapters, all at once")]
-        records += throughput(bench, capacity * OVERLOAD, 6.0 if given.quick else 30.0, COUNTED_ROUNDS)
+        records += throughput(bench, capacity * OVERLOAD, 5.0 if given.quick else 30.0, COUNTED_ROUNDS)
         records += (
-            latencies(bench, "w2.n100", open_loop(adapters=100, per_s=capacity * COMFORT, duration_s=10.0, seed=7))
+            latencies(bench, "w2.n100", open_loop(adapters=100, per_s=capacity * COMFORT, duration_s=8.0, seed=7))
             if given.quick
             else loops(bench, capacity, 60.0)
         )
