@@ -20,10 +20,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from aiohttp import web
-
 import kit
+from aiohttp import web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
+
 from lorapool_gateway.__main__ import listen, run
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.auth import ApiKey, KeyTable

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kit import Record, against, alternate, measured, not_run, table, write_records
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kit import Record, against, alternate, measured, not_run, table, write_records
 from lorapool_runtime.engine import EngineConfig, TorchEngine
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
 

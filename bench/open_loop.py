@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-
 from kit import percentile
-from lorapool_api.common import HEADER_ADAPTER
 from workloads import Arrival
+
+from lorapool_api.common import HEADER_ADAPTER
 
 
 @dataclass

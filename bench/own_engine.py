@@ -17,11 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import torch
 import transformers
-
 from contest import serve
+from workloads import REQUESTS, Batch
+
 from lorapool_runtime.engine import EngineConfig, TorchEngine
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
-from workloads import REQUESTS, Batch
 
 MAX_RANK = 64
 MAX_MODEL_LEN = 512

@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 
 from contest import serve
-from lorapool_api.common import HEADER_ADAPTER
 from over_http import Clients
 from places import W1_CLAIM
 from standalone import Standalone
 from workloads import REQUESTS, Batch, adapter_name
+
+from lorapool_api.common import HEADER_ADAPTER
 
 
 class OwnHttp:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-
 from contest import serve
-from lorapool_runtime.cores import usable_cores
 from workloads import REQUESTS, Batch, adapter_name, mixed_name
+
+from lorapool_runtime.cores import usable_cores
 
 
 class Peft:

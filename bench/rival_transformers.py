@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
 from contest import serve
-from lorapool_runtime.cores import usable_cores
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from workloads import Batch
+
+from lorapool_runtime.cores import usable_cores
 
 
 class ContinuousBatching:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-
 from kit import COUNTED_ROUNDS, Record, against, alternate, measured, table, write_records
-from lorapool_api.common import HEADER_ADAPTER
 from open_loop import Load, run_load, stream
 from places import ROOT, VOLUMES, base_folder, make_adapter
 from standalone import Standalone
 from workloads import REQUESTS, Arrival, adapter_name, open_loop
+
+from lorapool_api.common import HEADER_ADAPTER
 
 CLAIM = "w2"
 SLOTS = REQUESTS

@@ -5,9 +5,8 @@ import json
 import statistics
 from pathlib import Path
 
-import pytest
-
 import page
+import pytest
 from bars import BARS, Bar
 from kit import Record, against, alternate, measured, not_run, percentile, read_records, slug, table, write_records
 from svg import BarRow, bar_chart
