@@ -170,6 +170,7 @@ class Core:
     # --- one step ---
 
     def step(self) -> list[TokenOutput]:
+        """One turn: decide who computes what, compute it, sample, keep what others may share, and tell."""
         plan = self.scheduler.schedule()
         logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]

@@ -102,6 +102,32 @@ async def test_adapters_and_base_asked_at_once_answer_as_peft_does_one_by_one(pr
         assert all(item.device_bytes > 0 and item.usage.requests == 6 for item in snapshot.adapters)
 
 
+async def test_a_repeated_prompt_is_told_as_cached_to_its_own_weights_only(process: Process) -> None:
+    prompt = [97 + i % 20 for i in range(37)]  # two full blocks of sixteen, and five tokens
+    async with open_session(process) as session:
+        targets = ["base", str(await process.register(session, "one")), str(await process.register(session, "two"))]
+        before = await _counters(session)
+        for cached in (0, 32):
+            for target in targets:
+                status, answer = await complete(session, target, prompt)
+                assert status == 200
+                assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+        after = await _counters(session)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown == {"queried": 6 * 37, "hit": 3 * 32}
+
+
+async def _counters(session: aiohttp.ClientSession) -> dict[str, float]:
+    async with session.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return {
+        name: float(
+            next(line for line in lines if line.startswith(f"lorapool_runtime_prefix_cache_{name}_")).split()[-1]
+        )
+        for name in ("queried", "hit")
+    }
+
+
 async def test_an_idle_adapter_is_parked_and_answers_again(process: Process) -> None:
     async with open_session(process) as session:
         key = await process.register(session, "one", idleAfterS=0.3)
