@@ -24,6 +24,8 @@ from lorapool_gateway.upstream import UpstreamError
 log = logging.getLogger(__name__)
 
 ANSWER_MAX_BYTES = 64 * 2**20
+NEVER_WAITS_BYTES = 16 * 1024
+"""So little fits an empty write buffer (64 KiB before a write waits): its time need not be bounded."""
 CODE_CLIENT_GONE = 499
 CODE_BROKEN_STREAM = 502
 SSE = "text/event-stream"
@@ -93,7 +95,11 @@ async def relay_stream(
 
 async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
     """Raises ConnectionError when the client is gone or takes nothing."""
+    transport = request.transport
     try:
+        if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:
+            await out.write(data)
+            return
         async with asyncio.timeout(timeout_s):
             await out.write(data)
     except TimeoutError:

@@ -124,7 +124,8 @@ class Generation:
         self._open = 0
         self._outcome = Outcome.COMPLETED
         self._left = False
-        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._deltas: deque[Delta] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     def start(self) -> None:
         """Submits all sequences. Raises what the engine raises, for instance for a prompt that can never fit."""
@@ -140,8 +141,14 @@ class Generation:
             raise
 
     async def next(self) -> Delta:
-        """The next piece of any sequence."""
-        return await self._deltas.get()
+        """The next piece of any sequence; there is one reader."""
+        while not self._deltas:
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return self._deltas.popleft()
 
     def cancel(self) -> None:
         """The reader left: end what still runs. Harmless after the end."""
@@ -239,7 +246,9 @@ class Generation:
         sequence.pending_logprobs.clear()
         sequence.pending_offsets.clear()
         sequence.prompt_logprobs = ()
-        self._deltas.put_nowait(delta)
+        self._deltas.append(delta)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _count(self, number: int, output: TokenOutput) -> None:
         """A sequence whose stop string was found counts up to there, though the engine may be a token ahead."""

@@ -79,8 +79,12 @@ class Metrics:
             ["base", "type"],
             registry=self._registry,
         )
-        self._ttft = self._histogram("time_to_first_token", "From the request's arrival to its first token.", _TTFT)
-        self._inter_token = self._histogram("inter_token", "From one piece of an answer to the next.", _INTER_TOKEN)
+        ttft = self._histogram("time_to_first_token", "From the request's arrival to its first token.", _TTFT)
+        inter_token = self._histogram("inter_token", "From one piece of an answer to the next.", _INTER_TOKEN)
+        self._first_token, self._next_token = (
+            ttft.labels(base),
+            inter_token.labels(base),
+        )  # looked up once, not per token
         self._duration = self._histogram("request_duration", "From the request's arrival to its end.", _DURATION)
         self._load_seconds = Histogram(
             "lorapool_runtime_load_seconds",
@@ -125,10 +129,10 @@ class Metrics:
         self._rejected.labels(self._base, code).inc()
 
     def first_token(self, seconds: float) -> None:
-        self._ttft.labels(self._base).observe(seconds)
+        self._first_token.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        self._inter_token.labels(self._base).observe(seconds)
+        self._next_token.observe(seconds)
 
     def loaded(self, seconds: float, tier: Tier) -> None:
         self._load_seconds.labels(self._base, tier.value).observe(seconds)

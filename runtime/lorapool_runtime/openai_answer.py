@@ -19,6 +19,7 @@ from lorapool_runtime.text import EchoedPrompt
 from lorapool_runtime.tool_calls import ToolCall, ToolCallReader
 from lorapool_runtime.tool_format import ToolFormat
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -89,6 +90,7 @@ class Answer:
         self._token_text = token_text
         self._token_bytes = token_bytes
         self._echo = echo
+        self._chunk_start: bytes | None = None
         self._choices = [_Choice(reader=None if tools is None else ToolCallReader(tools)) for _ in range(choices)]
 
     # --- whole --------------------------------------------------------------------------
@@ -156,10 +158,13 @@ class Answer:
         return self._event([], usage)
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
-        body = self._head.body("chat.completion.chunk" if self._head.chat else "text_completion", choices)
+        if self._chunk_start is None:  # what every chunk begins with is written once
+            kind = "chat.completion.chunk" if self._head.chat else "text_completion"
+            self._chunk_start = b"data: " + compact_json(self._head.body(kind, []))[: -len(b"[]}")]
+        end = b"}\n\n"
         if self._head.include_usage:
-            body["usage"] = None if usage is None else usage_body(usage)
-        return data_event(body)
+            end = b',"usage":' + compact_json(None if usage is None else usage_body(usage)) + end
+        return self._chunk_start + compact_json(choices) + end
 
     # --- parts --------------------------------------------------------------------------
 
@@ -240,7 +245,7 @@ def data_event(body: dict[str, Any]) -> bytes:
 
 
 def compact_json(body: Any) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(body).encode()
 
 
 DONE_EVENT = b"data: [DONE]\n\n"

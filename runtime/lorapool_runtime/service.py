@@ -8,6 +8,7 @@ starting, draining, or when the line is full, before anything is accepted.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import uuid
@@ -397,6 +398,7 @@ def _kv_usage(stats: EngineStats) -> float:
     return min(1.0, stats.kv_blocks_used / stats.kv_blocks_total) if stats.kv_blocks_total else 0.0
 
 
+@functools.cache  # it reads files, and every request asks
 def _version() -> str:
     try:
         return version("lorapool")

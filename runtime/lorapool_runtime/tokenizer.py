@@ -25,6 +25,8 @@ from lorapool_runtime.tool_format import PLAIN, learn_format, plain_messages
 
 T = TypeVar("T")
 
+ONE_TOKEN_TEXTS = 16 * 1024
+"""Texts of single tokens that are kept: about 2 MB, and nearly all that a language uses."""
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-F]{2})>$")
 
 
@@ -51,6 +53,10 @@ class Tokenizer:
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._byte_level = _is_byte_level(backend)
+        # Every step of every stream decodes its last token alone, to know what of the next two is new.
+        self._decode_one = functools.lru_cache(ONE_TOKEN_TEXTS)(
+            lambda token_id: str(backend.decode([token_id], skip_special_tokens=True))
+        )
         self._control_tokens = frozenset(
             token.content for token in inner.added_tokens_decoder.values() if token.special
         )
@@ -151,6 +157,8 @@ class Tokenizer:
         """Text without control tokens; U+FFFD where the bytes are no whole character."""
         if not ids:
             return ""
+        if len(ids) == 1:
+            return self._decode_one(ids[0])
         text: str = self._backend.decode(list(ids), skip_special_tokens=True)
         return text
 

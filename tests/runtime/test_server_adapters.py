@@ -56,13 +56,13 @@ def report(manager: AdapterManager, key: AdapterKey) -> Any:
 
 
 async def test_fifty_requests_on_one_cold_adapter_share_one_load(byte_tokenizer: Path) -> None:
-    store = FakeStore(delay_s=0.05)
+    store = FakeStore(delay_s=0.5)  # the last of fifty comes tens of milliseconds after the first
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession() as session:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
         answers = await asyncio.gather(*(ask(served.url, key_of("poet"), session) for _ in range(50)))
     assert {(status, said(body)) for status, body, _ in answers} == {(200, "I am poet.")}
     assert {headers["x-lorapool-adapter"] for *_, headers in answers} == {f"team/poet@{key_of('poet').digest}"}
-    assert all(int(headers["x-lorapool-cold-start-ms"]) >= 40 for *_, headers in answers)
+    assert all(int(headers["x-lorapool-cold-start-ms"]) >= 100 for *_, headers in answers)
     assert (store.fetches.total(), served.engine.reads.total(), served.engine.loads["poet"]) == (1, 1, 1)
 
 
