@@ -37,7 +37,7 @@ async def runtime(serve: Serve) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def upstream():
-    made = Upstream(read_timeout_s=0.3)
+    made = Upstream(read_timeout_s=1.0)
     yield made
     await made.close()
 
@@ -95,11 +95,11 @@ async def test_a_connection_is_kept_for_the_next_request_and_given_up_when_it_wa
             await one_request(reader)
             writer.write(OK)
 
-    upstream = Upstream(idle_s=0.05)
+    upstream = Upstream(idle_s=0.5)
     async with runtime(serve) as url:
         assert [await ask(upstream, url) for _ in range(3)] == [(200, b"ok")] * 3
         assert connections == 1
-        await asyncio.sleep(0.12)
+        await asyncio.sleep(1.2)
         await ask(upstream, url)
         assert connections == 2
         await upstream.close()
@@ -188,13 +188,13 @@ async def test_an_answer_before_the_body_was_read_ends_the_connection(upstream: 
 
 
 async def test_silence_is_given_up_and_patience_can_end_earlier_without_harm(upstream: Upstream) -> None:
-    async with runtime(scripted(b"", then=2.0)) as url:
+    async with runtime(scripted(b"", then=5.0)) as url:
         answer = await upstream.send(url, "POST", "/", {}, b"")
         began_s = time.monotonic()
         assert not await answer.head(0.05)
         with pytest.raises(TimedOut):
             await answer.head()
-        assert 0.25 < time.monotonic() - began_s < 1.0
+        assert 0.9 < time.monotonic() - began_s < 4.0
         answer.close()
 
 
@@ -203,7 +203,7 @@ async def test_a_runtime_that_sends_slower_than_the_timeout_in_all_is_not_given_
         await one_request(reader)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n")
         for _ in range(6):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
             writer.write(b"x")
 
     async with runtime(serve) as url:
@@ -225,7 +225,7 @@ async def test_no_more_is_taken_than_is_read(upstream: Upstream) -> None:
     async with runtime(serve) as url:
         answer = await upstream.send(url, "POST", "/", {}, b"")
         assert await answer.head()
-        await asyncio.sleep(0.4)  # longer than the read timeout, which is not the runtime's fault
+        await asyncio.sleep(1.3)  # longer than the read timeout, which is not the runtime's fault
         assert written < size // 2
         total = 0
         while data := await answer.read():
