@@ -101,7 +101,9 @@ lm-eval: .venv-lm-eval/.installed ## install lm-eval in an environment of its ow
 .PHONY: unit
 unit: install lm-eval ## tests that need nothing but the virtual environment (and the base model, made once)
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e
+	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
+	export OMP_WAIT_POLICY=passive
+	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e -n 2 --dist loadfile
 
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
