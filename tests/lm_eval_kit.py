@@ -71,7 +71,7 @@ def score_by_harness(url: str, api_key: str, model: str, base: Path, out: Path) 
 
 
 def score_directly(base: Path, adapter: Path | None) -> Score:
-    """The same by one forward pass of transformers, or peft, for each message and queue, in float32."""
+    """The same by one forward pass of transformers, or peft, a message, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +85,7 @@ def score_directly(base: Path, adapter: Path | None) -> Score:
     right = right_norm = 0
     found = []
     for doc in docs:
-        scores = [_loglikelihood(model, tokenizer, _context(doc["message"]), queue) for queue in QUEUES]
+        scores = _loglikelihoods(model, tokenizer, _context(doc["message"]))
         wanted = QUEUES.index(doc["queue"])
         right += scores.index(max(scores)) == wanted
         normed = [score / len(queue) for score, queue in zip(scores, QUEUES, strict=True)]
@@ -99,13 +99,18 @@ def _context(message: str) -> str:
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _loglikelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
-    """White space at the end of the context is the continuation's, as with lm-eval."""
+def _loglikelihoods(model: Any, tokenizer: Any, context: str) -> list[float]:
+    """Of each queue behind the context; white space at its end is the continuation's, as with lm-eval."""
     begin = len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
-    ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+    rows = [tokenizer(context + queue, add_special_tokens=False)["input_ids"] for queue in QUEUES]
+    longest = max(len(row) for row in rows)
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # what follows changes nothing before it
     with torch.inference_mode():
-        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
-    return float(sum(logprobs[place - 1, ids[place]] for place in range(begin, len(ids))))
+        logprobs = torch.log_softmax(model(padded).logits, dim=-1)  # [queues, tokens, vocabulary]
+    return [
+        float(sum(logprobs[number, place - 1, row[place]] for place in range(begin, len(row))))
+        for number, row in enumerate(rows)
+    ]
 
 
 def assert_equal(found: Score, wanted: Score) -> None:

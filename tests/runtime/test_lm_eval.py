@@ -45,10 +45,7 @@ def test_the_score_is_the_one_that_transformers_gives(
 ) -> None:
     harness()
     found = score_by_harness(f"{process.url}/v1", TOKEN, model, real_base(), tmp_path)
-    wanted = score_directly(real_base(), adapter)
-    assert_equal(found, wanted)
-    if adapter is not None:
-        assert found.acc > 0.6
+    assert_equal(found, score_directly(real_base(), adapter))
 
 
 def test_the_real_base_follows_schemas_and_calls_tools(process: RuntimeProcess) -> None:
