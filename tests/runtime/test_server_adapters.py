@@ -88,6 +88,9 @@ async def test_every_request_gets_its_own_adapter_while_slots_change_hands(byte_
             return status, name, said(body) if status == 200 else body["error"]["code"]
 
         results = await asyncio.gather(*(one() for _ in range(150)))
+        for name in names:  # alone, each must get a slot, however few changed hands in the crowd
+            status, body, _ = await ask(served.url, key_of(name), session)
+            assert (status, said(body)) == (200, f"I am {name}.")
     assert {status for status, *_ in results} <= {200, 409}
     assert all(text == f"I am {name}." for status, name, text in results if status == 200)
     assert {text for status, _, text in results if status == 409} <= {"no_slot"}
