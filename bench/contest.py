@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from workloads import Batch
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 400.0
 BATCH_TIMEOUT_S = 400.0
 
 

@@ -25,7 +25,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> None:
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 280.0) -> None:
     """Polls a server that was just started. Raises RuntimeError when it ends or does not become ready."""
     ends_s = time.monotonic() + timeout_s
     while not ready():

@@ -57,7 +57,7 @@ class Standalone:
             self.process.kill()
             self.process.wait()
 
-    def wait_until_ready(self, timeout_s: float = 120.0) -> None:
+    def wait_until_ready(self, timeout_s: float = 280.0) -> None:
         wait_until(lambda: status_of(self.port, "/readyz") == 200, self.process, timeout_s)
 
     def register(self, claim: str, names: Sequence[str], **fields: Any) -> dict[str, str]:

@@ -143,7 +143,7 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
         one = start("peft-one", "rival_peft.py", str(base), str(adapters), dtype, "one")
         mixed = start("peft-mixed", "rival_peft.py", str(base), str(adapters), dtype, "mixed")
         turns += [
-            Turn("peft one by one", one, "distinct16", rows=4),
+            Turn("peft one by one", one, "distinct16", rows=2),
             Turn("peft mixed batch", mixed, "distinct16"),
         ]
         if dtype == "float32":
@@ -167,7 +167,7 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
         try:
             contestant.wait_until_loaded()
         except ContestError as error:
-            if contestant.name.startswith("own"):
+            if contestant is own:
                 raise
             print(f"  {error}", file=sys.stderr, flush=True)
             turns = [turn for turn in turns if turn.contestant is not contestant]
@@ -189,7 +189,7 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
             try:
                 series.take(turn, number, WARM_UP_TOKENS if short else new, counted=counted)
             except ContestError as error:
-                if turn.contestant.name.startswith("own"):
+                if turn.contestant.name.startswith("own-fp") or turn.contestant.name.startswith("own-bf"):
                     raise
                 print(f"    {turn.label} is out: {error}", file=sys.stderr, flush=True)
                 series.lost |= {other.label for other in turns if other.contestant is turn.contestant}
