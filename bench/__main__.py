@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ class Step:
 
 QUICK = (
     Step("w1.py", ("--quick",), 900.0),
-    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 200.0),
-    Step("w2.py", ("--quick",), 400.0),
-    Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
-    Step("start.py", (), 120.0),
     Step("gateway_overhead.py", (), 240.0),
+    Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
+    Step("start.py", (), 240.0),
+    Step("w2.py", ("--quick",), 400.0),
+    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 300.0),
 )
 FULL = (
     Step("w1.py", (), 3600.0),
@@ -113,26 +113,33 @@ def main() -> int:
             records += more
             versions |= used
             failures += [failure] if failure else []
-    records = with_missing(records, failures)
+            # After each step, so that a run that is interrupted leaves what it measured; the rest says "not run".
+            write_result(given.what, with_missing(records, failures), versions, load, time.monotonic() - began_s)
+    print(f"\n{bar_table(with_missing(records, failures))}\n")
+    minutes = (time.monotonic() - began_s) / 60
+    print(f"{minutes:.1f} minutes, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def write_result(
+    kind: str, records: Sequence[Record], versions: Mapping[str, str], load_before: float, seconds: float
+) -> None:
     facts, today = machine(), datetime.datetime.now(datetime.UTC)
     result = {
         "date": today.date().isoformat(),
-        "kind": given.what,
+        "kind": kind,
         "commit": commit(),
         "machine": facts,
-        "load_average": {"before": round(load, 1), "after": round(os.getloadavg()[0], 1)},
-        "minutes": round((time.monotonic() - began_s) / 60, 1),
+        "load_average": {"before": round(load_before, 1), "after": round(os.getloadavg()[0], 1)},
+        "minutes": round(seconds / 60, 1),
         "versions": dict(sorted(versions.items())),
         "records": judged(records),
     }
     RESULTS.mkdir(exist_ok=True)
     for name in (f"{result['date']}-{slug(facts)}.json", "latest.json"):
         (RESULTS / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{bar_table(records)}\n")
-    print(f"{result['minutes']} minutes, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":
