@@ -59,12 +59,13 @@ def run(step: Step, scratch: Path) -> tuple[list[Record], dict[str, str], str | 
     print(f"\n== {step.program} {' '.join(step.arguments)}", flush=True)
     command = [sys.executable, str(BENCH / step.program), *arguments, "--records", str(out)]
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime")))
-    try:
-        subprocess.run(command, check=True, timeout=step.timeout_s, env=environ, cwd=ROOT)
-    except subprocess.CalledProcessError as error:
-        return [], {}, f"{step.program} failed with {error.returncode}"
-    except subprocess.TimeoutExpired:
-        return [], {}, f"{step.program} took more than {step.timeout_s:.0f} s"
+    with subprocess.Popen(command, env=environ, cwd=ROOT) as process:
+        try:
+            if process.wait(step.timeout_s):
+                return [], {}, f"{step.program} failed with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not killed: it has processes of its own to end
+            return [], {}, f"{step.program} took more than {step.timeout_s:.0f} s"
     return *read_records(out), None
 
 

@@ -1,9 +1,10 @@
-"""Contestants: one process each, all loaded at the same time, asked in turn; so rounds can alternate between engines.
+"""Contestants: one process group each, all loaded at the same time, asked in turn; so rounds can alternate.
 
-`Contestant` is the side of the program that measures; `serve` is the side of the contestant, which may run in another
-virtual environment. They speak one JSON object a line: the batch in, seconds and tokens out. The contestant holds the
-clock, so what the pipe costs is in nobody's figure. A contestant that dies or stays silent raises ContestError with
-the end of its log; nothing is measured after that.
+Between its turns a contestant is stopped (SIGSTOP): worker threads of several engines spin while they wait, and would
+take the cores of the one whose turn it is. `Contestant` is the side of the program that measures; `serve` is the side
+of the contestant, which may run in another virtual environment. They speak one JSON object a line: the batch in, seconds
+and tokens out. The contestant holds the clock, so what the pipe costs is in nobody's figure. A contestant that dies or
+stays silent raises ContestError with the end of its log; nothing is measured after that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +54,7 @@ class Contestant:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **(environ or {})},
+                start_new_session=True,  # a group of its own, so that its workers stop with it
             )
         self._selector = selectors.DefaultSelector()
         assert self._process.stdout is not None
@@ -62,30 +65,35 @@ class Contestant:
 
     def wait_until_loaded(self, timeout_s: float = START_TIMEOUT_S) -> None:
         self.versions = self._line(timeout_s)["versions"]
+        self._signal(signal.SIGSTOP)
 
     def run(self, batch: Batch, timeout_s: float = BATCH_TIMEOUT_S) -> Outcome:
         answer = self.ask({"do": "run", "batch": asdict(batch)}, timeout_s)
         return Outcome(batch.tokens / answer["seconds"], answer["tokens"])
 
     def ask(self, what: Mapping[str, Any], timeout_s: float = BATCH_TIMEOUT_S) -> dict[str, Any]:
+        """Lets it run until it has answered."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(what).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as error:
             raise self._failed("has ended") from error
-        return self._line(timeout_s)
+        answer = self._line(timeout_s)
+        self._signal(signal.SIGSTOP)
+        return answer
 
-    def close(self) -> None:
+    def close(self, patience_s: float = 20.0) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):  # it has ended by itself
             self._process.stdin.close()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        self._signal(signal.SIGKILL)  # and whatever it has left behind
+        self._process.wait()
         self._selector.close()
         self._process.stdout.close()
 
@@ -95,7 +103,11 @@ class Contestant:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(20.0 if error is None else 0.5)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # all of the group have ended
+            os.killpg(self._process.pid, number)
 
     def _line(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None

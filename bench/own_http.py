@@ -50,7 +50,10 @@ class OwnHttp:
 
 if __name__ == "__main__":
     base, volumes, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    engine = {"dtype": dtype, "max_rank": 64, "slots": REQUESTS, "max_batch": REQUESTS, "max_model_len": 512}
+    engine = {
+        "dtype": dtype, "max_rank": 64, "slots": REQUESTS, "max_batch": REQUESTS, "max_model_len": 512,
+        "prefix_cache": False,  # as in own_engine
+    }  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as cache,
         Standalone(base, volumes, Path(cache), engine, "own-http-server") as server,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -285,6 +286,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(RIVALS), help="rivals, separated by commas; empty: ours alone")
     parser.add_argument("--records", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contestants that are stopped must not stay behind
     rivals = [name for name in given.only.split(",") if name]
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [*(str(ROOT / part) for part in ("crds", "operator", "runtime")), *filter(None, [os.environ.get("PYTHONPATH")])]
