@@ -2,9 +2,9 @@
 
 Between its turns a contestant is stopped (SIGSTOP): worker threads of several engines spin while they wait, and would
 take the cores of the one whose turn it is. `Contestant` is the side of the program that measures; `serve` is the side
-of the contestant, which may run in another virtual environment. They speak one JSON object a line: the batch in, seconds
-and tokens out. The contestant holds the clock, so what the pipe costs is in nobody's figure. A contestant that dies or
-stays silent raises ContestError with the end of its log; nothing is measured after that.
+of the contestant, which may run in another virtual environment. They speak one JSON object a line: the batch in,
+seconds and tokens out. The contestant holds the clock, so what the pipe costs is in nobody's figure. A contestant that
+dies or stays silent raises ContestError with the end of its log; nothing is measured after that.
 """
 
 from __future__ import annotations
