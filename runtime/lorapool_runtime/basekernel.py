@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _WIDTH = 16  # head sizes are whole vectors of any variant
-_TYPES = (torch.float32, torch.bfloat16)
+_TYPES = (torch.float32,)
+"""Not bfloat16, which the library computes as well: log-probabilities then lie further from peft's than peft's own
+spread (decision 9), by decode attention above all."""
 
 
 class _Linear(ctypes.Structure):
@@ -108,10 +110,7 @@ class PanelLinear:
 
     @staticmethod
     def serves(weight: Tensor) -> bool:
-        """Not where oneDNN multiplies bfloat16 in hardware: its units beat widened products."""
-        if weight.device.type != "cpu" or weight.dtype not in _TYPES or base_kernel() is None:
-            return False
-        return weight.dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.device.type == "cpu" and weight.dtype in _TYPES and base_kernel() is not None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight: [out, in]; both are copied into the kernel's own form."""

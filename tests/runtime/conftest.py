@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from fakes_runtime import save_byte_tokenizer
 from hypothesis import settings
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when a kernel's module is imported
 
 settings.register_profile("shared-machine", deadline=None)  # how long an example takes says more about the machine
 settings.load_profile("shared-machine")
