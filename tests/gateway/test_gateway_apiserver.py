@@ -23,11 +23,13 @@ from gateway_world import KEY, condition, until, until_it
 from lorapool_api.protocol import runtime_token
 from lorapool_gateway import __main__ as process
 from lorapool_gateway.settings import Settings
+from lorapool_gateway.upstream import Upstream
 
 pytestmark = pytest.mark.apiserver
 
 MASTER = "m" * 64
 KEYS_NAMESPACE = "lorapool-system"
+POD_NAME = "pod.runtime.test"
 CRDS = Path(__file__).parent.parent.parent / "crds"
 
 RIGHTS = """
@@ -133,7 +135,7 @@ class Cluster:
                 "addressType": "FQDN",
                 "endpoints": [
                     {
-                        "addresses": ["pod.runtime.test"],
+                        "addresses": [POD_NAME],
                         "conditions": {"ready": ready},
                         "targetRef": {"kind": "Pod", "name": "tiny-runtime-1", "uid": "pod-uid-1"},
                     }
@@ -169,7 +171,7 @@ def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 class Loopback(AbstractResolver):
-    """An EndpointSlice may not hold 127.0.0.1; the pods' names lead there."""
+    """An EndpointSlice may not hold 127.0.0.1; the pod's name leads there, for polls by this, for requests below."""
 
     async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
         return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=2, proto=0, flags=0)]
@@ -182,6 +184,8 @@ class Loopback(AbstractResolver):
 async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Gateway]:
     connector = aiohttp.TCPConnector(limit=0, resolver=Loopback(), use_dns_cache=False)
     monkeypatch.setattr(process, "client_session", lambda: aiohttp.ClientSession(connector=connector))
+    connect = Upstream._connect
+    monkeypatch.setattr(Upstream, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
     values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
     settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
     async with process.running(settings, MASTER) as running, aiohttp.ClientSession() as session:
