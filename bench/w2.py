@@ -1,4 +1,4 @@
-"""Open loops against a runtime over HTTP: W2, and in full W3 (skew), W4 (bursts), W5 (cold tiers), W7 (churn).
+"""Open loops against a runtime over HTTP: W2, and in full W3 (skew), W4 (bursts), W5 (cold tiers).
 
     python bench/w2.py [--quick] [--records PATH]
 
