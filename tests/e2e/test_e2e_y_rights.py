@@ -12,8 +12,8 @@ SETTLING_S = 20.0
 """An API server that a test has just started again knows no roles yet, and forbids for a moment what it then allows."""
 
 
-REFUSED = re.compile(r"forbidden|(?<![.:\d])403(?![.\d])", re.IGNORECASE)
-"""In words or as a status; not the digits of a duration or an address."""
+REFUSED = re.compile(r"forbidden|(?:status|code|reason|http/[\d.]+)\W{1,4}403\b|\(403\)|\" 403\b", re.IGNORECASE)
+"""In words, or as a status where one is written; a 403 that is a duration, a count or an address is none."""
 
 
 def _settling(world: World, timestamp: str) -> bool:
