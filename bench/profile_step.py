@@ -267,10 +267,8 @@ def main() -> int:
                 )
             )
             if "distinct16" in arguments.rows:
-                from lorapool_runtime.adapter_file import read_adapter
-
                 for slot, folder in enumerate(write_adapters(core, Path(scratch))):
-                    core.load(slot, read_adapter(folder, core.base.groups, dtype=dtype, max_rank=64))
+                    core.load(slot, core.reader.read(folder, max_rank=64))
             for rows in arguments.rows:
                 slots = [BASE_SLOT] * REQUESTS if rows == "base" else list(range(REQUESTS))
                 profiles.append(profile(core, dtype, rows, slots, arguments.rounds))

@@ -56,6 +56,13 @@ class AdapterConfig(BaseModel):
         alpha, rank = float(_of(self._alphas, module, self.lora_alpha)), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def meaning(self) -> str:
+        """Equal for settings that compute the same and name the same modules, whatever base they name."""
+        settings = self.model_dump(exclude={"base_model_name_or_path"})
+        if isinstance(self.target_modules, list):
+            settings["target_modules"] = sorted(self.target_modules)  # peft writes a set
+        return json.dumps(settings)  # the order within patterns counts, so nothing else is sorted
+
     def targets(self, module: str) -> bool | None:
         """Whether the settings name this linear layer; None when only an expression beyond `pattern` could tell."""
         excluded = self._excluded.match(module)

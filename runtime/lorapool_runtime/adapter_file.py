@@ -1,13 +1,14 @@
 """From a verified folder to an adapter laid out for its slot: every tensor accounted for, every number finite.
 
-The server calls `read_adapter` in worker threads, hence NumPy and no torch. Whether the adapter fits is
-`lorapool_artifacts.judge`'s verdict, as when the operator judged it, but on the layers of the loaded base. Refused
-here, with the remedy in words: files that cannot be read and numbers that are not finite. It never unpickles and
-never hands peft a folder.
+The engine owns one `AdapterReader` for its base and calls it in worker threads, hence no torch. Whether an adapter
+fits is `lorapool_artifacts.judge`'s verdict, as when the operator judged it, but on the layers of the loaded base.
+Refused here, with the remedy in words: files that cannot be read and numbers that are not finite. It never unpickles
+and never hands peft a folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorapool_artifacts.judge import AdapterFacts, BaseFacts, judge, pair_of
+from lorapool_artifacts.judge import AdapterFacts, BaseFacts, judge
 from lorapool_artifacts.limits import JudgeLimits
 from lorapool_runtime.interface import AdapterArtifactError
-from lorapool_runtime.layout import Layout, lay_out
-from lorapool_runtime.packing import pack, zeroed
-from lorapool_runtime.safetensors_file import read_tensors
+from lorapool_runtime.layout import Layout
+from lorapool_runtime.packing import ALONE, Pace, pack_file, zeroed
+from lorapool_runtime.reading_plan import Plans, ReadPlan, plan_reading
+from lorapool_runtime.safetensors_file import WeightsFile, open_weights
 from lorapool_runtime.targets import TargetGroup
 
 
@@ -43,21 +45,54 @@ class PackedAdapter:
         return self.buffer.nbytes
 
 
-def read_adapter(folder: Path, groups: Sequence[TargetGroup], *, dtype: str, max_rank: int) -> PackedAdapter:
-    """dtype: float32, float16 or bfloat16. Raises AdapterArtifactError."""
-    try:
-        config, tensors = _read_config(folder), _read_weights(folder)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        limits = JudgeLimits(max_rank, max_bytes=size_bytes)  # how large a file may be was asked before it was read
-        verdict = judge(AdapterFacts(config, shapes, size_bytes), base_facts(groups), limits)
-    except ArtifactError as error:
-        raise AdapterArtifactError(error.reason, error.message) from error
-    if not verdict.ok:
-        _refuse(verdict.reason or FailureReason.INCOMPATIBLE, verdict.message)
-    pairs = _pairs(tensors)
-    layout, buffer = _packed(groups, config, pairs, dtype)
-    return PackedAdapter(rank=verdict.rank, target_modules=verdict.target_modules, layout=layout, buffer=buffer)
+class AdapterReader:
+    """Reads adapters for one base. dtype: float32, float16 or bfloat16, what the base computes in."""
+
+    def __init__(self, groups: Sequence[TargetGroup], dtype: str) -> None:
+        self._groups = tuple(groups)
+        self._dtype = dtype
+        self._element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        self._base = base_facts(groups)
+        self._plans = Plans()
+
+    def read(self, folder: Path, *, max_rank: int, pace: Pace = ALONE) -> PackedAdapter:
+        """Blocks. Raises AdapterArtifactError."""
+        try:
+            config = _read_config(folder)
+            with open_weights(_weights_of(folder)) as file:
+                plan = self._plans.get(
+                    (hashlib.sha256(file.head).digest(), file.size_bytes, config.meaning(), max_rank),
+                    lambda: self._plan(config, file, max_rank),
+                )
+                buffer = zeroed(plan.layout.elements, self._element)
+                sick = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, pace)
+        except ArtifactError as error:
+            raise AdapterArtifactError(error.reason, error.message) from error
+        except (OSError, EOFError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            _refuse(FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({why}); upload it again.")
+        if sick is not None:
+            _refuse(
+                FailureReason.NON_FINITE_WEIGHTS,
+                f"weights of {plan.modules[sick]} are not finite numbers in {self._dtype}: "
+                "the training diverged, train it again with a lower learning rate",
+            )
+        return PackedAdapter(plan.rank, plan.target_modules, plan.layout, buffer)
+
+    def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
+        header = file.header()
+        shapes = {name: info.shape for name, info in header.tensors.items()}
+        limits = JudgeLimits(max_rank, max_bytes=file.size_bytes)  # how large it may be was asked before it was read
+        verdict = judge(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
+        if not verdict.ok:
+            raise ArtifactError(verdict.reason or FailureReason.INCOMPATIBLE, verdict.message)
+        return plan_reading(
+            self._groups,
+            config,
+            header.tensors,
+            itemsize=self._element.itemsize,
+            target_modules=verdict.target_modules,
+        )
 
 
 def base_facts(groups: Sequence[TargetGroup]) -> BaseFacts:
@@ -77,7 +112,7 @@ def _read_config(folder: Path) -> AdapterConfig:
     return parse_adapter_config(raw)
 
 
-def _read_weights(folder: Path) -> dict[str, np.ndarray]:
+def _weights_of(folder: Path) -> Path:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -87,44 +122,7 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
             if pickled
             else f"there is no {ADAPTER_WEIGHTS}: save the adapter with peft's save_pretrained",
         )
-    try:
-        return read_tensors(path)
-    except OSError as error:
-        raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({error.strerror}); upload it again."
-        ) from error
-
-
-def _pairs(tensors: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """module -> (A, B), of tensors that were judged complete."""
-    sides: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        if pair := pair_of(name):
-            sides.setdefault(pair[0], {})[pair[1]] = tensor
-    return {module: (found["A"], found["B"]) for module, found in sides.items()}
-
-
-def _packed(
-    groups: Sequence[TargetGroup], config: AdapterConfig, pairs: dict[str, tuple[np.ndarray, np.ndarray]], dtype: str
-) -> tuple[Layout, np.ndarray]:
-    """Every matrix at its place, B transposed and scaled; refuses what is not finite before or after."""
-    modules = [module for group in groups for module in group.modules]
-    ranks = tuple(config.rank_of(module) if module in pairs else 0 for module in modules)
-    element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-    layout = lay_out(tuple(groups), ranks, element.itemsize)
-    buffer = zeroed(layout.elements, element)
-    for module, piece in zip(modules, layout.pieces, strict=True):
-        if module not in pairs:
-            continue
-        a, b = pairs[module]
-        finite = pack(a, piece.a(buffer), scale=1.0, transposed=False)
-        if not (finite and pack(b, piece.b(buffer), scale=config.scaling_of(module), transposed=True)):
-            _refuse(
-                FailureReason.NON_FINITE_WEIGHTS,
-                f"weights of {module} are not finite numbers in {dtype}: "
-                "the training diverged, train it again with a lower learning rate",
-            )
-    return layout, buffer
+    return path
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorapool_runtime.adapter_file import PackedAdapter
+from lorapool_runtime.adapter_file import AdapterReader, PackedAdapter
 from lorapool_runtime.blocks import BlockAllocator
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.cores import usable_memory_bytes
@@ -30,6 +30,7 @@ from lorapool_runtime.interface import (
 )
 from lorapool_runtime.kv import KVPool
 from lorapool_runtime.model import Base, load_base
+from lorapool_runtime.packing import ALONE, Pace
 from lorapool_runtime.rowkernel import load_row_kernel
 from lorapool_runtime.runner import Runner
 from lorapool_runtime.sampling import Sampled, SampleRow, check_params, sample
@@ -88,6 +89,7 @@ class Core:
             targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
             weight_bytes=self.base.weight_bytes,
         )
+        self.reader = AdapterReader(self.base.groups, self.facts.dtype)
         self._sequences: dict[str, Sequence] = {}
         self._salts: list[str | None] = [None] * config.slots
         self._slot_bytes = [0] * config.slots
@@ -257,11 +259,10 @@ class Core:
         self._salts[slot] = None
         self._slot_bytes[slot] = 0
 
-    def fill(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
+    def fill(self, slot: int, adapter: HostAdapter, pace: Pace = ALONE) -> LoadOutcome:
         """Copies into a slot that is empty to every request. Any thread where `fills_anywhere`, one at a time."""
         begin = time.monotonic()
-        self.slabs.release(slot)
-        self.slabs.fill(slot, _packed(adapter))
+        self.slabs.fill(slot, _packed(adapter), pace)
         seconds = time.monotonic() - begin
         return LoadOutcome(slot, self.slabs.resident_bytes(slot), seconds)
 

@@ -22,7 +22,6 @@ from typing import TypeVar
 
 import torch
 
-from lorapool_runtime.adapter_file import read_adapter
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.core import Core, SlotInUseError, ending
 from lorapool_runtime.cores import usable_cores
@@ -36,6 +35,7 @@ from lorapool_runtime.interface import (
     TokenOutput,
     TokenSink,
 )
+from lorapool_runtime.packing import ALONE, BESIDE_A_BATCH, Pace
 from lorapool_runtime.slot_filling import SlotFiller
 
 __all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"]
@@ -86,7 +86,7 @@ class TorchEngine:
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
         core = self._loaded()
         limit = min(max_rank, self.config.max_rank)
-        return read_adapter(Path(folder), core.base.groups, dtype=core.facts.dtype, max_rank=limit)
+        return core.reader.read(Path(folder), max_rank=limit, pace=self._pace())
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
         core = self._loaded()
@@ -96,7 +96,7 @@ class TorchEngine:
         def load() -> LoadOutcome:
             if not 0 <= slot < core.slabs.slots or core.slabs.occupied(slot):
                 self._ask(lambda: core.withdraw(slot)).result()
-            filled = core.fill(slot, adapter)
+            filled = core.fill(slot, adapter, self._pace())
             return self._ask(lambda: core.publish(slot, adapter, filled)).result()
 
         return self._filler.submit(load)
@@ -134,6 +134,9 @@ class TorchEngine:
 
     def observe(self) -> EngineStats:
         return self._stats
+
+    def _pace(self) -> Pace:
+        return BESIDE_A_BATCH if self._stats.running or self._stats.waiting else ALONE
 
     # --- the engine thread -------------------------------------------------------------------
 

@@ -39,11 +39,13 @@ class Piece:
         return buffer[self.b_at : self.b_at + self.rank * self.out_features].reshape(self.rank, self.out_features)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     pieces: tuple[Piece, ...]
     """Per linear, in the order of the groups and their members; rank 0 where the adapter leaves the linear alone."""
     elements: int
+    table: np.ndarray
+    """int64 [3, linears]: rank, a_at and b_at of each piece."""
 
     @property
     def rank(self) -> int:
@@ -70,7 +72,8 @@ def lay_out(groups: tuple[TargetGroup, ...], ranks: tuple[int, ...], itemsize: i
         for rank, out, a in zip(mine, group.out_features, a_at[:-1], strict=True):
             pieces.append(Piece(rank, group.in_features, out, a, at))
             at = _up(at + rank * out, line)
-    return Layout(tuple(pieces), at)
+    table = np.array([(piece.rank, piece.a_at, piece.b_at) for piece in pieces], np.int64).reshape(-1, 3).T
+    return Layout(tuple(pieces), at, np.ascontiguousarray(table))
 
 
 def _up(value: int, unit: int) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorapool_runtime.packing import ALONE, Pace, copy_bytes
+
 _HUGE = 2 * 2**20
-_CHUNK_BYTES = 256 * 2**10  # copied at one go: the thread can be taken off its core between two
 
 
 def anonymous_mapping(size_bytes: int) -> mmap.mmap:
@@ -43,22 +44,26 @@ class SlotMemory:
         """Bytes from the mapping's start to slot 0."""
         self._bytes = whole[self.offset : self.offset + slots * self.stride_bytes]
 
-    def fill(self, slot: int, values: np.ndarray) -> None:
-        """values: uint8 [bytes]; from the slot's start on."""
+    def fill(self, slot: int, values: np.ndarray, pace: Pace = ALONE) -> None:
+        """values: uint8 [bytes]; from the slot's start on. Nothing stays of what the slot held."""
         begin = slot * self.stride_bytes
+        kept = -(-len(values) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if kept < self.stride_bytes:
+            self._forget(self.offset + begin + kept, self.stride_bytes - kept)
+        self._bytes[begin + len(values) : begin + kept] = 0
         if self._unit == _HUGE and (huge := len(values) // _HUGE * _HUGE):
             self.mapping.madvise(mmap.MADV_HUGEPAGE, self.offset + begin, huge)
-        for at in range(0, len(values), _CHUNK_BYTES):
-            part = values[at : at + _CHUNK_BYTES]
-            np.copyto(self._bytes[begin + at : begin + at + len(part)], part)  # numpy lets go of the GIL
+        copy_bytes(self._bytes[begin : begin + len(values)], values, pace)
 
     def release(self, slot: int) -> int:
         """Hands the pages back; they read as zeros afterwards. The bytes that came free, measured."""
         before = self.resident_bytes(slot)
-        at = self.offset + slot * self.stride_bytes
-        self.mapping.madvise(mmap.MADV_DONTNEED, at, self.stride_bytes)
-        self.mapping.madvise(mmap.MADV_NOHUGEPAGE, at, self.stride_bytes)
+        self._forget(self.offset + slot * self.stride_bytes, self.stride_bytes)
         return before - self.resident_bytes(slot)
+
+    def _forget(self, at: int, size: int) -> None:
+        self.mapping.madvise(mmap.MADV_DONTNEED, at, size)
+        self.mapping.madvise(mmap.MADV_NOHUGEPAGE, at, size)
 
     def resident_bytes(self, slot: int) -> int:
         return _resident_bytes(self._bytes.ctypes.data + slot * self.stride_bytes, self.stride_bytes)

@@ -1,45 +1,47 @@
-"""Reads a safetensors file into NumPy arrays, trusting nothing in it.
+"""A safetensors file held open: its header's bytes, and a descriptor by which its numbers are read.
 
-`adapter_file` calls it in worker threads, so no torch here: a torch operator in a second thread would take the
-engine's cores. The `safetensors` package's NumPy reader has no bfloat16, which adapters are commonly kept in. The
-header is `lorapool_artifacts.header`'s business, by the same bounds as when the adapter was judged.
+`adapter_file` opens one in a worker thread. The header is `lorapool_artifacts.header`'s business, by the same bounds
+as when the adapter was judged. The numbers are read, never mapped: a file cut short or a failing disk is then an
+error of one load, and not a signal that ends the process.
 """
 
 from __future__ import annotations
 
-import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from lorapool_artifacts.header import ADAPTER_BOUNDS, LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 
-from lorapool_artifacts.header import ADAPTER_BOUNDS, LENGTH_BYTES, TensorInfo, header_length, parse_header
-from lorapool_runtime.packing import zeroed
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors as float32 (exact for every type read). Raises ArtifactError, OSError."""
-    with path.open("rb", buffering=0) as file:
-        raw = zeroed(os.fstat(file.fileno()).st_size, np.dtype(np.uint8))
-        data = raw.data[: _read_into(file, raw.data)]
-    length = header_length(bytes(data[:LENGTH_BYTES]), len(data), ADAPTER_BOUNDS, name=path.name)
-    header = parse_header(bytes(data[: LENGTH_BYTES + length]), len(data), ADAPTER_BOUNDS, name=path.name)
-    return {name: _tensor(info, data[info.start : info.end]) for name, info in header.tensors.items()}
+_FIRST_READ_BYTES = 64 * 1024  # holds most headers whole
 
 
-def _read_into(file: io.FileIO, to: memoryview) -> int:
-    done = 0
-    while done < len(to) and (count := file.readinto(to[done:])):
-        done += count
-    return done
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    descriptor: int
+    size_bytes: int
+    head: bytes
+    """The length and the JSON of the header, as they stand in the file."""
+    name: str
+
+    def header(self) -> SafetensorsHeader:
+        """Raises ArtifactError."""
+        return parse_header(self.head, self.size_bytes, ADAPTER_BOUNDS, name=self.name)
 
 
-def _tensor(info: TensorInfo, data: memoryview) -> np.ndarray:
-    match info.dtype:
-        case "BF16":
-            values = (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-        case "F16":
-            values = np.frombuffer(data, dtype="<f2").astype(np.float32)
-        case _:  # F32: ADAPTER_BOUNDS allows these three
-            values = np.frombuffer(data, dtype="<f4")
-    return values.reshape(info.shape)
+@contextmanager
+def open_weights(path: Path) -> Iterator[WeightsFile]:
+    """Raises ArtifactError for what has no header of an adapter's, OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        size = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, _FIRST_READ_BYTES, 0)
+        whole = LENGTH_BYTES + header_length(head, size, ADAPTER_BOUNDS, name=path.name)
+        if len(head) < whole:
+            head += os.pread(descriptor, whole - len(head), len(head))
+        yield WeightsFile(descriptor, size, head[:whole], path.name)
+    finally:
+        os.close(descriptor)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorapool_runtime.layout import Layout, first_linears, lay_out
 from lorapool_runtime.memory import SlotMemory
+from lorapool_runtime.packing import ALONE, Pace
 from lorapool_runtime.targets import TargetGroup
 
 
@@ -105,14 +106,14 @@ class Slabs:
 
     # --- any thread, while the slot is not published ---
 
-    def fill(self, slot: int, weights: PackedWeights) -> None:
+    def fill(self, slot: int, weights: PackedWeights, pace: Pace = ALONE) -> None:
         """Copies the bytes of an adapter. On a GPU only the engine thread may call it."""
         self._refuse_published(slot)
         layout, buffer = weights.layout, weights.buffer
         if layout.elements > self._stride or layout.rank > self.max_rank:
             raise ValueError(f"an adapter of rank {layout.rank} does not fit slots of rank {self.max_rank}")
         if self._memory is not None:
-            self._memory.fill(slot, buffer.view(np.uint8))
+            self._memory.fill(slot, buffer.view(np.uint8), pace)
             return
         values = torch.from_numpy(buffer)
         start = slot * self._stride
@@ -132,9 +133,8 @@ class Slabs:
     def publish(self, slot: int, layout: Layout) -> None:
         """From the next step on rows of this slot get what was filled in."""
         self._refuse_published(slot)
-        base = slot * self._stride
-        entries = torch.tensor([(p.rank, base + p.a_at, base + p.b_at) for p in layout.pieces], dtype=torch.int64)
-        self._host_tables[:, :, slot] = entries.T
+        self._host_tables[:, :, slot] = torch.from_numpy(layout.table)
+        self._host_tables[1:, :, slot] += slot * self._stride
         self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
         self._places[:, :, slot] = self._host_tables[1:, :, slot].to(self._places)
         self.layouts[slot] = layout

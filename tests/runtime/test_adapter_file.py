@@ -16,7 +16,7 @@ from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.common import FailureReason
-from lorapool_runtime.adapter_file import PackedAdapter, read_adapter
+from lorapool_runtime.adapter_file import AdapterReader, PackedAdapter
 from lorapool_runtime.interface import AdapterArtifactError
 from lorapool_runtime.targets import TargetGroup
 
@@ -49,7 +49,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapter:
-    return read_adapter(folder, GROUPS, dtype=dtype, max_rank=max_rank)
+    return AdapterReader(GROUPS, dtype).read(folder, max_rank=max_rank)
 
 
 def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:

@@ -16,7 +16,7 @@ from engine_kit import tiny_model
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
 from lorapool_artifacts.limits import JudgeLimits
-from lorapool_runtime.adapter_file import read_adapter
+from lorapool_runtime.adapter_file import AdapterReader
 from lorapool_runtime.interface import AdapterArtifactError
 from lorapool_runtime.model import UnsupportedBaseError, load_base
 from lorapool_runtime.targets import TargetGroup
@@ -39,7 +39,7 @@ class Base:
     def words_about(self, folder: Path) -> tuple[str, str]:
         """Why the runtime, and who only sees the headers, refuse it."""
         with pytest.raises(AdapterArtifactError) as runtime:
-            read_adapter(folder, self.groups, dtype="float32", max_rank=16)
+            AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
             verdict = inspect_adapter_folder(folder, base_facts_from_folder(self.folder), JudgeLimits(16)).verdict
         except ArtifactError as error:

@@ -73,6 +73,17 @@ def test_releasing_gives_back_what_was_measured_and_leaves_zeros(max_rank: int) 
     assert not made.occupied(1)
 
 
+@pytest.mark.parametrize("max_rank", [64, 1024])
+def test_nothing_stays_of_a_larger_adapter_that_was_there_before(max_rank: int) -> None:
+    made, smaller = slabs(max_rank=max_rank), adapter(max_rank // 3)
+    load(made, 1, adapter(max_rank, 3.0))
+    made.withdraw(1)
+    load(made, 1, smaller)
+    assert made.resident_bytes(1) < smaller.buffer.nbytes + mmap.PAGESIZE
+    stride = made.slot_bytes // 4
+    assert not made.memory[stride + len(smaller.buffer) : 2 * stride].any()
+
+
 def test_a_published_slot_is_neither_filled_nor_released() -> None:
     made = slabs()
     load(made, 2, adapter(2))

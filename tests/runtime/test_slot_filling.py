@@ -11,6 +11,7 @@ from engine_kit import Collector, greedy, peft_world, request, started, tiny_mod
 
 from lorapool_runtime.interface import BASE_SLOT
 from lorapool_runtime.memory import SlotMemory
+from lorapool_runtime.packing import Pace
 from lorapool_runtime.slot_filling import NICENESS, SlotFiller
 
 
@@ -47,9 +48,9 @@ def test_the_engine_thread_copies_nothing(tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         fill, release = SlotMemory.fill, SlotMemory.release
 
-        def spied_fill(memory: SlotMemory, slot: int, values: np.ndarray) -> None:
+        def spied_fill(memory: SlotMemory, slot: int, values: np.ndarray, pace: Pace) -> None:
             threads.add(threading.current_thread().name)
-            fill(memory, slot, values)
+            fill(memory, slot, values, pace)
 
         def spied_release(memory: SlotMemory, slot: int) -> int:
             threads.add(threading.current_thread().name)

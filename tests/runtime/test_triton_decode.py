@@ -15,7 +15,7 @@ from engine_kit import VOCAB, greedy, peft_world, request, tiny_model
 from torch import Tensor
 
 from lorapool_runtime import kernels_attention, kernels_lora
-from lorapool_runtime.adapter_file import PackedAdapter, read_adapter
+from lorapool_runtime.adapter_file import PackedAdapter
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.core import Core
 from lorapool_runtime.decode_graph import CudaCapture, DecodeGraphs, Step, batch_sizes
@@ -111,7 +111,7 @@ def test_every_decode_step_equals_the_eager_one(
 
 
 def read(core: Core, folder: Path) -> PackedAdapter:
-    return read_adapter(folder, core.base.groups, dtype=core.facts.dtype, max_rank=16)
+    return core.reader.read(folder, max_rank=16)
 
 
 def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
