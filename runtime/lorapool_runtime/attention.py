@@ -162,7 +162,10 @@ class _TritonDecode:
 
 
 class _TorchDecode:
-    """The decoding rows by torch: each over the blocks of the longest, masked to its own tokens."""
+    """The decoding rows by torch: each over the blocks of the longest, masked to its own tokens.
+
+    In 16 bits each by itself over exactly its own tokens: torch's attention takes another exponential behind the last
+    whole vector of keys, and which keys those are shows once the weights are rounded."""
 
     writes = False
 
@@ -170,6 +173,7 @@ class _TorchDecode:
         device = pool.data.device
         self._pool, self._rows = pool, len(tables)
         self._blocks = torch.tensor(tables, device=device).view(-1)  # [decoding * width]
+        self._lengths = list(enumerate(position + 1 for position in last))
         self._last = torch.tensor(last, device=device)[:, None]  # [decoding, 1]
         self._context = torch.arange(len(tables[0]) * pool.block_size, device=device)  # [width * block_size]
         self._masks: dict[int | None, Tensor] = {}
@@ -178,6 +182,9 @@ class _TorchDecode:
         """q: [heads, tokens, head_dim]; k and v are in the cache already -> [decoding, heads, head_dim]."""
         n, heads, dim = self._rows, q.shape[0], q.shape[2]
         keys, values = self._pool.gather(layer, self._blocks, n)
+        if q.dtype != torch.float32:
+            own = [(i, slice(0 if wants.window is None else max(0, m - wants.window), m)) for i, m in self._lengths]
+            return torch.cat([_alone(q[:, i], keys[i, :, seen], values[i, :, seen], scale, wants) for i, seen in own])
         # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
         grouped = q[:, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
         out = _attend(grouped, keys, values, self._mask(wants.window, q.dtype), scale, wants.softcap)
@@ -225,9 +232,21 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, wants: L
     return _attend(folded, k, v, mask.repeat(group, 1), scale, wants.softcap).reshape(q.shape)
 
 
+def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+    """q: [heads, head_dim] of one token that sees all of k, v: [kv_heads, length, head_dim] -> [1, heads, head_dim]."""
+    if wants.softcap is None:
+        grouped = q.shape[0] != k.shape[0]
+        return F.scaled_dot_product_attention(q[None, :, None], k[None], v[None], scale=scale, enable_gqa=grouped)[
+            :, :, 0
+        ]
+    folded = q.view(1, wants.kv_heads, -1, q.shape[1])
+    return _attend(folded, k[None], v[None], q.new_zeros(()), scale, wants.softcap).view(1, *q.shape)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     """q: [rows, kv_heads, queries, head_dim], k, v: [rows, kv_heads, length, head_dim]; mask broadcasts over heads."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * (scale / softcap)) * softcap + mask
+    # operator by operator as transformers does it: in bfloat16 each of them rounds
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / softcap) * softcap + mask
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)

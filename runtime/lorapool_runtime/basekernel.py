@@ -3,7 +3,8 @@
 `linear` and `attention` ask `base_kernel()` once they hold CPU tensors; None, with the reason in the log, where the
 library was not built or does not fit the processor, and oneDNN and torch serve then. A weight whose values all come
 from bfloat16 is kept as bfloat16 and widened as it is read, which is exact: half the bytes for the same float32
-result. Every row is summed in an order of its own: who shares the batch changes no bit.
+result. Every row is summed in an order of its own: who shares the batch changes no bit. bfloat16 is summed in float32
+and rounded where torch's operators round it (decision 9).
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ log = logging.getLogger(__name__)
 VERSION = 2  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _WIDTH = 16  # head sizes are whole vectors of any variant
-_TYPES = (torch.float32,)
-"""Not bfloat16, which the library computes as well: log-probabilities then lie further from peft's than peft's own
-spread (decision 9), by decode attention above all."""
+_TYPES = (torch.float32, torch.bfloat16)
 
 
 class _Linear(ctypes.Structure):

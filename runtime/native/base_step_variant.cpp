@@ -62,6 +62,13 @@ inline void store(uint16_t* p, Vec v) {
     const Half h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half);
     memcpy(p, &h, sizeof h);
 }
+inline float widen(float v) { return v; }
+inline float widen(uint16_t v) {
+    const uint32_t bits = uint32_t(v) << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
 inline void put(float* p, float v) { *p = v; }
 inline void put(uint16_t* p, float v) { *p = narrowed(v); }
 inline float sum(Vec v) {
@@ -285,31 +292,134 @@ void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
     for (int64_t i = 0; i < group * dim; i += kLanes) store(out + i, load(sums + i));
 }
 
+// e^x for x <= 0 to the eight bits that bfloat16 keeps, as torch's attention computes it for whole vectors of that type
+// (Malossi et al., Fast exponential computation on SIMD architectures, 2015): the bits of 2^y are those of
+// 2^23 (y + 127 - K) as a whole number, K a polynomial of y's fraction. Too small is 0, NaN stays NaN.
+inline Vec coarse_exponential(Vec x) {
+    typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+    constexpr float kLeast = -87.3365478515625f;  // the logarithm of the least normal number
+    const Ints tiny = x < kLeast, usual = x >= kLeast;
+    Vec y = (Vec)((Ints)x & usual) * 1.44269502162933349609375f;
+    asm("" : "+v"(y));  // rounded here: not to be fused with what follows
+    const Vec cut = __builtin_convertvector(__builtin_convertvector(y, Ints), Vec);
+    const Vec fraction = y - (cut - (Vec)((Ints)(cut > y) & (Ints)(Vec{} + 1.0f)));
+    Vec k = fraction * -0.079204240219773236f + -0.22433836478672356f;
+    k = k * fraction + 0.30354260500649682f;
+    k = k * fraction + 0.00010703434948458272f;
+    const Ints value = __builtin_convertvector((y - k) * 8388608.0f + 1065353216.0f, Ints);
+    const Ints odd = ~(tiny | usual);  // NaN
+    return (Vec)((value & usual) | ((Ints)x & odd));
+}
+
+inline float rounded(float v) { return widen(narrowed(v)); }
+
+constexpr int64_t kTorchBlock = 512;  // keys that torch's attention takes at a time
+
+// Scores of a block of keys -> weights rounded to bfloat16, relative to the greatest score so far; their sum in float32.
+float weights_of_block(float* s, int64_t count, float peak) {
+    const int64_t whole = count - count % kLanes;
+    Vec total = Vec{};
+    for (int64_t t = 0; t < whole; t += kLanes) {
+        const Vec e = coarse_exponential(load(s + t) - peak);
+        total += e;
+        store(s + t, e);
+    }
+    float all_of = sum(total);
+    for (int64_t t = whole; t < count; t++) all_of += s[t] = __builtin_expf(s[t] - peak);
+    for (int64_t t = 0; t < count; t++) s[t] = rounded(s[t]);
+    return all_of;
+}
+
+// bfloat16 is rounded where torch's operators round it, since log-probabilities then lie nearest to those of the stock
+// model: without a soft cap as its fused attention does (scores in float32, weights rounded before they are divided),
+// with one operator by operator, as transformers writes it.
+void attend_as_torch(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, step = a->kv_heads * dim;
+    const int64_t length = a->lengths[row], size = a->block_size;
+    const int64_t first = a->window && length > a->window ? length - a->window : 0, seen = length - first;
+    const int32_t* table = a->tables + row * a->width;
+    const auto at = [=](int64_t t) { return (table[t / size] * size + t % size) * step + kv_head * dim; };
+    uint16_t *keys = (uint16_t*)a->keys, *values = (uint16_t*)a->values;
+    memcpy(keys + at(length - 1), (const uint16_t*)a->k + row * a->k_row + kv_head * a->k_head, 2 * size_t(dim));
+    memcpy(values + at(length - 1), (const uint16_t*)a->v + row * a->v_row + kv_head * a->v_head, 2 * size_t(dim));
+
+    const bool capped = a->softcap != 0;
+    const int64_t block = capped ? seen : kTorchBlock;
+    float* queries = scratch;              // [group][dim]
+    float* sums = queries + group * dim;   // [group][dim]
+    float* peaks = sums + group * dim;     // [group]
+    float* wholes = peaks + group;         // [group]
+    float* scores = wholes + group;        // [group][at most block]
+    for (int64_t g = 0; g < group; g++) {
+        const uint16_t* q = (const uint16_t*)a->q + row * a->q_row + (kv_head * group + g) * a->q_head;
+        for (int64_t d = 0; d < dim; d += kLanes) store(queries + g * dim + d, load(q + d));
+        peaks[g] = -__builtin_inff(), wholes[g] = 0;
+    }
+    for (int64_t i = 0; i < group * dim; i++) sums[i] = 0;
+    for (int64_t begin = 0; begin < seen; begin += block) {
+        const int64_t count = begin + block < seen ? block : seen - begin;
+        for (int64_t t = 0; t < count; t++) {
+            const uint16_t* key = keys + at(first + begin + t);
+            for (int64_t g = 0; g < group; g++) {
+                Vec s = Vec{};
+                for (int64_t d = 0; d < dim; d += kLanes) s += load(queries + g * dim + d) * load(key + d);
+                scores[g * count + t] = sum(s);
+            }
+        }
+        for (int64_t g = 0; g < group; g++) {
+            float* s = scores + g * count;
+            float peak = peaks[g];
+            for (int64_t t = 0; t < count; t++) {
+                s[t] = capped ? rounded(rounded(s[t]) * a->scale) : s[t] * a->scale;
+                if (capped) s[t] = rounded(rounded(__builtin_tanhf(rounded(s[t] / a->softcap))) * a->softcap);
+                peak = s[t] > peak || s[t] != s[t] ? s[t] : peak;
+            }
+            if (capped) {
+                float whole = 0;
+                for (int64_t t = 0; t < count; t++) whole += s[t] = __builtin_expf(s[t] - peak);
+                for (int64_t t = 0; t < count; t++) s[t] = rounded(s[t] / whole);
+                wholes[g] = 1;
+                continue;
+            }
+            const float whole = weights_of_block(s, count, peak);
+            const float fade = begin ? __builtin_expf(peaks[g] - peak) : 0;
+            wholes[g] = whole + fade * wholes[g], peaks[g] = peak;
+            if (begin)
+                for (int64_t d = 0; d < dim; d++) sums[g * dim + d] *= fade;
+        }
+        for (int64_t t = 0; t < count; t++) {
+            const uint16_t* value = values + at(first + begin + t);
+            for (int64_t g = 0; g < group; g++) {
+                const Vec weight = broadcast(scores + g * count + t);
+                for (int64_t d = 0; d < dim; d += kLanes)
+                    store(sums + g * dim + d, load(sums + g * dim + d) + weight * load(value + d));
+            }
+        }
+    }
+    uint16_t* out = (uint16_t*)a->out + (row * a->heads + kv_head * group) * dim;
+    for (int64_t g = 0; g < group; g++) {
+        const float by = 1.0f / wholes[g];
+        for (int64_t d = 0; d < dim; d += kLanes) store(out + g * dim + d, load(sums + g * dim + d) * by);
+    }
+}
+
 void decode(const BaseDecode* a, int threads) {
     int64_t longest = 0;
     for (int64_t i = 0; i < a->rows; i++) longest = a->lengths[i] > longest ? a->lengths[i] : longest;
-    const int64_t need = a->heads / a->kv_heads * (2 * a->head_dim + longest + kLanes);
+    const int64_t need = a->heads / a->kv_heads * (2 * a->head_dim + longest + kLanes + 2);
     std::vector<float> scratch(size_t(need * threads));
     const int64_t jobs = a->rows * a->kv_heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 2)
     for (int64_t job = 0; job < jobs; job++) {
         float* mine = scratch.data() + need * omp_get_thread_num();
         if (a->bfloat16)
-            attend<uint16_t>(a, job / a->kv_heads, job % a->kv_heads, mine);
+            attend_as_torch(a, job / a->kv_heads, job % a->kv_heads, mine);
         else
             attend<float>(a, job / a->kv_heads, job % a->kv_heads, mine);
     }
 }
 
 // --- what lies between the linear layers ---
-
-inline float widen(float v) { return v; }
-inline float widen(uint16_t v) {
-    const uint32_t bits = uint32_t(v) << 16;
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
 
 template <class T>
 void norm_row(const BaseNorm* n, const T* x, T* y) {

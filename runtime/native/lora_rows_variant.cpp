@@ -165,10 +165,9 @@ void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, 
             if constexpr (sizeof(T) == 4) {
                 add_tile((float*)y, u + r * run.ranks, b + c, rank, out, n);
             } else {
-                float acc[kTile];
-                for (int64_t i = 0; i < n; i++) acc[i] = widen(y[i]);
+                float acc[kTile] = {};  // summed by itself and added once, as peft does: the same roundings but few
                 add_tile(acc, u + r * run.ranks, b + c, rank, out, n);
-                for (int64_t i = 0; i < n; i++) narrow(y + i, acc[i]);
+                for (int64_t i = 0; i < n; i++) narrow(y + i, widen(y[i]) + acc[i]);
             }
         }
     }

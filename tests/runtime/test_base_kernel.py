@@ -143,6 +143,34 @@ def test_decoding_rows_attend_to_their_own_tokens(
     assert torch.equal(pool.nan_to_num(5.0), before.nan_to_num(5.0))  # nothing else was written
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("length", "window"), [(7, None), (29, None), (40, 16), (513, None), (1100, None)])
+def test_bfloat16_attention_rounds_where_torchs_operators_round(
+    length: int, window: int | None, softcap: float | None
+) -> None:
+    pool = random(2, length, 2, 64, seed=length).bfloat16()
+    q = random(6, 1, 64, seed=2).bfloat16() * 2
+    step = PagedDecode(
+        torch.tensor([[0]], dtype=torch.int32),
+        torch.tensor([length], dtype=torch.int32),
+        kv_heads=2,
+        head_dim=64,
+        block_size=length,
+    )
+    k, v = (t[-1].clone()[:, None] for t in pool)
+    out = step.attend(q, k, v, pool[0], pool[1], scale=0.125, window=window, softcap=softcap)
+    keys, values = (
+        t[-(window or length) :].transpose(0, 1).repeat_interleave(3, 0) for t in pool
+    )  # [heads, seen, dim]
+    if softcap is None:
+        want = torch.nn.functional.scaled_dot_product_attention(q[None], keys[None], values[None], scale=0.125)[0]
+    else:
+        scores = torch.tanh(q @ keys.transpose(1, 2) * 0.125 / softcap) * softcap
+        want = torch.softmax(scores, -1, dtype=torch.float32).bfloat16() @ values
+    same = float((out[0] == want[:, 0]).float().mean())
+    assert same > 0.98  # what is left was a tie within float32's own error
+
+
 def test_a_score_that_is_not_a_number_spoils_its_own_row_alone() -> None:
     pool = random(2, 32, 2, 16, seed=1)
     q, k, v = random(4, 2, 16, seed=2), random(2, 2, 16, seed=3), random(2, 2, 16, seed=4)

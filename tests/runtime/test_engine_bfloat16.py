@@ -1,8 +1,9 @@
 """In bfloat16 an engine cannot equal peft token for token; it must be as near as peft is to itself.
 
 peft's own answers depend on how many requests it computes at once: left padding and other products round otherwise.
-The engine's log-probabilities may differ from those of peft one by one, on average, by no more than peft's batch does.
-The adapters change the base's outputs by a few parts in a hundred, as trained ones do.
+The engine's log-probabilities may differ from those of peft one by one, on average, by no more than peft's batch does,
+with the native kernels and without them. The adapters change the base's outputs by a few parts in a hundred, as
+trained ones do.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 import pytest
 import torch
 from engine_kit import VOCAB, Collector, greedy, request, save_adapter, started, tiny_model
+from matrix_kit import ARCHITECTURES, kinds
+
+from lorapool_runtime import basekernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 REQUESTS, TOKENS = 16, 12
+LEAST = 1e-4
+"""What Gemma 2's answers may differ by, since peft's batch of 16 changes none of them: its attention is computed
+operator by operator, and padding changes no sum. One logit rounded otherwise changes a log-probability by more."""
 Rows = list[tuple[list[int], list[int]]]
 """Prompt and answer."""
 
@@ -60,24 +67,28 @@ def peft_answers(model: Any, rows: Rows) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Olmo2", "Granite"])
-def test_log_probabilities_are_as_near_to_pefts_as_pefts_batch_is(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probabilities_are_as_near_to_pefts_as_pefts_batch_is(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     tiny = tiny_model(architecture)
     tiny.to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    adapter = save_adapter(
-        tmp_path / "adapter", tiny, r=8, lora_alpha=2, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    rows, engine = engine_answers(tmp_path / "base", adapter)
+    targets = kinds(architecture)["all-linear"]["target_modules"]
+    adapter = save_adapter(tmp_path / "adapter", tiny, r=8, lora_alpha=2, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
         model = PeftModel.from_pretrained(loaded, adapter).eval()
+    for way in ("native", "torch"):
+        if way == "torch":
+            monkeypatch.setattr(basekernel, "base_kernel", lambda: None)
+        rows, engine = engine_answers(tmp_path / "base", adapter)
         alone = torch.cat([peft_answers(model, [row]) for row in rows])
         together = peft_answers(model, rows)
-    ours, own = float((engine - alone).abs().mean()), float((together - alone).abs().mean())
-    print(f"{architecture}: engine to peft {ours:.5f}, peft to itself {own:.5f}")
-    assert own > 0
-    assert ours <= own
+        ours, own = float((engine - alone).abs().mean()), float((together - alone).abs().mean())
+        print(f"{architecture} by {way}: engine to peft {ours:.5f}, peft to itself {own:.5f}")
+        assert own > 0 or architecture == "Gemma2"
+        assert ours <= max(own, LEAST if architecture == "Gemma2" else 0), way
