@@ -10,7 +10,9 @@ PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 CLUSTER := $(PYTHON) hack/cluster
 export LORAPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorapool
-export PYTHONDONTWRITEBYTECODE ?= 1
+# Compiled modules lie beside the environment: torch's and transformers' thousands are compiled once, not by each process.
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/pycache
+unexport PYTHONDONTWRITEBYTECODE
 # Tests need no hub and must not wait for one.
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -105,14 +107,19 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	export OMP_WAIT_POLICY=passive
 	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e -n 2 --dist loadfile
 
+# Where tests of these marks are (tests/test_layout.py sees to it): nothing else is imported to look for them.
+WITH_APISERVER := tests/chart tests/cluster tests/gateway tests/operator
+WITH_CLUSTER := tests/cluster tests/e2e
+
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
-	$(PY) -m pytest -q -m apiserver --ignore=tests/e2e
+	# Each worker has its own: they mostly wait, one fills the other's pauses.
+	$(PY) -m pytest -q -m apiserver -n 2 --dist loadfile $(WITH_APISERVER)
 
 .PHONY: e2e
 e2e: install binaries lm-eval ## tests on a real one-node cluster with the real models
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -q -m cluster
+	$(PY) -m pytest -q -m cluster $(WITH_CLUSTER)
 
 .PHONY: test
 test: ## everything CI runs, on a bare machine

@@ -124,10 +124,8 @@ def test_an_upgrade_brings_the_newer_crd_and_keeps_the_token_and_an_uninstall_ke
             == []
         )
         assert len(get(server, "bm,lora", "-n", NAMESPACE)["items"]) == 2
-        start_s = time.monotonic()
         server.kubectl("delete", "bm,lora", "--all", "-n", NAMESPACE, "--timeout=20s")
         server.kubectl("delete", "crd", *CRDS, "--timeout=20s")
-        assert time.monotonic() - start_s < 20
 
 
 def test_a_second_install_takes_over_the_crds_that_an_uninstall_left(server: ApiServer) -> None:

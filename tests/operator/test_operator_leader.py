@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ LEASE: dict[str, Any] = {
     "lease_renew_deadline_s": 3.0,
     "lease_retry_s": 1.0,
 }
+LONG_LEASE: dict[str, Any] = LEASE | {"lease_duration_s": 120, "lease_renew_deadline_s": 60.0}
+"""Does not run out within a test: who takes over, takes over from one that gave up."""
 
 
 async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_path: Path) -> None:
@@ -33,8 +34,8 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
         return condition(await api.get("loraadapters", name), "Ready")
 
     async with (
-        running_operator(api, two, inspector, **LEASE) as standby_or_leader,
-        running_operator(api, one, inspector, **LEASE) as other,
+        running_operator(api, two, inspector, **LONG_LEASE) as standby_or_leader,
+        running_operator(api, one, inspector, **LONG_LEASE) as other,
     ):
         both = (standby_or_leader, other)
 
@@ -57,9 +58,7 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
         async def took_over() -> bool:
             return survivor.synced
 
-        began = time.monotonic()
-        await until(took_over, within_s=15.0)
-        assert time.monotonic() - began < LEASE["lease_duration_s"]  # given up, not run out
+        await until(took_over)  # given up: it has two minutes yet to run
         await api.adapter("b")
         await until(lambda: state("b"), ("True", "Parked"))
 
@@ -87,7 +86,7 @@ async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, 
         async def fenced() -> bool:
             return not process._leadership.may_write()
 
-        await until(fenced, within_s=10.0)
+        await until(fenced)
         base = await api.base()
         with pytest.raises(Fenced):
             await process.cluster.delete("Pod", api.namespace, "any", uid=base["metadata"]["uid"])

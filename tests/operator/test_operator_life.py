@@ -175,7 +175,7 @@ async def test_a_suspended_adapter_leaves_the_runtime_and_comes_back(api: Api, t
 
 
 async def test_loaded_is_only_what_a_runtime_itself_reports_and_drops_with_its_pod(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector()):
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):  # only the event can tell it
         base = await api.base()
         adapter = await api.adapter("a")
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
@@ -190,9 +190,7 @@ async def test_loaded_is_only_what_a_runtime_itself_reports_and_drops_with_its_p
                 ("tiny-0", "boot-1", "device")
             ]
             await api.delete("pods", "tiny-0")
-            began = time.monotonic()
             await until(lambda: loaded(api, "a"), ("False", "RuntimeRestarted"), every_s=0.02)
-            assert time.monotonic() - began < 2.0
             status = (await api.get("loraadapters", "a"))["status"]
             assert (status["loaded"], status["replicas"]) == ("0/1", [])
             assert await ready(api, "a") == ("True", "Parked")
@@ -492,7 +490,7 @@ async def test_a_base_that_cannot_be_found_starts_no_pod(api: Api, tmp_path: Pat
             deployment = await api.find("deployments", "tiny-runtime")
             return int(deployment["spec"]["replicas"]) if deployment else 0
 
-        await until(lambda: replicas(), 0, within_s=2.0)
+        await until(lambda: replicas(), 0)
 
 
 async def test_a_child_that_someone_changes_or_deletes_comes_back(api: Api, tmp_path: Path) -> None:
