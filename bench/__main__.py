@@ -37,7 +37,7 @@ QUICK = (
     Step("gateway_overhead.py", (), 240.0),
     Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
     Step("start.py", (), 240.0),
-    Step("w2.py", ("--quick",), 400.0),
+    Step("w2.py", ("--quick",), 500.0),
     Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 300.0),
 )
 FULL = (
@@ -47,6 +47,7 @@ FULL = (
     Step("loading.py", ("BASE",), 600.0),
     Step("start.py", ("--rounds", "5"), 600.0),
     Step("gateway_overhead.py", (), 600.0),
+    Step("w6.py", (), 1500.0),
 )
 
 

@@ -167,7 +167,7 @@ def main() -> int:
         for slot, folder in enumerate(folders[:RUNNING]):
             engine.load(slot, engine.read_adapter(str(folder), max_rank=RANK)).result(60)
         gc.collect()
-        records = loading(engine, folders[RUNNING], max(arguments.rounds, 5))
+        records = loading(engine, folders[RUNNING], max(arguments.rounds, 15))
         records += stall(engine, folders[RUNNING], arguments.seconds, arguments.rounds)
     engine.stop(10)
     print(table(records))

@@ -89,12 +89,45 @@ def w1(results: Results) -> str:
     return "\n".join(lines) + "\n" + equality
 
 
+def loops(results: Results) -> str:
+    """W2 to W4, a line each: the open loops at a comfortable load."""
+    lines = [
+        "| | first token p50 / p99, ms | within 1 s / 6 s | inter-token p50 / p99, ms | tok/s |",
+        "|---|---|---|---|---|",
+    ]
+    for line in _loop_lines(results):
+        first, inter = (
+            " / ".join(_value(results, f"{line}.{what}_{share}_ms") for share in ("p50", "p99"))
+            for what in ("first_token", "inter_token")
+        )
+        within = " / ".join(_value(results, f"{line}.first_within_{limit}") for limit in ("1s", "6s"))
+        lines.append(f"| {_loop_label(line)} | {first} | {within} | {inter} | {_value(results, f'{line}.rate')} |")
+    return "\n".join(lines) if len(lines) > 2 else "Not in this run."
+
+
+def _loop_lines(results: Results) -> list[str]:
+    found = [name.removesuffix(".rate") for name in results.records if name.endswith(".rate")]
+    return [line for line in found if line.startswith(("w2.", "w3.", "w4."))]
+
+
+def _loop_label(line: str) -> str:
+    workload, _, point = line.partition(".")
+    what, number_ = re.fullmatch(r"([a-z]+)([\d.]+)", point).groups()  # type: ignore[union-attr]  # w2 names them so
+    says = {"n": "{} adapters, α = 1", "alpha": "100 adapters, α = {}", "cv": "100 adapters, bursts of cv {}"}
+    return f"{workload.upper()}: {says[what].format(number_)}"
+
+
+def _value(results: Results, name: str) -> str:
+    record = results.records.get(name)
+    return "-" if record is None or record.value is None else number(record.value)
+
+
 def rest(results: Results) -> str:
-    """Every record that is neither a rate of W1 nor held against a bar."""
-    held = {bar.record for bar in BARS}
+    """Every record that stands nowhere else: no rate of W1, no open loop, not held against a bar."""
+    held, loop_lines = {bar.record for bar in BARS}, set(_loop_lines(results))
     lines = ["| record | value | runs | against |", "|---|---|---|---|"]
     for name, record in results.records.items():
-        if name in held or ".rate." in name or record.value is None:
+        if name in held or ".rate." in name or name.rpartition(".")[0] in loop_lines or record.value is None:
             continue
         runs = f"{number(min(record.runs))} to {number(max(record.runs))}" if len(record.runs) > 1 else ""
         against = f"{number(record.ratio)} × {record.rival}" if record.ratio is not None else record.note
@@ -121,7 +154,13 @@ def bars_picture(results: Results) -> str:
     return bar_chart("Bars: right of the line is met", rows, "× the bar", mark=1.0, limit=SHOWN)
 
 
-PARTS: Mapping[str, Callable[[Results], str]] = {"machine": machine, "bars": bars, "w1": w1, "rest": rest}
+PARTS: Mapping[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "bars": bars,
+    "w1": w1,
+    "loops": loops,
+    "rest": rest,
+}
 PICTURES: Mapping[str, Callable[[Results], str]] = {
     "performance-bars.svg": bars_picture,
     "performance-w1.svg": w1_picture,

@@ -1,6 +1,6 @@
-"""Open loops against a runtime over HTTP: W2, and in full W3 (skew), W4 (bursts), W5 (cold tiers).
+"""Open loops against a runtime over HTTP: W2, W5 (cold tiers), W7 (churn), and in full W3 (skew) and W4 (bursts).
 
-    python bench/w2.py [--quick] [--records PATH]
+    python bench/w2.py [--quick] [--only w3] [--seconds 60] [--records PATH]
 
 Adapters are of rank 16, bfloat16 on disk, 16 slots; only those that a trace asks for are written. Throughput with 500
 adapters against 5 is measured with more load than the machine can serve, in alternating rounds on the same arrivals;
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import aiohttp
@@ -27,8 +30,13 @@ from standalone import Standalone
 from workloads import REQUESTS, Arrival, adapter_name, open_loop
 
 from lorapool_api.common import HEADER_ADAPTER
+from lorapool_api.protocol import DeleteAnswer
 
 CLAIM = "w2"
+LINES = ("w2", "w3", "w4")
+WORKLOADS = (*LINES, "w5", "w7")
+CHURNED = 3
+"""Adapters that come and go in W7."""
 SLOTS = REQUESTS
 POPULATIONS = (5, 20, 100, 500)
 OVERLOAD = 1.3
@@ -95,17 +103,98 @@ def latencies(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> list[Reco
     ]
 
 
-def loops(bench: Bench, capacity: float, duration_s: float) -> list[Record]:
+def loops(bench: Bench, capacity: float, duration_s: float, wanted: Sequence[str]) -> list[Record]:
     """W2 to W4: one run a line, at a comfortable load."""
     common: dict[str, Any] = {"per_s": capacity * COMFORT, "duration_s": duration_s, "seed": 7}
+    lines: dict[str, dict[str, Any]] = {f"w2.n{adapters}": {"adapters": adapters} for adapters in POPULATIONS}
+    lines |= {f"w3.alpha{alpha}": {"adapters": 100, "alpha": alpha} for alpha in (0.1, 0.3, 0.6, 1.0)}
+    lines |= {f"w4.cv{cv}": {"adapters": 100, "cv": float(cv)} for cv in (1, 2, 4, 8)}
     records = []
-    for adapters in POPULATIONS:
-        records += latencies(bench, f"w2.n{adapters}", open_loop(adapters=adapters, **common))
-    for alpha in (0.1, 0.3, 0.6, 1.0):
-        records += latencies(bench, f"w3.alpha{alpha}", open_loop(adapters=100, alpha=alpha, **common))
-    for cv in (1, 2, 4, 8):
-        records += latencies(bench, f"w4.cv{cv}", open_loop(adapters=100, cv=cv, **common))
+    for name, line in lines.items():
+        if name.startswith(tuple(wanted)):
+            print(f"  {name}", file=sys.stderr, flush=True)
+            records += latencies(bench, name, open_loop(**line, **common))
     return records
+
+
+# --- W7 ----------------------------------------------------------------------------------
+
+
+class Churn:
+    """One load from disk and one unload a second, of adapters that nobody asks; a context manager. What was loaded is
+    deleted half a second later, and the bytes that the runtime says came free prove that it had been there."""
+
+    def __init__(self, server: Standalone, adapters: Mapping[str, str]) -> None:
+        self._server, self._keys = server, list(adapters.values())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="churn")
+        self._failure: str | None = None
+        self.loads = 0
+
+    def __enter__(self) -> Churn:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._failure and error is None:
+            raise SystemExit(self._failure)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.5):
+            uid, digest = self._keys[self.loads % len(self._keys)].split("@")
+            source = {"uri": f"pvc://{CLAIM}/{uid}"}
+            try:
+                self._server.ask(
+                    "PUT", f"/v1/adapters/{uid}/{digest}", {"display": f"bench/{uid}", "source": source, "load": True}
+                )
+                time.sleep(0.5)
+                answer = DeleteAnswer.model_validate(self._server.ask("DELETE", f"/v1/adapters/{uid}/{digest}"))
+            except (OSError, RuntimeError, http.client.HTTPException) as failure:
+                self._failure = f"the churn failed: {failure}"
+                return
+            if not answer.freed_device_bytes:
+                self._failure = f"{uid} was not loaded half a second after it was asked for"
+                return
+            self.loads += 1
+
+
+def churn(bench: Bench, server: Standalone, base: Path, per_s: float, duration_s: float, rounds: int) -> list[Record]:
+    """W7: the same arrivals for five resident adapters, with and without the churn, in turns."""
+    print(f"  churn: {per_s:.1f} requests a second for {duration_s:.0f} s", file=sys.stderr, flush=True)
+    names = [f"churn{number}" for number in range(CHURNED)]
+    for number, name in enumerate(names):
+        make_adapter(base, VOLUMES / CLAIM / name, 7000 + number, 16, "bfloat16")
+    adapters = server.register(CLAIM, names)
+    loads: dict[str, list[Load]] = {"churn": [], "quiet": []}
+    counts = []
+
+    def run(kind: str) -> float:
+        arrivals = open_loop(adapters=5, per_s=per_s, duration_s=duration_s, seed=100 + len(loads[kind]))
+        if kind == "quiet":
+            load = bench.load(arrivals)
+        else:
+            with Churn(server, adapters) as going:
+                load = bench.load(arrivals)
+            counts.append(going.loads)
+        loads[kind].append(load)
+        return load.inter_token_s(0.99)
+
+    alternate({"churn": lambda: run("churn"), "quiet": lambda: run("quiet")}, rounds)
+    counted = {kind: done[1:] for kind, done in loads.items()}  # the first of each only warms
+    note = f"5 adapters, {sum(counts[1:])} loads from disk and as many unloads"
+
+    def record(name: str, share: float) -> Record:
+        runs = {kind: [load.inter_token_s(share) * 1e3 for load in done] for kind, done in counted.items()}
+        return against(name, "ms", runs["churn"], "no churn", runs["quiet"], note)
+
+    return [record("w7.inter_token_p50_ms", 0.5), record("w7.inter_token_p99_ms", 0.99)]
+
+
+# --- W5 ----------------------------------------------------------------------------------
 
 
 def cold(base: Path, each: int = 5) -> list[Record]:
@@ -149,9 +238,12 @@ def _first_token_ms(port: int, key: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="throughput and cold tiers only, in short rounds")
+    parser.add_argument("--quick", action="store_true", help="throughput, churn and cold tiers only, in short rounds")
+    parser.add_argument("--only", choices=WORKLOADS, action="append", help="of them; may be repeated")
+    parser.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
     parser.add_argument("--records", type=Path)
     given = parser.parse_args()
+    wanted = given.only or WORKLOADS
     os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime"))
     base = base_folder()
     with tempfile.TemporaryDirectory() as cache, Standalone(base, VOLUMES, Path(cache), SETTINGS, "w2") as server:
@@ -159,13 +251,15 @@ def main() -> int:
         bench = Bench(server, base)
         capacity = capacity_per_s(bench)
         records = [measured("w2.capacity", "req/s", [capacity], "5 adapters, all at once")]
-        records += throughput(bench, capacity * OVERLOAD, 5.0 if given.quick else 30.0, COUNTED_ROUNDS)
-        records += (
-            latencies(bench, "w2.n100", open_loop(adapters=100, per_s=capacity * COMFORT, duration_s=8.0, seed=7))
-            if given.quick
-            else loops(bench, capacity, 60.0)
-        )
-    records += cold(base, 3 if given.quick else 5)
+        if "w2" in wanted:
+            duration_s = given.seconds or (5.0 if given.quick else 30.0)
+            records += throughput(bench, capacity * OVERLOAD, duration_s, COUNTED_ROUNDS)
+        lines = ["w2.n100"] if given.quick and not given.only else [one for one in LINES if one in wanted]
+        records += loops(bench, capacity, given.seconds or (8.0 if given.quick else 60.0), lines) if lines else []
+        if "w7" in wanted:
+            duration_s = given.seconds or (8.0 if given.quick else 30.0)
+            records += churn(bench, server, base, capacity * COMFORT, duration_s, COUNTED_ROUNDS)
+    records += cold(base, 3 if given.quick else 5) if "w5" in wanted else []
     print(table(records))
     if given.records:
         write_records(given.records, records)

@@ -24,7 +24,7 @@ BUILT = ROOT / "lorapool_runtime" / "native"
 LIBRARIES = {"lora_rows": True, "base_step": False}
 """Each from NAME.cpp and NAME_variant.cpp; whether there is a variant for a processor without any of VARIANTS."""
 SINGLE = ("lora_pack",)
-"""Each from NAME.cpp alone, for any processor of the architecture, without threads."""
+"""Each from NAME.cpp alone, for any processor of the architecture, without OpenMP."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 VARIANTS = {
     "x86_64": {
@@ -47,7 +47,7 @@ def compile_library(to: Path) -> Path:
         raise CompilerMissingError("no C++ compiler (g++) is installed")
     library = to.stem.removeprefix("lib")
     variants: dict[str, tuple[str, ...]] = {}
-    threads = () if library in SINGLE else ("-fopenmp",)
+    threads = ("-pthread",) if library in SINGLE else ("-fopenmp",)
     if library in LIBRARIES:
         variants = {**({"baseline": ()} if LIBRARIES[library] else {}), **VARIANTS.get(platform.machine(), {})}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,12 +1,16 @@
 """Adapters as verified folders on this machine: the disk and source tiers, as `adapters` sees them.
 
 A thin layer over lorapool_artifacts: what is on disk is used without asking the source (which may be down), what is
-fetched has the digest that was asked for and has been judged against the base. Refuses to serve anything else.
+fetched has the digest that was asked for and has been judged against the base. Refuses to serve anything else. A
+folder is hashed and judged once per process, and again when its files are not the very ones that were: hashing costs
+as much as all the rest of a load from disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,14 @@ from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
 from lorapool_artifacts.judge import BaseFacts
 from lorapool_artifacts.limits import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_runtime.slot_filling import yield_to_the_batch
+
+MAX_INSPECTIONS = 2
+"""Folders hashed and judged at one time: this costs processor time that serving needs."""
+MAX_REMEMBERED = 10_000
+"""Folders known to be sound; some hundred bytes each."""
+
+_Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,10 @@ class DiskStore:
         self._sources = sources
         self._max_rank = max_rank
         self._fetch_timeout_s = fetch_timeout_s
+        self._inspectors = ThreadPoolExecutor(
+            MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=yield_to_the_batch
+        )
+        self._inspected: dict[str, tuple[int, _Signature]] = {}
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
         limit = max_bytes or DEFAULT_MAX_ADAPTER_BYTES
@@ -81,18 +97,33 @@ class DiskStore:
             resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, self._sources)
             folder = await self._cache.obtain(resolved, digest)
         self._cache.touch(digest)
-        found = await asyncio.to_thread(
-            inspect_adapter_folder, folder, self._base, JudgeLimits(self._max_rank, max_bytes=limit)
+        await asyncio.get_running_loop().run_in_executor(
+            self._inspectors, self._inspect, folder, digest, source.uri, limit
         )
+        return StoredAdapter(folder, digest, tier)
+
+    def _inspect(self, folder: Path, digest: str, uri: str, limit: int) -> None:
+        """Raises ArtifactError where the folder is not what was asked for, or does not fit."""
+        try:
+            signature = _signature(folder)
+        except OSError as error:
+            raise ArtifactError(
+                FailureReason.CORRUPT_ARTIFACT, f"The copy of {uri} on this machine cannot be read: {error.strerror}."
+            ) from error
+        if self._inspected.get(digest) == (limit, signature):
+            return
+        found = inspect_adapter_folder(folder, self._base, JudgeLimits(self._max_rank, max_bytes=limit))
         if found.digest is not None and found.digest != digest:
             raise ArtifactError(
                 FailureReason.DIGEST_MISMATCH,
-                f"{source.uri} holds {found.digest}, not the {digest} that is asked for; correct spec.source.digest "
+                f"{uri} holds {found.digest}, not the {digest} that is asked for; correct spec.source.digest "
                 "or pin the revision.",
             )
         if not found.verdict.ok:
             raise ArtifactError(found.verdict.reason or FailureReason.INCOMPATIBLE, found.verdict.message)
-        return StoredAdapter(folder, digest, tier)
+        if len(self._inspected) >= MAX_REMEMBERED:
+            self._inspected.clear()
+        self._inspected[digest] = (limit, signature)
 
     def pinned(self, digest: str) -> AbstractContextManager[None]:
         return self._cache.pinned(digest)
@@ -126,3 +157,10 @@ class DiskStore:
             size_bytes=found.size_bytes,
             failure=failure,
         )
+
+
+def _signature(folder: Path) -> _Signature:
+    """Of each file its name, inode, size, and times of change: the second of these no program can set."""
+    with os.scandir(folder) as entries:
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    return tuple(sorted((name, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in stats))

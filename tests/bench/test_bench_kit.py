@@ -145,6 +145,18 @@ def test_a_template_with_an_unknown_part_is_refused() -> None:
         page.render("<!-- weather -->\n", results)
 
 
+def test_an_open_loop_is_one_line_of_the_page_and_not_repeated_below() -> None:
+    results = page.Results.read(page.RESULTS / "latest.json")
+    names = ("first_token_p50_ms", "first_token_p99_ms", "inter_token_p50_ms", "inter_token_p99_ms")
+    records = [measured(f"w3.alpha0.3.{name}", "ms", [10.0 + n]) for n, name in enumerate(names)]
+    records += [measured("w3.alpha0.3.first_within_1s", "share", [1.0]), measured("w3.alpha0.3.rate", "tok/s", [99.0])]
+    records += [measured("w5.disk_first_token_ms", "ms", [50.0])]
+    results = dataclasses.replace(results, records={record.name: record for record in records})
+    line = "| W3: 100 adapters, α = 0.3 | 10.0 / 11.0 | 1.00 / - | 12.0 / 13.0 | 99.0 |"
+    assert page.loops(results).splitlines()[2:] == [line]
+    assert [row.split("`")[1] for row in page.rest(results).splitlines()[2:]] == ["w5.disk_first_token_ms"]
+
+
 def test_a_missed_and_a_missing_bar_are_both_shown() -> None:
     results = page.Results.read(page.RESULTS / "latest.json")
     first, second = BARS[0], BARS[1]
