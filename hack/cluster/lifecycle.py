@@ -9,7 +9,6 @@ import json
 import os
 import random
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import build, cgroups, control, forward, install, oci, pki
+from cluster import build, cgroups, control, forward, install, oci, pki, trees
 from cluster import plan as planning
 from cluster.errors import ClusterError, MissingTool, NotRunning, StartFailed
 from cluster.kernel import ProcessId
@@ -387,6 +386,6 @@ def _remove_contents(state: Path) -> None:
         if entry.name == ".lock":
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            trees.remove(entry)
         else:
             entry.unlink()

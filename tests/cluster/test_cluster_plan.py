@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "hack"))
 
-from cluster import oci, pins, plan  # noqa: E402  (hack is no installed package)
+from cluster import oci, pins, plan, trees  # noqa: E402  (hack is no installed package)
 from cluster.errors import ClusterError  # noqa: E402
 from cluster.kernel import ProcessId  # noqa: E402
 from images.base import debian_mirror  # noqa: E402
@@ -73,6 +73,24 @@ def test_a_process_is_known_by_its_start_and_not_by_its_number_alone() -> None:
     assert me.alive()
     assert not ProcessId(me.pid, me.started_ticks + 1, me.boot).alive()
     assert not ProcessId(me.pid, me.started_ticks, "another boot").alive()
+
+
+def test_a_tree_is_removed_and_what_its_links_point_to_stays(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    tree = tmp_path / "tree"
+    for number in range(200):
+        folder = tree / f"layer-{number % 7}" / "usr" / f"{number}"
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    (tree / "to-a-folder").symlink_to(outside)
+    (tree / "layer-1" / "to-a-file").symlink_to(outside / "kept")
+    (tree / "layer-2" / "to-nothing").symlink_to(tmp_path / "nothing")
+    (tree / "layer-3" / "locked").mkdir(mode=0o500)
+    trees.remove(tree)
+    assert not tree.exists()
+    assert (outside / "kept").read_text() == "kept"
 
 
 def test_the_sandbox_image_is_one_layer_with_one_program(tmp_path: Path) -> None:
