@@ -23,6 +23,8 @@ SOURCES = ROOT / "native"
 BUILT = ROOT / "lorapool_runtime" / "native"
 LIBRARIES = {"lora_rows": True, "base_step": False}
 """Each from NAME.cpp and NAME_variant.cpp; whether there is a variant for a processor without any of VARIANTS."""
+MORE = {"base_step": ("base_step_program",)}
+"""Further sources of a library, for any processor of the architecture."""
 SINGLE = ("lora_pack",)
 """Each from NAME.cpp alone, for any processor of the architecture, without OpenMP."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
@@ -52,7 +54,7 @@ def compile_library(to: Path) -> Path:
         variants = {**({"baseline": ()} if LIBRARIES[library] else {}), **VARIANTS.get(platform.machine(), {})}
     with tempfile.TemporaryDirectory() as scratch:
         # relative paths and a fixed order: the same sources give the same bytes
-        jobs = [("entry", f"{library}.cpp", ())]
+        jobs = [("entry", f"{library}.cpp", ()), *((more, f"{more}.cpp", ()) for more in MORE.get(library, ()))]
         jobs += [(name, f"{library}_variant.cpp", (f"-DVARIANT={name}", *flags)) for name, flags in variants.items()]
         running = [
             subprocess.Popen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -119,8 +120,10 @@ def save_adapter(folder: Path, model: Any, **config: Any) -> Path:
 class Collector:
     """A sink that gathers the outputs of many requests and lets a test wait for their ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pause_s: float = 0.0) -> None:
+        """pause_s: kept in the engine's thread at each output, so that a request lasts as long as a test needs it to."""
         self.outputs: dict[str, list[TokenOutput]] = {}
+        self._pause_s = pause_s
         self._queue: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
@@ -128,6 +131,7 @@ class Collector:
         with self._lock:
             self.outputs.setdefault(output.request_id, []).append(output)
         self._queue.put(output)
+        time.sleep(self._pause_s)
 
     def next(self, timeout_s: float = 60.0) -> TokenOutput:
         return self._queue.get(timeout=timeout_s)

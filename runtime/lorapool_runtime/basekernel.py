@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -20,10 +23,31 @@ from lorapool_runtime.nativelib import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the library's interface: base_step_version
+VERSION = 3  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _WIDTH = 16  # head sizes are whole vectors of any variant
 _TYPES = (torch.float32, torch.bfloat16)
+
+
+Note = Callable[[object, Tensor, Tensor], None]
+"""Told after a call of one of the operators below: the operator, what went in, what came out."""
+
+
+class _Watch(threading.local):
+    note: Note | None = None
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def watched(note: Note) -> Iterator[None]:
+    """`note` is told of every linear layer, norm and gate that this thread calls meanwhile."""
+    _watch.note = note
+    try:
+        yield
+    finally:
+        _watch.note = None
 
 
 class _Linear(ctypes.Structure):
@@ -39,7 +63,7 @@ class _Linear(ctypes.Structure):
     )
 
 
-class _Decode(ctypes.Structure):
+class Decode(ctypes.Structure):
     """`BaseDecode` of base_step.h."""
 
     _fields_ = (
@@ -129,9 +153,9 @@ class PanelLinear:
             exact,
             weight.dtype == torch.bfloat16,
         )
-        self._address = ctypes.addressof(self._job)
+        self.address = ctypes.addressof(self._job)
         wide = weight.float().contiguous()
-        kernel.library.base_step_pack(self._address, wide.data_ptr(), self._panels.data_ptr())
+        kernel.library.base_step_pack(self.address, wide.data_ptr(), self._panels.data_ptr())
         self._run = kernel.library.base_step_linear
         self.nbytes = self._panels.nbytes
 
@@ -143,8 +167,10 @@ class PanelLinear:
             )
         x = x.contiguous()
         y = torch.empty((x.shape[0], self.out_features), dtype=self.dtype)
-        if self._run(self._address, x.data_ptr(), y.data_ptr(), x.shape[0]):
+        if self._run(self.address, x.data_ptr(), y.data_ptr(), x.shape[0]):
             raise MemoryError("a linear layer's scratch memory")
+        if _watch.note is not None:
+            _watch.note(self, x, y)
         return y
 
 
@@ -169,7 +195,7 @@ class PagedDecode:
         assert kernel is not None
         assert tables.dtype == lengths.dtype == torch.int32
         self._kept = (tables.contiguous(), lengths.contiguous())
-        job = self._job = _Decode()
+        job = self._job = Decode()
         job.tables, job.lengths = (tensor.data_ptr() for tensor in self._kept)
         job.rows, job.width = tables.shape
         job.kv_heads, job.head_dim, job.block_size = kv_heads, head_dim, block_size
@@ -226,7 +252,7 @@ class RowNorm:
         self._weight = weight.detach().float().contiguous() + float(plus_one)  # [width]
         bfloat16 = weight.dtype == torch.bfloat16
         self._job = _Norm(self._weight.data_ptr(), self.width, epsilon, bfloat16, bfloat16 and round_first)
-        self._address, self._run = ctypes.addressof(self._job), kernel.library.base_step_norm
+        self.address, self._run = ctypes.addressof(self._job), kernel.library.base_step_norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., width] -> the same, contiguous"""
@@ -234,7 +260,9 @@ class RowNorm:
             raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the norm takes {self.dtype} [..., {self.width}]")
         x = x.contiguous()
         y = torch.empty_like(x)
-        self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self.width)
+        self._run(self.address, x.data_ptr(), y.data_ptr(), x.numel() // self.width)
+        if _watch.note is not None:
+            _watch.note(self, x, y)
         return y
 
 
@@ -253,7 +281,7 @@ class RowGate:
         assert kernel is not None
         self.dtype, self.width = dtype, width
         self._job = _Gate(width, dtype == torch.bfloat16, self.ACTIVATIONS.index(activation))
-        self._address, self._run = ctypes.addressof(self._job), kernel.library.base_step_gate
+        self.address, self._run = ctypes.addressof(self._job), kernel.library.base_step_gate
 
     def __call__(self, both: Tensor) -> Tensor:
         """both: [rows, 2 * width] -> [rows, width]"""
@@ -261,5 +289,7 @@ class RowGate:
             raise ValueError(f"rows are {both.dtype} {tuple(both.shape)}, not {self.dtype} [rows, {2 * self.width}]")
         both = both.contiguous()
         y = torch.empty((both.shape[0], self.width), dtype=self.dtype)
-        self._run(self._address, both.data_ptr(), y.data_ptr(), both.shape[0])
+        self._run(self.address, both.data_ptr(), y.data_ptr(), both.shape[0])
+        if _watch.note is not None:
+            _watch.note(self, both, y)
         return y

@@ -38,6 +38,7 @@ from lorapool_runtime.scheduler import Scheduler, StepPlan
 from lorapool_runtime.scoring import score_prompts
 from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.slabs import Slabs
+from lorapool_runtime.step_program import load_step_program
 from lorapool_runtime.way_probe import known_costs
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class Core:
             else:
                 self._fit_to_cpu(config)
             self.runner.self_check()
+            if device.type == "cpu":
+                self.runner.decode_path = load_step_program(self.base, self.pool, max_batch=config.max_batch)
         blocks = self.pool.data.shape[2] - 1
         self.scheduler = Scheduler(
             BlockAllocator(blocks, config.kv_block_tokens),

@@ -43,20 +43,20 @@ class FusedLinear:
         bias = _joined_bias(linears)
         self.nbytes = weight.nbytes
         self.packed = True
-        self._product: Callable[[Tensor], Tensor]
+        self.product: Callable[[Tensor], Tensor]
         if PanelLinear.serves(weight):
             panels = PanelLinear(weight, bias)
             self.nbytes = panels.nbytes
-            self._product = panels
+            self.product = panels
         elif can_pack(weight):
-            self._product = _onednn(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS), bias)
+            self.product = _onednn(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS), bias)
         else:
             self.packed = False
-            self._product = _plain(first.detach() if len(linears) == 1 else weight, bias)
+            self.product = _plain(first.detach() if len(linears) == 1 else weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""
-        return self._product(x)
+        return self.product(x)
 
 
 def _onednn(packed: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -52,6 +52,7 @@ class LoraBatch:
 
     def __init__(self) -> None:
         self.slabs: Slabs | None = None
+        self.groups: list[LoraGroup] = []
         self.kernel: RowKernel | None = None
         self.costs: WayCosts = USUAL
         self._row_slots: Tensor | None = None  # int32 [rows]: what the kernel adds
@@ -149,6 +150,7 @@ class LoraGroup:
 
     def __init__(self, number: int, target: TargetGroup, base: FusedLinear, batch: LoraBatch) -> None:
         self.number, self.target, self.base, self.batch = number, target, base, batch
+        batch.groups.append(self)
         self.offsets = tuple(accumulate(base.out_features, initial=0))
         self._x: Tensor | None = None
         self._y: Tensor | None = None

@@ -83,6 +83,15 @@ class NativeRowKernel:
         if failed:
             raise MemoryError if failed == 2 else ValueError("a row names a slot that does not exist")
 
+    @property
+    def entry(self) -> int:
+        """The address of `lora_rows_add`, for a native caller."""
+        return ctypes.cast(self._add, ctypes.c_void_p).value or 0
+
+    def address_of(self, group: GroupSlab) -> int:
+        """Of the `LoraGroup` that describes it; good as long as this kernel lives."""
+        return self._prepared(group)[0]
+
     def _prepared(self, group: GroupSlab) -> tuple[int, int, int]:
         known = self._groups.get(id(group))
         if known is None:

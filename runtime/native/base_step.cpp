@@ -36,7 +36,10 @@ constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking o
 
 extern "C" {
 
-int base_step_version() { return 2; }
+extern const BaseVariant* const base_step_variant;
+const BaseVariant* const base_step_variant = kVariant;
+
+int base_step_version() { return 3; }
 
 // Null: this processor has none of the instruction sets these kernels are for; nothing else may be called then.
 const char* base_step_isa() { return kVariant ? kVariant->isa : nullptr; }

@@ -44,6 +44,24 @@ struct BaseGate {
     int32_t activation;  // 0 SiLU, 1 GELU by tanh
 };
 
+// Rotary embeddings over some of a row's vectors; the cosines and sines are those of the step's positions.
+struct StepTurn {
+    int64_t vectors, head_dim;
+    int32_t cosines;   // which of the step's
+    int32_t bfloat16;  // elements of the vectors, cosines and sines
+};
+struct StepCosines {
+    const void *cos, *sin;  // [rows][turned]
+    int64_t turned;         // elements of a vector; those behind stay as they are
+};
+
+// to += factor * from
+struct StepAdd {
+    int64_t width;
+    float factor;
+    int32_t bfloat16;
+};
+
 struct BaseVariant {
     const char* isa;
     int64_t lanes;
@@ -53,5 +71,7 @@ struct BaseVariant {
     void (*decode)(const BaseDecode*, int threads);
     void (*norm)(const BaseNorm*, const void* x, void* y, int64_t rows, int threads);
     void (*gate)(const BaseGate*, const void* x, void* y, int64_t rows, int threads);
+    void (*turn)(const StepTurn*, void* x, int64_t x_row, const StepCosines*, int64_t rows);
+    void (*add)(const StepAdd*, void* to, const void* from, int64_t rows);
 };
 }

@@ -347,11 +347,32 @@ void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int threads
 
 }  // namespace
 
+#include "step_glue.h"
+
+namespace {
+
+void turn(const StepTurn* t, void* x, int64_t x_row, const StepCosines* by, int64_t rows) {
+    if (t->bfloat16)
+        rotate((uint16_t*)x, x_row, t->vectors, t->head_dim, (const uint16_t*)by->cos, (const uint16_t*)by->sin,
+               by->turned, rows);
+    else
+        rotate((float*)x, x_row, t->vectors, t->head_dim, (const float*)by->cos, (const float*)by->sin, by->turned, rows);
+}
+
+void add(const StepAdd* a, void* to, const void* from, int64_t rows) {
+    if (a->bfloat16)
+        accumulate((uint16_t*)to, (const uint16_t*)from, a->factor, rows * a->width);
+    else
+        accumulate((float*)to, (const float*)from, a->factor, rows * a->width);
+}
+
+}  // namespace
+
 #define NAME2(name) base_step_##name
 #define NAME(name) NAME2(name)
 #define TEXT2(name) #name
 #define TEXT(name) TEXT2(name)
 extern "C" {
 extern const BaseVariant NAME(VARIANT);
-const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode, norm, gate};
+const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode, norm, gate, turn, add};
 }

@@ -93,7 +93,7 @@ def test_adapters_and_the_base_share_a_batch(engine: Engine, world: PeftWorld) -
 
 
 def test_loading_and_unloading_need_nobody_to_finish(engine: Engine, world: PeftWorld) -> None:
-    got = Collector()
+    got = Collector(pause_s=0.01)
     engine.submit(request("long", PROMPT, greedy(150)), got)
     got.next()
     loaded = load(engine, world, "two", 1)
@@ -114,7 +114,7 @@ def test_a_slot_is_used_again_by_another_adapter(engine: Engine, world: PeftWorl
 
 
 def test_a_slot_in_use_is_neither_cleared_nor_overwritten(engine: Engine, world: PeftWorld) -> None:
-    got = Collector()
+    got = Collector(pause_s=0.01)
     load(engine, world, "one", 0)
     engine.submit(request("user", PROMPT, greedy(120), slot=0), got)
     got.next()
