@@ -121,7 +121,7 @@ class Collector:
     """A sink that gathers the outputs of many requests and lets a test wait for their ends."""
 
     def __init__(self, *, pause_s: float = 0.0) -> None:
-        """pause_s: kept in the engine's thread at each output, so that a request lasts as long as a test needs it to."""
+        """pause_s: kept in the engine's thread at each output, so that a request lasts as long as a test needs."""
         self.outputs: dict[str, list[TokenOutput]] = {}
         self._pause_s = pause_s
         self._queue: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()

@@ -130,7 +130,7 @@ class TorchEngine:
         with self._lock:
             known = self._alive and request_id in self._sinks
         if known:
-            self._commands.put(lambda: self._deliver(core.end(request_id, FinishReason.CANCELLED)))
+            self._commands.put(lambda: self._tell(core.end(request_id, FinishReason.CANCELLED)))
 
     def observe(self) -> EngineStats:
         return self._stats
@@ -166,9 +166,7 @@ class TorchEngine:
         while self._alive:
             self._take_commands(wait=not core.scheduler.has_work)
             if core.scheduler.has_work:
-                outputs = core.step()
-                self._publish(core)
-                self._deliver(outputs)
+                self._tell(core.step())
             else:
                 self._publish(core)
 
@@ -206,6 +204,11 @@ class TorchEngine:
         if not alive:
             future.set_exception(EngineStoppedError("the engine is not running"))
         return future
+
+    def _tell(self, outputs: list[TokenOutput]) -> None:
+        """Who is told of an end sees it in `observe` at once."""
+        self._publish(self._loaded())
+        self._deliver(outputs)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:

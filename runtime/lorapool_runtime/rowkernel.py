@@ -21,7 +21,7 @@ from lorapool_runtime.slabs import GroupSlab
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "lora_rows", 1  # of the library and its interface
+NAME, VERSION = "lora_rows", 2  # of the library and its interface
 
 
 def load_row_kernel(dtype: torch.dtype, device: torch.device, folder: Path = FOLDER) -> NativeRowKernel | None:
@@ -60,6 +60,8 @@ class NativeRowKernel:
         self._add = library.lora_rows_add
         self._add.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64]
         self._add.restype = ctypes.c_int
+        library.lora_rows_calls.restype = ctypes.c_void_p
+        self._calls = library.lora_rows_calls()
         library.lora_rows_isa.restype = ctypes.c_char_p
         self.isa: str = library.lora_rows_isa().decode()
         self._groups: dict[int, tuple[int, int, int, GroupSlab, object]] = {}
@@ -84,9 +86,10 @@ class NativeRowKernel:
             raise MemoryError if failed == 2 else ValueError("a row names a slot that does not exist")
 
     @property
-    def entry(self) -> int:
-        """The address of `lora_rows_add`, for a native caller."""
-        return ctypes.cast(self._add, ctypes.c_void_p).value or 0
+    def calls(self) -> int:
+        """The address of the library's `LoraCalls`, for a native caller with threads of its own."""
+        address: int = self._calls
+        return address
 
     def address_of(self, group: GroupSlab) -> int:
         """Of the `LoraGroup` that describes it; good as long as this kernel lives."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 KINDS = ("norm", "linear", "lora", "rotary", "attention", "activation", "residual")
 """`StepKind` of step_program.h, in its order."""
 _NORM, _LINEAR, _LORA, _TURN, _ATTEND, _GATE, _ADD = range(len(KINDS))
+_USUAL_CACHE_BYTES = 8 << 20
 _LEARNED_AT, _PROVED_AT = (1, 5, 11), (9, 0)
 """Positions of the rows that are learned from, and of those that prove it."""
 
@@ -87,7 +89,10 @@ class _Program(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("cosines", ctypes.c_void_p),
         ("row_slots", ctypes.c_void_p),
+        ("slots", ctypes.c_int64),
         ("lora", ctypes.c_void_p),
+        ("u", ctypes.c_void_p),
+        ("most_ahead", ctypes.c_int64),
         ("spent_ns", ctypes.c_void_p),
     )
 
@@ -116,7 +121,10 @@ class StepProgram:
         self._slot_of_row: tuple[int, ...] | None = ()
         job = self._job = _Program()
         job.ops, job.count, job.cosines = ctypes.addressof(self._ops), len(ops), ctypes.addressof(self._cosines)
-        job.lengths, job.lora = self._lengths.ctypes.data, lora.entry
+        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.slots, lora.calls
+        widest = max(len(group.out_features) for group in slabs.groups)
+        self._u = np.zeros(max_batch * widest * slabs.max_rank, np.float32)
+        job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2
 
     def can_run(self, plan: StepPlan) -> bool:
         """Whether the step is nothing but decoding, and the row kernel is the best way for all its adapters."""
@@ -146,7 +154,7 @@ class StepProgram:
             torch.tensor([chunk.start for chunk in chunks]),
         )
         if failed := self._run(ctypes.addressof(job)):
-            raise MemoryError(f"the step's {KINDS[failed >> 8]} found no scratch memory")
+            raise MemoryError("a step's scratch memory") if failed == 2 else ValueError("a row names no slot")
         return self._recipe.finish(self._view(self._recipe.logits)[:rows])
 
     def spent_ms(self) -> dict[str, float]:
@@ -235,6 +243,14 @@ class StepProgram:
 
     def _view(self, place: Place) -> Tensor:
         return self._buffers[place.buffer][:, : place.of]
+
+
+def _shared_cache_bytes() -> int:
+    """Of the cache that all cores share; a guess where the system does not tell."""
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), _USUAL_CACHE_BYTES)
+    except (OSError, ValueError):
+        return _USUAL_CACHE_BYTES
 
 
 def _buffers(recipe: Recipe, rows: int, dtype: torch.dtype) -> list[Tensor]:

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include <omp.h>
 
@@ -32,11 +33,29 @@ const BaseVariant* choose() {
 const BaseVariant* const kVariant = choose();
 constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking other threads costs more than they save
 
+int threads_for(int64_t work) { return work < kSmallWork ? 1 : omp_get_max_threads(); }
+
+thread_local std::vector<float> memory;
+
+// Calls `share(scratch, me, of)` in each thread, the scratch its own `each` floats. 1 where memory ran out.
+template <class Share>
+int with_scratch(int64_t each, int threads, const Share& share) {
+    try {
+        if (int64_t(memory.size()) < each * threads) memory.resize(size_t(each * threads));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    float* const scratch = memory.data();
+    if (threads == 1) return share(scratch, 0, 1), 0;
+#pragma omp parallel num_threads(threads)
+    share(scratch + each * omp_get_thread_num(), omp_get_thread_num(), omp_get_num_threads());
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
 
-extern const BaseVariant* const base_step_variant;
 const BaseVariant* const base_step_variant = kVariant;
 
 int base_step_version() { return 3; }
@@ -53,34 +72,39 @@ void base_step_pack(const BaseLinear* linear, const float* weight, void* panels)
     kVariant->pack(linear, weight, panels);
 }
 
+int64_t base_step_linear_scratch(const BaseLinear* l, int64_t rows) {
+    return l->bfloat16_rows ? (rows < kTile ? rows : kTile) * l->in_features : 0;
+}
+
+int64_t base_step_decode_scratch(const BaseDecode* a) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < a->rows; i++) longest = a->lengths[i] > longest ? a->lengths[i] : longest;
+    return a->heads / a->kv_heads * (2 * a->head_dim + longest + kVariant->lanes + 2);
+}
+
 // x: [rows][in], y: [rows][out], contiguous. Returns 1 where memory ran out; y is untouched then.
 int base_step_linear(const BaseLinear* linear, const void* x, void* y, int64_t rows) {
-    try {
-        const bool small = rows * linear->in_features * linear->out_features < kSmallWork;
-        kVariant->linear(linear, x, y, rows, small ? 1 : omp_get_max_threads());
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    const int threads = threads_for(rows * linear->in_features * linear->out_features);
+    return with_scratch(base_step_linear_scratch(linear, rows), threads, [=](float* scratch, int me, int of) {
+        kVariant->linear(linear, x, y, rows, scratch, nullptr, me, of);
+    });
 }
 
 int base_step_decode(const BaseDecode* job) {
-    try {
-        int64_t seen = 0;
-        for (int64_t i = 0; i < job->rows; i++) seen += job->lengths[i];
-        const bool small = seen * job->heads * job->head_dim * 2 < kSmallWork;
-        kVariant->decode(job, small ? 1 : omp_get_max_threads());
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    int64_t seen = 0;
+    for (int64_t i = 0; i < job->rows; i++) seen += job->lengths[i];
+    const int threads = threads_for(seen * job->heads * job->head_dim * 2);
+    return with_scratch(base_step_decode_scratch(job), threads,
+                        [=](float* scratch, int me, int of) { kVariant->decode(job, scratch, me, of); });
 }
 
 void base_step_norm(const BaseNorm* norm, const void* x, void* y, int64_t rows) {
-    kVariant->norm(norm, x, y, rows, rows * norm->width < kSmallWork ? 1 : omp_get_max_threads());
+    with_scratch(0, threads_for(rows * norm->width),
+                 [=](float*, int me, int of) { kVariant->norm(norm, x, y, rows, me, of); });
 }
 
 void base_step_gate(const BaseGate* gate, const void* x, void* y, int64_t rows) {
-    kVariant->gate(gate, x, y, rows, rows * gate->width < kSmallWork / 4 ? 1 : omp_get_max_threads());
+    with_scratch(0, threads_for(4 * rows * gate->width),
+                 [=](float*, int me, int of) { kVariant->gate(gate, x, y, rows, me, of); });
 }
 }

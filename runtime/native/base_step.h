@@ -62,16 +62,34 @@ struct StepAdd {
     int32_t bfloat16;
 };
 
+// Memory that is needed soon after a linear layer: fetched into the shared cache while the layer computes.
+struct StepAhead {
+    const char* const* begins;
+    const char* const* ends;
+    int64_t count;
+    int64_t bytes;  // of all
+};
+
+constexpr int64_t kTile = 48;  // rows that pass over a panel while their inputs stay in the second cache
+
+// Each function but `pack` computes the share of thread `me` of `of`; no sum depends on how many there are.
 struct BaseVariant {
     const char* isa;
     int64_t lanes;
     // float32 [out][in] -> panels; `panels` holds base_step_panel_bytes
     void (*pack)(const BaseLinear*, const float* weight, void* panels);
-    void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, int threads);
-    void (*decode)(const BaseDecode*, int threads);
-    void (*norm)(const BaseNorm*, const void* x, void* y, int64_t rows, int threads);
-    void (*gate)(const BaseGate*, const void* x, void* y, int64_t rows, int threads);
-    void (*turn)(const StepTurn*, void* x, int64_t x_row, const StepCosines*, int64_t rows);
-    void (*add)(const StepAdd*, void* to, const void* from, int64_t rows);
+    // scratch: the thread's own, base_step_linear_scratch floats
+    void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, float* scratch, const StepAhead*, int me,
+                   int of);
+    // scratch: the thread's own, base_step_decode_scratch floats
+    void (*decode)(const BaseDecode*, float* scratch, int me, int of);
+    void (*norm)(const BaseNorm*, const void* x, void* y, int64_t rows, int me, int of);
+    void (*gate)(const BaseGate*, const void* x, void* y, int64_t rows, int me, int of);
+    void (*turn)(const StepTurn*, void* x, int64_t x_row, const StepCosines*, int64_t rows, int me, int of);
+    void (*add)(const StepAdd*, void* to, const void* from, int64_t rows, int me, int of);
 };
+
+extern const BaseVariant* const base_step_variant;  // null: none for this processor
+int64_t base_step_linear_scratch(const BaseLinear*, int64_t rows);
+int64_t base_step_decode_scratch(const BaseDecode*);
 }

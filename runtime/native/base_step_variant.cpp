@@ -5,10 +5,8 @@
 // computed exactly and read at half the bytes. Each sum runs over k in order: who shares the batch, and how many
 // threads work, changes no bit. Attention: one request and key head at a time, over exactly the tokens it may see.
 #include <cstring>
-#include <vector>
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include "base_step.h"
 
@@ -21,7 +19,6 @@ constexpr int kBlock = 8;  // rows whose sums fit the registers
 constexpr int kLanes = 8;
 constexpr int kBlock = 6;
 #endif
-constexpr int64_t kTile = 48;  // rows that pass over a panel while their inputs stay in the second cache
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
@@ -97,13 +94,63 @@ void pack(const BaseLinear* linear, const float* weight, void* panels) {
             }
 }
 
+// A thread's share of what is needed soon, spread evenly over all its steps along k.
+class Fetching {
+  public:
+    struct Piece {
+        const char* at;
+        const char* end;
+        int64_t step;  // bytes further with every k, until the end
+    };
+
+    Fetching(const StepAhead* soon, int me, int of, int64_t steps) : soon_(soon), piece_{nullptr, nullptr, 0} {
+        if (!soon || !soon->bytes) return;
+        begin_ = soon->bytes * me / of, end_ = soon->bytes * (me + 1) / of;
+        step_ = (end_ - begin_) / (steps > 0 ? steps : 1) + 1;
+        if (step_ > 64) step_ = 64;
+    }
+
+    // What the next run along k fetches; `here` is at hand already.
+    Piece& next(const void* here) {
+        if (piece_.at < piece_.end) return piece_;
+        piece_ = {(const char*)here, (const char*)here, 0};
+        for (; soon_ && number_ < soon_->count; number_++) {
+            const int64_t size = soon_->ends[number_] - soon_->begins[number_];
+            const int64_t from = begin_ > passed_ ? begin_ - passed_ : 0;
+            const int64_t to = end_ - passed_ < size ? end_ - passed_ : size;
+            passed_ += size;
+            if (from >= to) continue;
+            piece_ = {soon_->begins[number_] + from, soon_->begins[number_] + to, step_};
+            number_++;
+            break;
+        }
+        return piece_;
+    }
+
+  private:
+    const StepAhead* soon_;
+    Piece piece_;
+    int64_t begin_ = 0, end_ = 0, step_ = 0, passed_ = 0, number_ = 0;
+};
+
+inline const float* widened(const uint16_t* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    for (; i < count; i++) to[i] = widen(from[i]);
+    return to;
+}
+
 template <int R, bool kHalf>
 __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t in, const void* panel,
-                                                         const char* ahead, Vec (&sums)[kBlock][2]) {
+                                                         const char* ahead, Fetching::Piece& more, Vec (&sums)[kBlock][2]) {
+    const char *at = more.at, *const end = more.end;
+    const int64_t step = more.step;
     Vec s[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = Vec{};
     for (int64_t k = 0; k < in; k++) {
+        __builtin_prefetch(at, 0, 2);
+        at = at < end ? at + step : at;
         Vec low, high;
         if (kHalf) {
             const Bits both = load_bits((const uint32_t*)panel + k * kLanes);
@@ -121,27 +168,29 @@ __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[r][0] = s[r][0], sums[r][1] = s[r][1];
+    more.at = at;
 }
 
 template <bool kHalf>
-void block_of_panel(int rows, const float* x, int64_t in, const void* panel, const char* ahead,
+void block_of_panel(int rows, const float* x, int64_t in, const void* panel, const char* ahead, Fetching::Piece& more,
                     Vec (&sums)[kBlock][2]) {
     switch (rows) {
-        case 1: return rows_of_panel<1, kHalf>(x, in, panel, ahead, sums);
-        case 2: return rows_of_panel<2, kHalf>(x, in, panel, ahead, sums);
-        case 3: return rows_of_panel<3, kHalf>(x, in, panel, ahead, sums);
-        case 4: return rows_of_panel<4, kHalf>(x, in, panel, ahead, sums);
-        case 5: return rows_of_panel<5, kHalf>(x, in, panel, ahead, sums);
-        case 6: return rows_of_panel<6, kHalf>(x, in, panel, ahead, sums);
+        case 1: return rows_of_panel<1, kHalf>(x, in, panel, ahead, more, sums);
+        case 2: return rows_of_panel<2, kHalf>(x, in, panel, ahead, more, sums);
+        case 3: return rows_of_panel<3, kHalf>(x, in, panel, ahead, more, sums);
+        case 4: return rows_of_panel<4, kHalf>(x, in, panel, ahead, more, sums);
+        case 5: return rows_of_panel<5, kHalf>(x, in, panel, ahead, more, sums);
+        case 6: return rows_of_panel<6, kHalf>(x, in, panel, ahead, more, sums);
 #if defined(__AVX512F__)
-        case 7: return rows_of_panel<7, kHalf>(x, in, panel, ahead, sums);
-        case 8: return rows_of_panel<8, kHalf>(x, in, panel, ahead, sums);
+        case 7: return rows_of_panel<7, kHalf>(x, in, panel, ahead, more, sums);
+        case 8: return rows_of_panel<8, kHalf>(x, in, panel, ahead, more, sums);
 #endif
     }
 }
 
 template <bool kHalf, class T>
-void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int64_t begin, int64_t end) {
+void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int64_t begin, int64_t end,
+                    Fetching& fetching) {
     const int64_t in = l->in_features, out = l->out_features, width = 2 * kLanes;
     const int64_t bytes = in * width * (kHalf ? 2 : 4), blocks = (rows + kBlock - 1) / kBlock;
     for (int64_t p = begin; p < end; p++) {
@@ -159,7 +208,7 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
             Vec sums[kBlock][2];
             // the last block of rows fetches the next panel, which nothing needs before
             const char* ahead = b + 1 == blocks && p + 1 < end ? panel + bytes : panel;
-            block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, sums);
+            block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, fetching.next(panel), sums);
             for (int64_t r = 0; r < take; r++) {
                 const Vec low = sums[r][0] + bias[0], high = sums[r][1] + bias[1];
                 T* to = y + (row + r) * out + column;
@@ -177,37 +226,28 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
 }
 
 template <class T>
-void linear_of(const BaseLinear* l, const float* x, T* y, int64_t rows, int threads) {
+void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepAhead* soon, int me,
+               int of) {
     const int64_t in = l->in_features, out = l->out_features, panels = (out + 2 * kLanes - 1) / (2 * kLanes);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t id = omp_get_thread_num(), of = omp_get_num_threads();
-        const int64_t begin = panels * id / of, end = panels * (id + 1) / of;
-        for (int64_t row = 0; row < rows; row += kTile) {
-            const int64_t take = rows - row < kTile ? rows - row : kTile;
-            if (l->bfloat16_panels)
-                panels_of_tile<true>(l, x + row * in, y + row * out, take, begin, end);
-            else
-                panels_of_tile<false>(l, x + row * in, y + row * out, take, begin, end);
-        }
+    const int64_t begin = panels * me / of, end = panels * (me + 1) / of;
+    Fetching fetching(soon, me, of, (end - begin) * ((rows + kBlock - 1) / kBlock) * in);
+    for (int64_t row = 0; row < rows; row += kTile) {
+        const int64_t take = rows - row < kTile ? rows - row : kTile;
+        const float* tile = (const float*)x + row * in;
+        if (l->bfloat16_rows) tile = widened((const uint16_t*)x + row * in, scratch, take * in);
+        if (l->bfloat16_panels)
+            panels_of_tile<true>(l, tile, y + row * out, take, begin, end, fetching);
+        else
+            panels_of_tile<false>(l, tile, y + row * out, take, begin, end, fetching);
     }
 }
 
-thread_local std::vector<float> wide;
-
-void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, int threads) {
-    if (!l->bfloat16_rows) return linear_of(l, (const float*)x, (float*)y, rows, threads);
-    const int64_t count = rows * l->in_features;
-    if (int64_t(wide.size()) < count) wide.resize(size_t(count));
-    const uint16_t* from = (const uint16_t*)x;
-    float* to = wide.data();
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    for (; i < count; i++) {
-        const uint32_t bits = uint32_t(from[i]) << 16;
-        memcpy(to + i, &bits, 4);
-    }
-    linear_of(l, to, (uint16_t*)y, rows, threads);
+void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, float* scratch, const StepAhead* soon, int me,
+            int of) {
+    if (l->bfloat16_rows)
+        linear_of(l, x, (uint16_t*)y, rows, scratch, soon, me, of);
+    else
+        linear_of(l, x, (float*)y, rows, scratch, soon, me, of);
 }
 
 // --- decode attention ---
@@ -239,20 +279,21 @@ inline Vec exponential(Vec x) {
 
 namespace {
 
-void decode(const BaseDecode* a, int threads) {
-    int64_t longest = 0;
-    for (int64_t i = 0; i < a->rows; i++) longest = a->lengths[i] > longest ? a->lengths[i] : longest;
-    const int64_t need = a->heads / a->kv_heads * (2 * a->head_dim + longest + kLanes + 2);
-    std::vector<float> scratch(size_t(need * threads));
-    const int64_t jobs = a->rows * a->kv_heads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 2)
-    for (int64_t job = 0; job < jobs; job++) {
-        float* mine = scratch.data() + need * omp_get_thread_num();
-        if (a->bfloat16)
-            attend_as_torch(a, job / a->kv_heads, job % a->kv_heads, mine);
-        else
-            attend<float>(a, job / a->kv_heads, job % a->kv_heads, mine);
-    }
+// The requests are shared out by the tokens they see: a long one among short ones keeps nobody waiting for nothing.
+void decode(const BaseDecode* a, float* scratch, int me, int of) {
+    constexpr double kEach = 16;  // what a job costs beside its tokens, in tokens
+    double all = 0, before = 0;
+    for (int64_t row = 0; row < a->rows; row++) all += (a->lengths[row] + kEach) * double(a->kv_heads);
+    for (int64_t row = 0; row < a->rows; row++)
+        for (int64_t head = 0; head < a->kv_heads; head++) {
+            const bool mine = before >= all * me / of && before < all * (me + 1) / of;
+            before += a->lengths[row] + kEach;
+            if (!mine) continue;
+            if (a->bfloat16)
+                attend_as_torch(a, row, head, scratch);
+            else
+                attend<float>(a, row, head, scratch);
+        }
 }
 
 // --- what lies between the linear layers ---
@@ -289,9 +330,8 @@ void norm_row(const BaseNorm* n, const T* x, T* y) {
     }
 }
 
-void norm(const BaseNorm* n, const void* x, void* y, int64_t rows, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
+void norm(const BaseNorm* n, const void* x, void* y, int64_t rows, int me, int of) {
+    for (int64_t row = rows * me / of; row < rows * (me + 1) / of; row++) {
         if (n->bfloat16)
             norm_row(n, (const uint16_t*)x + row * n->width, (uint16_t*)y + row * n->width);
         else
@@ -335,9 +375,8 @@ void gate_row(const BaseGate* job, const T* x, T* y) {
     }
 }
 
-void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
+void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int me, int of) {
+    for (int64_t row = rows * me / of; row < rows * (me + 1) / of; row++) {
         if (job->bfloat16)
             gate_row(job, (const uint16_t*)x + row * 2 * job->width, (uint16_t*)y + row * job->width);
         else
@@ -351,19 +390,26 @@ void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int threads
 
 namespace {
 
-void turn(const StepTurn* t, void* x, int64_t x_row, const StepCosines* by, int64_t rows) {
-    if (t->bfloat16)
-        rotate((uint16_t*)x, x_row, t->vectors, t->head_dim, (const uint16_t*)by->cos, (const uint16_t*)by->sin,
-               by->turned, rows);
-    else
-        rotate((float*)x, x_row, t->vectors, t->head_dim, (const float*)by->cos, (const float*)by->sin, by->turned, rows);
+template <class T>
+void turn_of(const StepTurn* t, T* x, int64_t x_row, const StepCosines* by, int64_t begin, int64_t end) {
+    const int64_t at = begin * by->turned;
+    rotate(x + begin * x_row, x_row, t->vectors, t->head_dim, (const T*)by->cos + at, (const T*)by->sin + at, by->turned,
+           end - begin);
 }
 
-void add(const StepAdd* a, void* to, const void* from, int64_t rows) {
-    if (a->bfloat16)
-        accumulate((uint16_t*)to, (const uint16_t*)from, a->factor, rows * a->width);
+void turn(const StepTurn* t, void* x, int64_t x_row, const StepCosines* by, int64_t rows, int me, int of) {
+    if (t->bfloat16)
+        turn_of(t, (uint16_t*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
     else
-        accumulate((float*)to, (const float*)from, a->factor, rows * a->width);
+        turn_of(t, (float*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
+}
+
+void add(const StepAdd* a, void* to, const void* from, int64_t rows, int me, int of) {
+    const int64_t begin = rows * me / of * a->width, end = rows * (me + 1) / of * a->width;
+    if (a->bfloat16)
+        accumulate((uint16_t*)to + begin, (const uint16_t*)from + begin, a->factor, end - begin);
+    else
+        accumulate((float*)to + begin, (const float*)from + begin, a->factor, end - begin);
 }
 
 }  // namespace

@@ -48,56 +48,108 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+int sort_rows(const int32_t* row_slots, int64_t count, int64_t slots, LoraRows* rows) {
+    int64_t taken = 0, last = -1;
+    bool sorted = true;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t slot = row_slots[i];
+        if (slot >= slots) return 1;
+        if (slot < 0) continue;
+        sorted = sorted && slot >= last;
+        last = slot;
+        rows->order[taken++] = i;
+    }
+    if (!sorted)
+        std::stable_sort(rows->order, rows->order + taken,
+                         [row_slots](int64_t a, int64_t b) { return row_slots[a] < row_slots[b]; });
+    rows->num_runs = 0;
+    for (int64_t i = 0; i < taken;) {
+        LoraRun run = {row_slots[rows->order[i]], i, 0, 0, 0, 0, 0};
+        while (i < taken && row_slots[rows->order[i]] == run.slot) i++, run.count++;
+        rows->runs[rows->num_runs++] = run;
+    }
+    return 0;
+}
+
+int64_t size_runs(const LoraGroup* group, LoraRun* runs, int64_t num_runs) {
+    double shrink = 0, expand = 0;
+    int64_t u_size = 0, products = 0;
+    for (LoraRun* run = runs; run < runs + num_runs; run++) {
+        int64_t expanded = 0;
+        run->ranks = 0;
+        for (int member = 0; member < group->members; member++) {
+            const int64_t rank = group->ranks[member * group->slots + run->slot];
+            run->ranks += rank;
+            expanded += rank * (group->columns[member + 1] - group->columns[member]);
+        }
+        run->u_at = u_size;
+        run->shrink_to = shrink += double(run->ranks) * row_work(run->count);
+        run->expand_to = expand += double(expanded) * row_work(run->count);
+        u_size += run->ranks * run->count;
+        products += (run->ranks * group->in_features + expanded) * run->count;
+    }
+    return products;
+}
+
+int64_t weights_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
+                   const char** ends) {
+    const int64_t size = group->bfloat16 ? 2 : 4;
+    const char* const memory = (const char*)group->memory;
+    int64_t pieces = 0;
+    for (const LoraRun* run = runs; run < runs + num_runs; run++) {
+        if (run->ranks == 0) continue;
+        begins[pieces] = memory + group->a_at[run->slot] * size;
+        ends[pieces] = begins[pieces] + run->ranks * group->in_features * size;
+        pieces++;
+        for (int member = 0; member < group->members; member++) {
+            const int64_t at = member * group->slots + run->slot;
+            if (group->ranks[at] == 0) continue;
+            begins[pieces] = memory + group->b_at[at] * size;
+            ends[pieces] = begins[pieces] + group->ranks[at] * (group->columns[member + 1] - group->columns[member]) * size;
+            pieces++;
+        }
+    }
+    return pieces;
+}
+
+void meet_in_region(void*) {
+#pragma omp barrier
+}
+
 }  // namespace
 
 extern "C" {
 
-int lora_rows_version() { return 1; }
+int lora_rows_version() { return 2; }
 
 const char* lora_rows_isa() { return kChoice.name; }
+
+const LoraCalls* lora_rows_calls() {
+    static const LoraCalls calls = {sort_rows, size_runs, weights_of, kChoice.run};
+    return &calls;
+}
 
 // Adds to y in place. row_slots: [rows], in any order; slots below 0 or without ranks are left alone. Returns 0, or 1
 // for a slot that does not exist, 2 where memory ran out; y is untouched then.
 int lora_rows_add(const LoraGroup* group, void* y, const void* x, const int32_t* row_slots, int64_t rows) {
     try {
-        scratch.order.clear();
-        scratch.runs.clear();
-        bool sorted = true;
-        int64_t last = -1;
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t slot = row_slots[i];
-            if (slot >= group->slots) return 1;
-            if (slot < 0) continue;
-            sorted = sorted && slot >= last;
-            last = slot;
-            scratch.order.push_back(i);
-        }
-        if (!sorted)
-            std::stable_sort(scratch.order.begin(), scratch.order.end(),
-                             [row_slots](int64_t a, int64_t b) { return row_slots[a] < row_slots[b]; });
-        double shrink = 0, expand = 0;
-        int64_t u_size = 0, products = 0;
-        for (size_t i = 0; i < scratch.order.size();) {
-            LoraRun run = {row_slots[scratch.order[i]], int64_t(i), 0, 0, u_size, 0, 0};
-            while (i < scratch.order.size() && row_slots[scratch.order[i]] == run.slot) i++, run.count++;
-            int64_t expanded = 0;
-            for (int member = 0; member < group->members; member++) {
-                const int64_t rank = group->ranks[member * group->slots + run.slot];
-                run.ranks += rank;
-                expanded += rank * (group->columns[member + 1] - group->columns[member]);
-            }
-            if (run.ranks == 0) continue;
-            run.shrink_to = shrink += double(run.ranks) * row_work(run.count);
-            run.expand_to = expand += double(expanded) * row_work(run.count);
-            u_size += run.ranks * run.count;
-            products += (run.ranks * group->in_features + expanded) * run.count;
-            scratch.runs.push_back(run);
-        }
-        if (scratch.runs.empty()) return 0;
+        if (int64_t(scratch.order.size()) < rows) scratch.order.resize(size_t(rows)), scratch.runs.resize(size_t(rows));
+        LoraRows sorted = {scratch.order.data(), scratch.runs.data(), 0};
+        if (sort_rows(row_slots, rows, group->slots, &sorted)) return 1;
+        const int64_t products = size_runs(group, sorted.runs, sorted.num_runs);
+        if (products == 0) return 0;
+        const LoraRun& last = sorted.runs[sorted.num_runs - 1];
+        const int64_t u_size = last.u_at + last.ranks * last.count;
         if (int64_t(scratch.u.size()) < u_size) scratch.u.resize(size_t(u_size));
-        const LoraJob job = {group, y, x, scratch.order.data(), scratch.runs.data(), int64_t(scratch.runs.size()),
-                             scratch.u.data(), products < kSmallWork ? 1 : omp_get_max_threads()};
-        kChoice.run(&job);
+        const int threads = products < kSmallWork ? 1 : omp_get_max_threads();
+        const LoraJob job = {group, y, x, sorted.order, sorted.runs, sorted.num_runs, scratch.u.data(), 0, 1,
+                             meet_in_region, nullptr};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            LoraJob mine = job;
+            mine.me = omp_get_thread_num(), mine.of = omp_get_num_threads();
+            kChoice.run(&mine);
+        }
         return 0;
     } catch (const std::bad_alloc&) {
         return 2;

@@ -26,6 +26,13 @@ struct LoraRun {
     double expand_to;
 };
 
+// The rows of a step, sorted by slot: the same for all groups, but for a run's ranks and what follows from them.
+struct LoraRows {
+    int64_t* order;  // [rows]
+    LoraRun* runs;   // [rows]
+    int64_t num_runs;
+};
+
 struct LoraJob {
     const LoraGroup* group;
     void* y;        // [rows][columns[members]], added to in place
@@ -34,7 +41,22 @@ struct LoraJob {
     const LoraRun* runs;
     int64_t num_runs;
     float* u;
-    int threads;
+    int me, of;  // the thread, and how many there are
+    void (*meet)(void*);  // returns when all threads have called it
+    void* meeting;
+};
+
+// What a caller with threads of its own needs of this library.
+struct LoraCalls {
+    // Fills `rows`, whose memory is the caller's. 0, or 1 for a slot that does not exist.
+    int (*sort)(const int32_t* row_slots, int64_t count, int64_t slots, LoraRows* rows);
+    // The group's ranks into the runs [num_runs]; the multiplications that all of it takes.
+    int64_t (*size)(const LoraGroup* group, LoraRun* runs, int64_t num_runs);
+    // Where the weights of these runs lie, as pieces of memory [num_runs * (members + 1)]; how many pieces there are.
+    int64_t (*weights)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
+                       const char** ends);
+    // The share of thread job->me; nothing may be asked of y before all have returned.
+    void (*share)(const LoraJob* job);
 };
 }
 

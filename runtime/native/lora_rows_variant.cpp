@@ -7,8 +7,6 @@
 // float32, summed there and rounded once at the end.
 #include <cstring>
 
-#include <omp.h>
-
 #include "lora_rows.h"
 
 namespace {
@@ -185,32 +183,30 @@ template <class T>
 void work(const LoraJob& job) {
     const LoraGroup& group = *job.group;
     const LoraRun* const end = job.runs + job.num_runs;
-#pragma omp parallel num_threads(job.threads) if (job.threads > 1)
-    {
-        const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-        const double all = end[-1].shrink_to, from = all * me / threads, until = all * (me + 1) / threads;
-        for (const LoraRun* run = job.runs; run < end; run++) {
-            const double mine = double(run->ranks) * row_work(run->count);
-            const int64_t begin = part(from, run->shrink_to, mine, run->ranks, kRankBlock);
-            const int64_t stop = me + 1 == threads ? run->ranks : part(until, run->shrink_to, mine, run->ranks, kRankBlock);
-            if (begin < stop) shrink<T>(job, *run, begin, stop);
-        }
-#pragma omp barrier
-        const double all2 = end[-1].expand_to, from2 = all2 * me / threads, until2 = all2 * (me + 1) / threads;
-        double done = 0;
-        for (const LoraRun* run = job.runs; run < end; run++) {
-            const float* u = job.u + run->u_at;
-            for (int member = 0; member < group.members; member++) {
-                const int64_t rank = group.ranks[member * group.slots + run->slot];
-                const int64_t out = group.columns[member + 1] - group.columns[member];
-                const double mine = double(rank * out) * row_work(run->count);
-                done += mine;
-                if (rank) {
-                    const int64_t begin = part(from2, done, mine, out, kColumnBlock);
-                    const int64_t stop = me + 1 == threads ? out : part(until2, done, mine, out, kColumnBlock);
-                    if (begin < stop) expand<T>(job, *run, member, u, begin, stop);
-                    u += rank;
-                }
+    const bool last = job.me + 1 == job.of;
+    const double all = end[-1].shrink_to, from = all * job.me / job.of, until = all * (job.me + 1) / job.of;
+    for (const LoraRun* run = job.runs; run < end; run++) {
+        if (run->ranks == 0) continue;
+        const double mine = double(run->ranks) * row_work(run->count);
+        const int64_t begin = part(from, run->shrink_to, mine, run->ranks, kRankBlock);
+        const int64_t stop = last ? run->ranks : part(until, run->shrink_to, mine, run->ranks, kRankBlock);
+        if (begin < stop) shrink<T>(job, *run, begin, stop);
+    }
+    job.meet(job.meeting);
+    const double all2 = end[-1].expand_to, from2 = all2 * job.me / job.of, until2 = all2 * (job.me + 1) / job.of;
+    double done = 0;
+    for (const LoraRun* run = job.runs; run < end; run++) {
+        const float* u = job.u + run->u_at;
+        for (int member = 0; member < group.members; member++) {
+            const int64_t rank = group.ranks[member * group.slots + run->slot];
+            const int64_t out = group.columns[member + 1] - group.columns[member];
+            const double mine = double(rank * out) * row_work(run->count);
+            done += mine;
+            if (rank) {
+                const int64_t begin = part(from2, done, mine, out, kColumnBlock);
+                const int64_t stop = last ? out : part(until2, done, mine, out, kColumnBlock);
+                if (begin < stop) expand<T>(job, *run, member, u, begin, stop);
+                u += rank;
             }
         }
     }

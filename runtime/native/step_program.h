@@ -1,6 +1,7 @@
 // A whole decode step as a list of calls of the kernels, over buffers that stay where they are.
 #pragma once
 #include "base_step.h"
+#include "lora_rows.h"
 
 extern "C" {
 
@@ -24,7 +25,10 @@ struct StepProgram {
     int64_t width;
     const StepCosines* cosines;
     const int32_t* row_slots;  // [rows]; null: no row has an adapter
-    int (*lora)(const void* group, void* y, const void* x, const int32_t* row_slots, int64_t rows);
+    int64_t slots;             // how many there are
+    const LoraCalls* lora;
+    float* u;           // [rows][ranks of all members of any group]
+    int64_t most_ahead;  // bytes of LoRA weights fetched during a layer; a step with more fetches none
     int64_t* spent_ns;  // [kStepKinds] added to; null: not timed
 };
 }

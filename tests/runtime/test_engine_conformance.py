@@ -144,7 +144,7 @@ def test_a_slot_never_answers_for_other_weights(engine: Engine, world: PeftWorld
 
 
 def test_cancelling_ends_within_the_step_with_the_counts_so_far(engine: Engine) -> None:
-    got = Collector()
+    got = Collector(pause_s=0.01)
     engine.submit(request("a", PROMPT, greedy(150)), got)
     got.next()
     engine.cancel("a")
