@@ -9,7 +9,6 @@ import pytest
 import torch
 from engine_kit import save_adapter, tiny_model
 
-from lorapool_runtime.adapter_file import read_adapter
 from lorapool_runtime.basekernel import base_kernel
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.core import Core
@@ -17,8 +16,8 @@ from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingPar
 from lorapool_runtime.step_program import KINDS, StepProgram
 
 FOLLOWED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
-LEFT_ALONE = ["Phi3", "Qwen3Moe", "Mixtral"]
-"""What they compute between their layers is no list of the native kernels."""
+LEFT_ALONE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]
+"""What they compute between their layers is no list of the native kernels (OLMo 2 turns bfloat16 heads in float32)."""
 RANKS = (4, 16, 3)
 
 pytestmark = pytest.mark.skipif(base_kernel() is None, reason="the native kernels are not built, or not for this CPU")
@@ -31,10 +30,10 @@ def core_of(folder: Path, architecture: str, **changes: Any) -> Core:
     core = Core(EngineConfig(str(folder / "base"), **settings | changes))
     for slot, rank in enumerate(RANKS):
         projections = ["q_proj", "o_proj"] if slot else ["v_proj", "down_proj", "gate_proj"]
-        if architecture in LEFT_ALONE:
+        if architecture in ("Phi3", "Qwen3Moe", "Mixtral"):
             projections = ["o_proj"]
         saved = save_adapter(folder / str(slot), model, r=rank, target_modules=projections)
-        core.load(slot, read_adapter(saved, core.base.groups, dtype="float32", max_rank=64))
+        core.load(slot, core.reader.read(saved, max_rank=64))
     return core
 
 
@@ -62,10 +61,13 @@ def logits_of_decodes(core: Core, program: StepProgram | None) -> list[torch.Ten
     return seen
 
 
-@pytest.mark.parametrize("architecture", FOLLOWED)
-def test_the_program_gives_the_models_logits_bit_for_bit(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [(a, t) for a in FOLLOWED for t in ("float32", "bfloat16") if (a, t) not in LEFT_ALONE],
+)
+def test_the_program_gives_the_models_logits_bit_for_bit(tmp_path: Path, architecture: str, dtype: str) -> None:
     with torch.inference_mode():
-        core = core_of(tmp_path, architecture, prefix_cache=False)
+        core = core_of(tmp_path, architecture, dtype=dtype, prefix_cache=False)
         program = core.runner.decode_path
         assert isinstance(program, StepProgram)
         want, got = logits_of_decodes(core, None), logits_of_decodes(core, program)
@@ -73,12 +75,12 @@ def test_the_program_gives_the_models_logits_bit_for_bit(tmp_path: Path, archite
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.parametrize("architecture", LEFT_ALONE)
+@pytest.mark.parametrize(("architecture", "dtype"), LEFT_ALONE)
 def test_a_model_that_cannot_be_followed_goes_on_as_it_is(
-    tmp_path: Path, architecture: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, architecture: str, dtype: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with torch.inference_mode(), caplog.at_level("INFO"):
-        core = core_of(tmp_path, architecture)
+        core = core_of(tmp_path, architecture, dtype=dtype)
         assert core.runner.decode_path is None
         assert "no decode program" in caplog.text
         assert logits_of_decodes(core, None)
