@@ -144,6 +144,7 @@ class StepProgram:
         """As `runner.DecodePath.run`, right after a `can_run` that said yes."""
         chunks, job = plan.decodes, self._job
         rows = job.rows = len(chunks)
+        self._base.lora.set(())  # what the last step of the model's own code left there
         self._fill_tables(chunks)
         self._lengths[:rows] = [chunk.start + 1 for chunk in chunks]
         if self._slot_of_row is not None:
