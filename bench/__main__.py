@@ -37,7 +37,7 @@ QUICK = (
     Step("gateway_overhead.py", (), 240.0),
     Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
     Step("start.py", (), 240.0),
-    Step("w2.py", ("--quick",), 500.0),
+    Step("w2.py", ("--quick",), 700.0),
     Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 300.0),
 )
 FULL = (

@@ -1,7 +1,8 @@
 """The client of the open loops: sends each request at its time, whatever the others do, and notes when tokens come.
 
 Used by `w2`. One asyncio loop on loopback; the load is bounded by the list of arrivals and by a deadline for all of it.
-A request that is answered with an error is counted, never repeated.
+A request that finds every adapter slot in use is sent again after the gateway's own pauses, and its time goes on; one
+that is answered with another error is counted, never repeated.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from kit import percentile
 from workloads import Arrival
 
 from lorapool_api.common import HEADER_ADAPTER
+from lorapool_api.openai import Conflict
+from lorapool_gateway.dispatch import PAUSE_S
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Answered:
     chunks_s: list[float] = field(default_factory=list)
     tokens: int = 0
     error: str | None = None
+    no_slot: int = 0
+    """How often every slot was in use."""
 
     @property
     def first_s(self) -> float:
@@ -75,7 +80,7 @@ async def _run(port: int, arrivals: Sequence[Arrival], keys: Sequence[str], dead
         async with asyncio.timeout(deadline_s):
             answers = await asyncio.gather(*(_one(session, began_s, arrival, keys) for arrival in arrivals))
     ends = [answer.chunks_s[-1] for answer in answers if answer.chunks_s]
-    return Load(max(ends) - min(answer.sent_s for answer in answers), list(answers))
+    return Load(max(ends, default=time.perf_counter()) - min(answer.sent_s for answer in answers), list(answers))
 
 
 async def _one(session: aiohttp.ClientSession, began_s: float, arrival: Arrival, keys: Sequence[str]) -> Answered:
@@ -95,17 +100,29 @@ async def stream(session: aiohttp.ClientSession, body: Mapping[str, object], hea
     """One streamed completion. `tokens` is `max_tokens` when the stream ended well, else what came."""
     answered = Answered(time.perf_counter())
     try:
-        async with session.post("/v1/completions", json=body, headers=headers) as response:
-            if response.status != 200:
-                answered.error = f"{response.status}: {(await response.text())[:200]}"
-                return answered
-            async for line in response.content:
-                if line.startswith(b"data: [DONE]"):
-                    answered.tokens = int(str(body["max_tokens"]))
-                    return answered
-                if line.startswith(b"data: "):
-                    answered.chunks_s.append(time.perf_counter())
-        answered.error = "the stream ended without [DONE]"
+        while await _attempt(session, body, headers, answered):  # noqa: ASYNC110  # a server's word, not an event here
+            await asyncio.sleep(PAUSE_S[min(answered.no_slot, len(PAUSE_S)) - 1])
     except (aiohttp.ClientError, OSError) as error:
         answered.error = repr(error)
     return answered
+
+
+async def _attempt(
+    session: aiohttp.ClientSession, body: Mapping[str, object], headers: Mapping[str, str], answered: Answered
+) -> bool:
+    """Whether every slot was in use, so that it is to be sent again; all else is in `answered`."""
+    async with session.post("/v1/completions", json=body, headers=headers) as response:
+        if response.status == Conflict.status:
+            answered.no_slot += 1
+            return True
+        if response.status != 200:
+            answered.error = f"{response.status}: {(await response.text())[:200]}"
+            return False
+        async for line in response.content:
+            if line.startswith(b"data: [DONE]"):
+                answered.tokens = int(str(body["max_tokens"]))
+                return False
+            if line.startswith(b"data: "):
+                answered.chunks_s.append(time.perf_counter())
+    answered.error = "the stream ended without [DONE]"
+    return False

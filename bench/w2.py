@@ -91,7 +91,8 @@ def throughput(bench: Bench, per_s: float, duration_s: float, rounds: int) -> li
 
 def latencies(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> list[Record]:
     load = bench.load(arrivals)
-    note = f"{len(load.answers)} requests"
+    waited = sum(answer.no_slot > 0 for answer in load.answers)
+    note = f"{len(load.answers)} requests" + (f", {waited} waited for a slot" if waited else "")
     return [
         measured(f"{name}.first_token_p50_ms", "ms", [load.first_token_s(0.50) * 1e3], note),
         measured(f"{name}.first_token_p99_ms", "ms", [load.first_token_s(0.99) * 1e3]),
