@@ -3,8 +3,9 @@
     python bench/profile_step.py BASE_FOLDER [--dtypes float32 bfloat16] [--threads 2] [--rounds 3] [--json PATH]
 
 The engine's core runs in this thread without its queue. Rounds alternate: the step untouched, then the step with a
-clock around each part; a part's time is what it spends itself, without the parts inside it. The table refuses to
-print parts whose sum is more than 10 % off the untouched step. The floor is the base's packed linears alone.
+clock around each part; a part's time is what it spends itself, without the parts inside it. Where the step is one
+native call, that call keeps the clock of its kernels. The exit code is 1 when the parts' sum is more than 10 % off the
+untouched step. The floor is the base's packed linears alone. `--python` takes the model's own code instead.
 """
 
 from __future__ import annotations
@@ -40,7 +41,13 @@ from lorapool_runtime.lora import LoraBatch, LoraGroup, PlainLinear
 from lorapool_runtime.model import Base
 from lorapool_runtime.runner import Runner
 from lorapool_runtime.scheduler import Scheduler
+from lorapool_runtime.step_program import StepProgram
 
+NATIVE = {
+    "norm": "norms", "linear": "linears", "lora": "lora", "rotary": "rotary", "attention": "attention: scores and values",
+    "activation": "activation", "residual": "residuals",
+}  # fmt: skip
+"""The parts by the program's names; the output layer is among its linears."""
 REQUESTS, PROMPT, NEW, RANK = 16, 32, 32, 16
 TOLERANCE = 0.10
 
@@ -83,6 +90,8 @@ def clocked(core: Core, clock: Clock) -> Iterator[None]:
     put(core_module, "sample", "sampling")
     put(Runner, "run", "tensors of the step")
     put(runner_module, "PagedAttention", "tensors of the step")
+    put(StepProgram, "run", "tensors of the step")
+    put(StepProgram, "can_run", "tensors of the step")
     put(Base, "logits", "model: glue and residuals")
     put(FusedLinear, "__call__", "linears")
     put(PlainLinear, "forward", "output layer")
@@ -209,10 +218,18 @@ def _steady_parts(core: Core, slots: list[int], clock: Clock) -> tuple[dict[str,
     """Own seconds by part summed over the steady steps, and their number."""
     step, seen, marks = core.step, 0, []
 
+    program = core.runner.decode_path
+    native = program if isinstance(program, StepProgram) else None
+
     def marked() -> Any:
         nonlocal seen
         clock.own_s.clear()
+        if native is not None:
+            native.spent_ms()
         result = clock.wrap("sequences and outputs", step)()
+        for kind, spent_ms in (native.spent_ms() if native is not None else {}).items():
+            clock.own_s[NATIVE[kind]] += spent_ms / 1e3
+            clock.own_s["tensors of the step"] -= spent_ms / 1e3
         marks.append(dict(clock.own_s))
         seen += 1
         return result
@@ -221,6 +238,8 @@ def _steady_parts(core: Core, slots: list[int], clock: Clock) -> tuple[dict[str,
     try:
         decode_steps_s(core, slots)
     finally:
+        if native is not None:
+            native.stop_clock()
         del core.step  # type: ignore[method-assign]  # the class's own again
     steady = marks[-NEW + 4 : -2]
     total: dict[str, float] = defaultdict(float)
@@ -254,6 +273,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", default=["base", "distinct16"], choices=["base", "distinct16"])
+    parser.add_argument("--python", action="store_true", help="the model's own code, not the native call")
     parser.add_argument("--json", type=Path, help="where to write the profiles")
     arguments = parser.parse_args()
 
@@ -266,6 +286,8 @@ def main() -> int:
                     arguments.base, dtype=dtype, slots=REQUESTS, max_batch=REQUESTS, max_model_len=512, device="cpu"
                 )
             )
+            if arguments.python:
+                core.runner.decode_path = None
             if "distinct16" in arguments.rows:
                 for slot, folder in enumerate(write_adapters(core, Path(scratch))):
                     core.load(slot, core.reader.read(folder, max_rank=64))
