@@ -44,7 +44,8 @@ from lorapool_runtime.scheduler import Scheduler
 from lorapool_runtime.step_program import StepProgram
 
 NATIVE = {
-    "norm": "norms", "linear": "linears", "lora": "lora", "rotary": "rotary", "attention": "attention: scores and values",
+    "norm": "norms", "linear": "linears", "lora": "lora", "rotary": "rotary",
+    "attention": "attention: scores and values",
     "activation": "activation", "residual": "residuals",
 }  # fmt: skip
 """The parts by the program's names; the output layer is among its linears."""
