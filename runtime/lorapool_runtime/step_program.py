@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -29,13 +30,14 @@ from lorapool_runtime.scheduler import Chunk, StepPlan
 from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.step_recipe import Add, Attend, Gate, Linear, Norm, Op, Place, Recipe, Turn
 from lorapool_runtime.step_recording import NotFollowedError, learn
-from lorapool_runtime.ways import KernelRows, Rows, choose_ways
 
 log = logging.getLogger(__name__)
 
 KINDS = ("norm", "linear", "lora", "rotary", "attention", "activation", "residual")
 """`StepKind` of step_program.h, in its order."""
 _NORM, _LINEAR, _LORA, _TURN, _ATTEND, _GATE, _ADD = range(len(KINDS))
+_CROWD = 64
+"""Rows of one adapter beyond which its plain products win by more than the Python around them costs."""
 _USUAL_CACHE_BYTES = 8 << 20
 _LEARNED_AT, _PROVED_AT = (1, 5, 11), (9, 0)
 """Positions of the rows that are learned from, and of those that prove it."""
@@ -118,7 +120,6 @@ class StepProgram:
         self._lengths, self._slots = np.zeros(max_batch, np.int32), np.zeros(max_batch, np.int32)
         self._tables = np.full((max_batch, 1), NULL_BLOCK, np.int32)
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
-        self._slot_of_row: tuple[int, ...] | None = ()
         job = self._job = _Program()
         job.ops, job.count, job.cosines = ctypes.addressof(self._ops), len(ops), ctypes.addressof(self._cosines)
         job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.slots, lora.calls
@@ -127,29 +128,23 @@ class StepProgram:
         job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2
 
     def can_run(self, plan: StepPlan) -> bool:
-        """Whether the step is nothing but decoding, and the row kernel is the best way for all its adapters."""
+        """Whether the step is nothing but decoding, without a crowd of rows on one adapter."""
         if plan.prefills or not 0 < len(plan.decodes) <= self._max_batch:
             return False
-        pieces = [Rows(chunk.sequence.slot, row, row + 1) for row, chunk in enumerate(plan.decodes)]
-        if all(piece.slot == BASE_SLOT for piece in pieces):
-            self._slot_of_row = None
-            return True
-        ways = choose_ways(pieces, self._slabs.layouts, self._base.lora.costs, kernel=True)
-        if len(ways) != 1 or not isinstance(ways[0], KernelRows):
-            return False
-        self._slot_of_row = ways[0].row_slots
-        return True
+        rows_of = Counter(chunk.sequence.slot for chunk in plan.decodes)
+        del rows_of[BASE_SLOT]
+        return max(rows_of.values(), default=0) <= _CROWD
 
     def run(self, plan: StepPlan) -> Tensor:
-        """As `runner.DecodePath.run`, right after a `can_run` that said yes."""
+        """As `runner.DecodePath.run`."""
         chunks, job = plan.decodes, self._job
         rows = job.rows = len(chunks)
         self._base.lora.set(())  # what the last step of the model's own code left there
         self._fill_tables(chunks)
         self._lengths[:rows] = [chunk.start + 1 for chunk in chunks]
-        if self._slot_of_row is not None:
-            self._slots[:rows] = self._slot_of_row
-        job.row_slots = None if self._slot_of_row is None else self._slots.ctypes.data
+        slots = [chunk.sequence.slot for chunk in chunks]
+        self._slots[:rows] = slots
+        job.row_slots = self._slots.ctypes.data if any(slot != BASE_SLOT for slot in slots) else None
         self._enter(
             torch.tensor([chunk.sequence.tokens[chunk.start] for chunk in chunks]),
             torch.tensor([chunk.start for chunk in chunks]),

@@ -13,6 +13,8 @@ from lorapool_runtime.basekernel import base_kernel
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.core import Core
 from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.scheduler import Chunk, StepPlan
+from lorapool_runtime.sequence import Sequence
 from lorapool_runtime.step_program import KINDS, StepProgram
 
 FOLLOWED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
@@ -110,6 +112,22 @@ def test_a_batch_of_one_and_a_pool_of_one_block_have_their_program_too(tmp_path:
         core = core_of(tmp_path, "Llama", max_batch=1, kv_bytes=2 * 2 * 2 * 2 * 16 * 16 * 4, kv_block_tokens=16)
         assert isinstance(core.runner.decode_path, StepProgram)
         assert core.scheduler.allocator.total == 1
+
+
+def test_a_crowd_on_one_adapter_is_left_to_plain_products(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        core = core_of(tmp_path, "Llama", max_batch=80)
+    program = core.runner.decode_path
+    assert isinstance(program, StepProgram)
+
+    def plan(*slots: int) -> StepPlan:
+        sampling = SamplingParams(max_tokens=1)
+        rows = [Sequence(GenerationRequest("r", (1,), slot, "salt", sampling), arrival=0, seed=0) for slot in slots]
+        return StepPlan(tuple(Chunk(row, 0, 1) for row in rows), (), (), ())
+
+    assert program.can_run(plan(*[1] * 64, *[BASE_SLOT] * 16))
+    assert not program.can_run(plan(*[1] * 65))
+    assert not program.can_run(plan(*[BASE_SLOT] * 81))
 
 
 def test_without_the_kernels_there_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
