@@ -244,8 +244,4 @@ void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
     }
 }
 
-void attend_as_torch(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
-    attend<uint16_t>(a, row, kv_head, scratch);
-}
-
 }  // namespace

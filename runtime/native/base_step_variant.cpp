@@ -290,7 +290,7 @@ void decode(const BaseDecode* a, float* scratch, int me, int of) {
             before += a->lengths[row] + kEach;
             if (!mine) continue;
             if (a->bfloat16)
-                attend_as_torch(a, row, head, scratch);
+                attend<uint16_t>(a, row, head, scratch);
             else
                 attend<float>(a, row, head, scratch);
         }
@@ -349,6 +349,17 @@ inline Vec logistic(Vec x) {
     return top / (e + 1.0f);
 }
 
+// GELU by tanh is x times the logistic function of twice the tanh's argument. In bfloat16 the steps of torch's own form,
+// (1 + tanh) / 2, are taken: where the tanh is nearly -1, what float32 loses there shows in the answer.
+inline Vec gelu(Vec x, bool as_torch) {
+    Vec share = logistic((x + x * x * x * 0.044715f) * 1.5957691216057308f);
+    if (as_torch) {
+        const Vec tangent = 2.0f * share - 1.0f;
+        share = 0.5f * (1.0f + tangent);
+    }
+    return x * share;
+}
+
 template <class T>
 void gate_row(const BaseGate* job, const T* x, T* y) {
     const int64_t width = job->width;
@@ -358,8 +369,7 @@ void gate_row(const BaseGate* job, const T* x, T* y) {
         if (!full)
             for (int64_t j = i; j < width; j++) gates[j - i] = widen(x[j]), ups[j - i] = widen(x[width + j]);
         const Vec g = full ? load(x + i) : load(gates), up = full ? load(x + width + i) : load(ups);
-        // GELU by tanh is x times the logistic function of twice the tanh's argument
-        Vec v = job->activation ? g * logistic((g + g * g * g * 0.044715f) * 1.5957691216057308f) : g * logistic(g);
+        Vec v = job->activation ? gelu(g, job->bfloat16) : g * logistic(g);
         if (job->bfloat16) {  // the activation is rounded before it is multiplied, as by two operators
             uint16_t narrow[kLanes];
             store(narrow, v);
