@@ -219,6 +219,8 @@ class Watch:
         self._process.terminate()
         self._thread.join()
         self._process.wait(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
