@@ -108,7 +108,7 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e -n 2 --dist loadfile
 
 # Where tests of these marks are (tests/test_layout.py sees to it): nothing else is imported to look for them.
-WITH_APISERVER := tests/chart tests/cluster tests/gateway tests/operator
+WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
 WITH_CLUSTER := tests/cluster tests/e2e
 
 .PHONY: apiserver
