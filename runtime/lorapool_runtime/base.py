@@ -7,9 +7,11 @@ parts raise; `__main__` turns that into one sentence and an exit code.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +79,27 @@ def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
     )
 
 
-def bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> LoadedBase:
-    """Blocks until the engine runs. Raises BaseError, ArtifactError, or what the engine raises."""
+def import_torch() -> None:
+    """Seconds of Python; torch alone, since two threads must not import packages that import each other."""
+    with contextlib.suppress(ImportError, OSError):  # `torch_engine` comes upon it again, and says so
+        import torch  # noqa: F401
+
+
+def bring_up(
+    settings: RuntimeSettings,
+    environ: Mapping[str, str],
+    make_engine: EngineFactory,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> LoadedBase:
+    """Blocks until the engine runs; `meanwhile` is called in a thread while a base is fetched, which mostly waits.
+
+    Raises BaseError, ArtifactError, or what the engine raises.
+    """
     sources = SourceSettings.from_env(environ, pvc_root=settings.pvc_root)
     started_s = time.monotonic()
-    folder = base_folder(settings, sources)
+    with _beside(meanwhile if "://" in settings.model else None):
+        folder = base_folder(settings, sources)
     log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
     room_bytes = settings.cache_bytes - folder.cached_bytes
     if room_bytes < MIN_ROOM_BYTES:
@@ -106,6 +124,19 @@ def bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine:
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
     return LoadedBase(engine, codec, grammars, store, folder.digest)
+
+
+@contextlib.contextmanager
+def _beside(work: Callable[[], None] | None) -> Iterator[None]:
+    """Runs `work` in a thread while inside; leaving waits for it."""
+    thread = None if work is None else threading.Thread(target=work, name="beside-fetch")
+    if thread is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        if thread is not None:
+            thread.join()
 
 
 def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolder:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +387,22 @@ def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, 
     with pytest.raises((BaseError, ArtifactError)) as caught:
         base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path))
     assert words in reason_of(caught.value)
+
+
+@pytest.mark.parametrize(("model", "called"), [("pvc://other/x", 1), ("/nowhere", 0)])
+def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
+    tmp_path: Path, model: str, called: int
+) -> None:
+    calls: list[str] = []
+
+    def meanwhile() -> None:
+        time.sleep(0.2)
+        calls.append(threading.current_thread().name)
+
+    settings = settings_for_tests(model=model, pvc_root=tmp_path)
+    with pytest.raises((BaseError, ArtifactError)):
+        bring_up(settings, {}, lambda *_: FakeEngine(), meanwhile=meanwhile)
+    assert calls == ["beside-fetch"] * called
 
 
 def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
