@@ -5,6 +5,7 @@ state folder's lock, and both kill only the process that the folder names, known
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -189,11 +190,12 @@ def _spec(
 ) -> planning.Spec:
     """The folder's earlier ports and token, if they still can be had; else new ones."""
     earlier = _read_spec(state) if (state / "spec.json").exists() else {}
+    storage = cache_dir() / "registry"
     ports = planning.Ports(**earlier["ports"]) if earlier.get("whole") == whole else None
     if ports is None or not all(_is_free(p) for p in _host_ports(ports, whole)):
         a, b, c, d = (_free_port() for _ in range(4))
-        ports = planning.Ports(a, b, c) if whole else planning.Ports(a, etcd=b, etcd_peer=c, controllers=d)
-    storage = cache_dir() / "registry"
+        registry = _registry_port(storage)
+        ports = planning.Ports(a, registry, c) if whole else planning.Ports(a, etcd=b, etcd_peer=c, controllers=d)
     if whole:
         storage.mkdir(parents=True, exist_ok=True)
     spec = planning.Spec(
@@ -237,6 +239,13 @@ def _is_free(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _registry_port(storage: Path) -> int:
+    """The same for every cluster on these blobs, one at a time: a builder remembers by address what it has pushed."""
+    low, high = PORT_RANGE
+    port = low + int.from_bytes(hashlib.sha256(str(storage).encode()).digest()[:4]) % (high - low)
+    return port if _is_free(port) else _free_port()
 
 
 def _free_port() -> int:

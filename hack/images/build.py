@@ -74,11 +74,14 @@ def _build_and_push(image: Image, where: str, key: str) -> None:
     name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
     say(f"{image.repository}: building" + (" (torch is fetched once: minutes)" if image.target == "runtime" else ""))
-    buildah.run(
-        "bud", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
-        *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
-        *("--target", image.target, "--tag", name, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
-    )  # fmt: skip
+    # The stage of the wheel by a name of its own: no image stands on its layers, and without a name they would go with
+    # what is pruned below, compiler and all.
+    for target, tag in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)):
+        buildah.run(
+            "bud", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
+            *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
+            *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
+        )  # fmt: skip
     say(f"{image.repository}: pushing")
     fast = ("--compression-format", "zstd", "--compression-level", "1")
     buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, f"docker://{where}/{image.repository}:{key}")
