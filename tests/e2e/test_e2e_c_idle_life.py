@@ -51,20 +51,36 @@ def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(wor
     assert len(world.runtime_pods()) == 1
 
 
+GAPS_S = (3.75, 4.5)
+"""Around `idleAfter`: the request and the decision to stop, which comes first."""
+AFTER_DECISION_S = (0.0, 0.4, 0.8, 1.2, 2.0)
+"""The pod answers `draining` for a second, then closes its socket; later it is gone, as in the test above."""
+
+
 async def test_a_prober_that_sends_throughout_loses_no_request(world: World, short_lives: None) -> None:
-    """Steady first; then with gaps swept over the moment at which the base stops, where one is easiest to lose."""
-    world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "6s"}})
-    prober = Prober(world, ["routing", "sentiment"], pause_s=0.2)
+    """Steady first; then with gaps swept over the moments at which the base stops, where one is easiest to lose."""
+    world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "4s"}})
+    tasks = ("routing", "sentiment", "entities")
+    prober = Prober(world, list(tasks[:2]), pause_s=0.2)
     steady = asyncio.create_task(prober.run())
     await asyncio.sleep(20)
     prober.stop()
     await steady
     async with world.async_client() as client:
-        for number in range(8):
-            await asyncio.sleep(6 + number * 0.75)
-            await asyncio.gather(*(prober.ask(client, task) for task in ("routing", "sentiment", "entities")))
+        for gap_s in GAPS_S:
+            await asyncio.sleep(gap_s)
+            await asyncio.gather(*(prober.ask(client, task) for task in tasks))
+        for after_s in AFTER_DECISION_S:
+            await asyncio.to_thread(_wait_for_the_decision_to_stop, world)
+            await asyncio.sleep(after_s)
+            await asyncio.gather(*(prober.ask(client, task) for task in tasks))
     print(f"{prober.asked} asked, {prober.right} right, slowest {prober.slowest_s:.1f} s")
     assert prober.wrong == []
     assert prober.lost == []
     assert prober.deferred == []
     assert prober.right == prober.asked
+
+
+def _wait_for_the_decision_to_stop(world: World) -> None:
+    """Returns within a tenth of a second of the operator's write, long before the pod hears of it."""
+    world.kubectl("wait", f"deploy/{BASE}-runtime", "--for=jsonpath={.spec.replicas}=0", "--timeout=60s")
