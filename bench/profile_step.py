@@ -183,11 +183,8 @@ def decode_steps_s(core: Core, slots: list[int]) -> list[float]:
 
 def floor_ms(core: Core, rounds: int) -> float:
     """Every packed product of a step, with the output layer, in a loop over 16 rows."""
-    layers: list[FusedLinear] = []
-    for module in core.base.model.modules():
-        base = getattr(getattr(module, "group", module), "base", None)
-        if isinstance(base, FusedLinear) and base not in layers:
-            layers.append(base)
+    layers = [group.base for group in core.base.lora.groups]
+    layers += [module.base for module in core.base.model.modules() if isinstance(module, PlainLinear)]
     inputs = {layer.in_features: torch.randn(REQUESTS, layer.in_features).to(core.base.dtype) for layer in layers}
 
     def loop() -> float:
