@@ -86,7 +86,8 @@ int64_t base_step_decode_scratch(const BaseDecode* a) {
 int base_step_linear(const BaseLinear* linear, const void* x, void* y, int64_t rows) {
     const int threads = threads_for(rows * linear->in_features * linear->out_features);
     return with_scratch(base_step_linear_scratch(linear, rows), threads, [=](float* scratch, int me, int of) {
-        kVariant->linear(linear, x, y, rows, scratch, nullptr, me, of);
+        const int64_t panels = panels_of(linear, kVariant);
+        kVariant->linear(linear, x, y, rows, scratch, nullptr, panels * me / of, panels * (me + 1) / of, false);
     });
 }
 

@@ -62,7 +62,7 @@ struct StepAdd {
     int32_t bfloat16;
 };
 
-// Memory that is needed soon after a linear layer: fetched into the shared cache while the layer computes.
+// Memory that is needed soon: fetched into the thread's second cache while a linear layer computes.
 struct StepAhead {
     const char* const* begins;
     const char* const* ends;
@@ -72,15 +72,16 @@ struct StepAhead {
 
 constexpr int64_t kTile = 48;  // rows that pass over a panel while their inputs stay in the second cache
 
-// Each function but `pack` computes the share of thread `me` of `of`; no sum depends on how many there are.
+// Each function but `pack` and `linear` computes the share of thread `me` of `of`; no sum depends on how many there are.
 struct BaseVariant {
     const char* isa;
     int64_t lanes;
     // float32 [out][in] -> panels; `panels` holds base_step_panel_bytes
     void (*pack)(const BaseLinear*, const float* weight, void* panels);
-    // scratch: the thread's own, base_step_linear_scratch floats
-    void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, float* scratch, const StepAhead*, int me,
-                   int of);
+    // Panels [begin, end). scratch: the thread's own, base_step_linear_scratch floats; `kept`: it still holds these rows
+    // (no more than kTile) from the last call.
+    void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, float* scratch, const StepAhead*,
+                   int64_t begin, int64_t end, bool kept);
     // scratch: the thread's own, base_step_decode_scratch floats
     void (*decode)(const BaseDecode*, float* scratch, int me, int of);
     void (*norm)(const BaseNorm*, const void* x, void* y, int64_t rows, int me, int of);
@@ -88,6 +89,10 @@ struct BaseVariant {
     void (*turn)(const StepTurn*, void* x, int64_t x_row, const StepCosines*, int64_t rows, int me, int of);
     void (*add)(const StepAdd*, void* to, const void* from, int64_t rows, int me, int of);
 };
+
+inline int64_t panels_of(const BaseLinear* l, const BaseVariant* v) {
+    return (l->out_features + 2 * v->lanes - 1) / (2 * v->lanes);
+}
 
 extern const BaseVariant* const base_step_variant;  // null: none for this processor
 int64_t base_step_linear_scratch(const BaseLinear*, int64_t rows);

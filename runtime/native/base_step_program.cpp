@@ -54,16 +54,16 @@ class Meeting {
     alignas(64) std::atomic<int> round_{0};
 };
 
-void meet(void* meeting) { ((Meeting*)meeting)->wait(); }
-
 // What one step needs beside its buffers; allocated before any thread starts.
 struct Step {
     const StepProgram* p;
     std::vector<int64_t> order;
     std::vector<LoraRun> runs;  // [of][rows]: each thread fills in the ranks of a group by itself
     LoraRows rows;
-    std::vector<const char*> pieces;  // [of][begins, ends][rows * (members + 1)]
+    std::vector<const char*> pieces;  // [of][begins, ends of all B, of what is fetched next][most_pieces]
     int64_t most_pieces = 0;
+    std::vector<LoraSlice> slices;  // [of][most_slices]
+    int64_t most_slices = 0;
     std::vector<float> scratch;
     int64_t each = 0;  // floats of scratch per thread
 };
@@ -73,7 +73,7 @@ thread_local Step step;
 int prepare(const StepProgram* p, int of) {
     step.p = p;
     step.each = 0;
-    int64_t members = 0;
+    int64_t members = 0, ranks = 0;
     for (const StepOp* op = p->ops; op < p->ops + p->count; op++) {
         int64_t need = 0;
         if (op->kind == kLinear) need = base_step_linear_scratch((const BaseLinear*)op->what, p->rows);
@@ -83,16 +83,26 @@ int prepare(const StepProgram* p, int of) {
             need = base_step_decode_scratch(&job);
         }
         step.each = need > step.each ? need : step.each;
-        if (op->kind == kLora && ((const LoraGroup*)op->what)->members > members)
-            members = ((const LoraGroup*)op->what)->members;
+        if (op->kind == kLora && p->row_slots) {
+            const LoraGroup* group = (const LoraGroup*)op->what;
+            members = group->members > members ? group->members : members;
+            for (int64_t i = 0; i < p->rows; i++) {
+                int64_t all = 0;
+                for (int m = 0; m < group->members && p->row_slots[i] >= 0; m++)
+                    all += group->ranks[m * group->slots + p->row_slots[i]];
+                ranks = all > ranks ? all : ranks;
+            }
+        }
     }
     step.each = (step.each + 15) / 16 * 16;
     if (int64_t(step.scratch.size()) < step.each * of) step.scratch.resize(size_t(step.each * of));
     step.rows.num_runs = 0;
     if (!p->row_slots) return 0;
     if (int64_t(step.runs.size()) < p->rows * of) step.order.resize(size_t(p->rows)), step.runs.resize(size_t(p->rows * of));
-    step.most_pieces = p->rows * (members + 1);
-    if (int64_t(step.pieces.size()) < 2 * of * step.most_pieces) step.pieces.resize(size_t(2 * of * step.most_pieces));
+    step.most_pieces = p->rows * members + 1;
+    if (int64_t(step.pieces.size()) < 4 * of * step.most_pieces) step.pieces.resize(size_t(4 * of * step.most_pieces));
+    step.most_slices = lora_most_slices(p->rows, ranks);
+    if (int64_t(step.slices.size()) < of * step.most_slices) step.slices.resize(size_t(of * step.most_slices));
     step.rows.order = step.order.data(), step.rows.runs = step.runs.data();
     const int failed = p->lora->sort(p->row_slots, p->rows, p->slots, &step.rows);
     for (int thread = 1; thread < of; thread++)
@@ -107,7 +117,8 @@ class Worker {
         : step_(of_all), p_(of_all.p), meeting_(meeting), me_(me), of_(of) {
         scratch_ = const_cast<float*>(step_.scratch.data()) + me * step_.each;
         runs_ = const_cast<LoraRun*>(step_.runs.data()) + me * p_->rows;
-        begins_ = const_cast<const char**>(step_.pieces.data()) + 2 * me * step_.most_pieces;
+        pieces_ = const_cast<const char**>(step_.pieces.data()) + 4 * me * step_.most_pieces;
+        slices_ = const_cast<LoraSlice*>(step_.slices.data()) + me * step_.most_slices;
     }
 
     void run() {
@@ -115,8 +126,7 @@ class Worker {
         int64_t last = timed ? now_ns() : 0;
         for (const StepOp* op = p_->ops; op < p_->ops + p_->count; op++) {
             one(*op);
-            // a layer's LoRA reads what the layer read, and meets the others itself before it adds to its output
-            if (!(op->kind == kLinear && op + 1 < p_->ops + p_->count && op[1].kind == kLora)) meeting_->wait();
+            meeting_->wait();
             if (timed) {
                 const int64_t now = now_ns();
                 p_->spent_ns[op->kind] += now - last, last = now;
@@ -145,18 +155,61 @@ class Worker {
         }
     }
 
-    // While a layer computes, the weights of its LoRA come in from memory: the one is bound by the other's idle part.
+    // A layer of many rows is bound by arithmetic, its LoRA by memory. So the first half of the LoRA is cut in slices
+    // between which the layer's panels are computed, and while they are, the next slice comes in, with a part of what
+    // the second half will need.
     void linear(const StepOp& op) {
+        const BaseVariant* v = base_step_variant;
+        const BaseLinear* l = (const BaseLinear*)op.what;
+        const int64_t panels = panels_of(l, v), begin = panels * me_ / of_, end = panels * (me_ + 1) / of_;
         const StepOp* next = &op + 1;
-        StepAhead soon = {begins_, begins_ + step_.most_pieces, 0, 0};
+        int64_t slices = 0;
+        LoraJob job = {};
+        lora_ = false;
         if (next < p_->ops + p_->count && next->kind == kLora && step_.rows.num_runs) {
-            const LoraGroup* group = (const LoraGroup*)next->what;
-            p_->lora->size(group, runs_, step_.rows.num_runs);
-            soon.count = p_->lora->weights(group, runs_, step_.rows.num_runs, begins_, begins_ + step_.most_pieces);
-            for (int64_t i = 0; i < soon.count; i++) soon.bytes += soon.ends[i] - soon.begins[i];
-            if (soon.bytes > p_->most_ahead) soon.bytes = 0;
+            job = lora_job(*next);
+            lora_ = p_->lora->size(job.group, runs_, job.num_runs) > 0;
+            if (lora_) slices = p_->lora->slices(job.group, runs_, job.num_runs, me_, of_, slices_);
         }
-        base_step_variant->linear((const BaseLinear*)op.what, op.in, op.out, p_->rows, scratch_, &soon, me_, of_);
+        const StepAhead later = lora_ ? expanded(job.group) : StepAhead{};
+        for (int64_t i = 0; i <= slices; i++) {
+            const int64_t from = begin + (end - begin) * i / (slices + 1), to = begin + (end - begin) * (i + 1) / (slices + 1);
+            const StepAhead soon = ahead(i < slices ? slices_ + i : nullptr, later, i, slices + 1);
+            if (from < to)
+                v->linear(l, op.in, op.out, p_->rows, scratch_, &soon, from, to, from > begin && p_->rows <= kTile);
+            if (i < slices) p_->lora->shrink(&job, slices_ + i);
+        }
+    }
+
+    LoraJob lora_job(const StepOp& op) const {
+        const int64_t count = step_.rows.num_runs;
+        return {(const LoraGroup*)op.what, op.out, op.in, step_.order.data(), runs_, count, p_->u, me_, of_};
+    }
+
+    StepAhead expanded(const LoraGroup* group) {
+        const char **begins = pieces_, **ends = pieces_ + step_.most_pieces;
+        StepAhead all = {begins, ends, p_->lora->expanded(group, runs_, step_.rows.num_runs, begins, ends), 0};
+        for (int64_t i = 0; i < all.count; i++) all.bytes += ends[i] - begins[i];
+        if (all.bytes > p_->most_ahead) all.count = all.bytes = 0;
+        return all;
+    }
+
+    // The slice, and part `number` of `of` of this thread's share of `later`.
+    StepAhead ahead(const LoraSlice* slice, const StepAhead& later, int64_t number, int64_t of) {
+        const char **begins = pieces_ + 2 * step_.most_pieces, **ends = begins + step_.most_pieces;
+        StepAhead soon = {begins, ends, 0, 0};
+        const auto take = [&](const char* from, const char* to) {
+            begins[soon.count] = from, ends[soon.count++] = to, soon.bytes += to - from;
+        };
+        if (slice) take(slice->from, slice->to);
+        const int64_t share = later.bytes * (me_ + 1) / of_ - later.bytes * me_ / of_, first = later.bytes * me_ / of_;
+        const int64_t from = first + share * number / of, to = first + share * (number + 1) / of;
+        for (int64_t i = 0, passed = 0; i < later.count && passed < to; passed += later.ends[i] - later.begins[i], i++) {
+            const int64_t size = later.ends[i] - later.begins[i];
+            const int64_t low = from > passed ? from - passed : 0, high = to - passed < size ? to - passed : size;
+            if (low < high) take(later.begins[i] + low, later.begins[i] + high);
+        }
+        return soon;
     }
 
     void norm(const StepOp& op) {
@@ -169,11 +222,9 @@ class Worker {
     }
 
     void lora(const StepOp& op) {
-        const LoraGroup* group = (const LoraGroup*)op.what;
-        const int64_t count = step_.rows.num_runs;
-        if (!count || !p_->lora->size(group, runs_, count)) return;
-        const LoraJob job = {group, op.out, op.in, step_.order.data(), runs_, count, p_->u, me_, of_, meet, meeting_};
-        p_->lora->share(&job);
+        if (!lora_) return;
+        const LoraJob job = lora_job(op);
+        p_->lora->expand(&job);
     }
 
     const Step& step_;
@@ -182,7 +233,9 @@ class Worker {
     int me_, of_;
     float* scratch_;
     LoraRun* runs_;
-    const char** begins_;
+    const char** pieces_;
+    LoraSlice* slices_;
+    bool lora_ = false;  // the layer before has adapters in this step
 };
 
 }  // namespace

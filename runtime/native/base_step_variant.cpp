@@ -94,7 +94,7 @@ void pack(const BaseLinear* linear, const float* weight, void* panels) {
             }
 }
 
-// A thread's share of what is needed soon, spread evenly over all its steps along k.
+// What is needed soon, spread evenly over all steps along k.
 class Fetching {
   public:
     struct Piece {
@@ -103,10 +103,9 @@ class Fetching {
         int64_t step;  // bytes further with every k, until the end
     };
 
-    Fetching(const StepAhead* soon, int me, int of, int64_t steps) : soon_(soon), piece_{nullptr, nullptr, 0} {
-        if (!soon || !soon->bytes) return;
-        begin_ = soon->bytes * me / of, end_ = soon->bytes * (me + 1) / of;
-        step_ = (end_ - begin_) / (steps > 0 ? steps : 1) + 1;
+    Fetching(const StepAhead* soon, int64_t steps) : soon_(soon), piece_{nullptr, nullptr, 0} {
+        if (!soon) return;
+        step_ = soon->bytes / (steps > 0 ? steps : 1) + 1;
         if (step_ > 64) step_ = 64;
     }
 
@@ -114,15 +113,9 @@ class Fetching {
     Piece& next(const void* here) {
         if (piece_.at < piece_.end) return piece_;
         piece_ = {(const char*)here, (const char*)here, 0};
-        for (; soon_ && number_ < soon_->count; number_++) {
-            const int64_t size = soon_->ends[number_] - soon_->begins[number_];
-            const int64_t from = begin_ > passed_ ? begin_ - passed_ : 0;
-            const int64_t to = end_ - passed_ < size ? end_ - passed_ : size;
-            passed_ += size;
-            if (from >= to) continue;
-            piece_ = {soon_->begins[number_] + from, soon_->begins[number_] + to, step_};
+        if (soon_ && number_ < soon_->count) {
+            piece_ = {soon_->begins[number_], soon_->ends[number_], step_};
             number_++;
-            break;
         }
         return piece_;
     }
@@ -130,7 +123,7 @@ class Fetching {
   private:
     const StepAhead* soon_;
     Piece piece_;
-    int64_t begin_ = 0, end_ = 0, step_ = 0, passed_ = 0, number_ = 0;
+    int64_t step_ = 0, number_ = 0;
 };
 
 inline const float* widened(const uint16_t* from, float* to, int64_t count) {
@@ -226,15 +219,14 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
 }
 
 template <class T>
-void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepAhead* soon, int me,
-               int of) {
-    const int64_t in = l->in_features, out = l->out_features, panels = (out + 2 * kLanes - 1) / (2 * kLanes);
-    const int64_t begin = panels * me / of, end = panels * (me + 1) / of;
-    Fetching fetching(soon, me, of, (end - begin) * ((rows + kBlock - 1) / kBlock) * in);
+void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepAhead* soon,
+               int64_t begin, int64_t end, bool kept) {
+    const int64_t in = l->in_features, out = l->out_features;
+    Fetching fetching(soon, (end - begin) * ((rows + kBlock - 1) / kBlock) * in);
     for (int64_t row = 0; row < rows; row += kTile) {
         const int64_t take = rows - row < kTile ? rows - row : kTile;
         const float* tile = (const float*)x + row * in;
-        if (l->bfloat16_rows) tile = widened((const uint16_t*)x + row * in, scratch, take * in);
+        if (l->bfloat16_rows) tile = kept ? scratch : widened((const uint16_t*)x + row * in, scratch, take * in);
         if (l->bfloat16_panels)
             panels_of_tile<true>(l, tile, y + row * out, take, begin, end, fetching);
         else
@@ -242,12 +234,12 @@ void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* sc
     }
 }
 
-void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, float* scratch, const StepAhead* soon, int me,
-            int of) {
+void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, float* scratch, const StepAhead* soon,
+            int64_t begin, int64_t end, bool kept) {
     if (l->bfloat16_rows)
-        linear_of(l, x, (uint16_t*)y, rows, scratch, soon, me, of);
+        linear_of(l, x, (uint16_t*)y, rows, scratch, soon, begin, end, kept);
     else
-        linear_of(l, x, (float*)y, rows, scratch, soon, me, of);
+        linear_of(l, x, (float*)y, rows, scratch, soon, begin, end, kept);
 }
 
 // --- decode attention ---

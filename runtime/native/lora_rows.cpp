@@ -10,18 +10,16 @@
 #include "lora_rows.h"
 
 extern "C" {
-void lora_rows_baseline(const LoraJob*);
+extern const LoraVariant lora_rows_baseline;
 #if defined(__x86_64__)
-void lora_rows_avx2(const LoraJob*);
-void lora_rows_avx512(const LoraJob*);
+extern const LoraVariant lora_rows_avx2, lora_rows_avx512;
 #endif
 }
 
 namespace {
 
-typedef void (*Variant)(const LoraJob*);
 struct Choice {
-    Variant run;
+    const LoraVariant* variant;
     const char* name;
 };
 
@@ -32,10 +30,10 @@ Choice choose() {
     const bool only_baseline = most && !strcmp(most, "baseline"), no_512 = only_baseline || (most && !strcmp(most, "avx2"));
     if (!no_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-        return {lora_rows_avx512, "avx512"};
-    if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {lora_rows_avx2, "avx2"};
+        return {&lora_rows_avx512, "avx512"};
+    if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&lora_rows_avx2, "avx2"};
 #endif
-    return {lora_rows_baseline, "baseline"};
+    return {&lora_rows_baseline, "baseline"};
 }
 
 const Choice kChoice = choose();
@@ -45,6 +43,7 @@ struct Scratch {
     std::vector<int64_t> order;
     std::vector<LoraRun> runs;
     std::vector<float> u;
+    std::vector<LoraSlice> slices;  // [threads][lora_most_slices]
 };
 thread_local Scratch scratch;
 
@@ -91,29 +90,39 @@ int64_t size_runs(const LoraGroup* group, LoraRun* runs, int64_t num_runs) {
     return products;
 }
 
-int64_t weights_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
-                   const char** ends) {
+int64_t slices_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, int me, int of, LoraSlice* slices) {
+    const int64_t size = group->bfloat16 ? 2 : 4, row = group->in_features * size;
+    const int64_t most = kSliceBytes / row / kRankBlock > 0 ? kSliceBytes / row / kRankBlock * kRankBlock : kRankBlock;
+    const double all = runs[num_runs - 1].shrink_to, from = all * me / of, until = all * (me + 1) / of;
+    int64_t count = 0;
+    for (int64_t number = 0; number < num_runs; number++) {
+        const LoraRun& run = runs[number];
+        if (run.ranks == 0) continue;
+        const double mine = double(run.ranks) * row_work(run.count);
+        const int64_t begin = lora_part(from, run.shrink_to, mine, run.ranks, kRankBlock);
+        const int64_t end = me + 1 == of ? run.ranks : lora_part(until, run.shrink_to, mine, run.ranks, kRankBlock);
+        const char* a = (const char*)group->memory + group->a_at[run.slot] * size;
+        for (int64_t k = begin; k < end; k += most) {
+            const int64_t stop = k + most < end ? k + most : end;
+            slices[count++] = {number, k, stop, a + k * row, a + stop * row};
+        }
+    }
+    return count;
+}
+
+int64_t expanded_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
+                    const char** ends) {
     const int64_t size = group->bfloat16 ? 2 : 4;
-    const char* const memory = (const char*)group->memory;
     int64_t pieces = 0;
-    for (const LoraRun* run = runs; run < runs + num_runs; run++) {
-        if (run->ranks == 0) continue;
-        begins[pieces] = memory + group->a_at[run->slot] * size;
-        ends[pieces] = begins[pieces] + run->ranks * group->in_features * size;
-        pieces++;
+    for (const LoraRun* run = runs; run < runs + num_runs; run++)
         for (int member = 0; member < group->members; member++) {
             const int64_t at = member * group->slots + run->slot;
             if (group->ranks[at] == 0) continue;
-            begins[pieces] = memory + group->b_at[at] * size;
+            begins[pieces] = (const char*)group->memory + group->b_at[at] * size;
             ends[pieces] = begins[pieces] + group->ranks[at] * (group->columns[member + 1] - group->columns[member]) * size;
             pieces++;
         }
-    }
     return pieces;
-}
-
-void meet_in_region(void*) {
-#pragma omp barrier
 }
 
 }  // namespace
@@ -125,7 +134,8 @@ int lora_rows_version() { return 2; }
 const char* lora_rows_isa() { return kChoice.name; }
 
 const LoraCalls* lora_rows_calls() {
-    static const LoraCalls calls = {sort_rows, size_runs, weights_of, kChoice.run};
+    static const LoraCalls calls = {sort_rows, size_runs, slices_of, expanded_of, kChoice.variant->shrink,
+                                    kChoice.variant->expand};
     return &calls;
 }
 
@@ -142,13 +152,21 @@ int lora_rows_add(const LoraGroup* group, void* y, const void* x, const int32_t*
         const int64_t u_size = last.u_at + last.ranks * last.count;
         if (int64_t(scratch.u.size()) < u_size) scratch.u.resize(size_t(u_size));
         const int threads = products < kSmallWork ? 1 : omp_get_max_threads();
-        const LoraJob job = {group, y, x, sorted.order, sorted.runs, sorted.num_runs, scratch.u.data(), 0, 1,
-                             meet_in_region, nullptr};
+        int64_t ranks = 0;
+        for (int64_t i = 0; i < sorted.num_runs; i++) ranks = sorted.runs[i].ranks > ranks ? sorted.runs[i].ranks : ranks;
+        const int64_t most = lora_most_slices(sorted.num_runs, ranks);
+        if (int64_t(scratch.slices.size()) < most * threads) scratch.slices.resize(size_t(most * threads));
+        LoraSlice* const slices = scratch.slices.data();
+        const LoraJob job = {group, y, x, sorted.order, sorted.runs, sorted.num_runs, scratch.u.data(), 0, 1};
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             LoraJob mine = job;
             mine.me = omp_get_thread_num(), mine.of = omp_get_num_threads();
-            kChoice.run(&mine);
+            LoraSlice* const own = slices + most * mine.me;
+            const int64_t count = slices_of(group, mine.runs, mine.num_runs, mine.me, mine.of, own);
+            for (int64_t i = 0; i < count; i++) kChoice.variant->shrink(&mine, own + i);
+#pragma omp barrier
+            kChoice.variant->expand(&mine);
         }
         return 0;
     } catch (const std::bad_alloc&) {

@@ -33,6 +33,12 @@ struct LoraRows {
     int64_t num_runs;
 };
 
+// A part of one run's shrink product.
+struct LoraSlice {
+    int64_t run, begin, end;  // ranks
+    const char *from, *to;    // their weights
+};
+
 struct LoraJob {
     const LoraGroup* group;
     void* y;        // [rows][columns[members]], added to in place
@@ -42,8 +48,11 @@ struct LoraJob {
     int64_t num_runs;
     float* u;
     int me, of;  // the thread, and how many there are
-    void (*meet)(void*);  // returns when all threads have called it
-    void* meeting;
+};
+
+struct LoraVariant {
+    void (*shrink)(const LoraJob*, const LoraSlice*);
+    void (*expand)(const LoraJob*);
 };
 
 // What a caller with threads of its own needs of this library.
@@ -52,11 +61,15 @@ struct LoraCalls {
     int (*sort)(const int32_t* row_slots, int64_t count, int64_t slots, LoraRows* rows);
     // The group's ranks into the runs [num_runs]; the multiplications that all of it takes.
     int64_t (*size)(const LoraGroup* group, LoraRun* runs, int64_t num_runs);
-    // Where the weights of these runs lie, as pieces of memory [num_runs * (members + 1)]; how many pieces there are.
-    int64_t (*weights)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
-                       const char** ends);
-    // The share of thread job->me; nothing may be asked of y before all have returned.
-    void (*share)(const LoraJob* job);
+    // Cuts thread `me`'s part of the shrink products into slices of some ten KiB of weights, at most
+    // lora_most_slices; how many there are.
+    int64_t (*slices)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, int me, int of, LoraSlice* slices);
+    // Where the B of the runs lie, as pieces of memory [num_runs * members]; how many pieces there are.
+    int64_t (*expanded)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
+                        const char** ends);
+    void (*shrink)(const LoraJob* job, const LoraSlice* slice);
+    // The share of thread job->me, once all slices of all threads are done; adds to y.
+    void (*expand)(const LoraJob* job);
 };
 }
 
@@ -64,5 +77,19 @@ struct LoraCalls {
 constexpr double kReadCost = 4.0;
 constexpr int64_t kRankBlock = 4;     // rows of A taken together: one read of x for four products
 constexpr int64_t kColumnBlock = 64;  // columns of B given to a thread together: whole cache lines
+
+constexpr int64_t kSliceBytes = 40960;  // of A: a thread's second cache holds several
+
+inline int64_t lora_most_slices(int64_t runs, int64_t ranks_of_all_members) {
+    return runs * (ranks_of_all_members / kRankBlock + 2);
+}
+
+// The part of `units` of a run that ends at `to` of the whole work and holds `work` of it, for the share [from, until).
+inline int64_t lora_part(double share, double to, double work, int64_t units, int64_t block) {
+    if (share >= to) return units;
+    if (share <= to - work) return 0;
+    const int64_t done = (int64_t((share - (to - work)) / work * double(units)) + block - 1) / block * block;
+    return done < units ? done : units;
+}
 
 inline double row_work(int64_t count) { return kReadCost + double(count); }

@@ -171,29 +171,11 @@ void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, 
     }
 }
 
-// The part of `units` of a run that ends at `to` of the whole work and holds `work` of it, for the share [from, until).
-inline int64_t part(double share, double to, double work, int64_t units, int64_t block) {
-    if (share >= to) return units;
-    if (share <= to - work) return 0;
-    const double done = (share - (to - work)) / work * double(units);
-    return least(units, (int64_t(done) + block - 1) / block * block);
-}
-
 template <class T>
-void work(const LoraJob& job) {
+void expand_share(const LoraJob& job) {
     const LoraGroup& group = *job.group;
     const LoraRun* const end = job.runs + job.num_runs;
-    const bool last = job.me + 1 == job.of;
-    const double all = end[-1].shrink_to, from = all * job.me / job.of, until = all * (job.me + 1) / job.of;
-    for (const LoraRun* run = job.runs; run < end; run++) {
-        if (run->ranks == 0) continue;
-        const double mine = double(run->ranks) * row_work(run->count);
-        const int64_t begin = part(from, run->shrink_to, mine, run->ranks, kRankBlock);
-        const int64_t stop = last ? run->ranks : part(until, run->shrink_to, mine, run->ranks, kRankBlock);
-        if (begin < stop) shrink<T>(job, *run, begin, stop);
-    }
-    job.meet(job.meeting);
-    const double all2 = end[-1].expand_to, from2 = all2 * job.me / job.of, until2 = all2 * (job.me + 1) / job.of;
+    const double all = end[-1].expand_to, from = all * job.me / job.of, until = all * (job.me + 1) / job.of;
     double done = 0;
     for (const LoraRun* run = job.runs; run < end; run++) {
         const float* u = job.u + run->u_at;
@@ -203,8 +185,8 @@ void work(const LoraJob& job) {
             const double mine = double(rank * out) * row_work(run->count);
             done += mine;
             if (rank) {
-                const int64_t begin = part(from2, done, mine, out, kColumnBlock);
-                const int64_t stop = last ? out : part(until2, done, mine, out, kColumnBlock);
+                const int64_t begin = lora_part(from, done, mine, out, kColumnBlock);
+                const int64_t stop = job.me + 1 == job.of ? out : lora_part(until, done, mine, out, kColumnBlock);
                 if (begin < stop) expand<T>(job, *run, member, u, begin, stop);
                 u += rank;
             }
@@ -212,13 +194,25 @@ void work(const LoraJob& job) {
     }
 }
 
+void shrink_slice(const LoraJob* job, const LoraSlice* slice) {
+    if (job->group->bfloat16)
+        shrink<uint16_t>(*job, job->runs[slice->run], slice->begin, slice->end);
+    else
+        shrink<float>(*job, job->runs[slice->run], slice->begin, slice->end);
+}
+
+void expand_all(const LoraJob* job) {
+    if (job->group->bfloat16)
+        expand_share<uint16_t>(*job);
+    else
+        expand_share<float>(*job);
+}
+
 }  // namespace
 
 #define JOIN2(a, b) a##b
 #define JOIN(a, b) JOIN2(a, b)
-extern "C" void JOIN(lora_rows_, VARIANT)(const LoraJob* job) {
-    if (job->group->bfloat16)
-        work<uint16_t>(*job);
-    else
-        work<float>(*job);
+extern "C" {
+extern const LoraVariant JOIN(lora_rows_, VARIANT);
+const LoraVariant JOIN(lora_rows_, VARIANT) = {shrink_slice, expand_all};
 }
