@@ -19,12 +19,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lorapool_runtime.memory import huge_stretch
 from lorapool_runtime.nativelib import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
 VERSION = 3  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
+_STRETCH_BYTES = 32 << 20
 _WIDTH = 16  # head sizes are whole vectors of any variant
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -142,7 +144,7 @@ class PanelLinear:
         self.dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
         exact = _comes_from_bfloat16(weight)
         size = kernel.library.base_step_panel_bytes(self.in_features, self.out_features, exact)
-        self._panels = torch.empty(size, dtype=torch.uint8)
+        self._panels = _panel_memory.take(size)
         assert self._panels.data_ptr() % _LINE == 0
         self._bias = None if bias is None else bias.float().contiguous()
         self._job = _Linear(
@@ -172,6 +174,26 @@ class PanelLinear:
         if _watch.note is not None:
             _watch.note(self, x, y)
         return y
+
+
+class _PanelMemory:
+    """Panels side by side in huge pages: a step streams through all of them, and a small page is a miss each time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size_bytes: int) -> Tensor:
+        """[size_bytes], on a cache line; its memory is free when all that share the stretch are gone."""
+        rounded = -(-size_bytes // _LINE) * _LINE
+        with self._lock:
+            if rounded > len(self._left):
+                self._left = huge_stretch(max(rounded, _STRETCH_BYTES))
+            taken, self._left = self._left[:size_bytes], self._left[rounded:]
+        return taken
+
+
+_panel_memory = _PanelMemory()
 
 
 def _comes_from_bfloat16(weight: Tensor) -> bool:

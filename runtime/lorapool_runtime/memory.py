@@ -23,6 +23,16 @@ def anonymous_mapping(size_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def huge_stretch(size_bytes: int) -> Tensor:
+    """uint8 [at least size_bytes] in huge pages where the system has them; a page that nobody touches costs nothing."""
+    size = -(-size_bytes // _HUGE) * _HUGE
+    mapping = anonymous_mapping(size + _HUGE)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    at = -whole.data_ptr() % _HUGE
+    return whole[at : at + size]
+
+
 def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     count = torch.Size(shape).numel()
     if device.type != "cpu" or count == 0:
