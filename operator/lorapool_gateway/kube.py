@@ -114,7 +114,7 @@ class Kube:
 
 
 def _cut(response: aiohttp.ClientResponse) -> None:
-    """Ends a watch in the middle. At once: an orderly end of TLS would wait for the server, beyond the loop's own end."""
+    """Ends a watch in the middle, at once: an orderly end of TLS waits for the server, beyond the loop's end."""
     if response.connection is not None and response.connection.transport is not None:
         response.connection.transport.abort()
     response.close()
