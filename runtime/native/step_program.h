@@ -28,7 +28,7 @@ struct StepProgram {
     int64_t slots;             // how many there are
     const LoraCalls* lora;
     float* u;           // [rows][ranks of all members of any group]
-    int64_t most_ahead;  // bytes of LoRA weights fetched during a layer; a step with more fetches none
+    int64_t most_ahead;  // a group whose B matrices take more bytes has none of them fetched ahead
     int64_t* spent_ns;  // [kStepKinds] added to; null: not timed
 };
 }
