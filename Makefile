@@ -163,6 +163,13 @@ bench-quick: install model ## the bars, in some ten minutes; writes bench/result
 bench: install model ## everything this machine can measure; writes bench/results/
 	$(PY) bench full
 
+.PHONY: bench-profile
+bench-profile: install model ## where each millisecond of a decode step goes, and where it went by plain torch
+	base=$$($(PY) hack/models/base.py | tail -1)
+	export PYTHONPATH=crds:operator:runtime
+	LORAPOOL_NATIVE=0 $(PY) bench/profile_step.py "$$base" --python --rounds 2 --json bench/results/profile-before.json
+	$(PY) bench/profile_step.py "$$base" --json bench/results/profile.json
+
 .PHONY: bench-page
 bench-page: install ## write docs/performance.md from the last results
 	$(PY) bench/page.py

@@ -33,12 +33,12 @@ class Step:
 
 
 QUICK = (
-    Step("w1.py", ("--quick",), 900.0),
+    Step("w1.py", ("--quick",), 1500.0),
     Step("gateway_overhead.py", (), 240.0),
     Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
     Step("start.py", (), 240.0),
-    Step("w2.py", ("--quick",), 700.0),
-    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "", "--new", "32"), 300.0),
+    Step("w2.py", ("--quick",), 900.0),
+    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "vllm,peft", "--new", "32"), 900.0),
 )
 FULL = (
     Step("w1.py", (), 3600.0),

@@ -67,6 +67,7 @@ BARS: Sequence[Bar] = (
     _ratio("w2.n500_over_n5", "throughput under W2 with 500 adapters / with 5", 0.90),
     Bar("loading.host_to_slot_ms", "host to slot / bytes ÷ memory bandwidth", "ratio", at_most=2),
     Bar("loading.inter_token_p99_ms", "others' inter-token p99, during loads / without", "ratio", at_most=1.1),
+    Bar("w7.inter_token_p99_ms", "the same over HTTP, with as many unloads (W7)", "ratio", at_most=1.1),
     Bar("loading.disk_to_slot_ms", "disk to slot / bytes ÷ memory bandwidth", "ratio", at_most=3),
     Bar("loading.disk_to_slot_over_vllm", "disk to slot / vLLM CPU's add_lora", "ratio", at_most=1),
     Bar("start.ready_over_from_pretrained", "runtime's start to ready / from_pretrained", "ratio", at_most=1.2),

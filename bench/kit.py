@@ -155,8 +155,12 @@ def slug(facts: Mapping[str, Any]) -> str:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M)
-    return found[1].strip() if found else platform.machine()
+    """A name without a number says little (virtual machines hide it): then with the processor's family and model."""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo.read_text(), re.M))
+    name: str = facts.get("model name", platform.machine()).strip()
+    if re.search(r"\d", name) or not {"cpu family", "model"} <= set(facts):
+        return name
+    return f"{name}, family {facts['cpu family']} model {facts['model']}"
 
 
 def _simd(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

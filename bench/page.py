@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ W1_LABELS = {
     "llamacpp_distinct16": ("llama.cpp's server, 16 distinct", "theirs"),
     "peft_mixed_batch": ("peft, one mixed batch, 16 distinct", "theirs"),
     "peft_one_by_one": ("peft, set_adapter one by one", "theirs"),
+}
+PROFILES = {
+    "profile.json": "As it is",
+    "profile-before.json": "As it was, by torch's operators and the model's own code, LoRA by plain products",
 }
 SHOWN = 4.0
 """Bars of the picture of bars end here."""
@@ -87,6 +91,39 @@ def w1(results: Results) -> str:
     notes = [record.note for name, record in results.records.items() if name == "w1.fp32.distinct16_over_base"]
     equality = f"\nGreedy token sequences, fp32, {notes[0]}.\n" if notes and notes[0] else ""
     return "\n".join(lines) + "\n" + equality
+
+
+def profile(_results: Results) -> str:
+    """Where each millisecond of a decode step goes, as it is and as it was by torch and the model's own code."""
+    parts = []
+    for name, says in PROFILES.items():
+        body = json.loads((RESULTS / name).read_text())
+        facts, profiles = body["machine"], body["profiles"]
+        parts.append(
+            f"{says} ({body['date']}, commit `{body['commit']}`, {facts['cores']} cores of an {facts['cpu']}, "
+            f"load average {body['load_average']}):"
+        )
+        parts.append(_profile_table(profiles))
+    return "\n\n".join(parts)
+
+
+def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> str:
+    def line(label: str, cells: Iterable[str]) -> str:
+        return f"| {label} | {' | '.join(cells)} |"
+
+    heads = [f"{one['dtype'].replace('float', ' fp').replace('b fp', 'bf').strip()}, {one['rows']}" for one in profiles]
+    lines = [line("ms per step", heads), "|---" * (len(heads) + 1) + "|"]
+    for part in dict.fromkeys(part for one in profiles for part in one["parts_ms"]):
+        lines.append(line(part, (f"{one['parts_ms'].get(part, 0.0):.2f}" for one in profiles)))
+    sums = [sum(one["parts_ms"].values()) for one in profiles]
+    lines.append(line("**sum of the parts**", (f"{added:.1f}" for added in sums)))
+    lines.append(line("**the untouched step**", (f"{one['whole_ms']:.1f}" for one in profiles)))
+    lines.append(
+        line("sum / untouched", (f"{added / one['whole_ms']:.2f}" for added, one in zip(sums, profiles, strict=True)))
+    )
+    lines.append(line("the linear layers alone: the floor", (f"{one['floor_ms']:.1f}" for one in profiles)))
+    lines.append(line("floor / untouched", (f"{one['floor_ms'] / one['whole_ms']:.2f}" for one in profiles)))
+    return "\n".join(lines)
 
 
 def loops(results: Results) -> str:
@@ -158,6 +195,7 @@ PARTS: Mapping[str, Callable[[Results], str]] = {
     "machine": machine,
     "bars": bars,
     "w1": w1,
+    "profile": profile,
     "loops": loops,
     "rest": rest,
 }

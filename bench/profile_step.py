@@ -11,6 +11,7 @@ untouched step. The floor is the base's packed linears alone. `--python` takes t
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kit import machine
+from places import commit
 from safetensors.torch import save_file
 
 from lorapool_runtime import core as core_module
@@ -264,6 +267,17 @@ def table(profiles: list[Profile]) -> str:
     return "\n".join(lines)
 
 
+def write_profiles(path: Path, profiles: list[Profile]) -> None:
+    body = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "profiles": [asdict(p) for p in profiles],
+    }
+    path.write_text(json.dumps(body, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
@@ -296,7 +310,7 @@ def main() -> int:
     print(f"{arguments.threads} threads, load average {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     print(table(profiles))
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(p) for p in profiles], indent=2) + "\n")
+        write_profiles(arguments.json, profiles)
     off = [p for p in profiles if abs(p.sum_over_whole - 1) > TOLERANCE]
     for p in off:
         print(f"{p.dtype} {p.rows}: the parts add up to {p.sum_over_whole:.2f} of the whole", file=sys.stderr)

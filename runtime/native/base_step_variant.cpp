@@ -94,7 +94,7 @@ void pack(const BaseLinear* linear, const float* weight, void* panels) {
             }
 }
 
-// What is needed soon, spread evenly over all steps along k.
+// What is needed soon, spread evenly over all runs along k, and there over all steps.
 class Fetching {
   public:
     struct Piece {
@@ -103,27 +103,28 @@ class Fetching {
         int64_t step;  // bytes further with every k, until the end
     };
 
-    Fetching(const StepAhead* soon, int64_t steps) : soon_(soon), piece_{nullptr, nullptr, 0} {
-        if (!soon) return;
-        step_ = soon->bytes / (steps > 0 ? steps : 1) + 1;
-        if (step_ > 64) step_ = 64;
-    }
+    Fetching(const StepAhead* soon, int64_t runs, int64_t in)
+        : soon_(soon), piece_{nullptr, nullptr, 0}, bytes_(soon ? soon->bytes : 0), runs_(runs), in_(in) {}
 
-    // What the next run along k fetches; `here` is at hand already.
+    // What the next run along k fetches; `here` is at hand already. A piece takes whole runs, as many of those left as it
+    // has of the bytes left: were its pace everybody's, the rest of its last run would fetch nothing.
     Piece& next(const void* here) {
         if (piece_.at < piece_.end) return piece_;
         piece_ = {(const char*)here, (const char*)here, 0};
-        if (soon_ && number_ < soon_->count) {
-            piece_ = {soon_->begins[number_], soon_->ends[number_], step_};
-            number_++;
-        }
+        if (!soon_ || number_ == soon_->count) return piece_;
+        const char *begin = soon_->begins[number_], *end = soon_->ends[number_];
+        const int64_t size = end - begin;
+        const int64_t share = size < bytes_ ? size * runs_ / bytes_ : runs_, runs = share > 1 ? share : 1;
+        const int64_t step = size / (runs * in_) + 1;
+        piece_ = {begin, end, step < 64 ? step : 64};
+        number_++, bytes_ -= size, runs_ -= runs;
         return piece_;
     }
 
   private:
     const StepAhead* soon_;
     Piece piece_;
-    int64_t step_ = 0, number_ = 0;
+    int64_t bytes_, runs_, in_, number_ = 0;  // bytes and runs that are left
 };
 
 inline const float* widened(const uint16_t* from, float* to, int64_t count) {
@@ -133,25 +134,29 @@ inline const float* widened(const uint16_t* from, float* to, int64_t count) {
     return to;
 }
 
+struct Ahead {
+    const char* at;
+    int64_t step;  // bytes further with every k
+};
+
 template <int R, bool kHalf>
 __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t in, const void* panel,
-                                                         const char* ahead, Fetching::Piece& more, Vec (&sums)[kBlock][2]) {
+                                                         Ahead ahead, Fetching::Piece& more, Vec (&sums)[kBlock][2]) {
     const char *at = more.at, *const end = more.end;
     const int64_t step = more.step;
     Vec s[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) s[r][0] = s[r][1] = Vec{};
     for (int64_t k = 0; k < in; k++) {
+        __builtin_prefetch(ahead.at + k * ahead.step);
         __builtin_prefetch(at, 0, 2);
         at = at < end ? at + step : at;
         Vec low, high;
         if (kHalf) {
             const Bits both = load_bits((const uint32_t*)panel + k * kLanes);
             low = (Vec)(both << 16), high = (Vec)(both & 0xffff0000u);
-            __builtin_prefetch(ahead + k * kLanes * 4);
         } else {
             low = load((const float*)panel + k * 2 * kLanes), high = load((const float*)panel + k * 2 * kLanes + kLanes);
-            __builtin_prefetch(ahead + k * kLanes * 8);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -165,7 +170,7 @@ __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t
 }
 
 template <bool kHalf>
-void block_of_panel(int rows, const float* x, int64_t in, const void* panel, const char* ahead, Fetching::Piece& more,
+void block_of_panel(int rows, const float* x, int64_t in, const void* panel, Ahead ahead, Fetching::Piece& more,
                     Vec (&sums)[kBlock][2]) {
     switch (rows) {
         case 1: return rows_of_panel<1, kHalf>(x, in, panel, ahead, more, sums);
@@ -186,6 +191,7 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
                     Fetching& fetching) {
     const int64_t in = l->in_features, out = l->out_features, width = 2 * kLanes;
     const int64_t bytes = in * width * (kHalf ? 2 : 4), blocks = (rows + kBlock - 1) / kBlock;
+    const int64_t panels = (out + width - 1) / width;
     for (int64_t p = begin; p < end; p++) {
         const char* panel = (const char*)l->panels + p * bytes;
         const int64_t column = p * width;
@@ -199,8 +205,9 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
         for (int64_t b = 0, row = 0; b < blocks; b++) {
             const int64_t take = (rows - row + blocks - b - 1) / (blocks - b);
             Vec sums[kBlock][2];
-            // the last block of rows fetches the next panel, which nothing needs before
-            const char* ahead = b + 1 == blocks && p + 1 < end ? panel + bytes : panel;
+            // each block of rows fetches its part of the next panel, which may belong to this thread's next call
+            const Ahead ahead = p + 1 < panels ? Ahead{panel + bytes + bytes * b / blocks, bytes / blocks / in + 1}
+                                               : Ahead{panel, 0};
             block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, fetching.next(panel), sums);
             for (int64_t r = 0; r < take; r++) {
                 const Vec low = sums[r][0] + bias[0], high = sums[r][1] + bias[1];
@@ -222,7 +229,7 @@ template <class T>
 void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepAhead* soon,
                int64_t begin, int64_t end, bool kept) {
     const int64_t in = l->in_features, out = l->out_features;
-    Fetching fetching(soon, (end - begin) * ((rows + kBlock - 1) / kBlock) * in);
+    Fetching fetching(soon, (end - begin) * ((rows + kBlock - 1) / kBlock), in);
     for (int64_t row = 0; row < rows; row += kTile) {
         const int64_t take = rows - row < kTile ? rows - row : kTile;
         const float* tile = (const float*)x + row * in;

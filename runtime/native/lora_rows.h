@@ -78,7 +78,7 @@ constexpr double kReadCost = 4.0;
 constexpr int64_t kRankBlock = 4;     // rows of A taken together: one read of x for four products
 constexpr int64_t kColumnBlock = 64;  // columns of B given to a thread together: whole cache lines
 
-constexpr int64_t kSliceBytes = 40960;  // of A: a thread's second cache holds several
+constexpr int64_t kSliceBytes = 81920;  // of A: a thread's second cache holds several
 
 inline int64_t lora_most_slices(int64_t runs, int64_t ranks_of_all_members) {
     return runs * (ranks_of_all_members / kRankBlock + 2);
