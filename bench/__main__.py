@@ -1,6 +1,7 @@
 """`python bench quick|full`: runs the programs, holds their records against the bars, writes the result files.
 
-Called by `make bench-quick` and `make bench`. Each program is a process of its own; one that fails says why, its rows
+Called by `make bench-quick` and `make bench`; `--again w2.py` runs only that program anew, and the page says so: the
+other figures stay what the last run found. Each program is a process of its own; one that fails says why, its rows
 become "not run", and the exit code is 1. Writes bench/results/<date>-<machine>.json and bench/results/latest.json.
 """
 
@@ -22,6 +23,8 @@ from typing import Any
 from bars import BARS
 from kit import Record, machine, not_run, number, read_records, slug
 from places import BENCH, RESULTS, ROOT, base_folder, commit
+
+LATEST = "latest.json"
 
 
 @dataclass(frozen=True)
@@ -104,17 +107,26 @@ def bar_table(records: Sequence[Record]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("quick", "full"))
+    parser.add_argument("--again", action="append", metavar="PROGRAM", help="only this one, into the last results")
     given = parser.parse_args()
     began_s, load = time.monotonic(), os.getloadavg()[0]
+    steps = QUICK if given.what == "quick" else FULL
+    if unknown := set(given.again or ()) - {step.program for step in steps}:
+        parser.error(f"bench {given.what} has no program {', '.join(sorted(unknown))}")
     records: list[Record] = []
     versions: dict[str, str] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for step in QUICK if given.what == "quick" else FULL:
+        for step in steps:
+            if given.again and step.program not in given.again:
+                continue
             more, used, failure = run(step, Path(scratch))
             records += more
             versions |= used
             failures += [failure] if failure else []
+            if given.again:
+                write_again(step.program, more)
+                continue
             # After each step, so that a run that is interrupted leaves what it measured; the rest says "not run".
             write_result(given.what, with_missing(records, failures), versions, load, time.monotonic() - began_s)
     print(f"\n{bar_table(with_missing(records, failures))}\n")
@@ -139,8 +151,23 @@ def write_result(
         "versions": dict(sorted(versions.items())),
         "records": judged(records),
     }
+    write(result)
+
+
+def write_again(program: str, records: Sequence[Record]) -> None:
+    """Puts one program's new records into the last results, which say which they are and by which commit."""
+    result = json.loads((RESULTS / LATEST).read_text())
+    if result["machine"] != machine():
+        raise SystemExit("the last results are another machine's: run the whole")
+    fresh = {item["name"]: item for item in judged(records)}
+    result["records"] = [fresh.pop(item["name"], item) for item in result["records"]] + list(fresh.values())
+    result["again"] = {**result.get("again", {}), program: commit()}
+    write(result)
+
+
+def write(result: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    for name in (f"{result['date']}-{slug(facts)}.json", "latest.json"):
+    for name in (f"{result['date']}-{slug(result['machine'])}.json", LATEST):
         (RESULTS / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

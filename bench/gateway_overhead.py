@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import kit
 from aiohttp import web
@@ -218,23 +217,18 @@ async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each load, side and round")
-    parser.add_argument("--rounds", type=int, default=kit.COUNTED_ROUNDS)
-    parser.add_argument("--only", default="", help="loads whose name starts so")
-    parser.add_argument("--records", type=Path, help="write the records there as JSON")
-    parser.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    asked = kit.parser(__doc__)
+    asked.add_argument("--seconds", type=float, default=2.0, help="of each load, side and round")
+    asked.add_argument("--rounds", type=int, default=kit.COUNTED_ROUNDS)
+    asked.add_argument("--only", default="", help="loads whose name starts so")
+    asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
+    arguments = kit.parsed(asked)
     if arguments.gateway:
         run(_gateway(arguments.gateway))
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))
-    sys.stdout.write(kit.table(records) + "\n")
-    if arguments.records:
-        kit.write_records(
-            arguments.records, records, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")}
-        )
+    kit.hand_over(records, arguments, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")})
 
 
 if __name__ == "__main__":

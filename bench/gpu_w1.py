@@ -10,7 +10,6 @@ that, greedy tokens of a small float32 model must equal peft's on the same devic
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import queue
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import Record, against, alternate, measured, not_run, table, write_records
+from kit import Record, against, alternate, measured, not_run, parsed, parser, table, write_records
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -247,14 +246,13 @@ def measure(shape: Shape, device: str, scratch: Path, rounds: int, new: int, pef
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new", type=int, default=64, help="tokens to generate per request")
-    parser.add_argument("--peft", type=int, default=4, help="requests that peft runs; 0: none")
-    parser.add_argument("--folder", type=Path, help="keeps the base's 16 GB of random weights for the next time")
-    parser.add_argument("--records", type=Path, help="writes the records here as JSON")
-    parser.add_argument("--rehearse", action="store_true")
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--rounds", type=int, default=3)
+    asked.add_argument("--new", type=int, default=64, help="tokens to generate per request")
+    asked.add_argument("--peft", type=int, default=4, help="requests that peft runs; 0: none")
+    asked.add_argument("--folder", type=Path, help="keeps the base's 16 GB of random weights for the next time")
+    asked.add_argument("--rehearse", action="store_true")
+    arguments = parsed(asked)
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not arguments.rehearse:
         print("bench/gpu_w1.py needs a CUDA GPU and there is none here: nothing was measured.")

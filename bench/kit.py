@@ -1,19 +1,23 @@
 """The measuring kit: records, alternating rounds, medians and spreads. Every program of bench/ uses it.
 
-A program measures, makes `Record`s (`measured`, `against`, `not_run`), prints them with `table` and, given
-`--records PATH`, writes them there as JSON; `python bench quick|full` runs the programs and merges their records into
-one result file. Only the standard library, because it also runs inside the peers' virtual environments.
-It refuses a figure without rounds, and never averages a spread away: all runs are kept.
+A program takes its arguments by `parser` and `parsed`, measures, makes `Record`s (`measured`, `against`, `not_run`) and
+hands them over (`hand_over`): printed and, given `--records PATH`, written there as JSON; `python bench quick|full`
+runs the programs and merges their records into one result file. Only the standard library, because it also runs
+inside the peers' virtual environments. It refuses a figure without rounds, and never averages a spread away: all runs
+are kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import re
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -112,6 +116,29 @@ def timed(run: Callable[[], Any]) -> float:
     began_s = time.perf_counter()
     run()
     return time.perf_counter() - began_s
+
+
+# --- a program ---------------------------------------------------------------------------
+
+
+def parser(says: str | None) -> argparse.ArgumentParser:
+    """With `--records`, which every program has; `says` is its docstring."""
+    made = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--records", type=Path, help="write the records there as JSON")
+    return made
+
+
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """From here on SIGTERM, by which the driver ends what takes too long, ends the program's own processes too."""
+    given = made.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return given
+
+
+def hand_over(records: Sequence[Record], given: argparse.Namespace, versions: Mapping[str, str] | None = None) -> None:
+    print(table(records), flush=True)
+    if given.records:
+        write_records(given.records, records, versions)
 
 
 # --- files -------------------------------------------------------------------------------

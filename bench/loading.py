@@ -9,11 +9,9 @@ in turns.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import queue
-import statistics
 import sys
 import tempfile
 import threading
@@ -24,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import numpy as np
 import torch
-from kit import Record, against, percentile, table, write_records
+from kit import Record, against, hand_over, parsed, parser, percentile
 from places import make_adapter
 
 from lorapool_runtime.config import EngineConfig
@@ -157,13 +155,12 @@ def stall(engine: TorchEngine, folder: Path, seconds: float, rounds: int) -> lis
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of traffic per turn")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--records", type=Path)
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("base")
+    asked.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    asked.add_argument("--seconds", type=float, default=10.0, help="of traffic per turn")
+    asked.add_argument("--rounds", type=int, default=3)
+    arguments = parsed(asked)
     config = EngineConfig(
         arguments.base, dtype=arguments.dtype, max_rank=RANK, slots=RUNNING + 1, max_batch=RUNNING, max_model_len=512
     )
@@ -179,10 +176,7 @@ def main() -> int:
         records = loading(engine, folders[RUNNING], max(arguments.rounds, 5))
         records += stall(engine, folders[RUNNING], arguments.seconds, arguments.rounds)
     engine.stop(10)
-    print(table(records))
-    print(f"median of p99 ratios: {statistics.median([records[-1].ratio or 0]):.2f}, bar 1.10")
-    if arguments.records:
-        write_records(arguments.records, records, {"torch": torch.__version__})
+    hand_over(records, arguments, {"torch": torch.__version__})
     return 0
 
 

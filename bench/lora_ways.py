@@ -7,17 +7,15 @@ The kernel stays in the project as long as `kernel_over_plain` is at least 1.07 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from kit import Record, against, alternate, table, write_records
+from kit import Record, against, alternate, hand_over, parsed, parser
 
 from lorapool_runtime.adapter_file import PackedAdapter
 from lorapool_runtime.config import EngineConfig
@@ -113,23 +111,20 @@ def measure(base: str, dtype: str, workloads: Sequence[Workload], rounds: int, n
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new", type=int, default=32, help="tokens to generate per request")
-    parser.add_argument("--only", nargs="+", default=[load.name for load in WORKLOADS])
-    parser.add_argument("--records", type=Path)
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("base")
+    asked.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    asked.add_argument("--rounds", type=int, default=3)
+    asked.add_argument("--new", type=int, default=32, help="tokens to generate per request")
+    asked.add_argument("--only", nargs="+", default=[load.name for load in WORKLOADS])
+    arguments = parsed(asked)
     chosen = tuple(load for load in WORKLOADS if load.name in arguments.only)
     torch.set_num_threads(usable_cores())
     records: list[Record] = []
     for dtype in arguments.dtypes:
         records += measure(arguments.base, dtype, chosen, arguments.rounds, arguments.new)
         gc.collect()
-    print(table(records), flush=True)
-    if arguments.records:
-        write_records(arguments.records, records, {"torch": torch.__version__})
+    hand_over(records, arguments, {"torch": torch.__version__})
     return 0
 
 

@@ -61,11 +61,14 @@ class Results:
 def machine(results: Results) -> str:
     facts, load = results.head["machine"], results.head["load_average"]
     versions = ", ".join(f"{name} {version}" for name, version in results.head["versions"].items())
+    again = "".join(
+        f" `{program}` was run again at commit `{done}`." for program, done in results.head.get("again", {}).items()
+    )
     return (
         f"Measured {results.head['date']} by `make {'bench-quick' if results.head['kind'] == 'quick' else 'bench'}` in "
         f"{number(results.head['minutes'])} min, commit `{results.head['commit']}`, on {facts['cores']} cores of an "
         f"{facts['cpu']} ({facts['simd']}), {facts['memory_gib']} GiB, Python {facts['python']}; load average "
-        f"{load['before']} before and {load['after']} after. {versions}."
+        f"{load['before']} before and {load['after']} after.{again} {versions}."
     )
 
 

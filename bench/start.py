@@ -7,14 +7,13 @@ Both are fresh processes with the weights on disk (in the page cache after the f
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from kit import COUNTED_ROUNDS, against, alternate, table, timed, write_records
+from kit import COUNTED_ROUNDS, against, alternate, hand_over, parsed, parser, timed
 from places import ROOT, VOLUMES, base_folder
 from standalone import Standalone
 
@@ -25,10 +24,9 @@ BARE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
-    parser.add_argument("--records", type=Path)
-    given = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
+    given = parsed(asked)
     os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime"))
     base = base_folder()
     VOLUMES.mkdir(parents=True, exist_ok=True)
@@ -53,9 +51,7 @@ def main() -> int:
 
     runs = alternate({"ours": ours, "bare": bare}, given.rounds)
     records = [against("start.ready_over_from_pretrained", "s", runs["ours"], "from_pretrained", runs["bare"])]
-    print(table(records))
-    if given.records:
-        write_records(given.records, records)
+    hand_over(records, given)
     return 0
 
 

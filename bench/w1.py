@@ -9,18 +9,15 @@ must be equal token by token, or the program fails and writes nothing. A rival t
 
 from __future__ import annotations
 
-import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from contest import Contestant, ContestError
-from kit import COUNTED_ROUNDS, Record, against, alternate, measured, not_run, table, write_records
+from kit import COUNTED_ROUNDS, Record, against, alternate, hand_over, measured, not_run, parsed, parser
 from peers import gguf_folder, llamacpp_server, vllm_python
 from places import BENCH, LOGS, ROOT, VOLUMES, base_folder, w1_adapters
 from workloads import NEW_TOKENS, REQUESTS, Batch, adapter_name, w1
@@ -278,15 +275,13 @@ def records_of(series: Series, dtype: str, note: str) -> list[Record]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="float32", choices=sorted(SHORT))
-    parser.add_argument("--quick", action="store_true", help="the cases that have a bar; a short warm-up")
-    parser.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
-    parser.add_argument("--new", type=int, default=NEW_TOKENS)
-    parser.add_argument("--only", default=",".join(RIVALS), help="rivals, separated by commas; empty: ours alone")
-    parser.add_argument("--records", type=Path)
-    given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contestants that are stopped must not stay behind
+    asked = parser(__doc__)
+    asked.add_argument("--dtype", default="float32", choices=sorted(SHORT))
+    asked.add_argument("--quick", action="store_true", help="the cases that have a bar; a short warm-up")
+    asked.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
+    asked.add_argument("--new", type=int, default=NEW_TOKENS)
+    asked.add_argument("--only", default=",".join(RIVALS), help="rivals, separated by commas; empty: ours alone")
+    given = parsed(asked)
     rivals = [name for name in given.only.split(",") if name]
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [*(str(ROOT / part) for part in ("crds", "operator", "runtime")), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -302,9 +297,7 @@ def main() -> int:
         print(f"NOT EQUAL in {given.dtype}: {error}", file=sys.stderr)
         return 1
     records = records_of(series, given.dtype, note) + loaded
-    print(table(records))
-    if given.records:
-        write_records(given.records, records, versions)
+    hand_over(records, given, versions)
     return 0
 
 

@@ -10,11 +10,9 @@ the same arrivals; latencies at 0.7 of what it can serve, found first. A warm-up
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import http.client
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -25,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-from kit import COUNTED_ROUNDS, Record, against, alternate, measured, table, write_records
+from kit import COUNTED_ROUNDS, Record, against, alternate, hand_over, measured, parsed, parser
 from open_loop import Load, run_load, stream
 from places import ROOT, VOLUMES, base_folder, make_adapter
 from standalone import Standalone
@@ -67,8 +65,8 @@ class Bench:
         registered = self._server.register(CLAIM, names, idleAfterS=3600)
         self._keys |= {number: registered[name] for number, name in zip(wanted, names, strict=True)}
         keys = [self._keys.get(number, "") for number in range(max(self._keys) + 1)]
-        fetched = [Arrival(at * FETCH_EVERY_S, number, (5,), 1) for at, number in enumerate(wanted)]
-        self._answered(fetched, keys)
+        if wanted:
+            self._answered([Arrival(at * FETCH_EVERY_S, number, (5,), 1) for at, number in enumerate(wanted)], keys)
         return self._answered(arrivals, keys)
 
     def _answered(self, arrivals: Sequence[Arrival], keys: Sequence[str]) -> Load:
@@ -249,13 +247,11 @@ def _first_token_ms(port: int, key: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="throughput, churn and cold tiers only, in short rounds")
-    parser.add_argument("--only", choices=WORKLOADS, action="append", help="of them; may be repeated")
-    parser.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
-    parser.add_argument("--records", type=Path)
-    given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the runtime must not stay behind
+    asked = parser(__doc__)
+    asked.add_argument("--quick", action="store_true", help="throughput, churn and cold tiers only, in short rounds")
+    asked.add_argument("--only", choices=WORKLOADS, action="append", help="of them; may be repeated")
+    asked.add_argument("--seconds", type=float, help="of each run, instead of the workload's own")
+    given = parsed(asked)
     wanted = given.only or WORKLOADS
     os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime"))
     base = base_folder()
@@ -273,9 +269,7 @@ def main() -> int:
             duration_s = given.seconds or (8.0 if given.quick else 30.0)
             records += churn(bench, server, base, capacity * COMFORT, duration_s, COUNTED_ROUNDS)
     records += cold(base, 3 if given.quick else 5) if "w5" in wanted else []
-    print(table(records))
-    if given.records:
-        write_records(given.records, records)
+    hand_over(records, given)
     return 0
 
 

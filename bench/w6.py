@@ -10,7 +10,6 @@ is sent to sleep before each round by a short idle time, which is set back at th
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import statistics
@@ -25,7 +24,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from kit import COUNTED_ROUNDS, Record, measured, not_run, table, write_records
+from kit import COUNTED_ROUNDS, Record, hand_over, measured, not_run, parsed, parser
 from places import ROOT
 
 BASE = "smollm2"
@@ -261,15 +260,12 @@ def measure(summary: Path, rounds: int) -> list[Record]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
-    parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="the demo's folder")
-    parser.add_argument("--records", type=Path)
-    given = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
+    asked.add_argument("--demo", type=Path, default=ROOT / ".demo", help="the demo's folder")
+    given = parsed(asked)
     records = measure(given.demo / "summary.json", given.rounds)
-    print(table(records))
-    if given.records:
-        write_records(given.records, records)
+    hand_over(records, given)
     return 0
 
 
