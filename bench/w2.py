@@ -45,7 +45,8 @@ COMFORT = 0.7
 DEADLINE_S = 240.0
 FETCH_EVERY_S = 0.05
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_rank": 16, "slots": SLOTS, "max_batch": MAX_BATCH,
-                            "max_model_len": 512}  # fmt: skip
+                            "max_model_len": 512, "prefix_cache": False}  # fmt: skip
+"""Without a prefix cache, since runs that are compared share their prompts: the second would find the first's."""
 NOTE = f"rank 16, {SLOTS} slots, host cache 1 GiB, each adapter fetched before"
 
 
