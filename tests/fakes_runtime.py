@@ -163,6 +163,8 @@ class FakeEngine:
         assert isinstance(adapter, FakeHostAdapter)
 
         def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if any(run.request.slot == slot for run in self._runs.values()):
                 self.violations.append(f"load into slot {slot} in use")
             time.sleep(self.load_s)
@@ -180,6 +182,8 @@ class FakeEngine:
         future: Future[int] = Future()
 
         def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if any(run.request.slot == slot for run in self._runs.values()):
                 self.violations.append(f"unload of slot {slot} in use")
             self._in_slot.pop(slot, None)

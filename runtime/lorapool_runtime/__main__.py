@@ -154,6 +154,7 @@ def _stop_on_signals() -> asyncio.Event:
 def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
     """Runs in a daemon thread, which does not keep the process from ending."""
     future: Future[LoadedBase] = Future()
+    future.set_running_or_notify_cancel()  # so that who stops waiting (SIGTERM) does not cancel it under the thread
 
     def run_it() -> None:
         try:
