@@ -38,9 +38,9 @@ class Step:
 QUICK = (
     Step("w1.py", ("--quick",), 1500.0),
     Step("gateway_overhead.py", (), 240.0),
-    Step("loading.py", ("BASE", "--seconds", "4"), 180.0),
+    Step("loading.py", ("BASE", "--seconds", "10"), 240.0),
     Step("start.py", (), 240.0),
-    Step("w2.py", ("--quick",), 900.0),
+    Step("w2.py", ("--quick",), 1200.0),
     Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "vllm,peft", "--new", "32"), 900.0),
 )
 FULL = (

@@ -4,7 +4,7 @@
 
 Host to slot and disk (page cache) to slot, against the adapter's bytes divided by the bandwidth of one thread's copy
 in the same run; then the inter-token times of running requests with and without one load and one unload a second,
-in turns.
+in turns of two seconds.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from places import make_adapter
 from lorapool_runtime.config import EngineConfig
 from lorapool_runtime.engine import TorchEngine
 from lorapool_runtime.interface import GenerationRequest, SamplingParams, TokenOutput
+from lorapool_runtime.slot_filling import yield_to_the_batch
 
 RUNNING = 8
 """Requests that run all the time, each on an adapter of its own; one more slot is loaded and unloaded."""
+STRETCH_S = 2.0
+"""Of traffic without loads, then of traffic with them."""
 NEW = 64
 TRIES = 5
 RANK = 16
@@ -74,15 +77,15 @@ def loading(engine: TorchEngine, folder: Path, rounds: int) -> list[Record]:
 
 
 class Traffic:
-    """`RUNNING` requests that start again as soon as they end; the times between their tokens."""
+    """`RUNNING` requests that start again as soon as they end; when each token came, and how long after the last."""
 
     def __init__(self, engine: TorchEngine) -> None:
         self._engine = engine
         self._outputs: queue.SimpleQueue[tuple[float, TokenOutput]] = queue.SimpleQueue()
         self._number = 0
 
-    def run(self, seconds: float) -> list[float]:
-        """Milliseconds between neighbouring tokens of a request, its first token excluded."""
+    def run(self, seconds: float) -> list[tuple[float, float]]:
+        """(seconds on the clock, milliseconds after the same request's token before); its first token excluded."""
         stop_s, last_s, gaps, open_requests = time.perf_counter() + seconds, {}, [], 0
         for slot in range(RUNNING):
             self._submit(slot)
@@ -91,7 +94,7 @@ class Traffic:
             at_s, output = self._outputs.get(timeout=60)
             before_s = last_s.get(output.request_id)
             if before_s is not None:
-                gaps.append((at_s - before_s) * 1e3)
+                gaps.append((at_s, (at_s - before_s) * 1e3))
             last_s[output.request_id] = at_s
             if output.finish_reason is not None:
                 open_requests -= 1
@@ -108,57 +111,66 @@ class Traffic:
         self._engine.submit(request, lambda output: self._outputs.put((time.perf_counter(), output)))
 
 
-def churn(engine: TorchEngine, folder: Path, stop: threading.Event) -> int:
-    """One load from disk and one unload a second; how many."""
-    done = 0
-    while not stop.wait(0.5):
-        adapter = engine.read_adapter(str(folder), max_rank=RANK)
-        engine.load(RUNNING, adapter).result(60)
-        if stop.wait(0.5):
-            break
-        engine.unload(RUNNING).result(60)
-        done += 1
-    if engine.observe().healthy:
-        engine.unload(RUNNING).result(60)
-    return done
+class Churn:
+    """In every second stretch of `STRETCH_S` one load from disk and one unload a second; a context manager."""
+
+    def __init__(self, engine: TorchEngine, folder: Path) -> None:
+        self._engine, self._folder = engine, folder
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._began_s = time.perf_counter()
+        self.loads = 0
+
+    def __enter__(self) -> Churn:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def loads_at(self, at_s: float) -> bool:
+        return int((at_s - self._began_s) / STRETCH_S) % 2 == 1
+
+    def _run(self) -> None:
+        yield_to_the_batch()  # as the server's reading threads do
+        while not self._stop.wait(0.05):
+            if not self.loads_at(time.perf_counter()):
+                continue
+            self._engine.load(RUNNING, self._engine.read_adapter(str(self._folder), max_rank=RANK)).result(60)
+            self._stop.wait(0.5)
+            self._engine.unload(RUNNING).result(60)
+            self.loads += 1
+            self._stop.wait(0.35)
 
 
 def stall(engine: TorchEngine, folder: Path, seconds: float, rounds: int) -> list[Record]:
-    from lorapool_runtime.slot_filling import yield_to_the_batch
-
+    """With and without loads in turns of `STRETCH_S`, within one run of traffic: the machine's other guests come and
+    go in seconds, and a round of either kind alone would measure them."""
     traffic = Traffic(engine)
     traffic.run(2)
-    quiet: dict[float, list[float]] = {0.5: [], 0.99: []}
-    loaded: dict[float, list[float]] = {0.5: [], 0.99: []}
+    found: dict[bool, list[list[float]]] = {False: [], True: []}
+    loads = 0
     for _ in range(rounds):
-        for found, with_loads in ((quiet, False), (loaded, True)):
-            stop = threading.Event()
+        with Churn(engine, folder) as going:
+            gaps = traffic.run(2 * seconds)
+        loads += going.loads
+        for with_loads, rounds_of in found.items():
+            rounds_of.append([gap_ms for at_s, gap_ms in gaps if going.loads_at(at_s) is with_loads])
+    note = f"{RUNNING} requests running; {loads} loads from disk and as many unloads, one each a second"
 
-            def load(stop: threading.Event = stop) -> None:
-                yield_to_the_batch()  # as the server's reading threads do
-                churn(engine, folder, stop)
+    def record(name: str, share: float) -> Record:
+        runs = {kind: [percentile(gaps_ms, share) for gaps_ms in each] for kind, each in found.items()}
+        return against(name, "ms", runs[True], "no loads", runs[False], note)
 
-            thread = threading.Thread(target=load)
-            if with_loads:
-                thread.start()
-            gaps = traffic.run(seconds)
-            stop.set()
-            if with_loads:
-                thread.join()
-            for share, values in found.items():
-                values.append(percentile(gaps, share))
-    note = f"{RUNNING} requests running; one load from disk and one unload a second"
-    return [
-        against("loading.inter_token_p50_ms", "ms", loaded[0.5], "no loads", quiet[0.5], note),
-        against("loading.inter_token_p99_ms", "ms", loaded[0.99], "no loads", quiet[0.99], note),
-    ]
+    return [record("loading.inter_token_p50_ms", 0.5), record("loading.inter_token_p99_ms", 0.99)]
 
 
 def main() -> int:
     asked = parser(__doc__)
     asked.add_argument("base")
     asked.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    asked.add_argument("--seconds", type=float, default=10.0, help="of traffic per turn")
+    asked.add_argument("--seconds", type=float, default=10.0, help="of traffic of each kind in a round")
     asked.add_argument("--rounds", type=int, default=3)
     arguments = parsed(asked)
     config = EngineConfig(

@@ -60,8 +60,13 @@ class Load:
     def first_token_s(self, share: float) -> float:
         return percentile([answer.first_s for answer in self.answers if answer.chunks_s], share)
 
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Between neighbouring tokens of all requests."""
+        return [gap_s * 1e3 for answer in self.answers for gap_s in answer.gaps_s]
+
     def inter_token_s(self, share: float) -> float:
-        return percentile([gap for answer in self.answers for gap in answer.gaps_s], share)
+        return percentile(self.gaps_ms, share) / 1e3
 
     def first_within(self, limit_s: float) -> float:
         """Share of all requests, failed ones included, whose first token came within the limit."""

@@ -30,9 +30,11 @@ from lorapool_runtime.safetensors_file import WeightsFile, open_weights
 from lorapool_runtime.targets import TargetGroup
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedAdapter:
-    """`interface.HostAdapter`: one stretch of memory, laid out as its slot will be."""
+    """`interface.HostAdapter`: one stretch of memory, laid out as its slot will be; nobody changes it once it is read.
+
+    The host cache and, where it is loaded on CPU, its slot hold it: it can be watched to see when the last lets go."""
 
     rank: int
     target_modules: tuple[str, ...]

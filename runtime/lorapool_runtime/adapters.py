@@ -166,12 +166,12 @@ class AdapterManager:
                 entry.loading.cancel()
             await asyncio.wait([entry.loading])
         await self._drain(entry)
-        freed_device = await self._loader.unload(entry) if entry.slot is not None else 0
         freed_host = 0
         if not self._table.digest_is_known(entry.key.digest, besides=entry):
-            freed_host = self._table.host.drop(entry.key.digest)
-            if freed_host:
-                give_back_memory()
+            freed_host = self._table.host.drop(entry.key.digest)  # 0 where the slot is the same memory
+        freed_device = await self._loader.unload(entry) if entry.slot is not None else 0
+        if freed_host:
+            give_back_memory()
         usage = entry.account.part(self._table.boot_id, self._clock.now_s())
         self._table.remove(entry)
         self._changes.bump()

@@ -51,6 +51,10 @@ _CPU_PREFILL_TOKENS = 128
 of them, few enough that a step with them takes a few times a step without."""
 
 
+_CPU_GATHER_S = 0.004
+"""See `EngineConfig.gather_s`. A request takes the server one to two milliseconds before it is here."""
+
+
 class SlotInUseError(RuntimeError):
     """The slot still has requests; whoever assigns slots must wait for them."""
 
@@ -59,8 +63,15 @@ class Core:
     def __init__(self, config: EngineConfig) -> None:
         device = torch.device(config.device if config.device != "auto" else _best_device())
         self.base: Base = load_base(config.model_dir, dtype=config.dtype, device=device)
+        if device.type == "cpu":
+            self.base.lora.kernel = load_row_kernel(self.base.dtype, device)
         self.slabs = Slabs(
-            self.base.groups, slots=config.slots, max_rank=config.max_rank, dtype=self.base.dtype, device=device
+            self.base.groups,
+            slots=config.slots,
+            max_rank=config.max_rank,
+            dtype=self.base.dtype,
+            device=device,
+            sharing=self.base.lora.kernel is not None,
         )
         self.base.lora.slabs = self.slabs
         max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
@@ -92,6 +103,7 @@ class Core:
             targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
             weight_bytes=self.base.weight_bytes,
         )
+        self.gather_s = _gather_s(config, device)
         self.reader = AdapterReader(self.base.groups, self.facts.dtype)
         self._sequences: dict[str, Sequence] = {}
         self._salts: list[str | None] = [None] * config.slots
@@ -100,7 +112,6 @@ class Core:
 
     def _fit_to_cpu(self, config: EngineConfig) -> None:
         lora = self.base.lora
-        lora.kernel = load_row_kernel(self.base.dtype, self.base.device)
         lora.costs = known_costs(
             self.base.groups,
             dtype=self.base.dtype,
@@ -247,7 +258,7 @@ class Core:
     # --- slots ---
 
     def load(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
-        """All of it in this thread; `engine` has the copying done elsewhere where it can."""
+        """All of it in this thread; `engine` has the filling done elsewhere where it can."""
         self.withdraw(slot)
         return self.publish(slot, adapter, self.fill(slot, adapter))
 
@@ -263,7 +274,7 @@ class Core:
         self._slot_bytes[slot] = 0
 
     def fill(self, slot: int, adapter: HostAdapter, pace: Pace = ALONE) -> LoadOutcome:
-        """Copies into a slot that is empty to every request. Any thread where `fills_anywhere`, one at a time."""
+        """Fills a slot that is empty to every request. Any thread where `fills_anywhere`, one at a time."""
         begin = time.monotonic()
         self.slabs.fill(slot, _packed(adapter), pace)
         seconds = time.monotonic() - begin
@@ -337,6 +348,12 @@ def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:
 
 def _max_prefill_tokens(device: torch.device, max_batch_tokens: int) -> int:
     return max_batch_tokens if device.type == "cuda" else min(_CPU_PREFILL_TOKENS, max_batch_tokens)
+
+
+def _gather_s(config: EngineConfig, device: torch.device) -> float:
+    if config.gather_s is not None:
+        return config.gather_s
+    return 0.0 if device.type == "cuda" else _CPU_GATHER_S
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -43,6 +44,9 @@ __all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_GATHERED = 8
+"""An engine at rest waits for company at most so many times `gather_s`."""
 
 
 class EngineStoppedError(RuntimeError):
@@ -164,11 +168,23 @@ class TorchEngine:
 
     def _loop(self, core: Core) -> None:
         while self._alive:
-            self._take_commands(wait=not core.scheduler.has_work)
+            at_rest = not core.scheduler.has_work
+            self._take_commands(wait=at_rest)
+            if at_rest and core.scheduler.has_work:
+                self._gather(core)
             if core.scheduler.has_work:
                 self._tell(core.step())
             else:
                 self._publish(core)
+
+    def _gather(self, core: Core) -> None:
+        """Lets those who come with the first one begin with it; see `EngineConfig.gather_s`."""
+        ends_s = time.monotonic() + core.gather_s * _GATHERED
+        while self._alive and time.monotonic() < ends_s and len(core.scheduler.waiting) < self.config.max_batch:
+            try:
+                self._commands.get(timeout=core.gather_s)()
+            except queue.Empty:
+                return
 
     def _take_commands(self, *, wait: bool) -> None:
         try:

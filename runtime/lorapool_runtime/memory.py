@@ -76,15 +76,17 @@ class SlotMemory:
         self.mapping.madvise(mmap.MADV_NOHUGEPAGE, at, size)
 
     def resident_bytes(self, slot: int) -> int:
-        return _resident_bytes(self._bytes.ctypes.data + slot * self.stride_bytes, self.stride_bytes)
+        return resident_bytes(self._bytes.ctypes.data + slot * self.stride_bytes, self.stride_bytes)
 
 
 _EXCLUSIVE = 1 << 56  # /proc/PID/pagemap: mapped by this process alone, so not the shared zero page
 _SWAPPED = 1 << 62
 
 
-def _resident_bytes(address: int, size: int) -> int:
-    pages = size // mmap.PAGESIZE
+def resident_bytes(address: int, size: int) -> int:
+    """Of the pages that [address, address + size) touches, as the kernel counts them."""
+    pages = -(-(address % mmap.PAGESIZE + size) // mmap.PAGESIZE)
+    address -= address % mmap.PAGESIZE
     try:
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
             pagemap.seek(address // mmap.PAGESIZE * 8)

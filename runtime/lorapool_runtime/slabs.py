@@ -1,10 +1,8 @@
-"""The weights of all adapter slots on the device: one stretch of memory, slot after slot, and where what lies in it.
+"""The adapter slots: which adapter is in which, and where each of its matrices lies.
 
-A slot takes an adapter's bytes as they are (`layout`): one copy. While nobody can reference it, a slot is filled and
-emptied by any thread (`fill`, `release`: no torch operator, so the engine's cores stay its own); the engine thread
-alone makes it count, or not count, between two steps (`publish`, `withdraw`). On CPU the memory is an anonymous
-mapping: pages that no adapter has touched cost nothing, emptying hands them back to the operating system, and how
-much a slot really occupies is asked of the kernel, not computed.
+While nobody can reference it, a slot is filled and emptied by any thread (`fill`, `release`: no torch operator, so the
+engine's cores stay its own); the engine thread alone makes it count, or not count, between two steps (`publish`,
+`withdraw`). The memory itself is `slot_store`'s. How much a slot really occupies is asked of the system, not computed.
 """
 
 from __future__ import annotations
@@ -12,36 +10,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lorapool_runtime.layout import Layout, first_linears, lay_out
-from lorapool_runtime.memory import SlotMemory
 from lorapool_runtime.packing import ALONE, Pace
+from lorapool_runtime.slot_store import CopyingStore, PackedWeights, SharingStore, SlotStore
 from lorapool_runtime.targets import TargetGroup
-
-
-class PackedWeights(Protocol):
-    """An adapter in host memory: what `adapter_file` makes."""
-
-    @property
-    def layout(self) -> Layout: ...
-    @property
-    def buffer(self) -> np.ndarray: ...  # [layout.elements], bfloat16 as its 16-bit patterns
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSlab:
     """What a kernel needs to know of one group: the same tensors for the whole life of the process, so that a captured
-    graph may hold on to them. Slot s of member m has A [ranks[m, s], in] at memory[a_at[m, s]] and B
-    [ranks[m, s], out_m] at memory[b_at[m, s]]; the A of all members follow each other without a gap. Rank 0: nothing
-    to add."""
+    graph may hold on to them. Slot s of member m has A [ranks[m, s], in] at the place a_at[m, s] and B
+    [ranks[m, s], out_m] at b_at[m, s], counted in elements from the start of `memory` and, where adapters share their
+    memory with the slots, outside of it; the A of all members follow each other without a gap. Rank 0: nothing to add.
+    """
 
     number: int
-    memory: Tensor  # [elements], all slots
+    memory: Tensor
     ranks: Tensor  # int32 [members, slots]
     a_at: Tensor  # int64 [members, slots], elements from the start of memory
     b_at: Tensor  # int64 [members, slots]
@@ -62,24 +50,16 @@ class Slabs:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        sharing: bool = False,
     ) -> None:
+        """sharing: on CPU, a slot is its adapter's own memory; then no product spans neighbouring slots."""
         self.slots, self.max_rank, self.dtype = slots, max_rank, dtype
         linears = sum(group.size for group in groups)
-        whole = lay_out(tuple(groups), (max_rank,) * linears, dtype.itemsize)
-        self._memory: SlotMemory | None = None
-        if device.type == "cpu" and whole.elements:
-            self._memory = SlotMemory(slots, whole.elements * dtype.itemsize)
-            self.slot_bytes = self._memory.stride_bytes
-            self.memory = torch.frombuffer(
-                self._memory.mapping,
-                dtype=dtype,
-                count=slots * self.slot_bytes // dtype.itemsize,
-                offset=self._memory.offset,
-            )
-        else:
-            self.slot_bytes = whole.elements * dtype.itemsize
-            self.memory = torch.zeros(slots * whole.elements, dtype=dtype, device=device)
-        self._stride = self.slot_bytes // dtype.itemsize
+        self._elements = lay_out(tuple(groups), (max_rank,) * linears, dtype.itemsize).elements
+        self._store: SlotStore = (
+            SharingStore(slots, dtype) if sharing else CopyingStore(slots, self._elements, dtype, device)
+        )
+        self.memory = self._store.memory
         self._host_tables = torch.zeros(3, linears, slots, dtype=torch.int64)  # ranks, a_at, b_at
         self._ranks = torch.zeros(linears, slots, dtype=torch.int32, device=device)
         self._places = torch.zeros(2, linears, slots, dtype=torch.int64, device=device)
@@ -107,26 +87,21 @@ class Slabs:
     # --- any thread, while the slot is not published ---
 
     def fill(self, slot: int, weights: PackedWeights, pace: Pace = ALONE) -> None:
-        """Copies the bytes of an adapter. On a GPU only the engine thread may call it."""
+        """On a GPU only the engine thread may call it."""
         self._refuse_published(slot)
-        layout, buffer = weights.layout, weights.buffer
-        if layout.elements > self._stride or layout.rank > self.max_rank:
+        layout = weights.layout
+        if layout.elements > self._elements or layout.rank > self.max_rank:
             raise ValueError(f"an adapter of rank {layout.rank} does not fit slots of rank {self.max_rank}")
-        if self._memory is not None:
-            self._memory.fill(slot, buffer.view(np.uint8), pace)
-            return
-        values = torch.from_numpy(buffer)
-        start = slot * self._stride
-        self.memory[start : start + layout.elements].copy_(values.view(self.dtype), non_blocking=True)
+        self._store.fill(slot, weights, pace)
 
     def release(self, slot: int) -> int:
-        """Gives the slot's memory back to the operating system: the bytes that came free (none on a GPU)."""
+        """Gives the slot's memory back: the bytes that came free, none where somebody else holds the adapter."""
         self._refuse_published(slot)
-        return 0 if self._memory is None else self._memory.release(slot)
+        return self._store.release(slot)
 
     def resident_bytes(self, slot: int) -> int:
-        """What the slot occupies now, as the kernel counts it; on a GPU its reserved share."""
-        return self.slot_bytes if self._memory is None else self._memory.resident_bytes(slot)
+        """What the slot occupies now; on a GPU its reserved share."""
+        return self._store.resident_bytes(slot)
 
     # --- the engine thread, between two steps ---
 
@@ -134,7 +109,7 @@ class Slabs:
         """From the next step on rows of this slot get what was filled in."""
         self._refuse_published(slot)
         self._host_tables[:, :, slot] = torch.from_numpy(layout.table)
-        self._host_tables[1:, :, slot] += slot * self._stride
+        self._host_tables[1:, :, slot] += self._store.begin(slot)
         self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
         self._places[:, :, slot] = self._host_tables[1:, :, slot].to(self._places)
         self.layouts[slot] = layout
@@ -175,15 +150,12 @@ class Slabs:
             (
                 slice(columns[member], columns[member + 1]),
                 slice(ranks[member], ranks[member + 1]),
-                self._view(first, slots, piece.rank, piece.out_features, piece.b_at),
+                self._store.view(first, slots, piece.rank, piece.out_features, piece.b_at),
             )
             for member, piece in enumerate(pieces)
             if piece.rank
         )
-        return self._view(first, slots, ranks[-1], group.in_features, pieces[0].a_at), parts
-
-    def _view(self, first: int, slots: int, rows: int, width: int, at: int) -> Tensor:
-        return self.memory.as_strided((slots, rows, width), (self._stride, width, 1), first * self._stride + at)
+        return self._store.view(first, slots, ranks[-1], group.in_features, pieces[0].a_at), parts
 
     def _refuse_published(self, slot: int) -> None:
         if self.layouts[slot] is not None:

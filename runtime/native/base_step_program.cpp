@@ -183,7 +183,7 @@ class Worker {
 
     LoraJob lora_job(const StepOp& op) const {
         const int64_t count = step_.rows.num_runs;
-        return {(const LoraGroup*)op.what, op.out, op.in, step_.order.data(), runs_, count, p_->u, me_, of_};
+        return {(const LoraGroup*)op.what, op.out, op.in, step_.order.data(), runs_, count, p_->u, me_, of_, nullptr};
     }
 
     StepAhead expanded(const LoraGroup* group) {

@@ -42,7 +42,7 @@ constexpr int64_t kSmallWork = 32768;  // multiplications below which waking oth
 struct Scratch {
     std::vector<int64_t> order;
     std::vector<LoraRun> runs;
-    std::vector<float> u;
+    std::vector<float> u, wide;
     std::vector<LoraSlice> slices;  // [threads][lora_most_slices]
 };
 thread_local Scratch scratch;
@@ -129,7 +129,7 @@ int64_t expanded_of(const LoraGroup* group, const LoraRun* runs, int64_t num_run
 
 extern "C" {
 
-int lora_rows_version() { return 2; }
+int lora_rows_version() { return 3; }
 
 const char* lora_rows_isa() { return kChoice.name; }
 
@@ -152,16 +152,26 @@ int lora_rows_add(const LoraGroup* group, void* y, const void* x, const int32_t*
         const int64_t u_size = last.u_at + last.ranks * last.count;
         if (int64_t(scratch.u.size()) < u_size) scratch.u.resize(size_t(u_size));
         const int threads = products < kSmallWork ? 1 : omp_get_max_threads();
-        int64_t ranks = 0;
-        for (int64_t i = 0; i < sorted.num_runs; i++) ranks = sorted.runs[i].ranks > ranks ? sorted.runs[i].ranks : ranks;
+        int64_t ranks = 0, longest = 0;
+        for (int64_t i = 0; i < sorted.num_runs; i++) {
+            ranks = std::max(ranks, sorted.runs[i].ranks);
+            longest = std::max(longest, sorted.runs[i].count);
+        }
+        const bool widens = group->bfloat16 && longest >= kPromptLeast;
+        if (widens) scratch.wide.resize(std::max(scratch.wide.size(), size_t(rows * group->in_features)));
+        float* const wide = widens ? scratch.wide.data() : nullptr;
         const int64_t most = lora_most_slices(sorted.num_runs, ranks);
         if (int64_t(scratch.slices.size()) < most * threads) scratch.slices.resize(size_t(most * threads));
         LoraSlice* const slices = scratch.slices.data();
-        const LoraJob job = {group, y, x, sorted.order, sorted.runs, sorted.num_runs, scratch.u.data(), 0, 1};
+        const LoraJob job = {group, y, x, sorted.order, sorted.runs, sorted.num_runs, scratch.u.data(), 0, 1, wide};
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             LoraJob mine = job;
             mine.me = omp_get_thread_num(), mine.of = omp_get_num_threads();
+            if (wide) {
+                kChoice.variant->widen(&mine, rows, wide);
+#pragma omp barrier
+            }
             LoraSlice* const own = slices + most * mine.me;
             const int64_t count = slices_of(group, mine.runs, mine.num_runs, mine.me, mine.of, own);
             for (int64_t i = 0; i < count; i++) kChoice.variant->shrink(&mine, own + i);

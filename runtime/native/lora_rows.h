@@ -48,9 +48,11 @@ struct LoraJob {
     int64_t num_runs;
     float* u;
     int me, of;  // the thread, and how many there are
+    const float* wide;  // x in float32, where it is not and that pays: for prompts; else null
 };
 
 struct LoraVariant {
+    void (*widen)(const LoraJob*, int64_t rows, float* wide);
     void (*shrink)(const LoraJob*, const LoraSlice*);
     void (*expand)(const LoraJob*);
 };
@@ -77,6 +79,8 @@ struct LoraCalls {
 constexpr double kReadCost = 4.0;
 constexpr int64_t kRankBlock = 4;     // rows of A taken together: one read of x for four products
 constexpr int64_t kColumnBlock = 64;  // columns of B given to a thread together: whole cache lines
+
+constexpr int64_t kPromptLeast = 8;   // rows of one slot that count as a prompt's
 
 constexpr int64_t kSliceBytes = 81920;  // of A: a thread's second cache holds several
 

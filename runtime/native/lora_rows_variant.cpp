@@ -27,6 +27,10 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kTile = 512;  // columns worked on at a time: their sums stay in the first cache
 constexpr int kRows = 4;        // rows of one slot that share a pass over its weights
+// Of a prompt, whose weights are in the cache for all but the first: as many as leave their sums in registers.
+constexpr int kPromptRows = kLanes == 16 ? 4 : 3;
+constexpr int kExpandRows = 4;       // of them, those that are expanded together
+constexpr int64_t kWideIn = 8192;  // up to such an x a block of A is widened once for all rows of a prompt
 
 inline Vec load(const float* p) {
     Vec v;
@@ -85,6 +89,16 @@ inline void dots(const T* a, const X* const* x, int64_t in, float* const* u) {
         }
 }
 
+template <class T, class X>
+inline void dots_of(int rows, const T* a, const X* const* x, int64_t in, float* const* u) {
+    switch (rows) {
+        case 1: return dots<kRankBlock, 1>(a, x, in, u);
+        case 2: return dots<kRankBlock, 2>(a, x, in, u);
+        case 3: return dots<kRankBlock, 3>(a, x, in, u);
+        default: return dots<kRankBlock, 4>(a, x, in, u);
+    }
+}
+
 template <int NX, class T, class X>
 inline void shrink_rows(const T* a, const X* const* x, int64_t in, float* const* u, int64_t begin, int64_t end) {
     int64_t k = begin;
@@ -99,9 +113,58 @@ inline void shrink_rows(const T* a, const X* const* x, int64_t in, float* const*
     }
 }
 
+inline void widen_all(float* to, const uint16_t* from, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    for (; i < count; i++) to[i] = widen(from[i]);
+}
+
+// `shrink` for the rows of a prompt, x: float32 [rows of the step][in]. Every block of A is taken, and widened where it
+// is not float32, once for all of them.
+template <class T>
+void shrink_prompt(const LoraJob& job, const LoraRun& run, const float* x, int64_t begin, int64_t end) {
+    const LoraGroup& group = *job.group;
+    const int64_t in = group.in_features;
+    const T* a = (const T*)group.memory + group.a_at[run.slot];
+    for (int64_t k = begin; k < end; k += kRankBlock) {
+        const int64_t ranks = least(kRankBlock, end - k);
+        const float* block;
+        float wide[sizeof(T) == 4 ? 1 : kRankBlock * kWideIn];
+        if constexpr (sizeof(T) == 4) {
+            block = a + k * in;
+        } else {
+            widen_all(wide, a + k * in, ranks * in);
+            block = wide;
+        }
+        for (int64_t r = 0; r < run.count;) {
+            const float* xs[kPromptRows];
+            float* u[kPromptRows];
+            const int n = int(least(kPromptRows, run.count - r));
+            for (int i = 0; i < n; i++) {
+                xs[i] = x + job.order[run.first + r + i] * in;
+                u[i] = job.u + run.u_at + (r + i) * run.ranks + k;
+            }
+            if (ranks == kRankBlock) {
+                dots_of(n, block, xs, in, u);
+            } else {
+                for (int i = 0; i < n; i++)
+                    for (int64_t j = 0; j < ranks; j++) {
+                        float* const at[1] = {u[i] + j};
+                        dots<1, 1>(block + j * in, xs + i, in, at);
+                    }
+            }
+            r += n;
+        }
+    }
+}
+
 // u of rows [begin, end) of the run's A, for all rows of the run.
 template <class T>
 void shrink(const LoraJob& job, const LoraRun& run, int64_t begin, int64_t end) {
+    if (run.count >= kPromptLeast) {
+        if constexpr (sizeof(T) == 4) return shrink_prompt<T>(job, run, (const float*)job.x, begin, end);
+        if (job.wide && job.group->in_features <= kWideIn) return shrink_prompt<T>(job, run, job.wide, begin, end);
+    }
     const LoraGroup& group = *job.group;
     const int64_t in = group.in_features;
     const T* a = (const T*)group.memory + group.a_at[run.slot];
@@ -149,6 +212,24 @@ inline void add_tile(float* acc, const float* u, const T* b, int64_t rank, int64
     for (; k < rank; k++) add_ranks<1>(acc, u + k, b + k * stride, stride, width);
 }
 
+// The same for kExpandRows rows of one slot, each with its sums and its u: what is read of B is read once for them.
+template <class T>
+inline void add_tile_of_rows(float* const* acc, const float* u, int64_t u_row, const T* b, int64_t rank, int64_t stride,
+                             int64_t width) {
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
+        Vec s[kExpandRows][2];
+        for (int n = 0; n < kExpandRows; n++) s[n][0] = load(acc[n] + c), s[n][1] = load(acc[n] + c + kLanes);
+        for (int64_t k = 0; k < rank; k++) {
+            const Vec b0 = load(b + k * stride + c), b1 = load(b + k * stride + c + kLanes);
+            for (int n = 0; n < kExpandRows; n++) s[n][0] += b0 * u[n * u_row + k], s[n][1] += b1 * u[n * u_row + k];
+        }
+        for (int n = 0; n < kExpandRows; n++) store(acc[n] + c, s[n][0]), store(acc[n] + c + kLanes, s[n][1]);
+    }
+    if (c < width)
+        for (int n = 0; n < kExpandRows; n++) add_tile(acc[n] + c, u + n * u_row, b + c, rank, stride, width - c);
+}
+
 // Columns [begin, end) of one member, for all rows of the run. u starts at the member's own ranks.
 template <class T>
 void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, int64_t begin, int64_t end) {
@@ -158,7 +239,26 @@ void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, 
     const T* b = (const T*)group.memory + group.b_at[at];
     for (int64_t c = begin; c < end; c += kTile) {
         const int64_t n = least(kTile, end - c);
-        for (int64_t r = 0; r < run.count; r++) {
+        int64_t r = 0;
+        for (; run.count >= kPromptLeast && r + kExpandRows <= run.count; r += kExpandRows) {
+            T* y[kExpandRows];
+            float* acc[kExpandRows];
+            float sums[sizeof(T) == 4 ? 1 : kExpandRows][sizeof(T) == 4 ? 1 : kTile];
+            for (int i = 0; i < kExpandRows; i++) {
+                y[i] = (T*)job.y + job.order[run.first + r + i] * width + group.columns[member] + c;
+                if constexpr (sizeof(T) == 4) {
+                    acc[i] = y[i];
+                } else {
+                    acc[i] = sums[i];
+                    memset(sums[i], 0, size_t(n) * sizeof(float));
+                }
+            }
+            add_tile_of_rows(acc, u + r * run.ranks, run.ranks, b + c, rank, out, n);
+            if constexpr (sizeof(T) == 2)
+                for (int i = 0; i < kExpandRows; i++)
+                    for (int64_t j = 0; j < n; j++) narrow(y[i] + j, widen(y[i][j]) + acc[i][j]);
+        }
+        for (; r < run.count; r++) {
             T* y = (T*)job.y + job.order[run.first + r] * width + group.columns[member] + c;
             if constexpr (sizeof(T) == 4) {
                 add_tile((float*)y, u + r * run.ranks, b + c, rank, out, n);
@@ -201,6 +301,12 @@ void shrink_slice(const LoraJob* job, const LoraSlice* slice) {
         shrink<float>(*job, job->runs[slice->run], slice->begin, slice->end);
 }
 
+// Thread `me`'s part of x to float32.
+void widen_share(const LoraJob* job, int64_t rows, float* wide) {
+    const int64_t in = job->group->in_features, from = rows * job->me / job->of, until = rows * (job->me + 1) / job->of;
+    widen_all(wide + from * in, (const uint16_t*)job->x + from * in, (until - from) * in);
+}
+
 void expand_all(const LoraJob* job) {
     if (job->group->bfloat16)
         expand_share<uint16_t>(*job);
@@ -214,5 +320,5 @@ void expand_all(const LoraJob* job) {
 #define JOIN(a, b) JOIN2(a, b)
 extern "C" {
 extern const LoraVariant JOIN(lora_rows_, VARIANT);
-const LoraVariant JOIN(lora_rows_, VARIANT) = {shrink_slice, expand_all};
+const LoraVariant JOIN(lora_rows_, VARIANT) = {widen_share, shrink_slice, expand_all};
 }

@@ -174,7 +174,9 @@ def weights_in(engine: TorchEngine, slot: int) -> bytes:
     def look() -> bytes:
         assert engine._core is not None
         slabs = engine._core.slabs
-        held = slabs.memory.view(slabs.slots, -1)[slot]
+        layout = slabs.layouts[slot]
+        assert layout is not None
+        held = slabs._store.view(slot, 1, 1, layout.elements, 0)
         return hashlib.sha256(held.contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
     return engine._ask(look).result(10)

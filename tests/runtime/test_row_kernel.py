@@ -58,9 +58,9 @@ def kernel(library: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
 
 
 class World:
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, *, sharing: bool = False) -> None:
         rng = np.random.default_rng(0)
-        self.slabs = Slabs(GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU)
+        self.slabs = Slabs(GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU, sharing=sharing)
         self.adapters = [RandomAdapter(GROUPS, ranks, rng, dtype) for ranks in RANKS]
         for slot, adapter in enumerate(self.adapters):
             self.slabs.fill(slot, adapter)
@@ -91,13 +91,14 @@ def run(kernel: NativeRowKernel, world: World, group: int, x: Tensor, y: Tensor,
 ROWS = st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=24)
 
 
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("group", [0, 1])
 @settings(max_examples=40, deadline=None)
 @given(slots=ROWS)
 def test_rows_in_any_order_and_of_any_rank_equal_the_formula(
-    kernel: NativeRowKernel, group: int, slots: list[int]
+    kernel: NativeRowKernel, group: int, sharing: bool, slots: list[int]
 ) -> None:
-    world = World()
+    world = World(sharing=sharing)
     x, y = batch(group, len(slots))
     got = run(kernel, world, group, x, y, slots)
     torch.testing.assert_close(got, world.expected(group, x, y, slots), rtol=1e-4, atol=1e-3)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 
-import numpy as np
 import pytest
 from engine_kit import Collector, greedy, peft_world, request, started, tiny_model
 
 from lorapool_runtime.interface import BASE_SLOT
-from lorapool_runtime.memory import SlotMemory
 from lorapool_runtime.packing import Pace
+from lorapool_runtime.slabs import Slabs
 from lorapool_runtime.slot_filling import NICENESS, SlotFiller
+from lorapool_runtime.slot_store import PackedWeights
 
 
 def test_work_is_done_in_order_by_one_thread_of_lower_priority() -> None:
@@ -40,30 +40,31 @@ def test_an_error_is_told_and_the_next_piece_of_work_is_done() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_engine_thread_copies_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_engine_thread_neither_fills_nor_empties(tmp_path_factory: pytest.TempPathFactory) -> None:
     world = peft_world(
         tmp_path_factory.mktemp("world"), tiny_model("Llama"), {"one": {"r": 4, "target_modules": ["q_proj"]}}
     )
     engine, got, threads = started(world.base), Collector(), set()
     with pytest.MonkeyPatch.context() as patch:
-        fill, release = SlotMemory.fill, SlotMemory.release
+        fill, release = Slabs.fill, Slabs.release
 
-        def spied_fill(memory: SlotMemory, slot: int, values: np.ndarray, pace: Pace) -> None:
+        def spied_fill(slabs: Slabs, slot: int, weights: PackedWeights, pace: Pace) -> None:
             threads.add(threading.current_thread().name)
-            fill(memory, slot, values, pace)
+            fill(slabs, slot, weights, pace)
 
-        def spied_release(memory: SlotMemory, slot: int) -> int:
+        def spied_release(slabs: Slabs, slot: int) -> int:
             threads.add(threading.current_thread().name)
-            return release(memory, slot)
+            return release(slabs, slot)
 
-        patch.setattr(SlotMemory, "fill", spied_fill)
-        patch.setattr(SlotMemory, "release", spied_release)
+        patch.setattr(Slabs, "fill", spied_fill)
+        patch.setattr(Slabs, "release", spied_release)
         try:
             engine.submit(request("busy", (5, 9, 17), greedy(60), slot=BASE_SLOT), got)
-            adapter = engine.read_adapter(str(world.adapters["one"]), max_rank=16)
             for _ in range(5):
+                adapter = engine.read_adapter(str(world.adapters["one"]), max_rank=16)
                 outcome = engine.load(1, adapter).result(10)
                 assert outcome.device_bytes >= adapter.host_bytes
+                del adapter  # where a slot is its adapter's own memory, the last to let go gives it back
                 assert engine.unload(1).result(10) == outcome.device_bytes
             got.wait(["busy"])
             assert got.tokens("busy") == world.answer(None, (5, 9, 17), 60)
