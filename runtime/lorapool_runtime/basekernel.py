@@ -24,7 +24,7 @@ from lorapool_runtime.nativelib import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the library's interface: base_step_version
+VERSION = 4  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _STRETCH_BYTES = 32 << 20
 _WIDTH = 16  # head sizes are whole vectors of any variant
@@ -110,6 +110,7 @@ class BaseKernel:
         library.base_step_panel_bytes.restype = ctypes.c_int64
         library.base_step_pack.argtypes = [ctypes.c_void_p] * 3
         library.base_step_pack.restype = None
+        library.base_step_fits_bfloat16.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.base_step_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
         library.base_step_decode.argtypes = [ctypes.c_void_p]
         for between in (library.base_step_norm, library.base_step_gate):
@@ -142,7 +143,10 @@ class PanelLinear:
         kernel = base_kernel()
         assert kernel is not None
         self.dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
-        exact = _comes_from_bfloat16(weight)
+        wide = weight.detach().float().contiguous()
+        exact = weight.dtype == torch.bfloat16 or bool(
+            kernel.library.base_step_fits_bfloat16(wide.data_ptr(), wide.numel())
+        )
         size = kernel.library.base_step_panel_bytes(self.in_features, self.out_features, exact)
         self._panels = _panel_memory.take(size)
         assert self._panels.data_ptr() % _LINE == 0
@@ -156,7 +160,6 @@ class PanelLinear:
             weight.dtype == torch.bfloat16,
         )
         self.address = ctypes.addressof(self._job)
-        wide = weight.float().contiguous()
         kernel.library.base_step_pack(self.address, wide.data_ptr(), self._panels.data_ptr())
         self._run = kernel.library.base_step_linear
         self.nbytes = self._panels.nbytes
@@ -194,12 +197,6 @@ class _PanelMemory:
 
 
 _panel_memory = _PanelMemory()
-
-
-def _comes_from_bfloat16(weight: Tensor) -> bool:
-    if weight.dtype == torch.bfloat16:
-        return True
-    return not bool((weight.contiguous().view(torch.int32) & 0xFFFF).any())
 
 
 class PagedDecode:

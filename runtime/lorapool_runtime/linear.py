@@ -38,8 +38,7 @@ class FusedLinear:
         self.in_features = linears[0].in_features
         first = linears[0].weight
         self.dtype, self.device = first.dtype, first.device
-        # an own copy: packing rewrites what it is given, and a tied embedding still reads the original
-        weight = torch.cat([linear.weight.detach() for linear in linears])  # [out, in]
+        weight = first.detach() if len(linears) == 1 else torch.cat([linear.weight.detach() for linear in linears])
         bias = _joined_bias(linears)
         self.nbytes = weight.nbytes
         self.packed = True
@@ -49,10 +48,12 @@ class FusedLinear:
             self.nbytes = panels.nbytes
             self.product = panels
         elif can_pack(weight):
-            self.product = _onednn(torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS), bias)
+            # an own copy: packing rewrites what it is given, and a tied embedding still reads the original
+            own = weight.clone() if len(linears) == 1 else weight
+            self.product = _onednn(torch.ops.mkldnn._reorder_linear_weight(own, _PACK_ROWS), bias)
         else:
             self.packed = False
-            self.product = _plain(first.detach() if len(linears) == 1 else weight, bias)
+            self.product = _plain(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [rows, in] -> [rows, out]"""

@@ -64,6 +64,8 @@ class NativeRowKernel:
         self._calls = library.lora_rows_calls()
         library.lora_rows_isa.restype = ctypes.c_char_p
         self.isa: str = library.lora_rows_isa().decode()
+        self.form = f"{self.isa} {VERSION}"
+        """What was measured of a kernel of another form says nothing of this one."""
         self._groups: dict[int, tuple[int, int, int, GroupSlab, object]] = {}
 
     def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupSlab) -> None:

@@ -23,15 +23,16 @@ class WayCosts:
     """Rows of one slot at which was measured, ascending; between them is interpolated, beyond them extended."""
     segment_us: tuple[float, ...]
     """A product for one slot with so many rows."""
-    run_us: tuple[float, ...]
-    """A slab run over RUN_SLOTS slots with so many rows each."""
-    scatter_us: tuple[float, ...]
+    run_us: tuple[float, ...] | None
+    """A slab run over RUN_SLOTS slots with so many rows each. None where there is a kernel: only a segment is weighed
+    against that."""
+    scatter_us: tuple[float, ...] | None
     """What scattering adds to that run: rows moved to their places and their results back."""
     kernel_us: tuple[float, ...] | None = None
     """The row kernel for one slot with so many rows; None: there is none."""
 
     def __post_init__(self) -> None:
-        times = (self.segment_us, self.run_us, self.scatter_us, self.kernel_us or self.segment_us)
+        times = [one for one in (self.segment_us, self.run_us, self.scatter_us, self.kernel_us) if one is not None]
         if len(self.rows) < 2 or any(a >= b for a, b in pairwise(self.rows)) or self.rows[0] < 1:
             raise ValueError(f"rows must ascend: {self.rows}")
         if any(len(one) != len(self.rows) or not all(0 <= t < float("inf") for t in one) for one in times):
@@ -46,6 +47,8 @@ class WayCosts:
 
     def run(self, slots: int, each: int, *, scattered: bool) -> float:
         """One product over `slots` slots: the launch is paid once, the rest grows with the slots."""
+        assert self.run_us is not None  # callers know that there is no kernel
+        assert self.scatter_us is not None
         whole = _at(self.rows, self.run_us, each) + (_at(self.rows, self.scatter_us, each) if scattered else 0.0)
         launch = min(self.segment(1), whole)
         return launch + (whole - launch) * slots / RUN_SLOTS
@@ -66,13 +69,12 @@ class WayCosts:
         """Raises ValueError for anything but what `to_json` writes."""
         try:
             found: Mapping[str, Any] = json.loads(text)
-            kernel = found["kernel_us"]
             return cls(
                 rows=tuple(int(n) for n in found["rows"]),
                 segment_us=_floats(found["segment_us"]),
-                run_us=_floats(found["run_us"]),
-                scatter_us=_floats(found["scatter_us"]),
-                kernel_us=None if kernel is None else _floats(kernel),
+                run_us=_floats_or_none(found["run_us"]),
+                scatter_us=_floats_or_none(found["scatter_us"]),
+                kernel_us=_floats_or_none(found["kernel_us"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no way costs: {error!r}") from error
@@ -80,6 +82,10 @@ class WayCosts:
 
 def _floats(values: list[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def _floats_or_none(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else _floats(values)
 
 
 def _at(rows: tuple[int, ...], times: tuple[float, ...], wanted: int) -> float:

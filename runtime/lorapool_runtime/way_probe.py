@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,7 +48,7 @@ def known_costs(
     sample = _sample(groups)
     key = "\n".join((_processor(), torch.__version__, str(torch.get_num_threads()), str(dtype), str(device), *(
         f"{group.in_features}>{group.out_features}" for group in sample
-    ), str(min(max_rank, _RANK)), type(kernel).__name__, str(getattr(kernel, "isa", ""))))  # fmt: skip
+    ), str(min(max_rank, _RANK)), type(kernel).__name__, str(getattr(kernel, "form", ""))))  # fmt: skip
     path = None if folder is None else folder / f"lora-ways-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     began_s, found = time.monotonic(), _read(path)
     costs = found or measure(sample, dtype=dtype, device=device, rank=min(max_rank, _RANK), kernel=kernel)
@@ -74,44 +73,42 @@ def measure(
     for slot in range(RUN_SLOTS):
         slabs.publish(slot, layout)
     stop_s = time.monotonic() + _BUDGET_S
-    tables: dict[str, list[float]] = {"segment": [], "run": [], "scatter": [], "kernel": []}
+    tables: dict[str, list[float]] = {}
     for rows in _ROWS:
         if time.monotonic() > stop_s:
             break
         for name, seconds in _times(slabs, groups, rows, kernel).items():
-            tables[name].append(seconds * 1e6 / len(groups))
-    count = len(tables["segment"])
-    costs = WayCosts(
-        rows=_ROWS[: max(count, 2)],
-        segment_us=_padded(tables["segment"]),
-        run_us=_padded(tables["run"]),
-        scatter_us=_padded(tables["scatter"]),
+            tables.setdefault(name, []).append(seconds * 1e6 / len(groups))
+    padded = {name: _padded(times) for name, times in tables.items()}
+    return WayCosts(
+        rows=_ROWS[: max(len(tables["segment"]), 2)],
+        segment_us=padded["segment"],
+        run_us=padded.get("run"),
+        scatter_us=padded.get("scatter"),
+        kernel_us=padded.get("kernel"),
     )
-    return costs if kernel is None else replace(costs, kernel_us=_padded(tables["kernel"]))
 
 
 def _times(slabs: Slabs, groups: Sequence[TargetGroup], rows: int, kernel: RowKernel | None) -> dict[str, float]:
-    """Seconds for all groups, by way."""
+    """Seconds for all groups, by each way that is there to choose."""
     device, many = slabs.memory.device, rows * RUN_SLOTS
     x = {g.in_features: torch.randn(many, g.in_features, device=device).to(slabs.dtype) for g in groups}
     y = {g.out_features: torch.zeros(many, sum(g.out_features), device=device, dtype=slabs.dtype) for g in groups}
-    whole = tuple(range(many))
-    run = _seconds(lambda: _plain(slabs, SlabRun(0, RUN_SLOTS, rows, 0), groups, x, y), device)
-    scattered = _seconds(lambda: _plain(slabs, ScatteredRun(0, RUN_SLOTS, rows, whole, whole), groups, x, y), device)
-    found = {
-        "segment": _seconds(lambda: _plain(slabs, Segment(Rows(1, 0, rows)), groups, x, y), device),
-        "run": run,
-        "scatter": max(0.0, scattered - run),
-    }
-    if kernel is not None:
-        slots = torch.ones(rows, dtype=torch.int32, device=device)
+    segment = _seconds(lambda: _plain(slabs, Segment(Rows(1, 0, rows)), groups, x, y), device)
+    if kernel is None:
+        whole = tuple(range(many))
+        run = _seconds(lambda: _plain(slabs, SlabRun(0, RUN_SLOTS, rows, 0), groups, x, y), device)
+        scattered = _seconds(
+            lambda: _plain(slabs, ScatteredRun(0, RUN_SLOTS, rows, whole, whole), groups, x, y), device
+        )
+        return {"segment": segment, "run": run, "scatter": max(0.0, scattered - run)}
+    slots = torch.ones(rows, dtype=torch.int32, device=device)
 
-        def add() -> None:
-            for number, group in enumerate(groups):
-                kernel.add(y[group.out_features][:rows], x[group.in_features][:rows], slots, slabs.groups[number])
+    def add() -> None:
+        for number, group in enumerate(groups):
+            kernel.add(y[group.out_features][:rows], x[group.in_features][:rows], slots, slabs.groups[number])
 
-        found["kernel"] = _seconds(add, device)
-    return found
+    return {"segment": segment, "kernel": _seconds(add, device)}
 
 
 def _plain(

@@ -31,6 +31,7 @@ const BaseVariant* choose() {
 }
 
 const BaseVariant* const kVariant = choose();
+constexpr int64_t kChunk = 1 << 16;  // numbers looked at together
 constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking other threads costs more than they save
 
 int threads_for(int64_t work) { return work < kSmallWork ? 1 : omp_get_max_threads(); }
@@ -58,7 +59,7 @@ extern "C" {
 
 const BaseVariant* const base_step_variant = kVariant;
 
-int base_step_version() { return 3; }
+int base_step_version() { return 4; }
 
 // Null: this processor has none of the instruction sets these kernels are for; nothing else may be called then.
 const char* base_step_isa() { return kVariant ? kVariant->isa : nullptr; }
@@ -69,7 +70,26 @@ int64_t base_step_panel_bytes(int64_t in_features, int64_t out_features, int bfl
 }
 
 void base_step_pack(const BaseLinear* linear, const float* weight, void* panels) {
-    kVariant->pack(linear, weight, panels);
+    const int64_t count = panels_of(linear, kVariant);
+    with_scratch(0, threads_for(linear->in_features * linear->out_features), [=](float*, int me, int of) {
+        kVariant->pack(linear, weight, panels, count * me / of, count * (me + 1) / of);
+    });
+}
+
+// 1 where every number would lose nothing as bfloat16.
+int base_step_fits_bfloat16(const float* weight, int64_t count) {
+    int lossy = 0;
+#pragma omp parallel for reduction(| : lossy) num_threads(threads_for(count))
+    for (int64_t from = 0; from < count; from += kChunk) {
+        uint32_t low = 0;
+        for (int64_t i = from; i < count && i < from + kChunk; i++) {
+            uint32_t bits;
+            memcpy(&bits, weight + i, sizeof bits);
+            low |= bits;
+        }
+        lossy |= (low & 0xffffu) != 0;
+    }
+    return !lossy;
 }
 
 int64_t base_step_linear_scratch(const BaseLinear* l, int64_t rows) {

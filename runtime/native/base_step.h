@@ -76,8 +76,8 @@ constexpr int64_t kTile = 48;  // rows that pass over a panel while their inputs
 struct BaseVariant {
     const char* isa;
     int64_t lanes;
-    // float32 [out][in] -> panels; `panels` holds base_step_panel_bytes
-    void (*pack)(const BaseLinear*, const float* weight, void* panels);
+    // float32 [out][in] -> panels [begin, end) of them; `panels` holds base_step_panel_bytes
+    void (*pack)(const BaseLinear*, const float* weight, void* panels, int64_t begin, int64_t end);
     // Panels [begin, end). scratch: the thread's own, base_step_linear_scratch floats; `kept`: it still holds these rows
     // (no more than kTile) from the last call.
     void (*linear)(const BaseLinear*, const void* x, void* y, int64_t rows, float* scratch, const StepAhead*,

@@ -80,17 +80,24 @@ inline float sum(Vec v) {
 
 // --- linear ---
 
-void pack(const BaseLinear* linear, const float* weight, void* panels) {
+// to: [count][2 * kLanes], of which the weight's row fills one column; a block stays in the first cache for all rows
+constexpr int64_t kPacked = 64;
+
+void pack(const BaseLinear* linear, const float* weight, void* panels, int64_t begin, int64_t end) {
     const int64_t in = linear->in_features, out = linear->out_features, width = 2 * kLanes;
-    for (int64_t first = 0; first < out; first += width)
-        for (int64_t k = 0; k < in; k++)
+    for (int64_t first = begin * width; first < end * width; first += width)
+        for (int64_t k = 0; k < in; k += kPacked)
             for (int64_t j = 0; j < width; j++) {
-                const float w = first + j < out ? weight[(first + j) * in + k] : 0.0f;
-                const int64_t at = first * in + k * width;
-                if (!linear->bfloat16_panels)
-                    ((float*)panels)[at + j] = w;
-                else
-                    ((uint16_t*)panels)[at + 2 * (j % kLanes) + j / kLanes] = narrowed(w);
+                const bool there = first + j < out;
+                const float* const row = weight + (first + j) * in + k;
+                const int64_t at = first * in + k * width, count = in - k < kPacked ? in - k : kPacked;
+                if (!linear->bfloat16_panels) {
+                    float* const to = (float*)panels + at + j;
+                    for (int64_t i = 0; i < count; i++) to[i * width] = there ? row[i] : 0.0f;
+                } else {
+                    uint16_t* const to = (uint16_t*)panels + at + 2 * (j % kLanes) + j / kLanes;
+                    for (int64_t i = 0; i < count; i++) to[i * width] = there ? narrowed(row[i]) : uint16_t(0);
+                }
             }
 }
 
