@@ -2,6 +2,7 @@
 
 `python bench/gateway_overhead.py [--records PATH]`. The gateway, with 1,000 adapters in its table, keys and metrics,
 is a process of its own on one core; a runtime that answers at once and the clients (`gateway_load`) share another.
+What a core can do at all is shown by a bare proxy: aiohttp's server and aiohttp's client, and nothing between them.
 Processor time per request stands on a machine that others use too; the latencies and rates do not.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import kit
-from aiohttp import web
+from aiohttp import ClientSession, TCPConnector, web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
 from lorapool_gateway.__main__ import listen, run
@@ -75,13 +76,31 @@ async def _gateway(runtime_url: str) -> None:
         dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(upstream, lambda base: "t" * 64), metrics)
         server = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).server()
         _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
-        sys.stdout.write(f"{port}\n")
-        sys.stdout.flush()
-        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent goes
+        await _serve_until_the_parent_goes(port)
+
+
+async def _bare_proxy(runtime_url: str) -> None:
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(ClientSession(runtime_url, connector=TCPConnector(limit=0)))
+
+        async def forward(request: web.BaseRequest) -> web.Response:
+            body, headers = await request.read(), {"Content-Type": "application/json"}
+            async with session.post(request.path, data=body, headers=headers) as answer:
+                return web.Response(body=await answer.read(), status=answer.status, headers=headers)
+
+        server = web.Server(forward, access_log=None)
+        _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
+        await _serve_until_the_parent_goes(port)
+
+
+async def _serve_until_the_parent_goes(port: int) -> None:
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
 class Process:
-    """The gateway's process as seen from outside."""
+    """The gateway's, or the bare proxy's, as seen from outside."""
 
     def __init__(self, pid: int, port: int) -> None:
         self.port = port
@@ -92,11 +111,11 @@ class Process:
 
 
 @asynccontextmanager
-async def _gateway_process(runtime_url: str) -> AsyncIterator[Process]:
+async def _process(kind: str, runtime_url: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         __file__,
-        "--gateway",
+        f"--{kind}",
         runtime_url,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -135,6 +154,9 @@ class Bench:
 
     async def at_rate(self, clients: list[Client], ask: Ask, number: int) -> Round:
         return await open_loop(clients, ask, RATE_PER_S, self._seconds, seed=number)
+
+    async def at_half_the_rate(self, clients: list[Client], ask: Ask, number: int) -> Round:
+        return await open_loop(clients, ask, RATE_PER_S / 2, self._seconds, seed=number)
 
     async def compare(self, name: str, ask: Ask, connections: int, load: Load) -> None:
         """Added latency, rate, and requests per second of the gateway's processor time."""
@@ -180,6 +202,23 @@ class Bench:
         self._add(kit.measured("streams_1000_errors", "errors", errors, note))
         self._add(kit.measured("streams_1000.events_per_core_s", "1/s", per_core_s, "their first bytes included"))
 
+    async def against_bare(self, bare: Process, ask: Ask, connections: int) -> None:
+        """Requests per second of processor time, the gateway's and the bare proxy's in turns."""
+        sides = {process: await connect(process.port, connections) for process in (self._gateway, bare)}
+        found: dict[Process, list[float]] = {process: [] for process in sides}
+        for number in range(self._rounds + 1):
+            for process, clients in sides.items():
+                before_s = process.cpu_s()
+                done = await closed_loop(clients, ask, self._seconds)
+                if number:  # the first one warms up
+                    found[process].append(len(done.latencies_s) / (process.cpu_s() - before_s))
+        for clients in sides.values():
+            for client in clients:
+                client.close()
+        note = "aiohttp's server and client and nothing between them, no keys, no metrics"
+        ours, theirs = found[self._gateway], found[bare]
+        self._add(kit.against("requests_per_core_over_bare_proxy", "1/s", ours, "a bare aiohttp proxy", theirs, note))
+
     def _add(self, record: kit.Record) -> None:
         self.records.append(replace(record, name="gateway." + record.name))
 
@@ -194,11 +233,13 @@ async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
     port = int(stub.sockets[0].getsockname()[1])
     whole, stream = (Ask.of(KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
     large = Ask.of(KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
-    async with _gateway_process(f"http://127.0.0.1:{port}") as gateway:
+    url = f"http://127.0.0.1:{port}"
+    async with _process("gateway", url) as gateway, _process("bare", url) as bare:
         bench = Bench(gateway, port, seconds, rounds)
         # The records with the bare names are the bars'.
         plan: list[tuple[str, Ask, int, Load]] = [
             ("", whole, 32, bench.at_rate),
+            ("half_", whole, 32, bench.at_half_the_rate),
             ("json_1.", whole, 1, bench.saturated),
             ("json_32.", whole, 32, bench.saturated),
             ("json_1000.", whole, 1000, bench.saturated),
@@ -210,6 +251,8 @@ async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
         for name, ask, connections, load in plan:
             if name.startswith(only):
                 await bench.compare(name, ask, connections, load)
+        if "bare".startswith(only):
+            await bench.against_bare(bare, whole, 32)
         if "streams".startswith(only):
             await bench.open_streams()
     stub.close()
@@ -222,9 +265,10 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=kit.COUNTED_ROUNDS)
     asked.add_argument("--only", default="", help="loads whose name starts so")
     asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
+    asked.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
     arguments = kit.parsed(asked)
-    if arguments.gateway:
-        run(_gateway(arguments.gateway))
+    if arguments.gateway or arguments.bare:
+        run(_gateway(arguments.gateway) if arguments.gateway else _bare_proxy(arguments.bare))
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))

@@ -176,7 +176,8 @@ class AdapterArtifactError(Exception):
 
 
 class HostAdapter(Protocol):
-    """An adapter read, checked and laid out in host memory, ready for one copy into a slot."""
+    """An adapter read, checked and laid out in host memory, ready for a slot. It never changes any more: a slot
+    on CPU may be this very memory, for as long as it holds it."""
 
     @property
     def rank(self) -> int: ...
@@ -209,7 +210,7 @@ class Engine(Protocol):
         ...
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
-        """Copies into the slot between two steps. The slot must hold no running request."""
+        """Fills the slot; it counts from the next step on. The slot must hold no running request."""
         ...
 
     def unload(self, slot: int) -> Future[int]:

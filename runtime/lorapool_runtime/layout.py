@@ -1,6 +1,6 @@
 """Where an adapter's matrices lie in its one stretch of memory. Pure.
 
-`adapter_file` writes a file's matrices by it, `slabs` copies the whole stretch into a slot unchanged, and the kernels
+`adapter_file` writes a file's matrices by it, a slot takes the whole stretch unchanged (`slot_store`), and the kernels
 of `lora` find A and B in the slot by the same numbers. Nothing is padded to the largest rank: a linear the adapter
 leaves alone takes no bytes, and a linear of rank 4 takes a fourth of one of rank 16. The A matrices of linears that
 share their input lie side by side, so that one product with all of them is one read of the input.

@@ -163,7 +163,11 @@ class _Present:
             ("slots", "Adapters that fit on the device at one time.", now.slots_total),
             ("used_slots", "Slots that are taken.", now.slots_used),
             ("device_bytes", "Bytes the engine holds on its device.", now.device_bytes),
-            ("host_cache_bytes", "Bytes of adapters kept in host memory.", now.host_bytes),
+            (
+                "host_cache_bytes",
+                "Bytes of adapters kept in host memory; on a CPU those in a slot are the same bytes.",
+                now.host_bytes,
+            ),
             ("registered_adapters", "Adapters this runtime knows.", now.registered),
             ("ready", "1 when requests are accepted.", int(now.ready)),
             ("draining", "1 after the order to stop.", int(now.draining)),

@@ -1,8 +1,9 @@
-"""A thread that copies adapters into slots, and gives slots' memory back, while the batch runs.
+"""A thread that fills slots with adapters, and gives slots' memory back, while the batch runs.
 
-`engine` gives it one piece of work at a time per load or unload; in it the slow part (copying, page faults, counting
-pages) happens here, and only the switch from empty to full happens in the engine thread, between two steps. It runs
-no torch operator, which would take the engine's cores, and at a lower priority: the batch goes first.
+`engine` gives it one piece of work at a time per load or unload; in it the slow part (copying where there is something
+to copy, page faults, counting pages) happens here, and only the switch from empty to full happens in the engine thread,
+between two steps. It runs no torch operator, which would take the engine's cores, and at a lower priority: the batch
+goes first.
 """
 
 from __future__ import annotations

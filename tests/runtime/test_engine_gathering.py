@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PeftWorld:
 
 
 def steps(engine: TorchEngine, ids: list[str], max_tokens: int = 1) -> int:
-    """How many they took, submitted one after the other."""
+    """How many they took, submitted one after the other, each time after more than an engine at rest needs to begin."""
     got, before = Collector(), engine.observe().steps
     for request_id in ids:
         engine.submit(request(request_id, PROMPT, greedy(max_tokens)), got)
+        time.sleep(0.2)
     got.wait(ids)
     return engine.observe().steps - before
 

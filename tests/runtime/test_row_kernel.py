@@ -115,6 +115,22 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once(kernel: NativeRowKernel,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [8, 9, 11, 33])
+def test_a_prompts_rows_are_bit_for_bit_as_one_by_one(kernel: NativeRowKernel, dtype: torch.dtype, rows: int) -> None:
+    """They are taken together, in blocks; others of the step are not."""
+    world = World(dtype)
+    slots = [-1, 0, *[5] * rows, 2, *[1] * rows, 3]
+    for group in (0, 1):
+        x, y = batch(group, len(slots), dtype)
+        whole = run(kernel, world, group, x, y, slots)
+        tolerance = {"rtol": 2**-7, "atol": 1e-3} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+        torch.testing.assert_close(whole.float(), world.expected(group, x, y, slots), **tolerance)
+        for row, slot in enumerate(slots):
+            one = slice(row, row + 1)
+            assert torch.equal(run(kernel, world, group, x[one], y[one], [slot]), whole[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_who_shares_the_batch_changes_no_bit_of_a_row(kernel: NativeRowKernel, dtype: torch.dtype) -> None:
     world = World(dtype)
     slots = [5, -1, 0, 2, 2, 0, 6, 3, 4, 1, 1, 5, 5, 5, 5, 2]
