@@ -387,7 +387,7 @@ def tokenizer_of(folder: Path) -> BaseTokenizer:
     return BaseTokenizer(folder, threads=2, timeout_s=5.0)
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Waits for something that happens by itself."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  what is waited for has no event of its own

@@ -37,14 +37,14 @@ OTHER_KEY = "lp-" + "o" * 43
 CREATED = "2026-01-01T00:00:00Z"
 
 
-async def until(true: Callable[[], object], timeout_s: float = 3.0) -> None:
+async def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Waits for what a test cannot be told about; TimeoutError when it does not come."""
     async with asyncio.timeout(timeout_s):
         while not true():  # noqa: ASYNC110  # the condition has no event of its own
             await asyncio.sleep(0.005)
 
 
-async def until_it(true: Callable[[], Awaitable[bool]], timeout_s: float = 3.0) -> None:
+async def until_it(true: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
     """`until` for what has to be asked over a socket."""
     async with asyncio.timeout(timeout_s):
         while not await true():  # noqa: ASYNC110  # as above

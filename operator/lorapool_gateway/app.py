@@ -194,8 +194,11 @@ class Gateway:
         if request.content_length is not None and request.content_length > bound:
             raise _too_large(bound)
         try:
-            if request.content.is_eof():  # short ones came with their head: nothing is waited for
-                return await request.read()
+            if request.content.is_eof() and "Content-Encoding" not in request.headers:
+                body = request.content.read_nowait()  # short ones came with their head: nothing is waited for
+                if len(body) > bound:
+                    raise _too_large(bound)
+                return body
             if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
                 request.transport.write(CONTINUE)
             async with asyncio.timeout(self._settings.body_timeout_s):

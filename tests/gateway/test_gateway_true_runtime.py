@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_ends_the_generation_in_the_engine(tokenizer:
                 for _ in range(5):
                     await response.content.readuntil(b"\n\n")
                 response.close()
-        await until(lambda: served.runtime.snapshot().in_flight == 0, 2)
+        await until(lambda: served.runtime.snapshot().in_flight == 0)
         await until(lambda: here.gateway.in_flight == 0)
         made = engine.tokens_made
         await asyncio.sleep(0.1)
