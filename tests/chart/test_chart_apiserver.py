@@ -68,7 +68,22 @@ def release(server: ApiServer, chart: Path = CHART, *args: str | Path) -> Iterat
         yield helm(server, "install", "lorapool", chart, *args)
     finally:
         run("helm", f"--kubeconfig={server.kubeconfig}", "--namespace", NAMESPACE, "uninstall", "lorapool")
-        server.kubectl("delete", "crd", *CRDS, "--ignore-not-found", "--timeout=30s")
+        delete_crds(server)
+
+
+def delete_crds(server: ApiServer, timeout_s: float = 120.0) -> None:
+    """And waits until they are gone. An API server whose cleaning up of a CRD failed (its storage was just being made)
+    tries again after ever longer pauses, or at once when the CRD changes: so it is changed now and then."""
+    server.kubectl("delete", "crd", *CRDS, "--ignore-not-found", "--wait=false")
+    ends_s, rounds = time.monotonic() + timeout_s, 0
+    while left := [crd for crd in get(server, "crd")["items"] if crd["metadata"]["name"] in CRDS]:
+        assert time.monotonic() < ends_s, [crd["status"]["conditions"] for crd in left]
+        rounds += 1
+        if rounds % 20 == 0:
+            names = [crd["metadata"]["name"] for crd in left]
+            kubeconfig = f"--kubeconfig={server.kubeconfig}"
+            run("kubectl", kubeconfig, "annotate", "crd", *names, f"seen={rounds}", "--overwrite")  # may be gone by now
+        time.sleep(0.2)
 
 
 def example(kind: str) -> dict[str, Any]:
@@ -125,7 +140,7 @@ def test_an_upgrade_brings_the_newer_crd_and_keeps_the_token_and_an_uninstall_ke
         )
         assert len(get(server, "bm,lora", "-n", NAMESPACE)["items"]) == 2
         server.kubectl("delete", "bm,lora", "--all", "-n", NAMESPACE, "--timeout=20s")
-        server.kubectl("delete", "crd", *CRDS, "--timeout=20s")
+        delete_crds(server)
 
 
 def test_a_second_install_takes_over_the_crds_that_an_uninstall_left(server: ApiServer) -> None:

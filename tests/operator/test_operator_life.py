@@ -240,11 +240,13 @@ async def test_a_runtime_that_fails_to_load_makes_the_failure_the_adapters(api: 
         base = await api.base()
         adapter = await api.adapter("a")
         key = key_of(adapter)
+        await until(lambda: ready(api, "a"), ("True", "Parked"))  # a failure from before the judgement would not count
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
             await api.runtime_pod(base, "tiny-0", runtime.port)
             runtime.have(key, f"{api.namespace}/a")
             detail = ErrorDetail(reason="NonFiniteWeights", message="lora_A holds NaN; train again")
-            runtime.reports[key] = {"state": AdapterState.FAILED, "tier": Tier.DISK, "failure": detail}
+            failed = {"state": AdapterState.FAILED, "tier": Tier.DISK, "failure": detail}
+            runtime.reports[key] = {**failed, "since_unix_s": time.time()}
             runtime.change()
             await until(lambda: ready(api, "a"), ("False", "NonFiniteWeights"))
             item = await api.get("loraadapters", "a")
