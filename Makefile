@@ -156,7 +156,7 @@ bench-peers: install model ## make the engines to compare with (vLLM CPU, llama.
 	$(PY) bench/peers.py
 
 .PHONY: bench-quick
-bench-quick: install model ## the bars, in some ten minutes; writes bench/results/
+bench-quick: install model ## the bars, in some forty minutes on two cores; writes bench/results/
 	$(PY) bench quick
 
 .PHONY: bench
