@@ -8,7 +8,8 @@ only, safetensors only, no code from the folder. What cannot be computed exactly
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from lorapool_runtime.fitting import fit_between
 from lorapool_runtime.linear import FusedLinear
 from lorapool_runtime.lora import LoraBatch, LoraGroup, LoraLinear, PlainLinear
 from lorapool_runtime.targets import TargetGroup
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 12
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,13 +147,25 @@ def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
         return _DTYPES[dtype]
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype
     stored = stored if isinstance(stored, torch.dtype) else _DTYPES.get(str(stored), torch.float32)
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if device.type == "cpu" and (stored not in native or not native[stored]()):
+    if device.type == "cpu" and not cpu_computes_in(stored, torch.cpu.get_capabilities()):
+        log.info("the base is served in float32: this CPU has no instructions for %s", stored)
         return torch.float32
     return stored
+
+
+_CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""Names as `torch.cpu.get_capabilities` reports them, on x86 and Arm."""
+
+
+def cpu_computes_in(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
+    """Whether the CPU has multiply instructions for a 16-bit type.
+
+    oneDNN's own answer does not serve: it is true wherever oneDNN can emulate the type with AVX-512.
+    """
+    return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS.get(dtype, ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,9 +86,20 @@ def test_a_bfloat16_base_serves_adapters_in_its_own_type(tmp_path: Path) -> None
         engine.stop(5)
 
 
-def test_auto_keeps_a_16_bit_base_only_where_the_cpu_computes_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True}, "float32"),
+        ({"avx512_f": True, "avx512_bw": True, "avx512_vl": True, "avx512_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+    ],
+)
+def test_auto_keeps_a_bfloat16_base_only_where_the_cpu_multiplies_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], dtype: str
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     tiny_model("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
     engine = started(tmp_path)
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert engine.facts.dtype == ("bfloat16" if native else "float32")
+    assert engine.facts.dtype == dtype
     engine.stop(5)

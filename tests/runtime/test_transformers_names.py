@@ -68,7 +68,7 @@ def test_no_underscored_name_of_transformers_is_touched() -> None:
         for node in ast.walk(trees()[MODEL])
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
     }
-    assert private <= {"_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"}  # torch's, not transformers'
+    assert private == set()
 
 
 def test_the_module_that_knows_them_reads_in_one_sitting() -> None:
