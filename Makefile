@@ -71,14 +71,12 @@ type: install ## mypy, strict
 	$(VENV)/bin/mypy
 
 .PHONY: generate
-generate: install ## write the CRDs from the models, the table of files from their docstrings
+generate: install ## write the CRDs from the models
 	$(PY) -m lorapool_api
-	$(PY) hack/docs/file_table.py
 
 .PHONY: verify
 verify: install ## fail where a generated file differs from what is committed
 	$(PY) -m lorapool_api --check
-	$(PY) hack/docs/file_table.py --check
 	$(PY) bench/page.py --check
 
 # --- tests -------------------------------------------------------------------------------

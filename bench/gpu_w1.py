@@ -27,8 +27,8 @@ from kit import Record, against, alternate, measured, not_run, parsed, parser, t
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapool_runtime.engine import EngineConfig, TorchEngine
-from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
+from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
+from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
 
 REQUESTS, PROMPT_TOKENS, RANK = 32, 32, 16
 DISTINCT = (1, 8, 32)

@@ -25,10 +25,10 @@ import torch
 from kit import Record, against, hand_over, parsed, parser, percentile
 from places import make_adapter
 
-from lorapool_runtime.config import EngineConfig
-from lorapool_runtime.engine import TorchEngine
-from lorapool_runtime.interface import GenerationRequest, SamplingParams, TokenOutput
-from lorapool_runtime.slot_filling import yield_to_the_batch
+from lorapool_runtime.background import yield_to_the_batch
+from lorapool_runtime.engines.interface import GenerationRequest, SamplingParams, TokenOutput
+from lorapool_runtime.engines.torch.config import EngineConfig
+from lorapool_runtime.engines.torch.engine import TorchEngine
 
 RUNNING = 8
 """Requests that run all the time, each on an adapter of its own; one more slot is loaded and unloaded."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from kit import Record, against, alternate, hand_over, parsed, parser
 
-from lorapool_runtime.adapter_file import PackedAdapter
-from lorapool_runtime.config import EngineConfig
-from lorapool_runtime.core import Core
-from lorapool_runtime.cores import usable_cores
-from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams
-from lorapool_runtime.layout import lay_out
+from lorapool_runtime.cgroup import usable_cores
+from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.engines.torch.config import EngineConfig
+from lorapool_runtime.engines.torch.core import Core
+from lorapool_runtime.weights.layout import lay_out
+from lorapool_runtime.weights.reader import PackedAdapter
 
 REQUESTS, PROMPT = 16, 32
 MIXED = (4, 8, 16, 32, 64, 4, 8, 16, 32, 64, 4, 8, 16, 32, 64, 16)

@@ -20,8 +20,8 @@ import transformers
 from contest import serve
 from workloads import REQUESTS, Batch
 
-from lorapool_runtime.engine import EngineConfig, TorchEngine
-from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
+from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
+from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
 
 MAX_RANK = 64
 MAX_MODEL_LEN = 512

@@ -30,21 +30,21 @@ from kit import machine
 from places import commit
 from safetensors.torch import save_file
 
-from lorapool_runtime import core as core_module
-from lorapool_runtime import runner as runner_module
-from lorapool_runtime.attention import PagedAttention
-from lorapool_runtime.basekernel import RowGate
-from lorapool_runtime.config import EngineConfig
-from lorapool_runtime.core import Core
-from lorapool_runtime.cores import usable_cores
-from lorapool_runtime.interface import BASE_SLOT, GenerationRequest, SamplingParams
-from lorapool_runtime.kv import KVPool
-from lorapool_runtime.linear import FusedLinear
-from lorapool_runtime.lora import LoraBatch, LoraGroup, PlainLinear
-from lorapool_runtime.model import Base
-from lorapool_runtime.runner import Runner
-from lorapool_runtime.scheduler import Scheduler
-from lorapool_runtime.step_program import StepProgram
+from lorapool_runtime.cgroup import usable_cores
+from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.engines.torch import core as core_module
+from lorapool_runtime.engines.torch import runner as runner_module
+from lorapool_runtime.engines.torch.config import EngineConfig
+from lorapool_runtime.engines.torch.core import Core
+from lorapool_runtime.engines.torch.decode_program.step_program import StepProgram
+from lorapool_runtime.engines.torch.kernels.base_step import RowGate
+from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
+from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup, PlainLinear
+from lorapool_runtime.engines.torch.model.attention import PagedAttention
+from lorapool_runtime.engines.torch.model.kv_pool import KVPool
+from lorapool_runtime.engines.torch.model.load import Base
+from lorapool_runtime.engines.torch.runner import Runner
+from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler
 
 NATIVE = {
     "norm": "norms", "linear": "linears", "lora": "lora", "rotary": "rotary",

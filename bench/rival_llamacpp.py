@@ -15,7 +15,7 @@ from over_http import Clients, free_port, status_of, wait_until
 from places import LOGS
 from workloads import NEW_TOKENS, PROMPT_TOKENS, REQUESTS, Batch, adapter_name
 
-from lorapool_runtime.cores import usable_cores
+from lorapool_runtime.cgroup import usable_cores
 
 
 class LlamaCpp:

@@ -15,7 +15,7 @@ import transformers
 from contest import serve
 from workloads import REQUESTS, Batch, adapter_name, mixed_name
 
-from lorapool_runtime.cores import usable_cores
+from lorapool_runtime.cgroup import usable_cores
 
 
 class Peft:

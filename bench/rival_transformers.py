@@ -15,7 +15,7 @@ from contest import serve
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from workloads import Batch
 
-from lorapool_runtime.cores import usable_cores
+from lorapool_runtime.cgroup import usable_cores
 
 
 class ContinuousBatching:

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import AccessError
 from lorapool_operator.logs import set_up_logs
 from lorapool_operator.process import Process

@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES, ResolveRequest, SourceRef
+from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base
-from lorapool_artifacts.judge import BaseFacts
-from lorapool_artifacts.limits import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
 from lorapool_operator.facts import Failure, JudgeJob, Judgement, Judging, SourceFacts
 from lorapool_operator.runtimes import RuntimeBook, RuntimeCallError
 from lorapool_operator.store import BaseObject, Key, Kind, Store

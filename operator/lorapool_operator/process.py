@@ -16,7 +16,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.apply import Applier
 from lorapool_operator.cluster import Cluster, ClusterError, Fenced

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
-from lorapool_artifacts.limits import JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import JudgeLimits, SourceSettings
 
 
 async def _inspect(

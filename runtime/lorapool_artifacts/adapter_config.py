@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.limits import MAX_JSON_BYTES, MIB
 from lorapool_artifacts.module_names import Names, PerModule
 from lorapool_artifacts.pattern import MAX_CHARS, PatternError
 from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
+from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB
 
 _ALL_LINEAR = "all-linear"
 _MAX_CONFIG_BYTES = 1 * MIB

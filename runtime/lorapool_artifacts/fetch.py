@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorapool_api.common import FailureReason
+from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ArtifactKind, RemoteFile, digest_of, select_files
 from lorapool_artifacts.inspect import check_digest, check_files, check_total, parse_source
-from lorapool_artifacts.limits import FetchLimits, SourceSettings
+from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.sources import open_source
 from lorapool_artifacts.sources.base import Source
 from lorapool_artifacts.sources.folder import FolderSource
 from lorapool_artifacts.uri import ArtifactUri
-from lorapool_artifacts.waiting import Deadline, in_thread
 
 ATTEMPTS_PER_FILE = 4
 PAUSE_S = 0.25

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.limits import MIB
+from lorapool_artifacts.settings import MIB
 
 LENGTH_BYTES = 8
 MAX_NAME_CHARS = 512

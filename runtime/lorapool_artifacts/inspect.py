@@ -15,6 +15,8 @@ from pathlib import Path
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, Verdict, judge
+from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
     ADAPTER_CONFIG,
@@ -35,12 +37,10 @@ from lorapool_artifacts.header import (
     header_length,
     parse_header,
 )
-from lorapool_artifacts.judge import AdapterFacts, BaseFacts, Verdict, judge
-from lorapool_artifacts.limits import MAX_JSON_BYTES, MIB, FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB, FetchLimits, JudgeLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range
 from lorapool_artifacts.sources.folder import FolderSource
 from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
-from lorapool_artifacts.waiting import Deadline, in_thread
 
 FIRST_READ_BYTES = 64 * 1024
 """Holds the whole header of most adapters, so that one request is enough."""

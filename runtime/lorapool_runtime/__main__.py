@@ -21,12 +21,12 @@ from typing import Any
 from aiohttp import web
 
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_runtime.base import BaseError, EngineFactory, bring_up, import_torch, reason_of, torch_engine
 from lorapool_runtime.logs import set_up
-from lorapool_runtime.server import make_app, make_metrics_app
-from lorapool_runtime.service import LoadedBase, Runtime
+from lorapool_runtime.openai.tokenizer import TokenizerError
+from lorapool_runtime.serving.server import make_app, make_metrics_app
+from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
-from lorapool_runtime.tokenizer import TokenizerError
+from lorapool_runtime.startup import BaseError, EngineFactory, bring_up, import_torch, reason_of, torch_engine
 
 log = logging.getLogger("lorapool_runtime")
 

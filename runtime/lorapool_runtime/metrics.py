@@ -23,9 +23,9 @@ from prometheus_client.exposition import generate_latest
 
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import Tier, Usage
-from lorapool_runtime.accounts import OTHER, Account, Accounts
 from lorapool_runtime.clock import Clock
-from lorapool_runtime.generation import Outcome
+from lorapool_runtime.openai.generation import Outcome
+from lorapool_runtime.usage import OTHER, Account, Accounts
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _INTER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)

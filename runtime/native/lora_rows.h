@@ -4,7 +4,7 @@
 
 extern "C" {
 
-// One group of linears with a common input (lorapool_runtime.slabs.GroupSlab). Tables are [members][slots].
+// One group of linears with a common input (lorapool_runtime.engines.torch.lora.slots.GroupSlab). Tables are [members][slots].
 struct LoraGroup {
     const void* memory;      // elements of all slots
     const int32_t* ranks;    // 0: nothing to add

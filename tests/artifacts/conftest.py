@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from artifacts.hub import Hub
 
-from lorapool_artifacts.limits import FetchLimits, SourceSettings
+from lorapool_artifacts.settings import FetchLimits, SourceSettings
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.addresses import PeerGuard, is_forbidden, parse_address
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.sources.address_guard import PeerGuard, is_forbidden, parse_address
 from lorapool_artifacts.sources.http import retry_after_s
 
 

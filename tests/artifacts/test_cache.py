@@ -22,7 +22,7 @@ from lorapool_artifacts import fetch as fetch_module
 from lorapool_artifacts.cache import CacheEntry, DiskCache, plan_eviction
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import clean_leftovers, fetch, folder_digest, resolve
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
 
 
 def put(cache: DiskCache, letter: str, size_bytes: int, used_at_s: int) -> str:
@@ -130,7 +130,7 @@ def test_a_killed_download_leaves_no_folder_with_a_digests_name_and_is_cleared(t
         f"""
         import asyncio, pathlib
         from lorapool_artifacts.fetch import fetch, resolve
-        from lorapool_artifacts.limits import SourceSettings
+        from lorapool_artifacts.settings import SourceSettings
         async def main():
             resolved = await resolve("hf://acme/lora", settings=SourceSettings(hf_endpoint={hub.url!r}))
             await fetch(resolved, pathlib.Path({str(tmp_path / "cache")!r}))

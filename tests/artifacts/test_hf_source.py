@@ -15,7 +15,7 @@ from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
-from lorapool_artifacts.limits import LORAPOOL_ENV_NAMES, FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import LORAPOOL_ENV_NAMES, FetchLimits, JudgeLimits, SourceSettings
 
 LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
 

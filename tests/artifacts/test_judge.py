@@ -7,11 +7,11 @@ from artifacts import zoo
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import parse_adapter_config
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, Verdict, judge
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, parse_header
 from lorapool_artifacts.inspect import linear_modules
-from lorapool_artifacts.judge import AdapterFacts, BaseFacts, Verdict, judge
-from lorapool_artifacts.limits import JudgeLimits
+from lorapool_artifacts.settings import JudgeLimits
 
 LIMITS = JudgeLimits(max_rank=8, max_bytes=100_000)
 

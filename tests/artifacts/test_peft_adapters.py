@@ -11,8 +11,8 @@ import pytest
 
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.limits import JudgeLimits
 from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
+from lorapool_artifacts.settings import JudgeLimits
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

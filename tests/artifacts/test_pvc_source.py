@@ -12,7 +12,7 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
-from lorapool_artifacts.limits import JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import JudgeLimits, SourceSettings
 
 LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
 

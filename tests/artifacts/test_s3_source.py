@@ -14,13 +14,13 @@ from artifacts.hub import Fault, Hub
 from obstore.store import S3Store
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
-from lorapool_artifacts.limits import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
 from lorapool_artifacts.sources import open_source
 from lorapool_artifacts.uri import parse_uri
-from lorapool_artifacts.waiting import Deadline
 
 moto_server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")

@@ -16,9 +16,9 @@ from chart_kit import CHART, DASHBOARDS, dashboard_expressions, of_kind, panels,
 from lorapool_gateway.metrics import Metrics as GatewayMetrics
 from lorapool_operator.metrics import Metrics as OperatorMetrics
 from lorapool_operator.metrics import StateCollector
-from lorapool_runtime.accounts import Accounts
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
+from lorapool_runtime.usage import Accounts
 
 RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"

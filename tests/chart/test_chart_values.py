@@ -32,7 +32,7 @@ def test_every_value_is_explained_by_a_comment() -> None:
 def test_the_readmes_table_is_the_generated_one() -> None:
     readme = (CHART / "README.md").read_text()
 
-    assert chart_kit.readme_with_table(readme) == readme, "run: python tests/chart_kit.py"
+    assert chart_kit.readme_with_table(readme) == readme, "run: python tests/support/chart_kit.py"
     for path in documented_values():
         assert f"| `{path}` |" in readme
 

@@ -43,7 +43,7 @@ def test_it_ends_by_itself_when_its_test_process_is_killed(tmp_path: Path) -> No
         "import sys, pathlib, os; sys.path.insert(0, sys.argv[1]); import apiserver;"
         "s = apiserver.start_apiserver(pathlib.Path(sys.argv[2])); print(s.url, flush=True); os.kill(os.getpid(), 9)"
     )
-    tests = Path(__file__).resolve().parent.parent
+    tests = Path(__file__).resolve().parents[1] / "support"
     done = subprocess.run(
         [sys.executable, "-c", program, str(tests), str(tmp_path)],
         capture_output=True,

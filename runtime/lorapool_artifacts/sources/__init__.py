@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lorapool_api.common import FailureReason
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.base import Source, download, read_range
 from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, S3Uri, is_revision
-from lorapool_artifacts.waiting import Deadline
 
 __all__ = ["Source", "download", "open_source", "read_range"]
 

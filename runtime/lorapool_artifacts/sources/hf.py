@@ -17,13 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.addresses import check_host
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.sources.address_guard import check_host
 from lorapool_artifacts.sources.http import GuardedSession, error_of_status, iter_body, range_header, translated
 from lorapool_artifacts.uri import HfUri
-from lorapool_artifacts.waiting import Deadline
 
 PUBLIC_HUB = "https://huggingface.co"
 ACCESS = (

@@ -21,10 +21,10 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.addresses import PeerGuard
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.sources.address_guard import PeerGuard
 from lorapool_artifacts.sources.base import CHUNK_BYTES
-from lorapool_artifacts.waiting import Deadline
 
 MAX_REDIRECTS = 5
 MAX_RETRY_AFTER_S = 3600.0

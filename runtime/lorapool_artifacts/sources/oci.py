@@ -18,10 +18,11 @@ import oras.provider
 import requests
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.addresses import parse_address
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
-from lorapool_artifacts.limits import MIB, SourceSettings
+from lorapool_artifacts.settings import MIB, SourceSettings
+from lorapool_artifacts.sources.address_guard import parse_address
 from lorapool_artifacts.sources.http import (
     GuardedSession,
     error_of_status,
@@ -31,7 +32,6 @@ from lorapool_artifacts.sources.http import (
     translated,
 )
 from lorapool_artifacts.uri import OciUri
-from lorapool_artifacts.waiting import Deadline
 
 MAX_MANIFEST_BYTES = 4 * MIB
 TITLE = "org.opencontainers.image.title"

@@ -8,11 +8,11 @@ reported tells changes apart, and the digest decides.
 from __future__ import annotations
 
 from lorapool_api.common import FailureReason
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.folder import REVISION_PREFIX, FolderSource
 from lorapool_artifacts.uri import PvcUri
-from lorapool_artifacts.waiting import Deadline
 
 
 def open_pvc(uri: PvcUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> FolderSource:

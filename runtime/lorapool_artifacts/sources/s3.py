@@ -20,15 +20,15 @@ from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionErr
 from obstore.store import S3Store
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.addresses import check_host
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
-from lorapool_artifacts.limits import SourceSettings
+from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.sources.address_guard import check_host
 from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
 from lorapool_artifacts.sources.http import GuardedSession, error_of_status
 from lorapool_artifacts.sources.http import translated as translated_http
 from lorapool_artifacts.uri import S3Uri
-from lorapool_artifacts.waiting import Deadline
 
 REVISION_PREFIX = "etag-"
 DEFAULT_REGION = "us-east-1"

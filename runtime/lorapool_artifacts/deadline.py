@@ -1,0 +1,137 @@
+"""Blocking clients run in threads; this bounds how long anyone waits for them.
+
+Called by `fetch` and `inspect`. A `Deadline` is shared by the waiter and the thread: the thread reports
+progress and asks whether to go on, the waiter gives up when nothing moved for the idle time or the whole
+took too long. A thread that hangs inside its client is left behind: it is a daemon, holds nothing that
+others need, and stops at its next `check()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
+
+from lorapool_api.common import FailureReason
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.settings import FetchLimits
+
+T = TypeVar("T")
+
+MAX_THREADS = 32
+"""Blocking calls at once, per event loop; more wait their turn within their own deadline."""
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+
+class Deadline:
+    """How long one resolve, inspection or fetch may still take. Thread-safe."""
+
+    def __init__(self, limits: FetchLimits, *, where: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self.where = where
+        self._clock = clock
+        self._end = clock() + limits.total_timeout_s
+        self._progress_at = clock()
+        self._cancelled = threading.Event()
+
+    def progress(self) -> None:
+        """A byte arrived, or a step began."""
+        self._progress_at = self._clock()
+
+    def check(self) -> None:
+        """Raises when the caller gave up or time is over. Threads call it between chunks and before they change "
+        "anything."""
+        if self._cancelled.is_set():
+            raise ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{self.where}: nobody waits for it any more.")
+        if self._clock() >= self._end:
+            raise self._too_long()
+
+    def failure(self) -> ArtifactError | None:
+        """Why a waiter should give up now, or None."""
+        now = self._clock()
+        if now >= self._end:
+            return self._too_long()
+        if now - self._progress_at > self.limits.idle_timeout_s:
+            return self.idle_error()
+        return None
+
+    def request_timeout_s(self) -> tuple[float, float]:
+        """(connect, read) for a client that takes such a pair."""
+        left_s = max(0.05, self._end - self._clock())
+        return min(self.limits.connect_timeout_s, left_s), min(self.limits.idle_timeout_s, left_s)
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps in the thread, unless the caller gives up."""
+        self._cancelled.wait(min(seconds, max(0.0, self._end - self._clock())))
+        self.check()
+        self.progress()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def idle_error(self) -> ArtifactError:
+        return ArtifactError(
+            FailureReason.SOURCE_TIMEOUT,
+            f"{self.where} sent nothing for {self.limits.idle_timeout_s:g} s; it is tried again.",
+        )
+
+    def _too_long(self) -> ArtifactError:
+        return ArtifactError(
+            FailureReason.SOURCE_TIMEOUT,
+            f"{self.where} took longer than {self.limits.total_timeout_s:g} s; it is tried again.",
+        )
+
+
+async def in_thread(deadline: Deadline, function: Callable[[], T]) -> T:
+    """The result of a blocking function. Raises ArtifactError when the deadline passes; cancelling stops the thread."""
+    loop = asyncio.get_running_loop()
+    turn = _turns.setdefault(loop, asyncio.Semaphore(MAX_THREADS))
+    try:
+        async with asyncio.timeout(deadline.limits.total_timeout_s), turn:
+            deadline.progress()
+            return await _watch(deadline, _start(loop, function))
+    except TimeoutError as error:
+        raise deadline._too_long() from error
+    finally:
+        deadline.cancel()
+
+
+async def _watch(deadline: Deadline, result: asyncio.Future[T]) -> T:
+    poll_s = max(0.02, min(0.5, deadline.limits.idle_timeout_s / 4))
+    while True:
+        done, _ = await asyncio.wait((result,), timeout=poll_s)
+        if done:
+            return result.result()
+        if (failure := deadline.failure()) is not None:
+            raise failure
+
+
+def _start(loop: asyncio.AbstractEventLoop, function: Callable[[], T]) -> asyncio.Future[T]:
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(value: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+            future.exception()  # a waiter that gave up leaves no "never retrieved" behind
+        else:
+            future.set_result(value)  # type: ignore[arg-type]  # T may itself be None
+
+    def run() -> None:
+        value: T | None = None
+        error: BaseException | None = None
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(deliver, value, error)
+
+    threading.Thread(target=run, name="lorapool-artifacts", daemon=True).start()
+    return future

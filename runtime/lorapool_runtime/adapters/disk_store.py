@@ -1,0 +1,166 @@
+"""Adapters as verified folders on this machine: the disk and source tiers, as `adapters` sees them.
+
+A thin layer over lorapool_artifacts: what is on disk is used without asking the source (which may be down), what is
+fetched has the digest that was asked for and has been judged against the base. Refuses to serve anything else. A
+folder is hashed and judged once per process, and again when its files are not the very ones that were: hashing costs
+as much as all the rest of a load from disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lorapool_api.common import FailureReason
+from lorapool_api.protocol import (
+    DEFAULT_MAX_ADAPTER_BYTES,
+    ErrorDetail,
+    ResolveAnswer,
+    ResolveRequest,
+    SourceRef,
+    Tier,
+)
+from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.compatibility import BaseFacts
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.fetch import resolve
+from lorapool_artifacts.files import ArtifactKind
+from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
+from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_runtime.background import yield_to_the_batch
+
+MAX_INSPECTIONS = 2
+"""Folders hashed and judged at one time: this costs processor time that serving needs."""
+MAX_REMEMBERED = 10_000
+"""Folders known to be sound; some hundred bytes each."""
+
+_Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    folder: Path
+    digest: str
+    tier: Tier
+    """Where it was found: on disk or at the source."""
+
+
+class AdapterStore(Protocol):
+    """What `adapters` needs of it; tests bring their own."""
+
+    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
+        """The folder with exactly this digest. Raises ArtifactError."""
+        ...
+
+    def pinned(self, digest: str) -> AbstractContextManager[None]:
+        """While inside, the folder is not removed to make room."""
+        ...
+
+    def on_disk(self, digest: str) -> bool: ...
+
+    async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
+        """Judges a source and loads nothing; failures are part of the answer."""
+        ...
+
+
+class DiskStore:
+    def __init__(
+        self,
+        cache: DiskCache,
+        base: BaseFacts,
+        sources: SourceSettings,
+        *,
+        max_rank: int,
+        fetch_timeout_s: float,
+    ) -> None:
+        self._cache = cache
+        self._base = base
+        self._sources = sources
+        self._max_rank = max_rank
+        self._fetch_timeout_s = fetch_timeout_s
+        self._inspectors = ThreadPoolExecutor(
+            MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=yield_to_the_batch
+        )
+        self._inspected: dict[str, tuple[int, _Signature]] = {}
+
+    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
+        limit = max_bytes or DEFAULT_MAX_ADAPTER_BYTES
+        folder, tier = self._cache.get(digest), Tier.DISK
+        if folder is None:
+            tier = Tier.SOURCE
+            limits = FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s)
+            resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, self._sources)
+            folder = await self._cache.obtain(resolved, digest)
+        self._cache.touch(digest)
+        await asyncio.get_running_loop().run_in_executor(
+            self._inspectors, self._inspect, folder, digest, source.uri, limit
+        )
+        return StoredAdapter(folder, digest, tier)
+
+    def _inspect(self, folder: Path, digest: str, uri: str, limit: int) -> None:
+        """Raises ArtifactError where the folder is not what was asked for, or does not fit."""
+        try:
+            signature = _signature(folder)
+        except OSError as error:
+            raise ArtifactError(
+                FailureReason.CORRUPT_ARTIFACT, f"The copy of {uri} on this machine cannot be read: {error.strerror}."
+            ) from error
+        if self._inspected.get(digest) == (limit, signature):
+            return
+        found = inspect_adapter_folder(folder, self._base, JudgeLimits(self._max_rank, max_bytes=limit))
+        if found.digest is not None and found.digest != digest:
+            raise ArtifactError(
+                FailureReason.DIGEST_MISMATCH,
+                f"{uri} holds {found.digest}, not the {digest} that is asked for; correct spec.source.digest "
+                "or pin the revision.",
+            )
+        if not found.verdict.ok:
+            raise ArtifactError(found.verdict.reason or FailureReason.INCOMPATIBLE, found.verdict.message)
+        if len(self._inspected) >= MAX_REMEMBERED:
+            self._inspected.clear()
+        self._inspected[digest] = (limit, signature)
+
+    def pinned(self, digest: str) -> AbstractContextManager[None]:
+        return self._cache.pinned(digest)
+
+    def on_disk(self, digest: str) -> bool:
+        return self._cache.get(digest) is not None
+
+    async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
+        limit = request.max_bytes or DEFAULT_MAX_ADAPTER_BYTES
+        try:
+            found = await inspect_adapter(
+                request.source.uri,
+                request.source.revision,
+                request.digest,
+                self._base,
+                JudgeLimits(self._max_rank, max_bytes=limit),
+                self._sources,
+                fetch_limits=FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s),
+            )
+        except ArtifactError as error:
+            return ResolveAnswer(failure=ErrorDetail(reason=error.reason.value, message=error.message))
+        failure = None
+        if not found.verdict.ok:
+            reason = found.verdict.reason or FailureReason.INCOMPATIBLE
+            failure = ErrorDetail(reason=reason.value, message=found.verdict.message)
+        return ResolveAnswer(
+            digest=found.digest,
+            revision=found.revision,
+            rank=found.rank,
+            target_modules=list(found.target_modules),
+            size_bytes=found.size_bytes,
+            failure=failure,
+        )
+
+
+def _signature(folder: Path) -> _Signature:
+    """Of each file its name, inode, size, and times of change: the second of these no program can set."""
+    with os.scandir(folder) as entries:
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    return tuple(sorted((name, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in stats))

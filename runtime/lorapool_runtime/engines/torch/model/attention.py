@@ -1,0 +1,254 @@
+"""Attention of a mixed batch over each request's own paged keys and values.
+
+`model` hands every layer's queries here, as transformers calls its attention, and refuses architectures that ask for
+more (sinks, biases); `runner` makes one batch per step. Grouped queries, sliding windows and logit soft caps are
+computed, never ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorapool_runtime.engines.torch.kernels.base_step import PagedDecode
+from lorapool_runtime.engines.torch.model.kv_pool import KVPool
+from lorapool_runtime.engines.torch.scheduling.blocks import NULL_BLOCK
+from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
+
+
+class UnsupportedAttentionError(ValueError):
+    """The base asks for a kind of attention that this engine does not compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer wants, as seen in the probe."""
+
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    softcap: float | None
+
+
+class Attention(Protocol):
+    """Where a layer's queries find their keys: the paged batch, or the probe that looks at the model."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [1, heads, tokens, head_dim]; k, v: [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
+        ...
+
+
+class ProbeAttention:
+    """Plain causal attention of one fresh sequence that writes down what every layer wants."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerAttention] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        if layer in self.layers:
+            raise UnsupportedAttentionError(f"two attention modules call themselves layer {layer}")
+        if v.shape != k.shape:
+            raise UnsupportedAttentionError(f"layer {layer} has keys {tuple(k.shape)} but values {tuple(v.shape)}")
+        self.layers[layer] = wants
+        return _prefill(q, k, v, 0, scale, wants).transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A prefill chunk: rows [begin, end) of the batch, the sequence's tokens from `start` on."""
+
+    begin: int
+    end: int
+    start: int
+    blocks: Tensor  # [n]; of the whole sequence up to the chunk's end
+
+
+class PagedAttention:
+    """One step: the decoding rows first, all at once; then each prefill chunk by itself."""
+
+    def __init__(self, pool: KVPool, plan: StepPlan) -> None:
+        self.pool = pool
+        device, size = pool.data.device, pool.block_size
+        self.positions = torch.tensor(
+            [p for chunk in plan.chunks for p in _flat_positions(chunk, size)], device=device
+        )  # [tokens]
+        self.decoding = len(plan.decodes)
+        self._decoder = self._decoder_of(plan) if plan.decodes else None
+        self.segments: list[_Segment] = []
+        begin = self.decoding
+        for chunk in plan.prefills:
+            end = begin + chunk.num_tokens
+            held = chunk.sequence.block_table[: -(-(chunk.start + chunk.num_tokens) // size)]
+            self.segments.append(_Segment(begin, end, chunk.start, torch.tensor(held, device=device)))
+            begin = end
+
+    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode | _TritonDecode:
+        """What the decoding rows go through; a table of blocks per row, padded to the longest."""
+        pool = self.pool
+        width = max(-(-(c.start + 1) // pool.block_size) for c in plan.decodes)
+        tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
+        if pool.data.device.type == "cuda":
+            return _TritonDecode(pool, self.positions[: self.decoding], tables, [c.start for c in plan.decodes])
+        kind = _NativeDecode if PagedDecode.serves(pool.data, pool.head_dim) else _TorchDecode
+        return kind(pool, tables, [c.start for c in plan.decodes])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        decoder, parts = self._decoder, []
+        if decoder is not None and not decoder.writes:
+            self.pool.write(layer, self.positions, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        elif self.segments:
+            begin = self.decoding
+            self.pool.write(
+                layer, self.positions[begin:], k[0, :, begin:].transpose(0, 1), v[0, :, begin:].transpose(0, 1)
+            )
+        if decoder is not None:
+            parts.append(decoder.attend(layer, q[0], k[0], v[0], scale, wants))
+        parts += [self._segment(segment, layer, q, k, v, scale, wants) for segment in self.segments]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
+
+    def _segment(
+        self, s: _Segment, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention
+    ) -> Tensor:
+        queries, keys, values = q[:, :, s.begin : s.end], k[:, :, s.begin : s.end], v[:, :, s.begin : s.end]
+        if s.start:
+            keys, values = self.pool.gather(layer, s.blocks, 1)
+            length = s.start + s.end - s.begin
+            keys, values = keys[:, :, :length], values[:, :, :length]
+        return _prefill(queries, keys, values, s.start, scale, wants)[0].transpose(0, 1)
+
+
+class _NativeDecode:
+    """The decoding rows by the native kernel: each over exactly its own tokens, its new one written on the way."""
+
+    writes = True
+
+    def __init__(self, pool: KVPool, tables: list[list[int]], last: list[int]) -> None:
+        self._pool = pool
+        self._job = PagedDecode(
+            torch.tensor(tables, dtype=torch.int32),
+            torch.tensor(last, dtype=torch.int32) + 1,
+            kv_heads=pool.kv_heads,
+            head_dim=pool.head_dim,
+            block_size=pool.block_size,
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
+        keys, values = self._pool.rows(layer)
+        return self._job.attend(q, k, v, keys, values, scale=scale, window=wants.window, softcap=wants.softcap)
+
+
+class _TritonDecode:
+    """The same on a GPU, by Triton."""
+
+    writes = True
+
+    def __init__(self, pool: KVPool, places: Tensor, tables: list[list[int]], last: list[int]) -> None:
+        from lorapool_runtime.engines.torch.model.attention_gpu import (
+            TritonDecode,
+        )  # Triton comes with builds for CUDA only
+
+        device = pool.data.device
+        contexts = torch.tensor(last, dtype=torch.int32, device=device) + 1
+        self._rows = len(last)
+        self._job = TritonDecode(pool, places.int(), contexts, torch.tensor(tables, dtype=torch.int32, device=device))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
+        q, k, v = (t[:, : self._rows] for t in (q, k, v))
+        return self._job.attend(layer, q, k, v, scale=scale, window=wants.window, softcap=wants.softcap)
+
+
+class _TorchDecode:
+    """The decoding rows by torch: each over the blocks of the longest, masked to its own tokens.
+
+    In 16 bits each by itself over exactly its own tokens: torch's attention takes another exponential behind the last
+    whole vector of keys, and which keys those are shows once the weights are rounded."""
+
+    writes = False
+
+    def __init__(self, pool: KVPool, tables: list[list[int]], last: list[int]) -> None:
+        device = pool.data.device
+        self._pool, self._rows = pool, len(tables)
+        self._blocks = torch.tensor(tables, device=device).view(-1)  # [decoding * width]
+        self._lengths = list(enumerate(position + 1 for position in last))
+        self._last = torch.tensor(last, device=device)[:, None]  # [decoding, 1]
+        self._context = torch.arange(len(tables[0]) * pool.block_size, device=device)  # [width * block_size]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+        """q: [heads, tokens, head_dim]; k and v are in the cache already -> [decoding, heads, head_dim]."""
+        n, heads, dim = self._rows, q.shape[0], q.shape[2]
+        keys, values = self._pool.gather(layer, self._blocks, n)
+        if q.dtype != torch.float32:
+            own = [(i, slice(0 if wants.window is None else max(0, m - wants.window), m)) for i, m in self._lengths]
+            return torch.cat([_alone(q[:, i], keys[i, :, seen], values[i, :, seen], scale, wants) for i, seen in own])
+        # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
+        grouped = q[:, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
+        out = _attend(grouped, keys, values, self._mask(wants.window, q.dtype), scale, wants.softcap)
+        return out.reshape(n, heads, dim)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[decoding, 1, 1, context]; the same for all layers of one window."""
+        mask = self._masks.get(window)
+        if mask is None:
+            mask = _additive(_visible(self._last, self._context, window), dtype)[:, None, None]
+            self._masks[window] = mask
+        return mask
+
+
+def _flat_positions(chunk: Chunk, block_size: int) -> list[int]:
+    table = chunk.sequence.block_table
+    return [
+        table[p // block_size] * block_size + p % block_size for p in range(chunk.start, chunk.start + chunk.num_tokens)
+    ]
+
+
+def _padded(table: list[int], width: int) -> list[int]:
+    return table[:width] + [NULL_BLOCK] * (width - len(table))
+
+
+def _visible(at: Tensor, context: Tensor, window: int | None) -> Tensor:
+    """at: [rows, 1], context: [length] -> [rows, length]: what the token at a position may see."""
+    seen = context <= at
+    return seen if window is None else seen & (context > at - window)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, wants: LayerAttention) -> Tensor:
+    """q: [1, heads, n, head_dim], k, v: [1, kv_heads, start + n, head_dim] -> [1, heads, n, head_dim]."""
+    n, length = q.shape[2], k.shape[2]
+    if start == 0 and wants.softcap is None and (wants.window is None or n <= wants.window):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    at = torch.arange(start, length, device=q.device)[:, None]
+    mask = _additive(_visible(at, torch.arange(length, device=q.device), wants.window), q.dtype)
+    group = q.shape[1] // wants.kv_heads
+    folded = q.reshape(1, wants.kv_heads, group * n, q.shape[3])
+    return _attend(folded, k, v, mask.repeat(group, 1), scale, wants.softcap).reshape(q.shape)
+
+
+def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+    """q: [heads, head_dim] of one token that sees all of k, v: [kv_heads, length, head_dim] -> [1, heads, head_dim]."""
+    if wants.softcap is None:
+        grouped = q.shape[0] != k.shape[0]
+        return F.scaled_dot_product_attention(q[None, :, None], k[None], v[None], scale=scale, enable_gqa=grouped)[
+            :, :, 0
+        ]
+    folded = q.view(1, wants.kv_heads, -1, q.shape[1])
+    return _attend(folded, k[None], v[None], q.new_zeros(()), scale, wants.softcap).view(1, *q.shape)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """q: [rows, kv_heads, queries, head_dim], k, v: [rows, kv_heads, length, head_dim]; mask broadcasts over heads."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # operator by operator as transformers does it: in bfloat16 each of them rounds
+    scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / softcap) * softcap + mask
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)

@@ -1,0 +1,74 @@
+"""The paged memory for keys and values; who holds which block is `blocks.BlockAllocator`'s business.
+
+One tensor for everything, so that wiping blocks is one operation over all layers. The engine thread owns it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorapool_runtime.engines.torch.kernels.memory import lazy_zeros
+from lorapool_runtime.engines.torch.scheduling.blocks import NULL_BLOCK
+
+
+class KVPool:
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.row = kv_heads * head_dim
+        # [keys|values, layers, blocks + the null block, block_size * kv_heads * head_dim]
+        self.data = lazy_zeros((2, layers, blocks + 1, block_size * self.row), dtype=dtype, device=device)
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self._keys = [self.data[0, layer] for layer in range(layers)]
+        self._values = [self.data[1, layer] for layer in range(layers)]
+        self._key_rows = [t.view(-1, kv_heads, head_dim) for t in self._keys]
+        self._value_rows = [t.view(-1, kv_heads, head_dim) for t in self._values]
+
+    @staticmethod
+    def block_bytes(*, layers: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * layers * kv_heads * head_dim * block_size * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """positions: [tokens] flat (block * block_size + offset); keys, values: [tokens, kv_heads, head_dim]."""
+        self._key_rows[layer].index_copy_(0, positions, keys)
+        self._value_rows[layer].index_copy_(0, positions, values)
+
+    def gather(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """blocks: [rows * n] block numbers -> keys and values [rows, kv_heads, n * block_size, head_dim] (strided)."""
+        shape = (rows, -1, self.kv_heads, self.head_dim)
+        keys = self._keys[layer].index_select(0, blocks).view(shape).transpose(1, 2)
+        values = self._values[layer].index_select(0, blocks).view(shape).transpose(1, 2)
+        return keys, values
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of all keys and values, [blocks * block_size, kv_heads, head_dim]: what a paged kernel reads."""
+        return self._key_rows[layer], self._value_rows[layer]
+
+    def wipe(self, blocks: tuple[int, ...]) -> None:
+        """Zeroes blocks in all layers, so that nothing of their last holder is ever read, not even NaN times zero."""
+        if NULL_BLOCK in blocks:
+            raise ValueError("the null block is never given out")
+        if blocks:
+            self.data.index_fill_(2, torch.tensor(blocks, device=self.data.device), 0)
+
+    def are_finite(self, blocks: list[int]) -> list[bool]:
+        """Whether no key and no value in each of these blocks, in any layer, is NaN or infinite."""
+        if not blocks:
+            return []
+        held = self.data.index_select(2, torch.tensor(blocks, device=self.data.device))
+        # a sum is the cheapest look at every number: NaN and infinity survive it, and a false alarm costs one re-use
+        return torch.isfinite(held.sum(dim=(0, 1, 3), dtype=torch.float32)).tolist()

@@ -1,0 +1,310 @@
+"""Loads the base and fits it for shared use: the one place that knows transformers' private and structural names.
+
+The engine thread calls `load_base` once. Nothing is found by an architecture's name: a probe run of the stock
+model shows which linear layers see which input and what every attention layer wants; the layers are then
+replaced, and the engine proves the result equal to the stock logits before it serves. Read from a local folder
+only, safetensors only, no code from the folder. What cannot be computed exactly is refused here, in words.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
+from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup, LoraLinear, PlainLinear
+from lorapool_runtime.engines.torch.model.attention import (
+    Attention,
+    LayerAttention,
+    ProbeAttention,
+    UnsupportedAttentionError,
+)
+from lorapool_runtime.engines.torch.model.native_modules import fit_between
+from lorapool_runtime.weights.targets import TargetGroup
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 12
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOVING_ROPES = frozenset({"dynamic", "longrope"})
+
+_ATTENTION_NAME = "lorapool_paged"
+_ATTENTION_KWARG = "lorapool_attention"
+_HARMLESS_KWARGS = frozenset(
+    {
+        "position_ids",
+        "use_cache",
+        "cache",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+    }
+)
+"""What architectures hand on to their attention without meaning it to change the result."""
+
+
+class UnsupportedBaseError(ValueError):
+    """This base cannot be served by this engine; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The stock model's answer to a fixed prompt, to compare the fitted one with."""
+
+    token_ids: tuple[int, ...]
+    logits: Tensor  # [tokens, vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    model: nn.Module
+    groups: tuple[TargetGroup, ...]
+    lora: LoraBatch
+    layers: tuple[LayerAttention, ...]
+    probe: ProbeResult
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+    weight_bytes: int
+
+    def logits(self, token_ids: Tensor, positions: Tensor, keep: Tensor, attend: Attention) -> Tensor:
+        """token_ids, positions: [tokens] of all sequences one after the other; keep: [rows] -> [rows, vocabulary]."""
+        out = self.model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=keep,
+            **{_ATTENTION_KWARG: attend},
+        )
+        logits: Tensor = out.logits[0]
+        return logits
+
+
+def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
+    """Raises UnsupportedBaseError, and OSError or ValueError of a broken folder."""
+    config = _checked_config(folder)
+    element = _element_type(config, dtype, device)
+    AttentionInterface.register(_ATTENTION_NAME, _attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    model.requires_grad_(False)
+    model.eval().to(device)
+    probe, calls = _run_stock(model, device)
+    names = {module: name for name, module in model.named_modules()}
+    found = _grouped(calls, names, model.get_output_embeddings())
+    if not found:
+        raise UnsupportedBaseError("the base has no linear layers that adapters could change")
+    lora = LoraBatch()
+    groups, fused_bytes = _fit_linears(model, found, names, lora)
+    fit_between(model)
+    model.set_attn_implementation(_ATTENTION_NAME)
+    text = config.get_text_config()
+    base = Base(
+        model=model,
+        groups=groups,
+        lora=lora,
+        layers=(),
+        probe=probe,
+        dtype=element,
+        device=device,
+        vocab_size=probe.logits.shape[-1],
+        max_positions=int(text.max_position_embeddings),
+        eos_token_ids=_eos_token_ids(folder, config),
+        weight_bytes=sum(p.nbytes for p in model.parameters()) + fused_bytes,
+    )
+    return _with_layers(base, text)
+
+
+def _checked_config(folder: str) -> Any:
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UnsupportedBaseError(f"{folder} holds no *.safetensors: only safetensors weights are read")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedBaseError("the base is quantized; serve it in float32, bfloat16 or float16")
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
+    if kinds & _MOVING_ROPES:
+        raise UnsupportedBaseError(
+            f"rope type {(kinds & _MOVING_ROPES).pop()} depends on the longest sequence in the batch; not supported"
+        )
+    unknown = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedBaseError(f"layers of type {', '.join(sorted(unknown))} are not supported")
+    return config
+
+
+def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: as stored, but float32 on a CPU that would only emulate the 16-bit type."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    stored = getattr(config.get_text_config(), "dtype", None) or config.dtype
+    stored = stored if isinstance(stored, torch.dtype) else _DTYPES.get(str(stored), torch.float32)
+    if device.type == "cpu" and not cpu_computes_in(stored, torch.cpu.get_capabilities()):
+        log.info("the base is served in float32: this CPU has no instructions for %s", stored)
+        return torch.float32
+    return stored
+
+
+_CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""Names as `torch.cpu.get_capabilities` reports them, on x86 and Arm."""
+
+
+def cpu_computes_in(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
+    """Whether the CPU has multiply instructions for a 16-bit type.
+
+    oneDNN's own answer does not serve: it is true wherever oneDNN can emulate the type with AVX-512.
+    """
+    return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS.get(dtype, ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    linear: nn.Linear
+    x: Tensor  # kept alive, so that the same object means the same input
+
+
+def _run_stock(model: Any, device: torch.device) -> tuple[ProbeResult, list[_Call]]:
+    vocab = int(model.get_input_embeddings().weight.shape[0])
+    ids = tuple((7 + 13 * i) % vocab for i in range(PROBE_TOKENS))
+    calls: list[_Call] = []
+    with _recording(model, calls):
+        out = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+    return ProbeResult(ids, out.logits[0].float()), calls
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(module, nn.Linear)
+        calls.append(_Call(module, args[0]))
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _grouped(calls: list[_Call], names: dict[nn.Module, str], output: nn.Module | None) -> list[list[nn.Linear]]:
+    """Runs of linears of one parent called one after the other with the very same input of one row per token."""
+    times = {call.linear: sum(other.linear is call.linear for other in calls) for call in calls}
+    groups: list[list[nn.Linear]] = []
+    last: _Call | None = None
+    for call in calls:
+        one_row_per_token = call.x.shape[:-1].numel() == PROBE_TOKENS
+        if (
+            call.linear is output
+            or times[call.linear] != 1
+            or not one_row_per_token
+            or type(call.linear) is not nn.Linear
+        ):
+            last = None
+            continue
+        if last is not None and call.x is last.x and _parent(names[call.linear]) == _parent(names[last.linear]):
+            groups[-1].append(call.linear)
+        else:
+            groups.append([call.linear])
+        last = call
+    return groups
+
+
+def _fit_linears(
+    model: Any, found: list[list[nn.Linear]], names: dict[nn.Module, str], lora: LoraBatch
+) -> tuple[tuple[TargetGroup, ...], int]:
+    """Puts the LoRA layers and the packed output layer in place; the groups and the bytes outside parameters."""
+    groups: list[TargetGroup] = []
+    fused_bytes = 0
+    for linears in found:
+        base = FusedLinear(linears)
+        target = TargetGroup(tuple(names[linear] for linear in linears), base.in_features, base.out_features)
+        group = LoraGroup(len(groups), target, base, lora)
+        for member, name in enumerate(target.modules):
+            _replace(model, name, LoraLinear(group, member))
+        groups.append(target)
+        fused_bytes += base.nbytes
+    output = model.get_output_embeddings()
+    if type(output) is nn.Linear:
+        base = FusedLinear([output])
+        _replace(model, names[output], PlainLinear(base))
+        tied = output.weight is model.get_input_embeddings().weight
+        fused_bytes += base.nbytes if base.packed or not tied else 0
+    return tuple(groups), fused_bytes
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], module)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _with_layers(base: Base, text: Any) -> Base:
+    """Runs the fitted model once to see what its attention layers want, and refuses what does not add up."""
+    seen = ProbeAttention()
+    ids = torch.tensor(base.probe.token_ids, device=base.device)
+    base.logits(ids, torch.arange(len(ids), device=base.device), torch.tensor([0], device=base.device), seen)
+    count = int(text.num_hidden_layers)
+    if seen.layers.keys() != set(range(count)):
+        raise UnsupportedBaseError(f"{len(seen.layers)} of {count} layers use attention that this engine can replace")
+    layers = tuple(seen.layers[i] for i in range(count))
+    if len({(layer.kv_heads, layer.head_dim) for layer in layers}) != 1:
+        raise UnsupportedBaseError("layers with different numbers of key heads or head sizes are not supported")
+    for number, kind in enumerate(getattr(text, "layer_types", None) or ()):
+        if kind == "sliding_attention" and layers[number].window is None:
+            raise UnsupportedBaseError(f"layer {number} slides its window in a way this engine does not see")
+    return replace(base, layers=layers)
+
+
+def _attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls every attention function with; the batch comes in with the keyword arguments,
+    so there is no global state."""
+    attention: Attention | None = rest.pop(_ATTENTION_KWARG, None)
+    if attention is None:
+        raise UnsupportedAttentionError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
+    unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS_KWARGS)
+    if unknown or attention_mask is not None or dropout:
+        named = ", ".join(unknown) or ("attention_mask" if attention_mask is not None else "dropout")
+        raise UnsupportedAttentionError(f"{type(module).__name__} asks for {named}, which this engine does not compute")
+    layer: int = module.layer_idx  # type: ignore[assignment]  # set by every transformers attention module
+    wants = LayerAttention(kv_heads=k.shape[1], head_dim=k.shape[3], window=sliding_window, softcap=softcap)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.attend(layer, q, k, v, scale, wants), None
+
+
+def _eos_token_ids(folder: str, config: Any) -> frozenset[int]:
+    value = config.get_text_config().eos_token_id
+    if (Path(folder) / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        value = generation.eos_token_id if generation.eos_token_id is not None else value
+    if value is None:
+        return frozenset()
+    return frozenset(value if isinstance(value, list) else [value])

@@ -1,0 +1,85 @@
+"""One step's tensors: from the scheduler's plan to the logits of the rows that are asked for.
+
+The engine thread calls `run`; the runner holds no request's state. `self_check` proves at start that the fitted
+model (packed layers, paged attention, chunks, decoding) still computes what the stock one does.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.engines.torch.lora.dispatch import Rows
+from lorapool_runtime.engines.torch.model.attention import PagedAttention
+from lorapool_runtime.engines.torch.model.kv_pool import KVPool
+from lorapool_runtime.engines.torch.model.load import Base, UnsupportedBaseError
+from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
+from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Of the largest logit: rounding stays far below, a wrong mask or weight does not."""
+
+
+class DecodePath(Protocol):
+    """A faster way for steps that only decode: `decode_graph` on a GPU."""
+
+    def can_run(self, plan: StepPlan) -> bool: ...
+
+    def run(self, plan: StepPlan) -> Tensor: ...
+
+
+class Runner:
+    def __init__(self, base: Base, pool: KVPool) -> None:
+        self.base, self.pool = base, pool
+        self.decode_path: DecodePath | None = None
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """[rows, vocabulary] of each chunk's `logit_rows`, in the plan's order."""
+        self.pool.wipe(plan.fresh_blocks)
+        if self.decode_path is not None and self.decode_path.can_run(plan):
+            return self.decode_path.run(plan)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        keep: list[int] = []
+        rows: list[Rows] = []
+        for chunk in plan.chunks:
+            begin, end = len(token_ids), len(token_ids) + chunk.num_tokens
+            token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
+            positions += range(chunk.start, chunk.start + chunk.num_tokens)
+            rows.append(Rows(chunk.sequence.slot, begin, end))
+            keep += [begin + row for row in chunk.logit_rows]
+        device = self.base.device
+        self.base.lora.set(rows)
+        logits = self.base.logits(
+            torch.tensor(token_ids, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(keep or [0], device=device),
+            PagedAttention(self.pool, plan),
+        )
+        return logits[: len(keep)]
+
+    def self_check(self) -> None:
+        """Raises UnsupportedBaseError when a prompt in two chunks and a decode do not give the stock model's logits."""
+        probe = self.base.probe
+        sequence = Sequence(
+            GenerationRequest("self-check", probe.token_ids, BASE_SLOT, "base", SamplingParams(max_tokens=1)),
+            arrival=0,
+            seed=0,
+        )
+        total = len(probe.token_ids)
+        sequence.admit(list(range(1, 1 + -(-total // self.pool.block_size))))
+        for size in (total - 5, 4, 1):
+            whole, sequence.tokens = sequence.tokens, list(probe.token_ids[: sequence.computed + size])
+            chunk = Chunk(sequence, sequence.computed, size)
+            plan = StepPlan((chunk,), (), (), ()) if size == 1 else StepPlan((), (chunk,), (), ())
+            logits = self.run(plan)[0].float()
+            sequence.advance(size)
+            sequence.tokens = whole
+            stock = probe.logits[sequence.computed - 1]
+            error = float((logits - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
+            if not error <= _TOLERANCE[self.base.dtype]:
+                raise UnsupportedBaseError(f"the fitted model differs from the stock one (relative error {error:.2g})")
+        self.pool.wipe(tuple(sequence.block_table))

@@ -1,0 +1,258 @@
+"""From logits to tokens, each request by its own parameters and by nothing else.
+
+The last act of a step. Greedy rows share one batched maximum. The others go through operators that treat each row by
+itself (batched on a GPU), and are drawn by a uniform number made of (seed, position): the same seed gives the same
+text whoever shares the batch, to the bit. Penalties, biases and constraints touch only the rows that have them. A row
+whose logits are not finite, or whose constraint fails, gets no token: the engine ends that request with an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorapool_runtime.engines.interface import ConstraintError, SamplingParams, TokenConstraint, TokenLogprob
+
+_GREEDY_BELOW = 1e-5
+"""A lower temperature is greedy: dividing by it would overflow."""
+_NOT_FINITE = "the model's output is not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    params: SamplingParams
+    seed: int
+    position: int
+    """How many tokens this request has generated so far."""
+    prompt_ids: Sequence[int]
+    generated_counts: Mapping[int, int]
+    constraint: TokenConstraint | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+    """Why there is no token."""
+
+
+def check_params(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ValueError naming the field and its bound."""
+    for name, value, low, high in (
+        ("temperature", params.temperature, 0.0, math.inf),
+        ("top_p", params.top_p, 0.0, 1.0),
+        ("min_p", params.min_p, 0.0, 1.0),
+        ("top_k", params.top_k, 0, math.inf),
+        ("repetition_penalty", params.repetition_penalty, 0.0, math.inf),
+        ("presence_penalty", params.presence_penalty, -math.inf, math.inf),
+        ("frequency_penalty", params.frequency_penalty, -math.inf, math.inf),
+    ):
+        if not math.isfinite(value) or not low <= value <= high:
+            raise ValueError(f"{name} must be finite and within [{low:g}, {high:g}], not {value}")
+    if params.repetition_penalty == 0 or params.top_p == 0:
+        raise ValueError("repetition_penalty and top_p must be above 0")
+    if params.max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, not {params.max_tokens}")
+    if params.top_logprobs is not None and not 0 <= params.top_logprobs <= vocab_size:
+        raise ValueError(f"top_logprobs must be within [0, {vocab_size}], not {params.top_logprobs}")
+    for token, bias in params.logit_bias.items():
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"logit_bias names token {token}; the vocabulary ends at {vocab_size - 1}")
+        if not math.isfinite(bias):
+            raise ValueError(f"logit_bias of token {token} must be finite, not {bias}")
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+    """logits: [rows, vocabulary], any floating type."""
+    logits = logits.float()  # a bf16 maximum is slower than the cast and an fp32 one
+    peaks, likeliest = logits.max(dim=-1)  # [rows]; the maximum of a row with NaN is NaN
+    finite, tokens = torch.isfinite(peaks).tolist(), likeliest.tolist()
+    errors = {i: _NOT_FINITE for i, whole in enumerate(finite) if not whole}
+    shaped = logits
+    special = [i for i, row in enumerate(rows) if i not in errors and _is_shaped(row)]
+    if special:
+        own = logits[special]  # a copy: log-probabilities are told of the model's own logits
+        errors |= _shape(own, special, rows)
+        shaped = logits.index_copy(0, torch.tensor(special, device=logits.device), own)
+        for i, token in zip(special, own.argmax(dim=-1).tolist(), strict=True):
+            tokens[i] = token
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW and i not in errors]
+    if drawn:
+        chosen = shaped if len(drawn) == len(rows) else shaped[drawn]
+        for i, token in zip(drawn, _draw(chosen, [rows[i] for i in drawn]), strict=True):
+            tokens[i] = token
+    logprobs = _wanted_logprobs(logits, rows, tokens, errors)
+    return [
+        Sampled(None, error=errors[i]) if i in errors else Sampled(token, logprobs.get(i))
+        for i, token in enumerate(tokens)
+    ]
+
+
+# --- biases, penalties, constraints ------------------------------------------------------------
+
+
+def _is_shaped(row: SampleRow) -> bool:
+    params = row.params
+    penalized = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+    return bool(params.logit_bias or penalized or row.constraint is not None)
+
+
+def _shape(own: Tensor, special: Sequence[int], rows: Sequence[SampleRow]) -> dict[int, str]:
+    """Changes own: [special rows, vocabulary] in place; which rows can have no token, and why."""
+    errors: dict[int, str] = {}
+    masks: list[bytes] = []
+    masked: list[int] = []  # places within `own`
+    for place, i in enumerate(special):
+        _penalize(own[place], rows[i])
+        constraint = rows[i].constraint
+        if constraint is not None:
+            try:
+                masks.append(constraint.mask())
+            except ConstraintError as error:
+                errors[i] = str(error)
+            else:
+                masked.append(place)
+    if masks:
+        allowed = _unpacked(masks, own.shape[1], own.device)
+        own[masked] = own[masked].masked_fill_(~allowed, float("-inf"))
+        for place, some in zip(masked, allowed.any(dim=-1).tolist(), strict=True):
+            if not some:
+                errors[special[place]] = "no token may follow what was generated"
+    return errors
+
+
+def _penalize(logits: Tensor, row: SampleRow) -> None:
+    """Bias, then repetition (prompt and text, as transformers does), then presence and frequency (text only)."""
+    params, device = row.params, logits.device
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=device)
+        logits[tokens] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=device)
+    if params.repetition_penalty != 1:
+        tokens = torch.tensor(sorted({*row.prompt_ids, *row.generated_counts}), device=device)
+        seen = logits[tokens]
+        logits[tokens] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+    if row.generated_counts and (params.presence_penalty or params.frequency_penalty):
+        tokens = torch.tensor(list(row.generated_counts), device=device)
+        counts = torch.tensor(list(row.generated_counts.values()), dtype=logits.dtype, device=device)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _unpacked(masks: Sequence[bytes], vocabulary: int, device: torch.device) -> Tensor:
+    """[rows, vocabulary] of bool from one bit per token, lowest bit first."""
+    width = -(-vocabulary // 8)
+    packed = bytearray(b"".join(mask[:width].ljust(width, b"\0") for mask in masks))
+    octets = torch.frombuffer(packed, dtype=torch.uint8).to(device).view(len(masks), width, 1)
+    bits = octets.bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and(1)
+    return bits.view(len(masks), width * 8)[:, :vocabulary].bool()
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """logits: [rows, vocabulary] -> the token at fraction `u` of the cumulated probabilities, in order of ids."""
+    if logits.device.type == "cpu" and len(rows) > 1:  # a row at a time stays in the cache; a batch is fresh memory
+        return [_draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
+    probabilities = _filtered(logits, [row.params for row in rows])
+    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    u = _column([uniform(row.seed, row.position) for row in rows], logits.device)
+    total = cumulated[:, -1:]
+    target = torch.minimum(total * u, total.nextafter(torch.zeros_like(total)))  # rounding must not pass the last
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].tolist()
+
+
+def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[rows, vocabulary] probabilities after temperature, top-k, min-p and top-p; not normalized.
+
+    Tokens as likely as the last one kept are kept too: what is kept never depends on an order among equals.
+    """
+    device = logits.device
+    temperatures = _column([one.temperature for one in params], device).to(logits.dtype)
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the likeliest stands at 0
+    floor = _top_k_floor(scaled, params)
+    if any(one.min_p for one in params):
+        least = _column([math.log(one.min_p) if one.min_p else -math.inf for one in params], device).to(scaled.dtype)
+        floor = least if floor is None else torch.maximum(floor, least)
+    if floor is not None:
+        scaled = scaled.masked_fill_(scaled < floor, float("-inf"))
+    probabilities = torch.softmax(scaled, dim=-1)
+    nucleus = [i for i, one in enumerate(params) if one.top_p < 1]
+    if nucleus:
+        shares = _column([params[i].top_p for i in nucleus], device)
+        least_kept = torch.zeros(len(params), 1, dtype=probabilities.dtype, device=device)
+        least_kept[nucleus] = _nucleus_floor(probabilities[nucleus], shares)
+        probabilities = probabilities.masked_fill_(probabilities < least_kept, 0.0)
+    return probabilities
+
+
+def _top_k_floor(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+    """[rows, 1]: the k-th largest value of rows with a top-k, -inf of the others; None when no row has one."""
+    vocabulary = scaled.shape[1]
+    ks = [one.top_k if 0 < one.top_k < vocabulary else 0 for one in params]
+    if not any(ks):
+        return None
+    largest = scaled.topk(max(ks), dim=-1).values
+    at = torch.tensor([[max(k - 1, 0)] for k in ks], device=scaled.device)
+    some = torch.tensor([[k > 0] for k in ks], device=scaled.device)
+    return largest.gather(1, at).masked_fill(~some, float("-inf"))
+
+
+def _nucleus_floor(probabilities: Tensor, shares: Tensor) -> Tensor:
+    """[rows, 1]: the least likely token of the smallest set that reaches the row's share of the probability."""
+    if len(probabilities) == 1:  # what has less than (1 - share) / vocabulary is never needed to reach the share
+        least = (1 - shares[0, 0]) / probabilities.shape[1]
+        probabilities = probabilities[probabilities >= least][None]
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    kept = (before < shares).sum(dim=-1, keepdim=True)  # [rows, 1]
+    return ordered.gather(1, kept - 1)
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    """[rows, 1] in double precision."""
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments, on any machine."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+# --- log-probabilities -------------------------------------------------------------------------
+
+
+def _wanted_logprobs(
+    logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int], errors: Mapping[int, str]
+) -> dict[int, TokenLogprob]:
+    """Of the model's own distribution, before bias, penalties and temperature."""
+    wanted: dict[int, list[int]] = {}  # rows by how many of the likeliest they ask for
+    for i, row in enumerate(rows):
+        if row.params.top_logprobs is not None and i not in errors:
+            wanted.setdefault(row.params.top_logprobs, []).append(i)
+    return {
+        i: one
+        for count, places in wanted.items()
+        for i, one in zip(places, token_logprobs(logits[places], [tokens[i] for i in places], count), strict=True)
+    }
+
+
+def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Of each row's token, and of its `count` likeliest ones. logits: [at least len(tokens), vocabulary]."""
+    logprobs = torch.log_softmax(logits[: len(tokens)].float(), dim=-1)
+    ids = torch.tensor(tokens, device=logits.device)[:, None]
+    own = logprobs.gather(1, ids)[:, 0].tolist()
+    if not count:
+        return [TokenLogprob(token, value) for token, value in zip(tokens, own, strict=True)]
+    values, likeliest = logprobs.topk(count, dim=-1)
+    tops = zip(likeliest.tolist(), values.tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, tuple(zip(*top, strict=True)))
+        for token, value, top in zip(tokens, own, tops, strict=True)
+    ]

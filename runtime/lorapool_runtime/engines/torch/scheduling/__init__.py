@@ -1,0 +1,1 @@
+"""Which sequences compute how many tokens next, and which KV blocks they own. Pure: no torch, no clock, no I/O."""

@@ -1,0 +1,168 @@
+"""One request's life inside the engine: its tokens, how far they are computed, and its status.
+
+The scheduler and the engine call it; it alone changes a sequence's status, and an illegal move raises.
+No torch, no clock, no I/O.
+
+    WAITING --admit--> RUNNING --finish--> FINISHED
+       ^                  |                   ^
+       +-----preempt------+      finish ------+ (from WAITING too: cancelled before its turn)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from enum import StrEnum
+
+from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, GenerationRequest, TokenLogprob
+from lorapool_runtime.engines.torch.scheduling.prefix import next_key, root_key
+
+
+class SequenceStatus(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class IllegalMoveError(RuntimeError):
+    """A sequence was asked to do what its status does not allow: a fault of the caller, never of a client."""
+
+
+class Sequence:
+    """`tokens` is prompt plus generated; the first `computed` of them have their keys and values in `block_table`."""
+
+    __slots__ = (
+        "_keys",
+        "arrival",
+        "block_table",
+        "cached_tokens",
+        "computed",
+        "finish_reason",
+        "generated_counts",
+        "preemptions",
+        "prompt_logprobs",
+        "prompt_tokens",
+        "request",
+        "seed",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, request: GenerationRequest, *, arrival: int, seed: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.seed = seed
+        self.tokens = list(request.prompt_ids)
+        self.prompt_tokens = len(request.prompt_ids)
+        self.generated_counts: Counter[int] = Counter()
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.computed = 0
+        self.cached_tokens = 0
+        """Prompt tokens that others had computed. What it takes back after a pre-emption is its own and not counted."""
+        self.preemptions = 0
+        self.block_table: list[int] = []
+        self._keys: list[bytes] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def slot(self) -> int:
+        return self.request.slot
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still missing: 1 is a decode, more is a prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """The log-probabilities of its prompt are wanted and not yet told."""
+        return self.request.prompt_logprobs is not None and not self.generated
+
+    def score(self, start: int, logprobs: Iterable[TokenLogprob]) -> None:
+        """Log-probabilities of the prompt's tokens behind `start`; a recomputed chunk takes the place of its first."""
+        del self.prompt_logprobs[start:]
+        self.prompt_logprobs += logprobs
+
+    @property
+    def fault(self) -> str | None:
+        """What makes its results unfit to be told."""
+        if self.scores_prompt and not all(math.isfinite(one.logprob) for one in self.prompt_logprobs):
+            return "the model's output is not finite"
+        return None
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether blocks that others computed may stand for its own: whoever wants its logits computes a prompt."""
+        return not self.scores_prompt
+
+    def block_key(self, index: int, block_size: int) -> bytes:
+        """The name of its full block `index` in the prefix cache: same weights, same tokens, same key."""
+        while len(self._keys) <= index:
+            begin = len(self._keys) * block_size
+            if begin + block_size > len(self.tokens):
+                raise IllegalMoveError(f"{self.request_id} has no full block {index}")
+            parent = self._keys[-1] if self._keys else self._root_key()
+            self._keys.append(next_key(parent, self.tokens[begin : begin + block_size]))
+        return self._keys[index]
+
+    def _root_key(self) -> bytes:
+        return root_key(self.request.cache_salt, is_base=self.slot == BASE_SLOT)
+
+    def admit(self, block_table: list[int], *, cached_tokens: int = 0) -> None:
+        """Its first `cached_tokens` stand in the blocks already; at least one token is left to compute."""
+        self._must_be(SequenceStatus.WAITING, "admit")
+        if not 0 <= cached_tokens < len(self.tokens):
+            raise IllegalMoveError(f"{self.request_id} cannot take {cached_tokens} of {len(self.tokens)} tokens")
+        self.block_table = block_table
+        self.computed = cached_tokens
+        if not self.preemptions:
+            self.cached_tokens = cached_tokens
+        self.status = SequenceStatus.RUNNING
+
+    def preempt(self) -> list[int]:
+        """Back to the queue; everything is recomputed later. Returns the blocks it held."""
+        self._must_be(SequenceStatus.RUNNING, "preempt")
+        self.status = SequenceStatus.WAITING
+        self.preemptions += 1
+        return self._give_back()
+
+    def finish(self, reason: FinishReason) -> list[int]:
+        """Ends it. Returns the blocks it held."""
+        if self.status is SequenceStatus.FINISHED:
+            raise IllegalMoveError(f"{self.request_id} is finished already ({self.finish_reason})")
+        self.status = SequenceStatus.FINISHED
+        self.finish_reason = reason
+        return self._give_back()
+
+    def advance(self, num_tokens: int) -> None:
+        """`num_tokens` more have been computed."""
+        self._must_be(SequenceStatus.RUNNING, "advance")
+        if not 0 < num_tokens <= self.pending:
+            raise IllegalMoveError(f"{self.request_id} cannot advance by {num_tokens}: {self.pending} pending")
+        self.computed += num_tokens
+
+    def append(self, token_id: int) -> None:
+        """One sampled token: only when everything before it is computed."""
+        self._must_be(SequenceStatus.RUNNING, "append to")
+        if self.pending:
+            raise IllegalMoveError(f"{self.request_id} cannot take a token: {self.pending} pending")
+        self.tokens.append(token_id)
+        self.generated_counts[token_id] += 1
+
+    def _give_back(self) -> list[int]:
+        blocks, self.block_table, self.computed = self.block_table, [], 0
+        return blocks
+
+    def _must_be(self, status: SequenceStatus, move: str) -> None:
+        if self.status is not status:
+            raise IllegalMoveError(f"cannot {move} {self.request_id}: it is {self.status}")

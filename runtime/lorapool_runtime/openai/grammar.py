@@ -1,0 +1,154 @@
+"""Grammars as token masks, by llguidance: compiled in a thread of their own, bounded, kept for the next who asks.
+
+`service` calls `compile` before a request waits for anything; the engine's thread then asks each sequence's own copy
+of the matcher what may come next. Nothing here grows without bound: the library stops at the limits below, while
+compiling and at every token, and says so; a refused grammar is the caller's fault (400), one that runs out of its
+limits while generating ends its own request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequest, TooManyRequests, Unavailable
+from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
+from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
+
+_CACHED = 64
+_MAX_PENDING = 64
+_LIMITS: Mapping[str, Any] = {
+    "max_grammar_size": 100_000,  # symbols
+    "initial_lexer_fuel": 500_000,  # about 10 ms
+    "step_lexer_fuel": 100_000,  # about 7 ms a token at the very most; 0.1 ms is usual
+    "step_max_items": 20_000,  # about 1 ms
+    "max_lexer_states": 50_000,  # at most 100 MB a sequence; hundreds are usual
+    "verbose_errors": False,
+}
+
+
+class Grammar:
+    """Compiled; every sequence takes its own copy of the state."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def constraint(self) -> TokenConstraint:
+        return _Constraint(self._matcher.deep_copy())
+
+
+class _Constraint:
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self) -> bytes:
+        bits = self._matcher.compute_bitmask()
+        self._raise_if_failed()
+        return bits
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self._raise_if_failed()
+
+    @property
+    def complete(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def _raise_if_failed(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintError(f"the grammar of this answer cannot go on: {_first_line(self._matcher.get_error())}")
+
+
+class GrammarCompiler:
+    """One worker thread; the tokenizer's side of it (a second for a large vocabulary) is made there at once."""
+
+    def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Iterable[int], timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._pending = 0
+        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # the worker's alone
+        self._tokenizer: Future[LLTokenizer] = self._pool.submit(
+            _make_tokenizer, tokenizer_json, vocab_size, sorted(eos_token_ids)
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def compile(self, spec: GrammarSpec) -> Grammar:
+        """Raises InvalidRequest for what cannot be done, Unavailable or TooManyRequests when it must wait too long."""
+        if self._pending >= _MAX_PENDING:
+            raise TooManyRequests(
+                f"{self._pending} grammars wait to be compiled, {_MAX_PENDING} is the most.",
+                code=CODE_QUEUE_FULL,
+                retry_after_s=1,
+            )
+        self._pending += 1
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, self._compiled, spec)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"The grammar of `{spec.param}` could not be compiled within {self._timeout_s:g} s. Try again.",
+                code="grammar_timeout",
+                retry_after_s=5,
+            ) from error
+        finally:
+            self._pending -= 1
+
+    # --- the worker thread ----------------------------------------------------------------
+
+    def _compiled(self, spec: GrammarSpec) -> Grammar:
+        if spec in self._kept:
+            self._kept.move_to_end(spec)
+            return self._kept[spec]
+        matcher = self._matcher(spec.schema, spec.lark)
+        if matcher.is_error():
+            raise self._refusal(spec, matcher.get_error())
+        grammar = self._kept[spec] = Grammar(matcher)
+        if len(self._kept) > _CACHED:
+            self._kept.popitem(last=False)
+        return grammar
+
+    def _matcher(self, schema: str | None, lark: str | None) -> LLMatcher:
+        try:
+            tokenizer = self._tokenizer.result()
+        except Exception as error:
+            raise InvalidRequest(
+                "This base model's tokenizer does not fit grammars: no `response_format`, no `tools`.",
+                code="unsupported_parameter",
+            ) from error
+        text = json_grammar(schema) if schema is not None else lark or ""
+        return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+
+    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequest:
+        param = spec.param
+        for own, schema in spec.parts:
+            alone = self._matcher(schema, None)
+            if alone.is_error():
+                param, message = own, alone.get_error()
+                break
+        return InvalidRequest(
+            f"The schema in `{param}` cannot be used: {_first_line(message)}", param=param, code="unsupported_schema"
+        )
+
+
+def json_grammar(schema: str) -> str:
+    """The library's text for a JSON schema, nothing of it ignored."""
+    options: Any = {**JSON_STYLE, "lenient": False}
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)
+
+
+def _make_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> LLTokenizer:
+    count = len(json.loads(tokenizer_json)["model"]["vocab"])
+    return LLTokenizer(tokenizer_json, n_vocab=max(vocab_size, count), eos_token=eos_token_ids or None)
+
+
+def _first_line(message: str) -> str:
+    line = message.strip().split("\n", 1)[0][:300].rstrip(".")
+    return f"{line}."

@@ -1,0 +1,382 @@
+"""A body of `/v1/chat/completions` or `/v1/completions`, parsed once into a frozen request.
+
+`server` calls `parse_chat` / `parse_completion` with the raw bytes; beyond it nobody sees JSON. Every parameter is
+bounded; what is unknown or not done is refused by name, never ignored. What depends on the base (context
+length, vocabulary) is checked by `sampling_params` once the prompt's length is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
+from lorapool_runtime.openai.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.json_body import Body, clean_text, printable
+from lorapool_runtime.openai.tools import ToolWishes, called_before, response_format, tool_wishes
+
+MAX_N = 8
+MAX_SEQUENCES = 64
+"""prompts x n of one request."""
+MAX_REQUEST_TOKENS = 65_536
+"""Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
+it one caller would hold the line."""
+MAX_MESSAGES = 2048
+MAX_STOPS = 8
+MAX_STOP_CHARS = 512
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions; chat's is all that fits."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
+_SHARED = frozenset(
+    {
+        "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
+        "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
+        "ignore_eos", "response_format",
+    }
+)  # fmt: skip
+_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+_COMPLETION = _SHARED | {"prompt", "echo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The caller's wishes, bounded; None where the default depends on the base or the prompt."""
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    top_logprobs: int | None
+    ignore_eos: bool
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    model: str
+    stream: bool
+    include_usage: bool
+    n: int
+    stops: tuple[str, ...]
+    sampling: Sampling
+    grammar: GrammarSpec | None
+    """Of `response_format`; what `tools` ask for follows from how the base writes calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(ParsedRequest):
+    messages: tuple[Mapping[str, Any], ...]
+    tools: ToolWishes
+
+    @property
+    def prompt_param(self) -> str:
+        return "messages"
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest(ParsedRequest):
+    prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool
+
+    @property
+    def prompt_param(self) -> str:
+        return "prompt"
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many of the likeliest to tell beside each of the prompt's tokens; None: nothing of them."""
+        return self.sampling.top_logprobs if self.echo else None
+
+
+def parse_chat(raw: bytes) -> ChatRequest:
+    """Raises InvalidRequest with the `param` at fault."""
+    body = Body(raw, _CHAT)
+    top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
+    if body.flag("logprobs"):
+        top_logprobs = top_logprobs or 0
+    elif top_logprobs is not None:
+        body.refuse("top_logprobs", "needs `logprobs` to be true")
+    tools = tool_wishes(body)
+    grammar = _response_format(body)
+    if tools.active and grammar is not None:
+        body.refuse("response_format", "cannot be combined with `tools` unless `tool_choice` is none")
+    if tools.active and body.flag("ignore_eos"):
+        body.refuse("ignore_eos", "cannot be combined with `tools`: what has an end must be let end")
+    max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
+    return ChatRequest(
+        model=body.text("model"),
+        stream=body.flag("stream"),
+        include_usage=_include_usage(body),
+        n=body.integer("n", 1, low=1, high=MAX_N),
+        stops=_stops(body),
+        sampling=_sampling(body, max_tokens, top_logprobs),
+        grammar=grammar,
+        messages=_messages(body),
+        tools=tools,
+    )
+
+
+def parse_completion(raw: bytes) -> CompletionRequest:
+    """Raises InvalidRequest with the `param` at fault."""
+    body = Body(raw, _COMPLETION)
+    top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
+    echo = body.flag("echo")
+    max_tokens = body.integer("max_tokens", DEFAULT_COMPLETION_TOKENS, low=0 if echo else 1)
+    n = body.integer("n", 1, low=1, high=MAX_N)
+    prompts = _prompts(body)
+    if len(prompts) * n > MAX_SEQUENCES:
+        body.refuse("prompt", f"and `n` ask for {len(prompts) * n} sequences; at most {MAX_SEQUENCES} fit one request")
+    return CompletionRequest(
+        model=body.text("model"),
+        stream=body.flag("stream"),
+        include_usage=_include_usage(body),
+        n=n,
+        stops=_stops(body),
+        sampling=_sampling(body, max_tokens, top_logprobs),
+        grammar=_response_format(body),
+        prompts=prompts,
+        echo=echo,
+    )
+
+
+def sampling_params(
+    request: ParsedRequest,
+    *,
+    prompt_tokens: int,
+    prompt_param: str,
+    choice: int,
+    sequences: int,
+    facts: ModelFacts,
+    stop_token_ids: frozenset[int],
+) -> SamplingParams:
+    """The engine's parameters of one sequence. Raises InvalidRequest where the base's bounds are passed."""
+    wishes = request.sampling
+    room = facts.max_model_len - prompt_tokens
+    if room < (0 if wishes.max_tokens == 0 else 1):
+        raise InvalidRequest(
+            f"This model's context is {facts.max_model_len} tokens, but the prompt alone has {prompt_tokens}. "
+            "Shorten it.",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    if wishes.max_tokens is not None and wishes.max_tokens > room:
+        raise InvalidRequest(
+            f"This model's context is {facts.max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
+            f"may be at most {room}, not {wishes.max_tokens}.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    budget = max(MAX_REQUEST_TOKENS, facts.max_model_len)
+    share = budget // sequences
+    if wishes.max_tokens is not None and wishes.max_tokens > share:
+        raise InvalidRequest(
+            f"{sequences} sequences of `max_tokens` {wishes.max_tokens} are {sequences * wishes.max_tokens} tokens; "
+            f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
+            param="max_tokens",
+        )
+    if wishes.logit_bias and max(wishes.logit_bias) >= facts.vocab_size:
+        raise InvalidRequest(
+            f"`logit_bias` names token {max(wishes.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
+            param="logit_bias",
+        )
+    return SamplingParams(
+        max_tokens=min(room, share) if wishes.max_tokens is None else wishes.max_tokens,
+        temperature=wishes.temperature,
+        top_p=wishes.top_p,
+        top_k=wishes.top_k,
+        min_p=wishes.min_p,
+        seed=None if wishes.seed is None else wishes.seed + choice,
+        presence_penalty=wishes.presence_penalty,
+        frequency_penalty=wishes.frequency_penalty,
+        repetition_penalty=wishes.repetition_penalty,
+        logit_bias=wishes.logit_bias,
+        top_logprobs=wishes.top_logprobs,
+        stop_token_ids=frozenset() if wishes.ignore_eos else stop_token_ids,
+        ignore_eos=wishes.ignore_eos,
+    )
+
+
+# --- single parameters --------------------------------------------------------------------
+
+
+def _sampling(body: Body, max_tokens: int | None, top_logprobs: int | None) -> Sampling:
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=body.number("temperature", 1.0, low=0.0, high=2.0),
+        top_p=body.number("top_p", 1.0, low=0.0, high=1.0, above=True),
+        top_k=max(0, body.integer("top_k", 0, low=-1, high=1_000_000)),
+        min_p=body.number("min_p", 0.0, low=0.0, high=1.0),
+        seed=body.integer("seed", None, low=-(2**63), high=2**63 - 1 - MAX_N),
+        presence_penalty=body.number("presence_penalty", 0.0, low=-2.0, high=2.0),
+        frequency_penalty=body.number("frequency_penalty", 0.0, low=-2.0, high=2.0),
+        repetition_penalty=body.number("repetition_penalty", 1.0, low=0.0, high=10.0, above=True),
+        top_logprobs=top_logprobs,
+        ignore_eos=body.flag("ignore_eos"),
+        logit_bias=_logit_bias(body),
+    )
+
+
+def _include_usage(body: Body) -> bool:
+    options = body.fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        body.refuse("stream_options", "must be an object")
+    if not body.flag("stream"):
+        body.refuse("stream_options", "is only for `stream: true`")
+    for name, value in options.items():
+        if name not in ("include_usage", "include_obfuscation"):
+            shown = f"stream_options.{printable(name)}"
+            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        if not isinstance(value, bool | None):
+            body.refuse(f"stream_options.{name}", "must be true or false")
+    if options.get("include_obfuscation"):
+        body.refuse("stream_options.include_obfuscation", "is not supported by this server")
+    return bool(options.get("include_usage"))
+
+
+def _stops(body: Body) -> tuple[str, ...]:
+    value = body.fields.get("stop")
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        body.refuse("stop", f"must be a string or a list of at most {MAX_STOPS} strings")
+    for stop in stops:
+        if not isinstance(stop, str) or not 1 <= len(stop) <= MAX_STOP_CHARS:
+            body.refuse("stop", f"must hold strings of 1 to {MAX_STOP_CHARS} characters")
+        clean_text(stop, "stop")
+    return tuple(dict.fromkeys(stops))
+
+
+def _logit_bias(body: Body) -> Mapping[int, float]:
+    value = body.fields.get("logit_bias")
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
+        body.refuse("logit_bias", f"must be an object of at most {MAX_LOGIT_BIAS} token ids")
+    result: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 9):
+            body.refuse("logit_bias", "must have token ids (whole numbers as strings) as keys")
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not -100 <= bias <= 100:
+            body.refuse("logit_bias", "must have numbers between -100 and 100 as values")
+        result[int(key)] = float(bias)
+    return result
+
+
+def _response_format(body: Body) -> GrammarSpec | None:
+    grammar = response_format(body)
+    if grammar is not None and body.flag("ignore_eos"):
+        body.refuse("ignore_eos", "cannot be combined with `response_format`: what has an end must be let end")
+    return grammar
+
+
+# --- messages and prompts -----------------------------------------------------------------
+
+
+def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
+    value = body.fields.get("messages")
+    if not isinstance(value, list) or not value:
+        body.refuse("messages", "must be a non-empty list")
+    if len(value) > MAX_MESSAGES:
+        body.refuse("messages", f"may hold at most {MAX_MESSAGES} messages")
+    return tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
+
+
+def _message(item: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(item, dict):
+        raise InvalidRequest(f"`{where}` must be an object.", param=where)
+    role = item.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(
+            f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
+        )
+    known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
+    for name, value in item.items():
+        if name not in known and value not in (None, [], ""):
+            shown = f"{where}.{printable(name)}"
+            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
+    if role == "assistant" and item.get("tool_calls"):
+        calls = called_before(item["tool_calls"], f"{where}.tool_calls")
+        return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
+    if role == "tool":
+        answered = item.get("tool_call_id")
+        if not isinstance(answered, str) or not answered:
+            param = f"{where}.tool_call_id"
+            raise InvalidRequest(f"`{param}` must name the call that this answers.", param=param)
+        own = {"tool_call_id": clean_text(answered, where)}
+        return {"role": role, "content": _content(item.get("content"), where), **own}
+    # "developer" is the newer word for "system"; templates of open models know the older
+    return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
+
+
+def _content(value: Any, where: str) -> str:
+    param = f"{where}.content"
+    if isinstance(value, str):
+        return clean_text(value, param)
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"`{param}` must be a string or a list of text parts.", param=param)
+    texts = []
+    for place, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(
+                f'`{param}[{place}]` must be a part of type "text"; this model reads nothing else.',
+                param=f"{param}[{place}]",
+                code="unsupported_content",
+            )
+        texts.append(clean_text(part["text"], param))
+    return "".join(texts)
+
+
+def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:
+    """A string, a list of ids, a list of strings, or a list of lists of ids."""
+    value = body.fields.get("prompt")
+    if isinstance(value, str):
+        return (_prompt_text(body, value),)
+    if not isinstance(value, list) or not value:
+        body.refuse("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
+    if _all(value, _is_id):
+        return (tuple(value),)
+    if len(value) > MAX_SEQUENCES:
+        body.refuse("prompt", f"may hold at most {MAX_SEQUENCES} prompts")
+    prompts: list[str | tuple[int, ...]] = []
+    for item in value:
+        if isinstance(item, str):
+            prompts.append(_prompt_text(body, item))
+        elif isinstance(item, list) and item and _all(item, _is_id):
+            prompts.append(tuple(item))
+        else:
+            body.refuse("prompt", "must hold non-empty strings or non-empty lists of token ids")
+    return tuple(prompts)
+
+
+def _prompt_text(body: Body, value: str) -> str:
+    if not value:
+        body.refuse("prompt", "must not be empty")
+    return clean_text(value, "prompt")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _all(values: list[Any], test: Callable[[Any], bool]) -> bool:
+    return all(test(value) for value in values)

@@ -1,0 +1,251 @@
+"""Bodies and chunks of the OpenAI surface, built from deltas.
+
+`server` makes one `Answer` per request and asks it for the whole body or for one chunk after another. Pure: it knows
+neither sockets nor the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorapool_api.protocol import Usage
+from lorapool_runtime.engines.interface import FinishReason, TokenLogprob
+from lorapool_runtime.openai.detokenizer import EchoedPrompt
+from lorapool_runtime.openai.generation import Delta
+from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
+from lorapool_runtime.openai.tool_format import ToolFormat
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one answer repeats."""
+
+    chat: bool
+    model: str
+    created_unix_s: int
+    fingerprint: str
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
+
+    def body(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": ("chatcmpl-" if self.chat else "cmpl-") + self.id,
+            "object": kind,
+            "created": self.created_unix_s,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": list(choices),
+        }
+
+
+@dataclass(slots=True)
+class _Choice:
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish: str | None = None
+    begun: bool = False
+    reader: ToolCallReader | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def read(self, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
+        """The delta's text and the calls of tools that became whole with it."""
+        if self.reader is None:
+            return delta.text, []
+        parts = self.reader.push(delta.text)
+        if delta.finish is not None:
+            parts += self.reader.finish()
+        fresh = [_call_body(part) for part in parts if isinstance(part, ToolCall)]
+        self.calls += fresh
+        return "".join(part for part in parts if isinstance(part, str)), fresh
+
+    def ended(self, finish: FinishReason) -> str:
+        return "tool_calls" if self.calls and finish is FinishReason.STOP else _FINISH[finish]
+
+
+class Answer:
+    """One answer under way; `take` folds a delta in for the whole body, `chunks` writes it out at once."""
+
+    def __init__(
+        self,
+        head: Head,
+        *,
+        choices: int,
+        top_logprobs: int | None,
+        echo: Sequence[EchoedPrompt],
+        tools: ToolFormat | None = None,
+        token_text: Callable[[int], str],
+        token_bytes: Callable[[int], list[int]],
+    ) -> None:
+        self._head = head
+        self._top_logprobs = top_logprobs
+        self._token_text = token_text
+        self._token_bytes = token_bytes
+        self._echo = echo
+        self._chunk_start: bytes | None = None
+        self._choices = [_Choice(reader=None if tools is None else ToolCallReader(tools)) for _ in range(choices)]
+
+    # --- whole --------------------------------------------------------------------------
+
+    def take(self, delta: Delta) -> None:
+        choice = self._choices[delta.number]
+        choice.text += choice.read(delta)[0]
+        choice.logprobs.extend(delta.logprobs)
+        choice.offsets.extend(delta.offsets)
+        choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
+        if delta.finish is not None:
+            choice.finish = choice.ended(delta.finish)
+
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        kind = "chat.completion" if self._head.chat else "text_completion"
+        choices = [self._whole_choice(number, choice) for number, choice in enumerate(self._choices)]
+        return {**self._head.body(kind, choices), "usage": usage_body(usage)}
+
+    def _whole_choice(self, number: int, choice: _Choice) -> dict[str, Any]:
+        if self._head.chat:
+            logprobs = self._chat_logprobs(choice.logprobs)
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message |= {"content": choice.text or None, "tool_calls": choice.calls}
+            return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
+        echo = self._echo_of(number)
+        text = (echo.text if echo else "") + choice.text
+        logprobs = self._completion_logprobs(choice.logprobs, choice.offsets, echo, choice.prompt_logprobs, told=echo)
+        return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
+
+    # --- streamed -----------------------------------------------------------------------
+
+    def chunks(self, delta: Delta) -> list[bytes]:
+        """The data events of one delta: the role first, then text, then the end."""
+        choice = self._choices[delta.number]
+        parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
+        before = len(choice.calls)
+        text, calls = choice.read(delta)
+        finish = None if delta.finish is None else choice.ended(delta.finish)
+        if self._head.chat:
+            logprobs = self._chat_logprobs(delta.logprobs)
+            if not choice.begun:
+                parts.append(({"delta": {"role": "assistant", "content": ""}}, None, None))
+            if text or logprobs:
+                parts.append(({"delta": {"content": text}}, logprobs, None))
+            if calls:
+                numbered = [{"index": before + place, **call} for place, call in enumerate(calls)]
+                parts.append(({"delta": {"tool_calls": numbered}}, None, None))
+            if finish is not None:
+                parts.append(({"delta": {}}, None, finish))
+        else:
+            echo = self._echo_of(delta.number)
+            told = None if choice.begun else echo
+            text = (told.text if told else "") + text
+            logprobs = self._completion_logprobs(delta.logprobs, delta.offsets, echo, delta.prompt_logprobs, told=told)
+            parts.append(({"text": text}, logprobs, finish))
+        choice.begun = True
+        return [
+            self._event([{"index": delta.number, **part, "logprobs": own_logprobs, "finish_reason": end}], None)
+            for part, own_logprobs, end in parts
+        ]
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """The extra chunk of `stream_options.include_usage`."""
+        return self._event([], usage)
+
+    def _event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
+        if self._chunk_start is None:  # what every chunk begins with is written once
+            kind = "chat.completion.chunk" if self._head.chat else "text_completion"
+            self._chunk_start = b"data: " + compact_json(self._head.body(kind, []))[: -len(b"[]}")]
+        end = b"}\n\n"
+        if self._head.include_usage:
+            end = b',"usage":' + compact_json(None if usage is None else usage_body(usage)) + end
+        return self._chunk_start + compact_json(choices) + end
+
+    # --- parts --------------------------------------------------------------------------
+
+    def _echo_of(self, number: int) -> EchoedPrompt | None:
+        return self._echo[number * len(self._echo) // len(self._choices)] if self._echo else None
+
+    def _chat_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self._top_logprobs is None or not entries:
+            return None
+        content = [
+            {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*pair) for pair in entry.top]}
+            for entry in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": self._token_bytes(token_id),
+        }
+
+    def _completion_logprobs(
+        self,
+        entries: Sequence[TokenLogprob],
+        offsets: Sequence[int],
+        echo: EchoedPrompt | None,
+        of_prompt: Sequence[TokenLogprob],
+        *,
+        told: EchoedPrompt | None,
+    ) -> dict[str, Any] | None:
+        """Of the tokens of this piece; with `told` the prompt's stand before them, the first without a number."""
+        if self._top_logprobs is None:
+            return None
+        begin = len(echo.text) if echo else 0
+        before = told.token_ids[:1] if told else ()
+        scored = [*(of_prompt if told else ()), *entries]
+        top: list[dict[str, float] | None] = [None for _ in before]
+        top += [self._likeliest(entry) for entry in scored]
+        return {
+            "tokens": [self._token_text(token_id) for token_id in (*before, *(entry.token_id for entry in scored))],
+            "token_logprobs": [*(None for _ in before), *(_finite(entry.logprob) for entry in scored)],
+            "top_logprobs": top if self._top_logprobs else None,
+            "text_offset": [*(told.offsets if told else ()), *(begin + offset for offset in offsets)],
+        }
+
+    def _likeliest(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text, the likeliest first, and the token itself where it is none of them (as OpenAI does)."""
+        found: dict[str, float] = {}
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            found.setdefault(self._token_text(token_id), _finite(logprob))
+        return found
+
+
+def _call_body(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot be is told as -9999."""
+    return max(logprob, -9999.0)
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def data_event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + compact_json(body) + b"\n\n"
+
+
+def compact_json(body: Any) -> bytes:
+    return _ENCODER.encode(body).encode()
+
+
+DONE_EVENT = b"data: [DONE]\n\n"

@@ -1,0 +1,194 @@
+"""The base's own tokenizer and chat template, off the event loop and within limits.
+
+`server` asks it for prompts, `generation` for text. Only the base's template is ever rendered: not a client's,
+not an adapter's; transformers renders it in jinja's immutable sandbox. Control tokens inside message texts are
+taken as plain text, so nobody can forge a turn. Refuses slow (python) tokenizers and templates that take too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+
+from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_runtime.openai.detokenizer import EchoedPrompt, echoed
+from lorapool_runtime.openai.tool_format import PLAIN, learn_format, plain_messages
+
+T = TypeVar("T")
+
+ONE_TOKEN_TEXTS = 16 * 1024
+"""Texts of single tokens that are kept: about 2 MB, and nearly all that a language uses."""
+_BYTE_TOKEN = re.compile(r"^<0x([0-9A-F]{2})>$")
+
+
+class TokenizerError(Exception):
+    """The folder has no tokenizer that can be used; the message says which and why."""
+
+
+class Tokenizer:
+    """Prompts to ids and ids to text. `prompt_of_*` run in worker threads, the rest is cheap and safe anywhere."""
+
+    def __init__(self, folder: Path, *, threads: int, timeout_s: float) -> None:
+        from transformers import AutoTokenizer  # takes seconds: not before it is needed, and not on the event loop
+
+        try:
+            inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+        backend = getattr(inner, "backend_tokenizer", None)
+        if backend is None:
+            raise TokenizerError(f"{folder}: the tokenizer has no tokenizer.json; only fast tokenizers are used")
+        self._inner: Any = inner
+        self._backend: Any = backend
+        self._timeout_s = timeout_s
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._byte_level = _is_byte_level(backend)
+        # Every step of every stream decodes its last token alone, to know what of the next two is new.
+        self._decode_one = functools.lru_cache(ONE_TOKEN_TEXTS)(
+            lambda token_id: str(backend.decode([token_id], skip_special_tokens=True))
+        )
+        self._control_tokens = frozenset(
+            token.content for token in inner.added_tokens_decoder.values() if token.special
+        )
+        self.has_chat_template = bool(inner.chat_template)
+        eos = inner.eos_token_id
+        self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else [])
+        self.tool_format = learn_format(self._probe, sorted(self._control_tokens)) if inner.chat_template else PLAIN
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- prompts ------------------------------------------------------------------------
+
+    def grammar_json(self) -> str:
+        """The tokenizer as one JSON text, for the grammar library."""
+        text: str = self._own_copy().backend_tokenizer.to_str()
+        return text
+
+    async def prompt_of_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        """Ids of a conversation with the turn of the assistant opened. Raises InvalidRequest."""
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "This base model has no chat template: it is not made for conversations. "
+                "Send a `prompt` to /v1/completions instead.",
+                param="messages",
+                code="no_chat_template",
+            )
+        return await self._within_limits(functools.partial(self._render, messages, tools))
+
+    async def prompt_of_text(self, text: str) -> tuple[int, ...]:
+        """Ids of a bare prompt, with the start token where the base has one."""
+        return await self._within_limits(functools.partial(self._encode, text))
+
+    async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
+        """A prompt told back, token by token."""
+        return await self._within_limits(functools.partial(echoed, self.decode, token_ids))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        if not self.tool_format.native:
+            messages, tools = plain_messages(messages, tools), ()
+        self._refuse_control_keys([*messages, *tools])
+        try:
+            ids = self._own_copy().apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise InvalidRequest(
+                f"The base model's chat template refuses these messages: {str(error)[:300]}",
+                param="messages",
+                code="chat_template_refused",
+            ) from error
+        return tuple(int(item) for item in ids)
+
+    def _probe(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        text: str = self._inner.apply_chat_template(list(messages), tools=tools, tokenize=False)
+        return text
+
+    def _refuse_control_keys(self, value: Any) -> None:
+        """Control tokens in values are taken as text by transformers; in names of properties they are not."""
+        if isinstance(value, Mapping):
+            for key in value:
+                if any(token in key for token in self._control_tokens):
+                    raise InvalidRequest("A name in `tools` or `tool_calls` holds a control token.", param="tools")
+        for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            self._refuse_control_keys(inner)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._backend.encode(text, add_special_tokens=True).ids)
+
+    def _own_copy(self) -> Any:
+        """A tokenizer per thread: calls change settings inside, which must not meet another thread's."""
+        mine = getattr(self._local, "tokenizer", None)
+        if mine is None:
+            mine = self._local.tokenizer = copy.deepcopy(self._inner)
+        return mine
+
+    async def _within_limits(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await loop.run_in_executor(self._pool, work)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"The prompt could not be prepared within {self._timeout_s:g} s. Shorten it or try again.",
+                code="prompt_timeout",
+                retry_after_s=5,
+            ) from error
+
+    # --- text ---------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without control tokens; U+FFFD where the bytes are no whole character."""
+        if not ids:
+            return ""
+        if len(ids) == 1:
+            return self._decode_one(ids[0])
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, control tokens spelled out (for log-probabilities)."""
+        text: str = self._backend.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """The UTF-8 bytes of one token, which may be part of a character."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return []
+        if match := _BYTE_TOKEN.match(token):
+            return [int(match[1], 16)]
+        table = _bytes_of_characters()
+        if self._byte_level and all(character in table for character in token):
+            return [table[character] for character in token]
+        return list(self.token_text(token_id).encode())
+
+
+def _is_byte_level(backend: Any) -> bool:
+    return "ByteLevel" in repr(type(backend.decoder)) or "ByteLevel" in repr(backend.decoder)
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level tokenizers write each byte as one printable character; this maps them back."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in table.values()]
+    table.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    return table

@@ -1,0 +1,227 @@
+"""`tools`, `tool_choice` and `response_format`: what an answer may look like, parsed and turned into grammars.
+
+`openai_request` calls the parsers with the body; `submission` asks `tools_grammar` for what an answer with tools must
+follow, which depends on how the base writes calls. Pure: a grammar is only text here, `grammar` compiles it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
+from lorapool_runtime.openai.json_body import Body, clean_text, printable
+from lorapool_runtime.openai.json_schema import checked_schema
+from lorapool_runtime.openai.tool_format import ToolFormat
+
+MAX_TOOLS = 64
+MAX_CALLS = 16
+"""Calls in one answer."""
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_ANY_OBJECT = '{"type":"object"}'
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    name: str
+    definition: Mapping[str, Any]
+    """As the chat template gets it."""
+    schema: str
+    """Of its arguments, JSON text."""
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolWishes:
+    """The tools that may be called in this answer, and whether they must."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: Literal["none", "auto", "required"] = "none"
+    parallel: bool = True
+    offered: tuple[Tool, ...] = ()
+    """What the prompt tells of: all of them, also where one is forced."""
+
+    @property
+    def active(self) -> bool:
+        return self.choice != "none"
+
+
+# --- parsing ------------------------------------------------------------------------------
+
+
+def response_format(body: Body) -> GrammarSpec | None:
+    """None where any text will do."""
+    value = body.fields.get("response_format")
+    if value is None or value == {"type": "text"}:
+        return None
+    if not isinstance(value, dict):
+        body.refuse("response_format", "must be an object")
+    if value == {"type": "json_object"}:
+        return GrammarSpec("response_format", schema=_ANY_OBJECT)
+    if value.get("type") != "json_schema":
+        body.refuse("response_format", "must be of type text, json_object or json_schema")
+    _only(value, {"type", "json_schema"}, "response_format")
+    own, where = value.get("json_schema"), "response_format.json_schema"
+    if not isinstance(own, dict):
+        body.refuse(where, "must be an object with `name` and `schema`")
+    _only(own, {"name", "schema", "strict", "description"}, where)
+    _check_name(own.get("name"), f"{where}.name")
+    _check_strict(own, where)
+    return GrammarSpec(f"{where}.schema", schema=checked_schema(own.get("schema"), f"{where}.schema"))
+
+
+def tool_wishes(body: Body) -> ToolWishes:
+    value = body.fields.get("tools")
+    tools: tuple[Tool, ...] = ()
+    if value is not None:
+        if not isinstance(value, list) or len(value) > MAX_TOOLS:
+            body.refuse("tools", f"must be a list of at most {MAX_TOOLS} tools")
+        tools = tuple(_tool(item, f"tools[{place}]") for place, item in enumerate(value))
+    names = [tool.name for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            body.refuse("tools", f"names `{name}` more than once")
+    parallel = body.fields.get("parallel_tool_calls") is None or body.flag("parallel_tool_calls")
+    return _chosen(body, tools, parallel)
+
+
+def _chosen(body: Body, tools: tuple[Tool, ...], parallel: bool) -> ToolWishes:
+    choice = body.fields.get("tool_choice")
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if choice == "none":
+        return ToolWishes()
+    if not tools:
+        body.refuse("tool_choice", "needs `tools`")
+    if choice == "auto":
+        return ToolWishes(tools, "auto", parallel, tools)
+    if choice == "required":
+        return ToolWishes(tools, "required", parallel, tools)
+    if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(choice.get("function"), dict):
+        body.refuse(
+            "tool_choice", 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+        )
+    _only(choice, {"type", "function"}, "tool_choice")
+    _only(choice["function"], {"name"}, "tool_choice.function")
+    wanted = tuple(tool for tool in tools if tool.name == choice["function"].get("name"))
+    if not wanted:
+        body.refuse("tool_choice", f"names none of the tools: {', '.join(tool.name for tool in tools)}")
+    return ToolWishes(wanted, "required", parallel=False, offered=tools)
+
+
+def _tool(item: Any, where: str) -> Tool:
+    if not isinstance(item, dict) or item.get("type") != "function" or not isinstance(item.get("function"), dict):
+        raise InvalidRequest(
+            f'`{where}` must be {{"type": "function", "function": {{...}}}}; other tools are not supported.',
+            param=where,
+        )
+    _only(item, {"type", "function"}, where)
+    function, where = item["function"], f"{where}.function"
+    _only(function, {"name", "description", "parameters", "strict"}, where)
+    _check_name(function.get("name"), f"{where}.name")
+    _check_strict(function, where)
+    description = function.get("description") or ""
+    if not isinstance(description, str):
+        raise InvalidRequest(f"`{where}.description` must be a string.", param=f"{where}.description")
+    parameters = dict(_NO_ARGUMENTS) if function.get("parameters") is None else function["parameters"]
+    if not isinstance(parameters, dict) or parameters.get("type") != "object":
+        param = f"{where}.parameters"
+        raise InvalidRequest(f"`{param}` must be a JSON schema of type object.", param=param)
+    definition = {
+        "name": function["name"],
+        "description": clean_text(description, f"{where}.description"),
+        "parameters": parameters,
+    }
+    schema = checked_schema(parameters, f"{where}.parameters")
+    return Tool(
+        function["name"], {"type": "function", "function": definition}, clean_text(schema, where), f"{where}.parameters"
+    )
+
+
+def called_before(value: Any, where: str) -> list[dict[str, Any]]:
+    """`tool_calls` of an assistant's earlier message, arguments as an object, as chat templates take them."""
+    if not isinstance(value, list) or len(value) > MAX_CALLS:
+        raise InvalidRequest(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
+    return [_call_before(call, f"{where}[{place}]") for place, call in enumerate(value)]
+
+
+def _call_before(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
+    if not isinstance(function, dict) or not isinstance(call.get("id"), str):
+        raise InvalidRequest(
+            f"`{where}` must hold `id`, `type` function and `function` with name and arguments.", param=where
+        )
+    _only(call, {"id", "type", "function", "index"}, where)
+    _only(function, {"name", "arguments"}, f"{where}.function")
+    _check_name(function.get("name"), f"{where}.function.name")
+    try:
+        arguments = json.loads(clean_text(function.get("arguments") or "{}", where), parse_constant=_no_constant)
+    except (TypeError, ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        param = f"{where}.function.arguments"
+        raise InvalidRequest(f"`{param}` must be the text of a JSON object.", param=param)
+    function = {"name": function["name"], "arguments": arguments}
+    return {"id": clean_text(call["id"], where), "type": "function", "function": function}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_name(value: Any, param: str) -> None:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise InvalidRequest(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
+
+
+def _check_strict(value: Mapping[str, Any], where: str) -> None:
+    """Every schema is followed to the letter, so `strict` is checked and changes nothing."""
+    if not isinstance(value.get("strict"), bool | None):
+        raise InvalidRequest(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
+
+
+def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
+    for name in value:
+        if name not in known:
+            shown = f"{where}.{printable(name)}"
+            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+
+
+# --- grammars -----------------------------------------------------------------------------
+
+
+def tools_grammar(wishes: ToolWishes, style: ToolFormat) -> GrammarSpec:
+    """`required`: calls and nothing else. `auto`: any text, in which what begins as a call is a valid one."""
+    several = wishes.parallel and style.separator is not None
+    if wishes.choice == "required":
+        more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
+        head = ["start: call" + more, f"call: {_literal(style.opening)} body"]
+    else:
+        rest = style.opening[len(style.trigger) :]
+        head = [
+            "start: call* text" if several else "start: call | text",
+            "text: TEXT",
+            f"call: trigger {_literal(rest)} body",
+            f"trigger[lazy]: TEXT {_literal(style.trigger)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    bodies = [
+        f"body_{place}: {_literal(tool.name + style.middle)} %json {_styled(tool.schema)} {_literal(style.closing)}"
+        for place, tool in enumerate(wishes.tools)
+    ]
+    choice = "body: " + " | ".join(f"body_{place}" for place in range(len(bodies)))
+    lark = "\n".join(["%llguidance {}", *head, choice, *bodies, ""])
+    return GrammarSpec("tools", lark=lark, parts=tuple((tool.param, tool.schema) for tool in wishes.tools))
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _styled(schema: str) -> str:
+    return json.dumps({**json.loads(schema), "x-guidance": JSON_STYLE}, ensure_ascii=False)

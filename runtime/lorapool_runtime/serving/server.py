@@ -1,0 +1,270 @@
+"""The runtime's HTTP surface: routes of `lorapool_api.protocol`, the token check, errors into bodies.
+
+`__main__` runs it over one `service.Runtime`. Every route but /healthz and /readyz asks for the bearer token; one
+middleware turns whatever is raised into an OpenAI body. Answers to inference are `inference`'s. It decides nothing
+about adapters or engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ValidationError
+
+from lorapool_api.common import (
+    HEADER_PROCESSING_MS,
+    HEADER_REQUEST_ID,
+    AdapterKey,
+)
+from lorapool_api.openai import (
+    ApiError,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    PayloadTooLarge,
+    ServerError,
+    Unauthenticated,
+)
+from lorapool_api.protocol import (
+    LONG_POLL_MAX_S,
+    ROUTE_ADAPTER,
+    ROUTE_CHAT,
+    ROUTE_COMPLETIONS,
+    ROUTE_EVENTS,
+    ROUTE_HEALTH,
+    ROUTE_METRICS,
+    ROUTE_MODELS,
+    ROUTE_READY,
+    ROUTE_RESOLVE,
+    ROUTE_RUNTIME,
+    AdapterDescriptor,
+    PutAnswer,
+    ResolveRequest,
+    token_sha256,
+)
+from lorapool_runtime.openai.json_body import parse_json_object
+from lorapool_runtime.openai.request import parse_chat, parse_completion
+from lorapool_runtime.serving.responses import REQUEST_ID, Inference, milliseconds
+from lorapool_runtime.serving.service import Runtime
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_REQUEST_ID = re.compile(r"^[A-Za-z0-9._:/+=-]{1,128}$")
+
+
+def make_app(runtime: Runtime) -> web.Application:
+    """The application; its routes are all there is."""
+    server = _Server(runtime)
+    app = web.Application(middlewares=[server.answer_errors, server.check_token],
+                          client_max_size=runtime.settings.body_max_bytes)  # fmt: skip
+    app.router.add_get(ROUTE_HEALTH, server.health)
+    app.router.add_get(ROUTE_READY, server.readiness)
+    app.router.add_get(ROUTE_METRICS, server.metrics)
+    app.router.add_get(ROUTE_RUNTIME, server.snapshot)
+    app.router.add_get(ROUTE_EVENTS, server.events)
+    app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
+    app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
+    app.router.add_post(ROUTE_RESOLVE, server.resolve)
+    app.router.add_get(ROUTE_MODELS, server.models)
+    app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
+    app.router.add_post(ROUTE_CHAT, server.chat)
+    app.router.add_post(ROUTE_COMPLETIONS, server.completions)
+    return app
+
+
+def make_metrics_app(runtime: Runtime) -> web.Application:
+    """The open listener of `metrics_port`: our own names, and apart from them those of inference gateways."""
+    app = web.Application()
+    server = _Server(runtime)
+    app.router.add_get(ROUTE_METRICS, server.own_metrics)
+    app.router.add_get(ROUTE_METRICS + "/vllm", server.gateway_metrics)
+    return app
+
+
+class _Server:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._inference = Inference(runtime)
+
+    # --- around every route -------------------------------------------------------------
+
+    @web.middleware
+    async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """The one place where an exception becomes a response."""
+        given = request.headers.get(HEADER_REQUEST_ID, "")
+        request[REQUEST_ID] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        started_s = self._runtime.clock.now_s()
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            failure = _api_error(error)
+            if failure.status >= 500 and not isinstance(error, ApiError):
+                log.exception("request failed", extra={"request_id": request[REQUEST_ID]})
+            if failure.code != "internal_error":
+                self._runtime.metrics.rejected(failure.code or "invalid_request")
+            response = web.json_response(failure.body(), status=failure.status, headers=failure.headers())
+        if not response.prepared:
+            response.headers[HEADER_REQUEST_ID] = request[REQUEST_ID]
+            response.headers[HEADER_PROCESSING_MS] = milliseconds(self._runtime.clock.now_s() - started_s)
+        return response
+
+    @web.middleware
+    async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Deny by default: by the matched handler, never by the URL's text."""
+        if request.match_info.handler not in (self.health, self.readiness):
+            self._check_token(request.headers.get("Authorization", ""))
+        return await handler(request)
+
+    def _check_token(self, header: str) -> None:
+        wanted = self._settings.token_sha256
+        if wanted is None:
+            return
+        scheme, _, token = header.partition(" ")
+        given = token_sha256(token.strip()) if token.isascii() else ""
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, wanted):
+            raise Unauthenticated("Missing or wrong bearer token.")
+
+    # --- health and state -----------------------------------------------------------------
+
+    async def health(self, _request: web.Request) -> web.Response:
+        healthy = self._runtime.healthy
+        return web.Response(text="ok\n" if healthy else "the engine has died\n", status=200 if healthy else 503)
+
+    async def readiness(self, _request: web.Request) -> web.Response:
+        if self._runtime.ready:
+            return web.Response(text="ready\n")
+        return web.Response(text="draining\n" if self._runtime.draining else "loading\n", status=503)
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        return _exposition(self._runtime.metrics.render() + self._runtime.metrics.render_gateway_names())
+
+    async def own_metrics(self, _request: web.Request) -> web.Response:
+        return _exposition(self._runtime.metrics.render())
+
+    async def gateway_metrics(self, _request: web.Request) -> web.Response:
+        return _exposition(self._runtime.metrics.render_gateway_names())
+
+    async def snapshot(self, request: web.Request) -> web.Response:
+        after, wait_s = _poll_params(request.query)
+        await self._runtime.changes.wait(after, wait_s)
+        return web.Response(body=self._runtime.snapshot_json(), content_type="application/json")
+
+    async def events(self, request: web.Request) -> web.Response:
+        after, wait_s = _poll_params(request.query)
+        ends_s = self._runtime.clock.now_s() + wait_s
+        while after >= self._runtime.events.last_seq:
+            left_s = ends_s - self._runtime.clock.now_s()
+            if left_s <= 0:
+                break
+            await self._runtime.changes.wait(self._runtime.changes.seq, left_s)
+        return _json(self._runtime.events.after(after))
+
+    # --- adapters -----------------------------------------------------------------------
+
+    async def put_adapter(self, request: web.Request) -> web.Response:
+        key = _key_of_path(request.match_info)
+        descriptor = _parse(AdapterDescriptor, await self._body(request))
+        report = await self._runtime.adapters.register(key, descriptor)
+        return _json(PutAnswer(boot_id=self._runtime.boot_id, adapter=report))
+
+    async def delete_adapter(self, request: web.Request) -> web.Response:
+        return _json(await self._runtime.adapters.delete(_key_of_path(request.match_info)))
+
+    async def resolve(self, request: web.Request) -> web.Response:
+        return _json(await self._runtime.resolve(_parse(ResolveRequest, await self._body(request))))
+
+    # --- models -------------------------------------------------------------------------
+
+    async def models(self, _request: web.Request) -> web.Response:
+        names = [self._settings.base_name, *sorted(self._runtime.adapters.displays())]
+        return web.json_response({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        if name != self._settings.base_name and name not in self._runtime.adapters.displays():
+            raise ModelNotFound(name)
+        return web.json_response(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        base = self._settings.base_name
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._runtime.started_unix_s),
+            "owned_by": "lorapool",
+            "parent": None if name == base else base,
+        }
+
+    # --- inference ----------------------------------------------------------------------
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._inference.answer(request, parse_chat(await self._body(request)))
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._inference.answer(request, parse_completion(await self._body(request)))
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                return await request.read()
+        except TimeoutError as error:
+            raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from error
+
+
+def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return PayloadTooLarge("The body is larger than this server takes (4 MiB unless set otherwise).")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return MethodNotAllowed(f"Method {error.method} is not allowed here.")
+    if isinstance(error, web.HTTPException) and error.status < 500:
+        return NotFound("There is no such route.") if error.status == 404 else InvalidRequest(error.reason)
+    return ServerError("Something failed inside the runtime; its log has the details.")
+
+
+def _exposition(body: bytes) -> web.Response:
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def _json(model: BaseModel) -> web.Response:
+    return web.Response(body=model.model_dump_json(by_alias=True).encode(), content_type="application/json")
+
+
+def _parse(model: type[M], raw: bytes) -> M:
+    try:
+        return model.model_validate(parse_json_object(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"`{where}`: {first['msg']}", param=where) from error
+
+
+def _key_of_path(match: Mapping[str, str]) -> AdapterKey:
+    try:
+        return AdapterKey.parse(f"{match['uid']}@{match['digest']}")
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="uid") from error
+
+
+def _poll_params(query: Mapping[str, str]) -> tuple[int, float]:
+    after, wait = query.get("after", "0"), query.get("wait", "0")
+    if not (after.isascii() and after.isdecimal() and len(after) <= 18):
+        raise InvalidRequest("`after` must be a whole number.", param="after")
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait, re.ASCII):
+        raise InvalidRequest("`wait` must be a number of seconds.", param="wait")
+    return int(after), min(float(wait), LONG_POLL_MAX_S)

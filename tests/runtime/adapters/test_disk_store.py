@@ -1,0 +1,96 @@
+"""A folder on disk is hashed and judged once, and again as soon as it is not the very one that was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engine_kit import save_adapter, tiny_model
+
+from lorapool_api.common import FailureReason
+from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
+from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.compatibility import BaseFacts
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.settings import SourceSettings
+from lorapool_runtime.adapters.disk_store import DiskStore
+from lorapool_runtime.adapters.manager import disk_store as store_module
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+MODULES = {f"model.layers.{layer}.self_attn.q_proj": (64, 64) for layer in range(2)}
+SOURCE = SourceRef(uri="pvc://claim/one")
+
+
+class World:
+    """A store of one adapter on a volume; `inspected` folders so far."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        save_adapter(folder / "claim" / "one", tiny_model("Llama"), r=2, target_modules=["q_proj"])
+        (folder / "claim" / "one" / "README.md").unlink(missing_ok=True)
+        self.inspected = 0
+        self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
+        self.cache.start()
+        facts = BaseFacts(MODULES, loaded=True)
+        self.store = DiskStore(self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_timeout_s=30.0)
+        inspect = store_module.inspect_adapter_folder
+
+        def counted(*given: object) -> object:
+            self.inspected += 1
+            return inspect(*given)  # type: ignore[arg-type]  # whatever it is given
+
+        patch.setattr(store_module, "inspect_adapter_folder", counted)
+
+    def digest(self) -> str:
+        answer = asyncio.run(self.store.resolve(ResolveRequest(source=SOURCE)))
+        assert answer.digest is not None
+        return answer.digest
+
+    def fetch(self, digest: str, max_bytes: int | None = None) -> Tier:
+        return asyncio.run(self.store.fetch(digest, SOURCE, max_bytes)).tier
+
+    def weights(self, digest: str) -> Path:
+        folder = self.cache.get(digest)
+        assert folder is not None
+        return folder / "adapter_model.safetensors"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield World(tmp_path, patch)
+
+
+def test_a_folder_that_did_not_change_is_inspected_once(world: World) -> None:
+    digest = world.digest()
+    assert [world.fetch(digest) for _ in range(3)] == [Tier.SOURCE, Tier.DISK, Tier.DISK]
+    assert world.inspected == 1
+
+
+def test_a_file_changed_on_disk_is_seen_though_its_size_and_time_are_as_before(world: World) -> None:
+    digest = world.digest()
+    world.fetch(digest)
+    weights = world.weights(digest)
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="not the sha256") as refused:
+            world.fetch(digest)
+        assert refused.value.reason is FailureReason.DIGEST_MISMATCH
+    assert world.inspected == 3
+
+
+def test_a_tighter_limit_is_judged_for_itself(world: World) -> None:
+    digest = world.digest()
+    world.fetch(digest)
+    with pytest.raises(ArtifactError) as refused:
+        world.fetch(digest, max_bytes=100)
+    assert refused.value.reason is FailureReason.TOO_LARGE
+    assert world.fetch(digest) is Tier.DISK
+    assert world.inspected == 2

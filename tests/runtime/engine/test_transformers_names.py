@@ -1,0 +1,75 @@
+"""What transformers may rename without notice is known to one module, so that an upgrade is one file's work."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RUNTIME = Path(__file__).parents[3] / "runtime" / "lorapool_runtime"
+MODEL = "engines/torch/model/load.py"
+PUBLIC = {
+    "openai/tokenizer.py": {"transformers.AutoTokenizer"},
+    "startup.py": {"transformers.utils.logging"},
+    MODEL: {
+        "transformers.AttentionInterface",
+        "transformers.AutoConfig",
+        "transformers.AutoModelForCausalLM",
+        "transformers.GenerationConfig",
+    },
+}
+"""Documented classes and functions, and who uses them."""
+STRUCTURAL = {
+    "attention_mask", "get_input_embeddings", "get_output_embeddings", "get_text_config", "input_ids", "layer_idx",
+    "layer_types", "logits_to_keep", "max_position_embeddings", "num_hidden_layers", "output_router_logits",
+    "position_ids", "quantization_config", "rope_parameters", "rope_type", "scaling", "set_attn_implementation",
+    "sliding_attention", "sliding_window", "use_cache",
+}  # fmt: skip
+"""Names of configurations, models and their calls: attributes, keyword arguments, parameters or strings."""
+
+
+def trees() -> dict[str, ast.Module]:
+    return {str(path.relative_to(RUNTIME)): ast.parse(path.read_text()) for path in sorted(RUNTIME.rglob("*.py"))}
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == "transformers")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "transformers":
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def used(tree: ast.Module) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name) | ast.keyword(arg=str(name)) | ast.arg(arg=name):
+                found.add(name)
+            case ast.Constant(value=str(name)):
+                found.add(name)
+    return found & STRUCTURAL
+
+
+def test_of_transformers_only_documented_names_are_imported_and_each_by_one_module() -> None:
+    assert {name: found for name, tree in trees().items() if (found := set(imported(tree)))} == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(STRUCTURAL))
+def test_a_structural_name_occurs_in_one_module_only(name: str) -> None:
+    assert [module for module, tree in trees().items() if name in used(tree)] == [MODEL]
+
+
+def test_no_underscored_name_of_transformers_is_touched() -> None:
+    private = {
+        node.attr
+        for node in ast.walk(trees()[MODEL])
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+    }
+    assert private == set()
+
+
+def test_the_module_that_knows_them_reads_in_one_sitting() -> None:
+    assert len((RUNTIME / MODEL).read_text().splitlines()) <= 400

@@ -1,0 +1,243 @@
+"""The decode step of a GPU: equal to the eager one, and nothing in it that a CUDA graph could not hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_kit
+from capture_kit import CaptureGuard, NotCapturableError
+from engine_kit import VOCAB, greedy, peft_world, request, tiny_model
+from torch import Tensor
+
+from lorapool_runtime.engines.interface import TokenOutput
+from lorapool_runtime.engines.torch.config import EngineConfig
+from lorapool_runtime.engines.torch.core import Core
+from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs, Step, batch_sizes
+from lorapool_runtime.engines.torch.kernels import triton_attention as kernels_attention
+from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
+from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
+from lorapool_runtime.engines.torch.lora.slots import Slabs
+from lorapool_runtime.engines.torch.model.kv_pool import KVPool
+from lorapool_runtime.engines.torch.model.load import Base, load_base
+from lorapool_runtime.engines.torch.scheduling.scheduler import StepPlan
+from lorapool_runtime.weights.reader import PackedAdapter
+
+META = torch.device("meta")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "everything": {"r": 5, "lora_alpha": 8, "target_modules": "all-linear"},
+    "qv": {"r": 8, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+}
+
+
+class NoCapture:
+    """Stands where CudaCapture stands: a replay runs the step again."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captured += 1
+        return step
+
+
+class Compared:
+    """A decode path that computes every step twice and holds the graphs' answer to the eager one."""
+
+    def __init__(self, core: Core, graphs: DecodeGraphs) -> None:
+        self.core, self.graphs, self.sizes = core, graphs, Counter[int]()
+
+    def can_run(self, plan: StepPlan) -> bool:
+        return self.graphs.can_run(plan)
+
+    def run(self, plan: StepPlan) -> Tensor:
+        got, lora = self.graphs.run(plan).clone(), self.core.base.lora
+        kernel, lora.kernel, self.core.runner.decode_path = lora.kernel, None, None
+        wanted = self.core.runner.run(plan)
+        lora.kernel, self.core.runner.decode_path = kernel, self
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        self.sizes[len(plan.decodes)] += 1
+        return got
+
+
+def core_of(folder: Path, **changes: Any) -> Core:
+    settings: dict[str, Any] = {"max_rank": 16, "slots": 3, "max_batch": 5, "max_batch_tokens": 32, "max_model_len": 32}
+    return Core(EngineConfig(model_dir=str(folder), device="cpu", kv_block_tokens=4, **settings | changes))
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("Llama", 1), ("Gemma2", 2)])
+def test_every_decode_step_equals_the_eager_one(
+    architecture: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base rows and two adapters, rows that come and go, contexts past Gemma's window of 6, padding to 4 and to 5."""
+    world = peft_world(tmp_path, tiny_model(architecture, num_hidden_layers=layers), ADAPTERS)
+    core = core_of(world.base)
+    for slot, name in ((0, "everything"), (2, "qv")):
+        core.load(slot, read(core, world.adapters[name]))
+    capture = NoCapture()
+    monkeypatch.setattr(kernels_attention, "_PARTS", 1)  # each is a program, and the interpreter is slow
+    core.base.lora.kernel = kernel = TritonKernel(core.slabs)
+    kernel.warm_up(core.slabs)
+    graphs = DecodeGraphs(core.base, core.pool, max_batch=5, max_model_len=32, capture=capture)
+    with torch.inference_mode():
+        before = core.pool.data.clone()
+        graphs.capture_all()
+        padding = graphs.step(2, True)  # as CudaCapture does before it captures
+        assert torch.equal(core.pool.data, before)
+        assert bool(padding.isfinite().all())
+        compared = core.runner.decode_path = Compared(core, graphs)
+        asked = {
+            "a": (None, -1, [5, 6, 7], 5),
+            "b": ("everything", 0, [9, 8], 4),
+            "c": ("qv", 2, list(range(3, 12)), 5),
+            "d": ("everything", 0, [4], 2),
+            "e": (None, -1, [30, 31], 2),
+        }
+        tokens: dict[str, list[int]] = {name: [] for name in asked}
+        for name in ("a", "b", "c"):
+            core.add(request(name, asked[name][2], greedy(asked[name][3]), slot=asked[name][1]))
+        collect(core.step() + core.step(), tokens)
+        for name in ("d", "e"):
+            core.add(request(name, asked[name][2], greedy(asked[name][3]), slot=asked[name][1]))
+        while core.scheduler.has_work:
+            collect(core.step(), tokens)
+    for name, (adapter, _, prompt, count) in asked.items():
+        assert tokens[name] == world.answer(adapter, prompt, count), name
+    assert capture.captured == 2 * len(graphs.sizes)
+    assert compared.sizes == {3: 1, 5: 1, 2: 1}  # padded to 4, 5 and 2
+
+
+def read(core: Core, folder: Path) -> PackedAdapter:
+    return core.reader.read(folder, max_rank=16)
+
+
+def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
+    for output in outputs:
+        assert output.token_id is not None, output.error
+        tokens[output.request_id].append(output.token_id)
+
+
+# --- what a capture allows ---
+
+
+def meta_graphs(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
+    """A base without values: its weights, slabs and KV cache lie on the meta device."""
+    tiny_model(architecture).save_pretrained(folder)
+    with monkeypatch.context() as patch:
+        # the stock model's probe looks for packed sequences among its positions; the fitted one never asks
+        patch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+        base: Base = load_base(str(folder), dtype="bfloat16", device=META)
+    slabs = Slabs(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META)
+    base.lora.slabs, base.lora.kernel = slabs, TritonKernel(slabs)
+    layer = base.layers[0]
+    pool = KVPool(
+        layers=len(base.layers),
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
+        blocks=20,
+        block_size=4,
+        dtype=base.dtype,
+        device=META,
+    )
+    return DecodeGraphs(base, pool, max_batch=6, max_model_len=64, capture=NoCapture())
+
+
+ARCHITECTURES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "Olmo2", "Granite"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_decode_step_never_asks_the_device_nor_takes_a_shape_from_data(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = meta_graphs(tmp_path, architecture, monkeypatch)
+    layers, groups = len(graphs._base.layers), len(graphs._base.groups)
+    for size in graphs.sizes:
+        for with_lora in (True, False):
+            with torch.inference_mode(), CaptureGuard(META) as guard:
+                logits = graphs.step(size, with_lora)
+            assert logits.shape == (size, VOCAB)
+            ran = Counter(guard.ran)
+            assert ran["lorapool::paged_attend"] == ran["lorapool::paged_write"] == layers
+            assert ran["lorapool::lora_rows"] == (groups if with_lora else 0)
+
+
+FORBIDDEN: dict[str, Callable[[Tensor], Any]] = {
+    "an item": lambda x: x.sum().item(),
+    "a truth value": lambda x: bool((x > 0).any()),
+    "a list": lambda x: x.tolist(),
+    "the places of what is not zero": lambda x: x.nonzero(),
+    "a mask as index": lambda x: x[x > 0],
+    "distinct values": lambda x: x.unique(),
+    "a constant from the host": lambda x: x + torch.tensor([1.0, 2.0, 3.0], device=x.device),
+    "a tensor moved from the host": lambda x: x + torch.ones(3).to(x.device),
+    "repeats by a tensor": lambda x: x.repeat_interleave(x.long()),
+}
+
+
+@pytest.mark.parametrize("step", FORBIDDEN.values(), ids=FORBIDDEN.keys())
+def test_the_guard_sees_what_a_capture_forbids(step: Callable[[Tensor], Any]) -> None:
+    x = torch.ones(3, device=META)
+    with pytest.raises(NotCapturableError), CaptureGuard(META):
+        step(x)
+
+
+def test_the_operators_themselves_only_make_room_and_launch() -> None:
+    """What runs inside them, seen with the launches written down instead of made."""
+    i32, i64 = ({"dtype": t, "device": META} for t in (torch.int32, torch.int64))
+    x, y, memory = (torch.empty(shape, device=META) for shape in ((4, 64), (4, 96), (1000,)))
+    slots, ranks, at = torch.empty(4, **i32), torch.empty(2, 3, **i32), torch.empty(2, 3, **i64)
+    keys, new, q = (torch.empty(shape, device=META) for shape in ((80, 2, 16), (4, 2, 16), (4, 6, 16)))
+    tiles, tables, segments = torch.empty(2, 4, **i64), torch.empty(4, 9, **i32), torch.empty(5, 3, **i32)
+    with triton_kit.recorded(kernels_lora, kernels_attention) as launches, CaptureGuard(META) as guard:
+        inside(kernels_lora.lora_rows)(x, slots, memory, ranks, at, at, tiles, 16, 16, y)
+        inside(kernels_lora.lora_segments)(x, slots, segments, memory, ranks, at, at, tiles, 16, 16, y)
+        inside(kernels_attention.paged_write)(keys, keys, slots, new, new)
+        inside(kernels_attention.paged_attend)(q, keys, keys, tables, slots, 4, 0.1, 0, 0.0)
+    assert set(guard.ran) == {"aten::empty.memory_format"}
+    assert len(launches.made) == 7
+
+
+def inside(operator: Any) -> Callable[..., Any]:
+    return operator._init_fn  # type: ignore[no-any-return]
+
+
+def test_batch_sizes_are_few_and_reach_the_largest() -> None:
+    assert batch_sizes(1) == (1,)
+    assert batch_sizes(6) == (1, 2, 4, 6)
+    assert batch_sizes(32) == (1, 2, 4, 8, 16, 32)
+    assert len(batch_sizes(1000)) == 11
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def on_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU: a graph is captured and replayed")
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2"])
+def test_captured_graphs_give_peft_s_tokens_on_a_gpu(architecture: str, tmp_path: Path) -> None:
+    world = peft_world(tmp_path, tiny_model(architecture), ADAPTERS)
+    core = Core(
+        EngineConfig(model_dir=str(world.base), device="cuda", dtype="float32", max_rank=16, slots=3, max_batch=5)
+    )
+    assert isinstance(core.runner.decode_path, DecodeGraphs)
+    assert isinstance(core.runner.decode_path._capture, CudaCapture)
+    tokens: dict[str, list[int]] = {}
+    with torch.inference_mode():
+        for slot, name in ((0, "everything"), (2, "qv")):
+            core.load(slot, read(core, world.adapters[name]))
+        for number, slot in enumerate((-1, 0, 2)):
+            tokens[str(number)] = []
+            core.add(request(str(number), [5, 6, 7 + number], greedy(12), slot=slot))
+        while core.scheduler.has_work:
+            collect(core.step(), tokens)
+    for number, adapter in enumerate((None, "everything", "qv")):
+        assert tokens[str(number)] == world.answer(adapter, [5, 6, 7 + number], 12)

@@ -1,0 +1,169 @@
+"""Who computes what in a step, without a model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lorapool_runtime.engines.interface import FinishReason, GenerationRequest, SamplingParams
+from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
+from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan
+from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
+
+
+def make(arrival: int, prompt_tokens: int, slot: int = -1, max_tokens: int = 8) -> Sequence:
+    """Of a prompt that begins like no other's."""
+    prompt = tuple(range(arrival * 1000, arrival * 1000 + prompt_tokens))
+    params = SamplingParams(max_tokens=max_tokens)
+    return Sequence(GenerationRequest(f"r{arrival}", prompt, slot, "s", params), arrival=arrival, seed=0)
+
+
+def scheduler(blocks: int = 100, block_size: int = 4, max_batch: int = 8, max_batch_tokens: int = 16) -> Scheduler:
+    return Scheduler(BlockAllocator(blocks, block_size), max_batch=max_batch, max_batch_tokens=max_batch_tokens)
+
+
+def spend(plan: StepPlan) -> None:
+    """What the engine does with a plan, with a made-up token."""
+    for chunk in plan.chunks:
+        samples = chunk.samples
+        chunk.sequence.advance(chunk.num_tokens)
+        if samples:
+            chunk.sequence.append(1)
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_decoding_rows_never_wait_for_it() -> None:
+    s = scheduler(max_batch_tokens=8)
+    s.add(make(0, 3))
+    spend(s.schedule())
+    s.add(make(1, 20))
+    sizes = []
+    for _ in range(3):
+        plan = s.schedule()
+        assert [c.sequence.arrival for c in plan.decodes] == [0]
+        sizes += [c.num_tokens for c in plan.prefills]
+        spend(plan)
+    assert sizes == [7, 7, 6]
+
+
+def test_only_the_last_chunk_of_a_prompt_samples() -> None:
+    s = scheduler(max_batch_tokens=8)
+    s.add(make(0, 12))
+    first = s.schedule()
+    assert [c.samples for c in first.prefills] == [False]
+    spend(first)
+    assert [c.samples for c in s.schedule().prefills] == [True]
+
+
+def test_the_token_budget_and_the_batch_size_are_never_exceeded() -> None:
+    s = scheduler(max_batch=3, max_batch_tokens=10)
+    for i in range(6):
+        s.add(make(i, 6))
+    for _ in range(5):
+        plan = s.schedule()
+        assert sum(c.num_tokens for c in plan.chunks) <= 10
+        assert len(s.running) <= 3
+        spend(plan)
+
+
+def test_rows_come_ordered_by_slot() -> None:
+    s = scheduler(max_batch_tokens=64)
+    for i, slot in enumerate([3, -1, 0, 3, -1]):
+        s.add(make(i, 2, slot))
+    plan = s.schedule()
+    assert [c.sequence.slot for c in plan.prefills] == [-1, -1, 0, 3, 3]
+    spend(plan)
+    assert [c.sequence.slot for c in s.schedule().decodes] == [-1, -1, 0, 3, 3]
+
+
+def test_admission_is_by_real_blocks_and_first_come_first_served() -> None:
+    s = scheduler(blocks=6, block_size=4, max_batch_tokens=64)
+    for i, tokens in enumerate([12, 16, 2]):
+        s.add(make(i, tokens))
+    s.schedule()
+    assert [q.arrival for q in s.running] == [0]  # 4 more blocks are not there, and the small one does not overtake
+    assert [q.arrival for q in s.waiting] == [1, 2]
+
+
+def test_the_youngest_is_preempted_when_a_decoding_row_finds_no_block() -> None:
+    s = scheduler(blocks=5, block_size=4, max_batch_tokens=64)
+    old, young = make(0, 8), make(1, 4)
+    s.add(old)
+    s.add(young)
+    spend(s.schedule())
+    plan = s.schedule()
+    assert [c.sequence.arrival for c in plan.decodes] == [0, 1]
+    for _ in range(4):
+        spend(plan)
+        plan = s.schedule()
+    assert plan.preempted == (young,)
+    assert young.status is SequenceStatus.WAITING
+    assert young.computed == 0
+    assert [c.sequence for c in plan.decodes] == [old]
+
+
+def test_the_preempted_comes_back_before_the_later_ones_and_recomputes_its_text() -> None:
+    s = scheduler(blocks=5, block_size=4, max_batch_tokens=64)
+    old, young = make(0, 8), make(1, 4)
+    s.add(old)
+    s.add(young)
+    while young.status is not SequenceStatus.WAITING or not young.generated:
+        spend(s.schedule())
+    s.add(make(2, 1))
+    assert s.waiting[0] is young
+    s.finish(old, FinishReason.STOP)
+    plan = s.schedule()
+    chunk = next(c for c in plan.prefills if c.sequence is young)
+    assert (chunk.start, chunk.num_tokens) == (0, len(young.tokens))
+    assert chunk.samples
+
+
+def test_every_block_that_changes_hands_is_told() -> None:
+    s = scheduler(block_size=4)
+    sequence = make(0, 6)
+    s.add(sequence)
+    plan = s.schedule()
+    assert set(plan.fresh_blocks) == set(sequence.block_table)
+    spend(plan)
+    assert s.schedule().fresh_blocks == ()
+
+
+def test_what_can_never_fit_is_known_before() -> None:
+    s = scheduler(blocks=3, block_size=4)
+    assert s.could_ever_fit(8, 5)  # the last sampled token needs no place
+    assert not s.could_ever_fit(8, 6)
+
+
+def test_a_batch_larger_than_the_token_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch"):
+        scheduler(max_batch=9, max_batch_tokens=8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_thousands_of_random_moves_leave_nothing_behind_and_starve_nobody(seed: int) -> None:
+    rng = random.Random(seed)
+    s = scheduler(blocks=12, block_size=4, max_batch=5, max_batch_tokens=9)
+    alive: list[Sequence] = []
+    finished = arrivals = 0
+    for _ in range(800):
+        if rng.random() < 0.4 and len(alive) < 12:
+            prompt, more = rng.randrange(1, 24), rng.randrange(1, 20)
+            assert s.could_ever_fit(prompt, more)
+            alive.append(make(arrivals, prompt, rng.randrange(-1, 3), more))
+            s.add(alive[-1])
+            arrivals += 1
+        if alive and rng.random() < 0.05:
+            s.finish(alive.pop(rng.randrange(len(alive))), FinishReason.CANCELLED)
+        plan = s.schedule()
+        assert plan.chunks or not alive
+        spend(plan)
+        for sequence in [q for q in alive if q.generated >= q.request.sampling.max_tokens]:
+            alive.remove(sequence)
+            s.finish(sequence, FinishReason.LENGTH)
+            finished += 1
+        assert s.allocator.used == sum(len(q.block_table) for q in s.running)
+    for sequence in alive:
+        s.finish(sequence, FinishReason.CANCELLED)
+    assert s.allocator.used == 0
+    assert not s.has_work
+    assert finished > 40

@@ -1,0 +1,414 @@
+"""Around the surface: the token, leaving clients, draining, health, metrics, settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+from fakes_runtime import (
+    FakeClock,
+    FakeEngine,
+    FakeStore,
+    Served,
+    descriptor,
+    key_of,
+    listening,
+    save_byte_tokenizer,
+    serving,
+    settings_for_tests,
+    until,
+)
+
+from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.protocol import token_sha256
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.settings import SourceSettings
+from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
+from lorapool_runtime.serving.server import make_app, make_metrics_app
+from lorapool_runtime.serving.service import Runtime
+from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+CHAT = {"model": "tiny", "messages": HI}
+TOKEN = "t" * 64
+
+# --- the token ------------------------------------------------------------------------------
+
+
+def routes_of(app: web.Application) -> list[tuple[str, str]]:
+    """(method, path) of every route there is, with something in the place of its variables."""
+    found = []
+    for route in app.router.routes():
+        assert route.resource is not None
+        path = route.resource.canonical
+        for name, value in (("uid", "u"), ("digest", key_of("x").digest), ("model", "m")):
+            path = path.replace("{" + name + "}", value)
+        found.append((route.method, path))
+    return found
+
+
+async def test_every_route_but_the_two_probes_asks_for_the_token(byte_tokenizer: Path) -> None:
+    routes = routes_of(make_app(Runtime(settings_for_tests())))
+    assert len(routes) >= 14
+    async with (
+        serving(byte_tokenizer, token_sha256=token_sha256(TOKEN)) as served,
+        aiohttp.ClientSession(served.url) as session,
+    ):
+        for method, path in [*routes, ("GET", "/"), ("GET", "/v1/nothing"), ("POST", "/healthz")]:
+            for headers in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": TOKEN},
+                {"Authorization": f"Basic {TOKEN}"},
+                {"Host": "x/healthz?"},
+            ):
+                async with session.request(method, path, headers=headers) as response:
+                    is_open = path in ("/healthz", "/readyz") and method in ("GET", "HEAD")
+                    assert response.status == (200 if is_open else 401), (method, path, headers)
+        async with session.get("/v1/models", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+            assert response.status == 200
+
+
+async def test_a_raw_host_header_opens_nothing(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer, token_sha256=token_sha256(TOKEN)) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        for target in ("/v1/runtime", "http://x/healthz/../v1/runtime", "//healthz/v1/runtime", "*"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET {target} HTTP/1.1\r\nHost: x/healthz?\r\nConnection: close\r\n\r\n".encode())
+            status = int((await reader.readline()).split()[1])
+            assert status in (400, 401), target
+            writer.close()
+            await writer.wait_closed()
+
+
+# --- leaving clients ------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_mid_stream_ends_its_generation_within_two_tokens(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.02)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
+        body = {**CHAT, "model": "team/poet", "stream": True}
+        response = await session.post("/v1/chat/completions", json=body)
+        seen = 0
+        async for line in response.content:
+            seen += b'"content":"x' in line
+            if seen == 5:
+                break
+        made = engine.tokens_made
+        response.close()
+        await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=1.0)
+        assert engine.tokens_made - made <= 2
+        (report,) = served.runtime.adapters.reports()
+        assert (report.in_flight, report.usage.cancelled_requests) == (0, 1)
+        assert report.usage.completion_tokens == engine.tokens_made  # what was computed is counted
+        assert report.usage.prompt_tokens > 0
+
+
+async def test_a_client_that_leaves_a_whole_answer_ends_its_generation_too(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.02)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        asking = asyncio.create_task(session.post("/v1/chat/completions", json=CHAT))
+        await until(lambda: engine.tokens_made >= 3)
+        made = engine.tokens_made
+        asking.cancel()
+        await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=1.0)
+        assert engine.tokens_made - made <= 2
+
+
+async def test_a_client_that_reads_nothing_is_dropped_and_its_slot_given_back(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.0, max_model_len=400_000)
+    async with serving(byte_tokenizer, engine=engine, write_timeout_s=0.3) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        wish = {**CHAT, "stream": True, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}  # long events
+        body = json.dumps(wish).encode()
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        await reader.readline()
+        await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=20.0)
+        writer.transport.abort()
+
+
+async def test_a_template_that_takes_too_long_is_given_up_and_others_are_served(tmp_path: Path) -> None:
+    slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
+    folder = save_byte_tokenizer(tmp_path, chat_template=slow)
+    codec = Tokenizer(folder, threads=2, timeout_s=0.2)
+    with pytest.raises(Unavailable) as caught:
+        await codec.prompt_of_messages(HI)
+    assert caught.value.code == "prompt_timeout"
+    assert await codec.prompt_of_text("ab") == (97, 98)
+    codec.close()
+
+
+async def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    codec = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
+    with pytest.raises(InvalidRequest) as caught:
+        await codec.prompt_of_messages(HI)
+    assert caught.value.code == "chat_template_refused"
+    codec.close()
+
+
+def test_a_folder_without_a_usable_tokenizer_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        Tokenizer(tmp_path, threads=1, timeout_s=1.0)
+
+
+# --- starting, draining, dying --------------------------------------------------------------
+
+
+async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_are_told_to_wait() -> None:
+    async with listening(Runtime(settings_for_tests())) as url, aiohttp.ClientSession(url) as session:
+        for path, status in (("/healthz", 200), ("/readyz", 503), ("/metrics", 200), ("/v1/runtime", 200)):
+            async with session.get(path) as response:
+                assert response.status == status, path
+                if path == "/v1/runtime":
+                    assert (await response.json())["ready"] is False
+        async with session.post("/v1/chat/completions", json=CHAT) as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "starting"
+            assert int(response.headers["Retry-After"]) >= 1
+
+
+async def test_draining_refuses_new_requests_and_finishes_those_under_way(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.003)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        polling = asyncio.create_task(session.get("/v1/runtime", params={"after": "0", "wait": "0"}))
+        seq = (await (await polling).json())["seq"]
+        polling = asyncio.create_task(session.get("/v1/runtime", params={"after": str(seq + 1), "wait": "20"}))
+        running = asyncio.create_task(session.post("/v1/chat/completions", json=CHAT))
+        await until(lambda: engine.tokens_made > 2)
+        draining = asyncio.create_task(served.runtime.drain(notice_s=0.0, grace_s=5.0))
+        await until(lambda: served.runtime.draining)
+        async with session.get("/readyz") as response:
+            assert response.status == 503
+        async with session.get("/healthz") as response:
+            assert response.status == 200
+        async with session.post("/v1/chat/completions", json=CHAT) as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "draining"
+            assert response.headers["Retry-After"] == "1"
+        async with asyncio.timeout(1):
+            await polling
+        answer = await (await running).json()
+        assert answer["choices"][0]["message"]["content"] == "x" * 100
+        async with asyncio.timeout(1):
+            await draining
+
+
+async def test_what_does_not_finish_within_the_grace_ends_with_an_error_event(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        response = await session.post("/v1/chat/completions", json={**CHAT, "stream": True})
+        await served.runtime.drain(notice_s=0.0, grace_s=0.05)
+        text = (await response.read()).decode()
+        assert "shutting down" in text.rstrip().split("\n")[-1]
+        assert "[DONE]" not in text
+        await until(lambda: served.runtime.snapshot().in_flight == 0)
+
+
+async def test_who_still_waits_for_a_load_at_the_end_of_the_grace_is_sent_elsewhere(byte_tokenizer: Path) -> None:
+    store = FakeStore(delay_s=30.0)
+    async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession(served.url) as session:
+        await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
+        waiting = asyncio.create_task(session.post("/v1/chat/completions", json={**CHAT, "model": "poet"}))
+        await until(lambda: served.runtime.adapters.waiting == 1)
+        await served.runtime.drain(notice_s=0.0, grace_s=0.05)
+        response = await waiting
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "draining"
+
+
+async def test_a_dead_engine_fails_what_is_open_and_health_says_so(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        running = asyncio.create_task(session.post("/v1/chat/completions", json=CHAT))
+        await until(lambda: engine.tokens_made > 2)
+        engine.healthy = False
+        async with asyncio.timeout(2):
+            await served.runtime.sweep_forever()
+        served.runtime.engine_died()
+        assert (await running).status == 500
+        for path in ("/healthz", "/readyz"):
+            async with session.get(path) as response:
+                assert response.status == 503
+        assert served.runtime.snapshot().in_flight == 0
+
+
+# --- metrics --------------------------------------------------------------------------------
+
+
+async def scrape(served: Served) -> str:
+    async with aiohttp.ClientSession(served.url) as session, session.get("/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        return await response.text()
+
+
+async def used_once(served: Served, name: str) -> None:
+    await served.runtime.adapters.register(key_of(name), descriptor(name))
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        await client.chat.completions.create(model=f"team/{name}", messages=HI)
+
+
+async def test_each_adapter_is_counted_and_its_series_vanish_with_it(byte_tokenizer: Path) -> None:
+    clock = FakeClock()
+    async with serving(byte_tokenizer, clock=clock.clock(), base_label="team/tiny") as served:
+        await used_once(served, "poet")
+        clock.pass_s(30)
+        text = await scrape(served)
+        where = 'adapter="team/poet",base="team/tiny"'
+        assert f'lorapool_runtime_adapter_requests_total{{{where},outcome="completed"}} 1.0' in text
+        assert f"lorapool_runtime_adapter_completion_tokens_total{{{where}}} 11.0" in text
+        assert f"lorapool_runtime_adapter_loads_total{{{where}}} 1.0" in text
+        assert f"lorapool_runtime_adapter_resident{{{where}}} 1.0" in text
+        assert f"lorapool_runtime_adapter_residency_seconds_total{{{where}}} 30.0" in text
+        assert 'lorapool_runtime_load_seconds_count{base="team/tiny",tier="source"} 1.0' in text
+        assert 'vllm:num_requests_running{model_name="team/tiny"} 0.0' in text
+        assert 'vllm:lora_requests_info{max_lora="4",running_lora_adapters="",waiting_lora_adapters=""}' in text
+        await served.runtime.adapters.delete(key_of("poet"))
+        assert "team/poet" not in await scrape(served)
+
+
+async def test_adapters_beyond_the_bound_share_one_label(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer, tracked_adapters=1) as served:
+        for name in ("first", "second", "third"):
+            await used_once(served, name)
+        text = await scrape(served)
+    assert 'adapter="team/first"' in text
+    assert "team/second" not in text
+    assert 'lorapool_runtime_adapter_requests_total{adapter="__other__",base="tiny",outcome="completed"} 2.0' in text
+
+
+async def test_names_that_clients_make_up_never_become_labels(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
+        before = len((await scrape(served)).splitlines())
+        for number in range(50):
+            async with session.post("/v1/chat/completions", json={**CHAT, "model": f"invented-{number}"}) as response:
+                assert response.status == 404
+            async with session.post("/v1/chat/completions", json={**CHAT, f"made_up_{number}": 1}) as response:
+                assert response.status == 400
+        text = await scrape(served)
+    assert "invented" not in text
+    assert len(text.splitlines()) <= before + 2  # the two error codes
+
+
+PROMTOOL = shutil.which("promtool") or (path if (path := "/tmp/warm/kbin/promtool") and Path(path).exists() else None)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+async def test_promtool_finds_nothing_to_complain_about(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer) as served:
+        await used_once(served, "poet")
+        async with listening(served.runtime, make_metrics_app) as url, aiohttp.ClientSession(url) as session:
+            async with session.get("/metrics") as response:
+                own = await response.text()
+            async with session.get("/metrics/vllm") as response:
+                assert "vllm:num_requests_waiting" in await response.text()
+    assert "lorapool_runtime_adapter_requests_total" in own
+    assert "vllm:" not in own  # not our names to choose: they hold a colon
+    assert PROMTOOL is not None
+    done = await asyncio.to_thread(
+        subprocess.run, [PROMTOOL, "check", "metrics"], input=own.encode(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+# --- settings -------------------------------------------------------------------------------
+
+
+def test_without_a_token_only_loopback_is_served() -> None:
+    assert read_settings(["--model", "x"], {}).host == "127.0.0.1"
+    assert read_settings(["--model", "x"], {"LORAPOOL_TOKEN_SHA256": "a" * 64}).host == "0.0.0.0"
+    with pytest.raises(SettingsError, match="LORAPOOL_TOKEN_SHA256"):
+        read_settings(["--model", "x", "--listen-host", "0.0.0.0"], {})
+
+
+def test_flags_win_over_the_environment_and_both_are_checked() -> None:
+    environ = {"LORAPOOL_RUNTIME_MODEL": "hf://a/b", "LORAPOOL_RUNTIME_SLOTS": "3", "LORAPOOL_CACHE": "/elsewhere"}
+    assert read_settings([], environ).slots == 3
+    assert read_settings(["--slots", "5"], environ).slots == 5
+    assert read_settings([], environ).base_name == "b"
+    with pytest.raises(SettingsError, match="LORAPOOL_RUNTIME_SLOTS"):
+        read_settings([], {**environ, "LORAPOOL_RUNTIME_SLOTS": "0"})
+    with pytest.raises(SettingsError, match="unknown setting LORAPOOL_RUNTIME_SLOT "):
+        read_settings([], {**environ, "LORAPOOL_RUNTIME_SLOT": "1"})
+    with pytest.raises(SettingsError, match="--model"):
+        read_settings([], {})
+
+
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_not_a_setting() -> None:
+    environ = {"LORAPOOL_RUNTIME_SERVICE_HOST": "10.0.0.1", "LORAPOOL_RUNTIME_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
+    assert read_settings(["--model", "x"], environ).listen_port == 8000
+
+
+def test_every_setting_says_what_it_is() -> None:
+    undocumented = [name for name, field in RuntimeSettings.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+# --- the base's folder ------------------------------------------------------------------------
+
+
+def make_base(folder: Path) -> Path:
+    """The files that make a folder a base, with next to nothing in them."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    header = b'{"a.weight":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return folder
+
+
+def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
+    make_base(tmp_path / "claim" / "models" / "tiny")
+    settings = settings_for_tests(model="pvc://claim/models/tiny", pvc_root=tmp_path)
+    found = base_folder(settings, SourceSettings(pvc_root=tmp_path))
+    assert found.path == tmp_path / "claim" / "models" / "tiny"
+    assert found.digest is not None
+    assert found.digest.startswith("sha256:")
+    assert found.cached_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("/nowhere", "no model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
+)
+def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, words: str) -> None:
+    with pytest.raises((BaseError, ArtifactError)) as caught:
+        base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path))
+    assert words in reason_of(caught.value)
+
+
+@pytest.mark.parametrize(("model", "called"), [("pvc://other/x", 1), ("/nowhere", 0)])
+def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
+    tmp_path: Path, model: str, called: int
+) -> None:
+    calls: list[str] = []
+
+    def meanwhile() -> None:
+        time.sleep(0.2)
+        calls.append(threading.current_thread().name)
+
+    settings = settings_for_tests(model=model, pvc_root=tmp_path)
+    with pytest.raises((BaseError, ArtifactError)):
+        bring_up(settings, {}, lambda *_: FakeEngine(), meanwhile=meanwhile)
+    assert calls == ["beside-fetch"] * called
+
+
+def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseFolder(make_base(tmp_path / "base"), None, (), cached_bytes=2**30)
+    monkeypatch.setattr("lorapool_runtime.startup.base_folder", lambda *_: base)
+    with pytest.raises(BaseError, match="raise cache_bytes"):
+        bring_up(settings_for_tests(cache_bytes=2**30), {}, lambda *_: FakeEngine())

@@ -1,0 +1,295 @@
+"""Tools and response formats at the door and in the answer, with the unmodified client and a scripted engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
+
+from lorapool_api.openai import InvalidRequest
+from lorapool_runtime.openai.request import parse_chat
+from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
+from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, learn_format, plain_messages
+from lorapool_runtime.openai.tools import tools_grammar
+
+HI: list[Any] = [{"role": "user", "content": "hi"}]
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
+CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Wien"}}</tool_call>'
+SECOND = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+
+
+@pytest.fixture
+async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
+    async with serving(byte_tokenizer, engine=FakeEngine(max_model_len=4096)) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def says(served: Served, text: str) -> None:
+    served.engine.reply = lambda *_: text
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_a_call_becomes_tool_calls_and_no_content(
+    client: openai.AsyncOpenAI, served: Served, choice: Any
+) -> None:
+    says(served, CALL)
+    answer = await client.chat.completions.create(
+        model="tiny", messages=HI, tools=[WEATHER, NOW], tool_choice=choice, max_tokens=200
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.type, call.function.name) == ("function", "get_weather")
+    assert json.loads(call.function.arguments) == {"city": "Wien"}
+    assert call.id.startswith("call_")
+    assert answer.choices[0].message.content is None
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert served.engine.requests[-1].constraint is not None
+
+
+async def test_calls_within_text_stream_as_deltas_with_an_index(client: openai.AsyncOpenAI, served: Served) -> None:
+    says(served, f"I look. {CALL}\n{SECOND}")
+    stream = await client.chat.completions.create(
+        model="tiny", messages=HI, tools=[WEATHER, NOW], stream=True, max_tokens=200, n=2
+    )
+    texts: dict[int, str] = {0: "", 1: ""}
+    calls: dict[int, list[tuple[int, str, str]]] = {0: [], 1: []}
+    finish: dict[int, str] = {}
+    async for chunk in stream:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        for call in choice.delta.tool_calls or ():
+            calls[choice.index].append((call.index, call.function.name, call.function.arguments))
+        finish[choice.index] = choice.finish_reason
+    assert texts == {0: "I look. ", 1: "I look. "}
+    assert calls[0] == calls[1] == [(0, "get_weather", '{"city": "Wien"}'), (1, "now", "{}")]
+    assert finish == {0: "tool_calls", 1: "tool_calls"}
+
+
+async def test_without_a_call_the_answer_is_text_and_a_cut_call_is_not_lost(
+    client: openai.AsyncOpenAI, served: Served
+) -> None:
+    says(served, "a < b, <tool> and <tool_c")
+    answer = await client.chat.completions.create(model="tiny", messages=HI, tools=[NOW], max_tokens=200)
+    assert answer.choices[0].message.content == "a < b, <tool> and <tool_c"
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason == "stop"
+    says(served, CALL)
+    cut = await client.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER], max_tokens=30)
+    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (CALL[:30], "length")
+
+
+async def test_tool_choice_none_says_nothing_of_the_tools(client: openai.AsyncOpenAI, served: Served) -> None:
+    says(served, CALL)
+    answer = await client.chat.completions.create(
+        model="tiny", messages=HI, tools=[WEATHER], tool_choice="none", max_tokens=200
+    )
+    assert answer.choices[0].message.content == CALL
+    assert served.engine.requests[-1].constraint is None
+    assert b"get_weather" not in bytes(token for token in served.engine.requests[-1].prompt_ids if token < 256)
+
+
+async def test_earlier_calls_and_their_results_are_part_of_the_conversation(
+    client: openai.AsyncOpenAI, served: Served
+) -> None:
+    says(served, "Sunny.")
+    earlier: list[Any] = [
+        *HI,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Wien"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny, 30 degrees"},
+    ]
+    await client.chat.completions.create(model="tiny", messages=earlier, tools=[WEATHER], max_tokens=20)
+    prompt = bytes(token for token in served.engine.requests[-1].prompt_ids if token < 256).decode()
+    assert CALL in prompt
+    assert "sunny, 30 degrees" in prompt
+    assert '"description": "The weather of a city."' in prompt
+
+
+async def test_every_choice_follows_the_grammar_on_its_own(client: openai.AsyncOpenAI, served: Served) -> None:
+    await client.chat.completions.create(
+        model="tiny", messages=HI, n=3, response_format={"type": "json_object"}, max_tokens=10
+    )
+    constraints = [request.constraint for request in served.engine.requests]
+    assert None not in constraints
+    assert len({id(one) for one in constraints}) == 3
+
+
+def schema(value: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        made = {"allOf": [{"anyOf": [made, {"type": "integer"}]}, {"anyOf": [made, {"type": "null"}]}]}
+    return made
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f", **function}}]}
+
+
+SCHEMA = "response_format.json_schema.schema"
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+    ({"response_format": "json"}, "response_format", "object"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "schema"),
+    ({"response_format": {"type": "json_object", "x": 1}}, "response_format", "json_object"),
+    (schema(None), SCHEMA, "object"),
+    (schema({"type": "strin"}), SCHEMA, "strin"),
+    (schema({"not": {"type": "string"}}), SCHEMA, "not"),
+    (schema({"type": "array", "uniqueItems": True}), SCHEMA, "uniqueItems"),
+    (schema({"$ref": "https://example.com/x.json"}), SCHEMA, "#/"),
+    (schema({"type": "object", "x-guidance": {"lenient": True}}), SCHEMA, "x-guidance"),
+    (schema(deep(5)), SCHEMA, "1024 alternatives"),
+    (schema({"enum": [f"v{i}" for i in range(6000)]}), SCHEMA, "5000 parts"),
+    (schema({"const": "y" * 70_000}), SCHEMA, "65536 bytes"),
+    (schema({"type": "string", "pattern": "(a|b)" * 300}), SCHEMA, "1000 characters"),
+    (schema({"type": "string", "pattern": "("}), SCHEMA, ""),
+    ({**schema({"type": "object"}), "tools": [NOW]}, "response_format", "tool_choice"),
+    ({**schema({"type": "object"}), "ignore_eos": True}, "ignore_eos", "response_format"),
+    ({"tools": [NOW], "ignore_eos": True}, "ignore_eos", "tools"),
+    ({"tools": [NOW] * 65}, "tools", "64"),
+    ({"tools": [NOW, NOW]}, "tools", "more than once"),
+    ({"tools": [{"type": "function"}]}, "tools[0]", "function"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0]", "not supported"),
+    (tool(name="a b"), "tools[0].function.name", "64"),
+    (tool(parameters=[]), "tools[0].function.parameters", "object"),
+    (
+        tool(parameters={"type": "object", "properties": {"a": {"not": {"type": "null"}}}}),
+        "tools[0].function.parameters",
+        "not",
+    ),
+    (tool(strict="yes"), "tools[0].function.strict", "true or false"),
+    (tool(extra=1), "tools[0].function.extra", "Unknown"),
+    ({"tool_choice": "auto"}, "tool_choice", "tools"),
+    ({"tools": [NOW], "tool_choice": "sometimes"}, "tool_choice", "required"),
+    ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "now"),
+    ({"tools": [NOW], "parallel_tool_calls": "no"}, "parallel_tool_calls", "true or false"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "call"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
+        "messages[0].tool_calls[0].function.arguments",
+        "JSON object",
+    ),
+]
+
+
+async def test_what_cannot_be_followed_is_refused_at_once_by_name_and_bound(served: Served) -> None:
+    slowest_s = 0.0
+    async with aiohttp.ClientSession(served.url) as http:
+        for fields, param, words in BAD:
+            begin_s = time.monotonic()
+            async with http.post("/v1/chat/completions", json={"model": "tiny", "messages": HI, **fields}) as response:
+                body = await response.json()
+            slowest_s = max(slowest_s, time.monotonic() - begin_s)
+            assert response.status == 400, (fields, body)
+            assert body["error"]["param"] == param, body
+            assert words in body["error"]["message"], body
+    assert served.engine.requests == []
+    assert slowest_s < 2  # 0.1 on a machine of one's own
+
+
+# --- reading calls --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_calls_are_read_the_same_however_the_text_is_cut(size: int) -> None:
+    text = f'x <tool_call>no</tool_call> <tool_call>{{"name": "f", "arguments": 7 {CALL}\n {SECOND}\n'
+    reader = ToolCallReader(PLAIN)
+    parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])] + reader.finish()
+    joined = "".join(part for part in parts if isinstance(part, str))
+    assert [part for part in parts if isinstance(part, ToolCall)] == [
+        ToolCall("get_weather", '{"city": "Wien"}'),
+        ToolCall("now", "{}"),
+    ]
+    assert joined == 'x <tool_call>no</tool_call> <tool_call>{"name": "f", "arguments": 7 '
+
+
+HERMES = """{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}{{ '\\n' if not loop.first }}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def style_of(folder: Path, template: str) -> ToolFormat:
+    return tokenizer_of(save_byte_tokenizer(folder, chat_template=template)).tool_format
+
+
+def test_how_a_base_writes_calls_is_learned_from_its_template(tmp_path: Path, byte_tokenizer: Path) -> None:
+    hermes = style_of(tmp_path / "hermes", HERMES)
+    assert (hermes.opening, hermes.closing) == ('<tool_call>\n{"name": "', "}\n</tool_call>")
+    assert (hermes.separator, hermes.trigger, hermes.native) == ("\n", "<tool_call>", True)
+    assert tokenizer_of(byte_tokenizer).tool_format is PLAIN  # its template knows no tools
+    assert style_of(tmp_path / "control", HERMES.replace("<tool_call>", "<|pad|>")) is PLAIN  # no text begins so
+
+
+async def test_nobody_forges_a_turn_by_the_name_of_a_property(tmp_path: Path) -> None:
+    codec = tokenizer_of(save_byte_tokenizer(tmp_path, chat_template=HERMES))
+    with pytest.raises(InvalidRequest, match="control token"):
+        await codec.prompt_of_messages(HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}])
+    forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}])
+    honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}])
+    assert forged.count(256) == honest.count(256)
+
+
+def test_a_template_with_bare_calls_begins_them_with_their_name() -> None:
+    def render(messages: Any, tools: Any) -> str:
+        if len(messages[-1].get("tool_calls", ())) > 1:
+            raise ValueError("one call a turn")
+        call = "".join(
+            f'{{"name": "{c["function"]["name"]}", "parameters": {json.dumps(c["function"]["arguments"])}}}'
+            for c in messages[-1].get("tool_calls", ())
+        )
+        return f"{json.dumps(tools)}|{messages[0]['content']}|{messages[-1]['content'] + call}<end>"
+
+    style = learn_format(render, ["<end>"])
+    assert (style.trigger, style.middle, style.closing) == ('{"name": "', '", "parameters": ', "}")
+    assert style.separator is None
+    wishes = parse_chat(json.dumps({"model": "m", "messages": HI, "tools": [NOW]}).encode()).tools
+    assert "call | text" in (tools_grammar(wishes, style).lark or "")
+
+
+def test_tools_join_the_system_message_that_is_there() -> None:
+    plain = plain_messages([{"role": "system", "content": "Be kind."}, *HI], [NOW])
+    assert [message["role"] for message in plain] == ["system", "user"]
+    assert plain[0]["content"].startswith("Be kind.\n\nYou can call")
+    assert plain_messages(HI, []) == HI

@@ -1,0 +1,163 @@
+"""Adapters of every other kind that peft saves: each refused by its own reason, with a remedy, by the runtime and from
+the headers alone; nothing of them is loaded."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_kit import tiny_model
+
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.settings import JudgeLimits
+from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
+from lorapool_runtime.weights.reader import AdapterReader
+from lorapool_runtime.weights.targets import TargetGroup
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+QV = ["q_proj", "v_proj"]
+
+
+class Base:
+    """A tiny model with its folder and the layers that adapters can change."""
+
+    def __init__(self, folder: Path, architecture: str, **changes: Any) -> None:
+        self.model, self.folder = tiny_model(architecture, **changes), folder / "base"
+        self.model.save_pretrained(self.folder)
+        self.groups: tuple[TargetGroup, ...] = load_base(
+            str(self.folder), dtype="float32", device=torch.device("cpu")
+        ).groups
+
+    def words_about(self, folder: Path) -> tuple[str, str]:
+        """Why the runtime, and who only sees the headers, refuse it."""
+        with pytest.raises(AdapterArtifactError) as runtime:
+            AdapterReader(self.groups, "float32").read(folder, max_rank=16)
+        try:
+            verdict = inspect_adapter_folder(folder, base_facts_from_folder(self.folder), JudgeLimits(16)).verdict
+        except ArtifactError as error:
+            return runtime.value.message, error.message
+        assert not verdict.ok, "accepted from the headers"
+        return runtime.value.message, verdict.message
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base(tmp_path_factory.mktemp("llama"), "Llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base(tmp_path_factory.mktemp("mixture"), "Qwen3Moe")
+
+
+def saved(folder: Path, model: Any, config: Any) -> Path:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, ("DoRA", "use_dora=False")),
+        ({"lora_bias": True}, ("trained biases", "lora_bias=False")),
+        ({"bias": "lora_only"}, ("biases of the base", 'bias="none"')),
+        ({"modules_to_save": ["lm_head"]}, ("fully trained modules", "without modules_to_save")),
+        ({"trainable_token_indices": [1, 2]}, ("trained tokens", "without trainable_token_indices")),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("bare parameters", "target_modules only")),
+        ({"kasa_config": {}}, ("KaSA", "base's weights", "without KaSA")),
+        ({"monteclora_config": {}}, ("samples its weights", "without monteclora_config")),
+        ({"use_bdlora": {"target_modules_bd_b": QV, "nblocks": 2}}, ("block-diagonal", "without use_bdlora")),
+        ({"alora_invocation_tokens": [1, 2]}, ("after its invocation", "without alora_invocation_tokens")),
+        ({"layer_replication": [[0, 2], [1, 2]]}, ("replicated layers", "without layer_replication")),
+        ({"init_lora_weights": "pissa"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"init_lora_weights": "olora"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, ("embed_tokens", "all adapters share", "without these")),
+        ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "all adapters share", "without these")),
+    ],
+)
+def test_each_lora_that_is_not_plain_lora_is_refused_by_its_own_reason(
+    llama: Base, settings: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    folder = saved(
+        tmp_path, llama.model, LoraConfig(**{"r": 4, "target_modules": QV, "task_type": "CAUSAL_LM"} | settings)
+    )
+    for message in llama.words_about(folder):
+        for word in words:
+            assert word in message
+
+
+OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "IA3": (lambda p: p.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), "scales"),
+    "LOHA": (lambda p: p.LoHaConfig(r=4, target_modules=QV), "save_as_lora()"),
+    "LOKR": (lambda p: p.LoKrConfig(r=4, target_modules=QV), "Kronecker"),
+    "OFT": (lambda p: p.OFTConfig(oft_block_size=4, target_modules=QV), "rotates"),
+    "VERA": (lambda p: p.VeraConfig(r=4, target_modules=["q_proj"]), "random bases"),
+    "ADALORA": (lambda p: p.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=QV), "singular values"),
+    "PROMPT_TUNING": (lambda p: p.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "into the prompt"),
+    "PREFIX_TUNING": (lambda p: p.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "into the prompt"),
+    "LN_TUNING": (
+        lambda p: p.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+        "normalisation",
+    ),
+    "TRAINABLE_TOKENS": (lambda p: p.TrainableTokensConfig(token_indices=[1, 2]), "embeddings"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_each_other_kind_says_what_it_does_that_lora_does_not(kind: str, llama: Base, tmp_path: Path) -> None:
+    import peft
+
+    make, word = OTHERS[kind]
+    for message in llama.words_about(saved(tmp_path, llama.model, make(peft))):
+        assert kind in message
+        assert word in message
+        assert "LoraConfig" in message
+
+
+def test_adapters_that_change_the_experts_of_a_mixture_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for message in mixture.words_about(folder):
+        assert "experts of a mixture" in message
+        assert "target_modules only" in message
+
+
+def test_experts_named_as_older_trainers_did_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name in list(tensors):
+        old = name.replace("self_attn.q_proj", "mlp.experts.3.gate_proj")
+        tensors[old] = torch.zeros(32 if "lora_B" in name else 2, 2 if "lora_B" in name else 64)
+    save_file(tensors, weights)
+    for message in mixture.words_about(folder):
+        assert "model.layers.0.mlp.experts.3.gate_proj is an expert of a mixture" in message
+        assert "train without these modules" in message
+
+
+def test_a_base_without_layers_that_adapters_could_change_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    config.bos_token_id = config.eos_token_id = 2
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBaseError, match="no linear layers that adapters could change"):
+        load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))

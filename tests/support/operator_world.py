@@ -1,0 +1,242 @@
+"""A small world for the operator's tests: a real API server, namespaces of their own, pods without a kubelet.
+
+Pods are made by the test, with the runtime's address written into their status; the operator under test runs in
+the test's own event loop and cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from apiserver import ApiServer
+from fakes_operator import FakeInspector
+
+from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, VERSION
+from lorapool_api.protocol import runtime_token
+from lorapool_artifacts.settings import SourceSettings
+from lorapool_operator.process import Process
+from lorapool_operator.settings import Settings
+
+MASTER_TOKEN = "m" * 64
+TLS_GOODBYE_S = 0.1
+"""aiohttp's close() of a TLS connection ends a moment later; a loop that is closed before warns of a leak."""
+PROFILES = "profiles:\n  default: {resources: {requests: {cpu: 100m}}}\n"
+OURS = f"/apis/{GROUP}/{VERSION}"
+ROOTS = {
+    "basemodels": OURS,
+    "loraadapters": OURS,
+    "deployments": "/apis/apps/v1",
+    "poddisruptionbudgets": "/apis/policy/v1",
+    "pods": "/api/v1",
+    "serviceaccounts": "/api/v1",
+    "services": "/api/v1",
+    "events": "/api/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
+}
+
+
+class Refused(Exception):
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(f"{status} {body.get('message')}")
+        self.status = status
+        self.message = str(body.get("message"))
+
+
+class Api:
+    """The API server as an administrator with JSON sees it."""
+
+    def __init__(self, server: ApiServer, session: aiohttp.ClientSession, namespace: str) -> None:
+        self.server = server
+        self.namespace = namespace
+        self._session = session
+
+    async def call(
+        self, method: str, path: str, body: Any = None, *, content: str = "application/json"
+    ) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self.server.token}", "Content-Type": content}
+        async with self._session.request(method, self.server.url + path, json=body, headers=headers) as response:
+            answer: dict[str, Any] = await response.json()
+            if response.status >= 300:
+                raise Refused(response.status, answer)
+            return answer
+
+    def path(self, plural: str, name: str = "", *, namespace: str | None = None, sub: str = "") -> str:
+        end = (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
+        return f"{ROOTS[plural]}/namespaces/{namespace or self.namespace}/{plural}{end}"
+
+    async def create(self, plural: str, body: dict[str, Any], *, namespace: str | None = None) -> dict[str, Any]:
+        return await self.call("POST", self.path(plural, namespace=namespace), body)
+
+    async def get(self, plural: str, name: str, *, namespace: str | None = None) -> dict[str, Any]:
+        return await self.call("GET", self.path(plural, name, namespace=namespace))
+
+    async def find(self, plural: str, name: str) -> dict[str, Any] | None:
+        try:
+            return await self.get(plural, name)
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def items(self, plural: str, *, namespace: str | None = None) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await self.call("GET", self.path(plural, namespace=namespace)))["items"]
+        return found
+
+    async def patch(
+        self, plural: str, name: str, body: dict[str, Any], *, sub: str = "", namespace: str | None = None
+    ) -> dict[str, Any]:
+        path = self.path(plural, name, sub=sub, namespace=namespace)
+        return await self.call("PATCH", path, body, content="application/merge-patch+json")
+
+    async def delete(self, plural: str, name: str, *, grace_s: int | None = 0) -> None:
+        body = {"kind": "DeleteOptions", "apiVersion": "v1"} | (
+            {} if grace_s is None else {"gracePeriodSeconds": grace_s}
+        )
+        await self.call("DELETE", self.path(plural, name), body)
+
+    # --- Lorapool's objects
+
+    async def base(self, name: str = "tiny", *, namespace: str | None = None, **spec: Any) -> dict[str, Any]:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "BaseModel",
+            "metadata": {"name": name},
+            "spec": {"source": {"uri": "hf://org/tiny"}, **spec},
+        }
+        return await self.create("basemodels", body, namespace=namespace)
+
+    async def adapter(
+        self,
+        name: str,
+        *,
+        base: str = "tiny",
+        base_namespace: str | None = None,
+        namespace: str | None = None,
+        **spec: Any,
+    ) -> dict[str, Any]:
+        ref = {"name": base} | ({"namespace": base_namespace} if base_namespace else {})
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "LoraAdapter",
+            "metadata": {"name": name},
+            "spec": {"baseModelRef": ref, "source": {"uri": f"hf://org/{name}"}, **spec},
+        }
+        return await self.create("loraadapters", body, namespace=namespace)
+
+    async def runtime_pod(self, base: dict[str, Any], name: str, port: int) -> dict[str, Any]:
+        """A ready runtime pod of a base whose runtime listens on a port of this machine."""
+        labels = {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
+        container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": port}]}
+        body = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": labels},
+            "spec": {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"},
+        }
+        made = await self.create("pods", body)
+        await self.pod_ready(name)
+        return made
+
+    async def pod_ready(self, name: str, ready: bool = True) -> None:
+        status = {
+            "phase": "Running",
+            "podIP": "127.0.0.1",
+            "podIPs": [{"ip": "127.0.0.1"}],
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+        }
+        await self.patch("pods", name, {"status": status}, sub="status")
+
+
+def token_of(base: dict[str, Any]) -> str:
+    """What a runtime of this base is to be spoken to with."""
+    return runtime_token(MASTER_TOKEN, base["metadata"]["uid"])
+
+
+def condition(item: dict[str, Any], kind: str) -> tuple[str, str]:
+    """(status, reason); ("", "") while there is none."""
+    for entry in (item.get("status") or {}).get("conditions") or ():
+        if entry["type"] == kind:
+            return entry["status"], entry["reason"]
+    return "", ""
+
+
+async def until(
+    check: Callable[[], Awaitable[Any]], wanted: Any = True, *, within_s: float = 40.0, every_s: float = 0.1
+) -> Any:
+    """Waits until `check` answers `wanted` (or anything true), else fails with what it answered last."""
+    end = time.monotonic() + within_s
+    while True:
+        answer = await check()
+        if answer == wanted or (wanted is True and answer):
+            return answer
+        assert time.monotonic() < end, f"after {within_s} s: {answer!r}, wanted {wanted!r}"
+        await asyncio.sleep(every_s)
+
+
+@asynccontextmanager
+async def namespace_of(server: ApiServer) -> AsyncIterator[Api]:
+    """A fresh namespace; it stays when the test is over, like everything in it."""
+    context = ssl.create_default_context(cafile=str(server.ca_file))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+        api = Api(server, session, f"t-{uuid.uuid4().hex[:8]}")
+        body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": api.namespace}}
+        await api.call("POST", "/api/v1/namespaces", body)
+        await api.create("serviceaccounts", {"metadata": {"name": "default"}})  # no controller here makes it
+        yield api
+    await asyncio.sleep(TLS_GOODBYE_S)
+
+
+def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
+    profiles, token = folder / "profiles.yaml", folder / "token"
+    profiles.write_text(PROFILES)
+    token.write_text(MASTER_TOKEN)
+    return Settings(
+        **{
+            "namespaces": frozenset({api.namespace}),
+            "own_namespace": api.namespace,
+            "identity": f"test-{uuid.uuid4().hex[:6]}",
+            "kubeconfig": api.server.kubeconfig,
+            "leader_election": False,
+            "runtime_image": "registry.example/runtime:1",
+            "profiles_file": profiles,
+            "master_token_file": token,
+            "metrics_host": "127.0.0.1",
+            "metrics_port": 0,
+            "resync_s": 5.0,
+            "usage_interval_s": 1.0,
+            "counts_interval_s": 0.3,
+            "poll_wait_s": 1.0,
+            "poll_pause_s": 0.05,
+            "snapshot_stale_s": 1.0,
+            "retry_min_s": 0.5,
+            **changes,
+        }
+    )
+
+
+@asynccontextmanager
+async def running_operator(api: Api, folder: Path, inspector: FakeInspector, **changes: Any) -> AsyncIterator[Process]:
+    """The whole process, in this event loop."""
+    process = Process(operator_settings(api, folder, **changes), sources=SourceSettings(), inspector=inspector)
+    task = asyncio.create_task(process.run())
+    try:
+
+        async def up() -> bool:
+            if task.done():
+                task.result()
+            return process.synced or process.settings.leader_election
+
+        await until(up, every_s=0.02)
+        yield process
+    finally:
+        process.stop()
+        await asyncio.wait_for(task, 20)
+        await asyncio.sleep(TLS_GOODBYE_S)
