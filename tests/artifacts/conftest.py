@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from artifacts.hub import Hub
+from artifact_hub import Hub
 
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import parse_adapter_config

@@ -11,9 +11,9 @@ import textwrap
 import time
 from pathlib import Path
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
-from artifacts.hub import Hub
+from artifact_hub import Hub
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,7 +122,7 @@ def test_leftovers_go_but_a_running_download_of_another_process_stays(tmp_path: 
 
 
 def test_a_killed_download_leaves_no_folder_with_a_digests_name_and_is_cleared(tmp_path: Path, hub: Hub) -> None:
-    from artifacts.hub import Fault
+    from artifact_hub import Fault
 
     hub.repos["acme/lora"] = zoo.adapter_files()
     hub.faults = [Fault("adapter_model.safetensors", drip_s=0.01)]

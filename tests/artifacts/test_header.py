@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

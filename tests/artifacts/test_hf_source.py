@@ -7,9 +7,9 @@ import hashlib
 import time
 from pathlib import Path
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
-from artifacts.hub import Fault, Hub
+from artifact_hub import Fault, Hub
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.errors import ArtifactError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
 
 from lorapool_artifacts.__main__ import main
 

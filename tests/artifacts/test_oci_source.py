@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import artifact_zoo as zoo
 import oras.client
 import pytest
-from artifacts import zoo
-from artifacts.hub import Fault, Hub
+from artifact_hub import Fault, Hub
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError

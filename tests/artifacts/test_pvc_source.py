@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError

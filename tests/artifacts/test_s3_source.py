@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import artifact_zoo as zoo
 import obstore
 import pytest
-from artifacts import zoo
-from artifacts.hub import Fault, Hub
+from artifact_hub import Fault, Hub
 from obstore.store import S3Store
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from chart_kit import dashboard_expressions
-from e2e_test_adapters import copy_of_routing
+from e2e_adapters import copy_of_routing
 from e2e_world import BASE, World
 
 

@@ -3,7 +3,7 @@
 import time
 from datetime import UTC, datetime
 
-from e2e_test_adapters import copy_manifests
+from e2e_adapters import copy_manifests
 from e2e_world import World
 
 COUNT = 200

@@ -11,9 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "hack" / "models"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from small_registry import SmallRegistry  # noqa: E402  # beside this file
+from small_registry import SmallRegistry  # noqa: E402
 
 
 @pytest.fixture

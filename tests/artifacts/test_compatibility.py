@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import artifact_zoo as zoo
 import pytest
-from artifacts import zoo
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import parse_adapter_config
