@@ -16,8 +16,8 @@ from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters import disk_store as store_module
+from lorapool_runtime.adapters.disk_store import DiskStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
