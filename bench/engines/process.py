@@ -1,10 +1,10 @@
-"""Contestants: one process group each, all loaded at the same time, asked in turn; so rounds can alternate.
+"""Engines under test: one process group each, all loaded at the same time, run in turn, so that rounds can alternate.
 
-Between its turns a contestant is stopped (SIGSTOP): worker threads of several engines spin while they wait, and would
-take the cores of the one whose turn it is. `Contestant` is the side of the program that measures; `serve` is the side
-of the contestant, which may run in another virtual environment. They speak one JSON object a line: the batch in,
-seconds and tokens out. The contestant holds the clock, so what the pipe costs is in nobody's figure. A contestant that
-dies or stays silent raises ContestError with the end of its log; nothing is measured after that.
+Between its turns an engine is stopped (SIGSTOP): worker threads of several engines spin while they wait and would take
+the cores of the engine whose turn it is. `EngineProcess` is the measuring side; `serve` is the engine's side, which may
+run in another virtual environment. They exchange one JSON object per line: the batch in, seconds and tokens out. The
+engine takes the time, so the cost of the pipe is not part of any figure. An engine that exits or does not answer raises
+EngineProcessError with the end of its log; nothing is measured after that.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ START_TIMEOUT_S = 400.0
 BATCH_TIMEOUT_S = 400.0
 
 
-class ContestError(Exception):
-    """A contestant cannot be started, died, or took too long."""
+class EngineProcessError(Exception):
+    """An engine cannot be started, exited, or took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Outcome:
     """Per request, in the order of the batch."""
 
 
-class Contestant:
-    """A running contestant. Use it as a context manager: leaving ends the process."""
+class EngineProcess:
+    """A running engine, as a context manager: leaving it ends the process."""
 
     def __init__(self, name: str, command: Sequence[str], logs: Path, environ: Mapping[str, str] | None = None) -> None:
         self.name = name
@@ -72,7 +72,7 @@ class Contestant:
         return Outcome(batch.tokens / answer["seconds"], answer["tokens"])
 
     def ask(self, what: Mapping[str, Any], timeout_s: float = BATCH_TIMEOUT_S) -> dict[str, Any]:
-        """Lets it run until it has answered."""
+        """Continues the process until it has answered."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         try:
@@ -92,12 +92,12 @@ class Contestant:
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
-        self._signal(signal.SIGKILL)  # and whatever it has left behind
+        self._signal(signal.SIGKILL)  # and its remaining children
         self._process.wait()
         self._selector.close()
         self._process.stdout.close()
 
-    def __enter__(self) -> Contestant:
+    def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(
@@ -114,7 +114,7 @@ class Contestant:
         ends_s = time.monotonic() + timeout_s
         while b"\n" not in self._left:
             if not self._selector.select(max(0.0, ends_s - time.monotonic())):
-                raise self._failed(f"said nothing for {timeout_s:.0f} s")
+                raise self._failed(f"did not answer for {timeout_s:.0f} s")
             data = os.read(self._process.stdout.fileno(), 1 << 20)
             if not data:
                 raise self._failed("has ended")
@@ -125,34 +125,36 @@ class Contestant:
             raise self._failed(answer["error"])
         return answer
 
-    def _failed(self, why: str) -> ContestError:
+    def _failed(self, why: str) -> EngineProcessError:
         tail = self._log.read_text(errors="replace")[-1500:]
-        return ContestError(f"{self.name} {why}; the end of {self._log}:\n{tail}")
+        return EngineProcessError(f"{self.name} {why}; the end of {self._log}:\n{tail}")
 
 
-# --- the contestant's side ---------------------------------------------------------------
+# --- the engine's side ---------------------------------------------------------------
 
 
 class Engine(Protocol):
-    """What a contestant implements."""
+    """The interface that an engine under test implements."""
 
     versions: dict[str, str]
 
     def prepare(self, batch: Batch) -> None:
-        """Not timed: whatever this engine does once and not per request, e.g. loading the adapters."""
+        """Not timed: work that this engine does once and not per request, such as loading the adapters."""
         ...
 
     def generate(self, batch: Batch) -> list[list[int]]:
-        """Timed: the new tokens of each request."""
+        """Timed: returns the new tokens of each request."""
         ...
 
 
 def serve(
     load: Callable[[], Engine], more: Mapping[str, Callable[[Any, Mapping[str, Any]], Any]] | None = None
 ) -> None:
-    """Loads, says so, and answers until its input ends. `more` adds commands: (engine, what was asked) -> answer."""
+    """Loads the engine, reports its versions, and answers until its input ends. `more` adds commands: (engine, request)
+    -> answer.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     engine = load()
     answers.write(json.dumps({"versions": engine.versions}) + "\n")
     for line in sys.stdin:

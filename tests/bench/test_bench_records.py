@@ -7,23 +7,23 @@ from pathlib import Path
 
 import page
 import pytest
-from bars import BARS, Bar
-from kit import Record, against, alternate, measured, not_run, percentile, read_records, slug, table, write_records
+from records import Record, against, alternate, measured, not_run, percentile, read_records, slug, table, write_records
 from svg import BarRow, bar_chart
+from targets import TARGETS, Target
 from workloads import TOKEN_IDS, gaps_s, mixed_rank, open_loop, popularity, w1
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_medians() -> None:
-    record = against("x", "tok/s", [10, 20, 90], "rival", [10, 10, 100])
+    record = against("x", "tok/s", [10, 20, 90], "baseline", [10, 10, 100])
     assert record.ratio == 1.0
     assert (record.ratio_low, record.ratio_high) == (0.9, 2.0)
     assert record.value == 20
-    assert record.rival_value == 10
+    assert record.baseline_value == 10
 
 
 def test_runs_that_cannot_be_paired_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be paired"):
-        against("x", "tok/s", [1, 2], "rival", [1])
+        against("x", "tok/s", [1, 2], "baseline", [1])
     with pytest.raises(ValueError, match="no runs"):
         measured("x", "ms", [])
 
@@ -61,20 +61,20 @@ def test_a_machines_slug_names_processor_and_cores_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bar", "ratio", "verdict"),
+    ("target", "ratio", "result"),
     [
-        (Bar("x", "at least", "ratio", at_least=0.85), 0.85, "met"),
-        (Bar("x", "at least", "ratio", at_least=0.85), 0.84, "not met"),
-        (Bar("x", "at most", "ratio", at_most=2), 2.1, "not met"),
-        (Bar("x", "at most", "ratio", at_most=2), None, "not run"),
+        (Target("x", "at least", "ratio", at_least=0.85), 0.85, "met"),
+        (Target("x", "at least", "ratio", at_least=0.85), 0.84, "not met"),
+        (Target("x", "at most", "ratio", at_most=2), 2.1, "not met"),
+        (Target("x", "at most", "ratio", at_most=2), None, "not run"),
     ],
 )
-def test_a_bar_is_met_at_its_bound(bar: Bar, ratio: float | None, verdict: str) -> None:
-    assert bar.verdict(Record("x", "s", 1.0, (1.0,), ratio=ratio)) == verdict
+def test_a_bar_is_met_at_its_bound(target: Target, ratio: float | None, result: str) -> None:
+    assert target.result(Record("x", "s", 1.0, (1.0,), ratio=ratio)) == result
 
 
 def test_bars_have_names_of_their_own() -> None:
-    assert len({bar.record for bar in BARS}) == len(BARS)
+    assert len({target.record for target in TARGETS}) == len(TARGETS)
 
 
 # --- workloads ----------------------------------------------------------------------------
@@ -129,24 +129,24 @@ def test_shuffled_is_the_same_requests_in_another_order() -> None:
 
 
 def test_the_committed_page_and_pictures_are_what_the_results_give() -> None:
-    wanted = page.pages(page.Results.read(page.RESULTS / "latest.json"))
+    wanted = page.pages(page.Results.read(page.newest_results()))
     assert [path.name for path, text in wanted.items() if path.read_text() != text] == []
 
 
 def test_the_latest_results_hold_a_row_for_every_bar() -> None:
-    body = json.loads((page.RESULTS / "latest.json").read_text())
-    assert {bar.record for bar in BARS} <= {item["name"] for item in body["records"]}
-    assert all(item["verdict"] in ("met", "not met", "not run") for item in body["records"] if "bar" in item)
+    body = json.loads(page.newest_results().read_text())
+    assert {target.record for target in TARGETS} <= {item["name"] for item in body["records"]}
+    assert all(item["result"] in ("met", "not met", "not run") for item in body["records"] if "target" in item)
 
 
 def test_a_template_with_an_unknown_part_is_refused() -> None:
-    results = page.Results.read(page.RESULTS / "latest.json")
+    results = page.Results.read(page.newest_results())
     with pytest.raises(ValueError, match="asks for 'weather'"):
         page.render("<!-- weather -->\n", results)
 
 
 def test_an_open_loop_is_one_line_of_the_page_and_not_repeated_below() -> None:
-    results = page.Results.read(page.RESULTS / "latest.json")
+    results = page.Results.read(page.newest_results())
     names = ("first_token_p50_ms", "first_token_p99_ms", "inter_token_p50_ms", "inter_token_p99_ms")
     records = [measured(f"w3.alpha0.3.{name}", "ms", [10.0 + n]) for n, name in enumerate(names)]
     records += [measured("w3.alpha0.3.first_within_1s", "share", [1.0]), measured("w3.alpha0.3.rate", "tok/s", [99.0])]
@@ -158,13 +158,13 @@ def test_an_open_loop_is_one_line_of_the_page_and_not_repeated_below() -> None:
 
 
 def test_a_missed_and_a_missing_bar_are_both_shown() -> None:
-    results = page.Results.read(page.RESULTS / "latest.json")
-    first, second = BARS[0], BARS[1]
+    results = page.Results.read(page.newest_results())
+    first, second = TARGETS[0], TARGETS[1]
     records = {
         first.record: against(first.record, "tok/s", [1.0], "base", [4.0]),
         second.record: not_run("", "", "why"),
     }
-    text = page.bars(dataclasses.replace(results, records=records))
+    text = page.targets(dataclasses.replace(results, records=records))
     assert "| ≥ 0.85 | 0.25 |" in text
     assert "**not met**" in text
     assert "not run: why" in text

@@ -1,11 +1,11 @@
 """Open loops against a runtime over HTTP: W2, W5 (cold tiers), W7 (churn), and in full W3 (skew) and W4 (bursts).
 
-    python bench/w2.py [--quick] [--only w3] [--seconds 60] [--records PATH]
+    python bench/open_loop_load.py [--quick] [--only w3] [--seconds 60] [--records PATH]
 
-Adapters are of rank 16, bfloat16 on disk, 32 slots; only those that a trace asks for are written, and each has answered
-once before a trace begins: W2 to W4 find them in a slot, in host memory or on disk, W5 also at their source.
-Throughput with 500 adapters against 5 is measured with more load than the machine can serve, in alternating rounds on
-the same arrivals; latencies at 0.7 of what it can serve, found first. A warm-up round comes before.
+Adapters are of rank 16 and bfloat16 on disk, for 32 slots. Only those in a trace are written, and each has answered
+once before a trace begins: W2 to W4 find them in a slot, in host memory or on disk, W5 also at their source. Throughput
+with 500 adapters against 5 is measured with more load than the machine can serve, in alternating rounds on the same
+arrivals; latencies are measured at 0.7 of the capacity, which is determined first. A warm-up round comes before.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
-from kit import COUNTED_ROUNDS, Record, against, alternate, hand_over, measured, parsed, parser, percentile
+from engines.standalone import Standalone
 from open_loop import Load, run_load, stream
 from places import ROOT, VOLUMES, base_folder, make_adapter
-from standalone import Standalone
-from workloads import REQUESTS, Arrival, adapter_name, open_loop
+from records import COUNTED_ROUNDS, Record, against, alternate, measured, parsed, parser, percentile, report
+from workloads import REQUESTS, Arbaseline, adapter_name, open_loop
 
 from lorapool_api.common import HEADER_ADAPTER
 from lorapool_api.protocol import DeleteAnswer
@@ -36,9 +36,9 @@ CLAIM = "w2"
 LINES = ("w2", "w3", "w4")
 WORKLOADS = (*LINES, "w5", "w7")
 CHURNED = 3
-"""Adapters that come and go in W7."""
+"""Adapters that W7 loads and unloads."""
 SLOTS = MAX_BATCH = 2 * REQUESTS
-"""A slot for every row of the largest batch: else few requests for many adapters wait for each other."""
+"""A slot for every row of the largest batch; with fewer, requests of different adapters would wait for each other."""
 POPULATIONS = (5, 20, 100, 500)
 OVERLOAD = 1.3
 COMFORT = 0.7
@@ -46,7 +46,7 @@ DEADLINE_S = 240.0
 FETCH_EVERY_S = 0.05
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_rank": 16, "slots": SLOTS, "max_batch": MAX_BATCH,
                             "max_model_len": 512, "prefix_cache": False}  # fmt: skip
-"""Without a prefix cache, since runs that are compared share their prompts: the second would find the first's."""
+"""No prefix cache: runs that are compared share their prompts, so that the second would hit the first's."""
 NOTE = f"rank 16, {SLOTS} slots, host cache 1 GiB, each adapter fetched before"
 
 
@@ -56,9 +56,10 @@ class Bench:
         self._base = base
         self._keys: dict[int, str] = {}
 
-    def load(self, arrivals: Sequence[Arrival]) -> Load:
-        """Writes, registers and fetches what the arrivals ask for, then sends them. Errors end the program: none is
-        expected."""
+    def load(self, arrivals: Sequence[Arbaseline]) -> Load:
+        """Writes, registers and fetches the adapters of the arrivals, then sends the requests. No error is expected, so
+        that any error ends the program.
+        """
         wanted = sorted({arrival.adapter for arrival in arrivals} - set(self._keys))
         names = [adapter_name(number) for number in wanted]
         for number, name in zip(wanted, names, strict=True):
@@ -67,10 +68,10 @@ class Bench:
         self._keys |= {number: registered[name] for number, name in zip(wanted, names, strict=True)}
         keys = [self._keys.get(number, "") for number in range(max(self._keys) + 1)]
         if wanted:
-            self._answered([Arrival(at * FETCH_EVERY_S, number, (5,), 1) for at, number in enumerate(wanted)], keys)
+            self._answered([Arbaseline(at * FETCH_EVERY_S, number, (5,), 1) for at, number in enumerate(wanted)], keys)
         return self._answered(arrivals, keys)
 
-    def _answered(self, arrivals: Sequence[Arrival], keys: Sequence[str]) -> Load:
+    def _answered(self, arrivals: Sequence[Arbaseline], keys: Sequence[str]) -> Load:
         load = run_load(self._server.port, arrivals, keys, DEADLINE_S)
         failed = [answer.error for answer in load.answers if answer.error]
         if failed:
@@ -79,7 +80,7 @@ class Bench:
 
 
 def capacity_per_s(bench: Bench) -> float:
-    """Requests per second with five adapters, all sent at once. The first run only warms."""
+    """Requests per second with five adapters, all sent at once. The first run is a warm-up."""
     arrivals = open_loop(adapters=5, per_s=1000.0, duration_s=0.03, seed=1)
     bench.load(arrivals)
     return len(arrivals) / bench.load(arrivals).seconds
@@ -99,7 +100,7 @@ def throughput(bench: Bench, per_s: float, duration_s: float, rounds: int) -> li
     return [against("w2.n500_over_n5", "tok/s", runs["500"], "5 adapters", runs["5"], note=NOTE)]
 
 
-def latencies(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> list[Record]:
+def latencies(bench: Bench, name: str, arrivals: Sequence[Arbaseline]) -> list[Record]:
     load = bench.load(arrivals)
     waited = sum(answer.no_slot > 0 for answer in load.answers)
     note = f"{len(load.answers)} requests" + (f", {waited} waited for a slot" if waited else "")
@@ -115,7 +116,7 @@ def latencies(bench: Bench, name: str, arrivals: Sequence[Arrival]) -> list[Reco
 
 
 def loops(bench: Bench, capacity: float, duration_s: float, wanted: Sequence[str]) -> list[Record]:
-    """W2 to W4: one run a line, at a comfortable load."""
+    """W2 to W4: one run per line, at a moderate load."""
     common: dict[str, Any] = {"per_s": capacity * COMFORT, "duration_s": duration_s, "seed": 7}
     lines: dict[str, dict[str, Any]] = {f"w2.n{adapters}": {"adapters": adapters} for adapters in POPULATIONS}
     lines |= {f"w3.alpha{alpha}": {"adapters": 100, "alpha": alpha} for alpha in (0.1, 0.3, 0.6, 1.0)}
@@ -132,8 +133,9 @@ def loops(bench: Bench, capacity: float, duration_s: float, wanted: Sequence[str
 
 
 class Churn:
-    """One load from disk and one unload a second, of adapters that nobody asks; a context manager. What was loaded is
-    deleted half a second later, and the bytes that the runtime says came free prove that it had been there."""
+    """One load from disk and one unload a second, of adapters that receive no requests; a context manager. Each is
+    deleted half a second after its load; the bytes that the runtime reports as freed prove that it was loaded.
+    """
 
     def __init__(self, server: Standalone, adapters: Mapping[str, str]) -> None:
         self._server, self._keys = server, list(adapters.values())
@@ -174,8 +176,9 @@ class Churn:
 
 
 def churn(bench: Bench, server: Standalone, base: Path, per_s: float, duration_s: float, rounds: int) -> list[Record]:
-    """W7: the same arrivals for five resident adapters without, with, with, without the churn: a round, whose four runs
-    meet what the machine's other guests do about equally. A warm-up comes before."""
+    """W7: the same arrivals for five resident adapters without, with, with and without churn. The four runs of a round
+    are affected about equally by other guests of the machine. A warm-up comes before.
+    """
     print(f"  churn: {per_s:.1f} requests a second, 4 x {duration_s:.0f} s a round", file=sys.stderr, flush=True)
     names = [f"churn{number}" for number in range(CHURNED)]
     for number, name in enumerate(names):
@@ -184,7 +187,7 @@ def churn(bench: Bench, server: Standalone, base: Path, per_s: float, duration_s
     gaps_ms: dict[bool, list[list[float]]] = {False: [], True: []}
     loads = 0
 
-    def run(arrivals: Sequence[Arrival], *, churned: bool) -> list[float]:
+    def run(arrivals: Sequence[Arbaseline], *, churned: bool) -> list[float]:
         nonlocal loads
         if not churned:
             return bench.load(arrivals).gaps_ms
@@ -193,7 +196,7 @@ def churn(bench: Bench, server: Standalone, base: Path, per_s: float, duration_s
         loads += going.loads
         return found
 
-    def arrivals(seed: int) -> Sequence[Arrival]:
+    def arrivals(seed: int) -> Sequence[Arbaseline]:
         return open_loop(adapters=5, per_s=per_s, duration_s=duration_s, seed=100 + seed)
 
     for churned in (False, True):
@@ -217,7 +220,7 @@ def churn(bench: Bench, server: Standalone, base: Path, per_s: float, duration_s
 
 
 def cold(base: Path, each: int = 5) -> list[Record]:
-    """W5: time to the first token of an adapter that lies in a slot, in host memory, on disk, at its source only."""
+    """W5: time to the first token of an adapter that is in a slot, in host memory, on disk, or only at its source."""
     names = [f"cold{number}" for number in range(each)]
     for number, name in enumerate(names):
         make_adapter(base, VOLUMES / CLAIM / name, 5000 + number, 16, "bfloat16")
@@ -278,7 +281,7 @@ def main() -> int:
             duration_s = given.seconds or (20.0 if given.quick else 30.0)
             records += churn(bench, server, base, capacity * COMFORT, duration_s, COUNTED_ROUNDS)
     records += cold(base, 3 if given.quick else 5) if "w5" in wanted else []
-    hand_over(records, given)
+    report(records, given)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Runs llama.cpp's own converters on base and adapters: `python convert_gguf.py SOURCE BASE ADAPTERS OUT`.
+"""Runs llama.cpp's own converters on base and adapters: `python -m engines.convert_gguf SOURCE BASE ADAPTERS OUT`.
 
-In one process, because each start of a converter costs seconds. The converter guesses the tokenizer's kind; it is told
-instead: BPE, not sentencepiece, with a pre-tokenizer of no matter (the benchmark sends token ids).
+All conversions run in one process, because each start of a converter takes seconds. The converter would guess the kind
+of tokenizer; here it is set to BPE with an arbitrary pre-tokenizer, since the benchmark sends token ids.
 """
 
 from __future__ import annotations

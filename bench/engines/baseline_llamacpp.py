@@ -1,7 +1,7 @@
-"""llama.cpp's server, as a contestant of W1 over HTTP: `python rival_llamacpp.py SERVER GGUF_FOLDER`.
+"""llama.cpp's server, as an engine of W1 over HTTP: `python -m engines.baseline_llamacpp SERVER GGUF_FOLDER`.
 
-float32 weights, all adapters loaded, one chosen per request. It computes requests with different adapters one group
-after the other (its manual says so); that is what is measured.
+float32 weights, all adapters loaded, one chosen per request. The server computes requests of different adapters one
+group after the other, as its manual documents; that is what is measured.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from contest import serve
-from over_http import Clients, free_port, status_of, wait_until
+from engines.over_http import Clients, free_port, status_of, wait_until
+from engines.process import serve
 from places import LOGS
 from workloads import NEW_TOKENS, PROMPT_TOKENS, REQUESTS, Batch, adapter_name
 

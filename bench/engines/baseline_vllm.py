@@ -1,8 +1,8 @@
-"""vLLM's CPU build, as a contestant of W1: `python rival_vllm.py BASE ADAPTERS DTYPE plain|lora|mixed`.
+"""vLLM's CPU build, as an engine of W1: `python -m engines.baseline_vllm BASE ADAPTERS DTYPE plain|lora|mixed`.
 
-Runs in its own virtual environment (`make bench-peers`). Both cores are bound: without that vLLM takes one, which would
-flatter us. `plain` has LoRA switched off, which is vLLM's fastest base; `mixed` is made for ranks up to 64.
-Also loads one adapter by command, from disk, and says how long that took.
+It runs in its own virtual environment (`make bench-baselines`). Both cores are bound explicitly: by default vLLM uses
+one, which would be unfair to it. `plain` has LoRA switched off, which is vLLM's fastest base; `mixed` accepts ranks up
+to 64. A command loads one adapter from disk and returns how long that took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-from contest import serve  # noqa: E402  the environment first
+from engines.process import serve  # noqa: E402  the environment first
 from workloads import REQUESTS, Batch, adapter_name, mixed_name  # noqa: E402
 
 
@@ -71,7 +71,7 @@ class Vllm:
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     def load(self, name: str) -> float:
-        """Seconds from disk to ready, under a number that vLLM has not seen; it is removed again."""
+        """Seconds from disk to ready, under an adapter number that is new to vLLM; the adapter is removed afterwards."""
         engine = self._llm.llm_engine
         self._fresh += 1
         began_s = time.perf_counter()

@@ -1,8 +1,8 @@
-"""How long the runtime takes from its start to ready, against `from_pretrained` in a bare script, alternating.
+"""How long the runtime takes from process start to ready, against `from_pretrained` in a minimal script, alternating.
 
-    python bench/start.py [--rounds 3] [--records PATH]
+    python bench/startup.py [--rounds 3] [--records PATH]
 
-Both are fresh processes with the weights on disk (in the page cache after the first round); both count their imports.
+Both are new processes with the weights on disk (in the page cache after the first round); both include their imports.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kit import COUNTED_ROUNDS, against, alternate, hand_over, parsed, parser, timed
+from engines.standalone import Standalone
 from places import ROOT, VOLUMES, base_folder
-from standalone import Standalone
+from records import COUNTED_ROUNDS, against, alternate, parsed, parser, report, timed
 
 BARE = (
     "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"
@@ -31,7 +31,7 @@ def main() -> int:
     base = base_folder()
     VOLUMES.mkdir(parents=True, exist_ok=True)
 
-    def bare() -> float:
+    def minimal() -> float:
         command = [sys.executable, "-c", BARE, str(base)]
         return timed(lambda: subprocess.run(command, check=True, capture_output=True))
 
@@ -49,9 +49,9 @@ def main() -> int:
                 for server in servers:
                     server.__exit__(None, None, None)
 
-    runs = alternate({"ours": ours, "bare": bare}, given.rounds)
-    records = [against("start.ready_over_from_pretrained", "s", runs["ours"], "from_pretrained", runs["bare"])]
-    hand_over(records, given)
+    runs = alternate({"ours": ours, "minimal": minimal}, given.rounds)
+    records = [against("start.ready_over_from_pretrained", "s", runs["ours"], "from_pretrained", runs["minimal"])]
+    report(records, given)
     return 0
 
 

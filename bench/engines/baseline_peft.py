@@ -1,6 +1,7 @@
-"""peft, as a contestant of W1: `python rival_peft.py BASE ADAPTERS DTYPE one|mixed [NAMES]`.
+"""peft, as an engine of W1: `python -m engines.baseline_peft BASE ADAPTERS DTYPE one|mixed [NAMES]`.
 
-`one`: set_adapter, one request at a time; also the reference for equality. `mixed`: one batch with `adapter_names=`.
+`one` calls set_adapter and runs one request at a time; it is also the reference for equality. `mixed` runs one batch
+with `adapter_names=`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from contest import serve
+from engines.process import serve
 from workloads import REQUESTS, Batch, adapter_name, mixed_name
 
 from lorapool_runtime.cgroup import usable_cores

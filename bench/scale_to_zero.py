@@ -1,11 +1,11 @@
-"""W6, scale to zero: a base without a pod, then a request; what of the wait is the platform's own.
+"""W6, scale to zero: sends a request to a base without a pod and measures the platform's own part of the wait.
 
-    python bench/w6.py [--rounds 3] [--demo .demo] [--records PATH]
+    python bench/scale_to_zero.py [--rounds 3] [--demo .demo] [--records PATH]
 
-Against the cluster that `make demo` keeps running, found by its summary.json; where there is none the records say "not
-run". `kubectl` watches the base's pods, and the moments at which it tells of them cut the wait into pieces: until the
-pod exists and after it is ready is the platform's own, between them lie the pod's start and the model's load. The base
-is sent to sleep before each round by a short idle time, which is set back at the end.
+It uses the cluster that `make demo` keeps running, found by its summary.json; without one the records are "not run".
+`kubectl` watches the base's pods. The platform's own part is the time until the pod exists and the time after it is
+ready; between them are the pod's start and the model's load. Before each round a short idle time scales the base to
+zero; the original value is restored at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from kit import COUNTED_ROUNDS, Record, hand_over, measured, not_run, parsed, parser
 from places import ROOT
+from records import COUNTED_ROUNDS, Record, measured, not_run, parsed, parser, report
 
 BASE = "smollm2"
 SERVED_NAME = "smollm2-135m-instruct"
@@ -43,19 +43,19 @@ RECORDS = {
 }
 
 
-# --- what was seen, and what it means (pure) -----------------------------------------------
+# --- observations and what follows from them (pure) ----------------------------------------
 
 
 @dataclass
 class Seen:
-    """Seconds on one clock at which each state was first told of; None: not yet."""
+    """When the watch first reported each state, in seconds of one clock; None: not yet."""
 
     created_s: float | None = None
     running_s: float | None = None
     ready_s: float | None = None
 
     def note(self, pod: Mapping[str, Any], at_s: float) -> None:
-        """Takes note of one state of the base's one pod; a pod that is leaving says nothing."""
+        """Records one state of the base's one pod; states of a terminating pod are ignored."""
         if pod["metadata"].get("deletionTimestamp"):
             return
         status = pod.get("status", {})
@@ -73,12 +73,12 @@ class Wait:
 
     answer: float
     wake: float
-    """Until the pod existed: the gateway, the scale, the operator's Deployment, its controllers."""
+    """Until the pod existed: the gateway, the scale request, the operator's Deployment, the controllers."""
     pod_start: float
     model_load: float
     """From the running container to the pod's readiness: imports, weights, the probe's period."""
     after_ready: float
-    """Until the first token; below zero where the gateway knew before the watch told."""
+    """Until the first token; negative if the gateway knew before the watch reported it."""
 
     @property
     def own(self) -> float:
@@ -86,7 +86,7 @@ class Wait:
 
 
 def wait_of(asked_s: float, seen: Seen, first_token_s: float) -> Wait:
-    """Raises ValueError where the watch told less than the whole story."""
+    """Splits one round's wait into its parts. Raises ValueError when the watch did not report all of them."""
     if seen.created_s is None or seen.running_s is None or seen.ready_s is None:
         raise ValueError(f"the pod was not seen to start: {seen}")
     return Wait(
@@ -120,7 +120,7 @@ def missing(why: str) -> list[Record]:
 
 
 class JsonStream:
-    """JSON documents out of a stream of text in which they follow each other, however it is cut."""
+    """Splits a stream of concatenated JSON documents, whatever the chunk boundaries."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -132,7 +132,7 @@ class JsonStream:
             try:
                 document, end = self._decoder.raw_decode(self._text)
             except json.JSONDecodeError:
-                return  # its end has not come yet
+                return  # the document is not complete yet
             self._text = self._text[end:].lstrip()
             yield document
 
@@ -165,7 +165,7 @@ class Cluster:
         return done.returncode == 0
 
     def idle_after(self, value: str | None = None) -> str:
-        """The base's idle time; set, where a value is given, in which case the one before is returned."""
+        """Returns the base's idle time; sets it first if a value is given, and then returns the previous one."""
         before = json.loads(self.run("get", "bm", BASE, "-o", "json"))["spec"]["scaling"]["idleAfter"]
         if value is not None:
             patch = json.dumps({"spec": {"scaling": {"idleAfter": value}}})
@@ -181,7 +181,7 @@ class Cluster:
         raise SystemExit(f"{BASE} still has a pod after {SLEEP_TIMEOUT_S:.0f} s without a request")
 
     def first_token_s(self) -> float:
-        """Asks the base and returns the moment of the first event of the stream, on `time.perf_counter`'s clock."""
+        """Sends a request to the base and returns the time of the stream's first event (`time.perf_counter`)."""
         url = urlsplit(self.gateway_url)
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=ANSWER_TIMEOUT_S)
         body = {"model": SERVED_NAME, "prompt": "Once upon a time", "max_tokens": 2, "temperature": 0, "stream": True}
@@ -200,7 +200,7 @@ class Cluster:
 
 
 class Watch:
-    """`kubectl get pods --watch` in a thread; a context manager. `seen` is what it told, by its time of telling."""
+    """`kubectl get pods --watch` in a thread; a context manager. `seen` has the reported states with their times."""
 
     def __init__(self, cluster: Cluster) -> None:
         command = [*cluster.kubectl, "get", "pods", "-l", POD_LABEL, "--watch", "-o", "json"]
@@ -233,12 +233,12 @@ class Watch:
 def one_round(cluster: Cluster, idle_after: str) -> Wait:
     cluster.idle_after("1s")
     cluster.wait_until_asleep()
-    cluster.idle_after(idle_after)  # or the base would sleep again before the round's end is told
+    cluster.idle_after(idle_after)  # or the base would be scaled to zero before the round's end is reported
     with Watch(cluster) as watch:
-        time.sleep(2)  # the watch stands
+        time.sleep(2)  # the watch is established
         asked_s = time.perf_counter()
         first_s = cluster.first_token_s()
-        time.sleep(2)  # readiness may be told after the answer
+        time.sleep(2)  # readiness may be reported after the answer
     return wait_of(asked_s, watch.seen, first_s)
 
 
@@ -265,7 +265,7 @@ def main() -> int:
     asked.add_argument("--demo", type=Path, default=ROOT / ".demo", help="the demo's folder")
     given = parsed(asked)
     records = measure(given.demo / "summary.json", given.rounds)
-    hand_over(records, given)
+    report(records, given)
     return 0
 
 

@@ -1,10 +1,9 @@
-"""The measuring kit: records, alternating rounds, medians and spreads. Every program of bench/ uses it.
+"""Records, alternating rounds, medians and spreads: the measuring tools of every program of bench/.
 
-A program takes its arguments by `parser` and `parsed`, measures, makes `Record`s (`measured`, `against`, `not_run`) and
-hands them over (`hand_over`): printed and, given `--records PATH`, written there as JSON; `python bench quick|full`
-runs the programs and merges their records into one result file. Only the standard library, because it also runs
-inside the peers' virtual environments. It refuses a figure without rounds, and never averages a spread away: all runs
-are kept.
+A program parses its arguments by `parser` and `parsed`, measures, makes `Record`s (`measured`, `against`, `not_run`)
+and reports them (`report`): they are printed and, given `--records PATH`, written there as JSON. `python bench
+quick|full` runs the programs and merges their records into one result file. Standard library only, because it also runs
+in the baselines' virtual environments. A figure needs rounds, and all its runs are kept next to the median.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTED_ROUNDS = 3
-"""Fewer make no median."""
+"""The fewest rounds that have a meaningful median."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,13 @@ class Record:
     name: str
     unit: str
     value: float | None
-    """Median of `runs`; None: not measured, `note` says why."""
+    """Median of `runs`; None: not measured, for the reason in `note`."""
     runs: tuple[float, ...] = ()
-    rival: str | None = None
-    rival_value: float | None = None
-    rival_runs: tuple[float, ...] = ()
+    baseline: str | None = None
+    baseline_value: float | None = None
+    baseline_runs: tuple[float, ...] = ()
     ratio: float | None = None
-    """Ours over the rival's, paired by round, median: above 1 is more of the unit, whether that is good or bad."""
+    """Median of ours divided by the baseline's of the same round; above 1 is more of the unit, good or bad."""
     ratio_low: float | None = None
     ratio_high: float | None = None
     note: str = ""
@@ -55,20 +54,20 @@ def measured(name: str, unit: str, runs: Sequence[float], note: str = "") -> Rec
 
 
 def against(
-    name: str, unit: str, runs: Sequence[float], rival: str, rival_runs: Sequence[float], note: str = ""
+    name: str, unit: str, runs: Sequence[float], baseline: str, baseline_runs: Sequence[float], note: str = ""
 ) -> Record:
-    """A ratio to a rival measured in the same rounds: run i of ours is paired with run i of the rival's."""
-    if len(runs) != len(rival_runs) or not runs:
-        raise ValueError(f"{name}: {len(runs)} runs cannot be paired with {len(rival_runs)} of {rival}")
-    ratios = [ours / theirs for ours, theirs in zip(runs, rival_runs, strict=True)]
+    """A ratio to a baseline measured in the same rounds: our run i is paired with the baseline's run i."""
+    if len(runs) != len(baseline_runs) or not runs:
+        raise ValueError(f"{name}: {len(runs)} runs cannot be paired with {len(baseline_runs)} of {baseline}")
+    ratios = [ours / theirs for ours, theirs in zip(runs, baseline_runs, strict=True)]
     return Record(
         name,
         unit,
         statistics.median(runs),
         tuple(runs),
-        rival,
-        statistics.median(rival_runs),
-        tuple(rival_runs),
+        baseline,
+        statistics.median(baseline_runs),
+        tuple(baseline_runs),
         statistics.median(ratios),
         min(ratios),
         max(ratios),
@@ -77,28 +76,28 @@ def against(
 
 
 def not_run(name: str, unit: str, why: str) -> Record:
-    """A row that could not be measured here: it is printed and kept, never dropped."""
+    """A row that could not be measured; it is printed and kept."""
     return Record(name, unit, None, note=why)
 
 
 def alternate(
-    contestants: Mapping[str, Callable[[], float]],
+    engines: Mapping[str, Callable[[], float]],
     rounds: int = COUNTED_ROUNDS,
     warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, list[float]]:
-    """A B C, A B C, …: what each contestant returned in each counted round.
+    """Runs A B C, A B C, … and returns what each engine returned in each counted round.
 
-    The first round, or `warm_up` of every contestant where that is cheaper, is not counted. Neighbours in time meet
-    the same machine, so a ratio within a round stands where an absolute figure does not.
+    The first round (or `warm_up` of every engine, where that is cheaper) is not counted. Runs that are close in time
+    see the same machine, so that a ratio within a round is reliable where an absolute figure is not.
     """
-    for name, run in contestants.items():
+    for name, run in engines.items():
         if warm_up is not None:
             warm_up(name)
         else:
             run()
-    results: dict[str, list[float]] = {name: [] for name in contestants}
+    results: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
-        for name, run in contestants.items():
+        for name, run in engines.items():
             results[name].append(run())
     return results
 
@@ -112,7 +111,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds on the clock."""
+    """Wall-clock seconds of one call."""
     began_s = time.perf_counter()
     run()
     return time.perf_counter() - began_s
@@ -122,20 +121,20 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def parser(says: str | None) -> argparse.ArgumentParser:
-    """With `--records`, which every program has; `says` is its docstring."""
+    """An argument parser with `--records`, which every program has; `says` is the program's docstring."""
     made = argparse.ArgumentParser(description=says, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--records", type=Path, help="write the records there as JSON")
     return made
 
 
 def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """From here on SIGTERM, by which the driver ends what takes too long, ends the program's own processes too."""
+    """Parses the arguments. From here on SIGTERM also ends the program's own child processes."""
     given = made.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return given
 
 
-def hand_over(records: Sequence[Record], given: argparse.Namespace, versions: Mapping[str, str] | None = None) -> None:
+def report(records: Sequence[Record], given: argparse.Namespace, versions: Mapping[str, str] | None = None) -> None:
     print(table(records), flush=True)
     if given.records:
         write_records(given.records, records, versions)
@@ -145,7 +144,7 @@ def hand_over(records: Sequence[Record], given: argparse.Namespace, versions: Ma
 
 
 def write_records(path: Path, records: Sequence[Record], versions: Mapping[str, str] | None = None) -> None:
-    """What one program hands to the driver."""
+    """Writes the JSON file that a program hands to the driver."""
     body = {"records": [asdict(record) for record in records], "versions": dict(versions or {})}
     path.write_text(json.dumps(body, indent=1) + "\n")
 
@@ -157,7 +156,7 @@ def read_records(path: Path) -> tuple[list[Record], dict[str, str]]:
 
 def record_of(item: Mapping[str, Any]) -> Record:
     """From JSON; refuses unknown fields."""
-    fields = {**item, "runs": tuple(item["runs"]), "rival_runs": tuple(item["rival_runs"])}
+    fields = {**item, "runs": tuple(item["runs"]), "baseline_runs": tuple(item["baseline_runs"])}
     return Record(**fields)
 
 
@@ -165,7 +164,7 @@ def record_of(item: Mapping[str, Any]) -> Record:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to compare, and nothing that names the machine itself."""
+    """The machine's properties that a reader needs to compare, without anything that identifies it."""
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -182,7 +181,7 @@ def slug(facts: Mapping[str, Any]) -> str:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """A name without a number says little (virtual machines hide it): then with the processor's family and model."""
+    """The model name; if it has no number (virtual machines hide it), with the processor's family and model."""
     facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo.read_text(), re.M))
     name: str = facts.get("model name", platform.machine()).strip()
     if re.search(r"\d", name) or not {"cpu family", "model"} <= set(facts):
@@ -200,22 +199,22 @@ def _simd(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line a record: value, runs, rival, ratio."""
+    """One line per record: value, runs, baseline, ratio."""
     lines = [f"load average {os.getloadavg()[0]:.1f}"]
     for record in records:
         if record.value is None:
             lines.append(f"{record.name:44} not run: {record.note}")
             continue
         line = f"{record.name:44} {number(record.value):>9} {record.unit:8} {_range(record.runs):20}"
-        if record.ratio is not None and record.rival_value is not None:
+        if record.ratio is not None and record.baseline_value is not None:
             low, high = number(record.ratio_low or 0), number(record.ratio_high or 0)
-            line += f" {number(record.ratio):>6} ({low}..{high}) of {record.rival}: {number(record.rival_value)}"
+            line += f" {number(record.ratio):>6} ({low}..{high}) of {record.baseline}: {number(record.baseline_value)}"
         lines.append(line + (f"  [{record.note}]" if record.note else ""))
     return "\n".join(lines)
 
 
 def number(value: float) -> str:
-    """Three digits that matter."""
+    """Formats with three significant digits."""
     if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"

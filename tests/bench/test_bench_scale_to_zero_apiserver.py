@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import w6
+import scale_to_zero
 from apiserver import REPOSITORY, ApiServer, running_apiserver
 
 pytestmark = pytest.mark.apiserver
@@ -34,7 +34,7 @@ class Node:
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": f"pod-{self.asked}", "labels": {"lorapool.dev/base": w6.BASE}},
+            "metadata": {"name": f"pod-{self.asked}", "labels": {"lorapool.dev/base": scale_to_zero.BASE}},
             "spec": {"containers": [{"name": "runtime", "image": "none"}], "automountServiceAccountToken": False},
         }
         self._kubectl("create", "-f", "-", stdin=json.dumps(pod))
@@ -46,8 +46,11 @@ class Node:
 
     def idle(self, until: threading.Event) -> None:
         while not until.wait(0.3):
-            if json.loads(self._kubectl("get", "bm", w6.BASE, "-o", "json"))["spec"]["scaling"]["idleAfter"] == "1s":
-                self._kubectl("delete", "pods", "-l", w6.POD_LABEL, "--grace-period=0", "--force")
+            if (
+                json.loads(self._kubectl("get", "bm", scale_to_zero.BASE, "-o", "json"))["spec"]["scaling"]["idleAfter"]
+                == "1s"
+            ):
+                self._kubectl("delete", "pods", "-l", scale_to_zero.POD_LABEL, "--grace-period=0", "--force")
 
     def _status(self, *, ready: bool) -> None:
         container = {
@@ -78,7 +81,7 @@ def gateway(server: ApiServer) -> Iterator[tuple[Node, str]]:
     base = {
         "apiVersion": "lorapool.dev/v1alpha1",
         "kind": "BaseModel",
-        "metadata": {"name": w6.BASE, "namespace": NAMESPACE},
+        "metadata": {"name": scale_to_zero.BASE, "namespace": NAMESPACE},
         "spec": {"source": {"uri": "hf://org/x"}, "scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "10m"}},
     }
     server.kubectl("apply", "-f", "-", stdin=json.dumps(base))
@@ -118,7 +121,7 @@ def test_each_round_starts_from_no_pod_and_the_wait_is_cut_where_the_pod_changed
         "api_key": KEY,
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    records = {record.name: record for record in w6.measure(tmp_path / "summary.json", 2)}
+    records = {record.name: record for record in scale_to_zero.measure(tmp_path / "summary.json", 2)}
     assert node.asked == 2
     assert all(len(record.runs) == 2 for record in records.values())
     # Each piece is at least what the test slept in it; how much more is the machine's affair.
@@ -126,5 +129,5 @@ def test_each_round_starts_from_no_pod_and_the_wait_is_cut_where_the_pod_changed
         assert min(records[f"w6.{name}"].runs) > least * 0.9
     total = WAKE_S + START_S + LOAD_S + AFTER_S
     assert min(records["w6.answer_s"].runs) > total
-    spec = json.loads(server.kubectl("-n", NAMESPACE, "get", "bm", w6.BASE, "-o", "json"))["spec"]
+    spec = json.loads(server.kubectl("-n", NAMESPACE, "get", "bm", scale_to_zero.BASE, "-o", "json"))["spec"]
     assert spec["scaling"]["idleAfter"] == "10m", "as it was before"

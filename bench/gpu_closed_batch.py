@@ -1,11 +1,11 @@
 """W1 on a GPU: 32 requests of 32 prompt and 64 new tokens on an 8B Llama's shape with random weights, in bfloat16.
 
-    python bench/gpu_w1.py [--rounds 3] [--peft 4] [--folder DIR] [--records PATH]      needs a CUDA GPU of 48 GB
-    python bench/gpu_w1.py --rehearse           the same with a tiny shape on the CPU: shows that it runs, no figure
+    python bench/gpu_closed_batch.py [--rounds 3] [--peft 4] [--folder DIR] [--records PATH]    needs a CUDA GPU of 48 GB
+    python bench/gpu_closed_batch.py --rehearse    the same with a tiny shape on the CPU: checks that it runs, no figure
 
-Contestants in alternating rounds: the base with nothing loaded, the base beside 32 adapters, 1, 8 and 32 distinct
-rank-16 adapters on all seven linears, peft's set_adapter one request at a time (on `--peft` of the requests). Before
-that, greedy tokens of a small float32 model must equal peft's on the same device, or nothing is measured.
+Alternating rounds measure the base with nothing loaded, the base with 32 adapters loaded, 1, 8 and 32 distinct rank-16
+adapters on all seven linears, and peft's set_adapter one request at a time (on `--peft` of the requests). Before that,
+greedy tokens of a small float32 model must equal peft's on the same device, or nothing is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import Record, against, alternate, measured, not_run, parsed, parser, table, write_records
+from records import Record, against, alternate, measured, not_run, parsed, parser, table, write_records
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,7 +65,7 @@ SMALL = Shape(256, 512, 2, 8, 2, 1000)
 
 
 def make_base(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> str:
-    """A folder of random weights, made on the device: on a CPU 8 billion normal numbers take minutes."""
+    """Writes a folder of random weights, generated on the device: on a CPU 8 billion normal numbers take minutes."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -79,7 +79,7 @@ def make_base(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> st
 
 
 def make_adapters(folder: Path, engine: TorchEngine, count: int, dtype: torch.dtype) -> list[Path]:
-    """In peft's file format, on every linear of the layers."""
+    """Writes adapters in peft's file format, on every linear of the layers."""
     names = sorted({target.module.rpartition(".")[2] for target in engine.facts.targets})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names, "task_type": "CAUSAL_LM"}
     folders = []
@@ -98,10 +98,10 @@ def make_adapters(folder: Path, engine: TorchEngine, count: int, dtype: torch.dt
 
 
 class Ours:
-    """The engine, its adapters read once: copying them into slots is never on the clock."""
+    """The engine, with its adapters read once: copying them into slots is never timed."""
 
     def __init__(self, base: str, dtype: str, device: str, scratch: Path, count: int) -> None:
-        # kv_bytes: what the workload needs many times over, so that peft's own copy of the base fits beside it
+        # kv_bytes: many times what the workload needs, while leaving room for peft's own copy of the base
         self._engine = TorchEngine(
             EngineConfig(
                 base,
@@ -154,7 +154,7 @@ class Ours:
 
 
 class Peft:
-    """The naive way: set_adapter, one request at a time."""
+    """The simple baseline: set_adapter, one request at a time."""
 
     def __init__(self, base: str, folders: Sequence[Path], dtype: torch.dtype, device: str) -> None:
         from peft import PeftModel
@@ -188,7 +188,7 @@ def make_prompts(vocab: int, seed: int = 0) -> list[list[int]]:
 
 
 def equal_to_peft(device: str, scratch: Path) -> bool:
-    """Four adapters in one batch with base rows, float32, on the device that is measured."""
+    """Compares four adapters in one batch with base rows, in float32, on the device under test."""
     base = make_base(scratch / "small", SMALL, torch.float32, device)
     ours = Ours(base, "float32", device, scratch, count=4)
     try:
@@ -215,7 +215,7 @@ def measure(shape: Shape, device: str, scratch: Path, rounds: int, new: int, pef
         ours = Ours(base, "bfloat16", device, Path(adapters), count=max(DISTINCT))
         seeds = itertools.count(1)  # new prompts for every run, so that no prefix cache helps anybody
 
-        def contestant(slots: list[int], loaded: bool) -> Callable[[], float]:
+        def engine(slots: list[int], loaded: bool) -> Callable[[], float]:
             def run() -> float:
                 ours.load(loaded)
                 prompts = make_prompts(ours.vocab, next(seeds))
@@ -224,15 +224,15 @@ def measure(shape: Shape, device: str, scratch: Path, rounds: int, new: int, pef
             return run
 
         on_base = [BASE_SLOT] * REQUESTS
-        contestants = {"unloaded": contestant(on_base, False), "base": contestant(on_base, True)}
+        engines = {"unloaded": engine(on_base, False), "base": engine(on_base, True)}
         for n in DISTINCT:
-            contestants[f"distinct{n}"] = contestant([row % n for row in range(REQUESTS)], True)
+            engines[f"distinct{n}"] = engine([row % n for row in range(REQUESTS)], True)
         if peft_requests:
             few = make_prompts(ours.vocab)[:peft_requests]
             peft = Peft(base, ours.folders[:peft_requests], dtype, device)
-            contestants["peft"] = lambda: tokens_per_s(lambda: peft.run(few, new))
+            engines["peft"] = lambda: tokens_per_s(lambda: peft.run(few, new))
         try:
-            runs = alternate(contestants, rounds)
+            runs = alternate(engines, rounds)
         finally:
             ours.stop()
     records = [measured(f"{PREFIX}.start", "s", [ours.start_s], "weights on disk to ready, graphs captured")]
@@ -255,7 +255,7 @@ def main() -> int:
     arguments = parsed(asked)
     has_gpu = torch.cuda.is_available()
     if not has_gpu and not arguments.rehearse:
-        print("bench/gpu_w1.py needs a CUDA GPU and there is none here: nothing was measured.")
+        print("bench/gpu_closed_batch.py needs a CUDA GPU and there is none here: nothing was measured.")
         records = [not_run(f"{PREFIX}.distinct{n}_over_base", "tok/s", "no CUDA GPU") for n in DISTINCT]
     else:
         device, shape = ("cpu", SMALL) if arguments.rehearse else ("cuda", LLAMA_8B)

@@ -1,6 +1,6 @@
-"""A closed batch over HTTP, for contestants that are servers: one connection and one thread per request.
+"""A closed batch over HTTP, for engines that are servers: one connection and one thread per request.
 
-Standard library only. Bodies are whole, not streamed: what is compared is the tokens a client has at the end.
+Standard library only. Responses are not streamed: the tokens that a client has at the end are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], timeout_s: float = 280.0) -> None:
-    """Polls a server that was just started. Raises RuntimeError when it ends or does not become ready."""
+    """Polls a server that was just started. Raises RuntimeError when it exits or does not become ready."""
     ends_s = time.monotonic() + timeout_s
     while not ready():
         if process.poll() is not None:
@@ -37,7 +37,7 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes], time
 
 
 def status_of(port: int, path: str) -> int:
-    """0: nobody answers."""
+    """The HTTP status, or 0 when no server answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", path)
@@ -49,7 +49,7 @@ def status_of(port: int, path: str) -> int:
 
 
 class Clients:
-    """Threads that are there before the batch; each connects anew for it."""
+    """Threads that exist before the batch; each opens a new connection for it."""
 
     def __init__(self, port: int, count: int) -> None:
         self._pool = ThreadPoolExecutor(count)
@@ -60,7 +60,7 @@ class Clients:
     def post_all(
         self, path: str, bodies: Sequence[Mapping[str, Any]], headers: Sequence[Mapping[str, str]] | None = None
     ) -> list[Any]:
-        """All at once; the answers in order. Raises RuntimeError on any status but 200."""
+        """Sends all requests at once and returns the answers in order. Raises RuntimeError on any status but 200."""
         heads = headers or [{} for _ in bodies]
         return list(self._pool.map(self._post, self._connections, [path] * len(bodies), bodies, heads))
 

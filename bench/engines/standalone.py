@@ -1,6 +1,6 @@
-"""A runtime process on loopback with adapters from a volume: what W1 over HTTP and the open loops are run against.
+"""A runtime process on loopback with adapters from a volume: the server for W1 over HTTP and the open loops.
 
-It is the shipped server, started as an operator's pod starts it, without a token because it listens on loopback only.
+It is the shipped server, started as in an operator's pod, but without a token because it listens on loopback only.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from over_http import free_port, status_of, wait_until
+from engines.over_http import free_port, status_of, wait_until
 from places import LOGS
 
 
 class Standalone:
-    """A context manager; leaving stops the process. `settings` are the runtime's flags, without dashes."""
+    """A context manager; leaving it stops the process. `settings` are the runtime's flags, without dashes."""
 
     def __init__(self, base: Path, volumes: Path, cache: Path, settings: Mapping[str, Any], log: str) -> None:
         self.port = free_port()
@@ -61,7 +61,7 @@ class Standalone:
         wait_until(lambda: status_of(self.port, "/readyz") == 200, self.process, timeout_s)
 
     def register(self, claim: str, names: Sequence[str], **fields: Any) -> dict[str, str]:
-        """Resolves and registers; name -> value of the adapter header. Nothing is loaded unless `fields` say so."""
+        """Resolves and registers adapters; returns name -> value of the adapter header. `fields` may ask for loading."""
         keys = {}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         for name in names:

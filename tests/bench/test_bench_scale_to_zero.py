@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import w6
-from w6 import JsonStream, Seen, measure, records_of, wait_of
+import scale_to_zero
+from scale_to_zero import JsonStream, Seen, measure, records_of, wait_of
 
 
 def pod(*, running: bool = False, ready: bool = False, leaving: bool = False) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def test_documents_that_follow_each_other_are_parsed_however_they_are_cut(cut: i
 
 def test_without_a_demo_every_record_says_so(tmp_path: Path) -> None:
     records = measure(tmp_path / "summary.json", 3)
-    assert [record.name for record in records] == list(w6.RECORDS)
-    assert {record.note for record in records} == {w6.NO_CLUSTER}
+    assert [record.name for record in records] == list(scale_to_zero.RECORDS)
+    assert {record.note for record in records} == {scale_to_zero.NO_CLUSTER}
 
 
 def test_with_a_summary_of_a_cluster_that_is_gone_every_record_says_so(tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_with_a_summary_of_a_cluster_that_is_gone_every_record_says_so(tmp_path:
         "api_key": "",
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert {record.note for record in measure(tmp_path / "summary.json", 3)} == {w6.NO_CLUSTER}
+    assert {record.note for record in measure(tmp_path / "summary.json", 3)} == {scale_to_zero.NO_CLUSTER}

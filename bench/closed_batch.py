@@ -1,10 +1,11 @@
-"""W1: a closed batch of 16 requests × (32 prompt + 64 new) tokens, ours and every rival's, in alternating rounds.
+"""W1: a closed batch of 16 requests × (32 prompt + 64 new) tokens, on our engine and every baseline, in alternating
+rounds.
 
-    python bench/w1.py [--dtype float32|bfloat16] [--quick] [--rounds 3] [--new 64] [--only OWN,RIVALS] [--records PATH]
+    python bench/closed_batch.py [--dtype float32|bfloat16] [--quick] [--rounds 3] [--only OWN,BASELINES] [--records PATH]
 
-Every contestant is loaded before the first round and takes its turn in each; each round has prompts of its own, so no
-cache helps. Equality is a gate: in float32 every row that peft computed one by one (a quarter of the batch a round)
-must be equal token by token, or the program fails and writes nothing. A rival that is not installed is named as such.
+Every engine is loaded before the first round and takes its turn in each round. Each round has its own prompts, so that
+no cache helps. Equality is a gate: in float32 every row that peft computed one by one (a quarter of the batch per
+round) must be equal token by token, or the program fails and writes nothing. A baseline that is not installed is named.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from contest import Contestant, ContestError
-from kit import COUNTED_ROUNDS, Record, against, alternate, hand_over, measured, not_run, parsed, parser
-from peers import gguf_folder, llamacpp_server, vllm_python
-from places import BENCH, LOGS, ROOT, VOLUMES, base_folder, w1_adapters
+from engines.baselines import gguf_folder, llamacpp_server, vllm_python
+from engines.process import EngineProcess, EngineProcessError
+from places import LOGS, ROOT, VOLUMES, base_folder, w1_adapters
+from records import COUNTED_ROUNDS, Record, against, alternate, measured, not_run, parsed, parser, report
 from workloads import NEW_TOKENS, REQUESTS, Batch, adapter_name, w1
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WARM_UP_TOKENS = 8
-RIVALS = ("vllm", "peft", "transformers", "llamacpp", "http")
-NOT_INSTALLED = "not installed: make bench-peers"
+BASELINES = ("vllm", "peft", "transformers", "llamacpp", "http")
+NOT_INSTALLED = "not installed: make bench-baselines"
 
 
-class NotEqual(Exception):
-    """Two engines disagree where they must not."""
+class NotEqualError(Exception):
+    """Two engines gave different tokens where they must be equal."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One contestant's part of a round. `label` names its series of rates."""
+    """One engine's part of a round. `label` names its series of rates."""
 
     label: str
-    contestant: Contestant
+    engine: EngineProcess
     case: str
     rows: int = REQUESTS
-    """Fewer than all: another part of the batch in each round."""
+    """If fewer than all: each round takes a different part of the batch."""
     before: str | None = None
-    """A command to the contestant before its turn, outside the clock."""
+    """A command sent to the engine before its turn, not timed."""
     only_round: int | None = None
     """Not timed: a reference for equality in this round alone."""
 
@@ -56,15 +57,15 @@ class Turn:
 class Series:
     rates: dict[str, list[float]] = field(default_factory=dict)
     tokens: dict[tuple[str, int], tuple[Batch, list[list[int]]]] = field(default_factory=dict)
-    """(label, round) -> what was asked and what came."""
+    """(label, round) -> the batch and the generated tokens."""
     lost: set[str] = field(default_factory=set)
-    """Labels of rivals that died on the way: their rows are not run, ours go on."""
+    """Labels of baselines that ended early: their rows are not run; the others continue."""
 
     def take(self, turn: Turn, round_number: int, new: int, *, counted: bool) -> None:
         batch = turn.batch(round_number, new)
         if turn.before:
-            turn.contestant.ask({"do": turn.before})
-        outcome = turn.contestant.run(batch)
+            turn.engine.ask({"do": turn.before})
+        outcome = turn.engine.run(batch)
         self.tokens[turn.label, round_number] = (batch, outcome.tokens)
         said = f"    {turn.label}: {outcome.tokens_per_s:.0f} tok/s"
         print(said if counted else said + " (not counted)", file=sys.stderr, flush=True)
@@ -92,7 +93,7 @@ def equal_rows(series: Series, ours: Sequence[str], theirs: str, rounds: Sequenc
 
 
 def equal_texts(series: Series, rounds: Sequence[int]) -> tuple[int, int]:
-    """The same for what came over HTTP: its text against the text of the tokens in process."""
+    """Counts (equal, compared) answers over HTTP: their text against the decoded tokens of the engine in process."""
     from transformers import AutoTokenizer
 
     label, equal, compared = "http distinct16", 0, 0
@@ -106,19 +107,19 @@ def equal_texts(series: Series, rounds: Sequence[int]) -> tuple[int, int]:
     return equal, compared
 
 
-def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -> tuple[list[Turn], dict[str, str]]:
-    """Starts every contestant, side by side, and waits until all are loaded. (turns, versions)"""
+def turns_of(stack: ExitStack, dtype: str, baselines: Sequence[str], quick: bool) -> tuple[list[Turn], dict[str, str]]:
+    """Starts all engines concurrently and waits until they are loaded. Returns (turns, versions)."""
     base = base_folder()
     adapters = w1_adapters(base)
-    started: list[Contestant] = []
+    started: list[EngineProcess] = []
 
-    def start(name: str, program: str, *arguments: str, python: str = sys.executable) -> Contestant:
-        command = [python, str(BENCH / program), *arguments]
-        contestant = stack.enter_context(Contestant(f"{name}-{SHORT[dtype]}", command, LOGS))
-        started.append(contestant)
-        return contestant
+    def start(name: str, program: str, *arguments: str, python: str = sys.executable) -> EngineProcess:
+        command = [python, "-m", program, *arguments]
+        engine = stack.enter_context(EngineProcess(f"{name}-{SHORT[dtype]}", command, LOGS))
+        started.append(engine)
+        return engine
 
-    own = start("own", "own_engine.py", str(base), str(adapters), dtype)
+    own = start("own", "engines.own_engine", str(base), str(adapters), dtype)
     turns = [
         Turn("base, none loaded", own, "base", before="unload"),
         Turn("distinct16", own, "distinct16"),
@@ -128,18 +129,20 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
     if not quick:
         turns += [Turn("one", own, "one"), Turn("four", own, "four")]
     python = vllm_python()
-    if "vllm" in rivals and python:
-        plain = start("vllm-plain", "rival_vllm.py", str(base), str(adapters), dtype, "plain", python=str(python))
-        lora = start("vllm-lora", "rival_vllm.py", str(base), str(adapters), dtype, "lora", python=str(python))
+    if "vllm" in baselines and python:
+        plain = start(
+            "vllm-plain", "engines.baseline_vllm", str(base), str(adapters), dtype, "plain", python=str(python)
+        )
+        lora = start("vllm-lora", "engines.baseline_vllm", str(base), str(adapters), dtype, "lora", python=str(python))
         turns += [Turn("vllm base", plain, "base"), Turn("vllm distinct16", lora, "distinct16")]
         if not quick:
             turns.append(Turn("vllm base, LoRA on", lora, "base"))
-    if "transformers" in rivals:
-        batching = start("transformers", "rival_transformers.py", str(base), dtype)
+    if "transformers" in baselines:
+        batching = start("transformers", "engines.baseline_transformers", str(base), dtype)
         turns.append(Turn("transformers base", batching, "base"))
-    if "peft" in rivals:
-        one = start("peft-one", "rival_peft.py", str(base), str(adapters), dtype, "one")
-        mixed = start("peft-mixed", "rival_peft.py", str(base), str(adapters), dtype, "mixed")
+    if "peft" in baselines:
+        one = start("peft-one", "engines.baseline_peft", str(base), str(adapters), dtype, "one")
+        mixed = start("peft-mixed", "engines.baseline_peft", str(base), str(adapters), dtype, "mixed")
         turns += [
             Turn("peft one by one", one, "distinct16", rows=2),
             Turn("peft mixed batch", mixed, "distinct16"),
@@ -150,33 +153,33 @@ def turns_of(stack: ExitStack, dtype: str, rivals: Sequence[str], quick: bool) -
                 Turn("peft, base", one, "base", rows=2, only_round=1),
             ]
     server = llamacpp_server()
-    if "llamacpp" in rivals and server and dtype == "float32":
-        llama = start("llamacpp", "rival_llamacpp.py", str(server), str(gguf_folder()))
+    if "llamacpp" in baselines and server and dtype == "float32":
+        llama = start("llamacpp", "engines.baseline_llamacpp", str(server), str(gguf_folder()))
         turns.append(Turn("llamacpp distinct16", llama, "distinct16"))
         if not quick:
             turns.append(Turn("llamacpp base", llama, "base"))
-    if "http" in rivals:
-        http = start("own-http", "own_http.py", str(base), str(VOLUMES), dtype)
+    if "http" in baselines:
+        http = start("own-http", "engines.own_http", str(base), str(VOLUMES), dtype)
         turns.append(Turn("http distinct16", http, "distinct16"))
     turns.append(Turn("mixed_ranks", own, "mixed_ranks"))
     versions: dict[str, str] = {}
     began_s = time.monotonic()
-    for contestant in started:
+    for engine in started:
         try:
-            contestant.wait_until_loaded()
-        except ContestError as error:
-            if contestant is own:
+            engine.wait_until_loaded()
+        except EngineProcessError as error:
+            if engine is own:
                 raise
             print(f"  {error}", file=sys.stderr, flush=True)
-            turns = [turn for turn in turns if turn.contestant is not contestant]
+            turns = [turn for turn in turns if turn.engine is not engine]
             continue
-        print(f"  {contestant.name} is loaded after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
-        versions |= contestant.versions
+        print(f"  {engine.name} is loaded after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
+        versions |= engine.versions
     return turns, versions
 
 
 def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Series:
-    """A warm-up (round 0; few tokens when quick) and the counted rounds 1, 2, …"""
+    """Runs a warm-up (round 0; few tokens when quick) and the counted rounds 1, 2, …"""
     series = Series()
     for number in range(rounds + 1):
         for turn in turns:
@@ -186,11 +189,11 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
             counted = number > 0 and turn.only_round is None
             try:
                 series.take(turn, number, WARM_UP_TOKENS if short else new, counted=counted)
-            except ContestError as error:
-                if turn.contestant.name.startswith("own-fp") or turn.contestant.name.startswith("own-bf"):
+            except EngineProcessError as error:
+                if turn.engine.name.startswith("own-fp") or turn.engine.name.startswith("own-bf"):
                     raise
                 print(f"    {turn.label} is out: {error}", file=sys.stderr, flush=True)
-                series.lost |= {other.label for other in turns if other.contestant is turn.contestant}
+                series.lost |= {other.label for other in turns if other.engine is turn.engine}
     for label in series.lost:
         series.rates.pop(label, None)  # rounds that were not whole pair with nothing
         print(f"  round {number} of {rounds}, load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
@@ -198,14 +201,14 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
 
 
 def loads(turns: Sequence[Turn], rounds: int) -> list[Record]:
-    """One adapter of rank 16 in float32 (19.5 MB, in the page cache) from its files to its slot, ours and vLLM's."""
-    contestants = {turn.label: turn.contestant for turn in turns}
+    """Loads one adapter of rank 16 in float32 (19.5 MB, in the page cache) from its files to its slot: ours and vLLM's."""
+    engines = {turn.label: turn.engine for turn in turns}
     name = "loading.disk_to_slot_over_vllm"
-    if "vllm distinct16" not in contestants:
+    if "vllm distinct16" not in engines:
         return [not_run(name, "ms", NOT_INSTALLED)] if not vllm_python() else []
 
     def load(label: str) -> float:
-        seconds: float = contestants[label].ask({"do": "load", "name": adapter_name(0)})["seconds"]
+        seconds: float = engines[label].ask({"do": "load", "name": adapter_name(0)})["seconds"]
         return seconds * 1e3
 
     runs = alternate({"ours": lambda: load("base"), "vLLM": lambda: load("vllm distinct16")}, rounds)
@@ -213,7 +216,7 @@ def loads(turns: Sequence[Turn], rounds: int) -> list[Record]:
 
 
 def gate(series: Series, dtype: str, rounds: int) -> str:
-    """Says what was compared with peft one by one; in float32 raises NotEqual when a row differs."""
+    """Reports what was compared with peft one by one. Raises NotEqualError in float32 when a row differs."""
     ours = ("distinct16", "mixed_ranks", "base", "shuffled")
     said, wrong = [], []
     for theirs in ("peft one by one", "peft, mixed ranks", "peft, base", "peft mixed batch", "vllm distinct16",
@@ -234,7 +237,7 @@ def gate(series: Series, dtype: str, rounds: int) -> str:
             if dtype == "float32" and equal < compared:
                 wrong.append(said[-1])
     if wrong:
-        raise NotEqual("; ".join(wrong))
+        raise NotEqualError("; ".join(wrong))
     return ", ".join(said)
 
 
@@ -258,14 +261,14 @@ def records_of(series: Series, dtype: str, note: str) -> list[Record]:
         ("http_over_in_process", "http distinct16", "distinct16", "in process"),
     ]
     records = []
-    for name, ours, theirs, rival in wanted:
+    for name, ours, theirs, baseline in wanted:
         if ours in series.rates and theirs in series.rates:
             records.append(
-                against(f"{prefix}.{name}", "tok/s", series.rates[ours], rival, series.rates[theirs], note=note)
+                against(f"{prefix}.{name}", "tok/s", series.rates[ours], baseline, series.rates[theirs], note=note)
             )
             note = ""  # once is enough
         elif theirs in series.lost:
-            records.append(not_run(f"{prefix}.{name}", "tok/s", f"{rival} died in the run"))
+            records.append(not_run(f"{prefix}.{name}", "tok/s", f"{baseline} died in the run"))
         elif ("vllm" in theirs and not vllm_python()) or ("llamacpp" in theirs and not llamacpp_server()):
             records.append(not_run(f"{prefix}.{name}", "tok/s", NOT_INSTALLED))
     return records + [
@@ -277,27 +280,30 @@ def records_of(series: Series, dtype: str, note: str) -> list[Record]:
 def main() -> int:
     asked = parser(__doc__)
     asked.add_argument("--dtype", default="float32", choices=sorted(SHORT))
-    asked.add_argument("--quick", action="store_true", help="the cases that have a bar; a short warm-up")
+    asked.add_argument("--quick", action="store_true", help="the cases that have a target; a short warm-up")
     asked.add_argument("--rounds", type=int, default=COUNTED_ROUNDS)
     asked.add_argument("--new", type=int, default=NEW_TOKENS)
-    asked.add_argument("--only", default=",".join(RIVALS), help="rivals, separated by commas; empty: ours alone")
+    asked.add_argument("--only", default=",".join(BASELINES), help="baselines, separated by commas; empty: ours alone")
     given = parsed(asked)
-    rivals = [name for name in given.only.split(",") if name]
+    baselines = [name for name in given.only.split(",") if name]
     os.environ["PYTHONPATH"] = os.pathsep.join(
-        [*(str(ROOT / part) for part in ("crds", "operator", "runtime")), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [
+            *(str(ROOT / part) for part in ("bench", "crds", "operator", "runtime")),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
     )
     with ExitStack() as stack:
-        turns, versions = turns_of(stack, given.dtype, rivals, given.quick)
+        turns, versions = turns_of(stack, given.dtype, baselines, given.quick)
         series = run_rounds(turns, given.rounds, given.new, given.quick)
         turns = [turn for turn in turns if turn.label not in series.lost]
         loaded = loads(turns, given.rounds) if given.dtype == "float32" else []
     try:
         note = "equal to ours: " + gate(series, given.dtype, given.rounds)
-    except NotEqual as error:
+    except NotEqualError as error:
         print(f"NOT EQUAL in {given.dtype}: {error}", file=sys.stderr)
         return 1
     records = records_of(series, given.dtype, note) + loaded
-    hand_over(records, given, versions)
+    report(records, given, versions)
     return 0
 
 

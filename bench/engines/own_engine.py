@@ -1,6 +1,6 @@
-"""Lorapool's engine in process, as a contestant of W1: `python own_engine.py BASE ADAPTERS DTYPE [--gpu]`.
+"""Lorapool's engine in process, as an engine of W1: `python -m engines.own_engine BASE ADAPTERS DTYPE [--gpu]`.
 
-Adapters are read once and copied into slots before the clock starts, as the tiers above the engine do for warm ones.
+Adapters are read once and copied into slots before the timer starts, as the layers above the engine do for warm ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import torch
 import transformers
-from contest import serve
+from engines.process import serve
 from workloads import REQUESTS, Batch
 
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
@@ -32,7 +32,7 @@ class OwnEngine:
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config: dict[str, Any] = {"dtype": dtype, "max_rank": MAX_RANK, "slots": REQUESTS, "max_batch": REQUESTS}
         if "prefix_cache" in EngineConfig.__dataclass_fields__:
-            config["prefix_cache"] = False  # cases share prompts; the rivals' caches are off too
+            config["prefix_cache"] = False  # cases share prompts; the baselines' caches are off too
         self._engine = TorchEngine(EngineConfig(base, max_model_len=MAX_MODEL_LEN, **config))
         self._engine.start()
         self._adapters = adapters
@@ -40,7 +40,7 @@ class OwnEngine:
         self._slots: dict[str, int] = {}
 
     def prepare(self, batch: Batch) -> None:
-        """Loads what the batch needs; a base-only batch leaves the slots as they are."""
+        """Loads the adapters of the batch; a base-only batch leaves the slots unchanged."""
         wanted = {name for name in batch.adapters if name is not None}
         if wanted <= set(self._slots):
             return
@@ -75,7 +75,7 @@ class OwnEngine:
         return list(tokens.values())
 
     def load(self, name: str) -> float:
-        """Seconds from its files to its slot."""
+        """Seconds from an adapter's files to its slot."""
         self.unload()
         began_s = time.perf_counter()
         self._engine.load(0, self._engine.read_adapter(str(self._adapters / name), max_rank=MAX_RANK)).result(60)

@@ -1,6 +1,6 @@
-"""Lorapool's runtime over HTTP, as a contestant of W1: `python own_http.py BASE VOLUMES DTYPE`.
+"""Lorapool's runtime over HTTP, as an engine of W1: `python -m engines.own_http BASE VOLUMES DTYPE`.
 
-The same engine settings as `own_engine`, behind the shipped server. Tokens come back as text and are compared as text.
+It has the same engine settings as `own_engine`, behind the shipped server. Answers are compared as text.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from contest import serve
-from over_http import Clients
+from engines.over_http import Clients
+from engines.process import serve
+from engines.standalone import Standalone
 from places import W1_CLAIM
-from standalone import Standalone
 from workloads import REQUESTS, Batch, adapter_name
 
 from lorapool_api.common import HEADER_ADAPTER
@@ -27,12 +27,12 @@ class OwnHttp:
         self._clients = Clients(runtime.port, REQUESTS)
 
     def prepare(self, batch: Batch) -> None:
-        """Every adapter of the batch in its slot: one token each."""
+        """Loads every adapter of the batch into a slot by generating one token with it."""
         names = sorted({name for name in batch.adapters if name is not None})
         self._post(Batch(((5,),) * len(names), tuple(names), 1))
 
     def generate(self, batch: Batch) -> list[list[int]]:
-        """The bytes of each answer's text: token ids do not travel over HTTP."""
+        """The bytes of each answer's text: token ids are not part of the HTTP response."""
         return [list(text.encode()) for text in self._post(batch)]
 
     def _post(self, batch: Batch) -> list[str]:
