@@ -1,7 +1,7 @@
 """W1: a closed batch of 16 requests × (32 prompt + 64 new) tokens, on our engine and every baseline, in alternating
 rounds.
 
-    python bench/closed_batch.py [--dtype float32|bfloat16] [--quick] [--rounds 3] [--only OWN,BASELINES] [--records PATH]
+    python bench/closed_batch.py [--dtype float32|bfloat16] [--quick] [--only OWN,BASELINES] [--records PATH]
 
 Every engine is loaded before the first round and takes its turn in each round. Each round has its own prompts, so that
 no cache helps. Equality is a gate: in float32 every row that peft computed one by one (a quarter of the batch per
@@ -201,7 +201,7 @@ def run_rounds(turns: Sequence[Turn], rounds: int, new: int, quick: bool) -> Ser
 
 
 def loads(turns: Sequence[Turn], rounds: int) -> list[Record]:
-    """Loads one adapter of rank 16 in float32 (19.5 MB, in the page cache) from its files to its slot: ours and vLLM's."""
+    """Loads an adapter of rank 16 in float32 (19.5 MB, in the page cache) into a slot: ours and vLLM's."""
     engines = {turn.label: turn.engine for turn in turns}
     name = "loading.disk_to_slot_over_vllm"
     if "vllm distinct16" not in engines:

@@ -1,6 +1,6 @@
 """W1 on a GPU: 32 requests of 32 prompt and 64 new tokens on an 8B Llama's shape with random weights, in bfloat16.
 
-    python bench/gpu_closed_batch.py [--rounds 3] [--peft 4] [--folder DIR] [--records PATH]    needs a CUDA GPU of 48 GB
+    python bench/gpu_closed_batch.py [--rounds 3] [--peft 4] [--folder DIR] [--records PATH]  needs a CUDA GPU of 48 GB
     python bench/gpu_closed_batch.py --rehearse    the same with a tiny shape on the CPU: checks that it runs, no figure
 
 Alternating rounds measure the base with nothing loaded, the base with 32 adapters loaded, 1, 8 and 32 distinct rank-16

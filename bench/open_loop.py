@@ -115,7 +115,7 @@ async def stream(session: aiohttp.ClientSession, body: Mapping[str, object], hea
 async def _attempt(
     session: aiohttp.ClientSession, body: Mapping[str, object], headers: Mapping[str, str], answered: Answered
 ) -> bool:
-    """Returns whether every slot was in use, so that the request is to be repeated; the rest is recorded in `answered`."""
+    """True if every slot was in use, so that the request is repeated; the rest goes to `answered`."""
     async with session.post("/v1/completions", json=body, headers=headers) as response:
         if response.status == Conflict.status:
             answered.no_slot += 1

@@ -184,7 +184,7 @@ def w1_picture(results: Results) -> str:
 
 
 def targets_picture(results: Results) -> str:
-    """Each figure divided by its bound (or the bound divided by the figure), so that 1 is the target for all of them."""
+    """Each figure divided by its bound (or the reverse), so that 1 is the target for all."""
     rows = []
     for target in TARGETS:
         record = results.records.get(target.record)

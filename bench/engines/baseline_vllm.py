@@ -71,7 +71,7 @@ class Vllm:
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     def load(self, name: str) -> float:
-        """Seconds from disk to ready, under an adapter number that is new to vLLM; the adapter is removed afterwards."""
+        """Seconds from disk to ready, under a new adapter number; the adapter is removed afterwards."""
         engine = self._llm.llm_engine
         self._fresh += 1
         began_s = time.perf_counter()

@@ -61,7 +61,7 @@ class Standalone:
         wait_until(lambda: status_of(self.port, "/readyz") == 200, self.process, timeout_s)
 
     def register(self, claim: str, names: Sequence[str], **fields: Any) -> dict[str, str]:
-        """Resolves and registers adapters; returns name -> value of the adapter header. `fields` may ask for loading."""
+        """Resolves and registers adapters; returns name -> adapter header. `fields` may request loading."""
         keys = {}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         for name in names:

@@ -1,4 +1,4 @@
-"""The open loop's client: what finds no slot is sent again and its time goes on; other errors are final."""
+"""The open loop's client repeats a request that finds no slot while its time continues; other errors are final."""
 
 import asyncio
 from collections.abc import Sequence

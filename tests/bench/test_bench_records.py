@@ -1,4 +1,4 @@
-"""The kit's statistics, the workloads' processes, and the page that is made of the results."""
+"""Statistics of records, the random processes of workloads, and the page generated from the results."""
 
 import dataclasses
 import json

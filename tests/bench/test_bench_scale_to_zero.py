@@ -1,4 +1,4 @@
-"""What W6 says of a wait for a sleeping base: its pieces by what the watch told, and "not run" where nothing is up."""
+"""W6 splits a wait into parts by the watch's reports, and is "not run" without a cluster."""
 
 import json
 from pathlib import Path

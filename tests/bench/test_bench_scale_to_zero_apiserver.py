@@ -1,4 +1,4 @@
-"""W6 with kubectl against a real API server; what node, controllers and gateway do is played by the test."""
+"""W6 with kubectl against a real API server; the test simulates node, controllers and gateway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "lp-" + "w" * 43
 
 
 class Node:
-    """The base's pod: made, run and made ready when somebody asks; taken away once the base may idle for a second."""
+    """The base's pod: made, run and made ready on the first request; deleted once the base may idle for a second."""
 
     def __init__(self, server: ApiServer) -> None:
         self._server = server
@@ -124,7 +124,7 @@ def test_each_round_starts_from_no_pod_and_the_wait_is_cut_where_the_pod_changed
     records = {record.name: record for record in scale_to_zero.measure(tmp_path / "summary.json", 2)}
     assert node.asked == 2
     assert all(len(record.runs) == 2 for record in records.values())
-    # Each piece is at least what the test slept in it; how much more is the machine's affair.
+    # Each part is at least the test's sleep in it; the rest depends on the machine.
     for name, least in {"wake_ms": WAKE_S * 1e3, "pod_start_s": START_S, "model_load_s": LOAD_S}.items():
         assert min(records[f"w6.{name}"].runs) > least * 0.9
     total = WAKE_S + START_S + LOAD_S + AFTER_S
