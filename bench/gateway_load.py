@@ -166,7 +166,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._data += data
         if self._answer is None or self._answer.done():
-            raise RuntimeError("an answer nobody asked for")
+            raise RuntimeError("an answer without a request")
         if self._stream:
             if self._data.endswith(b"\r\n0\r\n\r\n"):
                 self._check(self._data.count(b"data: ") == EVENTS + 1 and b"data: [DONE]" in self._data)

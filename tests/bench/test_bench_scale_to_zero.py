@@ -16,9 +16,9 @@ def pod(*, running: bool = False, ready: bool = False, leaving: bool = False) ->
     return {"kind": "Pod", "metadata": {"deletionTimestamp": "now"} if leaving else {}, "status": status}
 
 
-def seen(*told: tuple[float, dict[str, Any]]) -> Seen:
+def seen(*reported: tuple[float, dict[str, Any]]) -> Seen:
     made = Seen()
-    for at_s, one in told:
+    for at_s, one in reported:
         made.note(one, at_s)
     return made
 
@@ -43,8 +43,8 @@ def test_an_answer_before_the_watch_told_of_readiness_is_no_time_won() -> None:
 
 
 def test_the_first_telling_counts_and_a_pod_that_leaves_says_nothing() -> None:
-    told = seen((5.0, pod(running=True, ready=True, leaving=True)), *STORY, (30.0, pod(running=True, ready=True)))
-    assert (told.created_s, told.running_s, told.ready_s) == (10.3, 12.0, 20.0)
+    reported = seen((5.0, pod(running=True, ready=True, leaving=True)), *STORY, (30.0, pod(running=True, ready=True)))
+    assert (reported.created_s, reported.running_s, reported.ready_s) == (10.3, 12.0, 20.0)
 
 
 def test_a_story_with_its_end_missing_is_refused() -> None:
