@@ -18,8 +18,8 @@ from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import AccessError
 from lorapool_operator.logs import set_up_logs
 from lorapool_operator.process import Process
-from lorapool_operator.profiles import ProfilesError
 from lorapool_operator.settings import Settings, SettingsError, read_settings
+from lorapool_operator.world.profiles import ProfilesError
 
 log = logging.getLogger("lorapool_operator")
 

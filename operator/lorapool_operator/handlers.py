@@ -14,7 +14,7 @@ import kopf
 from lorapool_api.basemodel import PLURAL as BASES
 from lorapool_api.common import GROUP, VERSION
 from lorapool_api.loraadapter import PLURAL as ADAPTERS
-from lorapool_operator.intake import Intake
+from lorapool_operator.world.intake import Intake
 
 
 def registry_of(intake: Intake, login: Any) -> kopf.OperatorRegistry:

@@ -16,12 +16,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from lorapool_api.common import AdapterCondition
-from lorapool_operator.cluster import Cluster
-from lorapool_operator.judge import JudgeBook
-from lorapool_operator.runtimes import RuntimeBook
-from lorapool_operator.store import Key, Kind, Store
-from lorapool_operator.verdict import condition
+from lorapool_operator.decisions.validity import condition
+from lorapool_operator.effects.cluster import Cluster
+from lorapool_operator.effects.inspections import JudgeBook
+from lorapool_operator.effects.runtime_polls import RuntimeBook
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import Key, Kind, Store
 
 BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 UNKNOWN_STATE = "Pending"

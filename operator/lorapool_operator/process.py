@@ -18,24 +18,24 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
-from lorapool_operator.apply import Applier
-from lorapool_operator.cluster import Cluster, ClusterError, Fenced
+from lorapool_operator.decisions.manifests import RuntimeImage
+from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.cluster import Cluster, ClusterError, Fenced
+from lorapool_operator.effects.inspections import ArtifactInspector, Inspector, JudgeBook
+from lorapool_operator.effects.lease import Leadership
+from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeBook
 from lorapool_operator.handlers import registry_of
-from lorapool_operator.intake import Intake
-from lorapool_operator.judge import ArtifactInspector, Inspector, JudgeBook
 from lorapool_operator.kopfsettings import pinned_settings
-from lorapool_operator.lease import Leadership
-from lorapool_operator.manifests import RuntimeImage
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
-from lorapool_operator.observe import PlanSettings
-from lorapool_operator.observer import Observer
-from lorapool_operator.profiles import ProfilesError, read_profiles
+from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
 from lorapool_operator.resync import Resync
-from lorapool_operator.runtimes import PollSettings, RuntimeBook
 from lorapool_operator.settings import Settings, read_master_token
-from lorapool_operator.store import Key, Store
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import Key, Store
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.observed import PlanSettings
+from lorapool_operator.world.profiles import ProfilesError, read_profiles
 
 log = logging.getLogger(__name__)
 

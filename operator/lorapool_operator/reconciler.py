@@ -11,18 +11,18 @@ import logging
 import time
 
 from lorapool_api.common import AdapterKey
-from lorapool_operator.apply import Applier
-from lorapool_operator.cluster import ClusterError, Conflict, Fenced
-from lorapool_operator.intake import Intake
-from lorapool_operator.judge import JudgeBook
+from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_operator.decisions.plan_base import plan_base
+from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.cluster import ClusterError, Conflict, Fenced
+from lorapool_operator.effects.inspections import JudgeBook
+from lorapool_operator.effects.runtime_polls import RuntimeBook, RuntimeCallError
 from lorapool_operator.metrics import Metrics
-from lorapool_operator.observe import PlanSettings
-from lorapool_operator.observer import Observer
-from lorapool_operator.plan_adapter import plan_adapter
-from lorapool_operator.plan_base import plan_base
-from lorapool_operator.runtimes import RuntimeBook, RuntimeCallError
-from lorapool_operator.store import Key, Kind
+from lorapool_operator.observe import Observer
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import Key, Kind
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.observed import PlanSettings
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorapool_operator.cluster import RUNTIME_SELECTOR, Cluster, NotFound
-from lorapool_operator.intake import Intake
-from lorapool_operator.store import Kind, Store
+from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, NotFound
+from lorapool_operator.world.cluster_cache import Kind, Store
+from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
 

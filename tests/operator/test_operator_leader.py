@@ -10,7 +10,7 @@ import pytest
 from fakes_operator import FakeInspector
 from operator_world import Api, condition, running_operator, until
 
-from lorapool_operator.cluster import Fenced
+from lorapool_operator.effects.cluster import Fenced
 
 pytestmark = pytest.mark.apiserver
 

@@ -15,7 +15,7 @@ from lorapool_api.common import ANNOTATION_RETRY, AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_operator.facts import Failure
+from lorapool_operator.decisions.plan import Failure
 
 pytestmark = pytest.mark.apiserver
 
@@ -307,7 +307,7 @@ async def test_a_deleted_adapter_leaves_its_runtime(api: Api, tmp_path: Path) ->
 async def test_what_a_runtime_holds_for_no_object_is_taken_off_after_a_while(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorapool_operator.plan_base.STRAY_GRACE_S", 1.0)
+    monkeypatch.setattr("lorapool_operator.decisions.plan_base.STRAY_GRACE_S", 1.0)
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.intake import Intake
 from lorapool_operator.merge import merge_patch
 from lorapool_operator.retry import retry_at_unix_s
 from lorapool_operator.settings import SettingsError, read_master_token, read_settings
-from lorapool_operator.store import Key, Kind, PodObject, Store
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import Key, Kind, PodObject, Store
+from lorapool_operator.world.intake import Intake
 
 NEEDED = {
     "LORAPOOL_OPERATOR_OWN_NAMESPACE": "lorapool",

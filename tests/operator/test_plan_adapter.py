@@ -12,11 +12,11 @@ from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import FailureReason
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, Tier
-from lorapool_operator.facts import AdapterAt, Failure, Judgement, Judging, RuntimeView, SourceFacts
-from lorapool_operator.observe import ObservedAdapter, PlanSettings
-from lorapool_operator.plan_adapter import AdapterPlan, plan_adapter
-from lorapool_operator.store import AdapterObject, BaseObject, Meta
-from lorapool_operator.verdict import fingerprint
+from lorapool_operator.decisions.plan import AdapterAt, Failure, Judgement, Judging, RuntimeView, SourceFacts
+from lorapool_operator.decisions.plan_adapter import AdapterPlan, plan_adapter
+from lorapool_operator.decisions.validity import fingerprint
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
+from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
 
 NOW = 1_700_000_000.0
 OLD, NEW = digest("old"), digest("new")

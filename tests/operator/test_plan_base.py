@@ -11,12 +11,12 @@ from fakes_operator import digest
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.protocol import BaseReport, RuntimeSnapshot
-from lorapool_operator.facts import Failure, Judgement, RuntimeView, SourceFacts
-from lorapool_operator.manifests import RuntimeImage, children
-from lorapool_operator.observe import AdapterSummary, ObservedBase, PlanSettings, StrayReport
-from lorapool_operator.plan_base import BasePlan, plan_base
-from lorapool_operator.profiles import RuntimeProfile
-from lorapool_operator.store import BaseObject, DeploymentObject, Key, Kind, Meta, PodObject
+from lorapool_operator.decisions.manifests import RuntimeImage, children
+from lorapool_operator.decisions.plan import Failure, Judgement, RuntimeView, SourceFacts
+from lorapool_operator.decisions.plan_base import BasePlan, plan_base
+from lorapool_operator.world.cluster_cache import BaseObject, DeploymentObject, Key, Kind, Meta, PodObject
+from lorapool_operator.world.observed import AdapterSummary, ObservedBase, PlanSettings, StrayReport
+from lorapool_operator.world.profiles import RuntimeProfile
 
 NOW = 1_700_000_000.0
 SETTINGS = PlanSettings()

@@ -18,7 +18,7 @@ from lorapool_api.protocol import AdapterReport, RuntimeSnapshot
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection
-from lorapool_operator.facts import Failure, SourceFacts
+from lorapool_operator.decisions.plan import Failure, SourceFacts
 
 
 def digest(text: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorapool_api.common import BaseCondition
-from lorapool_operator.store import (
+from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
     DeploymentObject,
@@ -19,7 +20,6 @@ from lorapool_operator.store import (
     Store,
     parse_or_none,
 )
-from lorapool_operator.workqueue import WorkQueue
 
 
 class Intake:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, RuntimeSnapshot
-from lorapool_operator.store import Key
+from lorapool_operator.world.cluster_cache import Key
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorapool_api.common import Reason
-from lorapool_operator.store import AdapterObject, BaseObject
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 
 
 @dataclass(frozen=True, slots=True)

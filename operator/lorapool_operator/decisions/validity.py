@@ -17,10 +17,10 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapter
 from lorapool_api.placement import Replica, home
 from lorapool_api.protocol import AdapterState
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.facts import Failure, JudgeJob, Judgement, SourceFacts
-from lorapool_operator.observe import ObservedAdapter, PlanSettings
+from lorapool_operator.decisions.plan import Failure, JudgeJob, Judgement, SourceFacts
 from lorapool_operator.retry import retry_at_unix_s
-from lorapool_operator.store import AdapterObject, BaseObject
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
+from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
 
 MAX_JUDGED_RANK = 256
 """The judge accepts any rank the API allows; the base's own bound is compared here, so raising it needs no judge."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus
 from lorapool_api.common import BaseCondition, FailureReason, Reason, set_conditions
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.facts import EventType, Failure, JudgeJob, Note, SourceFacts, Unregister
-from lorapool_operator.manifests import Manifest, children, content_hash, selector_text
-from lorapool_operator.observe import ObservedBase, PlanSettings
+from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text
+from lorapool_operator.decisions.plan import EventType, Failure, JudgeJob, Note, SourceFacts, Unregister
+from lorapool_operator.decisions.scale import Load, ScaleDecision, ScaleMemory, decide, initial_replicas
+from lorapool_operator.decisions.validity import condition
 from lorapool_operator.retry import retry_at_unix_s
-from lorapool_operator.scale import Load, ScaleDecision, ScaleMemory, decide, initial_replicas
-from lorapool_operator.verdict import condition
+from lorapool_operator.world.observed import ObservedBase, PlanSettings
 
 STRAY_GRACE_S = 10.0
 """A runtime may know an adapter before our watch does: a gateway saw it first."""

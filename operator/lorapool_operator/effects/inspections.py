@@ -21,9 +21,9 @@ from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
-from lorapool_operator.facts import Failure, JudgeJob, Judgement, Judging, SourceFacts
-from lorapool_operator.runtimes import RuntimeBook, RuntimeCallError
-from lorapool_operator.store import BaseObject, Key, Kind, Store
+from lorapool_operator.decisions.plan import Failure, JudgeJob, Judgement, Judging, SourceFacts
+from lorapool_operator.effects.runtime_polls import RuntimeBook, RuntimeCallError
+from lorapool_operator.world.cluster_cache import BaseObject, Key, Kind, Store
 
 log = logging.getLogger(__name__)
 

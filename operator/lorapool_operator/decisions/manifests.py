@@ -25,8 +25,8 @@ from lorapool_api.common import (
     quantity_bytes,
 )
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
-from lorapool_operator.profiles import RuntimeProfile
-from lorapool_operator.store import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.world.profiles import RuntimeProfile
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090

@@ -9,13 +9,13 @@ from __future__ import annotations
 from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason, set_conditions
 from lorapool_api.loraadapter import LoraAdapterStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
-from lorapool_operator import usage
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.facts import AdapterAt
-from lorapool_operator.gate import Gate
-from lorapool_operator.observe import ObservedAdapter, PlanSettings
-from lorapool_operator.store import BaseObject
-from lorapool_operator.verdict import Verdict, awaits_runtime, condition, min_replicas, reason_of
+from lorapool_operator.decisions import usage
+from lorapool_operator.decisions.blocker import Gate
+from lorapool_operator.decisions.plan import AdapterAt
+from lorapool_operator.decisions.validity import Verdict, awaits_runtime, condition, min_replicas, reason_of
+from lorapool_operator.world.cluster_cache import BaseObject
+from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
 
 COMPATIBILITY = frozenset(
     {

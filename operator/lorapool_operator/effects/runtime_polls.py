@@ -32,9 +32,9 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     runtime_token,
 )
-from lorapool_operator.facts import AdapterAt, RuntimeView
-from lorapool_operator.observe import StrayReport
-from lorapool_operator.store import BaseObject, Key, PodObject, Store
+from lorapool_operator.decisions.plan import AdapterAt, RuntimeView
+from lorapool_operator.world.cluster_cache import BaseObject, Key, PodObject, Store
+from lorapool_operator.world.observed import StrayReport
 
 log = logging.getLogger(__name__)
 

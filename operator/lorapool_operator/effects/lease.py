@@ -20,7 +20,7 @@ from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
 
-from lorapool_operator.cluster import Cluster, ClusterError, NotFound
+from lorapool_operator.effects.cluster import Cluster, ClusterError, NotFound
 from lorapool_operator.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -24,10 +24,10 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, LABEL_MANAGED_BY, VERSION
 from lorapool_operator.clock import iso, iso_micro
-from lorapool_operator.facts import Note
-from lorapool_operator.manifests import MANAGED_BY, Manifest
+from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
+from lorapool_operator.decisions.plan import Note
 from lorapool_operator.merge import merge_patch
-from lorapool_operator.store import AdapterObject, BaseObject, Kind
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Kind
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from lorapool_api.common import AdapterCondition, AdapterKey, Reason
 from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
-from lorapool_operator.adapter_status import status_of
-from lorapool_operator.facts import EventType, JudgeJob, Note, Register, SourceFacts, Unregister
-from lorapool_operator.gate import Gate, gate_of
-from lorapool_operator.observe import ObservedAdapter, PlanSettings
-from lorapool_operator.store import BaseObject
-from lorapool_operator.verdict import Verdict, awaits_runtime, condition, find_verdict, min_replicas, targets
+from lorapool_operator.decisions.adapter_status import status_of
+from lorapool_operator.decisions.blocker import Gate, gate_of
+from lorapool_operator.decisions.plan import EventType, JudgeJob, Note, Register, SourceFacts, Unregister
+from lorapool_operator.decisions.validity import Verdict, awaits_runtime, condition, find_verdict, min_replicas, targets
+from lorapool_operator.world.cluster_cache import BaseObject
+from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
 
 DRAIN_QUIET_S = 5.0
 """An old digest leaves a runtime once unused for this long: gateways have seen the switch by then."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 import time
 
-from lorapool_operator.cluster import Cluster, Conflict, Fenced, NotFound, NotOurs, Subject
-from lorapool_operator.facts import Note, Unregister
-from lorapool_operator.intake import Intake
-from lorapool_operator.judge import JudgeBook
-from lorapool_operator.observe import ObservedAdapter
-from lorapool_operator.observer import BaseMemory
-from lorapool_operator.plan_adapter import AdapterPlan
-from lorapool_operator.plan_base import BasePlan
-from lorapool_operator.runtimes import RuntimeBook, RuntimeCallError
-from lorapool_operator.store import AdapterObject, BaseObject, Kind, Store
+from lorapool_operator.decisions.plan import Note, Unregister
+from lorapool_operator.decisions.plan_adapter import AdapterPlan
+from lorapool_operator.decisions.plan_base import BasePlan
+from lorapool_operator.effects.cluster import Cluster, Conflict, Fenced, NotFound, NotOurs, Subject
+from lorapool_operator.effects.inspections import JudgeBook
+from lorapool_operator.effects.runtime_polls import RuntimeBook, RuntimeCallError
+from lorapool_operator.observe import BaseMemory
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Kind, Store
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.observed import ObservedAdapter
 
 log = logging.getLogger(__name__)
 
