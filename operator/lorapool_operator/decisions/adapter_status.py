@@ -1,7 +1,7 @@
-"""Says in a LoraAdapter's status what was seen. Pure; called by `plan_adapter`.
+"""The status of a LoraAdapter, from what was observed.
 
-`Loaded=True` needs a believed snapshot of an existing pod that reports this digest on the device. An idle
-adapter is Ready with `Loaded=False reason=Parked`. A base that sleeps or starts is no fault of its adapters.
+`Loaded=True` requires that a current snapshot of an existing pod reports this digest on the device. An idle adapter is
+Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or starting does not make its adapters unready.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from lorapool_api.loraadapter import LoraAdapterStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import usage
-from lorapool_operator.decisions.blocker import Gate
-from lorapool_operator.decisions.plan import AdapterAt
-from lorapool_operator.decisions.validity import Verdict, awaits_runtime, condition, min_replicas, reason_of
-from lorapool_operator.world.cluster_cache import BaseObject
-from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
+from lorapool_operator.decisions.blocker import Blocker
+from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
+from lorapool_operator.decisions.validity import Validity, reason_of
+from lorapool_operator.world.cluster_cache import BaseObject, find_condition
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
 
 COMPATIBILITY = frozenset(
     {
@@ -27,67 +27,69 @@ COMPATIBILITY = frozenset(
 )
 LOADING = frozenset({FailureReason.NO_CAPACITY, FailureReason.DISK_FULL, FailureReason.LOAD_FAILED})
 
-Told = tuple[str, str, str]
-"""(status, reason, message) of one condition."""
-
-AWAITING: Told = ("Unknown", Reason.AWAITING_RUNTIME.value, "Only a runtime can read this source; a request wakes one.")
-PENDING: Told = ("Unknown", Reason.PENDING.value, "The source is being looked at.")
+AWAITING: ConditionValue = (
+    "Unknown",
+    Reason.AWAITING_RUNTIME.value,
+    "Only a runtime can read this source; a request starts one.",
+)
+PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
 
 
 def status_of(
-    seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, now: float, settings: PlanSettings
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, now: float, settings: PlanSettings
 ) -> tuple[LoraAdapterStatus | None, float | None]:
-    """The new status when it says anything new, and when use that was counted is due to be written."""
-    adapter, before, facts = seen.adapter, seen.adapter.status, verdict.facts
-    replicas = _replicas(seen, facts.digest if facts is not None else None)
+    """Returns the new status if it differs, and when counted usage is due to be written."""
+    adapter, before, facts = observed.adapter, observed.adapter.status, validity.facts
+    replicas = _replicas(observed, facts.digest if facts is not None else None)
     on_device = sum(1 for item in replicas if item.tier == Tier.DEVICE)
-    told = conditions_of(seen, gate, verdict, on_device)
-    warm = min_replicas(adapter.spec, seen.base.spec) if seen.base is not None else 0
+    values = conditions_of(observed, blocker, validity, on_device)
     after = LoraAdapterStatus(
         observed_generation=adapter.meta.generation,
-        conditions=set_conditions(before.conditions, told, generation=adapter.meta.generation, now=iso(now)),
-        state=_state(told),
+        conditions=set_conditions(before.conditions, values, generation=adapter.meta.generation, now=iso(now)),
+        state=_state(values),
         revision=facts.revision if facts is not None else None,
         digest=facts.digest if facts is not None else None,
-        source_uri=verdict.uri,
-        source_revision=verdict.revision,
+        source_uri=validity.uri,
+        source_revision=validity.revision,
         rank=facts.rank if facts is not None else None,
         target_modules=list(facts.target_modules)[:64] if facts is not None else [],
         size_bytes=facts.size_bytes if facts is not None else None,
         loaded_replicas=on_device,
-        loaded=f"{on_device}/{max(warm, on_device, 1)}",
+        loaded=f"{on_device}/{max(observed.min_replicas, on_device, 1)}",
         replicas=replicas,
         last_used=before.last_used,
         usage=before.usage,
-        failure=verdict.failure,
+        failure=validity.failure,
         observed_retry=adapter.meta.retry[:256] if adapter.meta.retry else None,
-        judged=verdict.judged,
+        judged=validity.fingerprint,
     )
-    return _with_use(seen, after, now, settings)
+    return _with_usage(observed, after, now, settings)
 
 
-def conditions_of(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, on_device: int) -> dict[str, Told]:
-    """Condition type → what it says."""
-    resolved, compatible = _source(seen, gate, verdict)
-    loaded = _loaded(seen, gate, verdict, on_device)
+def conditions_of(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int
+) -> dict[str, ConditionValue]:
+    """Returns the value of each condition type."""
+    resolved, compatible = _source(observed, blocker, validity)
+    loaded = _loaded(observed, blocker, validity, on_device)
     return {
         AdapterCondition.RESOLVED.value: resolved,
         AdapterCondition.COMPATIBLE.value: compatible,
         AdapterCondition.LOADED.value: loaded,
-        AdapterCondition.READY.value: _ready(seen, gate, verdict, loaded),
-        AdapterCondition.PROGRESSING.value: _progressing(gate, verdict),
+        AdapterCondition.READY.value: _ready(observed, blocker, validity, loaded),
+        AdapterCondition.PROGRESSING.value: _progressing(blocker, validity),
     }
 
 
-def _with_use(
-    seen: ObservedAdapter, after: LoraAdapterStatus, now: float, settings: PlanSettings
+def _with_usage(
+    observed: ObservedAdapter, after: LoraAdapterStatus, now: float, settings: PlanSettings
 ) -> tuple[LoraAdapterStatus | None, float | None]:
-    """Adds usage and last use when something else is written anyway, or when their time has come."""
-    before = seen.adapter.status
+    """Adds usage and last use if something else is written anyway, or if they are due."""
+    before = observed.adapter.status
     changed = after != before
-    reports = [report for place in seen.places for report in place.reports]
-    counted = [*(report.usage for report in reports), *seen.lost_usage]
-    folded = usage.fold(before.usage, counted, seen.gone_boots, iso(now))
+    reports = [report for replica in observed.replicas for report in replica.reports]
+    counted = [*(report.usage for report in reports), *observed.lost_usage]
+    folded = usage.fold(before.usage, counted, observed.gone_boot_ids, iso(now))
     last = max((report.last_used_unix_s or 0.0 for report in reports), default=0.0)
     newer = int(last) > int(unix(before.last_used) or 0.0)
     if not newer and not usage.differs(before.usage, folded):
@@ -95,15 +97,15 @@ def _with_use(
     due = (unix(before.usage.as_of) or 0.0) + settings.usage_interval_s if before.usage is not None else now
     if not changed and now < due:
         return None, due
-    use = {"usage": folded, "last_used": iso(last) if newer else before.last_used}
-    return after.model_copy(update=use), None
+    update = {"usage": folded, "last_used": iso(last) if newer else before.last_used}
+    return after.model_copy(update=update), None
 
 
-def _replicas(seen: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
-    """Where believed runtimes report these files on the device, or one copy away from it."""
+def _replicas(observed: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
+    """Returns the runtimes that currently report these files on the device or in host memory."""
     found = []
-    for place in seen.places:
-        snapshot, report = place.runtime.believed, place.report(digest)
+    for replica in observed.replicas:
+        snapshot, report = replica.runtime.current, replica.report(digest)
         if snapshot is None or report is None:
             continue
         on_device = report.tier is Tier.DEVICE and report.state is AdapterState.LOADED
@@ -111,8 +113,8 @@ def _replicas(seen: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
             continue
         found.append(
             ReplicaStatus(
-                pod=place.runtime.pod,
-                pod_uid=place.runtime.pod_uid,
+                pod=replica.runtime.pod,
+                pod_uid=replica.runtime.pod_uid,
                 boot_id=snapshot.boot_id,
                 digest=report.digest,
                 tier=report.tier.value,
@@ -122,111 +124,126 @@ def _replicas(seen: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
     return sorted(found, key=lambda item: item.pod)[:100]
 
 
-def _source(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict) -> tuple[Told, Told]:
-    """Resolved and Compatible, of what the spec asks for now."""
-    facts, failed = verdict.candidate or verdict.facts, verdict.failed
-    message = verdict.failure.message if verdict.failure is not None else ""
-    if verdict.pending or (facts is None and failed is None):
-        unknown = AWAITING if awaits_runtime(seen) else PENDING
-        if gate is not None and gate.reason is not Reason.SUSPENDED:
-            unknown = ("Unknown", gate.reason.value, gate.message)
+def _source(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity
+) -> tuple[ConditionValue, ConditionValue]:
+    """Returns Resolved and Compatible for the source that the spec names now."""
+    facts, failed = validity.candidate or validity.facts, validity.failed
+    message = validity.failure.message if validity.failure is not None else ""
+    if validity.pending or (facts is None and failed is None):
+        unknown = _not_inspected(observed)
+        if blocker is not None and blocker.reason is not Reason.SUSPENDED:
+            unknown = ("Unknown", blocker.reason.value, blocker.message)
         return unknown, unknown
     found = f"{facts.digest} of {facts.size_bytes or 0} bytes." if facts is not None else ""
     if failed is not None and failed in COMPATIBILITY:
         return ("True", Reason.RESOLVED.value, found), ("False", failed.value, message)
     if failed is not None and failed not in LOADING:
         return ("False", failed.value, message), ("Unknown", failed.value, "The source could not be used.")
-    compatible: Told = ("True", Reason.COMPATIBLE.value, "")
+    compatible: ConditionValue = ("True", Reason.COMPATIBLE.value, "")
     if facts is not None and facts.rank is not None:
         compatible = ("True", Reason.COMPATIBLE.value, f"Rank {facts.rank} on {', '.join(facts.target_modules)}.")
-    if gate is not None and gate.reason is Reason.BASE_NOT_FOUND:
-        compatible = ("Unknown", gate.reason.value, gate.message)
+    if blocker is not None and blocker.reason is Reason.BASE_NOT_FOUND:
+        compatible = ("Unknown", blocker.reason.value, blocker.message)
     return ("True", Reason.RESOLVED.value, found), compatible
 
 
-def _loaded(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, on_device: int) -> Told:
+def _not_inspected(observed: ObservedAdapter) -> ConditionValue:
+    return AWAITING if observed.awaits_runtime else PENDING
+
+
+def _loaded(observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int) -> ConditionValue:
     if on_device:
         return ("True", Reason.LOADED.value, f"On the device of {on_device} replica{'s' if on_device > 1 else ''}.")
-    if gate is not None:
-        return ("False", gate.reason.value, gate.message)
-    failure = verdict.failure if not verdict.beside else None
-    if not verdict.ok:
+    if blocker is not None:
+        return ("False", blocker.reason.value, blocker.message)
+    failure = validity.failure if not validity.newer_failed else None
+    if not validity.ok:
         if failure is not None:
             return ("False", failure.reason, failure.message)
-        waiting = AWAITING if awaits_runtime(seen) else PENDING
-        return ("False", waiting[1], waiting[2])
-    reports = [(place, place.report(verdict.facts.digest if verdict.facts else None)) for place in seen.places]
-    if any(r is not None and r.state is AdapterState.LOADING and p.runtime.believed is not None for p, r in reports):
+        _, reason, message = _not_inspected(observed)
+        return ("False", reason, message)
+    digest = validity.facts.digest if validity.facts is not None else None
+    if any(_is_loading(replica, digest) for replica in observed.replicas):
         return ("False", Reason.LOADING.value, "A runtime is loading it.")
-    silent = next((place.runtime.pod for place in seen.places if _silent_holder(seen, place)), None)
+    silent = next((item.runtime.pod for item in observed.replicas if _silent_holder(observed, item)), None)
     if silent is not None:
         return ("Unknown", Reason.UNAVAILABLE.value, f"Runtime {silent} does not answer; it was loaded there.")
     if failure is not None:
         return ("False", failure.reason, failure.message)
-    if _lost(seen):
+    if _lost(observed):
         return ("False", Reason.RUNTIME_RESTARTED.value, "The runtime that held it is gone; the next request loads it.")
     return ("False", Reason.PARKED.value, "Not on a device; the next request loads it.")
 
 
-def _silent_holder(seen: ObservedAdapter, place: AdapterAt) -> bool:
-    """A pod that exists, had it on the device, and cannot be asked whether it still has."""
-    runtime = place.runtime
+def _is_loading(replica: AdapterOnReplica, digest: str | None) -> bool:
+    report = replica.report(digest)
+    return report is not None and report.state is AdapterState.LOADING and replica.runtime.current is not None
+
+
+def _silent_holder(observed: ObservedAdapter, replica: AdapterOnReplica) -> bool:
+    """True for a ready pod that had the adapter on its device and does not answer now."""
+    runtime = replica.runtime
     if runtime.terminating or runtime.fresh or not runtime.ready:
         return False
-    before = seen.adapter.status.replicas
+    before = observed.adapter.status.replicas
     return any(item.pod_uid == runtime.pod_uid and item.tier == Tier.DEVICE for item in before) or any(
-        report.tier is Tier.DEVICE for report in place.reports
+        report.tier is Tier.DEVICE for report in replica.reports
     )
 
 
-def _lost(seen: ObservedAdapter) -> bool:
-    """Whether it was on the device of a process that is gone, and no other one serves yet."""
-    base, before = seen.base, seen.adapter.status
-    if base is None or base.spec.replicas == 0 or any(place.runtime.serving for place in seen.places):
+def _lost(observed: ObservedAdapter) -> bool:
+    """True if the process that had the adapter on its device is gone and no other one serves yet."""
+    base, before = observed.base, observed.adapter.status
+    if base is None or base.spec.replicas == 0 or observed.serving_pod_uids:
         return False
-    held = condition(before.conditions, AdapterCondition.LOADED)
-    return held is not None and (held.status != "False" or held.reason == Reason.RUNTIME_RESTARTED)
+    loaded = find_condition(before.conditions, AdapterCondition.LOADED)
+    return loaded is not None and (loaded.status != "False" or loaded.reason == Reason.RUNTIME_RESTARTED)
 
 
-def _ready(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, loaded: Told) -> Told:
-    if gate is not None:
-        return ("False", gate.reason.value, gate.message)
-    if verdict.failure is not None and not verdict.beside:
-        return ("False", verdict.failure.reason, verdict.failure.message)
-    if not verdict.ok:
-        return AWAITING if awaits_runtime(seen) else PENDING
-    refused = _base_refuses(seen.base)
+def _ready(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, loaded: ConditionValue
+) -> ConditionValue:
+    if blocker is not None:
+        return ("False", blocker.reason.value, blocker.message)
+    if validity.failure is not None and not validity.newer_failed:
+        return ("False", validity.failure.reason, validity.failure.message)
+    if not validity.ok:
+        return _not_inspected(observed)
+    refused = _base_failure(observed.base)
     if refused:
         return ("False", Reason.BASE_NOT_READY.value, refused)
     message = "Loaded." if loaded[0] == "True" else "Loads on the next request."
-    if seen.alias_holder is not None:
-        message += f" The alias {seen.adapter.spec.alias} belongs to {seen.alias_holder}, which is older."
+    if observed.alias_holder is not None:
+        message += f" The alias {observed.adapter.spec.alias} belongs to {observed.alias_holder}, which is older."
     known = (Reason.LOADED, Reason.LOADING)
     return ("True", loaded[1] if loaded[1] in known else Reason.PARKED.value, message)
 
 
-def _base_refuses(base: BaseObject | None) -> str:
-    """Only what no request could cure: a base that sleeps or starts is no fault of the adapter."""
-    resolved = condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED) if base is not None else None
+def _base_failure(base: BaseObject | None) -> str:
+    """Returns the terminal failure of the base's source, or ""; any other state of a base ends with a request."""
+    resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED) if base is not None else None
     if base is None or resolved is None or resolved.status != "False" or reason_of(resolved.reason).transient:
         return ""
     return f"The source of BaseModel {base.key} cannot be used: {resolved.message}"
 
 
-def _progressing(gate: Gate | None, verdict: Verdict) -> Told:
-    if verdict.rollout_failed:
-        told = verdict.failure.message if verdict.failure is not None else ""
-        return ("False", Reason.ROLLOUT_FAILED.value, f"The former files keep serving. {told}")
-    if gate is None and verdict.candidate is not None:
-        return ("True", Reason.LOADING.value, f"{verdict.candidate.digest} is being loaded beside the former files.")
-    if gate is None and verdict.ok and (verdict.pending or verdict.beside):
-        return ("True", Reason.PENDING.value, "The changed source is being looked at; the former files keep serving.")
+def _progressing(blocker: Blocker | None, validity: Validity) -> ConditionValue:
+    if validity.rollout_failed:
+        reason = validity.failure.message if validity.failure is not None else ""
+        return ("False", Reason.ROLLOUT_FAILED.value, f"The old files keep being served. {reason}")
+    if blocker is None and validity.candidate is not None:
+        message = f"{validity.candidate.digest} is being loaded in addition to the old files."
+        return ("True", Reason.LOADING.value, message)
+    if blocker is None and validity.ok and (validity.pending or validity.newer_failed):
+        message = "The changed source is being inspected; the old files keep being served."
+        return ("True", Reason.PENDING.value, message)
     return ("False", Reason.STABLE.value, "")
 
 
-def _state(told: dict[str, Told]) -> str:
-    """The most telling reason: a rollout that failed is worth more than Parked."""
-    if told[AdapterCondition.PROGRESSING.value][1] == Reason.ROLLOUT_FAILED:
+def _state(values: dict[str, ConditionValue]) -> str:
+    """Returns the most informative reason: RolloutFailed takes precedence over Parked."""
+    if values[AdapterCondition.PROGRESSING.value][1] == Reason.ROLLOUT_FAILED:
         return Reason.ROLLOUT_FAILED.value
-    ready, loaded = told[AdapterCondition.READY.value], told[AdapterCondition.LOADED.value]
+    ready, loaded = values[AdapterCondition.READY.value], values[AdapterCondition.LOADED.value]
     return loaded[1] if ready[0] == "True" else ready[1]

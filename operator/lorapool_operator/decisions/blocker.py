@@ -1,4 +1,4 @@
-"""Whether an adapter may be served at all, whatever its files are. Pure; looked at on every reconcile."""
+"""Whether an adapter may be served at all, whatever its files are."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """Why not."""
+class Blocker:
+    """Why an adapter may not be served."""
 
     reason: Reason
     message: str
 
 
-def gate_of(adapter: AdapterObject, base: BaseObject | None) -> Gate | None:
-    """The first reason not to serve it; None when there is none."""
+def blocker_of(adapter: AdapterObject, base: BaseObject | None) -> Blocker | None:
+    """Returns the first reason not to serve the adapter, or None."""
     key = adapter.base_key
     if base is None or base.meta.deleting:
-        return Gate(Reason.BASE_NOT_FOUND, f"BaseModel {key} does not exist; create it, or delete this adapter.")
+        return Blocker(Reason.BASE_NOT_FOUND, f"BaseModel {key} does not exist; create it, or delete this adapter.")
     if not permitted(adapter, base):
-        return Gate(
+        return Blocker(
             Reason.NOT_PERMITTED,
             f"BaseModel {key} does not list namespace {adapter.meta.namespace} in spec.access.namespaces; "
-            "ask its owner to.",
+            "ask its owner to add it.",
         )
     if adapter.spec.suspend:
-        return Gate(Reason.SUSPENDED, "spec.suspend is true: requests are refused.")
+        return Blocker(Reason.SUSPENDED, "spec.suspend is true: requests are refused.")
     return None
 
 
 def permitted(adapter: AdapterObject, base: BaseObject) -> bool:
-    """Own namespace, or listed by the base's owner."""
+    """True if the adapter is in the base's own namespace or in one that the base's owner lists."""
     return adapter.meta.namespace == base.meta.namespace or adapter.meta.namespace in base.spec.access.namespaces

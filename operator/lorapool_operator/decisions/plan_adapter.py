@@ -1,121 +1,113 @@
-"""Decides what is to be done about one LoraAdapter. Pure: the same world and `now` give the same plan.
+"""Plans what is to be done about one LoraAdapter.
 
-Called by the reconciler. Warm adapters are registered, pinned, on their home replicas; all others are left to
-the gateways, which register on demand. Whatever a runtime holds that it should not is taken off again.
+Adapters with minReplicas are registered and pinned on their preferred replicas. All others are left to the gateways,
+which register them on demand. Whatever a runtime holds that it should not is unregistered.
 
-    gate (suspended, no base, not permitted)  ->  verdict  ->  placement  ->  status
+    blocker (suspended, no base, not permitted)  ->  validity  ->  registrations  ->  status
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition, AdapterKey, Reason
 from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
 from lorapool_operator.decisions.adapter_status import status_of
-from lorapool_operator.decisions.blocker import Gate, gate_of
-from lorapool_operator.decisions.plan import EventType, JudgeJob, Note, Register, SourceFacts, Unregister
-from lorapool_operator.decisions.validity import Verdict, awaits_runtime, condition, find_verdict, min_replicas, targets
-from lorapool_operator.world.cluster_cache import BaseObject
-from lorapool_operator.world.observed import ObservedAdapter, PlanSettings
+from lorapool_operator.decisions.blocker import Blocker, blocker_of
+from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
+from lorapool_operator.decisions.validity import Validity, decide_validity
+from lorapool_operator.world.cluster_cache import BaseObject, find_condition
+from lorapool_operator.world.observed import ObservedAdapter, SourceFacts
 
 DRAIN_QUIET_S = 5.0
-"""An old digest leaves a runtime once unused for this long: gateways have seen the switch by then."""
+"""An old digest is unregistered once it was unused for this long: gateways have noticed the switch by then."""
 
 BASE_GRACE_S = 3.0
-"""The base of a new adapter may be on its way."""
+"""How long to wait for the base of a new adapter, which may have been created together with it."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterPlan:
-    status: LoraAdapterStatus | None = None
-    """To be written; None leaves it."""
-    registers: tuple[Register, ...] = ()
-    unregisters: tuple[Unregister, ...] = ()
-    judge: JudgeJob | None = None
-    notes: tuple[Note, ...] = ()
-    requeue_at: float | None = None
-
-
-def plan_adapter(seen: ObservedAdapter, now: float, settings: PlanSettings) -> AdapterPlan:
-    """The whole decision."""
-    gate = gate_of(seen.adapter, seen.base)
-    found = find_verdict(seen, may_ask=gate is None, now=now, settings=settings)
-    verdict = found.verdict
-    served = gate is None and seen.base is not None and verdict.ok
-    keep = frozenset(facts.digest for facts in (verdict.facts, verdict.candidate) if facts is not None)
+def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) -> AdapterPlan:
+    """Returns the whole plan; the same observation, time and settings give the same plan."""
+    blocker = blocker_of(observed.adapter, observed.base)
+    decided = decide_validity(observed, may_inspect=blocker is None, now=now, settings=settings)
+    validity = decided.validity
+    served = blocker is None and observed.base is not None and validity.ok
     unregisters: tuple[Unregister, ...] = ()
     quiet_at: float | None = None
-    # without its base there is nothing to clear: the base's runtimes go with it, or we only have not seen it yet
-    closed = gate is not None and gate.reason is not Reason.BASE_NOT_FOUND
-    if served or closed or (gate is None and _refused(verdict)):
-        unregisters, quiet_at = _unregisters(seen, verdict, keep if served else frozenset(), now)
-    status, flush_at = status_of(seen, gate, verdict, now, settings)
-    if status is not None and _too_early(seen, gate, verdict, now, settings):
-        status = status if status.replicas != seen.adapter.status.replicas else None
-    base_due = _base_due(seen, gate, now)
+    # without a base there is nothing to unregister: the base's runtimes end with it, or it is only not known yet
+    closed = blocker is not None and blocker.reason is not Reason.BASE_NOT_FOUND
+    if served or closed or (blocker is None and _refused(validity)):
+        unregisters, quiet_at = _unregisters(observed, validity, _digests(validity) if served else frozenset(), now)
+    status, usage_due = status_of(observed, blocker, validity, now, settings)
+    if status is not None and _too_early(observed, blocker, validity, now, settings):
+        status = status if status.replicas != observed.adapter.status.replicas else None
+    base_due = _base_due(observed, blocker, now)
     if base_due is not None:
         status = None
+    due = (decided.due, quiet_at, usage_due, base_due)
     return AdapterPlan(
         status=status,
-        registers=_registers(seen, seen.base, verdict) if served and seen.base is not None else (),
+        registers=_registers(observed, observed.base, validity) if served and observed.base is not None else (),
         unregisters=unregisters,
-        judge=found.job,
-        notes=_notes(seen.adapter.status, status, verdict) if status is not None else (),
-        requeue_at=min((at for at in (found.due, quiet_at, flush_at, base_due) if at is not None), default=None),
+        inspect=decided.job,
+        events=_events(observed.adapter.status, status, validity) if status is not None else (),
+        requeue_at=min((at for at in due if at is not None), default=None),
     )
 
 
-def _base_due(seen: ObservedAdapter, gate: Gate | None, now: float) -> float | None:
-    """Base and adapter applied together come over two watches: a moment is waited before the base is called missing."""
-    if gate is None or gate.reason is not Reason.BASE_NOT_FOUND or seen.adapter.status.conditions:
+def _digests(validity: Validity) -> frozenset[str]:
+    return frozenset(facts.digest for facts in (validity.facts, validity.candidate) if facts is not None)
+
+
+def _base_due(observed: ObservedAdapter, blocker: Blocker | None, now: float) -> float | None:
+    """Returns until when a missing base is not reported: two watches deliver a base and an adapter made together."""
+    if blocker is None or blocker.reason is not Reason.BASE_NOT_FOUND or observed.adapter.status.conditions:
         return None
-    due = seen.adapter.meta.created_unix_s + BASE_GRACE_S
+    due = observed.adapter.meta.created_unix_s + BASE_GRACE_S
     return due if now < due else None
 
 
-def _refused(verdict: Verdict) -> bool:
-    """Known to be bad; what is only not known yet is left where it is."""
-    return not verdict.ok and verdict.failure is not None and verdict.failure.retry_at is None
+def _refused(validity: Validity) -> bool:
+    """True for a terminal failure. An undetermined result is not a refusal."""
+    return not validity.ok and validity.failure is not None and validity.failure.retry_at is None
 
 
-def _too_early(seen: ObservedAdapter, gate: Gate | None, verdict: Verdict, now: float, settings: PlanSettings) -> bool:
-    """A judgement that is quick must cost one write, not two."""
-    if gate is not None or not verdict.pending or awaits_runtime(seen):
+def _too_early(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, now: float, settings: PlanSettings
+) -> bool:
+    """True while a pending inspection is not reported yet, so that a quick one costs one status write, not two."""
+    if blocker is not None or not validity.pending or observed.awaits_runtime:
         return False
-    since = seen.judging.running_since_unix_s if seen.judging is not None else None
+    since = observed.running.running_since_unix_s if observed.running is not None else None
     return since is None or now < since + settings.pending_status_s
 
 
-def _registers(seen: ObservedAdapter, base: BaseObject, verdict: Verdict) -> tuple[Register, ...]:
-    """Kept warm at home; elsewhere only what a runtime already holds is told of changes."""
-    k = min_replicas(seen.adapter.spec, base.spec)
-    warm = set(targets(seen, k))
-    trial = set(targets(seen, max(1, k))) if verdict.candidate is not None else set()
-    source = seen.adapter.spec.source
+def _registers(observed: ObservedAdapter, base: BaseObject, validity: Validity) -> tuple[Register, ...]:
+    """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded."""
+    warm = set(observed.serving_pod_uids[: observed.min_replicas])
+    trial = set(observed.serving_pod_uids[: max(1, observed.min_replicas)])
+    source = observed.adapter.spec.source
     wanted: list[Register] = []
-    for place in seen.places:
-        snapshot, at = place.runtime.believed, place.runtime.pod_uid
-        if snapshot is None or not place.runtime.serving:
+    for replica in observed.replicas:
+        snapshot, pod_uid = replica.runtime.current, replica.runtime.pod_uid
+        if snapshot is None or not replica.runtime.serving:
             continue
         for facts, uri, revision, pinned, load in (
-            (verdict.facts, verdict.uri, verdict.revision, at in warm, at in warm),
-            (verdict.candidate, source.uri, source.revision, False, at in trial),
+            (validity.facts, validity.uri, validity.revision, pod_uid in warm, pod_uid in warm),
+            (validity.candidate, source.uri, source.revision, False, pod_uid in trial),
         ):
-            report = place.report(facts.digest) if facts is not None else None
+            report = replica.report(facts.digest) if facts is not None else None
             if facts is None or not (load or (report is not None and report.state is AdapterState.LOADED)):
                 continue
-            descriptor = _descriptor(seen, base, facts, uri or source.uri, revision, pinned=pinned, load=load)
-            if report is not None and seen.sent.get((snapshot.boot_id, facts.digest)) == descriptor:
+            descriptor = _descriptor(observed, base, facts, uri or source.uri, revision, pinned=pinned, load=load)
+            if report is not None and observed.registered.get((snapshot.boot_id, facts.digest)) == descriptor:
                 continue
-            key = AdapterKey(seen.adapter.meta.uid, facts.digest)
-            wanted.append(Register(at, place.runtime.pod, key, descriptor))
+            key = AdapterKey(observed.adapter.meta.uid, facts.digest)
+            wanted.append(Register(pod_uid, replica.runtime.pod, key, descriptor))
     return tuple(wanted)
 
 
 def _descriptor(
-    seen: ObservedAdapter,
+    observed: ObservedAdapter,
     base: BaseObject,
     facts: SourceFacts,
     uri: str,
@@ -124,8 +116,8 @@ def _descriptor(
     pinned: bool,
     load: bool,
 ) -> AdapterDescriptor:
-    """The contract's descriptor, with the source that these very files came from: a rollout has two."""
-    adapter = seen.adapter
+    """Returns the common descriptor with the source of these very files: during a rollout there are two sources."""
+    adapter = observed.adapter
     made = descriptor_of(
         namespace=adapter.meta.namespace,
         name=adapter.meta.name,
@@ -139,20 +131,20 @@ def _descriptor(
 
 
 def _unregisters(
-    seen: ObservedAdapter, verdict: Verdict, keep: frozenset[str], now: float
+    observed: ObservedAdapter, validity: Validity, keep: frozenset[str], now: float
 ) -> tuple[tuple[Unregister, ...], float | None]:
-    """Digests that must leave a runtime; one that may still be in use after a switch gets a moment."""
+    """Returns what to unregister now, and when to look again at digests that may still be in use after a switch."""
     leave: list[Unregister] = []
     later: list[float] = []
-    for place in seen.places:
-        if place.runtime.believed is None:
+    for replica in observed.replicas:
+        if replica.runtime.current is None:
             continue
-        for report in place.reports:
+        for report in replica.reports:
             if report.state is AdapterState.DRAINING:
-                later.append(now + DRAIN_QUIET_S)  # on its way out already, or between two tiers
+                later.append(now + DRAIN_QUIET_S)  # it is being unloaded or moved between tiers
                 continue
             if report.digest in keep:
-                if not _outdated_failure(seen, verdict, report):
+                if not _outdated_failure(observed, validity, report):
                     continue
             elif keep:
                 quiet_at = (report.last_used_unix_s or 0.0) + DRAIN_QUIET_S
@@ -160,34 +152,35 @@ def _unregisters(
                     later.append(max(quiet_at, now + 1.0))
                     continue
             key = AdapterKey(report.uid, report.digest)
-            leave.append(Unregister(place.runtime.pod_uid, place.runtime.pod, key, report.display))
+            leave.append(Unregister(replica.runtime.pod_uid, replica.runtime.pod, key, report.display))
     return tuple(leave), min(later, default=None)
 
 
-def _outdated_failure(seen: ObservedAdapter, verdict: Verdict, report: AdapterReport) -> bool:
-    """A failure that a runtime remembers from before the judge was asked again must not outlive the new verdict."""
-    judgement = seen.judgement
+def _outdated_failure(observed: ObservedAdapter, validity: Validity, report: AdapterReport) -> bool:
+    """True for a runtime's failure from before a repeated inspection: it must not outlive the new result."""
+    result = observed.inspection
     return (
         report.state is AdapterState.FAILED
-        and judgement is not None
-        and judgement.fingerprint == verdict.judged != seen.adapter.status.judged
-        and verdict.failure is None
-        and report.since_unix_s < judgement.at_unix_s
+        and result is not None
+        and result.fingerprint == validity.fingerprint != observed.adapter.recorded_fingerprint
+        and validity.failure is None
+        and report.since_unix_s < result.at_unix_s
     )
 
 
-def _notes(before: LoraAdapterStatus, after: LoraAdapterStatus, verdict: Verdict) -> tuple[Note, ...]:
-    """Events: only what someone should look at, and the switch of a rollout."""
-    notes = []
+def _events(before: LoraAdapterStatus, after: LoraAdapterStatus, validity: Validity) -> tuple[KubeEvent, ...]:
+    """Returns events for what needs attention and for the switch at the end of a rollout."""
+    events = []
     if before.digest is not None and after.digest not in (None, before.digest):
-        notes.append(Note(EventType.NORMAL, "Switched", f"Now serving {after.digest}; before: {before.digest}."))
+        message = f"Now serving {after.digest}; before: {before.digest}."
+        events.append(KubeEvent(KubeEventType.NORMAL, "Switched", message))
     failure = after.failure
     if failure is not None and (before.failure is None or before.failure.reason != failure.reason):
-        reason = Reason.ROLLOUT_FAILED.value if verdict.rollout_failed else failure.reason
-        notes.append(Note(EventType.WARNING, reason, failure.message))
-    ready = condition(after.conditions, AdapterCondition.READY)
-    was = condition(before.conditions, AdapterCondition.READY)
-    gates = (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
-    if ready is not None and ready.reason in gates and (was is None or was.reason != ready.reason):
-        notes.append(Note(EventType.WARNING, ready.reason, ready.message))
-    return tuple(notes)
+        reason = Reason.ROLLOUT_FAILED.value if validity.rollout_failed else failure.reason
+        events.append(KubeEvent(KubeEventType.WARNING, reason, failure.message))
+    ready = find_condition(after.conditions, AdapterCondition.READY)
+    was = find_condition(before.conditions, AdapterCondition.READY)
+    blocked = (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
+    if ready is not None and ready.reason in blocked and (was is None or was.reason != ready.reason):
+        events.append(KubeEvent(KubeEventType.WARNING, ready.reason, ready.message))
+    return tuple(events)

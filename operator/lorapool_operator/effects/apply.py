@@ -1,7 +1,7 @@
-"""Spends a plan: the only place where a decision becomes a call.
+"""Applies a plan: turns its actions into calls. It decides nothing.
 
-Called by the reconciler. Decides nothing; a call that fails raises, and the key comes back with its back-off.
-The answer of a status write goes into the store at once, so that the next plan sees its own effect.
+A call that fails raises, and the key is due again after its back-off. The response to a status write enters the cache
+at once, so that the next plan observes it.
 """
 
 from __future__ import annotations
@@ -9,40 +9,51 @@ from __future__ import annotations
 import logging
 import time
 
-from lorapool_operator.decisions.plan import Note, Unregister
-from lorapool_operator.decisions.plan_adapter import AdapterPlan
-from lorapool_operator.decisions.plan_base import BasePlan
-from lorapool_operator.effects.cluster import Cluster, Conflict, Fenced, NotFound, NotOurs, Subject
-from lorapool_operator.effects.inspections import JudgeBook
-from lorapool_operator.effects.runtime_polls import RuntimeBook, RuntimeCallError
-from lorapool_operator.observe import BaseMemory
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Kind, Store
+from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
+from lorapool_operator.effects.cluster import (
+    Cluster,
+    FencedError,
+    ForeignObjectError,
+    ObjectConflictError,
+    ObjectNotFoundError,
+    Subject,
+)
+from lorapool_operator.effects.inspections import InspectionTracker
+from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, ObjectKind
 from lorapool_operator.world.intake import Intake
-from lorapool_operator.world.observed import ObservedAdapter
+from lorapool_operator.world.observed import BaseMemory, ObservedAdapter
 
 log = logging.getLogger(__name__)
 
 
 class Applier:
-    def __init__(self, cluster: Cluster, store: Store, intake: Intake, runtimes: RuntimeBook, judge: JudgeBook) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: ClusterCache,
+        intake: Intake,
+        runtimes: RuntimeTracker,
+        inspections: InspectionTracker,
+    ) -> None:
         self._cluster = cluster
+        self._cache = cache
         self._intake = intake
-        self._store = store
         self._runtimes = runtimes
-        self._judge = judge
+        self._inspections = inspections
 
-    async def adapter(self, seen: ObservedAdapter, plan: AdapterPlan) -> None:
-        """Status first: it is what others act on. Raises ClusterError, RuntimeCallError."""
-        adapter = seen.adapter
-        if plan.judge is not None:
-            self._judge.start(plan.judge)
+    async def adapter(self, observed: ObservedAdapter, plan: AdapterPlan) -> None:
+        """Applies an adapter's plan; the status first, as others act on it. Raises ClusterError, RuntimeCallError."""
+        adapter = observed.adapter
+        if plan.inspect is not None:
+            self._inspections.start(plan.inspect)
         if plan.status is not None:
             try:
                 raw = await self._cluster.patch_status(adapter, plan.status.dump())
-            except NotFound:
+            except ObjectNotFoundError:
                 return
             self._intake.wrote_adapter(raw)
-            self._runtimes.forget_lost(adapter.meta.uid, seen.lost_usage)
+            self._runtimes.forget_lost(adapter.meta.uid, observed.lost_usage)
         failures: list[RuntimeCallError] = []
         for item in plan.registers:
             try:
@@ -50,53 +61,52 @@ class Applier:
             except RuntimeCallError as error:
                 failures.append(error)
         failures += await self._unregister(plan.unregisters)
-        await self._post(_subject(Kind.ADAPTER, adapter), plan.notes)
+        await self._post(_subject(ObjectKind.ADAPTER, adapter), plan.events)
         if failures:
             raise failures[0]
 
     async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> bool:
-        """True when the plan's own effect asks for another plan. Raises ClusterError, RuntimeCallError."""
-        conflict_before = memory.child_conflict
+        """Applies a base's plan. Returns True if that requires another plan. Raises ClusterError, RuntimeCallError."""
+        replan = False
         memory.scale = plan.memory
-        if plan.judge is not None:
-            self._judge.start(plan.judge)
+        if plan.inspect is not None:
+            self._inspections.start(plan.inspect)
         if plan.scale_to is not None:
-            # first and alone: when a gateway wakes the base at this moment it wins, and no pod was stopped yet
+            # first and alone: if a gateway wakes the base at this moment, it wins, and no pod has been stopped yet
             await self._cluster.scale(base, plan.scale_to)
-            await self._post(_subject(Kind.BASE, base), plan.notes)
+            await self._post(_subject(ObjectKind.BASE, base), plan.events)
             return False
         if plan.remove_deployment_uid is not None:
-            await self._remove_deployment(base, plan.remove_deployment_uid)
+            await self._remove_deployment(plan.remove_deployment_uid)
         if plan.children:
-            await self._apply_children(plan, memory)
+            replan = memory.children_applied(plan.children_hash, await self._apply_children(plan))
         if plan.status is not None:
             try:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
-            except NotFound:
+            except ObjectNotFoundError:
                 return False
-            self._store.bases.put(BaseObject.parse(raw))
-            base = self._store.bases.get(base.meta.namespace, base.meta.name) or base
+            self._cache.bases.put(BaseObject.parse(raw))
+            base = self._cache.bases.get(base.meta.namespace, base.meta.name) or base
         failures = await self._unregister(plan.unregisters)
-        await self._post(_subject(Kind.BASE, base), plan.notes)
+        await self._post(_subject(ObjectKind.BASE, base), plan.events)
         if failures:
             raise failures[0]
-        return memory.child_conflict != conflict_before
+        return replan
 
-    async def _apply_children(self, plan: BasePlan, memory: BaseMemory) -> None:
+    async def _apply_children(self, plan: BasePlan) -> str:
+        """Applies all children. Returns why one could not be applied, or ""."""
         conflict = ""
         for child in plan.children:
             try:
                 await self._cluster.apply_child(child)
-            except NotOurs as error:
+            except ForeignObjectError as error:
                 conflict = str(error)
-        memory.child_conflict = conflict
-        memory.applied_hash = plan.children_hash
-        memory.apply_again = False
+        return conflict
 
-    async def _remove_deployment(self, base: BaseObject, uid: str) -> None:
-        held = next((item for item in self._store.deployments if item.meta.uid == uid), None)
-        if held is not None:
-            await self._cluster.delete("Deployment", held.meta.namespace, held.meta.name, uid=uid)
+    async def _remove_deployment(self, uid: str) -> None:
+        found = next((item for item in self._cache.deployments if item.meta.uid == uid), None)
+        if found is not None:
+            await self._cluster.delete("Deployment", found.meta.namespace, found.meta.name, uid=uid)
 
     async def _unregister(self, items: tuple[Unregister, ...]) -> list[RuntimeCallError]:
         failures: list[RuntimeCallError] = []
@@ -110,32 +120,32 @@ class Applier:
                 continue
             if answer is not None:
                 log.info(
-                    "adapter taken off a runtime",
+                    "adapter unregistered from a runtime",
                     extra={"adapter": item.display, "replica": item.pod, "freed_bytes": answer.freed_device_bytes},
                 )
         return failures
 
     async def _exists(self, item: Unregister) -> bool:
-        """Whether the object behind a report that we never saw exists after all, or cannot be asked for."""
+        """True if the object of a reported adapter exists but is missing in the cache. Raises ClusterError."""
         namespace, _, name = item.display.partition("/")
         try:
-            raw = await self._cluster.get(Kind.ADAPTER, namespace, name)
-        except NotFound:
+            raw = await self._cluster.get(ObjectKind.ADAPTER, namespace, name)
+        except ObjectNotFoundError:
             return False
         return bool(raw["metadata"]["uid"] == item.adapter.uid)
 
-    async def _post(self, subject: Subject, notes: tuple[Note, ...]) -> None:
-        """Events are a courtesy: one that cannot be posted is logged and not tried again."""
-        for note in notes:
+    async def _post(self, subject: Subject, events: tuple[KubeEvent, ...]) -> None:
+        """Posts events. One that conflicts is logged and not tried again."""
+        for event in events:
             try:
-                await self._cluster.post_event(subject, note, time.time())
-            except Fenced:
+                await self._cluster.post_event(subject, event, time.time())
+            except FencedError:
                 raise
-            except Conflict as error:
+            except ObjectConflictError as error:
                 log.warning(
                     "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
                 )
 
 
-def _subject(kind: Kind, item: BaseObject | AdapterObject) -> Subject:
+def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:
     return Subject(kind, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)
