@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
 
-from lorapool_gateway.auth import KeyTable
+from lorapool_gateway.routing.auth import KeyTable
 
 USER = [{"role": "user", "content": "where is my parcel"}]
 

@@ -20,9 +20,10 @@ from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, condition, until, until_it
 
 from lorapool_api.protocol import runtime_token
-from lorapool_gateway import __main__ as process
+from lorapool_gateway import process
+from lorapool_gateway.__main__ import serving_cluster
+from lorapool_gateway.requests.http_client import HttpClient
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.upstream import Upstream
 
 pytestmark = pytest.mark.apiserver
 
@@ -114,7 +115,7 @@ class Cluster:
         spec = {"baseModelRef": {"name": "tiny"}, "source": {"uri": f"hf://org/{name}"}}
         return self._object("LoraAdapter", name, spec)
 
-    def judge(self, name: str) -> None:
+    def make_ready(self, name: str) -> None:
         """What the operator writes."""
         status = {
             "observedGeneration": 1,
@@ -185,17 +186,17 @@ class Loopback(AbstractResolver):
 async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Gateway]:
     connector = aiohttp.TCPConnector(limit=0, resolver=Loopback(), use_dns_cache=False)
     monkeypatch.setattr(process, "client_session", lambda: aiohttp.ClientSession(connector=connector))
-    connect = Upstream._connect
-    monkeypatch.setattr(Upstream, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
+    connect = HttpClient._connect
+    monkeypatch.setattr(HttpClient, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
     values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
     settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
-    async with process.running(settings, MASTER) as running, aiohttp.ClientSession() as session:
+    async with serving_cluster(settings, MASTER) as running, aiohttp.ClientSession() as session:
         yield Gateway(running, session)
 
 
 @dataclass
 class Gateway:
-    running: process.Running
+    running: process.GatewayProcess
     session: aiohttp.ClientSession
 
     async def ready(self) -> bool:
@@ -235,7 +236,7 @@ async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
 ) -> None:
     uid = here.base()
     here.adapter("route")
-    here.judge("route")
+    here.make_ready("route")
     other = "lp-" + "x" * 43
     here.key(other, "key-other", here.namespace)
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
@@ -260,7 +261,7 @@ async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_sub
 ) -> None:
     uid = here.base(replicas=0)
     here.adapter("route")
-    here.judge("route")
+    here.make_ready("route")
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
         await front.becomes_ready()
         asking = [asyncio.create_task(front.ask("route")) for _ in range(50)]
@@ -280,8 +281,8 @@ async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_
 ) -> None:
     uid = here.base()
     here.adapter("hot", "parked")
-    here.judge("hot")
-    here.judge("parked")
+    here.make_ready("hot")
+    here.make_ready("parked")
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
         await front.becomes_ready()
         here.runtime(runtime, uid)
@@ -300,7 +301,7 @@ async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_
             here.server.resume()
         await until(lambda: _answers(here), 60)
         here.adapter("after")
-        here.judge("after")
+        here.make_ready("after")
         await front.eventually("after", (200, f"{here.namespace}/after@{digest_of('after')}"))
 
 

@@ -11,8 +11,9 @@ import pytest
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, World, condition, failed_status, key_of, ready_status, until, world
 
-from lorapool_gateway.objects import BaseRoute, ObjectRef, base_route
-from lorapool_gateway.wake import ScaleWaker, WakeResult
+from lorapool_gateway.requests.wake import ScaleWaker
+from lorapool_gateway.routing.objects import BaseRoute, ObjectRef, base_route
+from lorapool_gateway.routing.source import ScaleResult
 
 UNJUDGED: dict[str, object] = {}
 
@@ -56,10 +57,10 @@ async def test_200_held_requests_bring_one_wake_and_all_are_answered(here: World
     scaled: list[ObjectRef] = []
 
     class Scale:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             scaled.append(ref)
             await asyncio.sleep(0.05)
-            return WakeResult.WOKEN
+            return ScaleResult.WOKEN
 
     waker = ScaleWaker(Scale(), here.metrics.wake)
     here.waker.wake = waker.wake  # type: ignore[method-assign]
@@ -218,13 +219,13 @@ async def test_a_wake_that_fails_is_tried_again_a_bounded_number_of_times(monkey
     calls = 0
 
     class Broken:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             nonlocal calls
             calls += 1
             raise OSError("no API server")
 
     waker = ScaleWaker(Broken(), lambda base, result: results.append(result), settle_s=0)
-    monkeypatch.setattr("lorapool_gateway.wake.BACKOFF_S", (0.001,) * 4)
+    monkeypatch.setattr("lorapool_gateway.requests.wake.BACKOFF_S", (0.001,) * 4)
     waker.wake(sleeping(replicas=0))
     waker.wake(sleeping(replicas=0))
     await until(lambda: results)
@@ -233,7 +234,7 @@ async def test_a_wake_that_fails_is_tried_again_a_bounded_number_of_times(monkey
 
 async def test_a_base_that_is_wanted_up_is_never_woken() -> None:
     class Never:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             raise AssertionError("not for this base")
 
     waker = ScaleWaker(Never(), lambda base, result: None)

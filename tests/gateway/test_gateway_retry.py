@@ -209,7 +209,7 @@ async def test_a_client_that_leaves_mid_stream_ends_the_generation_and_its_token
     counted = here.sample("tokens_total", base="demo/tiny", adapter="demo/route", type="completion")
     assert runtime.seen[-1].completion_tokens - 2 <= counted <= runtime.seen[-1].completion_tokens
     assert here.sample("requests_total", base="demo/tiny", adapter="demo/route", code="499") == 1
-    assert here.forwarder.in_flight == {}
+    assert here.runtimes.in_flight == {}
 
 
 async def test_a_client_that_takes_nothing_of_its_stream_is_dropped_and_others_go_on(
@@ -246,7 +246,7 @@ async def test_a_client_that_leaves_a_whole_answer_ends_the_generation(
     with pytest.raises(TimeoutError):
         await here.post(here.ask("route"), timeout=aiohttp.ClientTimeout(total=0.2))
     await until(lambda: runtime.seen[-1].cancelled)
-    assert here.forwarder.in_flight == {}
+    assert here.runtimes.in_flight == {}
 
 
 async def test_a_new_digest_answers_wholly_new_and_an_answer_under_way_stays_wholly_old(

@@ -20,17 +20,17 @@ from aiohttp import web
 from fakes import FakeRuntime, digest_of
 
 from lorapool_api.common import AdapterKey
-from lorapool_gateway.__main__ import client_session
 from lorapool_gateway.app import Gateway
-from lorapool_gateway.auth import ApiKey, KeyTable
-from lorapool_gateway.dispatch import Dispatcher
-from lorapool_gateway.forward import Forwarder
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, adapter_route, base_route, runtime_state
-from lorapool_gateway.routes import Replica, RouteTable
+from lorapool_gateway.process import client_session
+from lorapool_gateway.requests.attempt import RuntimeClient
+from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.routing.auth import ApiKey, KeyTable
+from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
+from lorapool_gateway.routing.objects import BaseRoute, Endpoint, ObjectRef, adapter_route, base_route, runtime_state
+from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.store import KeyStore, RouteStore
-from lorapool_gateway.upstream import Upstream
 
 KEY = "lp-" + "k" * 43
 OTHER_KEY = "lp-" + "o" * 43
@@ -133,22 +133,22 @@ class FakeWaker:
 class World:
     settings: Settings
     session: aiohttp.ClientSession
-    routes: RouteStore = field(default_factory=RouteStore)
-    keys: KeyStore = field(default_factory=lambda: KeyStore(KeyTable.of([api_key(KEY)])))
+    routes: LiveRoutes = field(default_factory=LiveRoutes)
+    keys: LiveKeys = field(default_factory=lambda: LiveKeys(KeyTable.of([api_key(KEY)])))
     metrics: Metrics = field(default_factory=Metrics)
     waker: FakeWaker = field(default_factory=FakeWaker)
     url: str = ""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    replicas: dict[ObjectRef, list[Replica]] = field(default_factory=dict)
+    replicas: dict[ObjectRef, list[RuntimeReplica]] = field(default_factory=dict)
     gateway: Gateway = field(init=False)
-    upstream: Upstream = field(init=False)
-    forwarder: Forwarder = field(init=False)
+    http: HttpClient = field(init=False)
+    runtimes: RuntimeClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.upstream = Upstream(read_timeout_s=self.settings.request_timeout_s)
-        self.forwarder = Forwarder(self.upstream, lambda base: "t" * 64)
-        dispatcher = Dispatcher(self.routes, self.waker, self.forwarder, self.metrics)
+        self.http = HttpClient(read_timeout_s=self.settings.request_timeout_s)
+        self.runtimes = RuntimeClient(self.http, lambda base: "t" * 64)
+        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics)
         self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
 
     # --- what happens in the cluster
@@ -170,7 +170,7 @@ class World:
         endpoint = Endpoint(ref, None, f"uid-{pod}", pod, url, ready=True, terminating=False)
         state = None if isinstance(runtime, str) else runtime_state(runtime.snapshot())
         kept = [item for item in self.replicas.get(ref, []) if item.endpoint.pod_name != pod]
-        self.replicas[ref] = [*kept, replace(Replica(endpoint, state), **more)]
+        self.replicas[ref] = [*kept, replace(RuntimeReplica(endpoint, state), **more)]
         self.publish()
 
     def gone(self, pod: str = "pod-a") -> None:
@@ -214,7 +214,7 @@ async def world(**settings: Any) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         made = World(Settings(keys_namespace="lorapool", **settings), session)
-        stack.push_async_callback(made.upstream.close)
+        stack.push_async_callback(made.http.close)
         runner = web.ServerRunner(made.gateway.server(), shutdown_timeout=0.1)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
