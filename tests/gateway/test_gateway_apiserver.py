@@ -31,7 +31,7 @@ MASTER = "m" * 64
 KEYS_NAMESPACE = "lorapool-system"
 POD_NAME = "pod.runtime.test"
 PATIENCE_S = 30.0
-"""For what takes a fraction of a second where nothing else runs."""
+"""Timeout of waits that take a fraction of a second on an idle machine."""
 CRDS = Path(__file__).parent.parent.parent / "crds"
 
 RIGHTS = """
@@ -77,7 +77,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @dataclass
 class Cluster:
-    """One namespace of the API server, and what a user and a control plane would do in it."""
+    """One namespace of the API server, with the actions of a user and of the control plane in it."""
 
     server: ApiServer
     namespace: str
@@ -103,7 +103,7 @@ class Cluster:
         self.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": encoded})
 
     def base(self, name: str = "tiny", **spec: Any) -> str:
-        """The new object's uid."""
+        """Creates the object; returns its uid."""
         self.apply(self._object("BaseModel", name, {"source": {"uri": "hf://org/tiny"}, **spec}))
         uid: str = self.get("basemodel", name)["metadata"]["uid"]
         return uid
@@ -116,7 +116,7 @@ class Cluster:
         return self._object("LoraAdapter", name, spec)
 
     def make_ready(self, name: str) -> None:
-        """What the operator writes."""
+        """Writes the status that the operator would write."""
         status = {
             "observedGeneration": 1,
             "digest": digest_of(name),
@@ -127,7 +127,7 @@ class Cluster:
         self.server.kubectl("patch", "-n", self.namespace, *arguments)
 
     def runtime(self, runtime: FakeRuntime, base_uid: str, *, ready: bool = True) -> None:
-        """What Kubernetes writes for a pod behind the base's Service."""
+        """Writes the EndpointSlice that Kubernetes would write for a pod of the base's Service."""
         labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": base_uid}
         self.apply(
             {
@@ -173,7 +173,7 @@ def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 class Loopback(AbstractResolver):
-    """An EndpointSlice may not hold 127.0.0.1; the pod's name leads there, for polls by this, for requests below."""
+    """Resolves every host to 127.0.0.1, which an EndpointSlice may not contain."""
 
     async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
         return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=2, proto=0, flags=0)]
@@ -276,13 +276,13 @@ async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_sub
         assert 'wakes_total{base="' + here.namespace + '/tiny",result="woken"} 1.0' in await front.metrics()
 
 
-async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_adapter_still_loads(
+async def test_with_the_api_server_down_everything_known_is_served_and_an_idle_adapter_still_loads(
     here: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uid = here.base()
-    here.adapter("hot", "parked")
+    here.adapter("hot", "idle")
     here.make_ready("hot")
-    here.make_ready("parked")
+    here.make_ready("idle")
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
         await front.becomes_ready()
         here.runtime(runtime, uid)
@@ -292,7 +292,7 @@ async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_
             for _ in range(20):
                 assert (await front.ask("hot"))[0] == 200
                 await asyncio.sleep(0.02)
-            assert await front.ask("parked") == (200, f"{here.namespace}/parked@{digest_of('parked')}")
+            assert await front.ask("idle") == (200, f"{here.namespace}/idle@{digest_of('idle')}")
             assert await front.ready()
             async with gateway(here, monkeypatch) as restarted:
                 assert not await restarted.ready()
@@ -320,7 +320,7 @@ async def test_200_adapters_applied_at_once_are_listed_by_a_gateway_of_the_whole
 
 
 def test_the_gateway_was_never_refused(cluster: ApiServer) -> None:
-    """Runs last: no call of this file was beyond the rights above, and nothing was asked for by a request."""
+    """Runs last: no call of this file exceeded the rights above, and no request caused a call."""
     user = f"system:serviceaccount:{KEYS_NAMESPACE}:gateway"
     events = [json.loads(line) for line in cluster.audit_log.read_text().splitlines()]
     own = [event for event in events if event["user"]["username"] == user and event.get("responseStatus")]

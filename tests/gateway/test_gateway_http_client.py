@@ -1,4 +1,4 @@
-"""The gateway's own HTTP client against runtimes that answer byte by byte, too early, too much, or never."""
+"""The gateway's HTTP client at runtimes that respond byte by byte, too early, with too much, or never."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-One: a\r\n\r\nok"
 
 @asynccontextmanager
 async def runtime(serve: Serve) -> AsyncIterator[str]:
-    """An address where `serve` talks to each connection."""
+    """A server that calls `serve` for each connection; yields its URL."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -56,7 +56,7 @@ async def one_request(reader: asyncio.StreamReader) -> bytes:
 
 
 def scripted(*answers: bytes, then: float = 0.0) -> Serve:
-    """Answers the requests of a connection in turn, waits, and closes it."""
+    """Sends the given responses to the requests of a connection, waits, and closes it."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for answer in answers:
@@ -156,7 +156,7 @@ async def test_what_is_no_head_is_a_lost_answer(http: HttpClient, answer: bytes)
         b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\nzz\r\n",
-        b"HTTP/1.1 200 OK\r\n\r\nno length: whether it is whole cannot be told",
+        b"HTTP/1.1 200 OK\r\n\r\nno length: its end cannot be recognized",
     ],
 )
 async def test_a_body_without_its_end_is_lost_after_what_came_of_it(http: HttpClient, answer: bytes) -> None:

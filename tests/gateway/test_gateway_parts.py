@@ -1,4 +1,4 @@
-"""The small pure parts: settings, keys, the stream filter, metrics."""
+"""Pure modules of the gateway: settings, API keys, the SSE filter, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names, grants and adapter states, as a table: no socket, no loop."""
+"""Model names, permissions and adapter states, resolved by the route table alone."""
 
 from __future__ import annotations
 

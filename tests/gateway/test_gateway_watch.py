@@ -1,4 +1,4 @@
-"""What an API server or a runtime may do to the tables, and a process that is told to stop."""
+"""Faults of the API server and of runtimes, as the tables show them, and a process that receives SIGTERM."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def slice_of(port: int, *, ready: bool = True, terminating: bool = False) -> dic
 
 
 class Watching:
-    """TableBuilder fed by a fake API server, with long-polls."""
+    """Tables built from a fake API server, with long-polls of runtimes."""
 
     def __init__(self, kube: Kube, session: aiohttp.ClientSession) -> None:
         self.routes, self.keys, self.metrics = LiveRoutes(), LiveKeys(), Metrics()
@@ -100,7 +100,7 @@ async def watching(api: FakeKube, folder: Path) -> AsyncIterator[Watching]:
 async def test_an_expired_version_is_listed_again_and_nothing_is_missed(api: FakeKube, tmp_path: Path) -> None:
     async with watching(api, tmp_path) as made:
         await until(lambda: made.tables.synced and api.watches.count("loraadapters") == 1)
-        api.silent = True  # these two changes are never told
+        api.silent = True  # no event is sent for these two changes
         api.put("loraadapters", adapter_object("late"))
         api.delete("loraadapters", "demo/route")
         api.silent = False
