@@ -26,17 +26,17 @@ import records as measuring
 from aiohttp import ClientSession, TCPConnector, web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
-from lorapool_gateway.__main__ import listen, run
 from lorapool_gateway.app import Gateway
-from lorapool_gateway.auth import ApiKey, KeyTable
-from lorapool_gateway.dispatch import Dispatcher
-from lorapool_gateway.forward import Forwarder
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, RuntimeState, adapter_route, base_route
-from lorapool_gateway.routes import Replica, RouteTable
+from lorapool_gateway.process import listen, run
+from lorapool_gateway.requests.attempt import RuntimeClient
+from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.routing.auth import ApiKey, KeyTable
+from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
+from lorapool_gateway.routing.objects import BaseRoute, Endpoint, ObjectRef, RuntimeState, adapter_route, base_route
+from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.store import KeyStore, RouteStore
-from lorapool_gateway.upstream import Upstream
 
 KEY = "lp-" + "b" * 43
 ADAPTERS = 1000
@@ -68,14 +68,14 @@ async def _gateway(runtime_url: str) -> None:
     state = RuntimeState("boot", ready=True, draining=False, in_flight=0, loaded=frozenset({("uid-a0", DIGEST)}))
     adapters = [adapter_route(_object(f"a{i}", baseModelRef={"name": "tiny"}, source=source)) for i in range(ADAPTERS)]
     base = base_route(_object("tiny", source=source))
-    routes = RouteStore(RouteTable.of([base], adapters, {ref: (Replica(endpoint, state),)}))
-    keys = KeyStore(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), frozenset({"demo"}))]))
+    routes = LiveRoutes(RouteTable.of([base], adapters, {ref: (RuntimeReplica(endpoint, state),)}))
+    keys = LiveKeys(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), frozenset({"demo"}))]))
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
     async with AsyncExitStack() as stack:
-        upstream = Upstream()
-        stack.push_async_callback(upstream.close)
-        dispatcher = Dispatcher(routes, _NeverAsleep(), Forwarder(upstream, lambda base: "t" * 64), metrics)
+        http = HttpClient()
+        stack.push_async_callback(http.close)
+        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: "t" * 64), metrics)
         server = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).server()
         _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
         await _serve_until_the_parent_goes(port)

@@ -18,7 +18,7 @@ from workloads import Arbaseline
 
 from lorapool_api.common import HEADER_ADAPTER
 from lorapool_api.openai import Conflict
-from lorapool_gateway.dispatch import PAUSE_S
+from lorapool_gateway.requests.dispatch import PAUSE_S
 
 
 @dataclass

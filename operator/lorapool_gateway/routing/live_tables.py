@@ -1,7 +1,6 @@
-"""Where the present tables lie: one owner writes, everyone reads, and those who wait are woken by a change.
+"""The current route table and key table: one owner publishes, all others read, and a change wakes waiting tasks.
 
-Written by watch (or by a test), read by app and dispatch. Tables are frozen, so a reader never sees half a
-change and needs no lock.
+Tables are immutable, so a reader never sees a partial change and needs no lock.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from lorapool_gateway.auth import NO_KEYS, KeyTable
-from lorapool_gateway.routes import RouteTable
+from lorapool_gateway.routing.auth import NO_KEYS, KeyTable
+from lorapool_gateway.routing.routes import RouteTable
 
 
 class RouteSource(Protocol):
     @property
     def table(self) -> RouteTable: ...
 
-    async def changed(self, seen: RouteTable, timeout_s: float) -> None:
-        """Returns as soon as the table is not `seen`, and after timeout_s at the latest."""
+    async def changed(self, known: RouteTable, timeout_s: float) -> None:
+        """Returns as soon as the table is not `known`, and after timeout_s at the latest."""
 
 
 class KeySource(Protocol):
@@ -26,7 +25,7 @@ class KeySource(Protocol):
     def table(self) -> KeyTable: ...
 
 
-class RouteStore:
+class LiveRoutes:
     def __init__(self, table: RouteTable | None = None) -> None:
         self._table = table or RouteTable()
         self._next = asyncio.Event()
@@ -40,8 +39,8 @@ class RouteStore:
         waiters, self._next = self._next, asyncio.Event()
         waiters.set()
 
-    async def changed(self, seen: RouteTable, timeout_s: float) -> None:
-        if self._table is not seen or timeout_s <= 0:
+    async def changed(self, known: RouteTable, timeout_s: float) -> None:
+        if self._table is not known or timeout_s <= 0:
             return
         try:
             async with asyncio.timeout(timeout_s):
@@ -50,7 +49,7 @@ class RouteStore:
             return
 
 
-class KeyStore:
+class LiveKeys:
     def __init__(self, table: KeyTable = NO_KEYS) -> None:
         self._table = table
 

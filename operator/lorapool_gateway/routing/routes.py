@@ -1,12 +1,12 @@
-"""Model name + caller -> what a request is pinned to. One frozen table, swapped whole; pure.
+"""Resolves a model name for a caller to the weights that the request will run on. Pure.
 
-Built by watch, asked by app. Unknown and forbidden look the same, and no name ever falls back to a base.
-Names, in this order: `namespace/name`; `name` when one object alone that the caller sees has it (two: not
-found, never a guess); an alias or a base's served name, which the oldest object keeps.
+The table is immutable and replaced whole. An unknown and a forbidden model look the same to a caller, and no name ever
+falls back to the base. Names are tried in this order: `namespace/name`; `name`, if exactly one object that the caller
+may see has it; an alias or a base's served name, which belongs to the oldest object that claims it.
 
-    resolve -> Target    pinned to base, or to adapter uid@digest
-            -> Pending   not judged yet, or its source is being tried again: hold
-            -> raises    ModelNotFound, Unprocessable, Unavailable
+    check -> Target    pinned to the base, or to the adapter's uid and digest
+          -> Pending   no digest yet, or the source is being retried: hold the request
+          -> raises    Unprocessable, Unavailable
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from datetime import datetime
 from lorapool_api.common import BASE_TARGET, AdapterKey, FailureReason
 from lorapool_api.openai import ApiError, ModelNotFound, Unavailable, Unprocessable, client_fault
 from lorapool_api.protocol import AdapterDescriptor, descriptor_of
-from lorapool_gateway.auth import ApiKey
-from lorapool_gateway.objects import AdapterRoute, BaseRoute, Endpoint, ObjectRef, RuntimeState
+from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.objects import AdapterRoute, BaseRoute, Endpoint, ObjectRef, RuntimeState
 
 Entry = BaseRoute | AdapterRoute
 
 RETRY_AFTER_S = 5.0
-"""For errors whose end is not known."""
+"""For errors of unknown duration."""
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
-    """A runtime pod, as far as it is known."""
+class RuntimeReplica:
+    """A runtime pod: its endpoint, and its own report when there is one."""
 
     endpoint: Endpoint
     state: RuntimeState | None = None
-    """None: its long-poll has not answered (yet, or any more)."""
+    """None: its long-poll has not answered yet, or has failed."""
     poll_failed: bool = False
 
     @property
     def usable(self) -> bool:
-        """The runtime's own word counts more than the API server's, which may be down or late."""
+        """Whether requests may be sent to it. The runtime's own report overrides the API server's."""
         if self.endpoint.terminating:
             return False
         if self.state is not None:
@@ -48,7 +48,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What one request runs on, and nothing else."""
+    """The weights that one request runs on: the base, or an adapter at one digest."""
 
     base: BaseRoute
     adapter: AdapterRoute | None = None
@@ -67,11 +67,11 @@ class Target:
 
     @property
     def identity(self) -> str:
-        """Value of the adapter header that the answer must carry, and that the client gets."""
+        """Value of the adapter header that the runtime's response must have and that the client receives."""
         return BASE_TARGET if self.adapter is None else f"{self.adapter.ref}@{self.digest}"
 
     def descriptor(self) -> AdapterDescriptor | None:
-        """From the source that the digest was resolved from, which is not the spec's while a new one is judged."""
+        """Names the source that the digest was resolved from; the spec's differs while a new one is checked."""
         if self.adapter is None:
             return None
         spec = self.adapter.spec
@@ -94,16 +94,16 @@ class Pending:
     base: BaseRoute
     adapter: AdapterRoute
     wake: bool
-    """Only a runtime can read the source, so the base must be up."""
+    """Only a runtime can read the source, so the base must be running."""
     late: ApiError
-    """What the client gets when the wait is over."""
+    """The error that the client receives when the wait times out."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
     bases: Mapping[ObjectRef, BaseRoute] = field(default_factory=dict)
     adapters: Mapping[ObjectRef, AdapterRoute] = field(default_factory=dict)
-    replicas: Mapping[ObjectRef, tuple[Replica, ...]] = field(default_factory=dict)
+    replicas: Mapping[ObjectRef, tuple[RuntimeReplica, ...]] = field(default_factory=dict)
     canonical: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     short: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
     extra: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
@@ -113,9 +113,9 @@ class RouteTable:
         cls,
         bases: Iterable[BaseRoute],
         adapters: Iterable[AdapterRoute],
-        replicas: Mapping[ObjectRef, tuple[Replica, ...]],
+        replicas: Mapping[ObjectRef, tuple[RuntimeReplica, ...]],
     ) -> RouteTable:
-        """Every list of claims is oldest first, so whoever reads the first reads the one that keeps the name."""
+        """Builds the table. Each list of objects that claim a name is oldest first; the first one owns the name."""
         entries: list[Entry] = [*bases, *adapters]
         entries.sort(key=lambda item: (item.created_unix_s, item.uid))
         canonical: dict[str, list[Entry]] = {}
@@ -137,24 +137,25 @@ class RouteTable:
         )
 
     def find(self, model: str, key: ApiKey) -> Entry:
-        """The object behind a name. Raises ModelNotFound."""
+        """The object with this model name. Raises ModelNotFound."""
         for index, must_be_alone in ((self.canonical, False), (self.short, True), (self.extra, False)):
-            seen = [entry for entry in index.get(model, ()) if key.sees(entry.ref.namespace)]
-            if not seen:
+            visible = [entry for entry in index.get(model, ()) if key.sees(entry.ref.namespace)]
+            if not visible:
                 continue
-            if must_be_alone and len(seen) > 1:
+            if must_be_alone and len(visible) > 1:
                 break
-            entry = seen[0]
+            entry = visible[0]
             if isinstance(entry, AdapterRoute) and self._refused(entry):
                 break
             return entry
         raise ModelNotFound(model)
 
     def resolve(self, model: str, key: ApiKey, now_unix_s: float) -> Target | Pending:
-        return self.judge(self.find(model, key), now_unix_s)
+        """`find` and `check` in one call."""
+        return self.check(self.find(model, key), now_unix_s)
 
-    def judge(self, entry: Entry, now_unix_s: float) -> Target | Pending:
-        """What a request for this object runs on now. Raises Unprocessable, Unavailable."""
+    def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
+        """The weights that a request for this object runs on now. Raises Unprocessable, Unavailable."""
         if isinstance(entry, BaseRoute):
             return Target(entry)
         base = self.bases.get(entry.base_ref)
@@ -165,10 +166,10 @@ class RouteTable:
                 code="base_not_found",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return _judge(entry, base, now_unix_s)
+        return _check(entry, base, now_unix_s)
 
     def visible(self, key: ApiKey) -> list[Entry]:
-        """For the model list: bases, then adapters, each by name; without those that nothing could answer."""
+        """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
         bases = [base for base in self.bases.values() if key.sees(base.ref.namespace)]
         adapters = [
             adapter
@@ -179,8 +180,8 @@ class RouteTable:
         adapters.sort(key=lambda item: item.ref)
         return [*bases, *adapters]
 
-    def replicas_of(self, base: BaseRoute) -> tuple[Replica, ...]:
-        """A recreated base of the same name never adopts the pods of the one before."""
+    def replicas_of(self, base: BaseRoute) -> tuple[RuntimeReplica, ...]:
+        """The replicas of this very object: a recreated base never adopts the pods of its predecessor."""
         return tuple(
             replica
             for replica in self.replicas.get(base.ref, ())
@@ -188,12 +189,12 @@ class RouteTable:
         )
 
     def _refused(self, adapter: AdapterRoute) -> bool:
-        """The base's owner does not (any more) let this namespace use it."""
+        """Whether the base does not, or no longer, admit this adapter's namespace."""
         base = self.bases.get(adapter.base_ref)
         return base is not None and not base.admits(adapter.ref.namespace)
 
 
-def _judge(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
+def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
     if adapter.spec.suspend:
         raise Unprocessable(
             f"`{adapter.ref}` is suspended. Set spec.suspend to false to serve it.",
@@ -215,15 +216,15 @@ def _judge(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target 
 
 
 def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
-    """The failure that stands in the way. None while it belongs to an older spec, or an older digest still serves."""
-    if adapter.failure is None or adapter.ready or not adapter.judged:
+    """The failure that blocks requests. None if it concerns an older spec, or if an older digest still serves."""
+    if adapter.failure is None or adapter.ready or not adapter.status_is_current:
         return None
     failure = adapter.failure
     retry_after_s = max(1.0, _unix_s(failure.retry_at) - now_unix_s) if failure.retry_at is not None else None
     message = f"`{adapter.ref}` cannot be served: {failure.message}"
     try:
         reason = FailureReason(failure.reason)
-    except ValueError:  # a newer operator's reason
+    except ValueError:  # a reason of a newer operator
         if failure.retry_at is None:
             return Unprocessable(message, param="model", code="adapter_failed")
         return Unavailable(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)

@@ -1,7 +1,7 @@
-"""What the gateway reads of a request body: `model` and `stream`, nothing else. Pure.
+"""Reads `model` and `stream` from a request body, and nothing else. Pure.
 
-Called by app. The runtime owns validation of every other field; usage arrives beside the data on the
-internal hop, so the client's `stream_options` need not be looked at. The bytes travel on untouched.
+The runtime validates every other field, and the body is forwarded unchanged. Runtimes report usage to the gateway in
+SSE comments, so the client's `stream_options` are not needed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse_request(route: str, body: bytes) -> InferenceRequest:
 
 
 def request_id(sent: str | None) -> str:
-    """The client's request id where it is harmless to log and to send on, else a new one."""
+    """The client's request id if it is safe to log and to forward, else a new one."""
     if sent is not None and _REQUEST_ID.fullmatch(sent):
         return sent
     return f"req-{secrets.token_hex(12)}"

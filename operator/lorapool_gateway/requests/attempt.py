@@ -1,8 +1,8 @@
-"""One attempt on one runtime: send, register the adapter when asked to, and say what became of it.
+"""One attempt at one runtime: sends the request, registers the adapter if the runtime does not know it.
 
-Called by dispatch. An attempt ends in `Accepted` (an open answer that must be closed), in a `Refusal` that
-dispatch may try elsewhere, or in an ApiError for the client. It never retries what a runtime may have begun,
-and never lets an answer through whose identity is not the one that was pinned.
+An attempt ends in `Accepted` (an open response that must be closed), in a `Refusal` that permits another replica, in
+`Passed` (the runtime's own error response), or in an ApiError for the client. A request that a runtime may have begun
+is never sent again here. A response for any other weights than the pinned ones is withheld.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ from lorapool_api.openai import (
     Unavailable,
 )
 from lorapool_api.protocol import ROUTE_ADAPTER
-from lorapool_gateway.objects import BaseRoute
-from lorapool_gateway.request import InferenceRequest
-from lorapool_gateway.routes import Replica, Target
-from lorapool_gateway.upstream import Answer, ConnectFailed, Lost, TimedOut, Upstream, UpstreamError
+from lorapool_gateway.requests.http_client import (
+    ConnectError,
+    ConnectionLostError,
+    HttpClient,
+    HttpClientError,
+    HttpResponse,
+    ReadTimeoutError,
+)
+from lorapool_gateway.requests.request import InferenceRequest
+from lorapool_gateway.routing.objects import BaseRoute
+from lorapool_gateway.routing.routes import RuntimeReplica, Target
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +47,11 @@ REGISTER_TIMEOUT_S = 10.0
 
 
 class Refusal(StrEnum):
-    """Why a runtime did not take a request; nothing was generated, except perhaps for LOST."""
+    """Why a runtime did not accept a request. Nothing was generated, except possibly for LOST."""
 
     CONNECT = "connect"
     LOST = "lost"
-    """The connection broke after the request was sent and before the answer's head: at most once per request."""
+    """The connection was lost after the request was sent and before the response began."""
     DRAINING = "draining"
     STARTING = "starting"
     QUEUE_FULL = "queue_full"
@@ -54,7 +61,7 @@ class Refusal(StrEnum):
 
 @dataclass(slots=True)
 class Passed:
-    """An answer of the runtime that is no success but the client's to see."""
+    """An error response of the runtime that is passed on to the client."""
 
     status: int
     body: bytes
@@ -63,29 +70,31 @@ class Passed:
 
 @dataclass(slots=True)
 class Accepted:
-    """An answer under way. The owner must `close` it, which ends the generation if it is not complete."""
+    """A response that has begun. Its owner must `close` it, which ends a generation that is not complete."""
 
-    answer: Answer
-    replica: Replica
+    response: HttpResponse
+    replica: RuntimeReplica
     runtime_cold_ms: int | None
     _release: Callable[[], None]
 
     def close(self) -> None:
-        self.answer.close()
+        self.response.close()
         self._release()
 
 
-class TooLate(Exception):
+class LoadTimeoutError(Exception):
     """The hold deadline passed while the runtime was still loading the adapter."""
 
 
-class Forwarder:
+class RuntimeClient:
+    """Sends requests to runtimes and counts them by pod."""
+
     def __init__(
         self,
-        upstream: Upstream,
+        http: HttpClient,
         token: Callable[[BaseRoute], str],
     ) -> None:
-        self._upstream = upstream
+        self._http = http
         self._token = token
         self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
         self.in_flight: Counter[str] = Counter()
@@ -94,13 +103,13 @@ class Forwarder:
     async def attempt(
         self,
         target: Target,
-        replica: Replica,
+        replica: RuntimeReplica,
         request: InferenceRequest,
         request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
     ) -> Accepted | Refusal | Passed:
-        """`patience_s`: after it, TooLate is raised if `still_loading()`; a runtime that generates may take longer."""
+        """Raises LoadTimeoutError if no response begins within `patience_s` while `still_loading()`, and ApiError."""
         pod = replica.endpoint.pod_uid
         self.in_flight[pod] += 1
         released = False
@@ -115,7 +124,7 @@ class Forwarder:
 
         try:
             result = await self._attempt(target, replica, request, request_id, still_loading, patience_s)
-            if isinstance(result, Answer):
+            if isinstance(result, HttpResponse):
                 return Accepted(result, replica, _whole(result.headers.get(HEADER_COLD_START)), release)
         except BaseException:
             release()
@@ -126,12 +135,12 @@ class Forwarder:
     async def _attempt(
         self,
         target: Target,
-        replica: Replica,
+        replica: RuntimeReplica,
         request: InferenceRequest,
         request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
-    ) -> Answer | Refusal | Passed:
+    ) -> HttpResponse | Refusal | Passed:
         headers = {
             "Authorization": f"Bearer {self._token(target.base)}",
             "Content-Type": "application/json",
@@ -157,34 +166,36 @@ class Forwarder:
         headers: dict[str, str],
         still_loading: Callable[[], bool],
         patience_s: float,
-    ) -> Answer | Refusal:
-        """An answer whose head has come."""
+    ) -> HttpResponse | Refusal:
+        """A response whose status and headers have arrived."""
         try:
-            answer = await self._upstream.send(url, "POST", request.route, headers, request.body)
-        except ConnectFailed:
+            response = await self._http.send(url, "POST", request.route, headers, request.body)
+        except ConnectError:
             return Refusal.CONNECT
         try:
-            if not await answer.head(max(0.0, patience_s)):
+            if not await response.head(max(0.0, patience_s)):
                 if still_loading():
-                    raise TooLate
-                await answer.head()
-        except TimedOut:
+                    raise LoadTimeoutError
+                await response.head()
+        except ReadTimeoutError:
             raise Unavailable("The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5) from None
-        except Lost:
+        except ConnectionLostError:
             return Refusal.LOST
         except BaseException:
-            answer.close()
+            response.close()
             raise
-        return answer
+        return response
 
-    async def _classify(self, response: Answer, target: Target, replica: Replica) -> Answer | Refusal | Passed | None:
-        """None: the adapter must be registered first."""
+    async def _classify(
+        self, response: HttpResponse, target: Target, replica: RuntimeReplica
+    ) -> HttpResponse | Refusal | Passed | None:
+        """Sorts a response by status and error code. None: the adapter must be registered first."""
         if response.status == 200:
             self._check_identity(response, target, replica)
             return response
         try:
             body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
-        except UpstreamError:
+        except HttpClientError:
             body = b""
         finally:
             response.close()
@@ -201,36 +212,36 @@ class Forwarder:
             case 429, code if code == CODE_QUEUE_FULL:
                 return Refusal.QUEUE_FULL
             case 401 | 403, _:
-                log.error("runtime refuses our token", extra=_where(target, replica))
+                log.error("runtime refuses the gateway's token", extra=_where(target, replica))
                 return Refusal.UNAUTHORIZED
             case 400 | 413 | 422 | 429 | 500 | 503, str():
                 return Passed(response.status, body, response.headers.get("retry-after"))
-        log.error("unexpected answer of a runtime", extra={**_where(target, replica), "code": response.status})
-        raise ServerError("The runtime gave an answer that the gateway does not understand.", code="bad_upstream")
+        log.error("unexpected response of a runtime", extra={**_where(target, replica), "code": response.status})
+        raise ServerError("The runtime gave a response that the gateway does not understand.", code="bad_upstream")
 
-    def _check_identity(self, response: Answer, target: Target, replica: Replica) -> None:
+    def _check_identity(self, response: HttpResponse, target: Target, replica: RuntimeReplica) -> None:
         answered = response.headers.get(HEADER_ADAPTER)
         if answered == target.identity:
             return
         response.close()
         log.error(
-            "runtime answered for something else", extra={**_where(target, replica), "answered": (answered or "")[:200]}
+            "runtime answered for other weights", extra={**_where(target, replica), "answered": (answered or "")[:200]}
         )
         raise ServerError("The runtime answered for another model; the answer was withheld.", code="wrong_adapter")
 
-    async def _register(self, target: Target, replica: Replica) -> Refusal | Passed | None:
-        """One PUT for all requests that found the same replica without the same adapter. None: registered."""
+    async def _register(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+        """One PUT for all concurrent requests that need this adapter on this replica. None: registered."""
         if target.key is None:
             return None
-        flight = (replica.endpoint.pod_uid, target.key)
-        task = self._registering.get(flight)
+        pending = (replica.endpoint.pod_uid, target.key)
+        task = self._registering.get(pending)
         if task is None:
             task = asyncio.create_task(self._put(target, replica), name=f"register {target.identity}")
-            self._registering[flight] = task
-            task.add_done_callback(lambda _: self._registering.pop(flight, None))
-        return await asyncio.shield(task)  # one client that leaves does not end it for the others
+            self._registering[pending] = task
+            task.add_done_callback(lambda _: self._registering.pop(pending, None))
+        return await asyncio.shield(task)  # a client that disconnects does not cancel it for the others
 
-    async def _put(self, target: Target, replica: Replica) -> Refusal | Passed | None:
+    async def _put(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
         descriptor, key = target.descriptor(), target.key
         assert descriptor is not None
         assert key is not None
@@ -239,22 +250,22 @@ class Forwarder:
         body = json.dumps(descriptor.dump()).encode()
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):
-                answer = await self._upstream.send(replica.endpoint.url, "PUT", path, headers, body)
+                response = await self._http.send(replica.endpoint.url, "PUT", path, headers, body)
                 try:
-                    await answer.head()
-                    if answer.status in (200, 201, 202):
-                        await answer.read_all(ERROR_BODY_MAX_BYTES)
+                    await response.head()
+                    if response.status in (200, 201, 202):
+                        await response.read_all(ERROR_BODY_MAX_BYTES)
                         return None
-                    result = await self._classify(answer, target, replica)
+                    result = await self._classify(response, target, replica)
                     return result if isinstance(result, Refusal | Passed) else Refusal.LOST
                 finally:
-                    answer.close()
-        except (UpstreamError, TimeoutError):
+                    response.close()
+        except (HttpClientError, TimeoutError):
             return Refusal.CONNECT  # idempotent, and no generation has begun
 
 
 def _code(body: bytes) -> str | None:
-    """`error.code` (or `type` where a code is null) of an OpenAI-shaped body; None for anything else."""
+    """`error.code`, or `error.type` if the code is null, of an OpenAI error body; None for any other body."""
     try:
         answer: Any = json.loads(body)
         error = answer["error"]
@@ -268,5 +279,5 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text is not None and text.isascii() and text.isdigit() else None
 
 
-def _where(target: Target, replica: Replica) -> dict[str, str]:
+def _where(target: Target, replica: RuntimeReplica) -> dict[str, str]:
     return {"base": str(target.base.ref), "adapter": target.identity, "replica": replica.endpoint.pod_name}

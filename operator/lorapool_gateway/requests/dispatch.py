@@ -1,8 +1,8 @@
-"""From a parsed request to an accepted answer: resolve, wake, hold, pick, attempt, again until the deadline.
+"""Turns a parsed request into an accepted response: resolve, wake, hold, pick, attempt, until the deadline.
 
-Called by app. A request is pinned anew each time round, and only while nothing was accepted, so an answer is
-wholly one digest's. Retries happen before an answer's head only; a request whose runtime died before that
-is sent again once. Every wait is bounded and ends when the client leaves.
+A request is resolved again in each round and only until a runtime accepts it, so a response comes from one digest
+only. There is no retry after a response has begun. A request whose runtime was lost before that is sent again once.
+Every wait is bounded and ends when the client disconnects.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Callable
 
 from lorapool_api.common import BASE_TARGET
 from lorapool_api.openai import ApiError, Unavailable
-from lorapool_gateway.auth import ApiKey
-from lorapool_gateway.forward import Accepted, Forwarder, Passed, Refusal, TooLate
-from lorapool_gateway.hold import Hold
 from lorapool_gateway.metrics import Metrics, RequestRecord
-from lorapool_gateway.objects import AdapterRoute
-from lorapool_gateway.pick import candidates, is_loaded
-from lorapool_gateway.request import InferenceRequest
-from lorapool_gateway.routes import Entry, Pending, RouteTable, Target
-from lorapool_gateway.store import RouteSource
-from lorapool_gateway.wake import Waker
+from lorapool_gateway.requests.attempt import Accepted, LoadTimeoutError, Passed, Refusal, RuntimeClient
+from lorapool_gateway.requests.hold import Hold
+from lorapool_gateway.requests.request import InferenceRequest
+from lorapool_gateway.requests.wake import Waker
+from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.live_tables import RouteSource
+from lorapool_gateway.routing.objects import AdapterRoute
+from lorapool_gateway.routing.pick import candidates, is_loaded
+from lorapool_gateway.routing.routes import Entry, Pending, RouteTable, Target
 
 NO_SLOT_ATTEMPTS = 3
 """The best replica and at most two more."""
 LOST_RETRIES = 1
 MIN_PATIENCE_S = 2.0
-"""A request whose base came up at the last moment still gets this long for its adapter's load."""
+"""A request whose base became ready just before the deadline still has this long for its adapter's load."""
 RECHECK_S = 2.0
-"""A held request looks again this often even when no change was announced."""
+"""A held request checks the table this often even if no change was published."""
 PAUSE_S = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""After replicas refused: pauses that grow, so that a full runtime is not hammered."""
+"""Pauses after all replicas refused. They grow, so that full runtimes are not overloaded with attempts."""
 RETRY_AFTER_S = 5.0
 
 
@@ -41,7 +41,7 @@ class Dispatcher:
         self,
         routes: RouteSource,
         waker: Waker,
-        forwarder: Forwarder,
+        runtimes: RuntimeClient,
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -49,7 +49,7 @@ class Dispatcher:
     ) -> None:
         self._routes = routes
         self._waker = waker
-        self._forwarder = forwarder
+        self._runtimes = runtimes
         self._metrics = metrics
         self._hold = Hold(metrics.hold)
         self._clock = clock
@@ -58,18 +58,18 @@ class Dispatcher:
     async def dispatch(
         self, request: InferenceRequest, key: ApiKey, request_id: str, record: RequestRecord
     ) -> Accepted | Passed:
-        """Raises ApiError when nothing could answer."""
+        """Raises ApiError when no replica could answer before the deadline."""
         rounds, lost, was_held = 0, 0, False
         held_s = 0.0
         while True:
             table = self._routes.table
             entry = table.find(request.model, key)
             record.names = _names(entry)
-            resolved = table.judge(entry, self._now_unix_s())
+            resolved = table.check(entry, self._now_unix_s())
             base = resolved.base
             deadline_s = record.started_s + base.max_wait_s
             if isinstance(resolved, Pending):
-                line, late, pause_s = resolved.adapter.uid, resolved.late, 0.0
+                queue, late, pause_s = resolved.adapter.uid, resolved.late, 0.0
                 if resolved.wake:
                     self._wake_if_down(table, resolved)
             else:
@@ -84,23 +84,23 @@ class Dispatcher:
                         raise _lost()
                 if result is None:
                     self._wake_if_down(table, resolved)
-                line, late = base.uid, _late(resolved, result)
+                queue, late = base.uid, _late(resolved, result)
                 pause_s = 0.0 if result is None else _pause(rounds)
                 rounds += 1
             waiting_since_s = self._clock()
-            await self._wait(line, table, resolved, late, deadline_s, pause_s, known=was_held)
+            await self._wait(queue, table, resolved, late, deadline_s, pause_s, known=was_held)
             held_s += self._clock() - waiting_since_s
             was_held = True
 
     async def _try(
         self, table: RouteTable, target: Target, request: InferenceRequest, request_id: str, deadline_s: float
     ) -> Accepted | Passed | Refusal | None:
-        """One pass over the replicas. None: there is none; a Refusal: the last one's."""
+        """Tries the replicas in order. None: there is no usable replica. A Refusal is that of the last one."""
         no_slot = 0
         last: Refusal | None = None
-        for replica in candidates(target, table.replicas_of(target.base), self._forwarder.in_flight):
+        for replica in candidates(target, table.replicas_of(target.base), self._runtimes.in_flight):
             try:
-                result = await self._forwarder.attempt(
+                result = await self._runtimes.attempt(
                     target,
                     replica,
                     request,
@@ -108,7 +108,7 @@ class Dispatcher:
                     lambda pod=replica.endpoint.pod_uid: self._still_loading(target, pod),  # type: ignore[misc]
                     max(MIN_PATIENCE_S, deadline_s - self._clock()),
                 )
-            except TooLate:
+            except LoadTimeoutError:
                 raise Unavailable(
                     f"`{target.identity}` was not loaded in time.",
                     param="model",
@@ -120,7 +120,7 @@ class Dispatcher:
             self._metrics.retry(str(target.base.ref), result)
             last = result
             if result is Refusal.LOST:
-                return last  # perhaps begun: dispatch decides whether to send it again
+                return last  # may have begun: `dispatch` decides whether to send it again
             if result is Refusal.NO_SLOT:
                 no_slot += 1
                 if no_slot >= NO_SLOT_ATTEMPTS:
@@ -139,7 +139,7 @@ class Dispatcher:
 
     async def _wait(
         self,
-        line: str,
+        queue: str,
         table: RouteTable,
         resolved: Target | Pending,
         late: ApiError,
@@ -152,9 +152,9 @@ class Dispatcher:
         if left_s <= 0:
             raise late
         base = resolved.base
-        with self._hold.place(line, str(base.ref), base.max_queued, known=known):
+        with self._hold.slot(queue, str(base.ref), base.max_queued, known=known):
             if pause_s > 0:
-                # The table need not change for a slot or a queue place to come free.
+                # A slot may become free without a change of the table.
                 await self._routes.changed(self._routes.table, min(left_s, pause_s))
             else:
                 await self._routes.changed(table, min(left_s, RECHECK_S))

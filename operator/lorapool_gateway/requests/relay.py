@@ -1,8 +1,8 @@
-"""Carries an accepted answer to the client, whole or as a stream, and keeps what it used.
+"""Relays an accepted response to the client, whole or as a stream, and records its usage.
 
-Called by app. Back pressure goes through: no more is read than the client takes. A runtime lost mid-stream ends
-with one error event and no [DONE]; a client that leaves closes the runtime's connection at once, which ends the
-generation. Tokens are counted either way.
+Backpressure is passed on: no more is read from the runtime than the client takes. When the runtime is lost in the
+middle of a stream, the client receives one error event and no [DONE]. When the client disconnects, the connection to
+the runtime is closed at once, which ends the generation. Tokens are counted in every case.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from aiohttp import web
 
 from lorapool_api.common import HEADER_USAGE
 from lorapool_api.openai import ApiError, Unavailable
-from lorapool_gateway.forward import Accepted
 from lorapool_gateway.metrics import RequestRecord
-from lorapool_gateway.stream import EventFilter, EventTooLong, error_event, parse_usage
-from lorapool_gateway.upstream import UpstreamError
+from lorapool_gateway.requests.attempt import Accepted
+from lorapool_gateway.requests.http_client import HttpClientError
+from lorapool_gateway.requests.sse import EventFilter, EventTooLongError, error_event, parse_usage
 
 log = logging.getLogger(__name__)
 
-ANSWER_MAX_BYTES = 64 * 2**20
+RESPONSE_MAX_BYTES = 64 * 2**20
 NEVER_WAITS_BYTES = 16 * 1024
-"""So little fits an empty write buffer (64 KiB before a write waits): its time need not be bounded."""
+"""A shorter write always fits into an empty write buffer (64 KiB) and so needs no timeout."""
 CODE_CLIENT_GONE = 499
 CODE_BROKEN_STREAM = 502
 SSE = "text/event-stream"
 
 
 async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
-    """Raises Unavailable when the runtime is lost: it may have generated, so nothing is sent again."""
-    answer = accepted.answer
+    """The body of the response. Raises Unavailable when the runtime is lost; the request is not sent again."""
+    response = accepted.response
     try:
-        body = await answer.read_all(ANSWER_MAX_BYTES)
-    except UpstreamError:
+        body = await response.read_all(RESPONSE_MAX_BYTES)
+    except HttpClientError:
         raise _lost("was lost while it answered") from None
     if body is None:
-        raise _lost("sent an answer beyond all bounds")
-    record.usage = parse_usage(answer.headers.get(HEADER_USAGE, ""))
+        raise _lost("sent a response that is too long")
+    record.usage = parse_usage(response.headers.get(HEADER_USAGE, ""))
     return body
 
 
@@ -58,14 +58,14 @@ async def relay_stream(
     out.content_type = SSE
     out.charset = "utf-8"
     broken: ApiError | None = None
-    record.code = CODE_CLIENT_GONE  # until proved otherwise: this task is cancelled when the client leaves
+    record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
     try:
         await out.prepare(request)
         while True:
             try:
-                chunk = await accepted.answer.read()
+                chunk = await accepted.response.read()
                 data = events.feed(chunk)
-            except (UpstreamError, EventTooLong) as error:
+            except (HttpClientError, EventTooLongError) as error:
                 broken = _lost(f"was lost mid-answer ({type(error).__name__})")
                 break
             if data:
@@ -81,20 +81,20 @@ async def relay_stream(
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
     except ConnectionError:
-        pass  # the client is gone; the answer has no reader
+        pass  # the client has disconnected
     finally:
         record.usage = events.usage()
         accepted.close()
     if broken is not None:
         log.warning(
-            "stream broke off",
+            "stream was cut off",
             extra={"replica": accepted.replica.endpoint.pod_name, "error": broken.message},
         )
     return out
 
 
 async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
-    """Raises ConnectionError when the client is gone or takes nothing."""
+    """Raises ConnectionError when the client has disconnected or reads too slowly."""
     transport = request.transport
     try:
         if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:

@@ -1,7 +1,7 @@
-"""The internal hop's SSE stream, split into what the client gets and what only the gateway reads. Pure.
+"""Splits a runtime's SSE stream into the events for the client and the usage for the gateway. Pure.
 
-Called by relay. Data events pass through byte for byte; comment lines, which carry cumulative usage, are taken
-out. An event that never ends is refused, so a broken runtime cannot fill memory.
+Data events pass through byte for byte. Comment lines, which contain the cumulative usage, are removed. An event
+without an end is refused, so that a broken runtime cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _DONE = b"data: [DONE]"
 _ERROR = b'data: {"error"'
 
 
-class EventTooLong(Exception):
-    """No end of an event within EVENT_MAX_BYTES."""
+class EventTooLongError(Exception):
+    """An event is longer than EVENT_MAX_BYTES."""
 
 
 class EventFilter:
@@ -25,17 +25,17 @@ class EventFilter:
         self._buffer = bytearray()
         self._usage: bytes | None = None
         self.done = False
-        """`[DONE]` was passed on: the answer is whole."""
+        """`[DONE]` was passed on: the response is complete."""
         self.failed = False
         """The runtime itself ended the stream with an error event."""
 
     def feed(self, chunk: bytes) -> bytes:
-        """What of all bytes so far can be passed on now. Raises EventTooLong."""
+        """The complete events among the bytes received so far, without comments. Raises EventTooLongError."""
         self._buffer += chunk
         end = self._buffer.rfind(b"\n\n")
         if end < 0:
             if len(self._buffer) > EVENT_MAX_BYTES:
-                raise EventTooLong
+                raise EventTooLongError
             return b""
         block = bytes(self._buffer[:end])
         del self._buffer[: end + 2]
@@ -43,7 +43,7 @@ class EventFilter:
         return b"".join(event + b"\n\n" for event in passed)
 
     def usage(self) -> Usage | None:
-        """The last cumulative count; what a client that left has consumed as well."""
+        """The last cumulative count, also for a client that disconnected before the end."""
         return None if self._usage is None else parse_usage(self._usage)
 
     def _event(self, event: bytes) -> bytes:
@@ -61,7 +61,7 @@ class EventFilter:
 
 
 def parse_usage(text: bytes | str) -> Usage | None:
-    """None for what is no usage: a miscount is logged by the caller, never guessed."""
+    """The usage, or None if the text is not a valid one."""
     try:
         return Usage.model_validate_json(text)
     except ValueError:
@@ -69,5 +69,5 @@ def parse_usage(text: bytes | str) -> Usage | None:
 
 
 def error_event(error: ApiError) -> bytes:
-    """The last event of a stream that broke off; no [DONE] follows."""
+    """The last event of a stream that was cut off; no [DONE] follows."""
     return b"data: " + json.dumps(error.body()).encode() + b"\n\n"

@@ -1,7 +1,7 @@
-"""The few calls this process makes to the API server, over `kubernetes.aio`'s client (credentials, TLS, refresh).
+"""The three calls that this process makes to the API server, with the credentials and TLS of `kubernetes.aio`'s client.
 
-Called by watch (list, watch) and wake (scale). Answers stay plain JSON: thousands of objects are not turned into
-generated classes first. No call is ever made for a request in flight except the wake of a sleeping base.
+Answers stay plain JSON, because converting thousands of objects to generated classes first would be slow. A request
+in flight never causes a call, except to scale its base from zero.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from kubernetes.aio.client import ApiClient, Configuration
 
 from lorapool_api.basemodel import PLURAL as BASEMODELS
 from lorapool_api.common import GROUP, VERSION
-from lorapool_gateway.objects import ObjectRef
-from lorapool_gateway.wake import WakeResult
+from lorapool_gateway.routing.objects import ObjectRef
+from lorapool_gateway.routing.source import ScaleResult
 
 REQUEST_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
 
 
 class KubeError(Exception):
-    """The API server's refusal. 410 means: list again."""
+    """The API server refused a call. Status 410 means: list again."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -66,21 +66,21 @@ class Kube:
             async for line in response.content:
                 yield json.loads(line)
 
-    async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
-        """With the resource version just read, so that a count written meanwhile is never lowered."""
+    async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+        """Writes over the resource version that was just read, so a number written in the meantime is never lowered."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{ref.namespace}/{BASEMODELS}/{ref.name}/scale"
         scale = await self.get(path)
         if int((scale.get("spec") or {}).get("replicas") or 0) > 0:
-            return WakeResult.ALREADY_UP
+            return ScaleResult.ALREADY_UP
         patch = {"metadata": {"resourceVersion": scale["metadata"]["resourceVersion"]}, "spec": {"replicas": 1}}
         try:
             async with self._call("PATCH", path, body=patch) as response:
                 await response.read()
         except KubeError as error:
             if error.status == 409:
-                return WakeResult.CONFLICT
+                return ScaleResult.CONFLICT
             raise
-        return WakeResult.WOKEN
+        return ScaleResult.WOKEN
 
     @asynccontextmanager
     async def _call(
@@ -114,7 +114,7 @@ class Kube:
 
 
 def _cut(response: aiohttp.ClientResponse) -> None:
-    """Ends a watch in the middle, at once: an orderly end of TLS waits for the server, beyond the loop's end."""
+    """Ends a watch at once. An orderly TLS shutdown would wait for the server, even after the event loop has ended."""
     if response.connection is not None and response.connection.transport is not None:
         response.connection.transport.abort()
     response.close()

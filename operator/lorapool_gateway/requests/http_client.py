@@ -1,13 +1,13 @@
-"""HTTP/1.1 towards runtimes: kept connections, one request at a time on each, answers read as they come.
+"""An HTTP/1.1 client for runtimes: persistent connections, one request at a time on each, streamed responses.
 
-Called by forward; parsed by llhttp (httptools). A library's session costs more processor time per request than the
-rest of the gateway; this does only what the internal hop needs: no redirects, cookies, proxies, compression or
-TLS. Everything read is bounded, and no request is ever sent twice here.
+It supports only what requests to runtimes need: no redirects, cookies, proxies, compression or TLS. The session of a
+general library takes more processor time per request than the rest of the gateway. llhttp (httptools) parses the
+responses. Buffers are bounded, and no request is ever sent twice here.
 
-    UpstreamError
-    ├── ConnectFailed    nothing was sent
-    ├── Lost             the connection broke, or what came is not HTTP: the request may have begun
-    └── TimedOut         no byte for `read_timeout_s`
+    HttpClientError
+    ├── ConnectError           nothing was sent
+    ├── ConnectionLostError    the connection was lost, or the response is not HTTP: the request may have begun
+    └── ReadTimeoutError       no byte for `read_timeout_s`
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ import httptools
 
 HEAD_MAX_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 256 * 1024
-"""Of an answer's body that wait to be read; past it the connection is not read until they are."""
+"""Unread bytes of a response's body; beyond this the connection is paused until they are read."""
 JOIN_BYTES: Final = 64 * 1024
-"""A shorter body leaves in one write with its head."""
+"""A shorter body is written together with its headers."""
 
 
-class UpstreamError(Exception):
+class HttpClientError(Exception):
     pass
 
 
-class ConnectFailed(UpstreamError):
+class ConnectError(HttpClientError):
     pass
 
 
-class Lost(UpstreamError):
+class ConnectionLostError(HttpClientError):
     pass
 
 
-class TimedOut(UpstreamError):
+class ReadTimeoutError(HttpClientError):
     pass
 
 
-class Answer:
-    """One answer under way. Its owner awaits `head` first, then `read`s until b"", and closes it in every case."""
+class HttpResponse:
+    """A response in progress. Its owner awaits `head`, then calls `read` until it returns b"", and always closes it."""
 
     __slots__ = (
         "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop", "_timeout_s",
@@ -54,20 +54,20 @@ class Answer:
     def __init__(self, connection: _Connection, loop: asyncio.AbstractEventLoop, read_timeout_s: float) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        """Names in lower case; of a name sent twice the first value."""
+        """Names are in lower case. Of a repeated name the first value is kept."""
         self._connection: _Connection | None = connection
         self._loop = loop
         self._body: deque[bytes] = deque()
         self._buffered = 0
         self._begun = self._complete = False
-        self._error: UpstreamError | None = None
+        self._error: HttpClientError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timeout_s = read_timeout_s
         self._last_s = loop.time()
-        self._timer = loop.call_later(read_timeout_s, self._look)
+        self._timer = loop.call_later(read_timeout_s, self._check_timeout)
 
     async def head(self, patience_s: float | None = None) -> bool:
-        """Whether status and headers have come; False when `patience_s` passed first. Raises UpstreamError."""
+        """Waits for status and headers; False if `patience_s` passes first. Raises HttpClientError."""
         if self._begun:
             return True
         self._check()
@@ -84,7 +84,7 @@ class Answer:
         return self._begun
 
     async def read(self) -> bytes:
-        """All that has come since; b"" at the end. Raises UpstreamError once what came before it was read."""
+        """The bytes received since the last call; b"" at the end. Raises HttpClientError."""
         while not self._body:
             self._check()
             if self._complete:
@@ -102,7 +102,7 @@ class Answer:
         return data
 
     async def read_all(self, bound: int) -> bytes | None:
-        """The whole body; None when it is longer than `bound` bytes. Raises UpstreamError."""
+        """The whole body; None if it is longer than `bound` bytes. Raises HttpClientError."""
         parts, size = [], 0
         while data := await self.read():
             parts.append(data)
@@ -112,7 +112,7 @@ class Answer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
-        """Gives the connection back, or cuts it while the answer is not complete, which ends the generation."""
+        """Cuts the connection if the response is not complete, which ends the generation."""
         self._timer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -122,14 +122,14 @@ class Answer:
         if self._error is not None:
             raise self._error
 
-    # --- called by its connection
+    # --- events from the connection
 
     def begun(self, status: int) -> None:
         self.status, self._begun = status, True
         _wake(self._waiter)
 
     def arrived(self, data: bytes) -> bool:
-        """Whether more may be read from the connection."""
+        """Takes a part of the body; returns whether more may be read from the connection."""
         self._body.append(data)
         self._buffered += len(data)
         _wake(self._waiter)
@@ -143,24 +143,24 @@ class Answer:
         self._timer.cancel()
         _wake(self._waiter)
 
-    def failed(self, error: UpstreamError) -> None:
+    def failed(self, error: HttpClientError) -> None:
         if self._error is None and not self._complete:
             self._error, self._connection = error, None
             self._timer.cancel()
             _wake(self._waiter)
 
-    def _look(self) -> None:
-        """The timer is not moved with every byte: it looks when it is due."""
+    def _check_timeout(self) -> None:
+        """Runs when the timer expires, which is not reset with every byte, and sets the next one."""
         if self._connection is None:
             return
-        if self._buffered >= BUFFER_BYTES:  # our own reader is slow, not the runtime
+        if self._buffered >= BUFFER_BYTES:  # this process reads slowly; the runtime is not at fault
             self._last_s = self._loop.time()
         left_s = self._last_s + self._timeout_s - self._loop.time()
         if left_s > 0.001:
-            self._timer = self._loop.call_later(left_s, self._look)
+            self._timer = self._loop.call_later(left_s, self._check_timeout)
             return
         connection = self._connection
-        self.failed(TimedOut(f"no byte for {self._timeout_s:g} s"))
+        self.failed(ReadTimeoutError(f"no byte for {self._timeout_s:g} s"))
         connection.drop()
 
 
@@ -170,19 +170,19 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
 
 
 class _Connection(asyncio.Protocol):
-    """One socket; llhttp calls the `on_` methods while bytes are fed to it."""
+    """One socket; llhttp calls the `on_` methods while it parses."""
 
-    def __init__(self, pool: Upstream, url: str) -> None:
+    def __init__(self, pool: HttpClient, url: str) -> None:
         self._pool, self._url = pool, url
         self._parser = httptools.HttpResponseParser(self)
-        self._answer: Answer | None = None
+        self._response: HttpResponse | None = None
         self._headers: dict[str, str] = {}
         self._head_bytes = 0
         self._in_body = self._paused = False
         self.transport: asyncio.Transport | None = None
         self.idle_since_s = 0.0
 
-    # --- asyncio's side
+    # --- events from asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -190,7 +190,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
         self._pool.forget(self._url, self)
-        self._fail(Lost("the connection was closed" if exc is None else str(exc)))
+        self._fail(ConnectionLostError("the connection was closed" if exc is None else str(exc)))
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body:
@@ -198,55 +198,55 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._break(f"sent no HTTP ({type(error).__name__})")
+            self._break(f"the response is not HTTP ({type(error).__name__})")
             return
         if not self._in_body and self._head_bytes > HEAD_MAX_BYTES:
-            self._break("sent a head without end")
-        elif self._answer is not None:
-            self._answer.touched()
+            self._break("the response headers are too long")
+        elif self._response is not None:
+            self._response.touched()
 
-    # --- llhttp's side
+    # --- events from llhttp
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status < 200:  # 100 Continue: the answer is still to come
+        if status < 200:  # 100 Continue: the final response follows
             self._headers = {}
             return
         self._in_body = True
-        if self._answer is None:
-            self._break("answered what was not asked")
+        if self._response is None:
+            self._break("the runtime sent a response without a request")
             return
-        self._answer.headers, self._headers = self._headers, {}
-        self._answer.begun(status)
+        self._response.headers, self._headers = self._headers, {}
+        self._response.begun(status)
 
     def on_body(self, data: bytes) -> None:
-        if self._answer is not None and not self._answer.arrived(data) and not self._paused and self.transport:
+        if self._response is not None and not self._response.arrived(data) and not self._paused and self.transport:
             self._paused = True
             self.transport.pause_reading()
 
     def on_message_complete(self) -> None:
         if not self._in_body:
             return
-        answer, self._answer = self._answer, None
+        response, self._response = self._response, None
         self._in_body, self._head_bytes = False, 0
-        if answer is None or self.transport is None:
+        if response is None or self.transport is None:
             return
         if self._parser.should_keep_alive() and self.transport.get_write_buffer_size() == 0:
             self.resume()
             self._pool.keep(self._url, self)
-        else:  # it answered before it had read the request, or wants no other
+        else:  # it responded before reading the request, or closes the connection
             self.transport.abort()
-        answer.completed()
+        response.completed()
 
-    # --- the answer's side
+    # --- used by HttpResponse and HttpClient
 
-    def send(self, head: bytes, body: bytes, answer: Answer) -> None:
-        self._answer, self._head_bytes = answer, 0
+    def send(self, head: bytes, body: bytes, response: HttpResponse) -> None:
+        self._response, self._head_bytes = response, 0
         if self.transport is None or self.transport.is_closing():
-            self._fail(Lost("the connection was closed"))
+            self._fail(ConnectionLostError("the connection was closed"))
         elif len(body) < JOIN_BYTES:
             self.transport.write(head + body)
         else:
@@ -259,26 +259,26 @@ class _Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def drop(self) -> None:
-        """Cuts it: nobody reads on."""
-        self._answer = None
+        """Cuts the connection."""
+        self._response = None
         if self.transport is not None:
             self.transport.abort()
 
     def _break(self, why: str) -> None:
-        self._fail(Lost(why))
+        self._fail(ConnectionLostError(why))
         self.drop()
 
-    def _fail(self, error: UpstreamError) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.failed(error)
+    def _fail(self, error: HttpClientError) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.failed(error)
 
 
-class Upstream:
-    """Connections to all runtimes, by their URL (`http://host:port`)."""
+class HttpClient:
+    """Connections to all runtimes, pooled by URL (`http://host:port`)."""
 
     def __init__(self, *, connect_timeout_s: float = 1.0, read_timeout_s: float = 600.0, idle_s: float = 15.0) -> None:
-        """`idle_s`: shorter than a runtime keeps an idle connection, so that it never closes one that is being used."""
+        """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection."""
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._idle_s = idle_s
@@ -286,27 +286,27 @@ class Upstream:
         self._sweeping: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def send(self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Sends a request; the answer is to come. Raises ConnectFailed, ValueError for a header with a line end."""
+    async def send(self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> HttpResponse:
+        """Sends a request. Raises ConnectError, and ValueError for a header that contains a line end."""
         if any("\n" in value or "\r" in value for value in headers.values()):
             raise ValueError("a header value must not hold a line end")
         loop = asyncio.get_running_loop()
         connection = self._take(url, loop.time()) or await self._connect(url)
         lines = [f"{method} {path} HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Length: {len(body)}\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        answer = Answer(connection, loop, self._read_timeout_s)
-        connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, answer)
-        return answer
+        response = HttpResponse(connection, loop, self._read_timeout_s)
+        connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, response)
+        return response
 
     async def close(self) -> None:
-        """Closes what is idle; what is under way belongs to its owner."""
+        """Closes idle connections. Responses in progress are closed by their owners."""
         self._closed = True
         if self._sweeping is not None:
             self._sweeping.cancel()
         for connections in list(self._idle.values()):
             for connection in list(connections):
                 connection.drop()
-        await asyncio.sleep(0)  # transports close in the next turn
+        await asyncio.sleep(0)  # transports close in the next iteration of the loop
 
     async def _connect(self, url: str) -> _Connection:
         address = urlsplit(url)
@@ -316,13 +316,13 @@ class Upstream:
                     lambda: _Connection(self, url), address.hostname or "", address.port or 80
                 )
         except (OSError, TimeoutError) as error:
-            raise ConnectFailed(f"{url}: {type(error).__name__}") from error
+            raise ConnectError(f"{url}: {type(error).__name__}") from error
         return connection
 
     # --- idle connections
 
     def _take(self, url: str, now_s: float) -> _Connection | None:
-        """The one used last; when that is too old, so are the others."""
+        """Takes the connection that was used last; if that one is too old, so are all others."""
         connections = self._idle.get(url)
         while connections:
             connection = connections.pop()

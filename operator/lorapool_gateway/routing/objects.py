@@ -1,7 +1,7 @@
-"""Stored objects reduced to what a request needs, parsed once at the door. Pure.
+"""Kubernetes objects parsed into the fields that requests need. Pure.
 
-Called by watch for each event. Two equal values mean that nothing a request could notice has changed, so a
-status write that only counts usage rebuilds no table. A value that cannot be parsed raises ValueError.
+Two equal values mean that nothing has changed that a request could notice, so a status write that only counts usage
+does not rebuild the tables. An object that cannot be parsed raises ValueError.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class BaseRoute:
 
     @property
     def desired_replicas(self) -> int:
-        """What the scale subresource asks for; an unset count means the minimum."""
+        """The number that the scale subresource asks for; the minimum when it is not set."""
         replicas = self.spec.replicas
         return replicas if replicas is not None else self.spec.scaling.min_replicas
 
     def admits(self, namespace: str) -> bool:
+        """Whether adapters of this namespace may use the base."""
         return namespace == self.ref.namespace or namespace in self.spec.access.namespaces
 
 
@@ -53,13 +54,13 @@ class AdapterRoute:
     created_unix_s: float
     base_ref: ObjectRef
     spec: LoraAdapterSpec = field(repr=False)
-    judged: bool
-    """The status speaks about the present spec."""
+    status_is_current: bool
+    """The status was written for the present spec."""
     ready: bool
     digest: str | None
     revision: str | None
     source_uri: str | None
-    """Where digest was resolved from; differs from the spec's while a new source is judged."""
+    """The source that `digest` was resolved from; differs from the spec's while a new source is being checked."""
     awaiting_runtime: bool
     failure: FailureStatus | None
     message: str
@@ -80,14 +81,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeState:
-    """A runtime's last snapshot, reduced to what picking needs."""
+    """The fields of a runtime's last snapshot that are needed to pick a replica."""
 
     boot_id: str
     ready: bool
     draining: bool
     in_flight: int
     loaded: frozenset[tuple[str, str]]
-    """(uid, digest) of adapters that answer without a load."""
+    """(uid, digest) of the adapters that answer without a load."""
 
 
 def base_route(raw: Mapping[str, Any]) -> BaseRoute:
@@ -116,7 +117,7 @@ def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
         created_unix_s=_unix_s(metadata),
         base_ref=ObjectRef(spec.base_model_ref.namespace or metadata["namespace"], spec.base_model_ref.name),
         spec=spec,
-        judged=status.observed_generation is not None
+        status_is_current=status.observed_generation is not None
         and status.observed_generation >= int(metadata.get("generation", 0)),
         ready=ready is not None and ready.status == "True",
         digest=status.digest,
@@ -129,7 +130,7 @@ def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
 
 
 def endpoints(raw: Mapping[str, Any]) -> Iterator[Endpoint]:
-    """The pods behind one EndpointSlice; nothing where its labels name no base."""
+    """The pods of one EndpointSlice; none if its labels name no base."""
     metadata = raw["metadata"]
     labels = metadata.get("labels") or {}
     base = labels.get(LABEL_BASE)
@@ -149,7 +150,7 @@ def endpoints(raw: Mapping[str, Any]) -> Iterator[Endpoint]:
             pod_uid=str(pod["uid"]),
             pod_name=str(pod.get("name", "")),
             url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-            ready=conditions.get("ready") is not False,  # absent means ready, says the API
+            ready=conditions.get("ready") is not False,  # the API defines an absent value as ready
             terminating=bool(conditions.get("terminating")),
         )
 
