@@ -1,31 +1,44 @@
-"""One request's sequences on their way through the engine, and what they cost in the end.
+"""One request's sequences in the engine: submitted together, read as deltas, ended and accounted for once.
 
-`server` starts a `Generation` and reads its `Delta`s; the engine's thread delivers tokens through one `Mailbox` with
-one wake-up per step, and they become text here, so that a slow reader delays no stop string. Whatever happens to the
-reader, the slot is given back only after the engine has ended every sequence; then tokens are counted, once.
+The engine's thread delivers tokens through one `Mailbox`, with one wake-up of the event loop per step. Tokens become
+text here and not where they are read, so a slow reader does not delay the detection of a stop string. Whatever
+happens to the reader, `on_end` is called only after the engine has ended every sequence.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import Engine, FinishReason, GenerationRequest, TokenLogprob, TokenOutput
-from lorapool_runtime.openai.detokenizer import Decode, Piece, TextStream
+from lorapool_runtime.openai.detokenizer import Decode, TextStream
+from lorapool_runtime.openai.encoding import EncodedRequest
+from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
+from lorapool_runtime.openai.response import Delta
+from lorapool_runtime.usage import Outcome
 
 
-class Outcome(StrEnum):
-    """How a request ended, as counted."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    REFUSED = "refused"
-    """The engine did not take it: nothing ran, nothing is counted."""
+def engine_requests(
+    request: ChatRequest | CompletionRequest, encoded: EncodedRequest, *, slot: int, cache_salt: str
+) -> list[GenerationRequest]:
+    """One engine request per sequence, in the order of the response's choices."""
+    prefix = uuid.uuid4().hex
+    return [
+        GenerationRequest(
+            f"{prefix}-{number}",
+            encoded.prompts[number // request.n],
+            slot,
+            cache_salt,
+            sampling,
+            prompt_logprobs=request.prompt_logprobs,
+            constraint=None if encoded.grammar is None else encoded.grammar.constraint(),
+        )
+        for number, sampling in enumerate(encoded.sampling)
+    ]
 
 
 class Mailbox:
@@ -37,7 +50,7 @@ class Mailbox:
         self._woken = False
 
     def sink(self, receive: Callable[[TokenOutput], None]) -> Callable[[TokenOutput], None]:
-        """A sink for the engine that hands its outputs to `receive` on the event loop, in order."""
+        """A sink for the engine that passes its outputs to `receive` on the event loop, in order."""
 
         def put(output: TokenOutput) -> None:
             self._outputs.append((receive, output))
@@ -45,53 +58,28 @@ class Mailbox:
                 self._woken = True
                 try:
                     self._loop.call_soon_threadsafe(self._deliver)
-                except RuntimeError:  # the loop is closed: the process is ending and nobody listens
+                except RuntimeError:  # the loop is closed: the process is ending and no request is open
                     self._woken = False
 
         return put
 
     def _deliver(self) -> None:
-        self._woken = False  # before emptying: whoever appends after the last pop wakes again
+        self._woken = False  # before emptying: an output appended after the last pop schedules another delivery
         while self._outputs:
             receive, output = self._outputs.popleft()
             receive(output)
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one sequence has to say next: text, and for the last of it why it ended."""
-
-    number: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...]
-    usage: Usage
-    """Of the whole request, up to this text."""
-    finish: FinishReason | None = None
-    error: str | None = None
-    offsets: tuple[int, ...] = ()
-    """Where in the sequence's text the token of each log-probability begins."""
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the prompt's tokens from the second on, with the first delta of a sequence that asked for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What a request came to, handed to `on_end` exactly once."""
-
-    outcome: Outcome
-    usage: Usage
-
-
 @dataclass(slots=True)
-class _Sequence:
-    request: GenerationRequest
+class _SequenceState:
+    request_id: str
     stream: TextStream
     completion_tokens: int = 0
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
     pending_offsets: list[int] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    told: bool = False
-    """The reader has its end (or gave up): later outputs of the engine are neither text nor counted."""
+    finished: bool = False
+    """Its last delta has been emitted: later outputs of the engine are neither text nor counted."""
     ended: bool = False
     """The engine has ended it."""
 
@@ -108,16 +96,17 @@ class Generation:
         n: int,
         stops: Sequence[str],
         decode: Decode,
-        on_end: Callable[[Ended], None],
-        tell_end_token: bool = False,
+        on_end: Callable[[Outcome, Usage], None],
+        score_end_token: bool = False,
     ) -> None:
-        """`tell_end_token`: the log-probability of an end-of-sequence token is told too, though it is no text."""
+        """`score_end_token`: reports the log-probability of an end-of-sequence token too, though it is not text."""
         self._engine = engine
         self._mailbox = mailbox
         self._n = n
-        self._on_end = on_end
-        self._tell_end_token = tell_end_token
-        self._sequences = [_Sequence(request, TextStream(decode, stops)) for request in requests]
+        self._on_end: Callable[[Outcome, Usage], None] | None = on_end
+        self._score_end_token = score_end_token
+        self._requests = requests
+        self._sequences = [_SequenceState(request.request_id, TextStream(decode, stops)) for request in requests]
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._prompt_tokens = [0] * (len(requests) // n)
         self._cached_tokens = [0] * (len(requests) // n)
@@ -128,10 +117,10 @@ class Generation:
         self._reader: asyncio.Future[None] | None = None
 
     def start(self) -> None:
-        """Submits all sequences. Raises what the engine raises, for instance for a prompt that can never fit."""
+        """Submits all sequences. Raises what `Engine.submit` raises: ValueError for a request that can never run."""
         try:
-            for sequence in self._sequences:
-                self._engine.submit(sequence.request, self._mailbox.sink(self._receive))
+            for request in self._requests:
+                self._engine.submit(request, self._mailbox.sink(self._receive))
                 self._open += 1
         except Exception:
             self._outcome = Outcome.REFUSED
@@ -141,7 +130,7 @@ class Generation:
             raise
 
     async def next(self) -> Delta:
-        """The next piece of any sequence; there is one reader."""
+        """The next delta of any sequence. Only one caller may wait at a time."""
         while not self._deltas:
             self._reader = asyncio.get_running_loop().create_future()
             try:
@@ -151,31 +140,31 @@ class Generation:
         return self._deltas.popleft()
 
     def cancel(self) -> None:
-        """The reader left: end what still runs. Harmless after the end."""
+        """Ends what still runs, because the reader left. Does nothing after the end."""
         self._left = True
-        if not self._all_told and self._outcome is Outcome.COMPLETED:
+        if not self._all_finished and self._outcome is Outcome.COMPLETED:
             self._outcome = Outcome.CANCELLED
         self._end_all()
 
     def abort(self, message: str) -> None:
-        """We have to end it (draining, the adapter is gone, the engine died): the reader gets `message` as an error."""
-        if self._all_told:
+        """Ends what still runs with the error `message` for the reader."""
+        if self._all_finished:
             return
         self._outcome = Outcome.FAILED
         for number, sequence in enumerate(self._sequences):
-            if not sequence.told:
-                self._tell(number, "", FinishReason.ERROR, message)
+            if not sequence.finished:
+                self._emit(number, "", FinishReason.ERROR, message)
         self._end_all()
 
     def engine_died(self, message: str) -> None:
-        """As `abort`, when no further output of the engine can be expected."""
+        """Aborts without waiting for the engine, from which no further output can be expected."""
         self.abort(message)
         if self._open:
             self._open = 0
             self._finish()
 
     def usage(self) -> Usage:
-        """Cumulative tokens so far; a prompt counts once, however many choices were asked of it."""
+        """Cumulative tokens so far. A prompt counts once, however many choices it has."""
         return Usage(
             prompt_tokens=sum(self._prompt_tokens),
             completion_tokens=sum(sequence.completion_tokens for sequence in self._sequences),
@@ -183,11 +172,11 @@ class Generation:
         )
 
     @property
-    def _all_told(self) -> bool:
-        """The reader has every end, though the engine may still owe us the last one (a stop string was found)."""
-        return all(sequence.told for sequence in self._sequences)
+    def _all_finished(self) -> bool:
+        """True when every last delta has been emitted; the engine may still compute (a stop string was found)."""
+        return all(sequence.finished for sequence in self._sequences)
 
-    # --- on the event loop, called by the mailbox ----------------------------------------
+    # --- on the event loop, from the mailbox ---------------------------------------------
 
     def _receive(self, output: TokenOutput) -> None:
         number = self._numbers[output.request_id]
@@ -195,8 +184,8 @@ class Generation:
         if sequence.ended:
             return
         self._count(number, output)
-        if not sequence.told:
-            self._speak(number, output)
+        if not sequence.finished:
+            self._detokenize(number, output)
         if output.finish_reason is not None:
             sequence.ended = True
             self._open -= 1
@@ -205,32 +194,32 @@ class Generation:
             if self._open == 0:
                 self._finish()
 
-    def _speak(self, number: int, output: TokenOutput) -> None:
+    def _detokenize(self, number: int, output: TokenOutput) -> None:
         sequence = self._sequences[number]
-        if output.logprob is not None and (output.text_token or self._tell_end_token):
+        if output.logprob is not None and (output.text_token or self._score_end_token):
             sequence.pending_logprobs.append(output.logprob)
             sequence.pending_offsets.append(sequence.stream.characters)
         sequence.prompt_logprobs = output.prompt_logprobs or sequence.prompt_logprobs
-        piece = Piece("")
+        text, stopped = "", False
         if output.token_id is not None and output.text_token:
-            piece = sequence.stream.push(output.token_id)
+            text, stopped = sequence.stream.push(output.token_id)
         finish, error = output.finish_reason, output.error
         if finish is FinishReason.CANCELLED:
             finish, error = FinishReason.ERROR, "The sequence was ended by the runtime."
-        if finish in (FinishReason.STOP, FinishReason.LENGTH) and not piece.stopped:
-            rest = sequence.stream.finish()
-            piece = Piece(piece.text + rest.text, rest.stopped)
-        if piece.stopped:
+        if finish in (FinishReason.STOP, FinishReason.LENGTH) and not stopped:
+            rest, stopped = sequence.stream.finish()
+            text += rest
+        if stopped:
             finish, error = FinishReason.STOP, None
             if output.finish_reason is None:
-                self._engine.cancel(sequence.request.request_id)
-        if piece.text or finish is not None:
-            self._tell(number, piece.text, finish, error)
+                self._engine.cancel(sequence.request_id)
+        if text or finish is not None:
+            self._emit(number, text, finish, error)
 
-    def _tell(self, number: int, text: str, finish: FinishReason | None, error: str | None) -> None:
+    def _emit(self, number: int, text: str, finish: FinishReason | None, error: str | None) -> None:
         sequence = self._sequences[number]
         if finish is not None:
-            sequence.told = True
+            sequence.finished = True
         if self._left:
             return
         delta = Delta(
@@ -251,23 +240,20 @@ class Generation:
             self._reader.set_result(None)
 
     def _count(self, number: int, output: TokenOutput) -> None:
-        """A sequence whose stop string was found counts up to there, though the engine may be a token ahead."""
+        """Counts a sequence up to its stop string, though the engine may be a token ahead."""
         sequence = self._sequences[number]
         prompt = number // self._n
         self._prompt_tokens[prompt] = max(self._prompt_tokens[prompt], output.prompt_tokens)
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], output.cached_tokens)
-        if not sequence.told or self._outcome is not Outcome.COMPLETED:
+        if not sequence.finished or self._outcome is not Outcome.COMPLETED:
             sequence.completion_tokens = max(sequence.completion_tokens, output.completion_tokens)
 
     def _end_all(self) -> None:
         for sequence in self._sequences:
             if not sequence.ended:
-                self._engine.cancel(sequence.request.request_id)
+                self._engine.cancel(sequence.request_id)
 
     def _finish(self) -> None:
-        on_end, self._on_end = self._on_end, _already
-        on_end(Ended(self._outcome, self.usage()))
-
-
-def _already(_ended: Ended) -> None:
-    """`on_end` has been called."""
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(self._outcome, self.usage())
