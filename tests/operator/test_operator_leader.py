@@ -1,4 +1,4 @@
-"""Two operators: one acts, the other takes over; a leader that lost the Lease writes nothing."""
+"""Leader election: of two operators one acts and the other takes over; a leader without the Lease writes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEASE: dict[str, Any] = {
     "lease_retry_s": 1.0,
 }
 LONG_LEASE: dict[str, Any] = LEASE | {"lease_duration_s": 120, "lease_renew_deadline_s": 60.0}
-"""Does not run out within a test: who takes over, takes over from one that gave up."""
+"""Does not expire within a test: a successor takes over only after a release."""
 
 
 async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
         async def took_over() -> bool:
             return survivor.synced
 
-        await until(took_over)  # given up: it has two minutes yet to run
+        await until(took_over)  # it was released: it would expire only in two minutes
         await api.adapter("b")
         await until(lambda: state("b"), ("True", "Parked"))
 
