@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from fakes_operator import FakeInspector
-from operator_world import Api, condition, running_operator, until
+from operator_world import TLS_GOODBYE_S, Api, condition, operator_settings, running_operator, until
 
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.effects.cluster import FencedError
+from lorapool_operator.process import Process
 
 pytestmark = pytest.mark.apiserver
 
@@ -68,27 +70,33 @@ async def _any(leaders: Any) -> bool:
 
 
 async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector(), **LEASE) as process:
+    settings = operator_settings(api, tmp_path, **LEASE)
+    process = Process(settings, sources=SourceSettings(), inspector=FakeInspector())
+    running = asyncio.create_task(process.run())
 
-        async def leads() -> bool:
-            return process.synced
+    async def leads() -> bool:
+        return process.synced
 
+    async def fenced() -> bool:
+        return not process._leadership.may_write()
+
+    try:
         await until(leads)
-        body = {
-            "spec": {
-                "holderIdentity": "thief",
-                "leaseDurationSeconds": 3600,
-                "renewTime": "2099-01-01T00:00:00.000000Z",
-            }
+        taken = {
+            "holderIdentity": "thief",
+            "leaseDurationSeconds": 3600,
+            "renewTime": "2099-01-01T00:00:00.000000Z",
         }
-        await api.patch("leases", "lorapool-operator", body)
-
-        async def fenced() -> bool:
-            return not process._leadership.may_write()
-
-        await until(fenced)
+        await api.patch("leases", "lorapool-operator", {"spec": taken})
+        await until(fenced, every_s=0.01)
         base = await api.base()
         with pytest.raises(FencedError):
             await process.cluster.delete("Pod", api.namespace, "any", uid=base["metadata"]["uid"])
-        await asyncio.sleep(1.0)
+        await asyncio.wait_for(asyncio.shield(running), 30)
+        assert not process.stop_requested  # so the program exits with 1, and the kubelet starts it again
         assert "status" not in await api.get("basemodels", "tiny")
+        assert (await api.get("leases", "lorapool-operator"))["spec"]["holderIdentity"] == "thief"
+    finally:
+        process.stop()
+        await asyncio.wait_for(running, 20)
+        await asyncio.sleep(TLS_GOODBYE_S)

@@ -497,16 +497,10 @@ async def test_a_base_that_cannot_be_found_starts_no_pod(api: Api, tmp_path: Pat
         await until(lambda: replicas(), 0)
 
 
-async def test_a_child_that_someone_changes_or_deletes_comes_back(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector(), resync_s=1.0):
+async def test_a_deployment_that_someone_deletes_is_created_again(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):  # only the watch event can cause it
         await api.base()
-
-        async def image() -> str:
-            deployment = await api.find("deployments", "tiny-runtime")
-            return str(deployment["spec"]["template"]["spec"]["containers"][0]["image"]) if deployment else ""
-
-        await until(image, "registry.example/runtime:1")
-        uid = (await api.get("deployments", "tiny-runtime"))["metadata"]["uid"]
+        uid = (await until(lambda: api.find("deployments", "tiny-runtime")))["metadata"]["uid"]
         await api.delete("deployments", "tiny-runtime")
 
         async def another() -> bool:
@@ -514,6 +508,27 @@ async def test_a_child_that_someone_changes_or_deletes_comes_back(api: Api, tmp_
             return deployment is not None and deployment["metadata"]["uid"] != uid
 
         await until(another)
+
+
+async def test_children_that_someone_changes_or_deletes_are_restored_by_the_resync(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=1.0):
+        await api.base()
+        await until(lambda: api.find("poddisruptionbudgets", "tiny-runtime"))  # it is the last child to be applied
+
+        async def image() -> str:
+            deployment = await api.get("deployments", "tiny-runtime")
+            return str(deployment["spec"]["template"]["spec"]["containers"][0]["image"])
+
+        async def service_exists() -> bool:
+            return await api.find("services", "tiny-runtime") is not None
+
+        assert await image() == "registry.example/runtime:1"
+        container = {"name": "runtime", "image": "registry.example/other:1"}
+        change = {"spec": {"template": {"spec": {"containers": [container]}}}}
+        await api.patch("deployments", "tiny-runtime", change)
+        await until(image, "registry.example/runtime:1")
+        await api.delete("services", "tiny-runtime")  # Services are not watched
+        await until(service_exists)
 
 
 async def test_an_object_of_others_with_the_name_of_a_child_is_left_alone(api: Api, tmp_path: Path) -> None:
