@@ -1,8 +1,8 @@
-"""How many replicas a base should have, from its spec and what its runtimes report. Pure.
+"""How many replicas a base should have, by its spec and the load that its runtimes report.
 
-Called by `plan_base`. Up at once when load exceeds the target; down only after load stayed low for
-`scaleDownDelay`; to the floor (which may be 0) only after `idleAfter` without any request. Never down while
-anything is under way, while a replica is still starting (within an allowance), or while one cannot be asked.
+Scales up at once when the load exceeds the target, down only after the load was low for `scaleDownDelay`, and to the
+lower bound (which may be 0) only after `idleAfter` without any request. Never scales down to the bound while a request
+is in flight, while a replica is starting (within an allowance), or while a ready replica does not answer.
 """
 
 from __future__ import annotations
@@ -12,54 +12,50 @@ from dataclasses import dataclass
 
 from lorapool_api.basemodel import Scaling
 from lorapool_api.common import duration_s
+from lorapool_operator.world.observed import ScaleMemory
 
 INITIAL_REPLICAS = 1
-"""A new base starts once, so that what is wrong with it is seen before the first request is."""
+"""A new base starts once, so that a misconfiguration shows before the first request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is seen of a base's replicas now."""
+    """The present load and state of a base's replicas."""
 
     in_flight: int
-    """Running and waiting requests over all replicas that could be asked."""
+    """Running and queued requests, summed over all replicas that answer."""
     silent: int
-    """Ready replicas that could not be asked."""
+    """Number of ready replicas that do not answer."""
     ready: int
-    """Replicas that serve."""
+    """Number of replicas that serve."""
     last_activity_unix_s: float
-    """Latest of: a request, a replica's start, the wake that asked for it, the object's creation."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleMemory:
-    """Carried from one decision to the next."""
-
-    low_since_unix_s: float | None = None
+    """The latest of: a request, the start of a replica, the wake-up that asked for it, the object's creation."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleDecision:
+    """The number of replicas to ask for, and why."""
+
     replicas: int
     reason: str
     memory: ScaleMemory
     recheck_unix_s: float | None
-    """When time alone could change the answer."""
+    """When the passing of time alone could change the decision."""
 
 
 def initial_replicas(scaling: Scaling, floor: int) -> int:
-    """What an object without spec.replicas starts with."""
+    """Returns the number of replicas for an object without spec.replicas."""
     return _clamp(max(INITIAL_REPLICAS, floor), scaling, floor)
 
 
 def decide(
     current: int, scaling: Scaling, load: Load, memory: ScaleMemory, *, floor: int, now: float, start_allowance_s: float
 ) -> ScaleDecision:
-    """The number of replicas to ask for; `floor` is what warm adapters need, on top of minReplicas."""
+    """Decides the number of replicas. `floor` is how many the adapters with minReplicas need."""
     lowest, bounded = _clamp(0, scaling, floor), _clamp(current, scaling, floor)
     calm = ScaleMemory()
     if current == 0:
-        return ScaleDecision(bounded, "warm replicas are wanted" if bounded else "asleep", calm, None)
+        return ScaleDecision(bounded, "warm replicas are wanted" if bounded else "scaled to zero", calm, None)
     if bounded != current:
         return ScaleDecision(bounded, f"bounds are {lowest} to {scaling.max_replicas}", calm, None)
     if load.in_flight > 0 or load.silent > 0:
@@ -83,7 +79,7 @@ def decide(
 def _starting(
     current: int, lowest: int, scaling: Scaling, load: Load, now: float, start_allowance_s: float
 ) -> ScaleDecision:
-    """Not all replicas serve yet: someone asked for them, so a short idleAfter must not take them back."""
+    """Waits while not all replicas serve: a short idleAfter must not revoke replicas that were just asked for."""
     patience_s = max(duration_s(scaling.idle_after), start_allowance_s)
     if load.ready > 0:
         patience_s = duration_s(scaling.idle_after)

@@ -1,15 +1,14 @@
-"""The children of a BaseModel as plain objects, ready for server-side apply. Pure.
+"""The children of a BaseModel as plain objects, ready for server-side apply.
 
-Called by `plan_base`. Pods pass the `restricted` pod security standard, hold no service-account token and no
-Secret of ours: only the sha256 of the bearer token that gateway and operator derive. Nothing in a tenant's spec
-becomes a path, an image or a volume; those come from the administrator's profile.
+Pods pass the `restricted` pod security standard. They hold no service-account token and no Secret of Lorapool, only the
+sha256 of the bearer token that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
+volume; those come from the administrator's profile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from lorapool_api.basemodel import KIND
@@ -25,46 +24,41 @@ from lorapool_api.common import (
     quantity_bytes,
 )
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
-from lorapool_operator.profiles import RuntimeProfile
-from lorapool_operator.store import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
 CACHE_DIR = "/cache"
 PVC_ROOT = "/pvc"
 CACHE_RESERVE = 0.1
-"""Share of the cache volume kept free of adapters: temporary files, and the kubelet evicts a pod at its limit."""
+"""The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
+that reaches its limit."""
 DRAIN_RESERVE_S = 5
+"""The runtime stops draining this long before the kubelet kills it."""
 
 Manifest = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class RuntimeImage:
-    """What a profile without an image of its own gets."""
-
-    image: str
-    pull_policy: str
-
-
 def children_name(base_name: str) -> str:
+    """Returns the name that all children of a base have."""
     return f"{base_name}-runtime"
 
 
 def selector_labels(base: BaseObject) -> dict[str, str]:
-    """Labels that pods of this very object have and no others."""
+    """Returns the labels that only pods of this very object have, not those of a deleted one of the same name."""
     return {LABEL_BASE: base.meta.name, LABEL_BASE_UID: base.meta.uid}
 
 
 def selector_text(base: BaseObject) -> str:
-    """For status.selector of the scale subresource."""
+    """Returns the selector as text, for status.selector of the scale subresource."""
     return ",".join(f"{key}={value}" for key, value in sorted(selector_labels(base).items()))
 
 
 def children(
     base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
 ) -> list[Manifest]:
-    """All children, each with the hash of its own content as an annotation."""
+    """Returns all children, each with the hash of its own content as an annotation."""
     made = [deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256), service(base), pdb(base)]
     for child in made:
         child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
@@ -72,13 +66,14 @@ def children(
 
 
 def content_hash(manifest: Manifest) -> str:
-    """Short hash over the whole object, alike for equal content."""
+    """Returns a short hash of the whole object, the same for equal content."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def deployment(
     base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
 ) -> Manifest:
+    """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
     template = pod_template(base, profile, image, token_sha256=token_sha256)
     return {
         "apiVersion": "apps/v1",
@@ -96,7 +91,7 @@ def deployment(
 
 
 def service(base: BaseObject) -> Manifest:
-    """Headless: the gateway picks a pod itself, and reads them from the EndpointSlices."""
+    """Returns a headless Service: the gateway reads its EndpointSlices and picks a pod itself."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -113,7 +108,7 @@ def service(base: BaseObject) -> Manifest:
 
 
 def pdb(base: BaseObject) -> Manifest:
-    """One at a time: a drain of a node may go on, but never takes two replicas at once."""
+    """Returns a budget of one: the drain of a node can proceed, but never stops two replicas at once."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
@@ -127,6 +122,7 @@ def pdb(base: BaseObject) -> Manifest:
 
 
 def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+    """Returns the pod template: restricted, without a service-account token, placed as the profile says."""
     spec: Manifest = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -197,7 +193,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *
 
 
 def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> list[Manifest]:
-    """Settings of the runtime from the spec; the profile's own come first, so that ours win."""
+    """Returns the runtime's settings from the spec, after the profile's variables so that they take precedence."""
     spec = base.spec
     cache_bytes = int(quantity_bytes(profile.cache_size_limit) * (1 - CACHE_RESERVE))
     values = {

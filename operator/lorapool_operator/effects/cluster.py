@@ -1,12 +1,13 @@
-"""Everything the operator says to the API server, in a dozen calls.
+"""All requests of the operator to the API server.
 
-Called by `apply`, `resync` and `__main__`. Writes are fenced: a process that has lost the Lease writes nothing.
-Deletes and status patches carry the uid they were decided for, so a recreated object is never hit by mistake.
+Writes are fenced: a process that has lost the Lease writes nothing. Deletes and status patches carry the uid of the
+object that they were decided for, so that they never affect a recreated object of the same name.
 
     ClusterError
-    ├─ NotFound 404    ├─ Conflict 409 (also: uid or version moved on)
-    ├─ Fenced (we are not the leader any more)
-    └─ NotOurs (a child's name is taken by someone else's object)
+    ├─ ObjectNotFoundError (404)
+    ├─ ObjectConflictError (409: the object has another uid or version by now)
+    ├─ FencedError (this process is not the leader any more)
+    └─ ForeignObjectError (the name of a child belongs to an object of others)
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, LABEL_MANAGED_BY, VERSION
 from lorapool_operator.clock import iso, iso_micro
-from lorapool_operator.facts import Note
-from lorapool_operator.manifests import MANAGED_BY, Manifest
-from lorapool_operator.merge import merge_patch
-from lorapool_operator.store import AdapterObject, BaseObject, Kind
+from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
+from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ObjectKind
 
 log = logging.getLogger(__name__)
 
@@ -41,49 +41,63 @@ PATHS = {
     "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "Pod": ("api/v1", "pods"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),
-    Kind.BASE: (f"apis/{GROUP}/{VERSION}", "basemodels"),
-    Kind.ADAPTER: (f"apis/{GROUP}/{VERSION}", "loraadapters"),
+    ObjectKind.BASE: (f"apis/{GROUP}/{VERSION}", "basemodels"),
+    ObjectKind.ADAPTER: (f"apis/{GROUP}/{VERSION}", "loraadapters"),
 }
 RUNTIME_SELECTOR = LABEL_BASE
 
 
 class ClusterError(Exception):
-    """The API server refused or could not be reached."""
+    """The API server refused a request or could not be reached; `status` is 0 if there was no response."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
 
 
-class NotFound(ClusterError):
-    """The object is gone."""
+class ObjectNotFoundError(ClusterError):
+    """The object does not exist."""
 
 
-class Conflict(ClusterError):
-    """The object is not the one, or not the version, that this was decided for."""
+class ObjectConflictError(ClusterError):
+    """The object has another uid or version than the one that the request was decided for."""
 
 
-class Fenced(ClusterError):
-    """This process does not hold the Lease any more."""
+class FencedError(ClusterError):
+    """This process does not hold the Lease any more, so it may not write."""
 
 
-class NotOurs(ClusterError):
-    """An object of this name exists and is not Lorapool's."""
+class ForeignObjectError(ClusterError):
+    """An object of this name exists and is not managed by Lorapool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom an Event is about."""
+    """The object that an Event is about."""
 
-    kind: Kind
+    kind: ObjectKind
     namespace: str
     name: str
     uid: str
     resource_version: str
 
 
+def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the JSON merge patch (RFC 7386) from one document to another; a list is replaced as a whole."""
+    patch: dict[str, Any] = {name: None for name in before if name not in after}
+    for name, value in after.items():
+        old = before.get(name)
+        if name in before and old == value:
+            continue
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            patch[name] = merge_patch(old, value)
+        else:
+            patch[name] = value
+    return patch
+
+
 class Cluster:
-    """One per process; owns no connection but the client it was given."""
+    """The requests over one client, which the caller owns and closes."""
 
     def __init__(
         self, client: ApiClient, *, timeout_s: float, identity: str, may_write: Callable[[], bool] = lambda: True
@@ -93,14 +107,14 @@ class Cluster:
         self._identity = identity
         self._may_write = may_write
         self.writes: dict[str, int] = {}
-        """Writes by what was written, for the metrics."""
+        """Number of writes by what was written, for the metrics."""
 
     # --- reads
 
     async def objects(
         self, kind: str, namespace: str | None, *, labels: str = "", metadata_only: bool = False
     ) -> AsyncIterator[dict[str, Any]]:
-        """All objects of a kind in one namespace, or in all, page by page."""
+        """Yields all objects of a kind in one namespace, or in all if it is None, page by page. Raises ClusterError."""
         token: str | None = ""
         headers = {"Accept": METADATA_ONLY} if metadata_only else {}
         while token is not None:
@@ -113,50 +127,53 @@ class Cluster:
             token = (page.get("metadata") or {}).get("continue") or None
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
-        """Raises NotFound."""
+        """Reads one object. Raises ObjectNotFoundError."""
         return await self._call("GET", _path(kind, namespace, name))
 
     # --- writes
 
-    async def patch_status(self, held: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]:
-        """One merge patch of /status with what differs; the answer is the new object."""
-        kind = Kind.BASE if isinstance(held, BaseObject) else Kind.ADAPTER
-        body = {"metadata": {"uid": held.meta.uid}, "status": merge_patch(held.status.dump(), status)}
-        path = _path(kind, held.meta.namespace, held.meta.name) + "/status"
+    async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]:
+        """Patches what differs in /status and returns the new object. Raises ObjectConflictError for another uid."""
+        kind = ObjectKind.BASE if isinstance(item, BaseObject) else ObjectKind.ADAPTER
+        body = {"metadata": {"uid": item.meta.uid}, "status": merge_patch(item.status.dump(), status)}
+        path = _path(kind, item.meta.namespace, item.meta.name) + "/status"
         return await self._write("status", "PATCH", path, body, content=MERGE, query=_MANAGER)
 
     async def scale(self, base: BaseObject, replicas: int) -> None:
-        """Through the scale subresource, only over the very version that was decided on: a gateway may wake it now."""
+        """Sets the replicas through the scale subresource.
+
+        Raises ObjectConflictError if the object has another version by now: a gateway may have just woken the base.
+        """
         body = {"metadata": {"resourceVersion": base.meta.resource_version}, "spec": {"replicas": replicas}}
-        path = _path(Kind.BASE, base.meta.namespace, base.meta.name) + "/scale"
+        path = _path(ObjectKind.BASE, base.meta.namespace, base.meta.name) + "/scale"
         await self._write("scale", "PATCH", path, body, content=MERGE, query=_MANAGER)
 
     async def apply_child(self, manifest: Manifest) -> dict[str, Any]:
-        """Server-side apply. Raises NotOurs rather than taking over a stranger."""
+        """Applies a child by server-side apply. Raises ForeignObjectError if others own an object of this name."""
         meta = manifest["metadata"]
         path = _path(manifest["kind"], meta["namespace"], meta["name"])
         try:
-            held = await self._call("GET", path)
-        except NotFound:
-            held = None
-        if held is not None:
-            await self._check_ours(manifest, held)
+            existing = await self._call("GET", path)
+        except ObjectNotFoundError:
+            existing = None
+        if existing is not None:
+            await self._check_owned(manifest, existing)
         query = [*_MANAGER, ("force", "true")]
         return await self._write("child", "PATCH", path, manifest, content=APPLY, query=query)
 
-    async def _check_ours(self, manifest: Manifest, held: Mapping[str, Any]) -> None:
-        meta = held["metadata"]
-        told = f"{manifest['kind']} {meta['namespace']}/{meta['name']}"
+    async def _check_owned(self, manifest: Manifest, existing: Mapping[str, Any]) -> None:
+        meta = existing["metadata"]
+        name = f"{manifest['kind']} {meta['namespace']}/{meta['name']}"
         if (meta.get("labels") or {}).get(LABEL_MANAGED_BY) != MANAGED_BY:
-            raise NotOurs(f"{told} exists and is not managed by Lorapool; rename it, or name the BaseModel otherwise.")
+            raise ForeignObjectError(f"{name} exists and is not managed by Lorapool; rename it or the BaseModel.")
         wanted = manifest["metadata"]["ownerReferences"][0]["uid"]
         owners = {owner.get("uid") for owner in meta.get("ownerReferences") or ()}
         if owners and wanted not in owners:
             await self.delete(manifest["kind"], meta["namespace"], meta["name"], uid=meta["uid"])
-            raise Conflict(f"{told} belongs to a former object of this name and is being deleted", 409)
+            raise ObjectConflictError(f"{name} belongs to a deleted BaseModel of this name and is being deleted", 409)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
-        """Deletes exactly this object; one that is gone is fine."""
+        """Deletes the object if it has this uid. A missing object is no error. Raises ObjectConflictError."""
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -165,17 +182,17 @@ class Cluster:
         }
         try:
             await self._write("delete", "DELETE", _path(kind, namespace, name), body, content="application/json")
-        except NotFound:
+        except ObjectNotFoundError:
             return
 
     async def put_lease(self, lease: Mapping[str, Any], *, create: bool) -> dict[str, Any]:
-        """Creates the Lease, or replaces the very version that was read. Raises Conflict when someone was quicker."""
+        """Creates the Lease, or replaces the version that was read. Raises ObjectConflictError if it changed since."""
         meta = lease["metadata"]
         path = _path("Lease", meta["namespace"], "" if create else meta["name"])
         return await self._write("lease", "POST" if create else "PUT", path, lease, content="application/json")
 
-    async def post_event(self, subject: Subject, note: Note, now: float) -> None:
-        """One core/v1 Event; few are made, so nothing is aggregated."""
+    async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None:
+        """Creates a core/v1 Event. There are so few that they are not aggregated."""
         body = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -188,14 +205,14 @@ class Cluster:
                 "uid": subject.uid,
                 "resourceVersion": subject.resource_version,
             },
-            "type": note.type.value,
-            "reason": note.reason,
-            "message": note.message[:1000],
+            "type": event.type.value,
+            "reason": event.reason,
+            "message": event.message[:1000],
             "firstTimestamp": iso(now),
             "lastTimestamp": iso(now),
             "eventTime": iso_micro(now),
             "count": 1,
-            "action": note.reason,
+            "action": event.reason,
             "source": {"component": FIELD_MANAGER},
             "reportingComponent": FIELD_MANAGER,
             "reportingInstance": self._identity[:128],
@@ -215,7 +232,7 @@ class Cluster:
         query: list[Any] | None = None,
     ) -> dict[str, Any]:
         if not self._may_write():
-            raise Fenced("the Lease is lost: nothing is written any more")
+            raise FencedError("this process does not hold the Lease any more: nothing is written")
         self.writes[what] = self.writes.get(what, 0) + 1
         headers = {"Content-Type": content or "application/json"}
         return await self._call(method, path, body=body, query=query, headers=headers)
@@ -229,28 +246,30 @@ class Cluster:
         query: list[Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        given = {"Accept": "application/json", **(headers or {})}
+        accept = {"Accept": "application/json", **(headers or {})}
         try:
             async with asyncio.timeout(self._timeout_s):
                 request = await self._client.param_serialize(
                     method,
                     path,
                     query_params=query or [],
-                    header_params=given,
+                    header_params=accept,
                     body=body,
                     auth_settings=["BearerToken"],
                 )
                 response = await self._client.call_api(*request)
                 raw = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ClusterError(f"{method} {path}: API server not reached: {type(error).__name__} {error}") from error
+            raise ClusterError(
+                f"{method} {path}: the API server cannot be reached: {type(error).__name__} {error}"
+            ) from error
         if response.status >= 300:
             raise _error(method, path, response.status, raw)
         try:
-            answer: dict[str, Any] = json.loads(raw) if raw else {}
+            parsed: dict[str, Any] = json.loads(raw) if raw else {}
         except ValueError as error:
-            raise ClusterError(f"{method} {path}: the answer is no JSON", response.status) from error
-        return answer
+            raise ClusterError(f"{method} {path}: the response is not JSON", response.status) from error
+        return parsed
 
 
 _MANAGER = [("fieldManager", FIELD_MANAGER)]
@@ -258,11 +277,11 @@ _MANAGER = [("fieldManager", FIELD_MANAGER)]
 
 def _error(method: str, path: str, status: int, raw: bytes) -> ClusterError:
     try:
-        told = json.loads(raw).get("message", "")
+        message = json.loads(raw).get("message", "")
     except ValueError:
-        told = raw[:200].decode(errors="replace")
-    kind = {404: NotFound, 409: Conflict}.get(status, ClusterError)
-    return kind(f"{method} {path}: {status} {told}", status)
+        message = raw[:200].decode(errors="replace")
+    kind = {404: ObjectNotFoundError, 409: ObjectConflictError}.get(status, ClusterError)
+    return kind(f"{method} {path}: {status} {message}", status)
 
 
 def _path(kind: str, namespace: str | None, name: str = "") -> str:

@@ -1,11 +1,11 @@
-"""Folds what runtime processes have counted into an adapter's totals. Pure; called by `plan_adapter`.
+"""Adds the usage that runtime processes count to an adapter's totals.
 
-A runtime reports cumulative counts per process (boot id). Status keeps the totals and, per live process, the
-share already folded, so that folding the same report twice, or after an operator's restart, adds nothing:
+A runtime reports cumulative counts per process (boot id). The status keeps the totals and, for each live process, the
+share that the totals already include. Adding the same report twice, or again after an operator's restart, is harmless:
 
-    totals += report - share already folded        share := report
+    totals += report - share        share := report
 
-A process's share is forgotten only when the process is known to be gone.
+A process's share is removed only when the process is known to be gone.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MAX_PARTS = 100
 def fold(
     previous: UsageStatus | None, reports: Iterable[UsagePart], gone_boots: Iterable[str], now: str
 ) -> UsageStatus:
-    """New totals. `reports`: latest of each process; `gone_boots`: processes that will not report again."""
+    """Returns the new totals. Processes of `gone_boots` will not report again; their shares are removed."""
     before = previous or UsageStatus()
     shares = {part.boot_id: part for part in before.parts}
     totals: dict[str, float] = {name: getattr(before, name) for name in COUNTERS}
     for report in _latest(reports):
         share = shares.get(report.boot_id)
         if share is None and not any(getattr(report, name) for name in COUNTERS):
-            continue  # registered but never used: nothing to remember
+            continue  # registered but never used
         for name in COUNTERS:
             totals[name] += _increase(getattr(report, name), getattr(share, name) if share else 0)
         shares[report.boot_id] = report
@@ -49,13 +49,13 @@ def fold(
 
 
 def differs(before: UsageStatus | None, after: UsageStatus) -> bool:
-    """Whether anything was counted since, or a share can be forgotten."""
+    """True if anything was counted since, or a share can be removed."""
     old = before or UsageStatus()
     return old.model_copy(update={"as_of": after.as_of}) != after
 
 
 def _latest(reports: Iterable[UsagePart]) -> list[UsagePart]:
-    """One per process: two digests of one adapter report the same counts, one of them perhaps a moment older."""
+    """Returns one report per process: two digests of an adapter report the same counts, one perhaps slightly older."""
     best: dict[str, UsagePart] = {}
     for report in reports:
         held = best.get(report.boot_id)
@@ -65,12 +65,12 @@ def _latest(reports: Iterable[UsagePart]) -> list[UsagePart]:
 
 
 def _rounded(part: UsagePart) -> UsagePart:
-    """Milliseconds are enough, and keep a share equal to itself after its way through JSON."""
+    """Rounds to milliseconds, so that a share is equal after a round trip through JSON."""
     return part.model_copy(update={name: _tidy(getattr(part, name)) for name in ("load_seconds", "residency_seconds")})
 
 
 def _increase(now: float, before: float) -> float:
-    """A count below what was seen before started anew."""
+    """Returns the increase of a counter; one that fell has restarted from 0."""
     return now - before if now >= before else now
 
 

@@ -1,12 +1,13 @@
-"""Runtime profiles: what an administrator, never a tenant, decides about runtime pods.
+"""Runtime profiles: the settings of runtime pods that an administrator, never a tenant, decides.
 
-Parsed from the YAML file that the chart mounts; read at start and again on each resync. A file with an
-unknown key or a bad value is refused whole, and the profiles read before stay in force.
+They are parsed from the YAML file that the chart mounts, at start and again on each resync. A file with an unknown key
+or a bad value is refused as a whole, and the profiles that were read before stay in force.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class ClaimVolume(_Strict):
 
 
 class RuntimeProfile(_Strict):
-    """One profile. Where Kubernetes has a type of its own the value is passed on as it is."""
+    """One profile. Values of Kubernetes' own types are passed on unchanged."""
 
     image: str = ""
     """Empty: the operator's runtime image."""
@@ -47,19 +48,19 @@ class RuntimeProfile(_Strict):
     priority_class_name: str = ""
     runtime_class_name: str = ""
     env: tuple[dict[str, Any], ...] = ()
-    """Kubernetes EnvVar items; `valueFrom.secretKeyRef` lets the kubelet, not the operator, read secrets."""
+    """Kubernetes EnvVar items; with `valueFrom.secretKeyRef` the kubelet reads the Secret, not the operator."""
     volumes: tuple[ClaimVolume, ...] = ()
     cache_size_limit: Quantity = "20Gi"
     """emptyDir at /cache: base files and adapters on disk."""
     tmp_size_limit: Quantity = "1Gi"
     shm_size_limit: str = ""
-    """When set: memory-backed emptyDir at /dev/shm."""
+    """Size of a memory-backed emptyDir at /dev/shm; empty for none."""
     threads: int = Field(default=0, ge=0)
-    """torch threads; 0: the cores the container may use."""
+    """Number of torch threads; 0 means all cores that the container may use."""
     termination_grace_period_seconds: int = Field(default=60, ge=5)
-    """Running requests may finish for this long, less 5 s."""
+    """Running requests get this time, less 5 s, to finish."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
-    """Download and load of the base; past it the kubelet restarts the container."""
+    """Time to download and load the base; after it the kubelet restarts the container."""
     run_as_user: int = Field(default=10001, ge=1)
     pod_labels: dict[str, str] = Field(default_factory=dict)
     pod_annotations: dict[str, str] = Field(default_factory=dict)
@@ -68,23 +69,31 @@ class RuntimeProfile(_Strict):
 Profiles = Mapping[str, RuntimeProfile]
 
 
+@dataclass(frozen=True, slots=True)
+class RuntimeImage:
+    """The image of pods whose profile names none."""
+
+    image: str
+    pull_policy: str
+
+
 class _File(_Strict):
     profiles: dict[str, RuntimeProfile]
 
 
 def parse_profiles(text: str, *, origin: str) -> Profiles:
-    """Profiles by name. Raises ProfilesError."""
+    """Parses the profiles by name. Raises ProfilesError that names `origin` and the field."""
     try:
         return _File.model_validate(yaml.safe_load(text)).profiles
     except yaml.YAMLError as error:
-        raise ProfilesError(f"{origin} is no YAML: {' '.join(str(error).split())}") from error
+        raise ProfilesError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise ProfilesError(f"{origin}: {told}") from error
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ProfilesError(f"{origin}: {problems}") from error
 
 
 def read_profiles(path: Path) -> Profiles:
-    """Profiles of a file. Raises ProfilesError."""
+    """Reads a file of profiles. Raises ProfilesError."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,8 +1,7 @@
-"""What the runtimes themselves say, and the few things they are told.
+"""Snapshots from all runtimes by long-poll, and the calls that register and unregister adapters.
 
-One long-poll per runtime pod, straight to its IP. Holds facts only: a snapshot, when it came, since when polls
-fail. Called by `observe` (views), `apply` (PUT, DELETE) and `judge` (resolve). Never in a request's path; a
-runtime that does not answer is reported as silent, not guessed about.
+Each runtime pod has one long-poll, directly to its IP. Only facts are kept: the latest snapshot and since when polls
+fail. A runtime that does not answer is reported as such; nothing is assumed about it.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     runtime_token,
 )
-from lorapool_operator.facts import AdapterAt, RuntimeView
-from lorapool_operator.observe import StrayReport
-from lorapool_operator.store import BaseObject, Key, PodObject, Store
+from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
+from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +43,19 @@ MAX_SNAPSHOT_BYTES = 64 * 2**20
 
 
 class RuntimeCallError(Exception):
-    """A runtime could not be told or asked something."""
+    """A call to a runtime failed."""
 
 
-class RuntimeGone(RuntimeCallError):
-    """It is not known any more, or does not listen."""
+class RuntimeGoneError(RuntimeCallError):
+    """The runtime's pod is gone, or cannot be reached."""
 
 
-class RuntimeSlow(RuntimeGone):
-    """It did not answer in time."""
+class RuntimeTimeoutError(RuntimeGoneError):
+    """The runtime did not respond in time."""
 
 
-class RuntimeRefused(RuntimeCallError):
-    """It answered with an error status."""
+class RuntimeRefusedError(RuntimeCallError):
+    """The runtime responded with an error status, or with a body that cannot be parsed."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -65,50 +63,51 @@ class RuntimeRefused(RuntimeCallError):
 
 
 @dataclass
-class _Watched:
+class _Polled:
     """One pod that is polled."""
 
     pod: PodObject
     task: asyncio.Task[None] | None = None
     snapshot: RuntimeSnapshot | None = None
     reports: dict[str, tuple[AdapterReport, ...]] = field(default_factory=dict)
-    """Adapter uid → its reports, so that thousands of adapters need no walk over each snapshot."""
+    """Adapter uid → its reports, an index that saves a scan of each snapshot for each of thousands of adapters."""
     failing_since: float | None = None
-    """Monotonic; None while polls succeed."""
-    told_stale: bool = False
+    """Monotonic time; None while polls succeed."""
+    stale_reported: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class PollSettings:
+    """The part of the operator's settings that polls and calls depend on; each is documented there."""
+
     wait_s: float = 10.0
     pause_s: float = 0.2
     stale_s: float = 5.0
     timeout_s: float = 10.0
 
 
-class RuntimeBook:
-    """Owner of all polls. One event loop only."""
+class RuntimeTracker:
+    """Owns all polls and the latest snapshots. Belongs to one event loop."""
 
     def __init__(
         self,
-        store: Store,
+        cache: ClusterCache,
         *,
         master_token: str,
         settings: PollSettings,
         changed: Callable[[Key, Iterable[str], bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`changed(base, adapter uids, urgent)` is called after news; `urgent` False: only use was counted."""
-        self._store = store
+        """`changed(base, adapter uids, urgent)` is called for changes; `urgent` is False if only counters changed."""
+        self._cache = cache
         self._master_token = master_token
         self._settings = settings
         self._changed = changed
         self._clock = clock
-        self._watched: dict[str, _Watched] = {}
+        self._polled: dict[str, _Polled] = {}
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
-        self.sent: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
-        """Adapter uid → (boot id, digest) → what was registered last."""
+        self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
         self._session: aiohttp.ClientSession | None = None
         self.polls = 0
         self.poll_failures = 0
@@ -116,32 +115,33 @@ class RuntimeBook:
     # --- life
 
     def follow_pods(self) -> None:
-        """Starts and ends polls so that they match the pods in the store."""
-        wanted = {pod.meta.uid: pod for pod in self._store.pods if pod.ip and pod.port}
+        """Starts and stops polls so that they match the pods in the cache."""
+        wanted = {pod.meta.uid: pod for pod in self._cache.pods if pod.ip and pod.port}
         for uid, pod in wanted.items():
-            held = self._watched.get(uid)
+            held = self._polled.get(uid)
             if held is None:
-                held = self._watched[uid] = _Watched(pod)
+                held = self._polled[uid] = _Polled(pod)
                 held.task = asyncio.create_task(self._poll(held), name=f"poll {pod.meta.namespace}/{pod.meta.name}")
             elif held.pod != pod:
                 left = (pod.terminating and not held.pod.terminating) or (held.pod.ready and not pod.ready)
                 held.pod = pod
                 if left:
                     self._changed(pod.base, list(held.reports), True)
-        for uid in [uid for uid in self._watched if uid not in wanted]:
+        for uid in [uid for uid in self._polled if uid not in wanted]:
             self._forget(uid)
 
     async def close(self) -> None:
-        tasks = [held.task for held in self._watched.values() if held.task is not None]
+        """Stops all polls."""
+        tasks = [held.task for held in self._polled.values() if held.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._watched.clear()
+        self._polled.clear()
         if self._session is not None:
             await self._session.close()
 
     def _forget(self, uid: str) -> None:
-        held = self._watched.pop(uid)
+        held = self._polled.pop(uid)
         if held.task is not None:
             held.task.cancel()
         for adapter_uid, reports in held.reports.items():
@@ -149,30 +149,30 @@ class RuntimeBook:
         self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
         self._changed(held.pod.base, list(held.reports), True)
 
-    # --- facts
+    # --- what runtimes report
 
     def views_of(self, base: BaseObject) -> list[RuntimeView]:
-        """The runtimes of this very object."""
+        """Returns the runtimes of this very object."""
         return [self._view(held) for held in self._of(base)]
 
-    def places_of(self, base: BaseObject, adapter_uid: str) -> list[AdapterAt]:
-        """The same, with what each reports of one adapter."""
-        return [AdapterAt(self._view(held), held.reports.get(adapter_uid, ())) for held in self._of(base)]
+    def replicas_of(self, base: BaseObject, adapter_uid: str) -> list[AdapterOnReplica]:
+        """Returns the runtimes of this very object, each with its reports of one adapter."""
+        return [AdapterOnReplica(self._view(held), held.reports.get(adapter_uid, ())) for held in self._of(base)]
 
-    def holders_of(self, adapter_uid: str) -> list[AdapterAt]:
-        """Runtimes of any base that report this adapter."""
+    def holders_of(self, adapter_uid: str) -> list[AdapterOnReplica]:
+        """Returns the runtimes of any base that report this adapter."""
         return [
-            AdapterAt(self._view(held), held.reports[adapter_uid])
-            for held in self._watched.values()
+            AdapterOnReplica(self._view(held), held.reports[adapter_uid])
+            for held in self._polled.values()
             if adapter_uid in held.reports
         ]
 
     def lost_usage(self, adapter_uid: str) -> tuple[UsagePart, ...]:
-        """Last counts of processes that do not report this adapter any more."""
+        """Returns the last counts of processes that do not report this adapter any more."""
         return tuple(self._lost.get(adapter_uid, {}).values())
 
     def forget_lost(self, adapter_uid: str, folded: Iterable[UsagePart]) -> None:
-        """These counts, as `lost_usage` gave them, are in the status now."""
+        """Drops counts that `lost_usage` returned and that the status contains now."""
         kept = self._lost.get(adapter_uid, {})
         for part in folded:
             if kept.get(part.boot_id) == part:
@@ -180,13 +180,13 @@ class RuntimeBook:
         if not kept:
             self._lost.pop(adapter_uid, None)
 
-    def gone_boots(self, base: BaseObject | None, boots: Iterable[str]) -> frozenset[str]:
-        """Those of `boots` that certainly will not report again: every pod of the base has another process."""
-        asked = frozenset(boots)
+    def gone_boot_ids(self, base: BaseObject | None, boot_ids: Iterable[str]) -> frozenset[str]:
+        """Returns those of `boot_ids` that will not report again, since every pod of the base has another process."""
+        asked = frozenset(boot_ids)
         if not asked or base is None:
             return asked
         alive: set[str] = set()
-        pods = {pod.meta.uid for pod in self._store.pods_of(base) if pod.ip}
+        pods = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.ip}
         for held in self._of(base):
             if held.snapshot is None or held.failing_since is not None:
                 return frozenset()
@@ -195,7 +195,7 @@ class RuntimeBook:
         return asked - alive if not pods else frozenset()
 
     def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
-        """Reports of adapters that no known object stands for, and since when that is so."""
+        """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
         found = []
         for held in self._of(base):
             for uid, reports in held.reports.items():
@@ -209,17 +209,21 @@ class RuntimeBook:
                     found.append(StrayReport(held.pod.meta.uid, held.pod.meta.name, key, report.display, since))
         return found
 
-    def forget_adapter(self, adapter_uid: str) -> None:
-        """Its object is gone."""
-        self._lost.pop(adapter_uid, None)
-        self.sent.pop(adapter_uid, None)
+    def registered(self, adapter_uid: str) -> dict[tuple[str, str], AdapterDescriptor]:
+        """Returns the descriptors that this process registered last, by boot id and digest."""
+        return dict(self._registered.get(adapter_uid, {}))
 
-    def _of(self, base: BaseObject) -> list[_Watched]:
+    def forget_adapter(self, adapter_uid: str) -> None:
+        """Drops what is remembered of a deleted adapter."""
+        self._lost.pop(adapter_uid, None)
+        self._registered.pop(adapter_uid, None)
+
+    def _of(self, base: BaseObject) -> list[_Polled]:
         return [
-            held for held in self._watched.values() if held.pod.base == base.key and held.pod.base_uid == base.meta.uid
+            held for held in self._polled.values() if held.pod.base == base.key and held.pod.base_uid == base.meta.uid
         ]
 
-    def _view(self, held: _Watched) -> RuntimeView:
+    def _view(self, held: _Polled) -> RuntimeView:
         silent_s = self._clock() - held.failing_since if held.failing_since is not None else 0.0
         stale_s = self._settings.stale_s if held.pod.ready else 0.0
         return RuntimeView(
@@ -234,13 +238,13 @@ class RuntimeBook:
 
     # --- polling
 
-    async def _poll(self, held: _Watched) -> None:
+    async def _poll(self, held: _Polled) -> None:
         backoff_s = BACKOFF_MIN_S
         while True:
             seq = held.snapshot.seq if held.snapshot is not None else None
             query = {"wait": str(self._settings.wait_s)} | ({"after": str(seq)} if seq is not None else {})
             if held.failing_since is not None:
-                query = {"wait": "0"}  # a new process counts from the start
+                query = {"wait": "0"}  # a new process starts its sequence numbers again
             try:
                 raw = await self._call(
                     held.pod,
@@ -261,20 +265,20 @@ class RuntimeBook:
             self._arrived(held, snapshot)
             await asyncio.sleep(self._settings.pause_s)
 
-    def _failed(self, held: _Watched, error: Exception) -> None:
+    def _failed(self, held: _Polled, error: Exception) -> None:
         now = self._clock()
         if held.failing_since is None:
             held.failing_since = now
             log.info("runtime does not answer", extra={"replica": held.pod.meta.name, "error": str(error)[:200]})
         stale = now - held.failing_since >= self._settings.stale_s or not held.pod.ready
-        if stale and not held.told_stale:
-            held.told_stale = True
+        if stale and not held.stale_reported:
+            held.stale_reported = True
             self._changed(held.pod.base, list(held.reports), True)
 
-    def _arrived(self, held: _Watched, snapshot: RuntimeSnapshot) -> None:
+    def _arrived(self, held: _Polled, snapshot: RuntimeSnapshot) -> None:
         before, held.snapshot = held.snapshot, snapshot
         recovered = held.failing_since is not None
-        held.failing_since, held.told_stale = None, False
+        held.failing_since, held.stale_reported = None, False
         old = held.reports
         grouped: dict[str, list[AdapterReport]] = {}
         for report in snapshot.adapters:
@@ -297,47 +301,50 @@ class RuntimeBook:
             self._changed(held.pod.base, touched - urgent, False)
 
     def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
-        """Counts of a process that will not report them again wait here until they are in the status."""
+        """Keeps the counts of a process that will not report them again until the status contains them."""
         for report in reports:
             self._lost.setdefault(adapter_uid, {})[report.usage.boot_id] = report.usage
 
     # --- calls
 
     async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
-        """PUT; idempotent. Raises RuntimeGone, RuntimeRefused."""
+        """Registers an adapter; idempotent. Raises RuntimeGoneError, RuntimeRefusedError."""
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         raw = await self._call(self._pod(pod_uid), "PUT", path, body=descriptor.model_dump_json(by_alias=True))
         answer = _parse(PutAnswer, raw)
-        self.sent.setdefault(adapter.uid, {})[answer.boot_id, adapter.digest] = descriptor
+        self._registered.setdefault(adapter.uid, {})[answer.boot_id, adapter.digest] = descriptor
         return answer
 
     async def unregister(self, pod_uid: str, adapter: AdapterKey) -> DeleteAnswer | None:
-        """DELETE; None when it was not there, or still lets requests finish and will go on by itself."""
+        """Unregisters an adapter. Returns None if it was not registered, or if the runtime still waits for requests.
+
+        Raises RuntimeGoneError, RuntimeRefusedError.
+        """
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         try:
             raw = await self._call(self._pod(pod_uid), "DELETE", path)
-        except RuntimeRefused as error:
+        except RuntimeRefusedError as error:
             if error.status == 404:
                 return None
             raise
-        except RuntimeSlow:
+        except RuntimeTimeoutError:
             return None
         answer = _parse(DeleteAnswer, raw)
         self._lost.setdefault(adapter.uid, {})[answer.boot_id] = answer.usage
-        self.sent.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
+        self._registered.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
         return answer
 
     async def resolve(self, pod_uid: str, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
-        """Asks a runtime to judge a source that it alone can read."""
+        """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
         raw = await self._call(
             self._pod(pod_uid), "POST", ROUTE_RESOLVE, body=request.model_dump_json(by_alias=True), timeout_s=timeout_s
         )
         return _parse(ResolveAnswer, raw)
 
     def _pod(self, pod_uid: str) -> PodObject:
-        held = self._watched.get(pod_uid)
+        held = self._polled.get(pod_uid)
         if held is None:
-            raise RuntimeGone(f"pod {pod_uid} is gone")
+            raise RuntimeGoneError(f"pod {pod_uid} is gone")
         return held.pod
 
     async def _call(
@@ -358,7 +365,7 @@ class RuntimeBook:
         headers = {"Authorization": f"Bearer {runtime_token(self._master_token, pod.base_uid)}"}
         if body is not None:
             headers["Content-Type"] = "application/json"
-        told = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
+        call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
         try:
             async with self._session.request(
                 method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
@@ -367,38 +374,40 @@ class RuntimeBook:
                 while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
                     raw += await response.content.read(MAX_SNAPSHOT_BYTES)
                 if response.status >= 300:
-                    raise RuntimeRefused(
-                        f"{told}: {response.status} {raw[:200].decode(errors='replace')}", response.status
+                    raise RuntimeRefusedError(
+                        f"{call}: {response.status} {raw[:200].decode(errors='replace')}", response.status
                     )
                 return raw
         except TimeoutError as error:
-            raise RuntimeSlow(f"{told}: no answer within {total_s:g} s") from error
+            raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise RuntimeGone(f"{told}: {type(error).__name__} {error}") from error
+            raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
 
 
 def _shape(reports: Iterable[AdapterReport]) -> list[tuple[object, ...]]:
-    """What of a report can change a condition; counting and use are left out."""
+    """Returns the part of the reports that can change a condition; counters and times of use cannot."""
     return [
         (r.digest, r.state, r.tier, r.pinned, r.since_unix_s, r.failure, r.in_flight + r.waiting == 0) for r in reports
     ]
 
 
 def _base_shape(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
-    """What of a snapshot can change a condition of the base."""
+    """Returns the part of a snapshot that can change a condition of the base."""
     return snapshot.ready, snapshot.draining, snapshot.base.digest
 
 
 def _load(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
-    """What can change the number of replicas."""
+    """Returns the part of a snapshot that can change the number of replicas."""
     return snapshot.in_flight + snapshot.waiting, snapshot.last_request_unix_s
 
 
-Answer = TypeVar("Answer", PutAnswer, DeleteAnswer, ResolveAnswer)
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
 
 
-def _parse(kind: type[Answer], raw: bytes) -> Answer:
+def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise RuntimeRefused(f"a runtime's answer is no {kind.__name__}: {error.error_count()} errors", 502) from error
+        raise RuntimeRefusedError(
+            f"a runtime's response is not a valid {kind.__name__}: {error.error_count()} errors", 502
+        ) from error

@@ -1,14 +1,14 @@
-"""What the API server was last heard to hold, parsed once: the operator's own caches.
+"""The operator's caches of API objects, each parsed once.
 
-Filled by the first listing, the watches and the answers to our own writes; read by `observe`. A version
-older than the one held is dropped, so a late echo never takes back what a newer answer said. Plain dicts:
-kopf's indexes are quadratic when thousands of objects are listed.
+The first listing, the watches and the responses to the operator's own writes fill them. A version older than the
+cached one is dropped, so that a late watch event never overwrites a newer response. They are plain dicts, since kopf's
+indexes take quadratic time to list thousands of objects.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from pydantic import ValidationError
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
-from lorapool_api.common import ANNOTATION_RETRY, ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
+from lorapool_api.common import ANNOTATION_RETRY, LABEL_BASE, LABEL_BASE_UID, Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_operator.clock import unix
 
@@ -25,15 +25,17 @@ log = logging.getLogger(__name__)
 RUNTIME_PORT_NAME = "http"
 
 
-class Kind(StrEnum):
+class ObjectKind(StrEnum):
+    """Lorapool's own kinds."""
+
     BASE = "BaseModel"
     ADAPTER = "LoraAdapter"
 
 
 class Key(NamedTuple):
-    """What the work queue holds: an object by name, whichever uid it has now."""
+    """An object by its name, whatever its uid is now."""
 
-    kind: Kind
+    kind: ObjectKind
     namespace: str
     name: str
 
@@ -51,7 +53,7 @@ class Meta:
     created_unix_s: float
     deleting: bool
     retry: str | None
-    """The retry annotation."""
+    """Value of the retry annotation."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Meta:
@@ -75,10 +77,11 @@ class BaseObject:
 
     @property
     def key(self) -> Key:
-        return Key(Kind.BASE, self.meta.namespace, self.meta.name)
+        return Key(ObjectKind.BASE, self.meta.namespace, self.meta.name)
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> BaseObject:
+        """Parses the API server's JSON. Raises ValidationError or KeyError."""
         return cls(
             Meta.parse(raw["metadata"]),
             BaseModelSpec.model_validate(raw["spec"]),
@@ -94,15 +97,21 @@ class AdapterObject:
 
     @property
     def key(self) -> Key:
-        return Key(Kind.ADAPTER, self.meta.namespace, self.meta.name)
+        return Key(ObjectKind.ADAPTER, self.meta.namespace, self.meta.name)
 
     @property
     def base_key(self) -> Key:
         ref = self.spec.base_model_ref
-        return Key(Kind.BASE, ref.namespace or self.meta.namespace, ref.name)
+        return Key(ObjectKind.BASE, ref.namespace or self.meta.namespace, ref.name)
+
+    @property
+    def recorded_fingerprint(self) -> str | None:
+        """The fingerprint of the last final inspection result, as the status records it."""
+        return self.status.judged
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterObject:
+        """Parses the API server's JSON. Raises ValidationError or KeyError."""
         return cls(
             Meta.parse(raw["metadata"]),
             LoraAdapterSpec.model_validate(raw["spec"]),
@@ -112,7 +121,7 @@ class AdapterObject:
 
 @dataclass(frozen=True, slots=True)
 class PodObject:
-    """A runtime pod, as Kubernetes sees it."""
+    """A runtime pod in Kubernetes."""
 
     meta: Meta
     base: Key
@@ -122,11 +131,7 @@ class PodObject:
     ready: bool
     terminating: bool
     problem: str
-    """Why it does not run, in the kubelet's or scheduler's words; empty when nothing is wrong."""
-
-    @property
-    def gone(self) -> bool:
-        return not self.ip
+    """Why it does not run, in the words of the kubelet or the scheduler; empty if nothing is wrong."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> PodObject:
@@ -137,7 +142,7 @@ class PodObject:
         ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
         return cls(
             meta=meta,
-            base=Key(Kind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
+            base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
             base_uid=labels.get(LABEL_BASE_UID, ""),
             ip="" if ended else status.get("podIP") or "",
             port=_runtime_port(raw.get("spec") or {}),
@@ -152,8 +157,9 @@ class DeploymentObject:
     meta: Meta
     base: Key
     owner_uid: str
-    spec_hash: str
+    """Uid of the BaseModel that owns it; empty for none."""
     problem: str
+    """Why it cannot create pods; empty if nothing is wrong."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> DeploymentObject:
@@ -162,15 +168,14 @@ class DeploymentObject:
         owners = raw["metadata"].get("ownerReferences") or ()
         return cls(
             meta=meta,
-            base=Key(Kind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
-            owner_uid=next((item["uid"] for item in owners if item.get("kind") == Kind.BASE), ""),
-            spec_hash=(raw["metadata"].get("annotations") or {}).get(ANNOTATION_SPEC_HASH, ""),
+            base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
+            owner_uid=next((item["uid"] for item in owners if item.get("kind") == ObjectKind.BASE), ""),
             problem=_deployment_problem(raw.get("status") or {}),
         )
 
 
 def _runtime_port(spec: Mapping[str, Any]) -> int:
-    """The container port named http: where the runtime of this very pod listens."""
+    """Returns the container port named http, on which the runtime of this pod listens; 0 for none."""
     for container in spec.get("containers") or ():
         for port in container.get("ports") or ():
             if port.get("name") == RUNTIME_PORT_NAME:
@@ -186,17 +191,22 @@ def _pod_problem(status: Mapping[str, Any]) -> str:
             ended = (container.get("lastState") or {}).get("terminated") or {}
             last = f" (last exit {ended['exitCode']} {ended.get('reason', '')})" if "exitCode" in ended else ""
             return f"{waiting['reason']}: {waiting.get('message', '')}{last}"[:300]
-    for condition in status.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"{condition.get('reason', 'Unschedulable')}: {condition.get('message', '')}"[:300]
+    for item in status.get("conditions") or ():
+        if item["type"] == "PodScheduled" and item["status"] == "False":
+            return f"{item.get('reason', 'Unschedulable')}: {item.get('message', '')}"[:300]
     return ""
 
 
 def _deployment_problem(status: Mapping[str, Any]) -> str:
-    for condition in status.get("conditions") or ():
-        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            return f"{condition.get('reason', 'ReplicaFailure')}: {condition.get('message', '')}"[:300]
+    for item in status.get("conditions") or ():
+        if item["type"] == "ReplicaFailure" and item["status"] == "True":
+            return f"{item.get('reason', 'ReplicaFailure')}: {item.get('message', '')}"[:300]
     return ""
+
+
+def find_condition(conditions: Iterable[Condition], kind: str) -> Condition | None:
+    """Returns the condition of this type, or None."""
+    return next((item for item in conditions if item.type == kind), None)
 
 
 class _Object(Protocol):
@@ -209,8 +219,8 @@ At = TypeVar("At", bound=Hashable)
 
 
 @dataclass
-class Cache(Generic[T]):
-    """Objects of one kind by namespace and name."""
+class KindCache(Generic[T]):
+    """The objects of one kind by namespace and name."""
 
     _items: dict[tuple[str, str], T] = field(default_factory=dict)
 
@@ -218,7 +228,7 @@ class Cache(Generic[T]):
         return self._items.get((namespace, name))
 
     def put(self, item: T) -> bool:
-        """Keeps the newer version; False when the one held is newer or the same."""
+        """Stores the object. Returns False, and changes nothing, if the cached version is newer or the same."""
         key = (item.meta.namespace, item.meta.name)
         held = self._items.get(key)
         if held is not None and held.meta.uid == item.meta.uid and not _newer(item.meta, held.meta):
@@ -227,7 +237,7 @@ class Cache(Generic[T]):
         return True
 
     def drop(self, namespace: str, name: str, uid: str | None = None) -> T | None:
-        """Removes it, unless another object has the name by now."""
+        """Removes and returns the object, unless the name belongs to another object (`uid`) by now."""
         held = self._items.get((namespace, name))
         if held is None or (uid is not None and held.meta.uid != uid):
             return None
@@ -247,18 +257,19 @@ def _newer(new: Meta, held: Meta) -> bool:
         return new.resource_version != held.resource_version
 
 
-class Store:
-    """All caches, and the two look-ups between them that would else be a walk over thousands."""
+class ClusterCache:
+    """All caches, with the indexes that save a scan over thousands of adapters."""
 
     def __init__(self) -> None:
-        self.bases: Cache[BaseObject] = Cache()
-        self.adapters: Cache[AdapterObject] = Cache()
-        self.pods: Cache[PodObject] = Cache()
-        self.deployments: Cache[DeploymentObject] = Cache()
+        self.bases: KindCache[BaseObject] = KindCache()
+        self.adapters: KindCache[AdapterObject] = KindCache()
+        self.pods: KindCache[PodObject] = KindCache()
+        self.deployments: KindCache[DeploymentObject] = KindCache()
         self._adapters_of: dict[Key, set[Key]] = {}
         self._aliases: dict[tuple[str, str], set[Key]] = {}
 
     def put_adapter(self, item: AdapterObject) -> bool:
+        """Stores an adapter and updates the indexes. Returns False if the cached version is newer or the same."""
         held = self.adapters.get(item.meta.namespace, item.meta.name)
         if not self.adapters.put(item):
             return False
@@ -270,32 +281,33 @@ class Store:
         return True
 
     def drop_adapter(self, namespace: str, name: str, uid: str | None = None) -> AdapterObject | None:
+        """Removes an adapter, also from the indexes, unless the name belongs to another object (`uid`) by now."""
         gone = self.adapters.drop(namespace, name, uid)
         if gone is not None:
             self._unlink(gone)
         return gone
 
     def adapters_of(self, base: Key) -> list[AdapterObject]:
-        """The adapters that name this base, permitted or not."""
+        """Returns the adapters that name this base, permitted or not."""
         keys = self._adapters_of.get(base, ())
         found = (self.adapters.get(key.namespace, key.name) for key in keys)
         return [item for item in found if item is not None]
 
     def alias_holder(self, adapter: AdapterObject) -> Key | None:
-        """The older adapter of the same namespace that holds this one's alias, if any."""
+        """Returns the older adapter of the same namespace that has this one's alias, if any."""
         if not adapter.spec.alias:
             return None
         keys = self._aliases.get((adapter.meta.namespace, adapter.spec.alias), ())
-        rivals = [item for key in keys if (item := self.adapters.get(key.namespace, key.name)) is not None]
-        first = min(rivals, key=lambda item: (item.meta.created_unix_s, item.meta.name), default=adapter)
+        claimants = [item for key in keys if (item := self.adapters.get(key.namespace, key.name)) is not None]
+        first = min(claimants, key=lambda item: (item.meta.created_unix_s, item.meta.name), default=adapter)
         return None if first.meta.uid == adapter.meta.uid else first.key
 
-    def alias_rivals(self, namespace: str, alias: str) -> list[Key]:
-        """Adapters that want this alias."""
+    def alias_claimants(self, namespace: str, alias: str) -> list[Key]:
+        """Returns the adapters whose spec names this alias."""
         return list(self._aliases.get((namespace, alias), ()))
 
     def pods_of(self, base: BaseObject) -> list[PodObject]:
-        """Runtime pods of this very object: a recreated base does not inherit pods."""
+        """Returns the runtime pods of this very object: a recreated base does not inherit pods."""
         return [pod for pod in self.pods if pod.base == base.key and pod.base_uid == base.meta.uid]
 
     def _unlink(self, item: AdapterObject) -> None:
@@ -316,13 +328,13 @@ P = TypeVar("P", BaseObject, AdapterObject, PodObject, DeploymentObject)
 
 
 def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
-    """The parsed object; None (and one log line) for one that this version cannot read."""
+    """Parses an object. Returns None, and logs it, if this version cannot parse it."""
     try:
         return kind.parse(raw)
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         meta = raw.get("metadata") or {}
         log.warning(
-            "object cannot be read",
+            "object cannot be parsed",
             extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": str(error)},
         )
         return None

@@ -1,8 +1,7 @@
-"""Who acts: the one process that holds the Lease.
+"""Leader election: only the process that holds the Lease acts.
 
-Called by `__main__` before anything is watched. `may_write` is the fence that every write passes: it closes by the
-local clock before another process can take over, so a leader that was paused writes nothing when it wakes.
-A call of the API server that hangs counts as one that failed.
+`may_write` is the fence that every write passes. It closes by the local clock before another process can take over, so
+a leader that was suspended writes nothing when it resumes. A request to the API server that hangs counts as failed.
 """
 
 from __future__ import annotations
@@ -20,31 +19,31 @@ from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
 
-from lorapool_operator.cluster import Cluster, ClusterError, NotFound
+from lorapool_operator.effects.cluster import Cluster, ClusterError, ObjectNotFoundError
 from lorapool_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 class ClusterLock(BaseLock):  # type: ignore[misc]  # the client has no types
-    """The election's lock on a Lease. The client's own `LeaseLock` cannot create one: it sends `pretty=True`."""
+    """The election's lock. The client's own `LeaseLock` cannot create a Lease, since it sends `pretty=True`."""
 
     def __init__(self, cluster: Cluster, name: str, namespace: str, identity: str) -> None:
         super().__init__(name, namespace, identity)
         self._cluster = cluster
-        self._held: dict[str, Any] = {}
+        self._lease: dict[str, Any] = {}
         self.renewed_at: float | None = None
-        """Monotonic time before the last write that succeeded: the Lease is ours from then on."""
+        """Monotonic time just before the last successful write, at which the Lease was renewed."""
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:
         try:
-            self._held = await self._cluster.get("Lease", namespace, name)
-        except NotFound:
+            self._lease = await self._cluster.get("Lease", namespace, name)
+        except ObjectNotFoundError:
             return False, _api_error(404)
         except ClusterError as error:
-            log.warning("lease not read", extra={"error": str(error)})
+            log.warning("cannot read the Lease", extra={"error": str(error)})
             return False, _api_error(error.status)
-        spec = self._held.get("spec") or {}
+        spec = self._lease.get("spec") or {}
         return True, LeaderElectionRecord(
             spec.get("holderIdentity") or None,
             str(spec.get("leaseDurationSeconds") or ""),
@@ -62,21 +61,21 @@ class ClusterLock(BaseLock):  # type: ignore[misc]  # the client has no types
         return await self._write(lease, create=True)
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
-        spec = _spec(updated_record, self._held.get("spec") or {})
-        return await self._write({**self._held, "spec": spec}, create=False)
+        spec = _spec(updated_record, self._lease.get("spec") or {})
+        return await self._write({**self._lease, "spec": spec}, create=False)
 
     async def release(self) -> None:
-        """Gives the Lease up, so that a successor need not wait for it to run out."""
-        spec = {**(self._held.get("spec") or {}), "leaseDurationSeconds": 1}
+        """Releases the Lease, so that a successor need not wait for its expiry."""
+        spec = {**(self._lease.get("spec") or {}), "leaseDurationSeconds": 1}
         spec.pop("holderIdentity", None)
-        await self._write({**self._held, "spec": spec}, create=False)
+        await self._write({**self._lease, "spec": spec}, create=False)
 
     async def _write(self, lease: dict[str, Any], *, create: bool) -> bool:
         began = time.monotonic()
         try:
-            self._held = await self._cluster.put_lease(lease, create=create)
+            self._lease = await self._cluster.put_lease(lease, create=create)
         except ClusterError as error:
-            log.warning("lease not written", extra={"error": str(error)})
+            log.warning("cannot write the Lease", extra={"error": str(error)})
             return False
         self.renewed_at = began
         return True
@@ -94,20 +93,20 @@ def _spec(record: LeaderElectionRecord, before: dict[str, Any]) -> dict[str, Any
 
 
 def _rfc3339(text: str) -> str:
-    """The election's own times are local and of another format."""
+    """Converts the election's times, which are local and in another format."""
     moment = datetime.fromisoformat(text)
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _api_error(status: int) -> ApiException:
-    """In the shape that the election looks into to tell an absent Lease from an unreachable one."""
+    """Returns the error that lets the election distinguish a missing Lease from an unreachable API server."""
     error = ApiException(status=status, reason="not found" if status == 404 else "unreachable")
     error.body = f'{{"code": {status}}}'
     return error
 
 
 class Leadership:
-    """Acquires and renews; `may_write` is true only while the Lease is surely held."""
+    """Acquires and renews the Lease; without leader election, acts at once."""
 
     def __init__(self, settings: Settings, client: ApiClient) -> None:
         self._settings = settings
@@ -116,6 +115,7 @@ class Leadership:
         self.leading = not settings.leader_election
 
     def may_write(self) -> bool:
+        """True only while this process certainly holds the Lease."""
         if not self._settings.leader_election:
             return True
         renewed_at = self._lock.renewed_at if self._lock is not None else None
@@ -124,7 +124,7 @@ class Leadership:
         return time.monotonic() - renewed_at < self._settings.lease_renew_deadline_s
 
     async def run(self, act: Callable[[], Awaitable[None]]) -> None:
-        """Waits for the Lease, runs `act`, and returns when either ends. Raises what `act` raises."""
+        """Waits for the Lease, runs `act`, and returns when the Lease is lost or `act` ends. Raises what `act` does."""
         settings = self._settings
         if not settings.leader_election:
             await act()
@@ -135,14 +135,14 @@ class Leadership:
         began = asyncio.Event()
 
         async def started() -> None:
-            """The election forgets this task when it is cancelled itself, so it is kept here."""
+            """Runs `act` in a task of its own: the election would not cancel the task when it is cancelled itself."""
             self.leading = True
             log.info("leading", extra={"identity": settings.identity})
             acting.append(asyncio.create_task(_as_coroutine(act), name="acting"))
             began.set()
 
         async def stopped() -> None:
-            log.error("the Lease is lost", extra={"identity": settings.identity})
+            log.error("lost the Lease", extra={"identity": settings.identity})
 
         config = electionconfig.Config(
             self._lock,
