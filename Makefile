@@ -126,6 +126,20 @@ test: ## everything CI runs, on a bare machine
 	$(MAKE) --no-print-directory binaries model
 	$(MAKE) --no-print-directory unit apiserver e2e
 
+# --- without Kubernetes -------------------------------------------------------------------
+
+DIR ?= examples
+PORT ?= 8080
+EXAMPLE_BASE := hf://HuggingFaceTB/SmolLM2-135M-Instruct
+
+.PHONY: serve
+serve: install ## serve the YAML files of DIR (examples) on 127.0.0.1:PORT (8080): no Kubernetes, no root
+	local=()
+	if grep -qs "$(EXAMPLE_BASE)" $(DIR)/*.y*ml; then
+		local=(--local-base "$(EXAMPLE_BASE)=$$($(PY) hack/models/base.py | tail -1)")
+	fi
+	exec $(PY) -m lorapool_serve $(DIR) --port $(PORT) "$${local[@]}"
+
 # --- the demo ----------------------------------------------------------------------------
 
 .PHONY: demo
