@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection
@@ -87,11 +86,3 @@ def _watch(adapter: HostAdapter) -> weakref.ref[HostAdapter] | None:
         return weakref.ref(adapter)
     except TypeError:  # a class with slots and no room for weak references
         return None
-
-
-def give_back_memory() -> None:
-    """Asks the C library to return free pages to the operating system, where it can (glibc). Takes milliseconds."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return

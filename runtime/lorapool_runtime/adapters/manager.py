@@ -17,12 +17,12 @@ from lorapool_api.openai import CODE_QUEUE_FULL, ApiError, Conflict, RuntimeNotR
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Entry, Lease
-from lorapool_runtime.adapters.host_cache import give_back_memory
 from lorapool_runtime.adapters.loader import AdapterLoader, no_slot
 from lorapool_runtime.adapters.registry import AdapterLimits, AdapterTable
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import Engine
 from lorapool_runtime.events import Changes, EventRing
+from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.metrics import Metrics
 from lorapool_runtime.usage import Accounts
 
@@ -171,7 +171,7 @@ class AdapterManager:
             freed_host = self._table.host.drop(entry.key.digest)  # 0 where the slot is the same memory
         freed_device = await self._loader.unload(entry) if entry.slot is not None else 0
         if freed_host:
-            give_back_memory()
+            return_free_memory()
         usage = entry.account.part(self._table.boot_id, self._clock.now_s())
         self._table.remove(entry)
         self._changes.bump()
@@ -275,7 +275,7 @@ class AdapterManager:
         dropped = self._table.host.sweep(now_s, self._limits.host_idle_s, keep=resident)
         if dropped:
             self._table.left_host(dropped)
-            give_back_memory()
+            return_free_memory()
 
     def _is_idle(self, entry: Entry, now_s: float) -> bool:
         return (
