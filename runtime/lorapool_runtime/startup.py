@@ -74,7 +74,6 @@ def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
             max_prefill_tokens=settings.max_prefill_tokens,
             prefix_cache=settings.prefix_cache,
             threads=settings.threads,
-            cache_dir=str(settings.cache_dir.expanduser() / "measured"),
         )
     )
 

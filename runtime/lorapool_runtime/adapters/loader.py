@@ -20,7 +20,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, LoadFailure
 from lorapool_runtime.adapters.registry import AdapterRegistry
-from lorapool_runtime.background import yield_to_the_batch
+from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import AdapterArtifactError, Engine, HostAdapter
 from lorapool_runtime.metrics import Metrics
 
@@ -49,7 +49,9 @@ class AdapterLoader:
         self._changes = registry.changes
         self._limits = registry.limits
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
-        self._readers = ThreadPoolExecutor(MAX_READS, thread_name_prefix="read-adapter", initializer=yield_to_the_batch)
+        self._readers = ThreadPoolExecutor(
+            MAX_READS, thread_name_prefix="read-adapter", initializer=lower_thread_priority
+        )
         self._unloads: set[asyncio.Task[int]] = set()
 
     # --- load ---------------------------------------------------------------------------

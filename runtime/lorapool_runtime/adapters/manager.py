@@ -21,7 +21,7 @@ from lorapool_runtime.adapters.registry import AdapterLimits, AdapterRegistry
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import Engine
 from lorapool_runtime.events import Changes, EventRing
-from lorapool_runtime.heap import trim_heap
+from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.metrics import Metrics
 from lorapool_runtime.usage import UsageTracker
 
@@ -131,7 +131,7 @@ class AdapterManager:
         freed_host = self._registry.drop_host_copy(entry)
         freed_device = await self._loader.unload(entry) if self._registry.slot_of(entry) is not None else 0
         if freed_host:
-            trim_heap()
+            return_free_memory()
         boot_id = self._registry.boot_id
         usage = entry.usage.report(boot_id, self._clock.now_s())
         self._registry.remove(entry)
@@ -209,7 +209,7 @@ class AdapterManager:
             if entry.descriptor.pinned:
                 self._loader.preload(entry)
         if self._registry.drop_idle_host_copies():
-            trim_heap()
+            return_free_memory()
 
     def _is_idle(self, entry: AdapterEntry, now_s: float) -> bool:
         return (
