@@ -19,14 +19,14 @@ class NativeUnavailableError(RuntimeError):
     """Plain torch must serve; the message says why."""
 
 
-def open_library(name: str, version: int, folder: Path = FOLDER) -> ctypes.CDLL:
-    """`name` without lib and .so; its `<name>_version()` must say `version`."""
+def open_library(name: str, version: int, folder: Path = FOLDER, *, uses_openmp: bool = True) -> ctypes.CDLL:
+    """`name` without lib and .so; its `<name>_version()` must return `version`."""
     path = folder / f"lib{name}.so"
     if os.environ.get("LORAPOOL_NATIVE") == "0":
         raise NativeUnavailableError("LORAPOOL_NATIVE=0")
     if not path.is_file():
         raise NativeUnavailableError(f"{path.name} was not built (make native)")
-    if not any("libgomp" in used for used in _openmp_runtimes()):
+    if uses_openmp and not any("libgomp" in used for used in _openmp_runtimes()):
         raise NativeUnavailableError(
             "torch does not use libgomp here, and a second OpenMP would fight it for the cores"
         )

@@ -105,7 +105,7 @@ class StepProgram:
     def __init__(
         self, recipe: Recipe, base: Base, pool: KVPool, kernel: BaseKernel, lora: NativeRowKernel, *, max_batch: int
     ) -> None:
-        slabs = base.lora.slabs
+        slabs = base.lora.slots
         assert slabs is not None
         self._recipe, self._base, self._pool, self._slabs, self._max_batch = recipe, base, pool, slabs, max_batch
         self._run = kernel.library.base_step_run
@@ -122,7 +122,7 @@ class StepProgram:
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
         job = self._job = _Program()
         job.ops, job.count, job.cosines = ctypes.addressof(self._ops), len(ops), ctypes.addressof(self._cosines)
-        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.slots, lora.calls
+        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.count, lora.calls
         widest = max(len(group.out_features) for group in slabs.groups)
         self._u = np.zeros(max_batch * widest * slabs.max_rank, np.float32)
         job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lorapool_runtime.engines.torch.kernels.memory import huge_stretch
+from lorapool_runtime.engines.torch.kernels.memory import huge_page_region
 from lorapool_runtime.native_library import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class _PanelMemory:
         rounded = -(-size_bytes // _LINE) * _LINE
         with self._lock:
             if rounded > len(self._left):
-                self._left = huge_stretch(max(rounded, _STRETCH_BYTES))
+                self._left = huge_page_region(max(rounded, _STRETCH_BYTES))
             taken, self._left = self._left[:size_bytes], self._left[rounded:]
         return taken
 
