@@ -21,8 +21,9 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from lorapool_api.logs import set_up_logs
 from lorapool_api.protocol import runtime_token
-from lorapool_gateway import logs
+from lorapool_api.settings import SettingsError, read_master_token
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.dispatch import Dispatcher
 from lorapool_gateway.forward import Forwarder
@@ -30,7 +31,7 @@ from lorapool_gateway.health import health_app
 from lorapool_gateway.kube import Kube
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.runtimes import RuntimePolls
-from lorapool_gateway.settings import Settings, SettingsError, read_master_token, read_settings
+from lorapool_gateway.settings import Settings, read_settings
 from lorapool_gateway.store import KeyStore, RouteStore
 from lorapool_gateway.tables import Tables
 from lorapool_gateway.upstream import Upstream
@@ -140,9 +141,9 @@ def main() -> None:
         settings = read_settings(os.environ)
         master_token = read_master_token(settings.master_token_file)
     except SettingsError as error:
-        sys.stderr.write(f"lorapool-gateway: {error}\n")
+        error.report("lorapool-gateway")
         sys.exit(2)
-    logs.set_up(settings.log_level)
+    set_up_logs("gateway", settings.log_level, settings.log_format)
     run(serve(settings, master_token))
 
 

@@ -16,6 +16,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
+from lorapool_api.settings import read_master_token
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.apply import Applier
@@ -33,7 +34,7 @@ from lorapool_operator.profiles import ProfilesError, read_profiles
 from lorapool_operator.reconciler import Reconciler
 from lorapool_operator.resync import Resync
 from lorapool_operator.runtimes import PollSettings, RuntimeBook
-from lorapool_operator.settings import Settings, read_master_token
+from lorapool_operator.settings import Settings
 from lorapool_operator.store import Key, Store
 from lorapool_operator.workqueue import WorkQueue
 
