@@ -103,7 +103,12 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e -n 2 --dist loadfile
+	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e -n 2 --dist loadfile
+
+.PHONY: test-deep
+test-deep: install lm-eval ## the numeric tests under every instruction set this machine has (about half an hour)
+	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
+	$(PY) -m pytest -v -rs -m deep tests/runtime/test_instruction_sets.py
 
 # Where tests of these marks are (tests/test_layout.py sees to it): nothing else is imported to look for them.
 WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
