@@ -151,12 +151,12 @@ train: install model ## train the five example fine-tunes (minutes each on two c
 eval: install model ## score base and fine-tunes on the held-out lines
 	$(PY) hack/models/evaluate.py
 
-.PHONY: bench-peers
-bench-peers: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
-	$(PY) bench/peers.py
+.PHONY: bench-baselines
+bench-baselines: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
+	PYTHONPATH=bench $(PY) -m engines.baselines
 
 .PHONY: bench-quick
-bench-quick: install model ## the bars, in some forty minutes on two cores; writes bench/results/
+bench-quick: install model ## the targets, in some forty minutes on two cores; writes bench/results/
 	$(PY) bench quick
 
 .PHONY: bench

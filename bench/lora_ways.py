@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from kit import Record, against, alternate, hand_over, parsed, parser
+from records import Record, against, alternate, parsed, parser, report
 
 from lorapool_runtime.cgroup import usable_cores
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
@@ -124,7 +124,7 @@ def main() -> int:
     for dtype in arguments.dtypes:
         records += measure(arguments.base, dtype, chosen, arguments.rounds, arguments.new)
         gc.collect()
-    hand_over(records, arguments, {"torch": torch.__version__})
+    report(records, arguments, {"torch": torch.__version__})
     return 0
 
 

@@ -110,7 +110,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
         sweeping.cancel()
         await runtime.close()
         base.engine.stop(ENGINE_STOP_S)
-        base.codec.close()
+        base.tokenizer.close()
         base.grammars.close()
         log.info("stopped")
 

@@ -108,13 +108,13 @@ def bring_up(
             "too little for adapters: raise cache_bytes (the profile's cacheSizeLimit)."
         )
     facts = base_facts_from_folder(folder.path).with_names(*folder.names)
-    codec = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
+    tokenizer = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
     grammars = GrammarCompiler(
-        codec.grammar_json(),
+        tokenizer.grammar_json(),
         vocab_size=engine.facts.vocab_size,
-        eos_token_ids=engine.facts.eos_token_ids | codec.eos_token_ids,
+        eos_token_ids=engine.facts.eos_token_ids | tokenizer.eos_token_ids,
         timeout_s=settings.grammar_timeout_s,
     )
     cache = DiskCache(
@@ -123,7 +123,7 @@ def bring_up(
     cache.start()
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
-    return LoadedBase(engine, codec, grammars, store, folder.digest)
+    return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
 
 
 @contextlib.contextmanager

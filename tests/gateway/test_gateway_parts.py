@@ -1,4 +1,4 @@
-"""The small pure parts: settings, keys, the stream filter, metrics."""
+"""Pure modules of the gateway: settings, API keys, the SSE filter, metrics."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from lorapool_api.openai import Unauthenticated
 from lorapool_api.protocol import Usage
-from lorapool_gateway.auth import ApiKey, BadKey, KeyTable, authenticate, parse_key
 from lorapool_gateway.metrics import Metrics, RequestRecord
+from lorapool_gateway.requests.sse import EVENT_MAX_BYTES, EventFilter, EventTooLongError
+from lorapool_gateway.routing.auth import ApiKey, ApiKeyError, KeyTable, authenticate, parse_key
 from lorapool_gateway.settings import SettingsError, read_master_token, read_settings
-from lorapool_gateway.stream import EVENT_MAX_BYTES, EventFilter, EventTooLong
 
 ENV = {"LORAPOOL_GATEWAY_KEYS_NAMESPACE": "lorapool"}
 
@@ -107,7 +107,7 @@ def test_a_labelled_secret_becomes_a_key() -> None:
     ],
 )
 def test_a_secret_that_is_not_fully_right_gives_no_access_and_leaks_nothing(data: dict[str, str]) -> None:
-    with pytest.raises(BadKey) as caught:
+    with pytest.raises(ApiKeyError) as caught:
         parse_key(secret(**data))
     assert "plain-key" not in str(caught.value)
 
@@ -153,7 +153,7 @@ def test_an_event_without_end_is_refused() -> None:
     events = EventFilter()
     for _ in range(EVENT_MAX_BYTES // 2**20):
         assert events.feed(b"x" * 2**20) == b""
-    with pytest.raises(EventTooLong):
+    with pytest.raises(EventTooLongError):
         events.feed(b"x")
 
 

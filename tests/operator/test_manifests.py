@@ -10,9 +10,9 @@ import pytest
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
-from lorapool_operator.manifests import RuntimeImage, children, content_hash, pod_template
-from lorapool_operator.profiles import ProfilesError, RuntimeProfile, parse_profiles
-from lorapool_operator.store import BaseObject, Meta
+from lorapool_operator.decisions.manifests import children, content_hash, pod_template
+from lorapool_operator.world.cluster_cache import BaseObject, Meta
+from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
 from lorapool_runtime.settings import read_settings
 
 IMAGE = RuntimeImage("registry.example/runtime:1", "IfNotPresent")
@@ -125,7 +125,7 @@ def test_a_profile_decides_image_place_and_volumes_and_never_overrides_ours() ->
     [
         ("profiles: {a: {imagee: x}}", "profiles.a.imagee"),
         ("profiles: {a: {cacheSizeLimit: much}}", "profiles.a.cacheSizeLimit"),
-        ("[", "no YAML"),
+        ("[", "not YAML"),
         ("other: 1", "profiles"),
     ],
 )

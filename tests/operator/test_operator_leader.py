@@ -10,7 +10,7 @@ import pytest
 from fakes_operator import FakeInspector
 from operator_world import Api, condition, running_operator, until
 
-from lorapool_operator.cluster import Fenced
+from lorapool_operator.effects.cluster import FencedError
 
 pytestmark = pytest.mark.apiserver
 
@@ -88,7 +88,7 @@ async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, 
 
         await until(fenced)
         base = await api.base()
-        with pytest.raises(Fenced):
+        with pytest.raises(FencedError):
             await process.cluster.delete("Pod", api.namespace, "any", uid=base["metadata"]["uid"])
         await asyncio.sleep(1.0)
         assert "status" not in await api.get("basemodels", "tiny")

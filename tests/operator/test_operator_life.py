@@ -15,7 +15,7 @@ from lorapool_api.common import ANNOTATION_RETRY, AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_operator.facts import Failure
+from lorapool_operator.world.observed import SourceFailure
 
 pytestmark = pytest.mark.apiserver
 
@@ -151,7 +151,7 @@ async def test_a_recreated_base_with_other_weights_judges_its_adapters_anew(api:
         await api.adapter("a")
         await until(lambda: ready(api, "a"), ("True", "Parked"))
         await api.delete("basemodels", "tiny")
-        inspector.answers["hf://org/a"] = Failure(
+        inspector.answers["hf://org/a"] = SourceFailure(
             FailureReason.WRONG_BASE, "q_proj is 8x8; point baseModelRef elsewhere"
         )
         await api.base()
@@ -307,7 +307,7 @@ async def test_a_deleted_adapter_leaves_its_runtime(api: Api, tmp_path: Path) ->
 async def test_what_a_runtime_holds_for_no_object_is_taken_off_after_a_while(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorapool_operator.plan_base.STRAY_GRACE_S", 1.0)
+    monkeypatch.setattr("lorapool_operator.decisions.plan_base.STRAY_GRACE_S", 1.0)
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
@@ -353,7 +353,9 @@ async def test_a_changed_source_is_loaded_beside_the_old_before_it_takes_over(ap
 
 
 async def test_when_the_new_files_fail_the_old_keep_serving(api: Api, tmp_path: Path) -> None:
-    inspector = FakeInspector({"hf://org/a2": Failure(FailureReason.INCOMPATIBLE, "lora_B is missing; upload again")})
+    inspector = FakeInspector(
+        {"hf://org/a2": SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing; upload again")}
+    )
     async with running_operator(api, tmp_path, inspector):
         await api.base()
         await api.adapter("a")

@@ -60,7 +60,7 @@ async def test_events_that_a_watch_lost_are_made_up_for_by_the_resync(api: Api, 
         await api.base()
         await api.adapter("kept")
         await until(lambda: ready(api, "kept"), ("True", "Parked"))
-        adapters = process.store.adapters
+        adapters = process.cache.adapters
         # as if neither the deletion nor the creation had ever been told
         ghost = adapters.get(api.namespace, "kept")
         assert ghost is not None
@@ -72,8 +72,8 @@ async def test_events_that_a_watch_lost_are_made_up_for_by_the_resync(api: Api, 
             return adapters.get(api.namespace, "kept") is None
 
         await until(gone)
-        process.store.put_adapter(ghost)
-        process.store.drop_adapter(api.namespace, "missed")
+        process.cache.put_adapter(ghost)
+        process.cache.drop_adapter(api.namespace, "missed")
         await until(gone)
 
         async def known() -> bool:

@@ -1,4 +1,4 @@
-"""The small parts: queue, store, settings, merge patch, retry times, metrics."""
+"""The small parts: queue, cache, settings, merge patch, retry times, metrics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
-from lorapool_operator.clock import iso, unix
-from lorapool_operator.intake import Intake
-from lorapool_operator.merge import merge_patch
-from lorapool_operator.retry import retry_at_unix_s
+from lorapool_operator.clock import iso, retry_at_unix_s, unix
+from lorapool_operator.effects.cluster import merge_patch
 from lorapool_operator.settings import SettingsError, read_master_token, read_settings
-from lorapool_operator.store import Key, Kind, PodObject, Store
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind, PodObject
+from lorapool_operator.world.intake import Intake
 
 NEEDED = {
     "LORAPOOL_OPERATOR_OWN_NAMESPACE": "lorapool",
@@ -94,7 +93,7 @@ async def test_the_age_of_the_oldest_key_is_known() -> None:
     assert queue.oldest_age_s() == 7.0
 
 
-# --- store and intake
+# --- cache and intake
 
 
 def raw_adapter(
@@ -111,44 +110,44 @@ def raw_adapter(
 
 
 def test_a_late_echo_never_takes_back_what_a_newer_answer_said() -> None:
-    store, queue = Store(), WorkQueue[Key]()
-    intake = Intake(store, queue, counts_interval_s=1.0)
+    cache, queue = ClusterCache(), WorkQueue[Key]()
+    intake = Intake(cache, queue.add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7))
     intake.adapter(raw_adapter("a", 5))
-    held = store.adapters.get("team", "a")
+    held = cache.adapters.get("team", "a")
     assert held is not None
     assert held.meta.resource_version == "7"
 
 
 def test_a_deletion_of_a_former_object_leaves_the_new_one() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7, uid="new"))
     intake.adapter(raw_adapter("a", 6, uid="old"), deleted=True)
-    assert store.adapters.get("team", "a") is not None
+    assert cache.adapters.get("team", "a") is not None
 
 
 def test_an_object_that_cannot_be_read_is_left_out_and_breaks_nothing() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     broken = raw_adapter("a", 7)
     del broken["spec"]["source"]
     intake.adapter(broken)
-    assert len(store.adapters) == 0
+    assert len(cache.adapters) == 0
 
 
 def test_an_alias_is_held_by_the_oldest_of_a_namespace() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("young", 2, uid="y", alias="fast", created="2026-02-01T00:00:00Z"))
     intake.adapter(raw_adapter("old", 3, uid="o", alias="fast"))
-    young, old = store.adapters.get("team", "young"), store.adapters.get("team", "old")
+    young, old = cache.adapters.get("team", "young"), cache.adapters.get("team", "old")
     assert young is not None
     assert old is not None
-    assert store.alias_holder(young) == Key(Kind.ADAPTER, "team", "old")
-    assert store.alias_holder(old) is None
+    assert cache.alias_holder(young) == Key(ObjectKind.ADAPTER, "team", "old")
+    assert cache.alias_holder(old) is None
     intake.adapter(raw_adapter("old", 3, uid="o"), deleted=True)
-    assert store.alias_holder(young) is None
+    assert cache.alias_holder(young) is None
 
 
 def test_a_pod_tells_where_its_runtime_listens_and_why_it_does_not() -> None:

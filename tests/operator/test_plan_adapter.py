@@ -12,11 +12,19 @@ from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import FailureReason
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, Tier
-from lorapool_operator.facts import AdapterAt, Failure, Judgement, Judging, RuntimeView, SourceFacts
-from lorapool_operator.observe import ObservedAdapter, PlanSettings
-from lorapool_operator.plan_adapter import AdapterPlan, plan_adapter
-from lorapool_operator.store import AdapterObject, BaseObject, Meta
-from lorapool_operator.verdict import fingerprint
+from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings
+from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
+from lorapool_operator.world.observed import (
+    AdapterOnReplica,
+    InspectionResult,
+    ObservedAdapter,
+    RunningInspection,
+    RuntimeView,
+    SourceFacts,
+    SourceFailure,
+    adapter_fingerprint,
+)
 
 NOW = 1_700_000_000.0
 OLD, NEW = digest("old"), digest("new")
@@ -44,16 +52,22 @@ def report(state: AdapterState = AdapterState.LOADED, of: str = OLD, **more: Any
     return AdapterReport.model_validate({**known, "usage": UsagePart(boot_id="boot"), **more})
 
 
-def place(*reports: AdapterReport, pod: str = "pod-1", fresh: bool = True, terminating: bool = False) -> AdapterAt:
+def place(
+    *reports: AdapterReport, pod: str = "pod-1", fresh: bool = True, terminating: bool = False
+) -> AdapterOnReplica:
     snapshot = RuntimeSnapshot(
         seq=1, boot_id="boot", started_unix_s=0.0, base=BaseReport(served_name="t", max_model_len=64, dtype="f"),
         ready=True, slots_total=8, slots_used=0, max_rank=16, adapters=list(reports),
     )  # fmt: skip
-    return AdapterAt(RuntimeView(pod, f"{pod}-uid", not terminating, terminating, snapshot, fresh), tuple(reports))
+    return AdapterOnReplica(
+        RuntimeView(pod, f"{pod}-uid", not terminating, terminating, snapshot, fresh), tuple(reports)
+    )
 
 
-def judged(outcome: SourceFacts | Failure, of: AdapterObject, on: BaseObject, attempt: int = 1) -> Judgement:
-    return Judgement(fingerprint(of, on), attempt, outcome, NOW - 1, 0.5)
+def judged(
+    outcome: SourceFacts | SourceFailure, of: AdapterObject, on: BaseObject, attempt: int = 1
+) -> InspectionResult:
+    return InspectionResult(adapter_fingerprint(of, on), attempt, outcome, NOW - 1, 0.5)
 
 
 def good(of: str = OLD, rank: int = 8) -> SourceFacts:
@@ -62,7 +76,7 @@ def good(of: str = OLD, rank: int = 8) -> SourceFacts:
 
 def settled(of: AdapterObject, on: BaseObject, facts: SourceFacts | None = None) -> AdapterObject:
     """The same adapter after a good judgement was written."""
-    seen = ObservedAdapter(of, on, judgement=judged(facts or good(), of, on))
+    seen = ObservedAdapter(of, on, inspection=judged(facts or good(), of, on))
     status = plan_adapter(seen, NOW - 100, SETTINGS).status
     assert status is not None
     return replace(of, status=status)
@@ -79,14 +93,14 @@ def told(made: AdapterPlan, kind: str) -> tuple[str, str]:
 
 def test_a_new_adapter_is_judged_and_nothing_is_written_meanwhile() -> None:
     made = plan(ObservedAdapter(adapter(), base()))
-    assert made.judge is not None
-    assert (made.judge.uri, made.judge.attempt) == ("hf://org/a", 1)
+    assert made.inspect is not None
+    assert (made.inspect.uri, made.inspect.attempt) == ("hf://org/a", 1)
     assert made.status is None
 
 
 def test_an_inspection_that_takes_long_shows_as_pending() -> None:
     one = adapter()
-    seen = ObservedAdapter(one, base(), judging=Judging(fingerprint(one, base()), NOW - 4.0))
+    seen = ObservedAdapter(one, base(), running=RunningInspection(adapter_fingerprint(one, base()), NOW - 4.0))
     assert plan(seen).status is None
     assert plan(seen).requeue_at == NOW + 1.0
     made = plan(seen, NOW + 1.0)
@@ -104,7 +118,7 @@ def test_an_idle_adapter_is_ready_and_parked() -> None:
 def test_nothing_is_written_when_nothing_changed() -> None:
     one = settled(adapter(), base())
     assert plan(ObservedAdapter(one, base())) == AdapterPlan()
-    assert plan(ObservedAdapter(one, base(), places=(place(),))) == AdapterPlan()
+    assert plan(ObservedAdapter(one, base(), replicas=(place(),))) == AdapterPlan()
 
 
 @pytest.mark.parametrize(
@@ -120,23 +134,23 @@ def test_nothing_is_written_when_nothing_changed() -> None:
     ],
 )
 def test_loaded_is_true_only_for_this_digest_on_a_device_of_a_believed_runtime(
-    where: AdapterAt, expected: tuple[str, str]
+    where: AdapterOnReplica, expected: tuple[str, str]
 ) -> None:
     one = settled(adapter(), base())
-    made = plan(ObservedAdapter(one, base(), places=(where,)))
+    made = plan(ObservedAdapter(one, base(), replicas=(where,)))
     held = next((item.status, item.reason) for item in (made.status or one.status).conditions if item.type == "Loaded")
     assert held == expected
 
 
 def test_a_lost_runtime_is_told_until_another_serves() -> None:
     one = settled(adapter(), base())
-    loaded = plan(ObservedAdapter(one, base(), places=(place(report()),))).status
+    loaded = plan(ObservedAdapter(one, base(), replicas=(place(report()),))).status
     assert loaded is not None
     lost = plan(ObservedAdapter(replace(one, status=loaded), base()))
     assert told(lost, "Loaded") == ("False", "RuntimeRestarted")
     assert lost.status is not None
     assert (lost.status.replicas, lost.status.loaded) == ([], "0/1")
-    back = plan(ObservedAdapter(replace(one, status=lost.status), base(), places=(place(pod="pod-2"),)))
+    back = plan(ObservedAdapter(replace(one, status=lost.status), base(), replicas=(place(pod="pod-2"),)))
     assert told(back, "Loaded") == ("False", "Parked")
     asleep = plan(ObservedAdapter(replace(one, status=loaded), base(replicas=0)))
     assert told(asleep, "Loaded") == ("False", "Parked")
@@ -144,41 +158,43 @@ def test_a_lost_runtime_is_told_until_another_serves() -> None:
 
 def test_a_transient_failure_waits_with_back_off_and_is_asked_again() -> None:
     one, on = adapter(), base()
-    down = judged(Failure(FailureReason.SOURCE_UNAVAILABLE, "502"), one, on)
-    made = plan(ObservedAdapter(one, on, judgement=down))
+    down = judged(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502"), one, on)
+    made = plan(ObservedAdapter(one, on, inspection=down))
     assert told(made, "Ready") == ("False", "SourceUnavailable")
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is not None
     assert made.requeue_at is not None
     assert 2.5 <= made.requeue_at - down.at_unix_s <= 6.0
-    waiting = ObservedAdapter(replace(one, status=made.status), on, judgement=down)
-    assert plan(waiting, NOW + 1).judge is None
-    again = plan(waiting, made.requeue_at + 0.1).judge
+    waiting = ObservedAdapter(replace(one, status=made.status), on, inspection=down)
+    assert plan(waiting, NOW + 1).inspect is None
+    again = plan(waiting, made.requeue_at + 0.1).inspect
     assert again is not None
     assert again.attempt == 2
 
 
 def test_after_a_restart_the_recorded_wait_is_kept() -> None:
     one, on = adapter(), base()
-    made = plan(ObservedAdapter(one, on, judgement=judged(Failure(FailureReason.RATE_LIMITED, "429", 60.0), one, on)))
+    made = plan(
+        ObservedAdapter(one, on, inspection=judged(SourceFailure(FailureReason.RATE_LIMITED, "429", 60.0), one, on))
+    )
     assert made.status is not None
     assert made.requeue_at is not None
     assert made.requeue_at >= NOW + 58
     after_restart = plan(ObservedAdapter(replace(one, status=made.status), on), NOW + 10)
-    assert (after_restart.judge, after_restart.requeue_at) == (None, made.requeue_at)
+    assert (after_restart.inspect, after_restart.requeue_at) == (None, made.requeue_at)
 
 
 def test_a_terminal_failure_is_not_asked_again_until_the_question_changes() -> None:
     one, on = adapter(), base()
-    made = plan(ObservedAdapter(one, on, judgement=judged(Failure(FailureReason.UNAUTHORIZED, "401"), one, on)))
+    made = plan(ObservedAdapter(one, on, inspection=judged(SourceFailure(FailureReason.UNAUTHORIZED, "401"), one, on)))
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is None
     failed = replace(one, status=made.status)
     assert plan(ObservedAdapter(failed, on), NOW + 10_000) == AdapterPlan()
     annotated = replace(failed, meta=replace(failed.meta, retry="again"))
-    assert plan(ObservedAdapter(annotated, on)).judge is not None
+    assert plan(ObservedAdapter(annotated, on)).inspect is not None
 
 
 def test_the_old_digest_serves_until_the_new_one_is_loaded() -> None:
@@ -186,7 +202,7 @@ def test_the_old_digest_serves_until_the_new_one_is_loaded() -> None:
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
     judgement = judged(good(NEW), changed, on)
-    beside = plan(ObservedAdapter(changed, on, places=(place(report()),), judgement=judgement))
+    beside = plan(ObservedAdapter(changed, on, replicas=(place(report()),), inspection=judgement))
     assert [
         (str(item.adapter.digest), item.descriptor.load) for item in beside.registers if item.adapter.digest == NEW
     ] == [(NEW, True)]
@@ -195,11 +211,11 @@ def test_the_old_digest_serves_until_the_new_one_is_loaded() -> None:
     assert beside.status is not None
     assert beside.status.digest == OLD
     both = (place(report(), report(of=NEW)),)
-    switched = plan(ObservedAdapter(replace(changed, status=beside.status), on, places=both, judgement=judgement))
+    switched = plan(ObservedAdapter(replace(changed, status=beside.status), on, replicas=both, inspection=judgement))
     assert switched.status is not None
     assert (switched.status.digest, switched.status.source_uri) == (NEW, "hf://org/b")
-    assert [note.reason for note in switched.notes] == ["Switched"]
-    drained = plan(ObservedAdapter(replace(changed, status=switched.status), on, places=both, judgement=judgement))
+    assert [note.reason for note in switched.events] == ["Switched"]
+    drained = plan(ObservedAdapter(replace(changed, status=switched.status), on, replicas=both, inspection=judgement))
     assert [item.adapter.digest for item in drained.unregisters] == [OLD]
 
 
@@ -207,7 +223,7 @@ def test_an_old_digest_in_use_is_not_taken_off() -> None:
     on = base()
     one = settled(adapter(source={"uri": "hf://org/b"}), on, good(NEW))
     busy = place(report(in_flight=1, last_used_unix_s=NOW - 60), report(of=NEW))
-    made = plan(ObservedAdapter(one, on, places=(busy,)))
+    made = plan(ObservedAdapter(one, on, replicas=(busy,)))
     assert made.unregisters == ()
     assert made.requeue_at == NOW + 1.0
 
@@ -216,7 +232,7 @@ def test_a_sleeping_base_switches_at_once_since_nobody_is_served() -> None:
     on = base(replicas=0)
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
-    made = plan(ObservedAdapter(changed, on, judgement=judged(good(NEW), changed, on)))
+    made = plan(ObservedAdapter(changed, on, inspection=judged(good(NEW), changed, on)))
     assert made.status is not None
     assert made.status.digest == NEW
 
@@ -226,12 +242,12 @@ def test_when_the_new_files_fail_the_old_keep_serving(how: str) -> None:
     on = base(lora={"maxRank": 8})
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
-    outcome: SourceFacts | Failure = good(NEW, rank=64 if how == "rank" else 8)
+    outcome: SourceFacts | SourceFailure = good(NEW, rank=64 if how == "rank" else 8)
     if how == "judge":
-        outcome = Failure(FailureReason.INCOMPATIBLE, "lora_B is missing")
+        outcome = SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing")
     detail = ErrorDetail(reason="NonFiniteWeights", message="NaN")
     new = (report(AdapterState.FAILED, NEW, failure=detail),) if how == "runtime" else ()
-    seen = ObservedAdapter(changed, on, places=(place(report(), *new),), judgement=judged(outcome, changed, on))
+    seen = ObservedAdapter(changed, on, replicas=(place(report(), *new),), inspection=judged(outcome, changed, on))
     made = plan(seen)
     assert told(made, "Progressing") == ("False", "RolloutFailed")
     assert told(made, "Ready") == ("True", "Loaded")
@@ -239,14 +255,16 @@ def test_when_the_new_files_fail_the_old_keep_serving(how: str) -> None:
     assert (made.status.digest, made.status.state) == (OLD, "RolloutFailed")
     later = plan(replace(seen, adapter=replace(changed, status=made.status)))
     assert later.status is None
-    assert later.judge is None
+    assert later.inspect is None
 
 
 def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
     one = settled(adapter(), base())
     other = replace(base(), meta=meta("tiny", "another-uid"))
-    wrong = Judgement(fingerprint(one, other), 1, Failure(FailureReason.WRONG_BASE, "shapes"), NOW, 0.5)
-    made = plan(ObservedAdapter(one, other, judgement=wrong))
+    wrong = InspectionResult(
+        adapter_fingerprint(one, other), 1, SourceFailure(FailureReason.WRONG_BASE, "shapes"), NOW, 0.5
+    )
+    made = plan(ObservedAdapter(one, other, inspection=wrong))
     assert told(made, "Ready") == ("False", "WrongBase")
     assert made.status is not None
     assert made.status.digest is None
@@ -266,16 +284,16 @@ def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
 def test_what_must_not_be_served_is_taken_off_every_runtime(
     one: AdapterObject, on: BaseObject | None, reason: str
 ) -> None:
-    made = plan(ObservedAdapter(one, on, places=(place(report(in_flight=3)),)))
+    made = plan(ObservedAdapter(one, on, replicas=(place(report(in_flight=3)),)))
     assert told(made, "Ready") == ("False", reason)
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
     assert made.registers == ()
-    assert made.judge is None
+    assert made.inspect is None
 
 
 def test_an_adapter_whose_base_is_not_there_says_so_and_touches_no_runtime() -> None:
     one = settled(adapter(), base())
-    made = plan(ObservedAdapter(one, None, places=(place(report()),)))
+    made = plan(ObservedAdapter(one, None, replicas=(place(report()),)))
     assert told(made, "Ready") == ("False", "BaseNotFound")
     assert told(made, "Resolved") == ("True", "Resolved")
     assert made.unregisters == ()
@@ -289,13 +307,13 @@ def test_the_base_of_a_new_adapter_may_be_on_its_way() -> None:
 
 
 def test_what_is_not_judged_yet_is_left_where_it_is() -> None:
-    assert plan(ObservedAdapter(adapter(), base(), places=(place(report()),))).unregisters == ()
+    assert plan(ObservedAdapter(adapter(), base(), replicas=(place(report()),))).unregisters == ()
 
 
 def test_what_is_known_to_be_bad_is_taken_off() -> None:
     one, on = adapter(), base()
-    wrong = judged(Failure(FailureReason.WRONG_BASE, "shapes"), one, on)
-    made = plan(ObservedAdapter(one, on, places=(place(report()),), judgement=wrong))
+    wrong = judged(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
+    made = plan(ObservedAdapter(one, on, replicas=(place(report()),), inspection=wrong))
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
 
 
@@ -303,19 +321,19 @@ def test_a_warm_adapter_is_pinned_at_home_and_nowhere_else() -> None:
     on = base()
     one = settled(adapter(minReplicas=1), on)
     places = tuple(place(pod=f"pod-{number}") for number in range(4))
-    made = plan(ObservedAdapter(one, on, places=places))
+    made = plan(ObservedAdapter(one, on, replicas=places))
     assert len(made.registers) == 1
     assert made.registers[0].descriptor.pinned
-    assert plan(ObservedAdapter(one, on, places=places[::-1])).registers[0].pod == made.registers[0].pod
+    assert plan(ObservedAdapter(one, on, replicas=places[::-1])).registers[0].pod == made.registers[0].pod
 
 
 def test_an_unchanged_descriptor_is_not_sent_twice() -> None:
     on = base()
     one = settled(adapter(minReplicas=1), on)
-    seen = ObservedAdapter(one, on, places=(place(report(pinned=True)),))
+    seen = ObservedAdapter(one, on, replicas=(place(report(pinned=True)),))
     first = plan(seen).registers
     assert len(first) == 1
-    assert plan(replace(seen, sent={("boot", OLD): first[0].descriptor})).registers == ()
+    assert plan(replace(seen, registered={("boot", OLD): first[0].descriptor})).registers == ()
 
 
 def test_usage_waits_for_its_time_unless_something_else_is_written() -> None:
@@ -323,12 +341,12 @@ def test_usage_waits_for_its_time_unless_something_else_is_written() -> None:
     one = settled(adapter(), on)
     counted = UsagePart(boot_id="boot", requests=2, completion_tokens=50)
     used = report(usage=counted, last_used_unix_s=NOW - 2)
-    made = plan(ObservedAdapter(one, on, places=(place(used),)))
+    made = plan(ObservedAdapter(one, on, replicas=(place(used),)))
     assert made.status is not None
     assert made.status.usage is not None
     assert (made.status.usage.completion_tokens, made.status.last_used) == (50, "2023-11-14T22:13:18Z")
     more = report(usage=counted.model_copy(update={"completion_tokens": 70}), last_used_unix_s=NOW)
-    held = ObservedAdapter(replace(one, status=made.status), on, places=(place(more),))
+    held = ObservedAdapter(replace(one, status=made.status), on, replicas=(place(more),))
     assert (plan(held, NOW + 30).status, plan(held, NOW + 30).requeue_at) == (None, NOW + 60)
     due = plan(held, NOW + 61).status
     assert due is not None

@@ -11,17 +11,25 @@ from fakes_operator import digest
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.protocol import BaseReport, RuntimeSnapshot
-from lorapool_operator.facts import Failure, Judgement, RuntimeView, SourceFacts
-from lorapool_operator.manifests import RuntimeImage, children
-from lorapool_operator.observe import AdapterSummary, ObservedBase, PlanSettings, StrayReport
-from lorapool_operator.plan_base import BasePlan, plan_base
-from lorapool_operator.profiles import RuntimeProfile
-from lorapool_operator.store import BaseObject, DeploymentObject, Key, Kind, Meta, PodObject
+from lorapool_operator.decisions.manifests import children
+from lorapool_operator.decisions.plan import BasePlan, PlanSettings
+from lorapool_operator.decisions.plan_base import plan_base
+from lorapool_operator.world.cluster_cache import BaseObject, DeploymentObject, Key, Meta, ObjectKind, PodObject
+from lorapool_operator.world.observed import (
+    AdapterSummary,
+    InspectionResult,
+    ObservedBase,
+    RuntimeView,
+    SourceFacts,
+    SourceFailure,
+    StrayReport,
+)
+from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
 NOW = 1_700_000_000.0
 SETTINGS = PlanSettings()
 IMAGE = RuntimeImage("runtime:1", "IfNotPresent")
-KEY = Key(Kind.BASE, "team", "tiny")
+KEY = Key(ObjectKind.BASE, "team", "tiny")
 
 
 def meta(name: str, uid: str, **more: Any) -> Meta:
@@ -49,18 +57,18 @@ def runtime(name: str = "pod", *, fresh: bool = True, ready: bool = True, **more
 
 
 def deployment(owner: str = "base-uid") -> DeploymentObject:
-    return DeploymentObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "hash", "")
+    return DeploymentObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "")
 
 
-def judged(outcome: SourceFacts | Failure) -> Judgement:
-    return Judgement("base-uid/", 1, outcome, NOW - 1, 0.5)
+def judged(outcome: SourceFacts | SourceFailure) -> InspectionResult:
+    return InspectionResult("base-uid/", 1, outcome, NOW - 1, 0.5)
 
 
 FOUND = judged(SourceFacts(digest("base"), "rev", size_bytes=9))
 
 
 def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
-    known: dict[str, Any] = {"profile": RuntimeProfile(), "image": IMAGE, "token_sha256": "ab" * 32, "judgement": FOUND}
+    known: dict[str, Any] = {"profile": RuntimeProfile(), "image": IMAGE, "token_sha256": "ab" * 32, "inspection": FOUND}
     return ObservedBase(base=of or base(), **{**known, **more})
 
 
@@ -74,8 +82,8 @@ def told(made: BasePlan, kind: str) -> tuple[str, str]:
 
 
 def test_a_new_base_is_looked_at_first_and_started_once() -> None:
-    first = plan(world(judgement=None))
-    assert first.judge is not None
+    first = plan(world(inspection=None))
+    assert first.inspect is not None
     assert first.children == ()
     assert first.status is None
     made = plan(world())
@@ -117,7 +125,7 @@ def test_a_pod_that_cannot_run_is_quoted() -> None:
     assert told(made, "Ready") == ("False", "Unavailable")
     assert made.status is not None
     assert "ImagePullBackOff" in next(item.message for item in made.status.conditions if item.type == "Ready")
-    assert [note.reason for note in made.notes] == ["Unavailable"]
+    assert [note.reason for note in made.events] == ["Unavailable"]
 
 
 def test_one_of_two_is_degraded_but_available() -> None:
@@ -133,34 +141,34 @@ def test_one_of_two_is_degraded_but_available() -> None:
 
 
 def test_a_source_that_is_gone_starts_no_pod_but_stops_none_that_serves() -> None:
-    gone = judged(Failure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri"))
-    made = plan(world(judgement=gone))
+    gone = judged(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri"))
+    made = plan(world(inspection=gone))
     assert made.children == ()
     assert told(made, "Ready") == ("False", "SourceNotFound")
-    serving = plan(world(base(replicas=1), judgement=gone, pods=(pod(),), runtimes=(runtime(),)))
+    serving = plan(world(base(replicas=1), inspection=gone, pods=(pod(),), runtimes=(runtime(),)))
     assert serving.children
     assert told(serving, "Ready") == ("True", "Ready")
 
 
 def test_a_source_that_is_down_is_asked_again_and_does_not_keep_the_runtime_from_trying() -> None:
-    seen = world(judgement=judged(Failure(FailureReason.SOURCE_UNAVAILABLE, "502")))
+    seen = world(inspection=judged(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502")))
     made = plan(seen)
-    assert made.judge is None
+    assert made.inspect is None
     assert made.children
     assert made.requeue_at is not None
-    again = plan(seen, NOW + 10).judge
+    again = plan(seen, NOW + 10).inspect
     assert again is not None
     assert again.attempt == 2
 
 
 def test_a_claim_is_only_read_by_runtimes() -> None:
     of = base(source={"uri": "pvc://models/base"}, replicas=1)
-    made = plan(world(of, judgement=None))
-    assert made.judge is None
+    made = plan(world(of, inspection=None))
+    assert made.inspect is None
     assert made.children
     assert told(made, "SourceResolved") == ("Unknown", "AwaitingRuntime")
     report = BaseReport(served_name="t", max_model_len=64, dtype="f", digest=digest("claim"))
-    loaded = plan(world(of, judgement=None, pods=(pod(),), runtimes=(runtime(base=report),)))
+    loaded = plan(world(of, inspection=None, pods=(pod(),), runtimes=(runtime(base=report),)))
     assert loaded.status is not None
     assert loaded.status.digest == digest("claim")
 
@@ -178,7 +186,7 @@ def test_an_idle_base_goes_to_sleep_and_says_so() -> None:
     made = plan(seen, NOW + 600)
     assert made.scale_to == 0
     assert made.children[0]["spec"]["replicas"] == 0
-    assert [note.reason for note in made.notes] == ["Scaled"]
+    assert [note.reason for note in made.events] == ["Scaled"]
 
 
 def test_a_wake_seen_just_now_is_not_taken_back() -> None:
@@ -222,7 +230,7 @@ def test_nothing_is_written_when_nothing_changed() -> None:
     first = plan(seen)
     held = replace(seen, base=base(first.status, replicas=1), applied_hash=first.children_hash)
     second = plan(held, NOW + 1)
-    assert (second.status, second.children, second.scale_to, second.notes) == (None, (), None, ())
+    assert (second.status, second.children, second.scale_to, second.events) == (None, (), None, ())
 
 
 def test_the_plan_applies_what_the_manifests_make() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lorapool_api.basemodel import Scaling
-from lorapool_operator.scale import Load, ScaleDecision, ScaleMemory, decide, initial_replicas
+from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas
+from lorapool_operator.world.observed import ScaleMemory
 
 NOW = 10_000.0
 ALLOWANCE_S = 1800.0

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.loraadapter import UsagePart, UsageStatus
-from lorapool_operator.usage import differs, fold
+from lorapool_operator.decisions.usage import differs, fold
 
 THEN = "2026-01-01T00:00:00Z"
 

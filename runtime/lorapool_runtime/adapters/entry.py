@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import ApiError, client_fault
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, ErrorDetail
-from lorapool_runtime.usage import Account
+from lorapool_runtime.usage import AdapterUsage
 
 
 class Abortable(Protocol):
@@ -54,7 +54,7 @@ class Entry:
 
     key: AdapterKey
     descriptor: AdapterDescriptor
-    account: Account
+    usage: AdapterUsage
     since_unix_s: float
     slot: int | None = None
     """Set while its weights are in that slot."""
@@ -105,8 +105,8 @@ class Lease:
         return self._entry.descriptor.display
 
     @property
-    def account(self) -> Account:
-        return self._entry.account
+    def usage(self) -> AdapterUsage:
+        return self._entry.usage
 
     def attach(self, work: Abortable) -> None:
         """What to end when the adapter must go."""

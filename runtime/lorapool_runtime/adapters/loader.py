@@ -144,7 +144,7 @@ class AdapterLoader:
         entry.used_s = now_s
         entry.since_unix_s = self._clock.unix_s()
         seconds = now_s - started_s
-        entry.account.arrived(entry.key.digest, now_s, seconds)
+        entry.usage.loaded(entry.key.digest, now_s, seconds)
         self._metrics.loaded(seconds, tier)
         self._table.announce(EventType.LOADED, entry, seconds=seconds)
         log.info(
@@ -203,7 +203,7 @@ class AdapterLoader:
         entry.slot, entry.leaving = None, None
         entry.since_unix_s = self._clock.unix_s()
         self._table.host.touch(entry.key.digest, now_s)
-        seconds = entry.account.departed(entry.key.digest, now_s)
+        seconds = entry.usage.unloaded(entry.key.digest, now_s)
         self._table.announce(EventType.UNLOADED, entry, seconds=seconds, device_bytes=bytes_held)
         log.info(
             "adapter unloaded",

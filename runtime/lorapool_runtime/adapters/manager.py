@@ -24,7 +24,7 @@ from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import Engine
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.metrics import Metrics
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,14 @@ class AdapterManager:
         changes: Changes,
         events: EventRing,
         metrics: Metrics,
-        accounts: Accounts,
+        usage: UsageTracker,
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
         self._limits = limits
         self._clock = clock
         self._changes = changes
-        self._table = AdapterTable(
-            limits, boot_id=boot_id, clock=clock, changes=changes, events=events, accounts=accounts
-        )
+        self._table = AdapterTable(limits, boot_id=boot_id, clock=clock, changes=changes, events=events, usage=usage)
         self._entries, self._slots = self._table.entries, self._table.slots
         self._loader = AdapterLoader(self._table, engine, store, metrics, rng or random.Random())
 
@@ -109,7 +107,7 @@ class AdapterManager:
             if (entry.descriptor.source, entry.descriptor.max_bytes) != (descriptor.source, descriptor.max_bytes):
                 entry.failure = None
             entry.descriptor = descriptor
-            entry.account.display = descriptor.display
+            entry.usage.rename(descriptor.display)
         self._set_pinned(entry, descriptor.pinned)
         if descriptor.load or descriptor.pinned:
             self._loader.load_unasked(entry)
@@ -122,7 +120,7 @@ class AdapterManager:
         entry = Entry(
             key,
             descriptor,
-            self._table.accounts.enter(key.uid, descriptor.display),
+            self._table.usage.register(key.uid, descriptor.display),
             since_unix_s=self._clock.unix_s(),
             used_s=self._clock.now_s(),
         )
@@ -172,7 +170,7 @@ class AdapterManager:
         freed_device = await self._loader.unload(entry) if entry.slot is not None else 0
         if freed_host:
             give_back_memory()
-        usage = entry.account.part(self._table.boot_id, self._clock.now_s())
+        usage = entry.usage.report(self._table.boot_id, self._clock.now_s())
         self._table.remove(entry)
         self._changes.bump()
         log.info("adapter deleted", extra={"adapter": entry.descriptor.display, "digest": entry.key.digest})
@@ -238,7 +236,7 @@ class AdapterManager:
         """Joins the load under way or starts one. What it raises or returns is the request's own error."""
         if entry.loading is None:
             if entry.failure is not None and (refusal := entry.failure.refusal(self._clock.now_s())) is not None:
-                entry.account.failed += 1
+                entry.usage.count_failed_load()
                 return refusal
             if self._slots.can_admit(self._table.wanted) is None:
                 return no_slot()
@@ -258,7 +256,7 @@ class AdapterManager:
             entry.waiting -= 1
             self._changes.bump_soon()
         if error is not None and entry.failure is not None and not isinstance(error, Conflict):
-            entry.account.failed += 1
+            entry.usage.count_failed_load()
         return error
 
     # --- parked -------------------------------------------------------------------------

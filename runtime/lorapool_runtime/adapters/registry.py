@@ -18,7 +18,7 @@ from lorapool_runtime.adapters.host_cache import HostCache
 from lorapool_runtime.adapters.slot_table import SlotTable
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.events import Changes, EventRing
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class AdapterTable:
         clock: Clock,
         changes: Changes,
         events: EventRing,
-        accounts: Accounts,
+        usage: UsageTracker,
     ) -> None:
         self.limits = limits
         self.boot_id = boot_id
         self.clock = clock
         self.changes = changes
-        self.accounts = accounts
+        self.usage = usage
         self.entries: dict[AdapterKey, Entry] = {}
         self.pinned: set[AdapterKey] = set()
         self.on_disk: set[str] = set()
@@ -71,7 +71,7 @@ class AdapterTable:
     def remove(self, entry: Entry) -> None:
         del self.entries[entry.key]
         self.pinned.discard(entry.key)
-        self.accounts.leave(entry.key.uid)
+        self.usage.unregister(entry.key.uid)
         if not self.digest_is_known(entry.key.digest):
             self.on_disk.discard(entry.key.digest)
 
@@ -128,7 +128,7 @@ class AdapterTable:
             entry.since_unix_s,
             entry.used_unix_s,
             entry.failure,
-            entry.account.numbers(now_s),
+            entry.usage.values(now_s),
         )
 
     def _report(self, entry: Entry, now_s: float) -> AdapterReport:
@@ -147,7 +147,7 @@ class AdapterTable:
             since_unix_s=entry.since_unix_s,
             last_used_unix_s=entry.used_unix_s,
             failure=None if entry.failure is None else entry.failure.detail(),
-            usage=entry.account.part(self.boot_id, now_s),
+            usage=entry.usage.report(self.boot_id, now_s),
         )
 
     def _state(self, entry: Entry) -> AdapterState:

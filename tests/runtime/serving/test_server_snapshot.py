@@ -7,7 +7,7 @@ from pathlib import Path
 from fakes_runtime import FakeClock, descriptor, key_of, serving, until
 
 from lorapool_api.protocol import AdapterState, Tier, Usage
-from lorapool_runtime.openai.generation import Outcome
+from lorapool_runtime.usage import Outcome
 
 
 async def test_the_report_of_an_adapter_at_rest_is_made_once(byte_tokenizer: Path) -> None:
@@ -34,7 +34,7 @@ async def test_a_kept_report_follows_every_change(byte_tokenizer: Path) -> None:
         clock.pass_s(7)
         (later,) = manager.reports()
         assert later.usage.residency_seconds == used.usage.residency_seconds + 7  # nothing but time has passed
-        lease.account.count(Outcome.COMPLETED, Usage(prompt_tokens=3, completion_tokens=2))
+        lease.usage.count(Outcome.COMPLETED, Usage(prompt_tokens=3, completion_tokens=2))
         lease.release()
         (counted,) = manager.reports()
         assert (counted.in_flight, counted.usage.requests, counted.usage.prompt_tokens) == (0, 1, 3)
