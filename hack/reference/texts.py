@@ -6,7 +6,7 @@ The generator fails where a text is missing, and where one is left over.
 from __future__ import annotations
 
 from lorapool_api import common, protocol
-from lorapool_runtime.openai import request, tools
+from lorapool_runtime.openai import encoding, request, tools
 
 PATTERNS = {
     common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
@@ -119,7 +119,7 @@ PARAMETERS: dict[str, str] = {
     "stream": "Server-sent events, one chunk for each piece of text.",
     "stream_options": "`include_usage` only, and only with `stream`.",
     "max_tokens": "With `n` choices they share a budget of "
-    f"{request.MAX_REQUEST_TOKENS} tokens or one context, whichever is larger; prompt and completion fit the context. "
+    f"{encoding.MAX_REQUEST_TOKENS} tokens or one context, whichever is larger; prompt and completion fit the context. "
     f"Default: all that fits for chat, {request.DEFAULT_COMPLETION_TOKENS} for completions. 0 is allowed with `echo`.",
     "max_completion_tokens": "The same; it wins over `max_tokens`.",
     "n": "Choices for each prompt. They share the computed prompt.",
