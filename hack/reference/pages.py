@@ -16,15 +16,17 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
 from lorapool_api import common, openai, protocol, reasons
+from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway import metrics as gateway_metrics
-from lorapool_gateway import settings as gateway_settings
+from lorapool_gateway.settings import Settings as GatewaySettings
 from lorapool_operator import metrics as operator_metrics
-from lorapool_operator import settings as operator_settings
-from lorapool_runtime import settings as runtime_settings
+from lorapool_operator.settings import Settings as OperatorSettings
 from lorapool_runtime.openai import json_body, request
 from lorapool_runtime.serving import server
 from lorapool_runtime.serving.service import Runtime
+from lorapool_runtime.settings import RuntimeSettings
 from reference import texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,26 +211,27 @@ def _labels(collector: Collector, family: Any) -> Sequence[str]:
 
 def settings() -> str:
     text = texts.SETTINGS
-    for title, prefix, model in (
-        ("Operator", operator_settings.PREFIX, operator_settings.Settings),
-        ("Gateway", gateway_settings.PREFIX, gateway_settings.Settings),
-        ("Runtime", runtime_settings.ENV_PREFIX, runtime_settings.RuntimeSettings),
+    for title, model, prefix in (
+        ("Operator", OperatorSettings, OperatorSettings.prefix),
+        ("Gateway", GatewaySettings, GatewaySettings.prefix),
+        ("Runtime", RuntimeSettings, RuntimeSettings.prefix),
+        ("Sources, for operator and runtime", SourceSettings, ""),
     ):
-        text += f"\n## {title}\n\n" + table(
-            ["setting", "type", "default", "bounds", "unit", "meaning"], _settings(prefix, model)
-        )
+        head = ["setting", "type", "default", "bounds", "unit", "meaning"]
+        text += f"\n## {title}\n\n" + table(head, _settings(model, prefix))
     return text
 
 
-def _settings(prefix: str, model: type[BaseModel]) -> Iterator[list[str]]:
+def _settings(model: type[BaseModel], prefix: str) -> Iterator[list[str]]:
     whole = model.model_json_schema()
     defs = whole.get("$defs", {})
-    required = whole.get("required", [])
-    for name, raw in whole["properties"].items():
-        node = flat(raw, defs)
-        unit = "seconds" if name.endswith("_s") else "bytes" if name.endswith("bytes") else ""
-        yield [code(prefix + name.upper()), type_of(node, defs), default_of(node, name in required), bounds(node), unit,
-               one_line(node.get("description"))]  # fmt: skip
+    for (name, *inner), variables in process_settings.variables(model, prefix).items():
+        if not inner:
+            node = flat(whole["properties"][name], defs)
+            unit = "seconds" if name.endswith("_s") else "bytes" if name.endswith("bytes") else ""
+            default = default_of(node, name in whole.get("required", []))
+            shown = " or ".join(code(variable) for variable in variables)
+            yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node.get("description"))]
 
 
 # --- the runtime's protocol --------------------------------------------------------------
@@ -260,7 +263,7 @@ def _message(model: type[BaseModel]) -> str:
 
 
 def _runtime() -> Runtime:
-    return Runtime(runtime_settings.RuntimeSettings(model="any"))
+    return Runtime(RuntimeSettings(model="any"))
 
 
 # --- the gateway's API -------------------------------------------------------------------

@@ -40,9 +40,9 @@ All three processes also export the Python client's `process_` and `python_` met
 
 SETTINGS = """# Settings
 
-Each process reads its settings from the environment at start; the chart sets them from its values. An unknown name with
-the process's prefix is an error. Each setting of the runtime is also a flag: `LORAPOOL_RUNTIME_MAX_RANK=64` is
-`--max-rank 64`, and the flag wins.
+Each process reads its settings from the environment at start; the chart sets them from its values. A variable that
+begins with `LORAPOOL_` and is not a setting of the process stops it. Each setting of the runtime is also a flag:
+`LORAPOOL_RUNTIME_MAX_RANK=64` is `--max-rank 64`, and the flag wins.
 """
 
 RUNTIME_PROTOCOL = f"""# Runtime protocol

@@ -14,18 +14,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from aiohttp import web
 
+from lorapool_api.logs import set_up_logs
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_runtime.logs import set_up
 from lorapool_runtime.openai.tokenizer import TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
-from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.settings import RuntimeSettings, read_settings
 from lorapool_runtime.startup import BaseError, EngineFactory, bring_up, import_torch, reason_of, torch_engine
 
 log = logging.getLogger("lorapool_runtime")
@@ -43,23 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
     except SettingsError as error:
-        print(f"lorapool-runtime: {error}", file=sys.stderr)
+        error.report("lorapool-runtime")
         return 2
-    set_up(settings.log_level)
-    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)  # read when torch is loaded, which comes later
-    code, clean = asyncio.run(run(settings, os.environ, torch_engine))
+    set_up_logs("runtime", settings.log_level, settings.log_format)
+    _export(settings)
+    code, clean = asyncio.run(run(settings, torch_engine))
     if not clean:  # a thread still loads the base: it cannot be asked to stop
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> tuple[int, bool]:
+def _export(settings: RuntimeSettings) -> None:
+    """Sets the variables that torch and the native kernels read when they are loaded, which comes later."""
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    os.environ["LORAPOOL_NATIVE"] = settings.native
+    if settings.native_isa is not None:
+        os.environ["LORAPOOL_NATIVE_ISA"] = settings.native_isa
+
+
+async def run(settings: RuntimeSettings, make_engine: EngineFactory) -> tuple[int, bool]:
     """The whole life of the process. (exit code, whether every thread of ours has ended)"""
     runtime = Runtime(settings)
     stop = _stop_on_signals()
     async with _listening(runtime):
-        loading = _in_thread(lambda: _bring_up(settings, environ, make_engine))
+        loading = _in_thread(lambda: _bring_up(settings, make_engine))
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
         either: list[asyncio.Future[Any]] = [loaded, stopping]
@@ -73,7 +82,7 @@ async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine
         return await _serve(runtime, loaded.result(), stopping), True
 
 
-def _bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> LoadedBase:
+def _bring_up(settings: RuntimeSettings, make_engine: EngineFactory) -> LoadedBase:
     """What a start makes, nearly half a million objects with torch and transformers, lives as long as the process.
 
     It is looked through once and never again: a full collection while serving would hold up every request for a third
@@ -81,7 +90,7 @@ def _bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine
     """
     gc.disable()
     try:
-        base = bring_up(settings, environ, make_engine, meanwhile=import_torch)
+        base = bring_up(settings, make_engine, meanwhile=import_torch)
         gc.collect()
         gc.freeze()
         return base

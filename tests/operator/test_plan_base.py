@@ -68,7 +68,12 @@ FOUND = judged(SourceFacts(digest("base"), "rev", size_bytes=9))
 
 
 def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
-    known: dict[str, Any] = {"profile": RuntimeProfile(), "image": IMAGE, "token_sha256": "ab" * 32, "inspection": FOUND}
+    known: dict[str, Any] = {
+        "profile": RuntimeProfile(),
+        "image": IMAGE,
+        "token_sha256": "ab" * 32,
+        "inspection": FOUND,
+    }
     return ObservedBase(base=of or base(), **{**known, **more})
 
 
