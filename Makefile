@@ -73,12 +73,14 @@ type: install ## mypy, strict
 	$(VENV)/bin/mypy
 
 .PHONY: generate
-generate: install ## write the CRDs from the models
+generate: install ## write the CRDs and docs/reference from the code
 	$(PY) -m lorapool_api
+	$(PY) hack/reference
 
 .PHONY: verify
 verify: install ## fail where a generated file differs from what is committed
 	$(PY) -m lorapool_api --check
+	$(PY) hack/reference --check
 	$(PY) bench/page.py --check
 
 # --- tests -------------------------------------------------------------------------------
