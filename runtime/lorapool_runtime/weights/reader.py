@@ -18,10 +18,10 @@ import numpy as np
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, judge
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.weights.layout import Layout
 from lorapool_runtime.weights.pack import ALONE, Pace, pack_file, zeroed
@@ -84,16 +84,16 @@ class AdapterReader:
     def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
         header = file.header()
         shapes = {name: info.shape for name, info in header.tensors.items()}
-        limits = JudgeLimits(max_rank, max_bytes=file.size_bytes)  # how large it may be was asked before it was read
-        verdict = judge(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
-        if not verdict.ok:
-            raise ArtifactError(verdict.reason or FailureReason.INCOMPATIBLE, verdict.message)
+        limits = AdapterLimits(max_rank, max_bytes=file.size_bytes)  # how large it may be was asked before it was read
+        result = check_compatibility(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
+        if not result.ok:
+            raise ArtifactError(result.reason or FailureReason.INCOMPATIBLE, result.message)
         return plan_reading(
             self._groups,
             config,
             header.tensors,
             itemsize=self._element.itemsize,
-            target_modules=verdict.target_modules,
+            target_modules=result.target_modules,
         )
 
 

@@ -15,7 +15,7 @@ from engine_kit import tiny_model
 
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
 from lorapool_runtime.weights.reader import AdapterReader
@@ -41,11 +41,13 @@ class Base:
         with pytest.raises(AdapterArtifactError) as runtime:
             AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
-            verdict = inspect_adapter_folder(folder, base_facts_from_folder(self.folder), JudgeLimits(16)).verdict
+            result = inspect_adapter_folder(
+                folder, base_facts_from_folder(self.folder), AdapterLimits(16)
+            ).compatibility
         except ArtifactError as error:
             return runtime.value.message, error.message
-        assert not verdict.ok, "accepted from the headers"
-        return runtime.value.message, verdict.message
+        assert not result.ok, "accepted from the headers"
+        return runtime.value.message, result.message
 
 
 @pytest.fixture(scope="module")

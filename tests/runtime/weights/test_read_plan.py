@@ -35,13 +35,13 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.judged = 0
         self._reader = AdapterReader(GROUPS, "float32")
-        judge = adapter_file.judge
+        check = adapter_file.check_compatibility
 
         def counted(*given: Any) -> Any:
             self.judged += 1
-            return judge(*given)
+            return check(*given)
 
-        patch.setattr(adapter_file, "judge", counted)
+        patch.setattr(adapter_file, "check_compatibility", counted)
 
     def read(self, folder: Path, max_rank: int = 8) -> PackedAdapter:
         return self._reader.read(folder, max_rank=max_rank)
