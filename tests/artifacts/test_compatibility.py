@@ -76,9 +76,9 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), {}, INCOMPATIBLE, "targeted but has no weights"),
         (plus(f"{Q0}.lora_magnitude_vector", "F32", 16), {}, INCOMPATIBLE, "DoRA"),
         (plus(f"{Q0}.bias", "F32", 16), {}, INCOMPATIBLE, "bias"),
-        (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "not part of a LoRA"),
         (renamed("lora_A.weight", "lora_A.default.weight"), {}, INCOMPATIBLE, "adapter name"),
-        (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "not part of a LoRA"),
         (renamed("model.layers", "transformer.h"), {}, WRONG_BASE, "has no module"),
         (
             {**zoo.adapter_tensors(), **renamed("q_proj", "qq_proj")},
@@ -89,7 +89,7 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (zoo.adapter_tensors(targets=("q_proj", "v_proj", "o_proj")), {}, INCOMPATIBLE, "not in target_modules"),
         (zoo.adapter_tensors(), {"r": 8}, INCOMPATIBLE, "adapter_config.json says 8"),
         (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN, 2), {}, INCOMPATIBLE, "rank 4"),
-        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN * 4), {}, INCOMPATIBLE, "no full matrices"),
+        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN * 4), {}, INCOMPATIBLE, "not two-dimensional matrices"),
         (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN + 1, 4), {}, WRONG_BASE, "17x16"),
         (zoo.adapter_tensors(rank=16), {"r": 16}, FailureReason.RANK_TOO_HIGH, "maxRank"),
         (zoo.adapter_tensors(layers=range(3)), {}, WRONG_BASE, "layers.2"),
@@ -126,7 +126,7 @@ def test_too_many_bytes_are_too_large() -> None:
     assert checked(limits=AdapterLimits(8, max_bytes=10)).reason is FailureReason.TOO_LARGE
 
 
-def test_without_a_base_only_the_adapter_itself_is_judged() -> None:
+def test_without_a_base_only_the_adapter_itself_is_checked() -> None:
     assert checked(alone=True).ok
     assert checked(alone=True, tensors=without(f"{Q0}.lora_A.weight")).reason is FailureReason.INCOMPATIBLE
     assert checked(alone=True, limits=AdapterLimits(2, 100_000)).reason is FailureReason.RANK_TOO_HIGH
@@ -166,7 +166,7 @@ def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, 
         ({"lora_bias": True}, "biases"),
         ({"fan_in_fan_out": True}, "Conv1D"),
         ({"layer_replication": [[0, 1]]}, "replicated"),
-        ({"target_parameters": ["x"]}, "bare parameters"),
+        ({"target_parameters": ["x"]}, "single parameters"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"from_the_future": {"x": 1}}, "from_the_future"),
         ({"r": 0}, "r"),

@@ -26,7 +26,7 @@ def digest_of(files: dict[str, bytes], names: list[str]) -> str:
     )
 
 
-async def test_an_adapter_is_judged_from_its_header_without_its_weights(hub: Hub, hf: SourceSettings) -> None:
+async def test_an_adapter_is_checked_from_its_header_without_its_weights(hub: Hub, hf: SourceSettings) -> None:
     weights = zoo.safetensors(zoo.adapter_tensors(rank=4, dtype="F32"))
     hub.repos["acme/base"] = zoo.base_files()
     hub.repos["acme/lora"] = zoo.adapter_files(weights=weights)
@@ -38,7 +38,7 @@ async def test_an_adapter_is_judged_from_its_header_without_its_weights(hub: Hub
     assert seen.digest == digest_of(hub.repos["acme/lora"], ["adapter_config.json", "adapter_model.safetensors"])
 
 
-async def test_a_large_adapter_is_not_downloaded_to_be_judged(hub: Hub, hf: SourceSettings) -> None:
+async def test_a_large_adapter_is_not_downloaded_to_be_checked(hub: Hub, hf: SourceSettings) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files(
         weights=zoo.safetensors({**zoo.adapter_tensors(), "base_model.model.x": ("F32", (500_000,))})
     )
@@ -345,7 +345,7 @@ async def test_a_sharded_base_is_read_from_all_its_headers(hub: Hub, hf: SourceS
     assert caught.value.reason is FailureReason.CORRUPT_ARTIFACT
 
 
-async def test_a_pickle_beside_the_safetensors_is_neither_fetched_nor_loaded(
+async def test_a_pickle_next_to_the_safetensors_is_neither_fetched_nor_loaded(
     hub: Hub, hf: SourceSettings, tmp_path: Path
 ) -> None:
     canary = tmp_path / "ran"

@@ -85,7 +85,7 @@ def push(host: str, name: str, files: dict[str, bytes], folder: Path, *, login: 
 
 
 @needs_registry
-async def test_an_adapter_is_judged_by_range_and_fetched(registry: str, tmp_path: Path) -> None:
+async def test_an_adapter_is_checked_by_range_reads_and_fetched(registry: str, tmp_path: Path) -> None:
     files = zoo.adapter_files()
     push(registry, "team/lora:v1", files, tmp_path / "src")
     settings = SourceSettings()

@@ -30,7 +30,7 @@ def mounted(tmp_path: Path) -> SourceSettings:
     return SourceSettings(pvc_root=tmp_path / "pvc")
 
 
-async def test_a_folder_of_a_claim_is_judged_fetched_and_named_by_its_digest(
+async def test_a_folder_of_a_claim_is_checked_fetched_and_named_by_its_digest(
     mounted: SourceSettings, tmp_path: Path
 ) -> None:
     seen = await inspect_adapter("pvc://models/team/lora", None, None, None, LIMITS, mounted)

@@ -60,7 +60,7 @@ def put(bucket: S3Store, prefix: str, files: dict[str, bytes]) -> None:
         obstore.put(bucket, f"{prefix}/{name}", data)
 
 
-async def test_an_adapter_is_judged_hashed_and_fetched(bucket: S3Store, s3: SourceSettings, tmp_path: Path) -> None:
+async def test_an_adapter_is_checked_hashed_and_fetched(bucket: S3Store, s3: SourceSettings, tmp_path: Path) -> None:
     files = zoo.adapter_files()
     put(bucket, "a/lora", {**files, "sub/adapter_model.safetensors": b"other"})
     seen = await inspect_adapter("s3://models/a/lora/", None, None, None, LIMITS, s3)

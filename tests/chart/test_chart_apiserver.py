@@ -340,11 +340,11 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
             apply(server, example("basemodel"))
             apply(server, example("loraadapter"))
 
-            def judged() -> bool:
+            def checked() -> bool:
                 items = get(server, "bm,lora", "-n", NAMESPACE)["items"]
                 return all(item.get("status", {}).get("conditions") for item in items)
 
-            eventually("nothing was judged", judged, operator_log)
+            eventually("no object was checked", checked, operator_log)
             server.kubectl("scale", "bm/smollm2", "-n", NAMESPACE, "--replicas=1")
             ours = (
                 "deployments,services,poddisruptionbudgets",

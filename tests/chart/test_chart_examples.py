@@ -61,7 +61,7 @@ def test_an_example_fits_its_crd_to_the_last_field(example: dict[str, Any]) -> N
     assert given == example["spec"], "the models read every field of it"
 
 
-def test_the_adapter_stands_on_the_base_beside_it() -> None:
+def test_the_example_adapter_refers_to_the_example_base() -> None:
     base, adapter = (yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text()) for kind in ("basemodel", "loraadapter"))
 
     assert adapter["spec"]["baseModelRef"] == {"name": base["metadata"]["name"]}

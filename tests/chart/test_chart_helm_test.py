@@ -76,7 +76,7 @@ def test_a_gateway_that_lets_strangers_in_fails_it() -> None:
     assert "FAILED  a call without a key gets 401" in result.stdout
 
 
-def test_the_pod_reads_its_key_from_the_secret_it_is_told() -> None:
+def test_the_pod_reads_its_key_from_the_configured_secret() -> None:
     [pod] = of_kind(render({"test": {"apiKeySecret": {"name": "test-key"}}}), "Pod").values()
     [item] = [item for item in pod["spec"]["containers"][0]["env"] if item["name"] == "API_KEY"]
 

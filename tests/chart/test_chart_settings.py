@@ -45,7 +45,7 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     manifests = render()
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))
-    # Tracked adapters: one bound for all processes, told apart by no one.
+    # Tracked adapters: the chart sets one bound for all processes.
     differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
     differs |= {"max_tracked_adapters"}
 

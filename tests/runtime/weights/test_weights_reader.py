@@ -158,7 +158,7 @@ def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
         ("base_model.model.lm_head.weight", "output layer"),
-        (f"{Q0}.something", "no part of a LoRA"),
+        (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
 def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
