@@ -152,7 +152,7 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
 
 
 async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(hub: Hub) -> None:
-    """The token flow of public registries, with the hub's server as registry and token service."""
+    """The token flow of public registries; the hub's server acts as registry and token service."""
     files = zoo.adapter_files()
     blobs = {hashlib.sha256(data).hexdigest(): data for data in files.values()}
     manifest = manifest_of(files)

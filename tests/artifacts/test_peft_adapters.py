@@ -1,4 +1,4 @@
-"""Adapters that the real peft saves: its settings are all known, its files accepted, its scaling is ours."""
+"""Adapters saved by the real peft: all its settings are known, its files are accepted and its scaling equals ours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_llama() -> Any:
 
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:
-    """A new peft with new settings must be looked at before its adapters are trusted."""
+    """New settings of a new peft must be classified before its adapters are accepted."""
     decides = set(AdapterConfig.model_fields) | {"bias", "init_lora_weights"}
     assert not decides & (HARMLESS.keys() | REFUSED.keys())
     assert not HARMLESS.keys() & REFUSED.keys()

@@ -1,4 +1,4 @@
-"""pvc:// and local folders: nothing inside a volume leads out of it."""
+"""pvc:// and local folders: no path inside a volume leads out of it."""
 
 from __future__ import annotations
 

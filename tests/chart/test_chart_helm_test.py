@@ -1,4 +1,4 @@
-"""The script of `helm test`, run against small gateways that behave and that do not."""
+"""The script of `helm test`, run against correct and faulty gateways."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gateway(*, open_to_all: bool = False) -> Iterator[str]:
 
 
 def helm_test(url: str, key: str = "") -> subprocess.CompletedProcess[str]:
-    """As the pod runs it: the text of the rendered pod, not the file."""
+    """Runs the script as it is in the rendered pod, not the file."""
     [pod] = of_kind(render(), "Pod").values()
     env = {"PATH": os.environ["PATH"], "GATEWAY_URL": url, **({"API_KEY": key} if key else {})}
     script = pod["spec"]["containers"][0]["args"][0]

@@ -1,4 +1,4 @@
-"""What the chart renders, switch by switch, and what it refuses."""
+"""What the chart renders for each value, and which values it refuses."""
 
 from __future__ import annotations
 

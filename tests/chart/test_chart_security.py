@@ -1,4 +1,4 @@
-"""Pod security, rights, secrets and networks of what the chart renders."""
+"""Pod security, permissions, secrets and network policies of the rendered objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLUSTER: dict[str, Any] = {"scope": "cluster", "apiKeys": {"namespace": "lorapoo
 
 
 def grants(manifests: list[Manifest]) -> dict[str, list[str]]:
-    """Component → one line per right: where, what, which verbs."""
+    """Component → one line per permission: namespace, resource and verbs."""
     roles = {
         (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]): manifest["rules"]
         for manifest in manifests

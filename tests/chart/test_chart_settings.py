@@ -1,4 +1,4 @@
-"""The environment and files that the chart gives are read by the real settings models of the processes."""
+"""The environment and files from the chart are valid for the settings models of the processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_gateway_and_operator_watch_the_same_namespaces(values: dict[str, Any], 
 
 
 def test_the_charts_defaults_are_the_codes_defaults() -> None:
-    """A value left alone must mean the same as a process started by hand."""
+    """The chart's defaults equal the defaults of a process that is started by hand."""
     manifests = render()
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))

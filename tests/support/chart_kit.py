@@ -182,7 +182,7 @@ _VOLUMES = {
 
 
 def restricted_violations(spec: Mapping[str, Any]) -> list[str]:
-    """Where a pod's spec misses pod security level `restricted`, plus our own: read-only root and resources."""
+    """How a pod's spec violates Pod Security `restricted` or our own rules: read-only root file system and resources."""
     wrong = []
     pod_context = spec.get("securityContext", {})
     for field in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
@@ -235,7 +235,7 @@ def panels(file: Path) -> Iterator[dict[str, Any]]:
 def dashboard_expressions(
     *, base: str, adapter: str, window: str = "1m", span: str = "1h"
 ) -> Iterator[tuple[str, str]]:
-    """Where it stands and the PromQL, with the variables as Grafana would fill them in."""
+    """Each PromQL expression and where it occurs, with Grafana's variables replaced by values."""
     variables = {"$__rate_interval": window, "$__range": span, "$base": base, "$adapter": adapter}
     for file in DASHBOARDS:
         for panel in panels(file):
@@ -254,7 +254,7 @@ _TABLE = re.compile(r"(<!-- values -->\n).*(<!-- /values -->)", re.S)
 
 
 def documented_values() -> dict[str, str]:
-    """Dotted path → its `# --` comment, for every commented key of values.yaml."""
+    """The `# --` comment of every documented key of values.yaml, by dotted path."""
     found: dict[str, str] = {}
     path: list[str] = []
     comment: list[str] = []
