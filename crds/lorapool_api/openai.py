@@ -3,13 +3,13 @@
 Gateway and runtime raise them and each turns them into a response in one place.
 
     ApiError
-    ├─ InvalidRequest 400           ├─ PayloadTooLarge 413
-    ├─ Unauthenticated 401          ├─ Unprocessable 422 (code: the adapter's failure reason)
-    ├─ ModelNotFound 404            ├─ TooManyRequests 429 + Retry-After
-    ├─ NotFound 404                 ├─ ServerError 500
-    ├─ RuntimeNotRegistered 404 *   └─ Unavailable 503 + Retry-After
-    ├─ MethodNotAllowed 405
-    └─ Conflict 409 *
+    ├─ InvalidRequestError 400           ├─ PayloadTooLargeError 413
+    ├─ UnauthenticatedError 401          ├─ UnprocessableError 422 (code: the adapter's failure reason)
+    ├─ ModelNotFoundError 404            ├─ TooManyRequestsError 429 + Retry-After
+    ├─ RouteNotFoundError 404            ├─ ServerError 500
+    ├─ RuntimeNotRegisteredError 404 *   └─ UnavailableError 503 + Retry-After
+    ├─ MethodNotAllowedError 405
+    └─ NoFreeSlotError 409 *
 
     * only between runtime and gateway
 """
@@ -48,14 +48,14 @@ class ApiError(Exception):
         return {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequestError(ApiError):
     """The request is malformed or uses a parameter or a value that is not supported."""
 
     status = 400
     type = "invalid_request_error"
 
 
-class Unauthenticated(ApiError):
+class UnauthenticatedError(ApiError):
     """The API key is missing, malformed or unknown."""
 
     status = 401
@@ -63,7 +63,7 @@ class Unauthenticated(ApiError):
     default_code = "invalid_api_key"
 
 
-class ModelNotFound(ApiError):
+class ModelNotFoundError(ApiError):
     """The model does not exist or the key may not use it; the response does not tell which."""
 
     status = 404
@@ -74,7 +74,7 @@ class ModelNotFound(ApiError):
         super().__init__(f"The model `{model[:128]}` does not exist or you do not have access to it.", param="model")
 
 
-class NotFound(ApiError):
+class RouteNotFoundError(ApiError):
     """There is no such path."""
 
     status = 404
@@ -82,7 +82,7 @@ class NotFound(ApiError):
     default_code = "not_found"
 
 
-class MethodNotAllowed(ApiError):
+class MethodNotAllowedError(ApiError):
     """The path exists, but not for this HTTP method."""
 
     status = 405
@@ -90,7 +90,7 @@ class MethodNotAllowed(ApiError):
     default_code = "method_not_allowed"
 
 
-class Conflict(ApiError):
+class NoFreeSlotError(ApiError):
     """Every slot of the replica is in use. Only between runtime and gateway: client libraries would retry a 409."""
 
     status = 409
@@ -98,7 +98,7 @@ class Conflict(ApiError):
     default_code = "no_slot"
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLargeError(ApiError):
     """The request body is longer than the limit."""
 
     status = 413
@@ -106,19 +106,19 @@ class PayloadTooLarge(ApiError):
     default_code = "payload_too_large"
 
 
-class Unprocessable(ApiError):
+class UnprocessableError(ApiError):
     """The adapter cannot be served; the code is its failure reason."""
 
     status = 422
     type = "invalid_request_error"
 
     @classmethod
-    def of_failure(cls, reason: FailureReason, message: str) -> Unprocessable:
+    def of_failure(cls, reason: FailureReason, message: str) -> UnprocessableError:
         """The error of a terminal failure."""
         return cls(message, param="model", code=reason.code)
 
 
-class TooManyRequests(ApiError):
+class TooManyRequestsError(ApiError):
     """A queue is full or a limit is reached; the request may be repeated later."""
 
     status = 429
@@ -134,7 +134,7 @@ class ServerError(ApiError):
     default_code = "internal_error"
 
 
-class Unavailable(ApiError):
+class UnavailableError(ApiError):
     """No replica can serve the request now; it may be repeated later."""
 
     status = 503
@@ -154,7 +154,7 @@ CODE_QUEUE_FULL = "queue_full"
 """429 of the runtime: its queue is full, nothing was accepted."""
 
 
-class RuntimeNotRegistered(ApiError):
+class RuntimeNotRegisteredError(ApiError):
     """The runtime has no descriptor of the adapter. Only between runtime and gateway."""
 
     status = 404
@@ -165,5 +165,5 @@ class RuntimeNotRegistered(ApiError):
 def client_fault(reason: FailureReason, message: str, retry_after_s: float | None = None) -> ApiError:
     """The error of a request to an adapter that failed: 422 if terminal, 503 with Retry-After if transient."""
     if reason.transient:
-        return Unavailable(message, param="model", code=reason.code, retry_after_s=retry_after_s or 5)
-    return Unprocessable.of_failure(reason, message)
+        return UnavailableError(message, param="model", code=reason.code, retry_after_s=retry_after_s or 5)
+    return UnprocessableError.of_failure(reason, message)

@@ -99,6 +99,6 @@ class SourceSettings(SettingsGroup):
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> SourceSettings:
+    def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:
         """The settings of a command line tool, which ignores all other variables. Raises SettingsError."""
-        return read_group(cls, environ)
+        return read_group(cls, environ).model_copy(update={"pvc_root": pvc_root})

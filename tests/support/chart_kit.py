@@ -182,7 +182,7 @@ _VOLUMES = {
 
 
 def restricted_violations(spec: Mapping[str, Any]) -> list[str]:
-    """How a pod's spec violates Pod Security `restricted` or our own rules: read-only root file system and resources."""
+    """How a pod's spec violates Pod Security `restricted` or our rules: read-only root file system, resources."""
     wrong = []
     pod_context = spec.get("securityContext", {})
     for field in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):

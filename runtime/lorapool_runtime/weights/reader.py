@@ -21,7 +21,6 @@ from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, check_comp
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorapool_artifacts.settings import AdapterLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.layout import Layout
 from lorapool_runtime.weights.pack import UNTHROTTLED, Throttle, pack_file
@@ -59,7 +58,7 @@ class AdapterReader:
         self._plans = ReadPlanCache()
 
     def read(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> PackedAdapter:
-        """Blocks until the adapter is in memory. Raises AdapterArtifactError."""
+        """Blocks until the adapter is in memory. Raises ArtifactError."""
         try:
             config = _read_config(folder)
             with open_weights(_weights_of(folder)) as file:
@@ -69,8 +68,6 @@ class AdapterReader:
                 )
                 buffer = huge_page_zeros(plan.layout.elements, self._element)
                 first_non_finite = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, throttle)
-        except ArtifactError as error:
-            raise AdapterArtifactError(error.reason, error.message) from error
         except (OSError, EOFError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             _refuse(FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({why}); upload it again.")
@@ -129,4 +126,4 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:
-    raise AdapterArtifactError(reason.value, message)
+    raise ArtifactError(reason, message)

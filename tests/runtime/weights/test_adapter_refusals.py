@@ -16,7 +16,6 @@ from engine_kit import tiny_model
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
 from lorapool_runtime.weights.reader import AdapterReader
 from lorapool_runtime.weights.targets import TargetGroup
@@ -38,7 +37,7 @@ class Base:
 
     def words_about(self, folder: Path) -> tuple[str, str]:
         """Why the runtime, and who only sees the headers, refuse it."""
-        with pytest.raises(AdapterArtifactError) as runtime:
+        with pytest.raises(ArtifactError) as runtime:
             AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
             result = inspect_adapter_folder(
