@@ -177,15 +177,6 @@ class EngineStats:
     """Sequences sent back to the queue since the start, for want of KV blocks."""
 
 
-class AdapterArtifactError(Exception):
-    """The files cannot become an adapter of this base. `reason` is a `lorapool_api.common.FailureReason` value."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
 class HostAdapter(Protocol):
     """An adapter read, checked and laid out in host memory, ready for a slot. It never changes any more: a slot
     on CPU may be this very memory, for as long as it holds it."""
@@ -217,7 +208,7 @@ class Engine(Protocol):
         ...
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
-        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises AdapterArtifactError."""
+        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises ArtifactError."""
         ...
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:

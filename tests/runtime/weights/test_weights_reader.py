@@ -16,7 +16,7 @@ from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.common import FailureReason
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -53,7 +53,7 @@ def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapt
 
 
 def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder, **settings)
     assert caught.value.reason == reason
     for word in words:
@@ -158,7 +158,7 @@ def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
         ("base_model.model.lm_head.weight", "output layer"),
-        (f"{Q0}.something", "no part of a LoRA"),
+        (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
 def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
@@ -183,7 +183,7 @@ def test_no_config_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type":"LORA","r":0}'])
 def test_a_broken_config_is_corrupt(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder)
     assert caught.value.reason in {FailureReason.CORRUPT_ARTIFACT, FailureReason.INCOMPATIBLE}
 
