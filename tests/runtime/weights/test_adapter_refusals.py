@@ -159,5 +159,5 @@ def test_a_base_without_layers_that_adapters_could_change_is_refused(tmp_path: P
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     config.bos_token_id = config.eos_token_id = 2
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedBaseError, match="no linear layers that adapters could change"):
+    with pytest.raises(UnsupportedBaseError, match="no linear layers that LoRA could target"):
         load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))
