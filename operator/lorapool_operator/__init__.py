@@ -1,5 +1,6 @@
-"""The operator: everything that turns Lorapool's objects into pods and truthful status.
+"""The operator: turns Lorapool's objects into pods and reports their status.
 
-Level-triggered: handlers only mark keys dirty, `observe` gathers what is seen, `plan_*` decides
-without I/O, `apply` spends the plan. Never in a request's path; no finalizers.
+It is level-triggered: handlers mark keys dirty, `observe` gathers what is known of a key (`world`), a pure function
+plans (`decisions`), `effects` applies the plan. This folder holds the life of the process. The operator is never in a
+request's path and sets no finalizers.
 """

@@ -1,7 +1,7 @@
-"""How the API server is reached: in-cluster service account or kubeconfig, for our client and for kopf alike.
+"""How the API server is reached, by the operator's own client and by kopf: with a service account or a kubeconfig.
 
-Called by `__main__`. One place decides; kopf's own guesses through every client library it finds are not used.
-A service account's token is read again when it has aged, since the kubelet rotates it.
+kopf's own search for credentials through every installed client library is not used. A service account's token is read
+again after a few minutes, since the kubelet rotates it.
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ CONNECTIONS = 64
 
 
 class AccessError(Exception):
-    """No way to the API server is configured."""
+    """Neither a service account nor a kubeconfig is configured."""
 
 
 def in_cluster(kubeconfig: Path | None) -> bool:
+    """True if the pod's service account is used."""
     return kubeconfig is None and TOKEN_FILE.exists()
 
 
 async def load_configuration(kubeconfig: Path | None) -> Configuration:
-    """An explicit kubeconfig wins, then the service account, then KUBECONFIG. Raises AccessError."""
+    """Uses the given kubeconfig, else the service account, else KUBECONFIG. Raises AccessError."""
     configuration = Configuration()
     if in_cluster(kubeconfig):
         load_incluster_config(client_configuration=configuration)
     else:
         path = kubeconfig or os.environ.get("KUBECONFIG")
         if not path:
-            raise AccessError("neither in a cluster nor KUBECONFIG or --kubeconfig is given")
+            raise AccessError(
+                "no service account, KUBECONFIG or --kubeconfig found: run in a cluster or name a kubeconfig"
+            )
         await load_kube_config(config_file=str(path), client_configuration=configuration, persist_config=False)
     configuration.connection_pool_maxsize = CONNECTIONS
     return configuration
 
 
 def make_client(configuration: Configuration) -> ApiClient:
-    """The client for all our own calls; the caller closes it."""
+    """Returns the client of the operator's own calls. The caller closes it."""
     return ApiClient(configuration=configuration)
 
 
 def login_handler(kubeconfig: Path | None) -> Callable[..., Awaitable[kopf.ConnectionInfo]]:
-    """kopf's login: the same configuration, in kopf's terms."""
+    """Returns kopf's login handler, which uses the same configuration."""
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
         configuration = await load_configuration(kubeconfig)

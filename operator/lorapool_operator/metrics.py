@@ -1,7 +1,7 @@
-"""`lorapool_operator_*`, and the small server that shows them with /healthz and /readyz.
+"""The metrics `lorapool_operator_*`, and the HTTP app that serves them with /healthz and /readyz.
 
-Series of objects are read from the store at the time of the scrape, so they vanish with the object. Usage is not
-here: gateway and runtime export it, and the status holds the totals.
+Series of objects are read from the caches at the time of the scrape, so they disappear with the object. Usage is not
+among them: gateway and runtime export it, and the status has the totals.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from lorapool_api.common import AdapterCondition
-from lorapool_operator.cluster import Cluster
-from lorapool_operator.judge import JudgeBook
-from lorapool_operator.runtimes import RuntimeBook
-from lorapool_operator.store import Key, Kind, Store
-from lorapool_operator.verdict import condition
+from lorapool_operator.effects.cluster import Cluster
+from lorapool_operator.effects.inspections import InspectionTracker
+from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind, find_condition
 
 BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 UNKNOWN_STATE = "Pending"
@@ -31,7 +30,7 @@ Metric = GaugeMetricFamily | CounterMetricFamily
 
 
 class Metrics:
-    """Counters that are counted where things happen."""
+    """The registry, and the counters that are incremented where the counted things happen."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -58,33 +57,33 @@ class Metrics:
         self.repairs = Counter(
             "lorapool_operator_resync_repairs", "Objects that a watch had missed.", registry=self.registry
         )
-        for kind in Kind:
+        for kind in ObjectKind:
             self._durations.labels(kind.value)
             for outcome in ("done", "conflict", "error"):
                 self._reconciles.labels(kind.value, outcome)
 
-    def reconciled(self, kind: Kind, outcome: str, seconds: float) -> None:
+    def reconciled(self, kind: ObjectKind, outcome: str, seconds: float) -> None:
         self._reconciles.labels(kind.value, outcome).inc()
         self._durations.labels(kind.value).observe(seconds)
 
 
 class StateCollector(Collector):
-    """What the caches hold now."""
+    """Gauges of the present state of caches, queue and trackers."""
 
     def __init__(
         self,
-        store: Store,
+        cache: ClusterCache,
         queue: WorkQueue[Key],
-        judge: JudgeBook,
-        runtimes: RuntimeBook,
+        inspections: InspectionTracker,
+        runtimes: RuntimeTracker,
         cluster: Cluster,
         *,
         leading: Callable[[], bool],
         max_tracked_adapters: int,
     ) -> None:
-        self._store = store
+        self._cache = cache
         self._queue = queue
-        self._judge = judge
+        self._inspections = inspections
         self._runtimes = runtimes
         self._cluster = cluster
         self._leading = leading
@@ -99,11 +98,11 @@ class StateCollector(Collector):
         yield _gauge(
             "queue_oldest_age_seconds", "How long the most overdue key has waited.", self._queue.oldest_age_s()
         )
-        yield _gauge("judgements_waiting", "Inspections asked for and not ended.", float(self._judge.waiting()))
-        yield _counter("judgements", "Finished inspections of sources.", "reason", self._judge.outcomes)
-        yield _counter("api_writes", "Writes to the API server.", "what", self._cluster.writes)
+        yield _gauge("judgements_waiting", "Queued and running inspections.", float(self._inspections.waiting()))
+        yield _counter("judgements_total", "Finished inspections of sources.", "reason", self._inspections.outcomes)
+        yield _counter("api_writes_total", "Writes to the API server.", "what", self._cluster.writes)
         polls = {"done": self._runtimes.polls, "failed": self._runtimes.poll_failures}
-        yield _counter("runtime_polls", "Long-polls of runtimes.", "outcome", polls)
+        yield _counter("runtime_polls_total", "Long-polls of runtimes.", "outcome", polls)
         yield from self._bases()
         yield from self._adapters()
 
@@ -111,13 +110,13 @@ class StateCollector(Collector):
         names = ["base"]  # `namespace/name`, as gateway and runtime spell it: a join needs no relabelling
         conditions = GaugeMetricFamily(
             "lorapool_operator_base_condition",
-            "1 for the status each condition has.",
+            "1 for the present status of each condition.",
             labels=[*names, "type", "status"],
         )
         wanted = GaugeMetricFamily("lorapool_operator_base_replicas_wanted", "spec.replicas.", labels=names)
         exist = GaugeMetricFamily("lorapool_operator_base_replicas", "Runtime pods that exist.", labels=names)
         ready = GaugeMetricFamily("lorapool_operator_base_replicas_ready", "Runtime pods that serve.", labels=names)
-        for base in self._store.bases:
+        for base in self._cache.bases:
             at = [f"{base.meta.namespace}/{base.meta.name}"]
             wanted.add_metric(at, float(base.spec.replicas or 0))
             exist.add_metric(at, float(base.status.replicas))
@@ -131,15 +130,15 @@ class StateCollector(Collector):
         states: Tally[tuple[str, str]] = Tally()
         ready = GaugeMetricFamily(
             "lorapool_operator_adapter_ready",
-            "1 when the adapter is Ready; only of the first max_tracked_adapters.",
+            "1 when the adapter is Ready; exported for the first max_tracked_adapters only.",
             labels=["adapter"],
         )
-        for number, adapter in enumerate(self._store.adapters):
+        for number, adapter in enumerate(self._cache.adapters):
             base = adapter.base_key
             states[f"{base.namespace}/{base.name}", adapter.status.state or UNKNOWN_STATE] += 1
             if number < self._max_tracked_adapters:
-                held = condition(adapter.status.conditions, AdapterCondition.READY)
-                is_ready = held is not None and held.status == "True"
+                condition = find_condition(adapter.status.conditions, AdapterCondition.READY)
+                is_ready = condition is not None and condition.status == "True"
                 ready.add_metric([f"{adapter.meta.namespace}/{adapter.meta.name}"], float(is_ready))
         counts = GaugeMetricFamily(
             "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["base", "state"]
@@ -161,17 +160,17 @@ def _counter(name: str, text: str, label: str, values: dict[str, int]) -> Counte
 
 
 def status_app(registry: CollectorRegistry, *, healthy: Callable[[], str], ready: Callable[[], str]) -> web.Application:
-    """`healthy` and `ready` answer what is wrong, or the empty string."""
+    """Returns the app. `healthy` and `ready` return what is wrong, or "": then the probe succeeds."""
 
     async def show(_: web.Request) -> web.Response:
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def probe(check: Callable[[], str]) -> Callable[[web.Request], object]:
-        async def answer(_: web.Request) -> web.Response:
+        async def respond(_: web.Request) -> web.Response:
             problem = check()
             return web.Response(text=problem or "ok", status=503 if problem else 200)
 
-        return answer
+        return respond
 
     app = web.Application()
     app.router.add_get("/metrics", show)

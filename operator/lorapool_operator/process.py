@@ -1,7 +1,7 @@
-"""Puts the parts together and runs them: leader election, first listing, kopf's watches, workers, resync, probes.
+"""Assembles the operator and runs it: leader election, first listing, kopf's watches, workers, resync, probes.
 
-Called by `__main__` and by tests. Nothing acts before the Lease is held and everything was listed once; when the
-Lease is lost the process ends, and its successor starts from what the API server and the runtimes say.
+Nothing acts before the Lease is held and all objects were listed once. When the Lease is lost, the process ends; the
+next leader starts from the state of the API server and of the runtimes.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
+from lorapool_api.settings import read_master_token
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
-from lorapool_operator.apply import Applier
-from lorapool_operator.cluster import Cluster, ClusterError, Fenced
-from lorapool_operator.handlers import registry_of
-from lorapool_operator.intake import Intake
-from lorapool_operator.judge import ArtifactInspector, Inspector, JudgeBook
-from lorapool_operator.kopfsettings import pinned_settings
-from lorapool_operator.lease import Leadership
-from lorapool_operator.manifests import RuntimeImage
+from lorapool_operator.decisions.plan import PlanSettings
+from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.cluster import Cluster, ClusterError, FencedError
+from lorapool_operator.effects.inspections import ArtifactInspector, InspectionTracker, Inspector
+from lorapool_operator.effects.lease import Leadership
+from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.handlers import pinned_settings, registry_of
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
-from lorapool_operator.observe import PlanSettings
-from lorapool_operator.observer import Observer
-from lorapool_operator.profiles import ProfilesError, read_profiles
+from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
 from lorapool_operator.resync import Resync
-from lorapool_operator.runtimes import PollSettings, RuntimeBook
-from lorapool_operator.settings import Settings, read_master_token
-from lorapool_operator.store import Key, Store
+from lorapool_operator.settings import Settings
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import ClusterCache, Key
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, read_profiles
 
 log = logging.getLogger(__name__)
 
 STUCK_S = 300.0
-"""A key that is due for this long means the workers hang: the kubelet may restart us."""
+"""If a key is due for this long, the workers hang and the liveness probe fails."""
 LOAD_DELAY_S = 1.0
-"""A busy runtime reports at every request; its base is planned once a second then."""
+"""A busy runtime reports a change with every request; its base is then planned at most once a second."""
 LISTING_RETRY_S = 2.0
 
 
 class Process:
-    """One operator process. `run` returns when the Lease is lost or `stop` was called."""
+    """One operator process. `run` returns when the Lease is lost or after `stop`."""
 
     def __init__(self, settings: Settings, *, sources: SourceSettings, inspector: Inspector | None = None) -> None:
+        """Raises ProfilesError or SettingsError if a file that the settings name cannot be used."""
         self.settings = settings
-        self.store = Store()
+        self.cache = ClusterCache()
         self.queue: WorkQueue[Key] = WorkQueue()
         self.metrics = Metrics()
         self.metrics_port = 0
@@ -64,14 +64,15 @@ class Process:
         self._finished = False
 
     def stop(self) -> None:
+        """Ends `run`, as a signal does."""
         self._stop.set()
 
     @property
-    def told_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._stop.is_set()
 
     async def run(self) -> None:
-        """Raises AccessError, ProfilesError, SettingsError at the start; later only what nothing could handle."""
+        """Runs until the Lease is lost or `stop` is called. Raises AccessError if no API server is configured."""
         settings = self.settings
         client = make_client(await load_configuration(settings.kubeconfig))
         try:
@@ -100,16 +101,16 @@ class Process:
             identity=settings.identity,
             may_write=self._leadership.may_write,
         )
-        self.runtimes = RuntimeBook(
-            self.store,
+        self.runtimes = RuntimeTracker(
+            self.cache,
             master_token=self._master_token,
             settings=PollSettings(
                 settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s
             ),
-            changed=self._runtime_news,
+            changed=self._runtime_changed,
         )
-        self.judge = JudgeBook(
-            self.store,
+        self.inspections = InspectionTracker(
+            self.cache,
             self._inspector,
             self.runtimes,
             concurrency=settings.judge_concurrency,
@@ -118,15 +119,15 @@ class Process:
             pending_status_s=settings.pending_status_s,
         )
         self.intake = Intake(
-            self.store,
-            self.queue,
+            self.cache,
+            self.queue.add,
             counts_interval_s=settings.counts_interval_s,
             pods_changed=self.runtimes.follow_pods,
         )
         self.observer = Observer(
-            self.store,
+            self.cache,
             self.runtimes,
-            self.judge,
+            self.inspections,
             profiles=self._profiles,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
             master_token=self._master_token,
@@ -134,26 +135,25 @@ class Process:
         self.reconciler = Reconciler(
             self.queue,
             self.observer,
-            Applier(self.cluster, self.store, self.intake, self.runtimes, self.judge),
+            Applier(self.cluster, self.cache, self.intake, self.runtimes, self.inspections),
             self.intake,
             self.runtimes,
-            self.judge,
+            self.inspections,
             self.metrics,
             PlanSettings(
                 pending_status_s=settings.pending_status_s,
                 usage_interval_s=settings.usage_interval_s,
-                counts_interval_s=settings.counts_interval_s,
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
                 start_allowance_s=settings.start_allowance_s,
             ),
         )
-        self.resync = Resync(self.cluster, self.store, self.intake, settings.watched)
+        self.resync = Resync(self.cluster, self.cache, self.intake, settings.watched)
         self.metrics.registry.register(
             StateCollector(
-                self.store,
+                self.cache,
                 self.queue,
-                self.judge,
+                self.inspections,
                 self.runtimes,
                 self.cluster,
                 leading=self._leadership.may_write,
@@ -170,10 +170,10 @@ class Process:
                 group.create_task(self._watch(), name="kopf")
                 group.create_task(self.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
-        except* Fenced:
-            log.error("the Lease is lost: ending, so that the next start is a clean one")
+        except* FencedError:
+            log.error("lost the Lease: ending, so that the process starts again as a standby")
         finally:
-            await self.judge.close()
+            await self.inspections.close()
             await self.runtimes.close()
 
     async def _list_first(self) -> None:
@@ -183,20 +183,20 @@ class Process:
                 await self.resync.first()
                 break
             except ClusterError as error:
-                log.warning("first listing failed", extra={"error": str(error)})
+                log.warning("first listing failed, trying again", extra={"error": str(error)})
                 await asyncio.sleep(LISTING_RETRY_S)
         self.synced = True
         log.info(
-            "listed",
+            "listed all objects",
             extra={
-                "bases": len(self.store.bases),
-                "adapters": len(self.store.adapters),
+                "bases": len(self.cache.bases),
+                "adapters": len(self.cache.adapters),
                 "seconds": round(time.monotonic() - began, 2),
             },
         )
 
     async def _watch(self) -> None:
-        """kopf in our own loop; it ends only by cancellation or a fatal error of a watch."""
+        """Runs kopf in this event loop; it ends by a signal, by cancellation or by a fatal error of a watch."""
         namespaces = self.settings.namespaces
         await kopf.operator(
             registry=registry_of(self.intake, login_handler(self.settings.kubeconfig)),
@@ -207,7 +207,7 @@ class Process:
             stop_flag=self._stop,
         )
         if not self._stop.is_set():
-            self._stop.set()  # kopf took the signal
+            self._stop.set()  # kopf handled the signal
 
     async def _resync(self) -> None:
         while True:
@@ -221,31 +221,31 @@ class Process:
                 log.warning("resync failed", extra={"error": str(error)})
             self.runtimes.follow_pods()
             self.observer.apply_all_again()
-            for base in self.store.bases:
+            for base in self.cache.bases:
                 self.queue.add(base.key)
-            for adapter in self.store.adapters:
+            for adapter in self.cache.adapters:
                 self.queue.add(adapter.key)
 
     def _reload_profiles(self) -> None:
-        """A changed file counts; a broken one is logged and the old profiles stay."""
+        """Reads the profiles again if the file changed. Logs a broken file and keeps the old profiles."""
         try:
             stamp = self.settings.profiles_file.stat().st_mtime_ns
             if stamp == self._profiles_stamp:
                 return
             self.observer.profiles = read_profiles(self.settings.profiles_file)
             self._profiles_stamp = stamp
-            log.info("profiles read again")
+            log.info("read the changed profiles")
         except (ProfilesError, OSError) as error:
-            log.error("profiles not read; the former ones stay", extra={"error": str(error)})
+            log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})
 
-    def _runtime_news(self, base: Key, adapter_uids: Iterable[str], urgent: bool) -> None:
-        """What a runtime said: conditions at once, counting later."""
+    def _runtime_changed(self, base: Key, adapter_uids: Iterable[str], urgent: bool) -> None:
+        """Marks dirty what a runtime's report affects: at once for conditions, later for counters."""
         self.queue.add(base, 0.0 if urgent else LOAD_DELAY_S)
         wanted = set(adapter_uids)
         if not wanted:
             return
         delay_s = 0.0 if urgent else self.settings.usage_interval_s
-        for adapter in self.store.adapters_of(base):
+        for adapter in self.cache.adapters_of(base):
             if adapter.meta.uid in wanted:
                 self.queue.add(adapter.key, delay_s)
 
@@ -270,7 +270,7 @@ class Process:
         return ""
 
     def _ready_problem(self) -> str:
-        """A standby is ready: it could take over at any time. A leader is once it has listed everything."""
+        """A standby is ready, since it can take over at any time; a leader is ready after its first listing."""
         if self._leadership.may_write() and not self.synced:
-            return "the first listing is not done"
+            return "the first listing is not finished"
         return "" if not self._finished else "ending"

@@ -1,7 +1,7 @@
-"""The loop: a dirty key is observed, planned, applied. Four lines each; what differs by kind is elsewhere.
+"""The reconcile loop: each dirty key is observed, planned and applied.
 
-Called by `__main__`. Many workers, but one key only once at a time. A failure is logged once, here, and the key
-comes back; a success may name a time to come back by itself.
+There are many workers, but a key is at only one of them at a time. A failure is logged here, once, and the key is due
+again after its back-off. A plan may name a time at which the key is due again by itself.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ import logging
 import time
 
 from lorapool_api.common import AdapterKey
-from lorapool_operator.apply import Applier
-from lorapool_operator.cluster import ClusterError, Conflict, Fenced
-from lorapool_operator.intake import Intake
-from lorapool_operator.judge import JudgeBook
+from lorapool_operator.decisions.plan import PlanSettings
+from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_operator.decisions.plan_base import plan_base
+from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.cluster import ClusterError, FencedError, ObjectConflictError
+from lorapool_operator.effects.inspections import InspectionTracker
+from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
 from lorapool_operator.metrics import Metrics
-from lorapool_operator.observe import PlanSettings
-from lorapool_operator.observer import Observer
-from lorapool_operator.plan_adapter import plan_adapter
-from lorapool_operator.plan_base import plan_base
-from lorapool_operator.runtimes import RuntimeBook, RuntimeCallError
-from lorapool_operator.store import Key, Kind
+from lorapool_operator.observe import Observer
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import Key, ObjectKind
+from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
 
 CONFLICT_DELAY_S = 0.3
-"""Someone else was quicker; its event is on the way to us."""
+"""Another client changed the object; the watch event of the change is on its way."""
 
 
 class Reconciler:
+    """The workers; the queue hands them the keys."""
+
     def __init__(
         self,
         queue: WorkQueue[Key],
         observer: Observer,
         applier: Applier,
         intake: Intake,
-        runtimes: RuntimeBook,
-        judge: JudgeBook,
+        runtimes: RuntimeTracker,
+        inspections: InspectionTracker,
         metrics: Metrics,
         settings: PlanSettings,
     ) -> None:
@@ -47,12 +49,12 @@ class Reconciler:
         self._applier = applier
         self._intake = intake
         self._runtimes = runtimes
-        self._judge = judge
+        self._inspections = inspections
         self._metrics = metrics
         self._settings = settings
 
     async def work(self, workers: int) -> None:
-        """Runs until cancelled, or until this process may not write any more (then raises Fenced)."""
+        """Runs until cancelled. Raises an ExceptionGroup of FencedError once this process may not write any more."""
         async with asyncio.TaskGroup() as group:
             for number in range(workers):
                 group.create_task(self._worker(), name=f"worker {number}")
@@ -70,15 +72,15 @@ class Reconciler:
 
     async def _one(self, key: Key) -> str:
         try:
-            requeue_at = await (self._base(key) if key.kind is Kind.BASE else self._adapter(key))
-        except Fenced:
+            requeue_at = await (self._base(key) if key.kind is ObjectKind.BASE else self._adapter(key))
+        except FencedError:
             raise
-        except Conflict as error:
-            log.info("overtaken", extra={"object": str(key), "error": str(error)})
+        except ObjectConflictError as error:
+            log.info("object changed meanwhile", extra={"object": str(key), "error": str(error)})
             self._queue.add(key, CONFLICT_DELAY_S)
             return "conflict"
         except (ClusterError, RuntimeCallError) as error:
-            log.warning("not applied", extra={"kind": key.kind.value, "object": str(key), "error": str(error)})
+            log.warning("plan not applied", extra={"kind": key.kind.value, "object": str(key), "error": str(error)})
             return "error"
         except Exception:
             log.exception("reconcile failed", extra={"kind": key.kind.value, "object": str(key)})
@@ -88,34 +90,32 @@ class Reconciler:
         return "done"
 
     async def _adapter(self, key: Key) -> float | None:
-        await self._adapters_gone(key)
-        seen = self._observer.adapter(key)
-        if seen is None:
+        await self._unregister_deleted(key)
+        observed = self._observer.adapter(key)
+        if observed is None:
             self._observer.forget(key)
             return None
-        plan = plan_adapter(seen, time.time(), self._settings)
-        await self._applier.adapter(seen, plan)
+        plan = plan_adapter(observed, time.time(), self._settings)
+        await self._applier.adapter(observed, plan)
         return plan.requeue_at
 
     async def _base(self, key: Key) -> float | None:
-        seen = self._observer.base(key)
-        if seen is None:
+        observed = self._observer.base(key)
+        if observed is None:
             self._observer.forget(key)
             return None
-        plan = plan_base(seen, time.time(), self._settings)
-        if await self._applier.base(seen.base, plan, self._observer.memory(seen.base)):
+        plan = plan_base(observed, time.time(), self._settings)
+        if await self._applier.base(observed.base, plan, self._observer.memory(observed.base)):
             return time.time()
         return plan.requeue_at
 
-    async def _adapters_gone(self, key: Key) -> None:
-        """Objects of this name that were deleted leave every runtime."""
-        for uid in sorted(self._intake.gone.get(key, ())):
-            for place in self._runtimes.holders_of(uid):
-                for report in place.reports:
-                    if place.runtime.believed is not None:
-                        await self._runtimes.unregister(place.runtime.pod_uid, AdapterKey(uid, report.digest))
+    async def _unregister_deleted(self, key: Key) -> None:
+        """Unregisters the deleted objects of this name from all runtimes."""
+        for uid in self._intake.deleted_adapters(key):
+            for replica in self._runtimes.holders_of(uid):
+                for report in replica.reports:
+                    if replica.runtime.current is not None:
+                        await self._runtimes.unregister(replica.runtime.pod_uid, AdapterKey(uid, report.digest))
             self._runtimes.forget_adapter(uid)
-            self._judge.forget(uid)
-            self._intake.gone.get(key, set()).discard(uid)
-        if not self._intake.gone.get(key):
-            self._intake.gone.pop(key, None)
+            self._inspections.forget(uid)
+            self._intake.forget_deleted(key, uid)

@@ -1,7 +1,7 @@
-"""Lists everything once before work begins, and compares with the API server again and again.
+"""Lists all objects once before work begins, and compares the caches with the API server periodically.
 
-Called by `__main__`. Watches lose events; a listing of names and versions is cheap, and shows what is missing,
-what is gone and what is older than it should be. Bounds what a lost event can cost to one interval.
+Watches lose events. A listing of names and versions is cheap, and shows which objects are missing, deleted or outdated
+in the caches, so that a lost event is noticed after one interval at most.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorapool_operator.cluster import RUNTIME_SELECTOR, Cluster, NotFound
-from lorapool_operator.intake import Intake
-from lorapool_operator.store import Kind, Store
+from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, ObjectNotFoundError
+from lorapool_operator.world.cluster_cache import ClusterCache, ObjectKind
+from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
 
@@ -20,31 +20,33 @@ Feed = Callable[..., None]
 
 
 class Resync:
+    """Feeds listed objects to the intake, kind by kind."""
+
     def __init__(
         self,
         cluster: Cluster,
-        store: Store,
+        cache: ClusterCache,
         intake: Intake,
         watched: tuple[str | None, ...],
     ) -> None:
         self._cluster = cluster
         self._watched = watched
         self._kinds: tuple[tuple[str, str, Feed, Callable[[], Any]], ...] = (
-            ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: store.pods),
-            ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: store.deployments),
-            (Kind.BASE.value, "", intake.base, lambda: store.bases),
-            (Kind.ADAPTER.value, "", intake.adapter, lambda: store.adapters),
+            ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: cache.pods),
+            ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
+            (ObjectKind.BASE.value, "", intake.base, lambda: cache.bases),
+            (ObjectKind.ADAPTER.value, "", intake.adapter, lambda: cache.adapters),
         )
 
     async def first(self) -> None:
-        """Everything whole: nothing may be concluded from an object's absence before this. Raises ClusterError."""
+        """Lists all objects. An object's absence from a cache means nothing before this. Raises ClusterError."""
         for kind, labels, feed, _ in self._kinds:
             for namespace in self._watched:
                 async for raw in self._cluster.objects(kind, namespace, labels=labels):
                     feed(raw)
 
     async def again(self) -> int:
-        """Compares names and versions, fetches what differs. The number of repairs. Raises ClusterError."""
+        """Compares names and versions, fetches what differs, and returns the number of repairs. Raises ClusterError."""
         repaired = 0
         for kind, labels, feed, cache in self._kinds:
             repaired += await self._compare(kind, labels, feed, cache)
@@ -52,39 +54,39 @@ class Resync:
 
     async def _compare(self, kind: str, labels: str, feed: Feed, cache: Callable[[], Any]) -> int:
         before = {(item.meta.namespace, item.meta.name): item.meta for item in cache()}
-        seen: set[tuple[str, str]] = set()
+        listed: set[tuple[str, str]] = set()
         repaired = 0
         for namespace in self._watched:
             async for raw in self._cluster.objects(kind, namespace, labels=labels, metadata_only=True):
                 meta = raw["metadata"]
                 at = (meta["namespace"], meta["name"])
-                seen.add(at)
-                held = cache().get(*at)
-                if held is None or held.meta.uid != meta["uid"] or _behind(held.meta.resource_version, meta):
+                listed.add(at)
+                cached = cache().get(*at)
+                if cached is None or cached.meta.uid != meta["uid"] or _behind(cached.meta.resource_version, meta):
                     repaired += await self._fetch(kind, at, feed)
-        for at, was in before.items():
-            if at in seen:
+        for at, old in before.items():
+            if at in listed:
                 continue
-            held = cache().get(*at)
-            if held is not None and held.meta.uid == was.uid:
-                repaired += await self._fetch(kind, at, feed, gone=was.uid)
+            cached = cache().get(*at)
+            if cached is not None and cached.meta.uid == old.uid:
+                repaired += await self._fetch(kind, at, feed, gone=old.uid)
         return repaired
 
     async def _fetch(self, kind: str, at: tuple[str, str], feed: Feed, gone: str = "") -> int:
         try:
             feed(await self._cluster.get(kind, *at))
-        except NotFound:
+        except ObjectNotFoundError:
             if gone:
                 feed(_tombstone(at, gone), deleted=True)
-        log.info("a lost event was made up for", extra={"kind": kind, "object": "/".join(at)})
+        log.info("repaired a lost watch event", extra={"kind": kind, "object": "/".join(at)})
         return 1
 
 
-def _behind(held: str, meta: Mapping[str, Any]) -> bool:
+def _behind(cached: str, meta: Mapping[str, Any]) -> bool:
     try:
-        return int(held) < int(meta["resourceVersion"])
+        return int(cached) < int(meta["resourceVersion"])
     except ValueError:
-        return bool(held != meta["resourceVersion"])
+        return bool(cached != meta["resourceVersion"])
 
 
 def _tombstone(at: tuple[str, str], uid: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Keys to look at, each at most once at a time.
+"""A queue of keys to reconcile, each handed out to at most one worker at a time.
 
-Filled by handlers, resync and requeues; emptied by the workers. A key added while it is being worked on
-is worked on once more afterwards; of several due times the earliest wins. A failed key comes back after a
-back-off of its own. Holds keys only: what to do is found out when its turn comes.
+A key that is added while a worker has it is handed out once more afterwards. Of several due times the earliest wins. A
+failed key is due again after its own exponential back-off. The queue holds only keys: a worker observes the object's
+state when it gets the key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BACKOFF_MAX_S = 30.0
 
 
 class WorkQueue(Generic[K]):
-    """One event loop only; nothing here is thread-safe."""
+    """Belongs to one event loop; it is not thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,11 +34,11 @@ class WorkQueue(Generic[K]):
         self._changed = asyncio.Event()
 
     def add(self, key: K, delay_s: float = 0.0) -> None:
-        """Marks a key dirty, to be looked at in `delay_s` seconds or earlier."""
+        """Marks a key dirty: it is due in `delay_s` seconds at the latest."""
         self._add_at(key, self._clock() + max(0.0, delay_s))
 
     async def get(self) -> K:
-        """The next due key; the caller owes `done`."""
+        """Waits for the next due key. The caller must call `done` for it."""
         while True:
             wait_s = self._next_wait_s()
             if wait_s is not None and wait_s <= 0:
@@ -54,7 +54,7 @@ class WorkQueue(Generic[K]):
                 continue
 
     def done(self, key: K, *, failed: bool = False) -> None:
-        """Ends the work on a key; a failed one is due again after its back-off."""
+        """Marks the work on a key as finished; a failed one is due again after its back-off."""
         self._working.discard(key)
         again = self._again.pop(key, None)
         if failed:
@@ -67,17 +67,17 @@ class WorkQueue(Generic[K]):
                 self._add_at(key, again)
 
     def ready_depth(self) -> int:
-        """Keys that are due now."""
+        """Returns the number of keys that are due now."""
         now = self._clock()
         return sum(1 for due in self._due.values() if due <= now)
 
     def oldest_age_s(self) -> float:
-        """How long the most overdue key has waited; 0 when none is due."""
+        """Returns how many seconds the most overdue key has waited; 0 if none is due."""
         now = self._clock()
         return max(0.0, max((now - due for due in self._due.values()), default=0.0))
 
     def idle(self) -> bool:
-        """Nothing due and nothing under way."""
+        """True if no key is due and no worker has one."""
         return not self._working and self.ready_depth() == 0
 
     def _add_at(self, key: K, due: float) -> None:
@@ -90,10 +90,10 @@ class WorkQueue(Generic[K]):
             self._changed.set()
 
     def _next_wait_s(self) -> float | None:
-        """Seconds until the first key is due; None when only a change can bring one."""
+        """Returns the seconds until the first key is due; None if no key is queued."""
         while self._heap:
             due, _, key = self._heap[0]
             if self._due.get(key) == due:
                 return due - self._clock()
-            heapq.heappop(self._heap)  # moved to an earlier time, or handed out
+            heapq.heappop(self._heap)  # a stale entry: the key is due earlier or was handed out
         return None

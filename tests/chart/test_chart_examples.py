@@ -14,7 +14,7 @@ import yaml
 from chart_kit import CHART, REPOSITORY
 
 from lorapool_api import basemodel, common, loraadapter
-from lorapool_gateway import auth
+from lorapool_gateway.routing import auth
 
 EXAMPLES = REPOSITORY / "examples"
 SPECS: dict[str, type[common.ApiModel]] = {

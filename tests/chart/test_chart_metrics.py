@@ -18,7 +18,7 @@ from lorapool_operator.metrics import Metrics as OperatorMetrics
 from lorapool_operator.metrics import StateCollector
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"
@@ -50,7 +50,7 @@ def exported() -> dict[str, set[str]]:
     operator = OperatorMetrics().registry
     operator.register(StateCollector(empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1))
     clock = Clock()
-    runtime = RuntimeMetrics("ns/base", Accounts(tracked=1), clock)
+    runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}
     for registry in (GatewayMetrics().registry, operator, runtime._registry):
         for collector in list(registry._collector_to_names):

@@ -1,4 +1,4 @@
-"""What an unmodified OpenAI client sees of a warm gateway: answers, streams, lists, one error of each class."""
+"""An unmodified OpenAI client at a warm gateway: responses, streams, model lists, one error of each class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
 
-from lorapool_gateway.auth import KeyTable
+from lorapool_gateway.routing.auth import KeyTable
 
 USER = [{"role": "user", "content": "where is my parcel"}]
 
@@ -281,7 +281,7 @@ async def test_names_that_clients_invent_are_refused_from_memory_and_add_no_seri
     assert runtime.seen == []
 
 
-async def test_a_client_that_waits_to_be_told_to_continue_is_told(here: World) -> None:
+async def test_a_client_that_waits_for_100_continue_receives_it(here: World) -> None:
     body = json.dumps(here.ask("route", text="word " * 1000)).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", int(here.url.rsplit(":", 1)[1]))
     writer.write(

@@ -20,9 +20,10 @@ from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, condition, until, until_it
 
 from lorapool_api.protocol import runtime_token
-from lorapool_gateway import __main__ as process
+from lorapool_gateway import process
+from lorapool_gateway.__main__ import serving_cluster
+from lorapool_gateway.requests.http_client import HttpClient
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.upstream import Upstream
 
 pytestmark = pytest.mark.apiserver
 
@@ -30,7 +31,7 @@ MASTER = "m" * 64
 KEYS_NAMESPACE = "lorapool-system"
 POD_NAME = "pod.runtime.test"
 PATIENCE_S = 30.0
-"""For what takes a fraction of a second where nothing else runs."""
+"""Timeout of waits that take a fraction of a second on an idle machine."""
 CRDS = Path(__file__).parent.parent.parent / "crds"
 
 RIGHTS = """
@@ -76,7 +77,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @dataclass
 class Cluster:
-    """One namespace of the API server, and what a user and a control plane would do in it."""
+    """One namespace of the API server, with the actions of a user and of the control plane in it."""
 
     server: ApiServer
     namespace: str
@@ -102,7 +103,7 @@ class Cluster:
         self.apply({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": encoded})
 
     def base(self, name: str = "tiny", **spec: Any) -> str:
-        """The new object's uid."""
+        """Creates the object; returns its uid."""
         self.apply(self._object("BaseModel", name, {"source": {"uri": "hf://org/tiny"}, **spec}))
         uid: str = self.get("basemodel", name)["metadata"]["uid"]
         return uid
@@ -114,8 +115,8 @@ class Cluster:
         spec = {"baseModelRef": {"name": "tiny"}, "source": {"uri": f"hf://org/{name}"}}
         return self._object("LoraAdapter", name, spec)
 
-    def judge(self, name: str) -> None:
-        """What the operator writes."""
+    def make_ready(self, name: str) -> None:
+        """Writes the status that the operator would write."""
         status = {
             "observedGeneration": 1,
             "digest": digest_of(name),
@@ -126,7 +127,7 @@ class Cluster:
         self.server.kubectl("patch", "-n", self.namespace, *arguments)
 
     def runtime(self, runtime: FakeRuntime, base_uid: str, *, ready: bool = True) -> None:
-        """What Kubernetes writes for a pod behind the base's Service."""
+        """Writes the EndpointSlice that Kubernetes would write for a pod of the base's Service."""
         labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": base_uid}
         self.apply(
             {
@@ -172,7 +173,7 @@ def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 class Loopback(AbstractResolver):
-    """An EndpointSlice may not hold 127.0.0.1; the pod's name leads there, for polls by this, for requests below."""
+    """Resolves every host to 127.0.0.1, which an EndpointSlice may not contain."""
 
     async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
         return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=2, proto=0, flags=0)]
@@ -185,17 +186,17 @@ class Loopback(AbstractResolver):
 async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Gateway]:
     connector = aiohttp.TCPConnector(limit=0, resolver=Loopback(), use_dns_cache=False)
     monkeypatch.setattr(process, "client_session", lambda: aiohttp.ClientSession(connector=connector))
-    connect = Upstream._connect
-    monkeypatch.setattr(Upstream, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
+    connect = HttpClient._connect
+    monkeypatch.setattr(HttpClient, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
     values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
     settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
-    async with process.running(settings, MASTER) as running, aiohttp.ClientSession() as session:
+    async with serving_cluster(settings, MASTER) as running, aiohttp.ClientSession() as session:
         yield Gateway(running, session)
 
 
 @dataclass
 class Gateway:
-    running: process.Running
+    running: process.GatewayProcess
     session: aiohttp.ClientSession
 
     async def ready(self) -> bool:
@@ -235,7 +236,7 @@ async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
 ) -> None:
     uid = here.base()
     here.adapter("route")
-    here.judge("route")
+    here.make_ready("route")
     other = "lp-" + "x" * 43
     here.key(other, "key-other", here.namespace)
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
@@ -260,7 +261,7 @@ async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_sub
 ) -> None:
     uid = here.base(replicas=0)
     here.adapter("route")
-    here.judge("route")
+    here.make_ready("route")
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
         await front.becomes_ready()
         asking = [asyncio.create_task(front.ask("route")) for _ in range(50)]
@@ -275,13 +276,13 @@ async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_sub
         assert 'wakes_total{base="' + here.namespace + '/tiny",result="woken"} 1.0' in await front.metrics()
 
 
-async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_adapter_still_loads(
+async def test_with_the_api_server_down_everything_known_is_served_and_an_idle_adapter_still_loads(
     here: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uid = here.base()
-    here.adapter("hot", "parked")
-    here.judge("hot")
-    here.judge("parked")
+    here.adapter("hot", "idle")
+    here.make_ready("hot")
+    here.make_ready("idle")
     async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
         await front.becomes_ready()
         here.runtime(runtime, uid)
@@ -291,7 +292,7 @@ async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_
             for _ in range(20):
                 assert (await front.ask("hot"))[0] == 200
                 await asyncio.sleep(0.02)
-            assert await front.ask("parked") == (200, f"{here.namespace}/parked@{digest_of('parked')}")
+            assert await front.ask("idle") == (200, f"{here.namespace}/idle@{digest_of('idle')}")
             assert await front.ready()
             async with gateway(here, monkeypatch) as restarted:
                 assert not await restarted.ready()
@@ -300,7 +301,7 @@ async def test_with_the_api_server_down_everything_known_is_served_and_a_parked_
             here.server.resume()
         await until(lambda: _answers(here), 60)
         here.adapter("after")
-        here.judge("after")
+        here.make_ready("after")
         await front.eventually("after", (200, f"{here.namespace}/after@{digest_of('after')}"))
 
 
@@ -319,7 +320,7 @@ async def test_200_adapters_applied_at_once_are_listed_by_a_gateway_of_the_whole
 
 
 def test_the_gateway_was_never_refused(cluster: ApiServer) -> None:
-    """Runs last: no call of this file was beyond the rights above, and nothing was asked for by a request."""
+    """Runs last: no call of this file exceeded the rights above, and no request caused a call."""
     user = f"system:serviceaccount:{KEYS_NAMESPACE}:gateway"
     events = [json.loads(line) for line in cluster.audit_log.read_text().splitlines()]
     own = [event for event in events if event["user"]["username"] == user and event.get("responseStatus")]

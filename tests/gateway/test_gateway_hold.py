@@ -1,4 +1,4 @@
-"""Requests that nothing can answer yet: held, bounded in number and time, woken, and never lost."""
+"""Requests that no replica can answer yet: held, bounded in number and time, and never lost."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, World, condition, failed_status, key_of, ready_status, until, world
 
-from lorapool_gateway.objects import BaseRoute, ObjectRef, base_route
-from lorapool_gateway.wake import ScaleWaker, WakeResult
+from lorapool_gateway.requests.wake import ScaleWaker
+from lorapool_gateway.routing.objects import BaseRoute, ObjectRef, base_route
+from lorapool_gateway.routing.source import ScaleResult
 
-UNJUDGED: dict[str, object] = {}
+UNCHECKED: dict[str, object] = {}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ async def runtime():
 
 @pytest.fixture
 async def here():
-    """A sleeping base and a parked adapter."""
+    """A base at zero replicas and an adapter that is Ready but not loaded."""
     async with world() as made:
         made.base(replicas=0, coldStart={"maxWait": "20s", "maxQueued": 256})
         made.adapter("route")
@@ -56,10 +57,10 @@ async def test_200_held_requests_bring_one_wake_and_all_are_answered(here: World
     scaled: list[ObjectRef] = []
 
     class Scale:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             scaled.append(ref)
             await asyncio.sleep(0.05)
-            return WakeResult.WOKEN
+            return ScaleResult.WOKEN
 
     waker = ScaleWaker(Scale(), here.metrics.wake)
     here.waker.wake = waker.wake  # type: ignore[method-assign]
@@ -117,9 +118,11 @@ async def test_a_client_that_leaves_gives_its_place_back(here: World) -> None:
     assert here.sample("requests_total", base="demo/tiny", adapter="demo/route", code="499") == 1
 
 
-async def test_an_adapter_that_is_not_judged_yet_is_held_until_it_is(here: World, runtime: FakeRuntime) -> None:
+async def test_a_request_for_an_unchecked_adapter_is_held_until_it_is_checked(
+    here: World, runtime: FakeRuntime
+) -> None:
     here.replica(runtime)
-    here.adapter("new", status=UNJUDGED)
+    here.adapter("new", status=UNCHECKED)
     asking = asyncio.create_task(here.post(here.ask("new")))
     await until(lambda: here.sample("held_requests", base="demo/tiny") == 1)
     assert here.waker.woken == []
@@ -129,7 +132,7 @@ async def test_an_adapter_that_is_not_judged_yet_is_held_until_it_is(here: World
 
 
 async def test_a_held_request_gets_the_terminal_failure_as_soon_as_it_is_known(here: World) -> None:
-    here.adapter("new", status=UNJUDGED)
+    here.adapter("new", status=UNCHECKED)
     asking = asyncio.create_task(here.post(here.ask("new")))
     await until(lambda: here.sample("held_requests", base="demo/tiny") == 1)
     here.adapter("new", status=failed_status("UnsupportedFormat", "only safetensors; convert the pickle"))
@@ -152,7 +155,7 @@ async def test_a_transient_failure_is_held_and_told_with_its_own_code_at_the_dea
 
 async def test_one_broken_adapter_does_not_fill_the_line_of_its_base(here: World, runtime: FakeRuntime) -> None:
     here.base(replicas=0, coldStart={"maxWait": "20s", "maxQueued": 2})
-    here.adapter("new", status=UNJUDGED)
+    here.adapter("new", status=UNCHECKED)
     stuck = [asyncio.create_task(here.post(here.ask("new"))) for _ in range(2)]
     await until(lambda: here.sample("held_requests", base="demo/tiny") == 2)
     assert (await here.post(here.ask("new"))).status == 429
@@ -218,13 +221,13 @@ async def test_a_wake_that_fails_is_tried_again_a_bounded_number_of_times(monkey
     calls = 0
 
     class Broken:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             nonlocal calls
             calls += 1
             raise OSError("no API server")
 
     waker = ScaleWaker(Broken(), lambda base, result: results.append(result), settle_s=0)
-    monkeypatch.setattr("lorapool_gateway.wake.BACKOFF_S", (0.001,) * 4)
+    monkeypatch.setattr("lorapool_gateway.requests.wake.BACKOFF_S", (0.001,) * 4)
     waker.wake(sleeping(replicas=0))
     waker.wake(sleeping(replicas=0))
     await until(lambda: results)
@@ -233,7 +236,7 @@ async def test_a_wake_that_fails_is_tried_again_a_bounded_number_of_times(monkey
 
 async def test_a_base_that_is_wanted_up_is_never_woken() -> None:
     class Never:
-        async def scale_from_zero(self, ref: ObjectRef) -> WakeResult:
+        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
             raise AssertionError("not for this base")
 
     waker = ScaleWaker(Never(), lambda base, result: None)

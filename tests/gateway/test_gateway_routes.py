@@ -1,4 +1,4 @@
-"""Names, grants and adapter states, as a table: no socket, no loop."""
+"""Model names, permissions and adapter states, resolved by the route table alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.openai import ApiError, ModelNotFound
-from lorapool_gateway.objects import Endpoint, ObjectRef, RuntimeState, adapter_route, base_route, endpoints
-from lorapool_gateway.pick import candidates
-from lorapool_gateway.routes import Pending, Replica, RouteTable, Target
-from lorapool_gateway.tables import merge_endpoints
+from lorapool_gateway.routing.objects import Endpoint, ObjectRef, RuntimeState, adapter_route, base_route, endpoints
+from lorapool_gateway.routing.pick import candidates
+from lorapool_gateway.routing.routes import Pending, RouteTable, RuntimeReplica, Target
+from lorapool_gateway.routing.table_builder import merge_endpoints
 
 ALL = api_key("all")
 OLD, NEW = "2025-01-01T00:00:00Z", "2026-06-01T00:00:00Z"
@@ -185,15 +185,15 @@ def test_a_pod_in_two_slices_counts_once_and_as_ready_if_one_says_so() -> None:
 
 def test_a_recreated_base_never_adopts_the_pods_of_the_one_before() -> None:
     ref = ObjectRef("demo", "tiny")
-    pods = tuple(Replica(pod) for pod in endpoints(slice_object(("a", {}), uid="an-older-uid")))
+    pods = tuple(RuntimeReplica(pod) for pod in endpoints(slice_object(("a", {}), uid="an-older-uid")))
     routes = table(replicas={ref: pods})
     assert routes.replicas_of(routes.bases[ref]) == ()
 
 
-def replica(pod: str, **state: Any) -> Replica:
+def replica(pod: str, **state: Any) -> RuntimeReplica:
     endpoint = Endpoint(ObjectRef("demo", "tiny"), None, f"uid-{pod}", pod, "http://x", ready=True, terminating=False)
     values = {"boot_id": "b", "ready": True, "draining": False, "in_flight": 0, "loaded": frozenset(), **state}
-    return Replica(endpoint, RuntimeState(**values))
+    return RuntimeReplica(endpoint, RuntimeState(**values))
 
 
 def test_among_replicas_that_hold_the_adapter_the_least_busy_comes_first_and_no_draining_one_at_all() -> None:
@@ -222,5 +222,5 @@ def test_requests_to_the_base_go_to_the_least_busy_replica_by_what_this_gateway_
 def test_a_runtimes_own_word_beats_a_late_endpoint_slice() -> None:
     late = Endpoint(ObjectRef("demo", "tiny"), None, "u", "p", "http://x", ready=False, terminating=False)
     state = RuntimeState("b", ready=True, draining=False, in_flight=0, loaded=frozenset())
-    assert Replica(late, state).usable
-    assert not Replica(late).usable
+    assert RuntimeReplica(late, state).usable
+    assert not RuntimeReplica(late).usable

@@ -15,7 +15,7 @@ from gateway_world import KEY, World, key_of, until, world
 
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import token_sha256
-from lorapool_gateway.runtimes import Followed, RuntimePolls
+from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls
 
 USER: list[Any] = [{"role": "user", "content": "who are you"}]
 
@@ -155,7 +155,7 @@ async def test_the_long_poll_sees_a_load_and_the_end_of_the_runtime(here: World,
     changes = asyncio.Event()
     async with aiohttp.ClientSession() as session:
         polls = RuntimePolls(session, lambda uid: "t" * 64, changes.set)
-        polls.follow({"pod": Followed(served.url, "base-demo-tiny")})
+        polls.follow({"pod": PolledPod(served.url, "base-demo-tiny")})
         await until(lambda: "pod" in polls.states)
         assert polls.states["pod"].ready
         await here.post(here.ask("route"))

@@ -1,4 +1,4 @@
-"""What an API server or a runtime may do to the tables, and a process that is told to stop."""
+"""Faults of the API server and of runtimes, as the tables show them, and a process that receives SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from fakes import FakeRuntime
 from gateway_world import KEY, adapter_object, base_object, key_of, until, until_it
 
 from lorapool_api.protocol import runtime_token
-from lorapool_gateway.kube import Kube
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.objects import ObjectRef
-from lorapool_gateway.runtimes import RuntimePolls
-from lorapool_gateway.store import KeyStore, RouteStore
-from lorapool_gateway.tables import Tables
+from lorapool_gateway.routing.kube import Kube
+from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
+from lorapool_gateway.routing.objects import ObjectRef
+from lorapool_gateway.routing.runtime_polls import RuntimePolls
+from lorapool_gateway.routing.table_builder import TableBuilder
+from lorapool_gateway.routing.watch import KubeSource
 
 REF = ObjectRef("demo", "tiny")
 
@@ -45,11 +46,12 @@ def slice_of(port: int, *, ready: bool = True, terminating: bool = False) -> dic
 
 
 class Watching:
-    """Tables fed by a fake API server, with long-polls."""
+    """Tables built from a fake API server, with long-polls of runtimes."""
 
     def __init__(self, kube: Kube, session: aiohttp.ClientSession) -> None:
-        self.routes, self.keys, self.metrics = RouteStore(), KeyStore(), Metrics()
-        self.tables = Tables(kube, None, "lorapool", self.routes, self.keys, self.metrics)
+        self.routes, self.keys, self.metrics = LiveRoutes(), LiveKeys(), Metrics()
+        self.source = KubeSource(kube, None, "lorapool", self.metrics.watch_failed)
+        self.tables = TableBuilder(self.source, self.routes, self.keys, self.metrics)
         self.tables.polls = RuntimePolls(session, lambda uid: "t" * 64, self.tables.runtimes_changed)
         self.builds = 0
         publish = self.routes.publish
@@ -98,7 +100,7 @@ async def watching(api: FakeKube, folder: Path) -> AsyncIterator[Watching]:
 async def test_an_expired_version_is_listed_again_and_nothing_is_missed(api: FakeKube, tmp_path: Path) -> None:
     async with watching(api, tmp_path) as made:
         await until(lambda: made.tables.synced and api.watches.count("loraadapters") == 1)
-        api.silent = True  # these two changes are never told
+        api.silent = True  # no event is sent for these two changes
         api.put("loraadapters", adapter_object("late"))
         api.delete("loraadapters", "demo/route")
         api.silent = False
@@ -112,7 +114,7 @@ async def test_a_silent_connection_is_given_up_and_the_watch_goes_on_from_where_
     api: FakeKube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watching(api, tmp_path) as made:
-        for watch in made.tables._adapters:
+        for watch in made.source.watches:
             watch._inactivity_timeout_s = 0.2
         await until(lambda: made.tables.synced)
         api.silent = True

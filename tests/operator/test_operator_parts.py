@@ -1,9 +1,8 @@
-"""The small parts: queue, store, settings, merge patch, retry times, metrics."""
+"""The small parts: queue, caches, settings, merge patch, retry times."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
-from lorapool_operator.clock import iso, unix
-from lorapool_operator.intake import Intake
-from lorapool_operator.merge import merge_patch
-from lorapool_operator.retry import retry_at_unix_s
-from lorapool_operator.settings import SettingsError, read_master_token, read_settings
-from lorapool_operator.store import Key, Kind, PodObject, Store
+from lorapool_api.settings import SettingsError
+from lorapool_operator.clock import iso, retry_at_unix_s, unix
+from lorapool_operator.effects.cluster import merge_patch
+from lorapool_operator.settings import read_settings
 from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind, PodObject
+from lorapool_operator.world.intake import Intake
 
 NEEDED = {
     "LORAPOOL_OPERATOR_OWN_NAMESPACE": "lorapool",
@@ -37,7 +36,7 @@ class Clock:
 # --- queue
 
 
-async def test_a_key_is_handed_out_once_however_often_it_is_marked() -> None:
+async def test_a_key_is_handed_out_once_however_often_it_is_added() -> None:
     queue: WorkQueue[str] = WorkQueue()
     for _ in range(5):
         queue.add("a")
@@ -45,7 +44,7 @@ async def test_a_key_is_handed_out_once_however_often_it_is_marked() -> None:
     assert queue.ready_depth() == 0
 
 
-async def test_a_key_that_is_marked_while_it_is_worked_on_comes_again_afterwards() -> None:
+async def test_a_key_that_is_added_while_a_worker_has_it_is_handed_out_again_afterwards() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a")
     key = await queue.get()
@@ -94,7 +93,7 @@ async def test_the_age_of_the_oldest_key_is_known() -> None:
     assert queue.oldest_age_s() == 7.0
 
 
-# --- store and intake
+# --- cache and intake
 
 
 def raw_adapter(
@@ -110,48 +109,48 @@ def raw_adapter(
     }  # fmt: skip
 
 
-def test_a_late_echo_never_takes_back_what_a_newer_answer_said() -> None:
-    store, queue = Store(), WorkQueue[Key]()
-    intake = Intake(store, queue, counts_interval_s=1.0)
+def test_a_late_event_never_overwrites_a_newer_version() -> None:
+    cache, queue = ClusterCache(), WorkQueue[Key]()
+    intake = Intake(cache, queue.add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7))
     intake.adapter(raw_adapter("a", 5))
-    held = store.adapters.get("team", "a")
+    held = cache.adapters.get("team", "a")
     assert held is not None
     assert held.meta.resource_version == "7"
 
 
-def test_a_deletion_of_a_former_object_leaves_the_new_one() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+def test_the_deletion_of_an_older_object_leaves_the_new_one() -> None:
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7, uid="new"))
     intake.adapter(raw_adapter("a", 6, uid="old"), deleted=True)
-    assert store.adapters.get("team", "a") is not None
+    assert cache.adapters.get("team", "a") is not None
 
 
-def test_an_object_that_cannot_be_read_is_left_out_and_breaks_nothing() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+def test_an_object_that_cannot_be_parsed_is_ignored() -> None:
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     broken = raw_adapter("a", 7)
     del broken["spec"]["source"]
     intake.adapter(broken)
-    assert len(store.adapters) == 0
+    assert len(cache.adapters) == 0
 
 
 def test_an_alias_is_held_by_the_oldest_of_a_namespace() -> None:
-    store = Store()
-    intake = Intake(store, WorkQueue[Key](), counts_interval_s=1.0)
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("young", 2, uid="y", alias="fast", created="2026-02-01T00:00:00Z"))
     intake.adapter(raw_adapter("old", 3, uid="o", alias="fast"))
-    young, old = store.adapters.get("team", "young"), store.adapters.get("team", "old")
+    young, old = cache.adapters.get("team", "young"), cache.adapters.get("team", "old")
     assert young is not None
     assert old is not None
-    assert store.alias_holder(young) == Key(Kind.ADAPTER, "team", "old")
-    assert store.alias_holder(old) is None
+    assert cache.alias_holder(young) == Key(ObjectKind.ADAPTER, "team", "old")
+    assert cache.alias_holder(old) is None
     intake.adapter(raw_adapter("old", 3, uid="o"), deleted=True)
-    assert store.alias_holder(young) is None
+    assert cache.alias_holder(young) is None
 
 
-def test_a_pod_tells_where_its_runtime_listens_and_why_it_does_not() -> None:
+def test_a_parsed_pod_has_the_runtimes_address_and_the_reason_why_it_does_not_run() -> None:
     pod = PodObject.parse(
         {
             "metadata": {"namespace": "team", "name": "p", "uid": "u", "labels": {f"{GROUP}/base": "tiny"}},
@@ -179,18 +178,8 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
     assert read_settings({**NEEDED, "LORAPOOL_OPERATOR_NAMESPACES": "*"}).watched == (None,)
 
 
-def test_names_that_kubernetes_injects_for_a_service_are_no_settings() -> None:
-    injected = {
-        "LORAPOOL_OPERATOR_SERVICE_HOST": "10.0.0.1",
-        "LORAPOOL_OPERATOR_PORT": "tcp://10.0.0.1:9090",
-        "LORAPOOL_OPERATOR_PORT_9090_TCP_ADDR": "10.0.0.1",
-        "LORAPOOL_OPERATOR_SERVICE_PORT_METRICS": "9090",
-    }
-    read_settings({**NEEDED, **injected})
-
-
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"LORAPOOL_OPERATOR_RESYNC": "5"}, "unknown setting LORAPOOL_OPERATOR_RESYNC"),
         ({"LORAPOOL_OPERATOR_RESYNC_S": "soon"}, "LORAPOOL_OPERATOR_RESYNC_S"),
@@ -199,18 +188,10 @@ def test_names_that_kubernetes_injects_for_a_service_are_no_settings() -> None:
         ({"LORAPOOL_OPERATOR_RUNTIME_IMAGE": ""}, "LORAPOOL_OPERATOR_RUNTIME_IMAGE"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], told: str) -> None:
+def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read_settings({**NEEDED, **changes})
-    assert told in str(caught.value)
-
-
-def test_a_short_master_token_is_refused_without_being_told(tmp_path: Path) -> None:
-    path = tmp_path / "token"
-    path.write_text("short-secret")
-    with pytest.raises(SettingsError) as caught:
-        read_master_token(path)
-    assert "short-secret" not in str(caught.value)
+    assert message in str(caught.value)
 
 
 # --- merge patch, times
@@ -230,7 +211,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def applied(target: Any, patch: Any) -> Any:
-    """RFC 7386, as the API server does it."""
+    """Applies a merge patch by RFC 7386, as the API server does."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -258,11 +239,11 @@ def test_retry_times_double_within_their_bounds(attempt: int, jitter: float) -> 
     assert min(300.0, 5.0 * 2 ** (attempt - 1)) / 2 <= wait_s <= 300.0
 
 
-def test_a_source_that_names_a_time_is_obeyed_within_reason() -> None:
+def test_the_wait_that_a_source_asks_for_is_kept_up_to_the_longest_wait() -> None:
     assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=60.0) == 60.0
     assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=86400.0) == 300.0
 
 
-def test_times_survive_their_way_through_the_object() -> None:
+def test_times_survive_a_round_trip_through_an_object() -> None:
     assert unix(iso(1_700_000_000.9)) == 1_700_000_000.0
     assert unix("nonsense") is None

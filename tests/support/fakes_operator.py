@@ -1,4 +1,4 @@
-"""What the operator's tests stand in for: sources, and runtimes whose reports a test writes by hand.
+"""Fakes of the operator's tests: sources, and runtimes whose reports a test writes by hand.
 
 `ScriptedRuntime` is the common FakeRuntime over a real socket; a test may replace any report and set the load.
 """
@@ -18,7 +18,7 @@ from lorapool_api.protocol import AdapterReport, RuntimeSnapshot
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection
-from lorapool_operator.facts import Failure, SourceFacts
+from lorapool_operator.world.observed import SourceFacts, SourceFailure
 
 
 def digest(text: str) -> str:
@@ -31,9 +31,9 @@ def found(text: str, *, rank: int = 8) -> SourceFacts:
 
 @dataclass
 class FakeInspector:
-    """Answers by uri; what it does not know it finds, with a digest made from the uri."""
+    """Returns the answer for a uri; an unknown uri is found, with a digest made from the uri."""
 
-    answers: dict[str, SourceFacts | Failure | ArtifactError] = field(default_factory=dict)
+    answers: dict[str, SourceFacts | SourceFailure | ArtifactError] = field(default_factory=dict)
     delay_s: float = 0.0
     asked: list[str] = field(default_factory=list)
     bases_asked: int = 0
@@ -49,7 +49,7 @@ class FakeInspector:
 
     async def adapter(
         self, uri: str, revision: str | None, expected: str | None, base: BaseFacts | None, max_rank: int
-    ) -> SourceFacts | Failure:
+    ) -> SourceFacts | SourceFailure:
         self.asked.append(uri)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -61,13 +61,15 @@ class FakeInspector:
         if isinstance(answer, ArtifactError):
             raise answer
         if isinstance(answer, SourceFacts) and expected not in (None, answer.digest):
-            return Failure(FailureReason.DIGEST_MISMATCH, f"{uri} holds {answer.digest}; correct spec.source.digest.")
+            return SourceFailure(
+                FailureReason.DIGEST_MISMATCH, f"{uri} holds {answer.digest}; correct spec.source.digest."
+            )
         return answer
 
 
 @dataclass
 class ScriptedRuntime(FakeRuntime):
-    """Reports and load as the test says."""
+    """A fake runtime whose reports and load the test sets."""
 
     reports: dict[AdapterKey, dict[str, Any]] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,4 @@
-"""A gateway on a real socket with injected tables: objects are written as a user would, runtimes are fakes.
-
-Used by tests/gateway. Nothing here speaks Kubernetes; test_gateway_apiserver.py does.
-"""
+"""A gateway on a real socket with injected tables and fake runtimes. Nothing here uses a Kubernetes API."""
 
 from __future__ import annotations
 
@@ -20,17 +17,17 @@ from aiohttp import web
 from fakes import FakeRuntime, digest_of
 
 from lorapool_api.common import AdapterKey
-from lorapool_gateway.__main__ import client_session
 from lorapool_gateway.app import Gateway
-from lorapool_gateway.auth import ApiKey, KeyTable
-from lorapool_gateway.dispatch import Dispatcher
-from lorapool_gateway.forward import Forwarder
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.objects import BaseRoute, Endpoint, ObjectRef, adapter_route, base_route, runtime_state
-from lorapool_gateway.routes import Replica, RouteTable
+from lorapool_gateway.process import client_session
+from lorapool_gateway.requests.attempt import RuntimeClient
+from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.routing.auth import ApiKey, KeyTable
+from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
+from lorapool_gateway.routing.objects import BaseRoute, Endpoint, ObjectRef, adapter_route, base_route, runtime_state
+from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.settings import Settings
-from lorapool_gateway.store import KeyStore, RouteStore
-from lorapool_gateway.upstream import Upstream
 
 KEY = "lp-" + "k" * 43
 OTHER_KEY = "lp-" + "o" * 43
@@ -38,14 +35,14 @@ CREATED = "2026-01-01T00:00:00Z"
 
 
 async def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
-    """Waits for what a test cannot be told about; TimeoutError when it does not come."""
+    """Waits for a condition that has no event of its own. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not true():  # noqa: ASYNC110  # the condition has no event of its own
             await asyncio.sleep(0.005)
 
 
 async def until_it(true: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
-    """`until` for what has to be asked over a socket."""
+    """`until` for a condition that is awaited."""
     async with asyncio.timeout(timeout_s):
         while not await true():  # noqa: ASYNC110  # as above
             await asyncio.sleep(0.02)
@@ -83,7 +80,7 @@ def adapter_object(
     uid: str | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
-    """Ready and parked unless a status is given."""
+    """A LoraAdapter, Ready but not loaded unless a status is given."""
     reference = {"name": base} if base_namespace is None else {"name": base, "namespace": base_namespace}
     return {
         "metadata": {
@@ -121,7 +118,7 @@ def key_of(name: str, namespace: str = "demo") -> AdapterKey:
 
 @dataclass
 class FakeWaker:
-    """Counts; a test decides what a wake brings."""
+    """Records the bases that were woken."""
 
     woken: list[ObjectRef] = field(default_factory=list)
 
@@ -133,22 +130,22 @@ class FakeWaker:
 class World:
     settings: Settings
     session: aiohttp.ClientSession
-    routes: RouteStore = field(default_factory=RouteStore)
-    keys: KeyStore = field(default_factory=lambda: KeyStore(KeyTable.of([api_key(KEY)])))
+    routes: LiveRoutes = field(default_factory=LiveRoutes)
+    keys: LiveKeys = field(default_factory=lambda: LiveKeys(KeyTable.of([api_key(KEY)])))
     metrics: Metrics = field(default_factory=Metrics)
     waker: FakeWaker = field(default_factory=FakeWaker)
     url: str = ""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    replicas: dict[ObjectRef, list[Replica]] = field(default_factory=dict)
+    replicas: dict[ObjectRef, list[RuntimeReplica]] = field(default_factory=dict)
     gateway: Gateway = field(init=False)
-    upstream: Upstream = field(init=False)
-    forwarder: Forwarder = field(init=False)
+    http: HttpClient = field(init=False)
+    runtimes: RuntimeClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.upstream = Upstream(read_timeout_s=self.settings.request_timeout_s)
-        self.forwarder = Forwarder(self.upstream, lambda base: "t" * 64)
-        dispatcher = Dispatcher(self.routes, self.waker, self.forwarder, self.metrics)
+        self.http = HttpClient(read_timeout_s=self.settings.request_timeout_s)
+        self.runtimes = RuntimeClient(self.http, lambda base: "t" * 64)
+        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics)
         self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
 
     # --- what happens in the cluster
@@ -164,13 +161,13 @@ class World:
         return AdapterKey(raw["metadata"]["uid"], str(raw["status"].get("digest")))
 
     def replica(self, runtime: FakeRuntime | str, pod: str = "pod-a", base: str = "tiny", **more: Any) -> None:
-        """A runtime (or an address where nothing answers) is a ready pod of the base, its snapshot as of now."""
+        """Adds a ready pod of the base with the snapshot of this runtime, or an address where none listens."""
         url = runtime if isinstance(runtime, str) else runtime.url
         ref = ObjectRef("demo", base)
         endpoint = Endpoint(ref, None, f"uid-{pod}", pod, url, ready=True, terminating=False)
         state = None if isinstance(runtime, str) else runtime_state(runtime.snapshot())
         kept = [item for item in self.replicas.get(ref, []) if item.endpoint.pod_name != pod]
-        self.replicas[ref] = [*kept, replace(Replica(endpoint, state), **more)]
+        self.replicas[ref] = [*kept, replace(RuntimeReplica(endpoint, state), **more)]
         self.publish()
 
     def gone(self, pod: str = "pod-a") -> None:
@@ -194,7 +191,7 @@ class World:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **more)
 
     async def post(self, body: Any, *, path: str = "/v1/chat/completions", **more: Any) -> aiohttp.ClientResponse:
-        """A raw request, read whole."""
+        """Sends a raw request and reads the whole response."""
         headers = {"Authorization": f"Bearer {KEY}", **more.pop("headers", {})}
         data = io.BytesIO(body) if isinstance(body, bytes) else json.dumps(body).encode()
         async with self.session.post(self.url + path, data=data, headers=headers, **more) as response:
@@ -205,7 +202,7 @@ class World:
         return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 
     def sample(self, name: str, **labels: str) -> float:
-        """A sample of the gateway's own metrics; 0 where there is no such series."""
+        """The value of one series of the gateway's metrics; 0 if there is none."""
         return self.metrics.registry.get_sample_value(f"lorapool_gateway_{name}", labels) or 0.0
 
 
@@ -214,7 +211,7 @@ async def world(**settings: Any) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         made = World(Settings(keys_namespace="lorapool", **settings), session)
-        stack.push_async_callback(made.upstream.close)
+        stack.push_async_callback(made.http.close)
         runner = web.ServerRunner(made.gateway.server(), shutdown_timeout=0.1)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from lorapool_api.openai import InvalidRequest, Unavailable
-from lorapool_runtime.openai.detokenizer import EchoedPrompt, echoed
+from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
 from lorapool_runtime.openai.tool_format import PLAIN, learn_format, plain_messages
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class Tokenizer:
 
     async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
         """A prompt told back, token by token."""
-        return await self._within_limits(functools.partial(echoed, self.decode, token_ids))
+        return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         if not self.tool_format.native:

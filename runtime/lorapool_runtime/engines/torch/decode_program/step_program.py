@@ -121,11 +121,8 @@ class StepProgram:
         self._block_tables = np.full((max_batch, 1), NULL_BLOCK, np.int32)
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
         job = self._job = _Program()
-        job.ops, job.count, job.rotary_tables = (
-            ctypes.addressof(self._ops),
-            len(ops),
-            ctypes.addressof(self._rotary_tables),
-        )
+        job.ops, job.count = ctypes.addressof(self._ops), len(ops)
+        job.rotary_tables = ctypes.addressof(self._rotary_tables)
         job.lengths, job.slots, job.lora = self._lengths.ctypes.data, adapters.count, lora.calls
         widest = max(len(group.out_features) for group in adapters.groups)
         self._u = np.zeros(max_batch * widest * adapters.max_rank, np.float32)

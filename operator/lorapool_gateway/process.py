@@ -1,0 +1,134 @@
+"""The life of a gateway process, wherever its objects come from: connects the parts, serves, drains.
+
+`__main__` runs it on the API server's objects, `lorapool_serve` on a folder of YAML files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import aiohttp
+import uvloop
+from aiohttp import web
+
+from lorapool_api.protocol import runtime_token
+from lorapool_gateway.app import Gateway
+from lorapool_gateway.health import health_app
+from lorapool_gateway.metrics import Metrics
+from lorapool_gateway.requests.attempt import RuntimeClient
+from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.wake import ScaleWaker
+from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
+from lorapool_gateway.routing.runtime_polls import RuntimePolls
+from lorapool_gateway.routing.source import ObjectSource, ScaleClient
+from lorapool_gateway.routing.table_builder import TableBuilder
+from lorapool_gateway.settings import Settings
+
+log = logging.getLogger("lorapool_gateway")
+
+BACKLOG = 1024
+SHUTDOWN_S = 1.0
+YOUNG_OBJECTS = 20_000
+"""The garbage collector runs after this many more live objects instead of after 700. Reference counting alone frees
+what a request allocates."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayProcess:
+    gateway: Gateway
+    tables: TableBuilder
+    api_site: web.TCPSite
+    api_port: int
+    metrics_port: int
+
+
+@asynccontextmanager
+async def running(
+    settings: Settings, master_token: str, source: ObjectSource, scale: ScaleClient, metrics: Metrics
+) -> AsyncIterator[GatewayProcess]:
+    """Serves inside the context: on the API port, and metrics and probes on their own port."""
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(client_session())
+        token = lru_cache(maxsize=4096)(lambda base_uid: runtime_token(master_token, base_uid))
+        routes, keys = LiveRoutes(), LiveKeys()
+        tables = TableBuilder(source, routes, keys, metrics)
+        tables.polls = RuntimePolls(session, token, tables.runtimes_changed)
+        stack.push_async_callback(tables.polls.close)
+        waker = ScaleWaker(scale, metrics.wake)
+        stack.push_async_callback(waker.close)
+        http = HttpClient(connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s)
+        stack.push_async_callback(http.close)
+        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: token(base.uid)), metrics)
+        gateway = Gateway(settings, routes, keys, dispatcher, metrics)
+        watching = asyncio.create_task(tables.run(), name="tables")
+        stack.push_async_callback(_cancel, watching)
+
+        def alive() -> bool:
+            return not watching.done()
+
+        health = health_app(metrics, alive, lambda: alive() and tables.synced and not gateway.draining)
+        open_runner = web.AppRunner(health, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port)
+        runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
+        site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
+        log.info("listening on %d, metrics on %d", api_port, metrics_port)
+        yield GatewayProcess(gateway, tables, site, api_port, metrics_port)
+
+
+def client_session() -> aiohttp.ClientSession:
+    """For long-polls of runtimes (requests use `HttpClient`): no limit, no decompression, no proxy."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+        auto_decompress=False,
+        headers={"Accept-Encoding": "identity", "User-Agent": "lorapool-gateway"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+async def drain(process: GatewayProcess, settings: Settings) -> None:
+    """First not ready but accepting, then no new connections; then waits for requests in flight."""
+    log.info("draining", extra={"in_flight": process.gateway.in_flight})
+    process.gateway.draining = True
+    await asyncio.sleep(settings.shutdown_delay_s)
+    await process.api_site.stop()
+    try:
+        async with asyncio.timeout(settings.drain_timeout_s):
+            await process.gateway.idle.wait()
+    except TimeoutError:
+        log.warning("drain timeout", extra={"in_flight": process.gateway.in_flight})
+
+
+async def listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int) -> tuple[web.TCPSite, int]:
+    """Serves on that port (0: a free one) until the stack unwinds."""
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
+    await site.start()
+    return site, int(runner.addresses[0][1])
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Runs on uvloop, with the garbage collector set up for a server.
+
+    The tens of thousands of objects that imports create live as long as the process, so the collector skips them. A
+    full collection of them would delay every request by tens of milliseconds. A full collection of a large route
+    table would as well; the higher threshold makes it rare.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)

@@ -1,0 +1,283 @@
+"""One attempt at one runtime: sends the request, registers the adapter if the runtime does not know it.
+
+An attempt ends in `Accepted` (an open response that must be closed), in a `Refusal` that permits another replica, in
+`Passed` (the runtime's own error response), or in an ApiError for the client. A request that a runtime may have begun
+is never sent again here. A response for any other weights than the pinned ones is withheld.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from urllib.parse import quote
+
+from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE, AdapterKey
+from lorapool_api.openai import (
+    CODE_DRAINING,
+    CODE_NO_SLOT,
+    CODE_NOT_REGISTERED,
+    CODE_QUEUE_FULL,
+    CODE_STARTING,
+    ServerError,
+    Unavailable,
+)
+from lorapool_api.protocol import ROUTE_ADAPTER
+from lorapool_gateway.requests.http_client import (
+    ConnectError,
+    ConnectionLostError,
+    HttpClient,
+    HttpClientError,
+    HttpResponse,
+    ReadTimeoutError,
+)
+from lorapool_gateway.requests.request import InferenceRequest
+from lorapool_gateway.routing.objects import BaseRoute
+from lorapool_gateway.routing.routes import RuntimeReplica, Target
+
+log = logging.getLogger(__name__)
+
+ERROR_BODY_MAX_BYTES = 64 * 1024
+REGISTER_TIMEOUT_S = 10.0
+
+
+class Refusal(StrEnum):
+    """Why a runtime did not accept a request. Nothing was generated, except possibly for LOST."""
+
+    CONNECT = "connect"
+    LOST = "lost"
+    """The connection was lost after the request was sent and before the response began."""
+    DRAINING = "draining"
+    STARTING = "starting"
+    QUEUE_FULL = "queue_full"
+    NO_SLOT = "no_slot"
+    UNAUTHORIZED = "unauthorized"
+
+
+@dataclass(slots=True)
+class Passed:
+    """An error response of the runtime that is passed on to the client."""
+
+    status: int
+    body: bytes
+    retry_after: str | None
+
+
+@dataclass(slots=True)
+class Accepted:
+    """A response that has begun. Its owner must `close` it, which ends a generation that is not complete."""
+
+    response: HttpResponse
+    replica: RuntimeReplica
+    runtime_cold_ms: int | None
+    _release: Callable[[], None]
+
+    def close(self) -> None:
+        self.response.close()
+        self._release()
+
+
+class LoadTimeoutError(Exception):
+    """The hold deadline passed while the runtime was still loading the adapter."""
+
+
+class RuntimeClient:
+    """Sends requests to runtimes and counts them by pod."""
+
+    def __init__(
+        self,
+        http: HttpClient,
+        token: Callable[[BaseRoute], str],
+    ) -> None:
+        self._http = http
+        self._token = token
+        self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
+        self.in_flight: Counter[str] = Counter()
+        """Requests of this gateway by pod uid."""
+
+    async def attempt(
+        self,
+        target: Target,
+        replica: RuntimeReplica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> Accepted | Refusal | Passed:
+        """Raises LoadTimeoutError if no response begins within `patience_s` while `still_loading()`, and ApiError."""
+        pod = replica.endpoint.pod_uid
+        self.in_flight[pod] += 1
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            if not released:
+                released = True
+                self.in_flight[pod] -= 1
+                if self.in_flight[pod] <= 0:
+                    del self.in_flight[pod]
+
+        try:
+            result = await self._attempt(target, replica, request, request_id, still_loading, patience_s)
+            if isinstance(result, HttpResponse):
+                return Accepted(result, replica, _whole(result.headers.get(HEADER_COLD_START)), release)
+        except BaseException:
+            release()
+            raise
+        release()
+        return result
+
+    async def _attempt(
+        self,
+        target: Target,
+        replica: RuntimeReplica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> HttpResponse | Refusal | Passed:
+        headers = {
+            "Authorization": f"Bearer {self._token(target.base)}",
+            "Content-Type": "application/json",
+            HEADER_ADAPTER: target.header,
+            HEADER_USAGE: "1",
+            HEADER_REQUEST_ID: request_id,
+        }
+        for registered in (False, True):
+            sent = await self._post(replica.endpoint.url, request, headers, still_loading, patience_s)
+            if isinstance(sent, Refusal):
+                return sent
+            result = await self._classify(sent, target, replica)
+            if result is not None:
+                return result
+            if not registered and (obstacle := await self._register(target, replica)) is not None:
+                return obstacle
+        raise ServerError(f"A runtime of {target.base.ref} does not keep registrations.")
+
+    async def _post(
+        self,
+        url: str,
+        request: InferenceRequest,
+        headers: dict[str, str],
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> HttpResponse | Refusal:
+        """A response whose status and headers have arrived."""
+        try:
+            response = await self._http.send(url, "POST", request.route, headers, request.body)
+        except ConnectError:
+            return Refusal.CONNECT
+        try:
+            if not await response.head(max(0.0, patience_s)):
+                if still_loading():
+                    raise LoadTimeoutError
+                await response.head()
+        except ReadTimeoutError:
+            raise Unavailable("The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5) from None
+        except ConnectionLostError:
+            return Refusal.LOST
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    async def _classify(
+        self, response: HttpResponse, target: Target, replica: RuntimeReplica
+    ) -> HttpResponse | Refusal | Passed | None:
+        """Sorts a response by status and error code. None: the adapter must be registered first."""
+        if response.status == 200:
+            self._check_identity(response, target, replica)
+            return response
+        try:
+            body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
+        except HttpClientError:
+            body = b""
+        finally:
+            response.close()
+        code = _code(body)
+        match response.status, code:
+            case 404, code if code == CODE_NOT_REGISTERED and target.adapter is not None:
+                return None
+            case 409, code if code == CODE_NO_SLOT:
+                return Refusal.NO_SLOT
+            case 503, code if code == CODE_DRAINING:
+                return Refusal.DRAINING
+            case 503, code if code == CODE_STARTING:
+                return Refusal.STARTING
+            case 429, code if code == CODE_QUEUE_FULL:
+                return Refusal.QUEUE_FULL
+            case 401 | 403, _:
+                log.error("runtime refuses the gateway's token", extra=_where(target, replica))
+                return Refusal.UNAUTHORIZED
+            case 400 | 413 | 422 | 429 | 500 | 503, str():
+                return Passed(response.status, body, response.headers.get("retry-after"))
+        log.error("unexpected response of a runtime", extra={**_where(target, replica), "code": response.status})
+        raise ServerError("The runtime gave a response that the gateway does not understand.", code="bad_upstream")
+
+    def _check_identity(self, response: HttpResponse, target: Target, replica: RuntimeReplica) -> None:
+        answered = response.headers.get(HEADER_ADAPTER)
+        if answered == target.identity:
+            return
+        response.close()
+        log.error(
+            "runtime answered for other weights", extra={**_where(target, replica), "answered": (answered or "")[:200]}
+        )
+        raise ServerError("The runtime answered for another model; the answer was withheld.", code="wrong_adapter")
+
+    async def _register(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+        """One PUT for all concurrent requests that need this adapter on this replica. None: registered."""
+        if target.key is None:
+            return None
+        pending = (replica.endpoint.pod_uid, target.key)
+        task = self._registering.get(pending)
+        if task is None:
+            task = asyncio.create_task(self._put(target, replica), name=f"register {target.identity}")
+            self._registering[pending] = task
+            task.add_done_callback(lambda _: self._registering.pop(pending, None))
+        return await asyncio.shield(task)  # a client that disconnects does not cancel it for the others
+
+    async def _put(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+        descriptor, key = target.descriptor(), target.key
+        assert descriptor is not None
+        assert key is not None
+        path = ROUTE_ADAPTER.format(uid=quote(key.uid, safe=""), digest=quote(key.digest, safe=":"))
+        headers = {"Authorization": f"Bearer {self._token(target.base)}", "Content-Type": "application/json"}
+        body = json.dumps(descriptor.dump()).encode()
+        try:
+            async with asyncio.timeout(REGISTER_TIMEOUT_S):
+                response = await self._http.send(replica.endpoint.url, "PUT", path, headers, body)
+                try:
+                    await response.head()
+                    if response.status in (200, 201, 202):
+                        await response.read_all(ERROR_BODY_MAX_BYTES)
+                        return None
+                    result = await self._classify(response, target, replica)
+                    return result if isinstance(result, Refusal | Passed) else Refusal.LOST
+                finally:
+                    response.close()
+        except (HttpClientError, TimeoutError):
+            return Refusal.CONNECT  # idempotent, and no generation has begun
+
+
+def _code(body: bytes) -> str | None:
+    """`error.code`, or `error.type` if the code is null, of an OpenAI error body; None for any other body."""
+    try:
+        answer: Any = json.loads(body)
+        error = answer["error"]
+        code = error["code"] or error["type"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return code if isinstance(code, str) else None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None
+
+
+def _where(target: Target, replica: RuntimeReplica) -> dict[str, str]:
+    return {"base": str(target.base.ref), "adapter": target.identity, "replica": replica.endpoint.pod_name}

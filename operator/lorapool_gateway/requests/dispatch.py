@@ -1,0 +1,194 @@
+"""Turns a parsed request into an accepted response: resolve, wake, hold, pick, attempt, until the deadline.
+
+A request is resolved again in each round and only until a runtime accepts it, so a response comes from one digest
+only. There is no retry after a response has begun. A request whose runtime was lost before that is sent again once.
+Every wait is bounded and ends when the client disconnects.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from lorapool_api.common import BASE_TARGET
+from lorapool_api.openai import ApiError, Unavailable
+from lorapool_gateway.metrics import Metrics, RequestRecord
+from lorapool_gateway.requests.attempt import Accepted, LoadTimeoutError, Passed, Refusal, RuntimeClient
+from lorapool_gateway.requests.hold import Hold
+from lorapool_gateway.requests.request import InferenceRequest
+from lorapool_gateway.requests.wake import Waker
+from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.live_tables import RouteSource
+from lorapool_gateway.routing.objects import AdapterRoute
+from lorapool_gateway.routing.pick import candidates, is_loaded
+from lorapool_gateway.routing.routes import Entry, Pending, RouteTable, Target
+
+NO_SLOT_ATTEMPTS = 3
+"""The best replica and at most two more."""
+LOST_RETRIES = 1
+MIN_PATIENCE_S = 2.0
+"""A request whose base became ready just before the deadline still has this long for its adapter's load."""
+RECHECK_S = 2.0
+"""A held request checks the table this often even if no change was published."""
+PAUSE_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Pauses after all replicas refused. They grow, so that full runtimes are not overloaded with attempts."""
+RETRY_AFTER_S = 5.0
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        routes: RouteSource,
+        waker: Waker,
+        runtimes: RuntimeClient,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now_unix_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._routes = routes
+        self._waker = waker
+        self._runtimes = runtimes
+        self._metrics = metrics
+        self._hold = Hold(metrics.hold)
+        self._clock = clock
+        self._now_unix_s = now_unix_s
+
+    async def dispatch(
+        self, request: InferenceRequest, key: ApiKey, request_id: str, record: RequestRecord
+    ) -> Accepted | Passed:
+        """Raises ApiError when no replica could answer before the deadline."""
+        rounds, lost, was_held = 0, 0, False
+        held_s = 0.0
+        while True:
+            table = self._routes.table
+            entry = table.find(request.model, key)
+            record.names = _names(entry)
+            resolved = table.check(entry, self._now_unix_s())
+            base = resolved.base
+            deadline_s = record.started_s + base.max_wait_s
+            if isinstance(resolved, Pending):
+                queue, late, pause_s = resolved.adapter.uid, resolved.late, 0.0
+                if resolved.wake:
+                    self._wake_if_down(table, resolved)
+            else:
+                record.identity = resolved.identity
+                result = await self._try(table, resolved, request, request_id, deadline_s)
+                if isinstance(result, Accepted | Passed):
+                    self._note_cold(record, result, held_s if was_held else None)
+                    return result
+                if result is Refusal.LOST:
+                    lost += 1
+                    if lost > LOST_RETRIES:
+                        raise _lost()
+                if result is None:
+                    self._wake_if_down(table, resolved)
+                queue, late = base.uid, _late(resolved, result)
+                pause_s = 0.0 if result is None else _pause(rounds)
+                rounds += 1
+            waiting_since_s = self._clock()
+            await self._wait(queue, table, resolved, late, deadline_s, pause_s, known=was_held)
+            held_s += self._clock() - waiting_since_s
+            was_held = True
+
+    async def _try(
+        self, table: RouteTable, target: Target, request: InferenceRequest, request_id: str, deadline_s: float
+    ) -> Accepted | Passed | Refusal | None:
+        """Tries the replicas in order. None: there is no usable replica. A Refusal is that of the last one."""
+        no_slot = 0
+        last: Refusal | None = None
+        for replica in candidates(target, table.replicas_of(target.base), self._runtimes.in_flight):
+            try:
+                result = await self._runtimes.attempt(
+                    target,
+                    replica,
+                    request,
+                    request_id,
+                    lambda pod=replica.endpoint.pod_uid: self._still_loading(target, pod),  # type: ignore[misc]
+                    max(MIN_PATIENCE_S, deadline_s - self._clock()),
+                )
+            except LoadTimeoutError:
+                raise Unavailable(
+                    f"`{target.identity}` was not loaded in time.",
+                    param="model",
+                    code="load_timeout",
+                    retry_after_s=RETRY_AFTER_S,
+                ) from None
+            if isinstance(result, Accepted | Passed):
+                return result
+            self._metrics.retry(str(target.base.ref), result)
+            last = result
+            if result is Refusal.LOST:
+                return last  # may have begun: `dispatch` decides whether to send it again
+            if result is Refusal.NO_SLOT:
+                no_slot += 1
+                if no_slot >= NO_SLOT_ATTEMPTS:
+                    return last
+        return last
+
+    def _still_loading(self, target: Target, pod_uid: str) -> bool:
+        now = next(
+            (item for item in self._routes.table.replicas_of(target.base) if item.endpoint.pod_uid == pod_uid), None
+        )
+        return now is not None and not is_loaded(target, now)
+
+    def _wake_if_down(self, table: RouteTable, resolved: Target | Pending) -> None:
+        if not any(replica.usable for replica in table.replicas_of(resolved.base)):
+            self._waker.wake(resolved.base)
+
+    async def _wait(
+        self,
+        queue: str,
+        table: RouteTable,
+        resolved: Target | Pending,
+        late: ApiError,
+        deadline_s: float,
+        pause_s: float,
+        *,
+        known: bool,
+    ) -> None:
+        left_s = deadline_s - self._clock()
+        if left_s <= 0:
+            raise late
+        base = resolved.base
+        with self._hold.slot(queue, str(base.ref), base.max_queued, known=known):
+            if pause_s > 0:
+                # A slot may become free without a change of the table.
+                await self._routes.changed(self._routes.table, min(left_s, pause_s))
+            else:
+                await self._routes.changed(table, min(left_s, RECHECK_S))
+
+    @staticmethod
+    def _note_cold(record: RequestRecord, result: Accepted | Passed, held_s: float | None) -> None:
+        load_ms = result.runtime_cold_ms if isinstance(result, Accepted) else None
+        if held_s is not None or load_ms is not None:
+            record.cold_ms = round((held_s or 0.0) * 1000) + (load_ms or 0)
+
+
+def _names(entry: Entry) -> tuple[str, str]:
+    if isinstance(entry, AdapterRoute):
+        return str(entry.base_ref), str(entry.ref)
+    return str(entry.ref), BASE_TARGET
+
+
+def _pause(rounds: int) -> float:
+    return PAUSE_S[min(rounds, len(PAUSE_S) - 1)] * random.uniform(0.7, 1.3)
+
+
+def _lost() -> ApiError:
+    return Unavailable(
+        "The runtime was lost twice before it began to answer.", code="upstream_lost", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def _late(target: Target, refusal: Refusal | None) -> ApiError:
+    base = target.base.ref
+    match refusal:
+        case Refusal.NO_SLOT:
+            message, code = f"Every adapter slot of {base} is in use.", "no_slot"
+        case Refusal.QUEUE_FULL:
+            message, code = f"Every replica of {base} is full.", "queue_full"
+        case _:
+            message, code = f"No replica of {base} became ready in time.", "cold_start_timeout"
+    return Unavailable(message, code=code, retry_after_s=RETRY_AFTER_S)

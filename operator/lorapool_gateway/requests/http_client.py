@@ -1,0 +1,360 @@
+"""An HTTP/1.1 client for runtimes: persistent connections, one request at a time on each, streamed responses.
+
+It supports only what requests to runtimes need: no redirects, cookies, proxies, compression or TLS. The session of a
+general library takes more processor time per request than the rest of the gateway. llhttp (httptools) parses the
+responses. Buffers are bounded, and no request is ever sent twice here.
+
+    HttpClientError
+    ├── ConnectError           nothing was sent
+    ├── ConnectionLostError    the connection was lost, or the response is not HTTP: the request may have begun
+    └── ReadTimeoutError       no byte for `read_timeout_s`
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from typing import Final, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+HEAD_MAX_BYTES: Final = 64 * 1024
+BUFFER_BYTES: Final = 256 * 1024
+"""Unread bytes of a response's body; beyond this the connection is paused until they are read."""
+JOIN_BYTES: Final = 64 * 1024
+"""A shorter body is written together with its headers."""
+
+
+class HttpClientError(Exception):
+    pass
+
+
+class ConnectError(HttpClientError):
+    pass
+
+
+class ConnectionLostError(HttpClientError):
+    pass
+
+
+class ReadTimeoutError(HttpClientError):
+    pass
+
+
+class HttpResponse:
+    """A response in progress. Its owner awaits `head`, then calls `read` until it returns b"", and always closes it."""
+
+    __slots__ = (
+        "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop", "_timeout_s",
+        "_timer", "_waiter", "headers", "status",
+    )  # fmt: skip
+
+    def __init__(self, connection: _Connection, loop: asyncio.AbstractEventLoop, read_timeout_s: float) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        """Names are in lower case. Of a repeated name the first value is kept."""
+        self._connection: _Connection | None = connection
+        self._loop = loop
+        self._body: deque[bytes] = deque()
+        self._buffered = 0
+        self._begun = self._complete = False
+        self._error: HttpClientError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._timeout_s = read_timeout_s
+        self._last_s = loop.time()
+        self._timer = loop.call_later(read_timeout_s, self._check_timeout)
+
+    async def head(self, patience_s: float | None = None) -> bool:
+        """Waits for status and headers; False if `patience_s` passes first. Raises HttpClientError."""
+        if self._begun:
+            return True
+        self._check()
+        waiter = self._waiter = self._loop.create_future()
+        timer = None if patience_s is None else self._loop.call_later(patience_s, _wake, waiter)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+        if not self._begun:
+            self._check()
+        return self._begun
+
+    async def read(self) -> bytes:
+        """The bytes received since the last call; b"" at the end. Raises HttpClientError."""
+        while not self._body:
+            self._check()
+            if self._complete:
+                return b""
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        data = self._body.popleft() if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        self._buffered = 0
+        if self._connection is not None:
+            self._connection.resume()
+        return data
+
+    async def read_all(self, bound: int) -> bytes | None:
+        """The whole body; None if it is longer than `bound` bytes. Raises HttpClientError."""
+        parts, size = [], 0
+        while data := await self.read():
+            parts.append(data)
+            size += len(data)
+            if size > bound:
+                return None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Cuts the connection if the response is not complete, which ends the generation."""
+        self._timer.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.drop()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # --- events from the connection
+
+    def begun(self, status: int) -> None:
+        self.status, self._begun = status, True
+        _wake(self._waiter)
+
+    def arrived(self, data: bytes) -> bool:
+        """Takes a part of the body; returns whether more may be read from the connection."""
+        self._body.append(data)
+        self._buffered += len(data)
+        _wake(self._waiter)
+        return self._buffered < BUFFER_BYTES
+
+    def touched(self) -> None:
+        self._last_s = self._loop.time()
+
+    def completed(self) -> None:
+        self._complete, self._connection = True, None
+        self._timer.cancel()
+        _wake(self._waiter)
+
+    def failed(self, error: HttpClientError) -> None:
+        if self._error is None and not self._complete:
+            self._error, self._connection = error, None
+            self._timer.cancel()
+            _wake(self._waiter)
+
+    def _check_timeout(self) -> None:
+        """Runs when the timer expires, which is not reset with every byte, and sets the next one."""
+        if self._connection is None:
+            return
+        if self._buffered >= BUFFER_BYTES:  # this process reads slowly; the runtime is not at fault
+            self._last_s = self._loop.time()
+        left_s = self._last_s + self._timeout_s - self._loop.time()
+        if left_s > 0.001:
+            self._timer = self._loop.call_later(left_s, self._check_timeout)
+            return
+        connection = self._connection
+        self.failed(ReadTimeoutError(f"no byte for {self._timeout_s:g} s"))
+        connection.drop()
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
+
+
+class _Connection(asyncio.Protocol):
+    """One socket; llhttp calls the `on_` methods while it parses."""
+
+    def __init__(self, pool: HttpClient, url: str) -> None:
+        self._pool, self._url = pool, url
+        self._parser = httptools.HttpResponseParser(self)
+        self._response: HttpResponse | None = None
+        self._headers: dict[str, str] = {}
+        self._head_bytes = 0
+        self._in_body = self._paused = False
+        self.transport: asyncio.Transport | None = None
+        self.idle_since_s = 0.0
+
+    # --- events from asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._pool.forget(self._url, self)
+        self._fail(ConnectionLostError("the connection was closed" if exc is None else str(exc)))
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._break(f"the response is not HTTP ({type(error).__name__})")
+            return
+        if not self._in_body and self._head_bytes > HEAD_MAX_BYTES:
+            self._break("the response headers are too long")
+        elif self._response is not None:
+            self._response.touched()
+
+    # --- events from llhttp
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # 100 Continue: the final response follows
+            self._headers = {}
+            return
+        self._in_body = True
+        if self._response is None:
+            self._break("the runtime sent a response without a request")
+            return
+        self._response.headers, self._headers = self._headers, {}
+        self._response.begun(status)
+
+    def on_body(self, data: bytes) -> None:
+        if self._response is not None and not self._response.arrived(data) and not self._paused and self.transport:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if not self._in_body:
+            return
+        response, self._response = self._response, None
+        self._in_body, self._head_bytes = False, 0
+        if response is None or self.transport is None:
+            return
+        if self._parser.should_keep_alive() and self.transport.get_write_buffer_size() == 0:
+            self.resume()
+            self._pool.keep(self._url, self)
+        else:  # it responded before reading the request, or closes the connection
+            self.transport.abort()
+        response.completed()
+
+    # --- used by HttpResponse and HttpClient
+
+    def send(self, head: bytes, body: bytes, response: HttpResponse) -> None:
+        self._response, self._head_bytes = response, 0
+        if self.transport is None or self.transport.is_closing():
+            self._fail(ConnectionLostError("the connection was closed"))
+        elif len(body) < JOIN_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+
+    def resume(self) -> None:
+        if self._paused and self.transport is not None:
+            self._paused = False
+            self.transport.resume_reading()
+
+    def drop(self) -> None:
+        """Cuts the connection."""
+        self._response = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _break(self, why: str) -> None:
+        self._fail(ConnectionLostError(why))
+        self.drop()
+
+    def _fail(self, error: HttpClientError) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.failed(error)
+
+
+class HttpClient:
+    """Connections to all runtimes, pooled by URL (`http://host:port`)."""
+
+    def __init__(self, *, connect_timeout_s: float = 1.0, read_timeout_s: float = 600.0, idle_s: float = 15.0) -> None:
+        """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection."""
+        self._connect_timeout_s = connect_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._idle_s = idle_s
+        self._idle: dict[str, deque[_Connection]] = {}
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def send(self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> HttpResponse:
+        """Sends a request. Raises ConnectError, and ValueError for a header that contains a line end."""
+        if any("\n" in value or "\r" in value for value in headers.values()):
+            raise ValueError("a header value must not hold a line end")
+        loop = asyncio.get_running_loop()
+        connection = self._take(url, loop.time()) or await self._connect(url)
+        lines = [f"{method} {path} HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Length: {len(body)}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        response = HttpResponse(connection, loop, self._read_timeout_s)
+        connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, response)
+        return response
+
+    async def close(self) -> None:
+        """Closes idle connections. Responses in progress are closed by their owners."""
+        self._closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for connections in list(self._idle.values()):
+            for connection in list(connections):
+                connection.drop()
+        await asyncio.sleep(0)  # transports close in the next iteration of the loop
+
+    async def _connect(self, url: str) -> _Connection:
+        address = urlsplit(url)
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: _Connection(self, url), address.hostname or "", address.port or 80
+                )
+        except (OSError, TimeoutError) as error:
+            raise ConnectError(f"{url}: {type(error).__name__}") from error
+        return connection
+
+    # --- idle connections
+
+    def _take(self, url: str, now_s: float) -> _Connection | None:
+        """Takes the connection that was used last; if that one is too old, so are all others."""
+        connections = self._idle.get(url)
+        while connections:
+            connection = connections.pop()
+            if connection.transport is None or connection.transport.is_closing():
+                continue
+            if now_s - connection.idle_since_s < self._idle_s:
+                return connection
+            connection.drop()
+        return None
+
+    def keep(self, url: str, connection: _Connection) -> None:
+        loop = asyncio.get_running_loop()
+        if self._closed:
+            connection.drop()
+            return
+        connection.idle_since_s = loop.time()
+        self._idle.setdefault(url, deque()).append(connection)
+        if self._sweeping is None:
+            self._sweeping = loop.call_later(self._idle_s, self._sweep)
+
+    def forget(self, url: str, connection: _Connection) -> None:
+        connections = self._idle.get(url)
+        if connections and connection in connections:
+            connections.remove(connection)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweeping = None
+        for url, connections in list(self._idle.items()):
+            while connections and loop.time() - connections[0].idle_since_s >= self._idle_s:
+                connections.popleft().drop()
+            if not connections:
+                del self._idle[url]
+        if self._idle:
+            self._sweeping = loop.call_later(self._idle_s, self._sweep)

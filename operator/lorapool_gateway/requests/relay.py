@@ -1,0 +1,112 @@
+"""Relays an accepted response to the client, whole or as a stream, and records its usage.
+
+Backpressure is passed on: no more is read from the runtime than the client takes. When the runtime is lost in the
+middle of a stream, the client receives one error event and no [DONE]. When the client disconnects, the connection to
+the runtime is closed at once, which ends the generation. Tokens are counted in every case.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from lorapool_api.common import HEADER_USAGE
+from lorapool_api.openai import ApiError, Unavailable
+from lorapool_gateway.metrics import RequestRecord
+from lorapool_gateway.requests.attempt import Accepted
+from lorapool_gateway.requests.http_client import HttpClientError
+from lorapool_gateway.requests.sse import EventFilter, EventTooLongError, error_event, parse_usage
+
+log = logging.getLogger(__name__)
+
+RESPONSE_MAX_BYTES = 64 * 2**20
+NEVER_WAITS_BYTES = 16 * 1024
+"""A shorter write always fits into an empty write buffer (64 KiB) and so needs no timeout."""
+CODE_CLIENT_GONE = 499
+CODE_BROKEN_STREAM = 502
+SSE = "text/event-stream"
+
+
+async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
+    """The body of the response. Raises Unavailable when the runtime is lost; the request is not sent again."""
+    response = accepted.response
+    try:
+        body = await response.read_all(RESPONSE_MAX_BYTES)
+    except HttpClientError:
+        raise _lost("was lost while it answered") from None
+    if body is None:
+        raise _lost("sent a response that is too long")
+    record.usage = parse_usage(response.headers.get(HEADER_USAGE, ""))
+    return body
+
+
+async def relay_stream(
+    request: web.BaseRequest,
+    accepted: Accepted,
+    record: RequestRecord,
+    headers: dict[str, str],
+    *,
+    write_timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> web.StreamResponse:
+    events = EventFilter()
+    out = web.StreamResponse(status=200, headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    out.content_type = SSE
+    out.charset = "utf-8"
+    broken: ApiError | None = None
+    record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
+    try:
+        await out.prepare(request)
+        while True:
+            try:
+                chunk = await accepted.response.read()
+                data = events.feed(chunk)
+            except (HttpClientError, EventTooLongError) as error:
+                broken = _lost(f"was lost mid-answer ({type(error).__name__})")
+                break
+            if data:
+                if record.first_token_s is None:
+                    record.first_token_s = clock()
+                await _write(request, out, data, write_timeout_s)
+            if not chunk:
+                break
+        if broken is None and not events.done and not events.failed:
+            broken = _lost("ended its answer early")
+        if broken is not None:
+            await _write(request, out, error_event(broken), write_timeout_s)
+        await out.write_eof()
+        record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
+    except ConnectionError:
+        pass  # the client has disconnected
+    finally:
+        record.usage = events.usage()
+        accepted.close()
+    if broken is not None:
+        log.warning(
+            "stream was cut off",
+            extra={"replica": accepted.replica.endpoint.pod_name, "error": broken.message},
+        )
+    return out
+
+
+async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+    """Raises ConnectionError when the client has disconnected or reads too slowly."""
+    transport = request.transport
+    try:
+        if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:
+            await out.write(data)
+            return
+        async with asyncio.timeout(timeout_s):
+            await out.write(data)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionAbortedError("the client reads too slowly") from None
+
+
+def _lost(what: str) -> ApiError:
+    return Unavailable(f"The runtime {what}.", code="upstream_lost", retry_after_s=1)

@@ -1,0 +1,183 @@
+"""Kubernetes objects parsed into the fields that requests need. Pure.
+
+Two equal values mean that nothing has changed that a request could notice, so a status write that only counts usage
+does not rebuild the tables. An object that cannot be parsed raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, Reason, duration_s
+from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
+from lorapool_api.protocol import RUNTIME_PORT, AdapterState, RuntimeSnapshot, Tier
+
+PORT_NAME = "http"
+
+
+class ObjectRef(NamedTuple):
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRoute:
+    ref: ObjectRef
+    uid: str
+    created_unix_s: float
+    spec: BaseModelSpec = field(repr=False)
+    max_wait_s: float
+    max_queued: int
+
+    @property
+    def desired_replicas(self) -> int:
+        """The number that the scale subresource asks for; the minimum when it is not set."""
+        replicas = self.spec.replicas
+        return replicas if replicas is not None else self.spec.scaling.min_replicas
+
+    def admits(self, namespace: str) -> bool:
+        """Whether adapters of this namespace may use the base."""
+        return namespace == self.ref.namespace or namespace in self.spec.access.namespaces
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRoute:
+    ref: ObjectRef
+    uid: str
+    created_unix_s: float
+    base_ref: ObjectRef
+    spec: LoraAdapterSpec = field(repr=False)
+    status_is_current: bool
+    """The status was written for the present spec."""
+    ready: bool
+    digest: str | None
+    revision: str | None
+    source_uri: str | None
+    """The source that `digest` was resolved from; differs from the spec's while a new source is being checked."""
+    awaiting_runtime: bool
+    failure: FailureStatus | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One address of an EndpointSlice."""
+
+    base_ref: ObjectRef
+    base_uid: str | None
+    pod_uid: str
+    pod_name: str
+    url: str
+    ready: bool
+    terminating: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeState:
+    """The fields of a runtime's last snapshot that are needed to pick a replica."""
+
+    boot_id: str
+    ready: bool
+    draining: bool
+    in_flight: int
+    loaded: frozenset[tuple[str, str]]
+    """(uid, digest) of the adapters that answer without a load."""
+
+
+def base_route(raw: Mapping[str, Any]) -> BaseRoute:
+    metadata = raw["metadata"]
+    spec = BaseModelSpec.model_validate(raw.get("spec") or {})
+    return BaseRoute(
+        ref=_ref(metadata),
+        uid=str(metadata["uid"]),
+        created_unix_s=_unix_s(metadata),
+        spec=spec,
+        max_wait_s=duration_s(spec.cold_start.max_wait),
+        max_queued=spec.cold_start.max_queued,
+    )
+
+
+def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
+    metadata = raw["metadata"]
+    spec = LoraAdapterSpec.model_validate(raw.get("spec") or {})
+    status = LoraAdapterStatus.model_validate(raw.get("status") or {})
+    conditions = {condition.type: condition for condition in status.conditions}
+    ready = conditions.get(AdapterCondition.READY)
+    resolved = conditions.get(AdapterCondition.RESOLVED)
+    return AdapterRoute(
+        ref=_ref(metadata),
+        uid=str(metadata["uid"]),
+        created_unix_s=_unix_s(metadata),
+        base_ref=ObjectRef(spec.base_model_ref.namespace or metadata["namespace"], spec.base_model_ref.name),
+        spec=spec,
+        status_is_current=status.observed_generation is not None
+        and status.observed_generation >= int(metadata.get("generation", 0)),
+        ready=ready is not None and ready.status == "True",
+        digest=status.digest,
+        revision=status.revision,
+        source_uri=status.source_uri,
+        awaiting_runtime=resolved is not None and resolved.reason == Reason.AWAITING_RUNTIME,
+        failure=status.failure,
+        message=ready.message if ready is not None else "",
+    )
+
+
+def endpoints(raw: Mapping[str, Any]) -> Iterator[Endpoint]:
+    """The pods of one EndpointSlice; none if its labels name no base."""
+    metadata = raw["metadata"]
+    labels = metadata.get("labels") or {}
+    base = labels.get(LABEL_BASE)
+    if not base:
+        return
+    port = _port(raw.get("ports") or [])
+    for item in raw.get("endpoints") or []:
+        addresses = item.get("addresses") or []
+        pod = item.get("targetRef") or {}
+        if not addresses or not pod.get("uid"):
+            continue
+        host = str(addresses[0])
+        conditions = item.get("conditions") or {}
+        yield Endpoint(
+            base_ref=ObjectRef(str(metadata["namespace"]), str(base)),
+            base_uid=labels.get(LABEL_BASE_UID),
+            pod_uid=str(pod["uid"]),
+            pod_name=str(pod.get("name", "")),
+            url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            ready=conditions.get("ready") is not False,  # the API defines an absent value as ready
+            terminating=bool(conditions.get("terminating")),
+        )
+
+
+def runtime_state(snapshot: RuntimeSnapshot) -> RuntimeState:
+    return RuntimeState(
+        boot_id=snapshot.boot_id,
+        ready=snapshot.ready,
+        draining=snapshot.draining,
+        in_flight=snapshot.in_flight + snapshot.waiting,
+        loaded=frozenset(
+            (item.uid, item.digest)
+            for item in snapshot.adapters
+            if item.state is AdapterState.LOADED and item.tier is Tier.DEVICE
+        ),
+    )
+
+
+def _ref(metadata: Mapping[str, Any]) -> ObjectRef:
+    return ObjectRef(str(metadata["namespace"]), str(metadata["name"]))
+
+
+def _unix_s(metadata: Mapping[str, Any]) -> float:
+    text = str(metadata.get("creationTimestamp") or "")
+    return datetime.fromisoformat(text).timestamp() if text else 0.0
+
+
+def _port(ports: list[Mapping[str, Any]]) -> int:
+    named = [item for item in ports if item.get("name") == PORT_NAME] or ports
+    return int(named[0].get("port") or RUNTIME_PORT) if named else RUNTIME_PORT

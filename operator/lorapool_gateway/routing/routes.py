@@ -1,0 +1,242 @@
+"""Resolves a model name for a caller to the weights that the request will run on. Pure.
+
+The table is immutable and replaced whole. An unknown and a forbidden model look the same to a caller, and no name ever
+falls back to the base. Names are tried in this order: `namespace/name`; `name`, if exactly one object that the caller
+may see has it; an alias or a base's served name, which belongs to the oldest object that claims it.
+
+    check -> Target    pinned to the base, or to the adapter's uid and digest
+          -> Pending   no digest yet, or the source is being retried: hold the request
+          -> raises    Unprocessable, Unavailable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from lorapool_api.common import BASE_TARGET, AdapterKey, FailureReason
+from lorapool_api.openai import ApiError, ModelNotFound, Unavailable, Unprocessable, client_fault
+from lorapool_api.protocol import AdapterDescriptor, descriptor_of
+from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.objects import AdapterRoute, BaseRoute, Endpoint, ObjectRef, RuntimeState
+
+Entry = BaseRoute | AdapterRoute
+
+RETRY_AFTER_S = 5.0
+"""For errors of unknown duration."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeReplica:
+    """A runtime pod: its endpoint, and its own report when there is one."""
+
+    endpoint: Endpoint
+    state: RuntimeState | None = None
+    """None: its long-poll has not answered yet, or has failed."""
+    poll_failed: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may be sent to it. The runtime's own report overrides the API server's."""
+        if self.endpoint.terminating:
+            return False
+        if self.state is not None:
+            return self.state.ready and not self.state.draining
+        return self.endpoint.ready
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The weights that one request runs on: the base, or an adapter at one digest."""
+
+    base: BaseRoute
+    adapter: AdapterRoute | None = None
+    digest: str | None = None
+
+    @property
+    def key(self) -> AdapterKey | None:
+        if self.adapter is None or self.digest is None:
+            return None
+        return AdapterKey(self.adapter.uid, self.digest)
+
+    @property
+    def header(self) -> str:
+        """Value of the adapter header towards the runtime."""
+        return BASE_TARGET if self.key is None else str(self.key)
+
+    @property
+    def identity(self) -> str:
+        """Value of the adapter header that the runtime's response must have and that the client receives."""
+        return BASE_TARGET if self.adapter is None else f"{self.adapter.ref}@{self.digest}"
+
+    def descriptor(self) -> AdapterDescriptor | None:
+        """Names the source that the digest was resolved from; the spec's differs while a new one is checked."""
+        if self.adapter is None:
+            return None
+        spec = self.adapter.spec
+        if self.adapter.source_uri is not None and self.adapter.source_uri != spec.source.uri:
+            source = spec.source.model_copy(update={"uri": self.adapter.source_uri, "revision": None})
+            spec = spec.model_copy(update={"source": source})
+        return descriptor_of(
+            namespace=self.adapter.ref.namespace,
+            name=self.adapter.ref.name,
+            spec=spec,
+            base=self.base.spec,
+            revision=self.adapter.revision,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Hold the request: the adapter has no digest yet."""
+
+    base: BaseRoute
+    adapter: AdapterRoute
+    wake: bool
+    """Only a runtime can read the source, so the base must be running."""
+    late: ApiError
+    """The error that the client receives when the wait times out."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    bases: Mapping[ObjectRef, BaseRoute] = field(default_factory=dict)
+    adapters: Mapping[ObjectRef, AdapterRoute] = field(default_factory=dict)
+    replicas: Mapping[ObjectRef, tuple[RuntimeReplica, ...]] = field(default_factory=dict)
+    canonical: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    short: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+    extra: Mapping[str, tuple[Entry, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        bases: Iterable[BaseRoute],
+        adapters: Iterable[AdapterRoute],
+        replicas: Mapping[ObjectRef, tuple[RuntimeReplica, ...]],
+    ) -> RouteTable:
+        """Builds the table. Each list of objects that claim a name is oldest first; the first one owns the name."""
+        entries: list[Entry] = [*bases, *adapters]
+        entries.sort(key=lambda item: (item.created_unix_s, item.uid))
+        canonical: dict[str, list[Entry]] = {}
+        short: dict[str, list[Entry]] = {}
+        extra: dict[str, list[Entry]] = {}
+        for entry in entries:
+            canonical.setdefault(str(entry.ref), []).append(entry)
+            short.setdefault(entry.ref.name, []).append(entry)
+            other = entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
+            if other:
+                extra.setdefault(other, []).append(entry)
+        return cls(
+            bases={entry.ref: entry for entry in entries if isinstance(entry, BaseRoute)},
+            adapters={entry.ref: entry for entry in entries if isinstance(entry, AdapterRoute)},
+            replicas=replicas,
+            canonical=_frozen(canonical),
+            short=_frozen(short),
+            extra=_frozen(extra),
+        )
+
+    def find(self, model: str, key: ApiKey) -> Entry:
+        """The object with this model name. Raises ModelNotFound."""
+        for index, must_be_alone in ((self.canonical, False), (self.short, True), (self.extra, False)):
+            visible = [entry for entry in index.get(model, ()) if key.sees(entry.ref.namespace)]
+            if not visible:
+                continue
+            if must_be_alone and len(visible) > 1:
+                break
+            entry = visible[0]
+            if isinstance(entry, AdapterRoute) and self._refused(entry):
+                break
+            return entry
+        raise ModelNotFound(model)
+
+    def resolve(self, model: str, key: ApiKey, now_unix_s: float) -> Target | Pending:
+        """`find` and `check` in one call."""
+        return self.check(self.find(model, key), now_unix_s)
+
+    def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
+        """The weights that a request for this object runs on now. Raises Unprocessable, Unavailable."""
+        if isinstance(entry, BaseRoute):
+            return Target(entry)
+        base = self.bases.get(entry.base_ref)
+        if base is None:
+            raise Unavailable(
+                f"BaseModel {entry.base_ref} of `{entry.ref}` does not exist.",
+                param="model",
+                code="base_not_found",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return _check(entry, base, now_unix_s)
+
+    def visible(self, key: ApiKey) -> list[Entry]:
+        """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
+        bases = [base for base in self.bases.values() if key.sees(base.ref.namespace)]
+        adapters = [
+            adapter
+            for adapter in self.adapters.values()
+            if key.sees(adapter.ref.namespace) and not adapter.spec.suspend and not self._refused(adapter)
+        ]
+        bases.sort(key=lambda item: item.ref)
+        adapters.sort(key=lambda item: item.ref)
+        return [*bases, *adapters]
+
+    def replicas_of(self, base: BaseRoute) -> tuple[RuntimeReplica, ...]:
+        """The replicas of this very object: a recreated base never adopts the pods of its predecessor."""
+        return tuple(
+            replica
+            for replica in self.replicas.get(base.ref, ())
+            if replica.endpoint.base_uid is None or replica.endpoint.base_uid == base.uid
+        )
+
+    def _refused(self, adapter: AdapterRoute) -> bool:
+        """Whether the base does not, or no longer, admit this adapter's namespace."""
+        base = self.bases.get(adapter.base_ref)
+        return base is not None and not base.admits(adapter.ref.namespace)
+
+
+def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
+    if adapter.spec.suspend:
+        raise Unprocessable(
+            f"`{adapter.ref}` is suspended. Set spec.suspend to false to serve it.",
+            param="model",
+            code="adapter_suspended",
+        )
+    failure = _failure(adapter, now_unix_s)
+    if failure is not None and isinstance(failure, Unprocessable):
+        raise failure
+    if adapter.digest is not None:
+        return Target(base, adapter, adapter.digest)
+    late = failure or Unavailable(
+        f"`{adapter.ref}` is not ready yet{': ' + adapter.message if adapter.message else ''}.",
+        param="model",
+        code="adapter_not_ready",
+        retry_after_s=RETRY_AFTER_S,
+    )
+    return Pending(base, adapter, wake=adapter.awaiting_runtime, late=late)
+
+
+def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
+    """The failure that blocks requests. None if it concerns an older spec, or if an older digest still serves."""
+    if adapter.failure is None or adapter.ready or not adapter.status_is_current:
+        return None
+    failure = adapter.failure
+    retry_after_s = max(1.0, _unix_s(failure.retry_at) - now_unix_s) if failure.retry_at is not None else None
+    message = f"`{adapter.ref}` cannot be served: {failure.message}"
+    try:
+        reason = FailureReason(failure.reason)
+    except ValueError:  # a reason of a newer operator
+        if failure.retry_at is None:
+            return Unprocessable(message, param="model", code="adapter_failed")
+        return Unavailable(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)
+    return client_fault(reason, message, retry_after_s)
+
+
+def _unix_s(text: str) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _frozen(index: Mapping[str, list[Entry]]) -> Mapping[str, tuple[Entry, ...]]:
+    return {name: tuple(entries) for name, entries in index.items()}

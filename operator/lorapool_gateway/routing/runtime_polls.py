@@ -1,0 +1,113 @@
+"""The states that runtimes report about themselves: one long-poll of `GET /v1/runtime` per pod.
+
+A pod is polled from the moment it has an address. A starting runtime is therefore used as soon as it reports itself
+ready, also while the API server is down. When a poll fails, the pod's state is dropped, not guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import aiohttp
+
+from lorapool_api.protocol import ROUTE_RUNTIME, RuntimeSnapshot
+from lorapool_gateway.routing.objects import RuntimeState, runtime_state
+
+log = logging.getLogger(__name__)
+
+POLL_WAIT_S = 20.0
+CONNECT_TIMEOUT_S = 1.0
+INTERVAL_S = 0.1
+"""Least time between two answers of one runtime: under load its state changes with every request."""
+PARSE_SHARE = 20
+"""The pause is also at least this many times the time that parsing the last answer took: with thousands of adapters,
+polling then costs 5 % of a core."""
+BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class PolledPod(NamedTuple):
+    url: str
+    base_uid: str
+
+
+class RuntimePolls:
+    def __init__(
+        self, session: aiohttp.ClientSession, token: Callable[[str], str], on_change: Callable[[], None]
+    ) -> None:
+        """`token(base_uid)` is the bearer token of a base's runtimes."""
+        self._session = session
+        self._token = token
+        self._on_change = on_change
+        self._tasks: dict[str, tuple[PolledPod, asyncio.Task[None]]] = {}
+        self.states: dict[str, RuntimeState] = {}
+        """By pod uid; absent while unknown."""
+        self.failed: set[str] = set()
+        """Pods whose last poll failed."""
+
+    def follow(self, pods: Mapping[str, PolledPod]) -> None:
+        """Polls exactly these pods, by pod uid, from now on."""
+        for pod_uid, (polled, task) in list(self._tasks.items()):
+            if pods.get(pod_uid) != polled:
+                task.cancel()
+                del self._tasks[pod_uid]
+                self.states.pop(pod_uid, None)
+                self.failed.discard(pod_uid)
+        for pod_uid, polled in pods.items():
+            if pod_uid not in self._tasks:
+                task = asyncio.create_task(self._poll(pod_uid, polled), name=f"poll {polled.url}")
+                self._tasks[pod_uid] = (polled, task)
+
+    async def close(self) -> None:
+        tasks = [task for _, task in self._tasks.values()]
+        self.follow({})
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _poll(self, pod_uid: str, polled: PolledPod) -> None:
+        after: int | None = None
+        failures = 0
+        while True:
+            try:
+                body = await self._get(polled, after)
+                began_s = time.monotonic()
+                snapshot = RuntimeSnapshot.model_validate_json(body)
+                state = runtime_state(snapshot)
+                spent_s = time.monotonic() - began_s
+            except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+                if failures == 0:
+                    log.info("runtime does not answer", extra={"replica": polled.url, "error": repr(error)[:200]})
+                after = None  # a new process counts from the start
+                self._set(pod_uid, None)
+                await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)] * random.uniform(0.7, 1.3))
+                failures += 1
+                continue
+            failures = 0
+            after = snapshot.seq
+            self._set(pod_uid, state)
+            await asyncio.sleep(max(INTERVAL_S, PARSE_SHARE * spent_s))
+
+    async def _get(self, polled: PolledPod, after: int | None) -> bytes:
+        params = {} if after is None else {"after": str(after), "wait": str(POLL_WAIT_S)}
+        headers = {"Authorization": f"Bearer {self._token(polled.base_uid)}"}
+        limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + 10, sock_connect=CONNECT_TIMEOUT_S)
+        async with self._session.get(
+            polled.url + ROUTE_RUNTIME, params=params, headers=headers, timeout=limits, allow_redirects=False
+        ) as response:
+            response.raise_for_status()
+            return await response.read()
+
+    def _set(self, pod_uid: str, state: RuntimeState | None) -> None:
+        failed = state is None
+        if self.states.get(pod_uid) == state and (pod_uid in self.failed) == failed:
+            return
+        if state is None:
+            self.states.pop(pod_uid, None)
+            self.failed.add(pod_uid)
+        else:
+            self.states[pod_uid] = state
+            self.failed.discard(pod_uid)
+        self._on_change()

@@ -1,0 +1,249 @@
+"""The status of a LoraAdapter, from what was observed.
+
+`Loaded=True` requires that a current snapshot of an existing pod reports this digest on the device. An idle adapter is
+Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or starting does not make its adapters unready.
+"""
+
+from __future__ import annotations
+
+from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason, set_conditions
+from lorapool_api.loraadapter import LoraAdapterStatus, ReplicaStatus
+from lorapool_api.protocol import AdapterState, Tier
+from lorapool_operator.clock import iso, unix
+from lorapool_operator.decisions import usage
+from lorapool_operator.decisions.blocker import Blocker
+from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
+from lorapool_operator.decisions.validity import Validity, reason_of
+from lorapool_operator.world.cluster_cache import BaseObject, find_condition
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
+
+COMPATIBILITY = frozenset(
+    {
+        FailureReason.INCOMPATIBLE,
+        FailureReason.WRONG_BASE,
+        FailureReason.RANK_TOO_HIGH,
+        FailureReason.NON_FINITE_WEIGHTS,
+    }
+)
+LOADING = frozenset({FailureReason.NO_CAPACITY, FailureReason.DISK_FULL, FailureReason.LOAD_FAILED})
+
+AWAITING: ConditionValue = (
+    "Unknown",
+    Reason.AWAITING_RUNTIME.value,
+    "Only a runtime can read this source; a request starts one.",
+)
+PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
+
+
+def status_of(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, now: float, settings: PlanSettings
+) -> tuple[LoraAdapterStatus | None, float | None]:
+    """Returns the new status if it differs, and when counted usage is due to be written."""
+    adapter, before, facts = observed.adapter, observed.adapter.status, validity.facts
+    replicas = _replicas(observed, facts.digest if facts is not None else None)
+    on_device = sum(1 for item in replicas if item.tier == Tier.DEVICE)
+    values = conditions_of(observed, blocker, validity, on_device)
+    after = LoraAdapterStatus(
+        observed_generation=adapter.meta.generation,
+        conditions=set_conditions(before.conditions, values, generation=adapter.meta.generation, now=iso(now)),
+        state=_state(values),
+        revision=facts.revision if facts is not None else None,
+        digest=facts.digest if facts is not None else None,
+        source_uri=validity.uri,
+        source_revision=validity.revision,
+        rank=facts.rank if facts is not None else None,
+        target_modules=list(facts.target_modules)[:64] if facts is not None else [],
+        size_bytes=facts.size_bytes if facts is not None else None,
+        loaded_replicas=on_device,
+        loaded=f"{on_device}/{max(observed.min_replicas, on_device, 1)}",
+        replicas=replicas,
+        last_used=before.last_used,
+        usage=before.usage,
+        failure=validity.failure,
+        observed_retry=adapter.meta.retry[:256] if adapter.meta.retry else None,
+        judged=validity.fingerprint,
+    )
+    return _with_usage(observed, after, now, settings)
+
+
+def conditions_of(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int
+) -> dict[str, ConditionValue]:
+    """Returns the value of each condition type."""
+    resolved, compatible = _source(observed, blocker, validity)
+    loaded = _loaded(observed, blocker, validity, on_device)
+    return {
+        AdapterCondition.RESOLVED.value: resolved,
+        AdapterCondition.COMPATIBLE.value: compatible,
+        AdapterCondition.LOADED.value: loaded,
+        AdapterCondition.READY.value: _ready(observed, blocker, validity, loaded),
+        AdapterCondition.PROGRESSING.value: _progressing(blocker, validity),
+    }
+
+
+def _with_usage(
+    observed: ObservedAdapter, after: LoraAdapterStatus, now: float, settings: PlanSettings
+) -> tuple[LoraAdapterStatus | None, float | None]:
+    """Adds usage and last use if something else is written anyway, or if they are due."""
+    before = observed.adapter.status
+    changed = after != before
+    reports = [report for replica in observed.replicas for report in replica.reports]
+    counted = [*(report.usage for report in reports), *observed.lost_usage]
+    folded = usage.fold(before.usage, counted, observed.gone_boot_ids, iso(now))
+    last = max((report.last_used_unix_s or 0.0 for report in reports), default=0.0)
+    newer = int(last) > int(unix(before.last_used) or 0.0)
+    if not newer and not usage.differs(before.usage, folded):
+        return (after if changed else None), None
+    due = (unix(before.usage.as_of) or 0.0) + settings.usage_interval_s if before.usage is not None else now
+    if not changed and now < due:
+        return None, due
+    update = {"usage": folded, "last_used": iso(last) if newer else before.last_used}
+    return after.model_copy(update=update), None
+
+
+def _replicas(observed: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
+    """Returns the runtimes that currently report these files on the device or in host memory."""
+    found = []
+    for replica in observed.replicas:
+        snapshot, report = replica.runtime.current, replica.report(digest)
+        if snapshot is None or report is None:
+            continue
+        on_device = report.tier is Tier.DEVICE and report.state is AdapterState.LOADED
+        if not on_device and report.tier is not Tier.HOST:
+            continue
+        found.append(
+            ReplicaStatus(
+                pod=replica.runtime.pod,
+                pod_uid=replica.runtime.pod_uid,
+                boot_id=snapshot.boot_id,
+                digest=report.digest,
+                tier=report.tier.value,
+                since=iso(report.since_unix_s),
+            )
+        )
+    return sorted(found, key=lambda item: item.pod)[:100]
+
+
+def _source(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity
+) -> tuple[ConditionValue, ConditionValue]:
+    """Returns Resolved and Compatible for the source that the spec names now."""
+    facts, failed = validity.candidate or validity.facts, validity.failed
+    message = validity.failure.message if validity.failure is not None else ""
+    if validity.pending or (facts is None and failed is None):
+        unknown = _not_inspected(observed)
+        if blocker is not None and blocker.reason is not Reason.SUSPENDED:
+            unknown = ("Unknown", blocker.reason.value, blocker.message)
+        return unknown, unknown
+    found = f"{facts.digest} of {facts.size_bytes or 0} bytes." if facts is not None else ""
+    if failed is not None and failed in COMPATIBILITY:
+        return ("True", Reason.RESOLVED.value, found), ("False", failed.value, message)
+    if failed is not None and failed not in LOADING:
+        return ("False", failed.value, message), ("Unknown", failed.value, "The source could not be used.")
+    compatible: ConditionValue = ("True", Reason.COMPATIBLE.value, "")
+    if facts is not None and facts.rank is not None:
+        compatible = ("True", Reason.COMPATIBLE.value, f"Rank {facts.rank} on {', '.join(facts.target_modules)}.")
+    if blocker is not None and blocker.reason is Reason.BASE_NOT_FOUND:
+        compatible = ("Unknown", blocker.reason.value, blocker.message)
+    return ("True", Reason.RESOLVED.value, found), compatible
+
+
+def _not_inspected(observed: ObservedAdapter) -> ConditionValue:
+    return AWAITING if observed.awaits_runtime else PENDING
+
+
+def _loaded(observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int) -> ConditionValue:
+    if on_device:
+        return ("True", Reason.LOADED.value, f"On the device of {on_device} replica{'s' if on_device > 1 else ''}.")
+    if blocker is not None:
+        return ("False", blocker.reason.value, blocker.message)
+    failure = validity.failure if not validity.newer_failed else None
+    if not validity.ok:
+        if failure is not None:
+            return ("False", failure.reason, failure.message)
+        _, reason, message = _not_inspected(observed)
+        return ("False", reason, message)
+    digest = validity.facts.digest if validity.facts is not None else None
+    if any(_is_loading(replica, digest) for replica in observed.replicas):
+        return ("False", Reason.LOADING.value, "A runtime is loading it.")
+    silent = next((item.runtime.pod for item in observed.replicas if _silent_holder(observed, item)), None)
+    if silent is not None:
+        return ("Unknown", Reason.UNAVAILABLE.value, f"Runtime {silent} does not answer; it was loaded there.")
+    if failure is not None:
+        return ("False", failure.reason, failure.message)
+    if _lost(observed):
+        return ("False", Reason.RUNTIME_RESTARTED.value, "The runtime that held it is gone; the next request loads it.")
+    return ("False", Reason.PARKED.value, "Not on a device; the next request loads it.")
+
+
+def _is_loading(replica: AdapterOnReplica, digest: str | None) -> bool:
+    report = replica.report(digest)
+    return report is not None and report.state is AdapterState.LOADING and replica.runtime.current is not None
+
+
+def _silent_holder(observed: ObservedAdapter, replica: AdapterOnReplica) -> bool:
+    """True for a ready pod that had the adapter on its device and does not answer now."""
+    runtime = replica.runtime
+    if runtime.terminating or runtime.fresh or not runtime.ready:
+        return False
+    before = observed.adapter.status.replicas
+    return any(item.pod_uid == runtime.pod_uid and item.tier == Tier.DEVICE for item in before) or any(
+        report.tier is Tier.DEVICE for report in replica.reports
+    )
+
+
+def _lost(observed: ObservedAdapter) -> bool:
+    """True if the process that had the adapter on its device is gone and no other one serves yet."""
+    base, before = observed.base, observed.adapter.status
+    if base is None or base.spec.replicas == 0 or observed.serving_pod_uids:
+        return False
+    loaded = find_condition(before.conditions, AdapterCondition.LOADED)
+    return loaded is not None and (loaded.status != "False" or loaded.reason == Reason.RUNTIME_RESTARTED)
+
+
+def _ready(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, loaded: ConditionValue
+) -> ConditionValue:
+    if blocker is not None:
+        return ("False", blocker.reason.value, blocker.message)
+    if validity.failure is not None and not validity.newer_failed:
+        return ("False", validity.failure.reason, validity.failure.message)
+    if not validity.ok:
+        return _not_inspected(observed)
+    refused = _base_failure(observed.base)
+    if refused:
+        return ("False", Reason.BASE_NOT_READY.value, refused)
+    message = "Loaded." if loaded[0] == "True" else "Loads on the next request."
+    if observed.alias_holder is not None:
+        message += f" The alias {observed.adapter.spec.alias} belongs to {observed.alias_holder}, which is older."
+    known = (Reason.LOADED, Reason.LOADING)
+    return ("True", loaded[1] if loaded[1] in known else Reason.PARKED.value, message)
+
+
+def _base_failure(base: BaseObject | None) -> str:
+    """Returns the terminal failure of the base's source, or ""; any other state of a base ends with a request."""
+    resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED) if base is not None else None
+    if base is None or resolved is None or resolved.status != "False" or reason_of(resolved.reason).transient:
+        return ""
+    return f"The source of BaseModel {base.key} cannot be used: {resolved.message}"
+
+
+def _progressing(blocker: Blocker | None, validity: Validity) -> ConditionValue:
+    if validity.rollout_failed:
+        reason = validity.failure.message if validity.failure is not None else ""
+        return ("False", Reason.ROLLOUT_FAILED.value, f"The old files keep being served. {reason}")
+    if blocker is None and validity.candidate is not None:
+        message = f"{validity.candidate.digest} is being loaded in addition to the old files."
+        return ("True", Reason.LOADING.value, message)
+    if blocker is None and validity.ok and (validity.pending or validity.newer_failed):
+        message = "The changed source is being inspected; the old files keep being served."
+        return ("True", Reason.PENDING.value, message)
+    return ("False", Reason.STABLE.value, "")
+
+
+def _state(values: dict[str, ConditionValue]) -> str:
+    """Returns the most informative reason: RolloutFailed takes precedence over Parked."""
+    if values[AdapterCondition.PROGRESSING.value][1] == Reason.ROLLOUT_FAILED:
+        return Reason.ROLLOUT_FAILED.value
+    ready, loaded = values[AdapterCondition.READY.value], values[AdapterCondition.LOADED.value]
+    return loaded[1] if ready[0] == "True" else ready[1]

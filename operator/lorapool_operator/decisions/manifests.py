@@ -1,0 +1,283 @@
+"""The children of a BaseModel as plain objects, ready for server-side apply.
+
+Pods pass the `restricted` pod security standard. They hold no service-account token and no Secret of Lorapool, only the
+sha256 of the bearer token that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
+volume; those come from the administrator's profile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from lorapool_api.basemodel import KIND
+from lorapool_api.common import (
+    ANNOTATION_SPEC_HASH,
+    API_VERSION,
+    LABEL_BASE,
+    LABEL_BASE_UID,
+    LABEL_COMPONENT,
+    LABEL_INSTANCE,
+    LABEL_MANAGED_BY,
+    LABEL_NAME,
+    quantity_bytes,
+)
+from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
+from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
+
+MANAGED_BY = "lorapool-operator"
+METRICS_PORT = 9090
+CACHE_DIR = "/cache"
+PVC_ROOT = "/pvc"
+CACHE_RESERVE = 0.1
+"""The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
+that reaches its limit."""
+DRAIN_RESERVE_S = 5
+"""The runtime stops draining this long before the kubelet kills it."""
+
+Manifest = dict[str, Any]
+
+
+def children_name(base_name: str) -> str:
+    """Returns the name that all children of a base have."""
+    return f"{base_name}-runtime"
+
+
+def selector_labels(base: BaseObject) -> dict[str, str]:
+    """Returns the labels that only pods of this very object have, not those of a deleted one of the same name."""
+    return {LABEL_BASE: base.meta.name, LABEL_BASE_UID: base.meta.uid}
+
+
+def selector_text(base: BaseObject) -> str:
+    """Returns the selector as text, for status.selector of the scale subresource."""
+    return ",".join(f"{key}={value}" for key, value in sorted(selector_labels(base).items()))
+
+
+def children(
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
+) -> list[Manifest]:
+    """Returns all children, each with the hash of its own content as an annotation."""
+    made = [deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256), service(base), pdb(base)]
+    for child in made:
+        child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
+    return made
+
+
+def content_hash(manifest: Manifest) -> str:
+    """Returns a short hash of the whole object, the same for equal content."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def deployment(
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
+) -> Manifest:
+    """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
+    template = pod_template(base, profile, image, token_sha256=token_sha256)
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": _metadata(base),
+        "spec": {
+            "replicas": replicas,
+            "selector": {"matchLabels": selector_labels(base)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "progressDeadlineSeconds": profile.startup_timeout_seconds + 60,
+            "revisionHistoryLimit": 2,
+            "template": template,
+        },
+    }
+
+
+def service(base: BaseObject) -> Manifest:
+    """Returns a headless Service: the gateway reads its EndpointSlices and picks a pod itself."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(base),
+        "spec": {
+            "clusterIP": "None",
+            "selector": selector_labels(base),
+            "ports": [
+                {"name": RUNTIME_PORT_NAME, "port": RUNTIME_PORT, "targetPort": RUNTIME_PORT_NAME, "protocol": "TCP"},
+                {"name": "metrics", "port": METRICS_PORT, "targetPort": "metrics", "protocol": "TCP"},
+            ],
+        },
+    }
+
+
+def pdb(base: BaseObject) -> Manifest:
+    """Returns a budget of one: the drain of a node can proceed, but never stops two replicas at once."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(base),
+        "spec": {
+            "maxUnavailable": 1,
+            "selector": {"matchLabels": selector_labels(base)},
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        },
+    }
+
+
+def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+    """Returns the pod template: restricted, without a service-account token, placed as the profile says."""
+    spec: Manifest = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": profile.termination_grace_period_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": profile.run_as_user,
+            "runAsGroup": profile.run_as_user,
+            "fsGroup": profile.run_as_user,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(base, profile, image, token_sha256=token_sha256)],
+        "volumes": _volumes(profile),
+    }
+    optional = {
+        "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
+        "nodeSelector": profile.node_selector,
+        "tolerations": list(profile.tolerations),
+        "affinity": profile.affinity,
+        "priorityClassName": profile.priority_class_name,
+        "runtimeClassName": profile.runtime_class_name,
+    }
+    spec.update({name: value for name, value in optional.items() if value})
+    return {
+        "metadata": {
+            "labels": {**profile.pod_labels, **_labels(base)},
+            "annotations": {
+                "prometheus.io/scrape": "true",
+                "prometheus.io/port": str(METRICS_PORT),
+                "prometheus.io/path": ROUTE_METRICS,
+                "kubectl.kubernetes.io/default-container": "runtime",
+                **profile.pod_annotations,
+            },
+        },
+        "spec": spec,
+    }
+
+
+def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+    return {
+        "name": "runtime",
+        "image": profile.image or image.image,
+        "imagePullPolicy": profile.image_pull_policy or image.pull_policy,
+        "command": ["python", "-m", "lorapool_runtime"],
+        "env": _env(base, profile, token_sha256=token_sha256),
+        "ports": [
+            {"name": RUNTIME_PORT_NAME, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
+        ],
+        "resources": profile.resources,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "startupProbe": {
+            **_probe(ROUTE_READY),
+            "periodSeconds": 2,
+            "failureThreshold": max(1, profile.startup_timeout_seconds // 2),
+        },
+        "readinessProbe": {**_probe(ROUTE_READY), "periodSeconds": 3, "failureThreshold": 2},
+        "livenessProbe": {**_probe(ROUTE_HEALTH), "periodSeconds": 10, "failureThreshold": 6},
+        "volumeMounts": _mounts(profile),
+    }
+
+
+def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> list[Manifest]:
+    """Returns the runtime's settings from the spec, after the profile's variables so that they take precedence."""
+    spec = base.spec
+    cache_bytes = int(quantity_bytes(profile.cache_size_limit) * (1 - CACHE_RESERVE))
+    values = {
+        "MODEL": spec.source.uri,
+        "REVISION": spec.source.revision or "",
+        "SERVED_NAME": spec.served_name or base.meta.name,
+        "BASE_LABEL": f"{base.meta.namespace}/{base.meta.name}",
+        "DTYPE": spec.dtype.value,
+        "MAX_MODEL_LEN": str(spec.max_model_len),
+        "MAX_RANK": str(spec.lora.max_rank),
+        "SLOTS": str(spec.lora.slots),
+        "HOST_CACHE_BYTES": str(quantity_bytes(spec.lora.host_cache_bytes)),
+        "LISTEN_PORT": str(RUNTIME_PORT),
+        "METRICS_PORT": str(METRICS_PORT),
+        "CACHE_DIR": f"{CACHE_DIR}/artifacts",
+        "CACHE_BYTES": str(cache_bytes),
+        "PVC_ROOT": PVC_ROOT,
+        "THREADS": str(profile.threads) if profile.threads else "",
+        "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
+    }
+    ours = [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
+    ours.append({"name": ENV_TOKEN_SHA256, "value": token_sha256})
+    ours += [
+        {"name": "HOME", "value": "/tmp"},
+        {"name": "HF_HOME", "value": f"{CACHE_DIR}/hf"},
+        {"name": "TORCHINDUCTOR_CACHE_DIR", "value": "/tmp/inductor"},
+    ]
+    taken = {item["name"] for item in ours}
+    return [item for item in profile.env if item.get("name") not in taken] + ours
+
+
+def _volumes(profile: RuntimeProfile) -> list[Manifest]:
+    volumes: list[Manifest] = [
+        {"name": "tmp", "emptyDir": {"sizeLimit": profile.tmp_size_limit}},
+        {"name": "cache", "emptyDir": {"sizeLimit": profile.cache_size_limit}},
+    ]
+    if profile.shm_size_limit:
+        volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size_limit}})
+    for index, volume in enumerate(profile.volumes):
+        claim = {"claimName": volume.claim, "readOnly": volume.read_only}
+        volumes.append({"name": f"pvc-{index}", "persistentVolumeClaim": claim})
+    return volumes
+
+
+def _mounts(profile: RuntimeProfile) -> list[Manifest]:
+    mounts: list[Manifest] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "cache", "mountPath": CACHE_DIR},
+    ]
+    if profile.shm_size_limit:
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    for index, volume in enumerate(profile.volumes):
+        path = f"{PVC_ROOT}/{volume.claim}"
+        mounts.append({"name": f"pvc-{index}", "mountPath": path, "readOnly": volume.read_only})
+    return mounts
+
+
+def _probe(path: str) -> Manifest:
+    return {"httpGet": {"path": path, "port": RUNTIME_PORT_NAME}, "timeoutSeconds": 3}
+
+
+def _labels(base: BaseObject) -> dict[str, str]:
+    return {
+        LABEL_NAME: "lorapool-runtime",
+        LABEL_INSTANCE: base.meta.name,
+        LABEL_COMPONENT: "runtime",
+        LABEL_MANAGED_BY: MANAGED_BY,
+        **selector_labels(base),
+    }
+
+
+def _metadata(base: BaseObject) -> Manifest:
+    return {
+        "name": children_name(base.meta.name),
+        "namespace": base.meta.namespace,
+        "labels": _labels(base),
+        "ownerReferences": [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": base.meta.name,
+                "uid": base.meta.uid,
+                "controller": True,
+                "blockOwnerDeletion": False,
+            }
+        ],
+    }

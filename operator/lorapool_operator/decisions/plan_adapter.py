@@ -1,0 +1,186 @@
+"""Plans what is to be done about one LoraAdapter.
+
+Adapters with minReplicas are registered and pinned on their preferred replicas. All others are left to the gateways,
+which register them on demand. Whatever a runtime holds that it should not is unregistered.
+
+    blocker (suspended, no base, not permitted)  ->  validity  ->  registrations  ->  status
+"""
+
+from __future__ import annotations
+
+from lorapool_api.common import AdapterCondition, AdapterKey, Reason
+from lorapool_api.loraadapter import LoraAdapterStatus
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
+from lorapool_operator.decisions.adapter_status import status_of
+from lorapool_operator.decisions.blocker import Blocker, blocker_of
+from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
+from lorapool_operator.decisions.validity import Validity, decide_validity
+from lorapool_operator.world.cluster_cache import BaseObject, find_condition
+from lorapool_operator.world.observed import ObservedAdapter, SourceFacts
+
+DRAIN_QUIET_S = 5.0
+"""An old digest is unregistered once it was unused for this long: gateways have noticed the switch by then."""
+
+BASE_GRACE_S = 3.0
+"""How long to wait for the base of a new adapter, which may have been created together with it."""
+
+
+def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) -> AdapterPlan:
+    """Returns the whole plan; the same observation, time and settings give the same plan."""
+    blocker = blocker_of(observed.adapter, observed.base)
+    decided = decide_validity(observed, may_inspect=blocker is None, now=now, settings=settings)
+    validity = decided.validity
+    served = blocker is None and observed.base is not None and validity.ok
+    unregisters: tuple[Unregister, ...] = ()
+    quiet_at: float | None = None
+    # without a base there is nothing to unregister: the base's runtimes end with it, or it is only not known yet
+    closed = blocker is not None and blocker.reason is not Reason.BASE_NOT_FOUND
+    if served or closed or (blocker is None and _refused(validity)):
+        unregisters, quiet_at = _unregisters(observed, validity, _digests(validity) if served else frozenset(), now)
+    status, usage_due = status_of(observed, blocker, validity, now, settings)
+    if status is not None and _too_early(observed, blocker, validity, now, settings):
+        status = status if status.replicas != observed.adapter.status.replicas else None
+    base_due = _base_due(observed, blocker, now)
+    if base_due is not None:
+        status = None
+    due = (decided.due, quiet_at, usage_due, base_due)
+    return AdapterPlan(
+        status=status,
+        registers=_registers(observed, observed.base, validity) if served and observed.base is not None else (),
+        unregisters=unregisters,
+        inspect=decided.job,
+        events=_events(observed.adapter.status, status, validity) if status is not None else (),
+        requeue_at=min((at for at in due if at is not None), default=None),
+    )
+
+
+def _digests(validity: Validity) -> frozenset[str]:
+    return frozenset(facts.digest for facts in (validity.facts, validity.candidate) if facts is not None)
+
+
+def _base_due(observed: ObservedAdapter, blocker: Blocker | None, now: float) -> float | None:
+    """Returns until when a missing base is not reported: two watches deliver a base and an adapter made together."""
+    if blocker is None or blocker.reason is not Reason.BASE_NOT_FOUND or observed.adapter.status.conditions:
+        return None
+    due = observed.adapter.meta.created_unix_s + BASE_GRACE_S
+    return due if now < due else None
+
+
+def _refused(validity: Validity) -> bool:
+    """True for a terminal failure. An undetermined result is not a refusal."""
+    return not validity.ok and validity.failure is not None and validity.failure.retry_at is None
+
+
+def _too_early(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, now: float, settings: PlanSettings
+) -> bool:
+    """True while a pending inspection is not reported yet, so that a quick one costs one status write, not two."""
+    if blocker is not None or not validity.pending or observed.awaits_runtime:
+        return False
+    since = observed.running.running_since_unix_s if observed.running is not None else None
+    return since is None or now < since + settings.pending_status_s
+
+
+def _registers(observed: ObservedAdapter, base: BaseObject, validity: Validity) -> tuple[Register, ...]:
+    """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded."""
+    warm = set(observed.serving_pod_uids[: observed.min_replicas])
+    trial = set(observed.serving_pod_uids[: max(1, observed.min_replicas)])
+    source = observed.adapter.spec.source
+    wanted: list[Register] = []
+    for replica in observed.replicas:
+        snapshot, pod_uid = replica.runtime.current, replica.runtime.pod_uid
+        if snapshot is None or not replica.runtime.serving:
+            continue
+        for facts, uri, revision, pinned, load in (
+            (validity.facts, validity.uri, validity.revision, pod_uid in warm, pod_uid in warm),
+            (validity.candidate, source.uri, source.revision, False, pod_uid in trial),
+        ):
+            report = replica.report(facts.digest) if facts is not None else None
+            if facts is None or not (load or (report is not None and report.state is AdapterState.LOADED)):
+                continue
+            descriptor = _descriptor(observed, base, facts, uri or source.uri, revision, pinned=pinned, load=load)
+            if report is not None and observed.registered.get((snapshot.boot_id, facts.digest)) == descriptor:
+                continue
+            key = AdapterKey(observed.adapter.meta.uid, facts.digest)
+            wanted.append(Register(pod_uid, replica.runtime.pod, key, descriptor))
+    return tuple(wanted)
+
+
+def _descriptor(
+    observed: ObservedAdapter,
+    base: BaseObject,
+    facts: SourceFacts,
+    uri: str,
+    revision: str | None,
+    *,
+    pinned: bool,
+    load: bool,
+) -> AdapterDescriptor:
+    """Returns the common descriptor with the source of these very files: during a rollout there are two sources."""
+    adapter = observed.adapter
+    made = descriptor_of(
+        namespace=adapter.meta.namespace,
+        name=adapter.meta.name,
+        spec=adapter.spec,
+        base=base.spec,
+        revision=facts.revision,
+        pinned=pinned,
+        load=load,
+    )
+    return made.model_copy(update={"source": SourceRef(uri=uri, revision=facts.revision or revision)})
+
+
+def _unregisters(
+    observed: ObservedAdapter, validity: Validity, keep: frozenset[str], now: float
+) -> tuple[tuple[Unregister, ...], float | None]:
+    """Returns what to unregister now, and when to look again at digests that may still be in use after a switch."""
+    leave: list[Unregister] = []
+    later: list[float] = []
+    for replica in observed.replicas:
+        if replica.runtime.current is None:
+            continue
+        for report in replica.reports:
+            if report.state is AdapterState.DRAINING:
+                later.append(now + DRAIN_QUIET_S)  # it is being unloaded or moved between tiers
+                continue
+            if report.digest in keep:
+                if not _outdated_failure(observed, validity, report):
+                    continue
+            elif keep:
+                quiet_at = (report.last_used_unix_s or 0.0) + DRAIN_QUIET_S
+                if report.in_flight > 0 or report.waiting > 0 or now < quiet_at:
+                    later.append(max(quiet_at, now + 1.0))
+                    continue
+            key = AdapterKey(report.uid, report.digest)
+            leave.append(Unregister(replica.runtime.pod_uid, replica.runtime.pod, key, report.display))
+    return tuple(leave), min(later, default=None)
+
+
+def _outdated_failure(observed: ObservedAdapter, validity: Validity, report: AdapterReport) -> bool:
+    """True for a runtime's failure from before a repeated inspection: it must not outlive the new result."""
+    result = observed.inspection
+    return (
+        report.state is AdapterState.FAILED
+        and result is not None
+        and result.fingerprint == validity.fingerprint != observed.adapter.recorded_fingerprint
+        and validity.failure is None
+        and report.since_unix_s < result.at_unix_s
+    )
+
+
+def _events(before: LoraAdapterStatus, after: LoraAdapterStatus, validity: Validity) -> tuple[KubeEvent, ...]:
+    """Returns events for what needs attention and for the switch at the end of a rollout."""
+    events = []
+    if before.digest is not None and after.digest not in (None, before.digest):
+        message = f"Now serving {after.digest}; before: {before.digest}."
+        events.append(KubeEvent(KubeEventType.NORMAL, "Switched", message))
+    failure = after.failure
+    if failure is not None and (before.failure is None or before.failure.reason != failure.reason):
+        reason = Reason.ROLLOUT_FAILED.value if validity.rollout_failed else failure.reason
+        events.append(KubeEvent(KubeEventType.WARNING, reason, failure.message))
+    ready = find_condition(after.conditions, AdapterCondition.READY)
+    was = find_condition(before.conditions, AdapterCondition.READY)
+    blocked = (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
+    if ready is not None and ready.reason in blocked and (was is None or was.reason != ready.reason):
+        events.append(KubeEvent(KubeEventType.WARNING, ready.reason, ready.message))
+    return tuple(events)

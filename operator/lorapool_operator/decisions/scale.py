@@ -1,0 +1,104 @@
+"""How many replicas a base should have, by its spec and the load that its runtimes report.
+
+Scales up at once when the load exceeds the target, down only after the load was low for `scaleDownDelay`, and to the
+lower bound (which may be 0) only after `idleAfter` without any request. Never scales down to the bound while a request
+is in flight, while a replica is starting (within an allowance), or while a ready replica does not answer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lorapool_api.basemodel import Scaling
+from lorapool_api.common import duration_s
+from lorapool_operator.world.observed import ScaleMemory
+
+INITIAL_REPLICAS = 1
+"""A new base starts once, so that a misconfiguration shows before the first request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The present load and state of a base's replicas."""
+
+    in_flight: int
+    """Running and queued requests, summed over all replicas that answer."""
+    silent: int
+    """Number of ready replicas that do not answer."""
+    ready: int
+    """Number of replicas that serve."""
+    last_activity_unix_s: float
+    """The latest of: a request, the start of a replica, the wake-up that asked for it, the object's creation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleDecision:
+    """The number of replicas to ask for, and why."""
+
+    replicas: int
+    reason: str
+    memory: ScaleMemory
+    recheck_unix_s: float | None
+    """When the passing of time alone could change the decision."""
+
+
+def initial_replicas(scaling: Scaling, floor: int) -> int:
+    """Returns the number of replicas for an object without spec.replicas."""
+    return _clamp(max(INITIAL_REPLICAS, floor), scaling, floor)
+
+
+def decide(
+    current: int, scaling: Scaling, load: Load, memory: ScaleMemory, *, floor: int, now: float, start_allowance_s: float
+) -> ScaleDecision:
+    """Decides the number of replicas. `floor` is how many the adapters with minReplicas need."""
+    lowest, bounded = _clamp(0, scaling, floor), _clamp(current, scaling, floor)
+    calm = ScaleMemory()
+    if current == 0:
+        return ScaleDecision(bounded, "warm replicas are wanted" if bounded else "scaled to zero", calm, None)
+    if bounded != current:
+        return ScaleDecision(bounded, f"bounds are {lowest} to {scaling.max_replicas}", calm, None)
+    if load.in_flight > 0 or load.silent > 0:
+        needed = _clamp(max(1, math.ceil(load.in_flight / scaling.target_in_flight)), scaling, floor)
+        if needed > current:
+            return ScaleDecision(needed, f"{load.in_flight} requests in flight", calm, None)
+        if load.silent > 0:
+            return ScaleDecision(current, f"{load.silent} replicas do not answer", calm, None)
+        return _down(current, needed, f"{load.in_flight} requests in flight", scaling, memory, now)
+    if load.ready < current:
+        return _starting(current, lowest, scaling, load, now, start_allowance_s)
+    idle_at = load.last_activity_unix_s + duration_s(scaling.idle_after)
+    if now >= idle_at:
+        return ScaleDecision(lowest, f"no request for {scaling.idle_after}", calm, None)
+    one = _clamp(max(1, lowest), scaling, floor)
+    down = _down(current, one, "no request in flight", scaling, memory, now)
+    recheck = idle_at if down.recheck_unix_s is None else min(idle_at, down.recheck_unix_s)
+    return ScaleDecision(down.replicas, down.reason, down.memory, recheck if current > lowest else None)
+
+
+def _starting(
+    current: int, lowest: int, scaling: Scaling, load: Load, now: float, start_allowance_s: float
+) -> ScaleDecision:
+    """Waits while not all replicas serve: a short idleAfter must not revoke replicas that were just asked for."""
+    patience_s = max(duration_s(scaling.idle_after), start_allowance_s)
+    if load.ready > 0:
+        patience_s = duration_s(scaling.idle_after)
+    give_up_at = load.last_activity_unix_s + patience_s
+    if now >= give_up_at:
+        return ScaleDecision(lowest, f"not started within {int(patience_s)}s", ScaleMemory(), None)
+    return ScaleDecision(current, "starting", ScaleMemory(), give_up_at if current > lowest else None)
+
+
+def _down(current: int, needed: int, why: str, scaling: Scaling, memory: ScaleMemory, now: float) -> ScaleDecision:
+    if needed >= current:
+        return ScaleDecision(current, why, ScaleMemory(), None)
+    since = memory.low_since_unix_s if memory.low_since_unix_s is not None else now
+    due = since + duration_s(scaling.scale_down_delay)
+    if now < due:
+        return ScaleDecision(current, why, ScaleMemory(since), due)
+    return ScaleDecision(needed, f"{why} for {scaling.scale_down_delay}", ScaleMemory(), None)
+
+
+def _clamp(replicas: int, scaling: Scaling, floor: int) -> int:
+    lowest = min(max(scaling.min_replicas, floor), scaling.max_replicas)
+    return min(max(replicas, lowest), scaling.max_replicas)

@@ -1,0 +1,78 @@
+"""Adds the usage that runtime processes count to an adapter's totals.
+
+A runtime reports cumulative counts per process (boot id). The status keeps the totals and, for each live process, the
+share that the totals already include. Adding the same report twice, or again after an operator's restart, is harmless:
+
+    totals += report - share        share := report
+
+A process's share is removed only when the process is known to be gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorapool_api.loraadapter import UsagePart, UsageStatus
+
+COUNTERS = (
+    "requests",
+    "failed_requests",
+    "cancelled_requests",
+    "prompt_tokens",
+    "completion_tokens",
+    "loads",
+    "load_seconds",
+    "residency_seconds",
+)
+MAX_PARTS = 100
+
+
+def fold(
+    previous: UsageStatus | None, reports: Iterable[UsagePart], gone_boots: Iterable[str], now: str
+) -> UsageStatus:
+    """Returns the new totals. Processes of `gone_boots` will not report again; their shares are removed."""
+    before = previous or UsageStatus()
+    shares = {part.boot_id: part for part in before.parts}
+    totals: dict[str, float] = {name: getattr(before, name) for name in COUNTERS}
+    for report in _latest(reports):
+        share = shares.get(report.boot_id)
+        if share is None and not any(getattr(report, name) for name in COUNTERS):
+            continue  # registered but never used
+        for name in COUNTERS:
+            totals[name] += _increase(getattr(report, name), getattr(share, name) if share else 0)
+        shares[report.boot_id] = report
+    for boot in gone_boots:
+        shares.pop(boot, None)
+    parts = sorted(shares.values(), key=lambda part: part.boot_id)[:MAX_PARTS]
+    rounded = {name: _tidy(value) for name, value in totals.items()}
+    return UsageStatus.model_validate({**rounded, "as_of": now, "parts": parts})
+
+
+def differs(before: UsageStatus | None, after: UsageStatus) -> bool:
+    """True if anything was counted since, or a share can be removed."""
+    old = before or UsageStatus()
+    return old.model_copy(update={"as_of": after.as_of}) != after
+
+
+def _latest(reports: Iterable[UsagePart]) -> list[UsagePart]:
+    """Returns one report per process: two digests of an adapter report the same counts, one perhaps slightly older."""
+    best: dict[str, UsagePart] = {}
+    for report in reports:
+        held = best.get(report.boot_id)
+        if held is None or (report.requests, report.residency_seconds) > (held.requests, held.residency_seconds):
+            best[report.boot_id] = report
+    return [_rounded(part) for part in best.values()]
+
+
+def _rounded(part: UsagePart) -> UsagePart:
+    """Rounds to milliseconds, so that a share is equal after a round trip through JSON."""
+    return part.model_copy(update={name: _tidy(getattr(part, name)) for name in ("load_seconds", "residency_seconds")})
+
+
+def _increase(now: float, before: float) -> float:
+    """Returns the increase of a counter; one that fell has restarted from 0."""
+    return now - before if now >= before else now
+
+
+def _tidy(value: float) -> float:
+    return round(value, 3) if isinstance(value, float) else value

@@ -1,0 +1,151 @@
+"""Applies a plan: turns its actions into calls. It decides nothing.
+
+A call that fails raises, and the key is due again after its back-off. The response to a status write enters the cache
+at once, so that the next plan observes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
+from lorapool_operator.effects.cluster import (
+    ClusterWriter,
+    FencedError,
+    ForeignObjectError,
+    ObjectConflictError,
+    ObjectNotFoundError,
+    Subject,
+)
+from lorapool_operator.effects.inspections import InspectionTracker
+from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, ObjectKind
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.observed import BaseMemory, ObservedAdapter
+
+log = logging.getLogger(__name__)
+
+
+class Applier:
+    def __init__(
+        self,
+        cluster: ClusterWriter,
+        cache: ClusterCache,
+        intake: Intake,
+        runtimes: RuntimeTracker,
+        inspections: InspectionTracker,
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._intake = intake
+        self._runtimes = runtimes
+        self._inspections = inspections
+
+    async def adapter(self, observed: ObservedAdapter, plan: AdapterPlan) -> None:
+        """Applies an adapter's plan; the status first, as others act on it. Raises ClusterError, RuntimeCallError."""
+        adapter = observed.adapter
+        if plan.inspect is not None:
+            self._inspections.start(plan.inspect)
+        if plan.status is not None:
+            try:
+                raw = await self._cluster.patch_status(adapter, plan.status.dump())
+            except ObjectNotFoundError:
+                return
+            self._intake.wrote_adapter(raw)
+            self._runtimes.forget_lost(adapter.meta.uid, observed.lost_usage)
+        failures: list[RuntimeCallError] = []
+        for item in plan.registers:
+            try:
+                await self._runtimes.register(item.pod_uid, item.adapter, item.descriptor)
+            except RuntimeCallError as error:
+                failures.append(error)
+        failures += await self._unregister(plan.unregisters)
+        await self._post(_subject(ObjectKind.ADAPTER, adapter), plan.events)
+        if failures:
+            raise failures[0]
+
+    async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> bool:
+        """Applies a base's plan. Returns True if that requires another plan. Raises ClusterError, RuntimeCallError."""
+        replan = False
+        memory.scale = plan.memory
+        if plan.inspect is not None:
+            self._inspections.start(plan.inspect)
+        if plan.scale_to is not None:
+            # first and alone: if a gateway wakes the base at this moment, it wins, and no pod has been stopped yet
+            await self._cluster.scale(base, plan.scale_to)
+            await self._post(_subject(ObjectKind.BASE, base), plan.events)
+            return False
+        if plan.remove_deployment_uid is not None:
+            await self._remove_deployment(plan.remove_deployment_uid)
+        if plan.children:
+            replan = memory.children_applied(plan.children_hash, await self._apply_children(plan))
+        if plan.status is not None:
+            try:
+                raw = await self._cluster.patch_status(base, plan.status.dump())
+            except ObjectNotFoundError:
+                return False
+            self._cache.bases.put(BaseObject.parse(raw))
+            base = self._cache.bases.get(base.meta.namespace, base.meta.name) or base
+        failures = await self._unregister(plan.unregisters)
+        await self._post(_subject(ObjectKind.BASE, base), plan.events)
+        if failures:
+            raise failures[0]
+        return replan
+
+    async def _apply_children(self, plan: BasePlan) -> str:
+        """Applies all children. Returns why one could not be applied, or ""."""
+        conflict = ""
+        for child in plan.children:
+            try:
+                await self._cluster.apply_child(child)
+            except ForeignObjectError as error:
+                conflict = str(error)
+        return conflict
+
+    async def _remove_deployment(self, uid: str) -> None:
+        found = next((item for item in self._cache.deployments if item.meta.uid == uid), None)
+        if found is not None:
+            await self._cluster.delete("Deployment", found.meta.namespace, found.meta.name, uid=uid)
+
+    async def _unregister(self, items: tuple[Unregister, ...]) -> list[RuntimeCallError]:
+        failures: list[RuntimeCallError] = []
+        for item in items:
+            if item.verify and await self._exists(item):
+                continue
+            try:
+                answer = await self._runtimes.unregister(item.pod_uid, item.adapter)
+            except RuntimeCallError as error:
+                failures.append(error)
+                continue
+            if answer is not None:
+                log.info(
+                    "adapter unregistered from a runtime",
+                    extra={"adapter": item.display, "replica": item.pod, "freed_bytes": answer.freed_device_bytes},
+                )
+        return failures
+
+    async def _exists(self, item: Unregister) -> bool:
+        """True if the object of a reported adapter exists but is missing in the cache. Raises ClusterError."""
+        namespace, _, name = item.display.partition("/")
+        try:
+            raw = await self._cluster.get(ObjectKind.ADAPTER, namespace, name)
+        except ObjectNotFoundError:
+            return False
+        return bool(raw["metadata"]["uid"] == item.adapter.uid)
+
+    async def _post(self, subject: Subject, events: tuple[KubeEvent, ...]) -> None:
+        """Posts events. One that conflicts is logged and not tried again."""
+        for event in events:
+            try:
+                await self._cluster.post_event(subject, event, time.time())
+            except FencedError:
+                raise
+            except ObjectConflictError as error:
+                log.warning(
+                    "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
+                )
+
+
+def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:
+    return Subject(kind, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)

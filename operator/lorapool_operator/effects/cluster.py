@@ -1,0 +1,304 @@
+"""All requests of the operator to the API server.
+
+Writes are fenced: a process that has lost the Lease writes nothing. Deletes and status patches carry the uid of the
+object that they were decided for, so that they never affect a recreated object of the same name.
+
+    ClusterError
+    ├─ ObjectNotFoundError (404)
+    ├─ ObjectConflictError (409: the object has another uid or version by now)
+    ├─ FencedError (this process is not the leader any more)
+    └─ ForeignObjectError (the name of a child belongs to an object of others)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+from kubernetes.aio.client.api_client import ApiClient
+
+from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, LABEL_MANAGED_BY, VERSION
+from lorapool_operator.clock import iso, iso_micro
+from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
+from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ObjectKind
+
+log = logging.getLogger(__name__)
+
+PAGE_ITEMS = 500
+MERGE = "application/merge-patch+json"
+APPLY = "application/apply-patch+yaml"
+METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+PATHS = {
+    "Deployment": ("apis/apps/v1", "deployments"),
+    "Service": ("api/v1", "services"),
+    "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
+    "Pod": ("api/v1", "pods"),
+    "Lease": ("apis/coordination.k8s.io/v1", "leases"),
+    ObjectKind.BASE: (f"apis/{GROUP}/{VERSION}", "basemodels"),
+    ObjectKind.ADAPTER: (f"apis/{GROUP}/{VERSION}", "loraadapters"),
+}
+RUNTIME_SELECTOR = LABEL_BASE
+
+
+class ClusterError(Exception):
+    """The API server refused a request or could not be reached; `status` is 0 if there was no response."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ObjectNotFoundError(ClusterError):
+    """The object does not exist."""
+
+
+class ObjectConflictError(ClusterError):
+    """The object has another uid or version than the one that the request was decided for."""
+
+
+class FencedError(ClusterError):
+    """This process does not hold the Lease any more, so it may not write."""
+
+
+class ForeignObjectError(ClusterError):
+    """An object of this name exists and is not managed by Lorapool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The object that an Event is about."""
+
+    kind: ObjectKind
+    namespace: str
+    name: str
+    uid: str
+    resource_version: str
+
+
+def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the JSON merge patch (RFC 7386) from one document to another; a list is replaced as a whole."""
+    patch: dict[str, Any] = {name: None for name in before if name not in after}
+    for name, value in after.items():
+        old = before.get(name)
+        if name in before and old == value:
+            continue
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            patch[name] = merge_patch(old, value)
+        else:
+            patch[name] = value
+    return patch
+
+
+class ClusterWriter(Protocol):
+    """The writes that plans need; `make serve` implements them without an API server."""
+
+    async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    async def scale(self, base: BaseObject, replicas: int) -> None: ...
+
+    async def apply_child(self, manifest: Manifest) -> dict[str, Any]: ...
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None: ...
+
+    async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None: ...
+
+
+class Cluster:
+    """The requests over one client, which the caller owns and closes."""
+
+    def __init__(
+        self, client: ApiClient, *, timeout_s: float, identity: str, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+        self._identity = identity
+        self._may_write = may_write
+        self.writes: dict[str, int] = {}
+        """Number of writes by what was written, for the metrics."""
+
+    # --- reads
+
+    async def objects(
+        self, kind: str, namespace: str | None, *, labels: str = "", metadata_only: bool = False
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yields all objects of a kind in one namespace, or in all if it is None, page by page. Raises ClusterError."""
+        token: str | None = ""
+        headers = {"Accept": METADATA_ONLY} if metadata_only else {}
+        while token is not None:
+            query = [("limit", str(PAGE_ITEMS))]
+            query += [("labelSelector", labels)] if labels else []
+            query += [("continue", token)] if token else []
+            page = await self._call("GET", _path(kind, namespace), query=query, headers=headers)
+            for item in page.get("items") or ():
+                yield item
+            token = (page.get("metadata") or {}).get("continue") or None
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        """Reads one object. Raises ObjectNotFoundError."""
+        return await self._call("GET", _path(kind, namespace, name))
+
+    # --- writes
+
+    async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]:
+        """Patches what differs in /status and returns the new object. Raises ObjectConflictError for another uid."""
+        kind = ObjectKind.BASE if isinstance(item, BaseObject) else ObjectKind.ADAPTER
+        body = {"metadata": {"uid": item.meta.uid}, "status": merge_patch(item.status.dump(), status)}
+        path = _path(kind, item.meta.namespace, item.meta.name) + "/status"
+        return await self._write("status", "PATCH", path, body, content=MERGE, query=_MANAGER)
+
+    async def scale(self, base: BaseObject, replicas: int) -> None:
+        """Sets the replicas through the scale subresource.
+
+        Raises ObjectConflictError if the object has another version by now: a gateway may have just woken the base.
+        """
+        body = {"metadata": {"resourceVersion": base.meta.resource_version}, "spec": {"replicas": replicas}}
+        path = _path(ObjectKind.BASE, base.meta.namespace, base.meta.name) + "/scale"
+        await self._write("scale", "PATCH", path, body, content=MERGE, query=_MANAGER)
+
+    async def apply_child(self, manifest: Manifest) -> dict[str, Any]:
+        """Applies a child by server-side apply. Raises ForeignObjectError if others own an object of this name."""
+        meta = manifest["metadata"]
+        path = _path(manifest["kind"], meta["namespace"], meta["name"])
+        try:
+            existing = await self._call("GET", path)
+        except ObjectNotFoundError:
+            existing = None
+        if existing is not None:
+            await self._check_owned(manifest, existing)
+        query = [*_MANAGER, ("force", "true")]
+        return await self._write("child", "PATCH", path, manifest, content=APPLY, query=query)
+
+    async def _check_owned(self, manifest: Manifest, existing: Mapping[str, Any]) -> None:
+        meta = existing["metadata"]
+        name = f"{manifest['kind']} {meta['namespace']}/{meta['name']}"
+        if (meta.get("labels") or {}).get(LABEL_MANAGED_BY) != MANAGED_BY:
+            raise ForeignObjectError(f"{name} exists and is not managed by Lorapool; rename it or the BaseModel.")
+        wanted = manifest["metadata"]["ownerReferences"][0]["uid"]
+        owners = {owner.get("uid") for owner in meta.get("ownerReferences") or ()}
+        if owners and wanted not in owners:
+            await self.delete(manifest["kind"], meta["namespace"], meta["name"], uid=meta["uid"])
+            raise ObjectConflictError(f"{name} belongs to a deleted BaseModel of this name and is being deleted", 409)
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
+        """Deletes the object if it has this uid. A missing object is no error. Raises ObjectConflictError."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": uid},
+            "propagationPolicy": "Background",
+        }
+        try:
+            await self._write("delete", "DELETE", _path(kind, namespace, name), body, content="application/json")
+        except ObjectNotFoundError:
+            return
+
+    async def put_lease(self, lease: Mapping[str, Any], *, create: bool) -> dict[str, Any]:
+        """Creates the Lease, or replaces the version that was read. Raises ObjectConflictError if it changed since."""
+        meta = lease["metadata"]
+        path = _path("Lease", meta["namespace"], "" if create else meta["name"])
+        return await self._write("lease", "POST" if create else "PUT", path, lease, content="application/json")
+
+    async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None:
+        """Creates a core/v1 Event. There are so few that they are not aggregated."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{subject.name[:200]}.{uuid.uuid4().hex[:16]}", "namespace": subject.namespace},
+            "involvedObject": {
+                "apiVersion": API_VERSION,
+                "kind": subject.kind.value,
+                "namespace": subject.namespace,
+                "name": subject.name,
+                "uid": subject.uid,
+                "resourceVersion": subject.resource_version,
+            },
+            "type": event.type.value,
+            "reason": event.reason,
+            "message": event.message[:1000],
+            "firstTimestamp": iso(now),
+            "lastTimestamp": iso(now),
+            "eventTime": iso_micro(now),
+            "count": 1,
+            "action": event.reason,
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+            "reportingInstance": self._identity[:128],
+        }
+        await self._write("event", "POST", f"/api/v1/namespaces/{subject.namespace}/events", body, content="")
+
+    # --- one call
+
+    async def _write(
+        self,
+        what: str,
+        method: str,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        content: str,
+        query: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        if not self._may_write():
+            raise FencedError("this process does not hold the Lease any more: nothing is written")
+        self.writes[what] = self.writes.get(what, 0) + 1
+        headers = {"Content-Type": content or "application/json"}
+        return await self._call(method, path, body=body, query=query, headers=headers)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Mapping[str, Any] | None = None,
+        query: list[Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        accept = {"Accept": "application/json", **(headers or {})}
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                request = await self._client.param_serialize(
+                    method,
+                    path,
+                    query_params=query or [],
+                    header_params=accept,
+                    body=body,
+                    auth_settings=["BearerToken"],
+                )
+                response = await self._client.call_api(*request)
+                raw = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ClusterError(
+                f"{method} {path}: the API server cannot be reached: {type(error).__name__} {error}"
+            ) from error
+        if response.status >= 300:
+            raise _error(method, path, response.status, raw)
+        try:
+            parsed: dict[str, Any] = json.loads(raw) if raw else {}
+        except ValueError as error:
+            raise ClusterError(f"{method} {path}: the response is not JSON", response.status) from error
+        return parsed
+
+
+_MANAGER = [("fieldManager", FIELD_MANAGER)]
+
+
+def _error(method: str, path: str, status: int, raw: bytes) -> ClusterError:
+    try:
+        message = json.loads(raw).get("message", "")
+    except ValueError:
+        message = raw[:200].decode(errors="replace")
+    kind = {404: ObjectNotFoundError, 409: ObjectConflictError}.get(status, ClusterError)
+    return kind(f"{method} {path}: {status} {message}", status)
+
+
+def _path(kind: str, namespace: str | None, name: str = "") -> str:
+    root, plural = PATHS[kind]
+    middle = f"/namespaces/{namespace}" if namespace is not None else ""
+    return f"/{root}{middle}/{plural}" + (f"/{name}" if name else "")

@@ -1,0 +1,414 @@
+"""Snapshots from all runtimes by long-poll, and the calls that register and unregister adapters.
+
+Each runtime pod has one long-poll, directly to its IP. Only facts are kept: the latest snapshot and since when polls
+fail. A runtime that does not answer is reported as such; nothing is assumed about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import aiohttp
+from pydantic import ValidationError
+
+from lorapool_api.common import AdapterKey
+from lorapool_api.loraadapter import UsagePart
+from lorapool_api.protocol import (
+    ROUTE_ADAPTER,
+    ROUTE_RESOLVE,
+    ROUTE_RUNTIME,
+    AdapterDescriptor,
+    AdapterReport,
+    DeleteAnswer,
+    PutAnswer,
+    ResolveAnswer,
+    ResolveRequest,
+    RuntimeSnapshot,
+    runtime_token,
+)
+from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
+from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
+
+log = logging.getLogger(__name__)
+
+BACKOFF_MIN_S = 0.3
+BACKOFF_MAX_S = 3.0
+CONNECT_TIMEOUT_S = 2.0
+MAX_SNAPSHOT_BYTES = 64 * 2**20
+
+
+class RuntimeCallError(Exception):
+    """A call to a runtime failed."""
+
+
+class RuntimeGoneError(RuntimeCallError):
+    """The runtime's pod is gone, or cannot be reached."""
+
+
+class RuntimeTimeoutError(RuntimeGoneError):
+    """The runtime did not respond in time."""
+
+
+class RuntimeRefusedError(RuntimeCallError):
+    """The runtime responded with an error status, or with a body that cannot be parsed."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class _Polled:
+    """One pod that is polled."""
+
+    pod: PodObject
+    task: asyncio.Task[None] | None = None
+    snapshot: RuntimeSnapshot | None = None
+    reports: dict[str, tuple[AdapterReport, ...]] = field(default_factory=dict)
+    """Adapter uid → its reports, an index that saves a scan of each snapshot for each of thousands of adapters."""
+    failing_since: float | None = None
+    """Monotonic time; None while polls succeed."""
+    stale_reported: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PollSettings:
+    """The part of the operator's settings that polls and calls depend on; each is documented there."""
+
+    wait_s: float = 10.0
+    pause_s: float = 0.2
+    stale_s: float = 5.0
+    timeout_s: float = 10.0
+
+
+class RuntimeTracker:
+    """Owns all polls and the latest snapshots. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        cache: ClusterCache,
+        *,
+        master_token: str,
+        settings: PollSettings,
+        changed: Callable[[Key, Iterable[str], bool], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`changed(base, adapter uids, urgent)` is called for changes; `urgent` is False if only counters changed."""
+        self._cache = cache
+        self._master_token = master_token
+        self._settings = settings
+        self._changed = changed
+        self._clock = clock
+        self._polled: dict[str, _Polled] = {}
+        self._lost: dict[str, dict[str, UsagePart]] = {}
+        self._strays: dict[tuple[str, AdapterKey], float] = {}
+        self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self.polls = 0
+        self.poll_failures = 0
+
+    # --- life
+
+    def follow_pods(self) -> None:
+        """Starts and stops polls so that they match the pods in the cache."""
+        wanted = {pod.meta.uid: pod for pod in self._cache.pods if pod.ip and pod.port}
+        for uid, pod in wanted.items():
+            polled = self._polled.get(uid)
+            if polled is None:
+                polled = self._polled[uid] = _Polled(pod)
+                polled.task = asyncio.create_task(self._poll(polled), name=f"poll {pod.meta.namespace}/{pod.meta.name}")
+            elif polled.pod != pod:
+                left = (pod.terminating and not polled.pod.terminating) or (polled.pod.ready and not pod.ready)
+                polled.pod = pod
+                if left:
+                    self._changed(pod.base, list(polled.reports), True)
+        for uid in [uid for uid in self._polled if uid not in wanted]:
+            self._forget(uid)
+
+    async def close(self) -> None:
+        """Stops all polls."""
+        tasks = [polled.task for polled in self._polled.values() if polled.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._polled.clear()
+        if self._session is not None:
+            await self._session.close()
+
+    def _forget(self, uid: str) -> None:
+        polled = self._polled.pop(uid)
+        if polled.task is not None:
+            polled.task.cancel()
+        for adapter_uid, reports in polled.reports.items():
+            self._keep_lost(adapter_uid, reports)
+        self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
+        self._changed(polled.pod.base, list(polled.reports), True)
+
+    # --- what runtimes report
+
+    def views_of(self, base: BaseObject) -> list[RuntimeView]:
+        """Returns the runtimes of this very object."""
+        return [self._view(polled) for polled in self._of(base)]
+
+    def replicas_of(self, base: BaseObject, adapter_uid: str) -> list[AdapterOnReplica]:
+        """Returns the runtimes of this very object, each with its reports of one adapter."""
+        return [AdapterOnReplica(self._view(polled), polled.reports.get(adapter_uid, ())) for polled in self._of(base)]
+
+    def holders_of(self, adapter_uid: str) -> list[AdapterOnReplica]:
+        """Returns the runtimes of any base that report this adapter."""
+        return [
+            AdapterOnReplica(self._view(polled), polled.reports[adapter_uid])
+            for polled in self._polled.values()
+            if adapter_uid in polled.reports
+        ]
+
+    def lost_usage(self, adapter_uid: str) -> tuple[UsagePart, ...]:
+        """Returns the last counts of processes that do not report this adapter any more."""
+        return tuple(self._lost.get(adapter_uid, {}).values())
+
+    def forget_lost(self, adapter_uid: str, folded: Iterable[UsagePart]) -> None:
+        """Drops counts that `lost_usage` returned and that the status contains now."""
+        kept = self._lost.get(adapter_uid, {})
+        for part in folded:
+            if kept.get(part.boot_id) == part:
+                del kept[part.boot_id]
+        if not kept:
+            self._lost.pop(adapter_uid, None)
+
+    def gone_boot_ids(self, base: BaseObject | None, boot_ids: Iterable[str]) -> frozenset[str]:
+        """Returns those of `boot_ids` that will not report again, since every pod of the base has another process."""
+        asked = frozenset(boot_ids)
+        if not asked or base is None:
+            return asked
+        alive: set[str] = set()
+        pods = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.ip}
+        for polled in self._of(base):
+            if polled.snapshot is None or polled.failing_since is not None:
+                return frozenset()
+            alive.add(polled.snapshot.boot_id)
+            pods.discard(polled.pod.meta.uid)
+        return asked - alive if not pods else frozenset()
+
+    def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
+        """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
+        found = []
+        for polled in self._of(base):
+            for uid, reports in polled.reports.items():
+                for report in reports:
+                    key = AdapterKey(uid, report.digest)
+                    at = (polled.pod.meta.uid, key)
+                    if known(uid):
+                        self._strays.pop(at, None)
+                        continue
+                    since = self._strays.setdefault(at, now)
+                    found.append(StrayReport(polled.pod.meta.uid, polled.pod.meta.name, key, report.display, since))
+        return found
+
+    def registered(self, adapter_uid: str) -> dict[tuple[str, str], AdapterDescriptor]:
+        """Returns the descriptors that this process registered last, by boot id and digest."""
+        return dict(self._registered.get(adapter_uid, {}))
+
+    def forget_adapter(self, adapter_uid: str) -> None:
+        """Drops what is remembered of a deleted adapter."""
+        self._lost.pop(adapter_uid, None)
+        self._registered.pop(adapter_uid, None)
+
+    def _of(self, base: BaseObject) -> list[_Polled]:
+        return [
+            polled
+            for polled in self._polled.values()
+            if polled.pod.base == base.key and polled.pod.base_uid == base.meta.uid
+        ]
+
+    def _view(self, polled: _Polled) -> RuntimeView:
+        silent_s = self._clock() - polled.failing_since if polled.failing_since is not None else 0.0
+        stale_s = self._settings.stale_s if polled.pod.ready else 0.0
+        return RuntimeView(
+            pod=polled.pod.meta.name,
+            pod_uid=polled.pod.meta.uid,
+            ready=polled.pod.ready,
+            terminating=polled.pod.terminating,
+            snapshot=polled.snapshot,
+            fresh=polled.snapshot is not None and (polled.failing_since is None or silent_s < stale_s),
+        )
+
+    # --- polling
+
+    async def _poll(self, polled: _Polled) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            seq = polled.snapshot.seq if polled.snapshot is not None else None
+            query = {"wait": str(self._settings.wait_s)} | ({"after": str(seq)} if seq is not None else {})
+            if polled.failing_since is not None:
+                query = {"wait": "0"}  # a new process starts its sequence numbers again
+            try:
+                raw = await self._call(
+                    polled.pod,
+                    "GET",
+                    ROUTE_RUNTIME,
+                    query=query,
+                    timeout_s=self._settings.wait_s + self._settings.timeout_s,
+                )
+                snapshot = RuntimeSnapshot.model_validate_json(raw)
+            except (RuntimeCallError, ValidationError) as error:
+                self.poll_failures += 1
+                self._failed(polled, error)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
+                continue
+            self.polls += 1
+            backoff_s = BACKOFF_MIN_S
+            self._arrived(polled, snapshot)
+            await asyncio.sleep(self._settings.pause_s)
+
+    def _failed(self, polled: _Polled, error: Exception) -> None:
+        now = self._clock()
+        if polled.failing_since is None:
+            polled.failing_since = now
+            log.info("runtime does not answer", extra={"replica": polled.pod.meta.name, "error": str(error)[:200]})
+        stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
+        if stale and not polled.stale_reported:
+            polled.stale_reported = True
+            self._changed(polled.pod.base, list(polled.reports), True)
+
+    def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
+        before, polled.snapshot = polled.snapshot, snapshot
+        recovered = polled.failing_since is not None
+        polled.failing_since, polled.stale_reported = None, False
+        old = polled.reports
+        grouped: dict[str, list[AdapterReport]] = {}
+        for report in snapshot.adapters:
+            grouped.setdefault(report.uid, []).append(report)
+        polled.reports = {uid: tuple(reports) for uid, reports in grouped.items()}
+        restarted = before is not None and before.boot_id != snapshot.boot_id
+        for uid, reports in old.items():
+            if restarted or uid not in polled.reports:
+                self._keep_lost(uid, reports)
+        touched = {uid for uid in old.keys() | polled.reports.keys() if old.get(uid) != polled.reports.get(uid)}
+        if recovered or restarted or before is None:
+            touched |= old.keys() | polled.reports.keys()
+            urgent = touched
+        else:
+            urgent = {uid for uid in touched if _shape(old.get(uid, ())) != _shape(polled.reports.get(uid, ()))}
+        base_news = before is None or recovered or restarted or _base_shape(before) != _base_shape(snapshot)
+        if urgent or base_news:
+            self._changed(polled.pod.base, urgent, True)
+        if touched - urgent or (before is not None and _load(before) != _load(snapshot)):
+            self._changed(polled.pod.base, touched - urgent, False)
+
+    def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
+        """Keeps the counts of a process that will not report them again until the status contains them."""
+        for report in reports:
+            self._lost.setdefault(adapter_uid, {})[report.usage.boot_id] = report.usage
+
+    # --- calls
+
+    async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
+        """Registers an adapter; idempotent. Raises RuntimeGoneError, RuntimeRefusedError."""
+        path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
+        raw = await self._call(self._pod(pod_uid), "PUT", path, body=descriptor.model_dump_json(by_alias=True))
+        answer = _parse(PutAnswer, raw)
+        self._registered.setdefault(adapter.uid, {})[answer.boot_id, adapter.digest] = descriptor
+        return answer
+
+    async def unregister(self, pod_uid: str, adapter: AdapterKey) -> DeleteAnswer | None:
+        """Unregisters an adapter. Returns None if it was not registered, or if the runtime still waits for requests.
+
+        Raises RuntimeGoneError, RuntimeRefusedError.
+        """
+        path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
+        try:
+            raw = await self._call(self._pod(pod_uid), "DELETE", path)
+        except RuntimeRefusedError as error:
+            if error.status == 404:
+                return None
+            raise
+        except RuntimeTimeoutError:
+            return None
+        answer = _parse(DeleteAnswer, raw)
+        self._lost.setdefault(adapter.uid, {})[answer.boot_id] = answer.usage
+        self._registered.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
+        return answer
+
+    async def resolve(self, pod_uid: str, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
+        """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
+        raw = await self._call(
+            self._pod(pod_uid), "POST", ROUTE_RESOLVE, body=request.model_dump_json(by_alias=True), timeout_s=timeout_s
+        )
+        return _parse(ResolveAnswer, raw)
+
+    def _pod(self, pod_uid: str) -> PodObject:
+        polled = self._polled.get(pod_uid)
+        if polled is None:
+            raise RuntimeGoneError(f"pod {pod_uid} is gone")
+        return polled.pod
+
+    async def _call(
+        self,
+        pod: PodObject,
+        method: str,
+        path: str,
+        *,
+        body: str | None = None,
+        query: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> bytes:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
+        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
+        total_s = timeout_s if timeout_s is not None else self._settings.timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {runtime_token(self._master_token, pod.base_uid)}"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
+        try:
+            async with self._session.request(
+                method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
+            ) as response:
+                raw = await response.content.read(MAX_SNAPSHOT_BYTES)
+                while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
+                    raw += await response.content.read(MAX_SNAPSHOT_BYTES)
+                if response.status >= 300:
+                    raise RuntimeRefusedError(
+                        f"{call}: {response.status} {raw[:200].decode(errors='replace')}", response.status
+                    )
+                return raw
+        except TimeoutError as error:
+            raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
+
+
+def _shape(reports: Iterable[AdapterReport]) -> list[tuple[object, ...]]:
+    """Returns the part of the reports that can change a condition; counters and times of use cannot."""
+    return [
+        (r.digest, r.state, r.tier, r.pinned, r.since_unix_s, r.failure, r.in_flight + r.waiting == 0) for r in reports
+    ]
+
+
+def _base_shape(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
+    """Returns the part of a snapshot that can change a condition of the base."""
+    return snapshot.ready, snapshot.draining, snapshot.base.digest
+
+
+def _load(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
+    """Returns the part of a snapshot that can change the number of replicas."""
+    return snapshot.in_flight + snapshot.waiting, snapshot.last_request_unix_s
+
+
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
+
+
+def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise RuntimeRefusedError(
+            f"a runtime's response is not a valid {kind.__name__}: {error.error_count()} errors", 502
+        ) from error

@@ -1,0 +1,340 @@
+"""The operator's caches of API objects, each parsed once.
+
+The first listing, the watches and the responses to the operator's own writes fill them. A version older than the
+cached one is dropped, so that a late watch event never overwrites a newer response. They are plain dicts, since kopf's
+indexes take quadratic time to list thousands of objects.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
+from lorapool_api.common import ANNOTATION_RETRY, LABEL_BASE, LABEL_BASE_UID, Condition
+from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
+from lorapool_operator.clock import unix
+
+log = logging.getLogger(__name__)
+
+RUNTIME_PORT_NAME = "http"
+
+
+class ObjectKind(StrEnum):
+    """Lorapool's own kinds."""
+
+    BASE = "BaseModel"
+    ADAPTER = "LoraAdapter"
+
+
+class Key(NamedTuple):
+    """An object by its name, whatever its uid is now."""
+
+    kind: ObjectKind
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    resource_version: str
+    created_unix_s: float
+    deleting: bool
+    retry: str | None
+    """Value of the retry annotation."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Meta:
+        return cls(
+            namespace=raw["namespace"],
+            name=raw["name"],
+            uid=raw["uid"],
+            generation=int(raw.get("generation") or 0),
+            resource_version=str(raw.get("resourceVersion") or "0"),
+            created_unix_s=unix(raw.get("creationTimestamp")) or 0.0,
+            deleting=raw.get("deletionTimestamp") is not None,
+            retry=(raw.get("annotations") or {}).get(ANNOTATION_RETRY),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BaseObject:
+    meta: Meta
+    spec: BaseModelSpec
+    status: BaseModelStatus
+
+    @property
+    def key(self) -> Key:
+        return Key(ObjectKind.BASE, self.meta.namespace, self.meta.name)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> BaseObject:
+        """Parses the API server's JSON. Raises ValidationError or KeyError."""
+        return cls(
+            Meta.parse(raw["metadata"]),
+            BaseModelSpec.model_validate(raw["spec"]),
+            BaseModelStatus.model_validate(raw.get("status") or {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterObject:
+    meta: Meta
+    spec: LoraAdapterSpec
+    status: LoraAdapterStatus
+
+    @property
+    def key(self) -> Key:
+        return Key(ObjectKind.ADAPTER, self.meta.namespace, self.meta.name)
+
+    @property
+    def base_key(self) -> Key:
+        ref = self.spec.base_model_ref
+        return Key(ObjectKind.BASE, ref.namespace or self.meta.namespace, ref.name)
+
+    @property
+    def recorded_fingerprint(self) -> str | None:
+        """The fingerprint of the last final inspection result, as the status records it."""
+        return self.status.judged
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> AdapterObject:
+        """Parses the API server's JSON. Raises ValidationError or KeyError."""
+        return cls(
+            Meta.parse(raw["metadata"]),
+            LoraAdapterSpec.model_validate(raw["spec"]),
+            LoraAdapterStatus.model_validate(raw.get("status") or {}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PodObject:
+    """A runtime pod in Kubernetes."""
+
+    meta: Meta
+    base: Key
+    base_uid: str
+    ip: str
+    port: int
+    ready: bool
+    terminating: bool
+    problem: str
+    """Why it does not run, in the words of the kubelet or the scheduler; empty if nothing is wrong."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> PodObject:
+        meta = Meta.parse(raw["metadata"])
+        labels = raw["metadata"].get("labels") or {}
+        status = raw.get("status") or {}
+        ended = status.get("phase") in ("Succeeded", "Failed")
+        ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
+        return cls(
+            meta=meta,
+            base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
+            base_uid=labels.get(LABEL_BASE_UID, ""),
+            ip="" if ended else status.get("podIP") or "",
+            port=_runtime_port(raw.get("spec") or {}),
+            ready=ready and not ended and not meta.deleting,
+            terminating=meta.deleting or ended,
+            problem=_pod_problem(status),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentObject:
+    meta: Meta
+    base: Key
+    owner_uid: str
+    """Uid of the BaseModel that owns it; empty for none."""
+    problem: str
+    """Why it cannot create pods; empty if nothing is wrong."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> DeploymentObject:
+        meta = Meta.parse(raw["metadata"])
+        labels = raw["metadata"].get("labels") or {}
+        owners = raw["metadata"].get("ownerReferences") or ()
+        return cls(
+            meta=meta,
+            base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
+            owner_uid=next((item["uid"] for item in owners if item.get("kind") == ObjectKind.BASE), ""),
+            problem=_deployment_problem(raw.get("status") or {}),
+        )
+
+
+def _runtime_port(spec: Mapping[str, Any]) -> int:
+    """Returns the container port named http, on which the runtime of this pod listens; 0 for none."""
+    for container in spec.get("containers") or ():
+        for port in container.get("ports") or ():
+            if port.get("name") == RUNTIME_PORT_NAME:
+                return int(port["containerPort"])
+    return 0
+
+
+def _pod_problem(status: Mapping[str, Any]) -> str:
+    for container in status.get("containerStatuses") or ():
+        state = container.get("state") or {}
+        waiting = state.get("waiting") or {}
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            ended = (container.get("lastState") or {}).get("terminated") or {}
+            last = f" (last exit {ended['exitCode']} {ended.get('reason', '')})" if "exitCode" in ended else ""
+            return f"{waiting['reason']}: {waiting.get('message', '')}{last}"[:300]
+    for item in status.get("conditions") or ():
+        if item["type"] == "PodScheduled" and item["status"] == "False":
+            return f"{item.get('reason', 'Unschedulable')}: {item.get('message', '')}"[:300]
+    return ""
+
+
+def _deployment_problem(status: Mapping[str, Any]) -> str:
+    for item in status.get("conditions") or ():
+        if item["type"] == "ReplicaFailure" and item["status"] == "True":
+            return f"{item.get('reason', 'ReplicaFailure')}: {item.get('message', '')}"[:300]
+    return ""
+
+
+def find_condition(conditions: Iterable[Condition], kind: str) -> Condition | None:
+    """Returns the condition of this type, or None."""
+    return next((item for item in conditions if item.type == kind), None)
+
+
+class _Object(Protocol):
+    @property
+    def meta(self) -> Meta: ...
+
+
+T = TypeVar("T", bound=_Object)
+At = TypeVar("At", bound=Hashable)
+
+
+@dataclass
+class KindCache(Generic[T]):
+    """The objects of one kind by namespace and name."""
+
+    _items: dict[tuple[str, str], T] = field(default_factory=dict)
+
+    def get(self, namespace: str, name: str) -> T | None:
+        return self._items.get((namespace, name))
+
+    def put(self, item: T) -> bool:
+        """Stores the object. Returns False, and changes nothing, if the cached version is newer or the same."""
+        key = (item.meta.namespace, item.meta.name)
+        held = self._items.get(key)
+        if held is not None and held.meta.uid == item.meta.uid and not _newer(item.meta, held.meta):
+            return False
+        self._items[key] = item
+        return True
+
+    def drop(self, namespace: str, name: str, uid: str | None = None) -> T | None:
+        """Removes and returns the object, unless the name belongs to another object (`uid`) by now."""
+        held = self._items.get((namespace, name))
+        if held is None or (uid is not None and held.meta.uid != uid):
+            return None
+        return self._items.pop((namespace, name))
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(tuple(self._items.values()))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _newer(new: Meta, held: Meta) -> bool:
+    try:
+        return int(new.resource_version) > int(held.resource_version)
+    except ValueError:
+        return new.resource_version != held.resource_version
+
+
+class ClusterCache:
+    """All caches, with the indexes that save a scan over thousands of adapters."""
+
+    def __init__(self) -> None:
+        self.bases: KindCache[BaseObject] = KindCache()
+        self.adapters: KindCache[AdapterObject] = KindCache()
+        self.pods: KindCache[PodObject] = KindCache()
+        self.deployments: KindCache[DeploymentObject] = KindCache()
+        self._adapters_of: dict[Key, set[Key]] = {}
+        self._aliases: dict[tuple[str, str], set[Key]] = {}
+
+    def put_adapter(self, item: AdapterObject) -> bool:
+        """Stores an adapter and updates the indexes. Returns False if the cached version is newer or the same."""
+        held = self.adapters.get(item.meta.namespace, item.meta.name)
+        if not self.adapters.put(item):
+            return False
+        if held is not None:
+            self._unlink(held)
+        self._adapters_of.setdefault(item.base_key, set()).add(item.key)
+        if item.spec.alias:
+            self._aliases.setdefault((item.meta.namespace, item.spec.alias), set()).add(item.key)
+        return True
+
+    def drop_adapter(self, namespace: str, name: str, uid: str | None = None) -> AdapterObject | None:
+        """Removes an adapter, also from the indexes, unless the name belongs to another object (`uid`) by now."""
+        gone = self.adapters.drop(namespace, name, uid)
+        if gone is not None:
+            self._unlink(gone)
+        return gone
+
+    def adapters_of(self, base: Key) -> list[AdapterObject]:
+        """Returns the adapters that name this base, permitted or not."""
+        keys = self._adapters_of.get(base, ())
+        found = (self.adapters.get(key.namespace, key.name) for key in keys)
+        return [item for item in found if item is not None]
+
+    def alias_holder(self, adapter: AdapterObject) -> Key | None:
+        """Returns the older adapter of the same namespace that has this one's alias, if any."""
+        if not adapter.spec.alias:
+            return None
+        keys = self._aliases.get((adapter.meta.namespace, adapter.spec.alias), ())
+        claimants = [item for key in keys if (item := self.adapters.get(key.namespace, key.name)) is not None]
+        first = min(claimants, key=lambda item: (item.meta.created_unix_s, item.meta.name), default=adapter)
+        return None if first.meta.uid == adapter.meta.uid else first.key
+
+    def alias_claimants(self, namespace: str, alias: str) -> list[Key]:
+        """Returns the adapters whose spec names this alias."""
+        return list(self._aliases.get((namespace, alias), ()))
+
+    def pods_of(self, base: BaseObject) -> list[PodObject]:
+        """Returns the runtime pods of this very object: a recreated base does not inherit pods."""
+        return [pod for pod in self.pods if pod.base == base.key and pod.base_uid == base.meta.uid]
+
+    def _unlink(self, item: AdapterObject) -> None:
+        _discard(self._adapters_of, item.base_key, item.key)
+        if item.spec.alias:
+            _discard(self._aliases, (item.meta.namespace, item.spec.alias), item.key)
+
+
+def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
+    members = index.get(at)
+    if members is not None:
+        members.discard(member)
+        if not members:
+            del index[at]
+
+
+P = TypeVar("P", BaseObject, AdapterObject, PodObject, DeploymentObject)
+
+
+def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
+    """Parses an object. Returns None, and logs it, if this version cannot parse it."""
+    try:
+        return kind.parse(raw)
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        meta = raw.get("metadata") or {}
+        log.warning(
+            "object cannot be parsed",
+            extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": str(error)},
+        )
+        return None

@@ -1,0 +1,128 @@
+"""How a changed API object enters the caches, and which keys are marked dirty for it.
+
+Watches, listings and the responses to the operator's own writes all pass through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorapool_api.common import BaseCondition
+from lorapool_operator.world.cluster_cache import (
+    AdapterObject,
+    BaseObject,
+    ClusterCache,
+    DeploymentObject,
+    Key,
+    ObjectKind,
+    PodObject,
+    find_condition,
+    parse_or_none,
+)
+
+
+class Intake:
+    """Updates the caches; each method takes an object as the API server sent it."""
+
+    def __init__(
+        self,
+        cache: ClusterCache,
+        mark_dirty: Callable[[Key, float], None],
+        *,
+        counts_interval_s: float,
+        pods_changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`mark_dirty(key, delay_s)` requests a new plan; `pods_changed` is called after any change of a pod."""
+        self._cache = cache
+        self._mark_dirty = mark_dirty
+        self._counts_interval_s = counts_interval_s
+        self._pods_changed = pods_changed
+        self._deleted_adapters: dict[Key, set[str]] = {}
+
+    def deleted_adapters(self, key: Key) -> tuple[str, ...]:
+        """Returns the uids of deleted adapters of this name that may still be registered with runtimes."""
+        return tuple(sorted(self._deleted_adapters.get(key, ())))
+
+    def forget_deleted(self, key: Key, uid: str) -> None:
+        """Records that no runtime has this deleted adapter any more."""
+        uids = self._deleted_adapters.get(key, set())
+        uids.discard(uid)
+        if not uids:
+            self._deleted_adapters.pop(key, None)
+
+    def base(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        meta = raw["metadata"]
+        key = Key(ObjectKind.BASE, meta["namespace"], meta["name"])
+        before = self._cache.bases.get(key.namespace, key.name)
+        after: BaseObject | None = None
+        if deleted:
+            if self._cache.bases.drop(key.namespace, key.name, meta["uid"]) is None:
+                return
+        else:
+            after = parse_or_none(BaseObject, raw)
+            if after is None or not self._cache.bases.put(after):
+                return
+        self._mark_dirty(key, 0.0)
+        if before is None or after is None or _adapters_depend_on(before) != _adapters_depend_on(after):
+            for adapter in self._cache.adapters_of(key):
+                self._mark_dirty(adapter.key, 0.0)
+
+    def adapter(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        meta = raw["metadata"]
+        key = Key(ObjectKind.ADAPTER, meta["namespace"], meta["name"])
+        before = self._cache.adapters.get(key.namespace, key.name)
+        if deleted:
+            if self._cache.drop_adapter(key.namespace, key.name, meta["uid"]) is None:
+                return
+            self._deleted_adapters.setdefault(key, set()).add(meta["uid"])
+        else:
+            item = parse_or_none(AdapterObject, raw)
+            if item is None or not self._cache.put_adapter(item):
+                return
+            if before is not None and before.meta.uid != item.meta.uid:
+                self._deleted_adapters.setdefault(key, set()).add(before.meta.uid)
+        self._mark_dirty(key, 0.0)
+        after = self._cache.adapters.get(key.namespace, key.name)
+        for item in (before, after):
+            if item is not None:
+                self._mark_dirty(item.base_key, self._counts_interval_s)
+        if before is not None and before.spec.alias and (after is None or after.spec.alias != before.spec.alias):
+            for claimant in self._cache.alias_claimants(key.namespace, before.spec.alias):
+                self._mark_dirty(claimant, 0.0)
+
+    def wrote_adapter(self, raw: Mapping[str, Any]) -> None:
+        """Takes the response to the operator's own status write: only the base's counts of adapters may change."""
+        item = parse_or_none(AdapterObject, raw)
+        if item is not None and self._cache.put_adapter(item):
+            self._mark_dirty(item.base_key, self._counts_interval_s)
+
+    def pod(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        item = parse_or_none(PodObject, raw)
+        if item is None:
+            return
+        if deleted:
+            changed = self._cache.pods.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
+        else:
+            changed = self._cache.pods.put(item)
+        if changed:
+            self._mark_dirty(item.base, 0.0)
+            self._pods_changed()
+
+    def deployment(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        item = parse_or_none(DeploymentObject, raw)
+        if item is None:
+            return
+        if deleted:
+            changed = self._cache.deployments.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
+        else:
+            changed = self._cache.deployments.put(item)
+        if changed:
+            self._mark_dirty(item.base, 0.0)
+
+
+def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
+    """Returns the part of a base that its adapters' plans depend on; its counts are not, since they change often."""
+    resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED)
+    value = (resolved.status, resolved.reason) if resolved is not None else None
+    return base.meta.uid, base.meta.generation, base.meta.deleting, value

@@ -1,0 +1,269 @@
+"""What is known of one BaseModel or LoraAdapter when its plan is made. Values only.
+
+Everything that a plan depends on is a field here, so that the test of a plan states the whole world in one literal.
+Facts that follow from the fields are computed once, as cached properties.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.common import AdapterKey, FailureReason
+from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
+from lorapool_api.placement import Replica, placement_order
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, RuntimeSnapshot
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject
+from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
+
+# --- runtimes ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeView:
+    """One runtime pod: its state in Kubernetes, and the snapshot that the runtime itself reported."""
+
+    pod: str
+    pod_uid: str
+    ready: bool
+    """The pod's Ready condition."""
+    terminating: bool
+    snapshot: RuntimeSnapshot | None
+    """The latest one, however old."""
+    fresh: bool
+    """True if the latest poll succeeded, or polls have failed only for a moment."""
+
+    @property
+    def current(self) -> RuntimeSnapshot | None:
+        """The snapshot if it describes the present: it is fresh and the pod is not terminating."""
+        return self.snapshot if self.fresh and not self.terminating else None
+
+    @property
+    def serving(self) -> bool:
+        """True if the runtime accepts requests and adapters now."""
+        now = self.current
+        return now is not None and now.ready and not now.draining and self.ready
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOnReplica:
+    """What one runtime reports of one adapter: a report per digest, usually one."""
+
+    runtime: RuntimeView
+    reports: tuple[AdapterReport, ...]
+
+    def report(self, digest: str | None) -> AdapterReport | None:
+        return next((item for item in self.reports if item.digest == digest), None)
+
+
+@dataclass(frozen=True, slots=True)
+class StrayReport:
+    """A runtime's report of an adapter for which no object is known."""
+
+    pod_uid: str
+    pod: str
+    adapter: AdapterKey
+    display: str
+    since_unix_s: float
+    """When it was first noticed."""
+
+
+# --- inspections of sources --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """A source that was found: its identity and the contents of its headers."""
+
+    digest: str
+    revision: str | None
+    rank: int | None = None
+    target_modules: tuple[str, ...] = ()
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFailure:
+    """Why a source cannot be used."""
+
+    reason: FailureReason
+    message: str
+    retry_after_s: float | None = None
+    """The wait that the source itself asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class InspectionResult:
+    """One finished inspection."""
+
+    fingerprint: str
+    """Hash of everything that the result depends on; it is void for an object with another fingerprint."""
+    attempt: int
+    outcome: SourceFacts | SourceFailure
+    at_unix_s: float
+    jitter: float
+    """A random number in [0, 1) that spreads retries over time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningInspection:
+    """An inspection that was requested and has not finished."""
+
+    fingerprint: str
+    running_since_unix_s: float | None
+    """None while it is queued."""
+
+
+# --- one adapter -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)  # no slots: they leave no room for cached properties
+class ObservedAdapter:
+    """A LoraAdapter with all that is known of it."""
+
+    adapter: AdapterObject
+    base: BaseObject | None
+    replicas: tuple[AdapterOnReplica, ...] = ()
+    """Every runtime of the base, with its reports of this adapter."""
+    inspection: InspectionResult | None = None
+    running: RunningInspection | None = None
+    alias_holder: Key | None = None
+    """The older adapter that has this one's alias, if any."""
+    registered: Mapping[tuple[str, str], AdapterDescriptor] = field(default_factory=dict)
+    """(boot id, digest) → the descriptor that this process registered there last."""
+    lost_usage: tuple[UsagePart, ...] = ()
+    """Last counts of runtimes that are gone or forgot the adapter, which the status does not contain yet."""
+    gone_boot_ids: frozenset[str] = frozenset()
+    """Runtime processes that have a share in the status and will not report again."""
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """The hash of everything that an inspection depends on; None without a base."""
+        return adapter_fingerprint(self.adapter, self.base) if self.base is not None else None
+
+    @cached_property
+    def runtime_reads_source(self) -> bool:
+        """True if only a runtime can inspect the source."""
+        return self.base is not None and runtime_reads_source(self.adapter, self.base)
+
+    @cached_property
+    def awaits_runtime(self) -> bool:
+        """True if only a runtime can inspect the source and none serves."""
+        return self.runtime_reads_source and not self.serving_pod_uids
+
+    @cached_property
+    def serving_pod_uids(self) -> tuple[str, ...]:
+        """The replicas that serve, in the adapter's placement order: the preferred ones come first."""
+        serving = [Replica(item.runtime.pod_uid) for item in self.replicas if item.runtime.serving]
+        return tuple(placed.pod_uid for placed in placement_order(self.adapter.meta.uid, serving))
+
+    @cached_property
+    def min_replicas(self) -> int:
+        """On how many replicas the adapter stays loaded; 0 without a base."""
+        return min_replicas(self.adapter.spec, self.base.spec) if self.base is not None else 0
+
+
+def adapter_fingerprint(adapter: AdapterObject, base: BaseObject) -> str:
+    """Returns the hash of all an inspection depends on. It starts with the base's uid: other weights, other result."""
+    source = adapter.spec.source
+    parts = [source.uri, source.revision or "", source.digest or "", adapter.meta.retry or ""]
+    if runtime_reads_source(adapter, base):
+        parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
+    return f"{base.meta.uid}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def runtime_reads_source(adapter: AdapterObject, base: BaseObject) -> bool:
+    """True if only a runtime can inspect the adapter, since the source of the adapter or of its base is a volume."""
+    return adapter.spec.source.uri.startswith("pvc://") or base.spec.source.uri.startswith("pvc://")
+
+
+def min_replicas(spec: LoraAdapterSpec, base: BaseModelSpec) -> int:
+    """Returns on how many replicas an adapter stays loaded: its own setting or the base's default."""
+    wanted = spec.min_replicas if spec.min_replicas is not None else base.adapter_defaults.min_replicas
+    return wanted if spec.max_replicas is None else min(wanted, spec.max_replicas)
+
+
+# --- one base ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What a base's plan depends on of one of its adapters."""
+
+    ready: bool
+    loaded: bool
+    failed: bool
+    warm_replicas: int
+    """minReplicas of an adapter that may be served; keeps that many replicas of the base running."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleMemory:
+    """What one scaling decision hands on to the next."""
+
+    low_since_unix_s: float | None = None
+    """Since when fewer replicas than now would have been enough."""
+
+
+@dataclass
+class BaseMemory:
+    """What this process remembers of a base between two plans. Losing it only delays a scale-down."""
+
+    uid: str
+    replicas: int | None
+    """spec.replicas when it was last observed."""
+    scale: ScaleMemory = field(default_factory=ScaleMemory)
+    woken_unix_s: float = 0.0
+    """When this process first observed the present number of replicas."""
+    applied_hash: str | None = None
+    """Content hash of the children that this process applied last."""
+    apply_again: bool = False
+    """True if the children are to be applied even if unchanged, to undo edits by others."""
+    child_conflict: str = ""
+    """Why the last apply was refused: another object has the name of a child."""
+
+    def observe_replicas(self, replicas: int | None, now: float) -> None:
+        """Records spec.replicas; a larger number than before counts as a wake-up."""
+        if (replicas or 0) > (self.replicas or 0):
+            self.woken_unix_s = now
+        self.replicas = replicas
+
+    def children_applied(self, content_hash: str, conflict: str) -> bool:
+        """Records an apply and its conflict, if any. Returns True if the conflict changed."""
+        changed = self.child_conflict != conflict
+        self.applied_hash, self.child_conflict, self.apply_again = content_hash, conflict, False
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedBase:
+    """A BaseModel with all that is known of it."""
+
+    base: BaseObject
+    profile: RuntimeProfile | None
+    image: RuntimeImage
+    token_sha256: str
+    pods: tuple[PodObject, ...] = ()
+    runtimes: tuple[RuntimeView, ...] = ()
+    deployment: DeploymentObject | None = None
+    inspection: InspectionResult | None = None
+    running: RunningInspection | None = None
+    adapters: tuple[AdapterSummary, ...] = ()
+    strays: tuple[StrayReport, ...] = ()
+    memory: ScaleMemory = field(default_factory=ScaleMemory)
+    woken_unix_s: float = 0.0
+    """When this process first observed the present number of replicas."""
+    applied_hash: str | None = None
+    """Content hash of the children that this process applied last."""
+    apply_again: bool = False
+    """True if the children are to be applied even if unchanged, to undo edits by others."""
+    child_conflict: str = ""
+    """Why the last apply was refused: another object has the name of a child."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the inspection; the source is immutable, so only the retry annotation asks for another one."""
+        return f"{self.base.meta.uid}/{self.base.meta.retry or ''}"

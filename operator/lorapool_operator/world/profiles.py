@@ -1,0 +1,101 @@
+"""Runtime profiles: the settings of runtime pods that an administrator, never a tenant, decides.
+
+They are parsed from the YAML file that the chart mounts, at start and again on each resync. A file with an unknown key
+or a bad value is refused as a whole, and the profiles that were read before stay in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from lorapool_api.common import Quantity
+
+
+class ProfilesError(Exception):
+    """The profiles file cannot be used; the message names file and field."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class ClaimVolume(_Strict):
+    claim: str = Field(min_length=1, max_length=253)
+    """A PersistentVolumeClaim in the BaseModel's namespace, mounted at /pvc/<claim>."""
+    read_only: bool = True
+
+
+class RuntimeProfile(_Strict):
+    """One profile. Values of Kubernetes' own types are passed on unchanged."""
+
+    image: str = ""
+    """Empty: the operator's runtime image."""
+    image_pull_policy: str = Field(default="", pattern="^(Always|IfNotPresent|Never)?$")
+    image_pull_secrets: tuple[str, ...] = ()
+    resources: dict[str, Any] = Field(default_factory=dict)
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[dict[str, Any], ...] = ()
+    affinity: dict[str, Any] = Field(default_factory=dict)
+    priority_class_name: str = ""
+    runtime_class_name: str = ""
+    env: tuple[dict[str, Any], ...] = ()
+    """Kubernetes EnvVar items; with `valueFrom.secretKeyRef` the kubelet reads the Secret, not the operator."""
+    volumes: tuple[ClaimVolume, ...] = ()
+    cache_size_limit: Quantity = "20Gi"
+    """emptyDir at /cache: base files and adapters on disk."""
+    tmp_size_limit: Quantity = "1Gi"
+    shm_size_limit: str = ""
+    """Size of a memory-backed emptyDir at /dev/shm; empty for none."""
+    threads: int = Field(default=0, ge=0)
+    """Number of torch threads; 0 means all cores that the container may use."""
+    termination_grace_period_seconds: int = Field(default=60, ge=5)
+    """Running requests get this time, less 5 s, to finish."""
+    startup_timeout_seconds: int = Field(default=900, ge=30)
+    """Time to download and load the base; after it the kubelet restarts the container."""
+    run_as_user: int = Field(default=10001, ge=1)
+    pod_labels: dict[str, str] = Field(default_factory=dict)
+    pod_annotations: dict[str, str] = Field(default_factory=dict)
+
+
+Profiles = Mapping[str, RuntimeProfile]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeImage:
+    """The image of pods whose profile names none."""
+
+    image: str
+    pull_policy: str
+
+
+class _File(_Strict):
+    profiles: dict[str, RuntimeProfile]
+
+
+def parse_profiles(text: str, *, origin: str) -> Profiles:
+    """Parses the profiles by name. Raises ProfilesError that names `origin` and the field."""
+    try:
+        return _File.model_validate(yaml.safe_load(text)).profiles
+    except yaml.YAMLError as error:
+        raise ProfilesError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ProfilesError(f"{origin}: {problems}") from error
+
+
+def read_profiles(path: Path) -> Profiles:
+    """Reads a file of profiles. Raises ProfilesError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfilesError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_profiles(text, origin=str(path))
