@@ -125,7 +125,7 @@ def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
 
 
 def meta_graphs(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
-    """A base without values: its weights, slots and KV cache lie on the meta device."""
+    """A base without values: its weights, adapter slots and KV cache are on the meta device."""
     tiny_model(architecture).save_pretrained(folder)
     with monkeypatch.context() as patch:
         # the stock model's probe looks for packed sequences among its positions; the fitted one never asks

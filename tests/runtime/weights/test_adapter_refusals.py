@@ -26,7 +26,7 @@ QV = ["q_proj", "v_proj"]
 
 
 class Base:
-    """A tiny model with its folder and the layers that adapters can change."""
+    """A tiny model with its folder and the layers that LoRA may target."""
 
     def __init__(self, folder: Path, architecture: str, **changes: Any) -> None:
         self.model, self.folder = tiny_model(architecture, **changes), folder / "base"
@@ -36,7 +36,7 @@ class Base:
         ).groups
 
     def words_about(self, folder: Path) -> tuple[str, str]:
-        """Why the runtime, and who only sees the headers, refuse it."""
+        """The refusals of the runtime and of the operator, which only reads the headers."""
         with pytest.raises(ArtifactError) as runtime:
             AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
@@ -119,7 +119,7 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_each_other_kind_says_what_it_does_that_lora_does_not(kind: str, llama: Base, tmp_path: Path) -> None:
+def test_the_refusal_of_each_other_kind_says_how_it_differs_from_lora(kind: str, llama: Base, tmp_path: Path) -> None:
     import peft
 
     make, word = OTHERS[kind]
@@ -129,7 +129,7 @@ def test_each_other_kind_says_what_it_does_that_lora_does_not(kind: str, llama: 
         assert "LoraConfig" in message
 
 
-def test_adapters_that_change_the_experts_of_a_mixture_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+def test_adapters_that_change_the_experts_of_a_mixture_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -138,7 +138,7 @@ def test_adapters_that_change_the_experts_of_a_mixture_are_refused_in_words(mixt
         assert "target_modules only" in message
 
 
-def test_experts_named_as_older_trainers_did_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
@@ -154,11 +154,11 @@ def test_experts_named_as_older_trainers_did_are_refused_in_words(mixture: Base,
         assert "train without these modules" in message
 
 
-def test_a_base_without_layers_that_adapters_could_change_is_refused(tmp_path: Path) -> None:
+def test_a_base_without_layers_that_lora_could_target_is_refused(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     config.bos_token_id = config.eos_token_id = 2
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedBaseError, match="no linear layers that adapters could change"):
+    with pytest.raises(UnsupportedBaseError, match="no linear layers that LoRA could target"):
         load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))

@@ -117,14 +117,14 @@ def verify(program: StepProgram, graph: DecodeGraph, base: Base, pool: KVPool, *
     """Returns under how many conditions graph and program computed what the model computes. Raises VerificationError.
 
     last: the last position that is ever served. The pool must be unused, and is left so; no slot may be occupied."""
-    adapter_slots = base.lora.slots
-    assert adapter_slots is not None
+    adapters = base.lora.slots
+    assert adapters is not None
     config: Any = base.model.config
     positions = bound_positions(config.get_text_config().to_dict(), last)
     window = max((layer.window or 0 for layer in base.layers), default=0)
     rows = min(max_batch, pool.data.shape[2] - 1)
     count = 0
-    with random_adapters(base, adapter_slots) as slots:
+    with random_adapters(base, adapters) as slots:
         for condition in conditions(positions, rows=rows, slots=slots, longest_window=window, last=last):
             _verify_under(condition, program, graph, base, pool)
             count += 1
@@ -281,22 +281,22 @@ class _RandomAdapter:
 
 
 @contextmanager
-def random_adapters(base: Base, adapter_slots: AdapterSlots) -> Iterator[tuple[int, ...]]:
+def random_adapters(base: Base, adapters: AdapterSlots) -> Iterator[tuple[int, ...]]:
     """The slots of adapters that exist meanwhile: one on every linear, one on two thirds of them with mixed ranks."""
     linears = sum(group.size for group in base.groups)
-    rank = min(_ADAPTER_RANK, adapter_slots.max_rank)
+    rank = min(_ADAPTER_RANK, adapters.max_rank)
     ranks = ([rank] * linears, [min(rank, n % 3) for n in range(linears)])
-    slots = tuple(range(min(len(ranks), adapter_slots.count)))
+    slots = tuple(range(min(len(ranks), adapters.count)))
     for slot in slots:
         layout = lay_out(base.groups, tuple(ranks[slot]), base.dtype.itemsize)
-        adapter_slots.fill(slot, _RandomAdapter(layout, _random_numbers(layout.elements, base.dtype, seed=slot)))
-        adapter_slots.publish(slot)
+        adapters.fill(slot, _RandomAdapter(layout, _random_numbers(layout.elements, base.dtype, seed=slot)))
+        adapters.publish(slot)
     try:
         yield slots
     finally:
         for slot in slots:
-            adapter_slots.withdraw(slot)
-            adapter_slots.release(slot)
+            adapters.withdraw(slot)
+            adapters.release(slot)
 
 
 def _random_numbers(elements: int, dtype: torch.dtype, *, seed: int) -> np.ndarray:
