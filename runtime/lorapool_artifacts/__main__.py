@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-rank", type=int, default=64)
     parser.add_argument("--pvc-root", type=Path, help="folder below which claims are mounted by name")
     given = parser.parse_args(arguments)
-    settings = SourceSettings.from_env(os.environ, pvc_root=given.pvc_root)
+    settings = SourceSettings.from_env(os.environ).model_copy(update={"pvc_root": given.pvc_root})
     try:
         status, answer = asyncio.run(_inspect(given.uri, given.base, given.max_rank, settings))
     except ArtifactError as error:

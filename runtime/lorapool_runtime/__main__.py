@@ -15,19 +15,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from aiohttp import web
 
+from lorapool_api.logs import set_up_logs
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
-from lorapool_runtime.logs import set_up
 from lorapool_runtime.openai.tokenizer import TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
-from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.settings import RuntimeSettings, read_settings
 from lorapool_runtime.startup import BaseError, bring_up, reason_of
 
 log = logging.getLogger("lorapool_runtime")
@@ -46,23 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
     except SettingsError as error:
-        print(f"lorapool-runtime: {error}", file=sys.stderr)
+        error.report("lorapool-runtime")
         return 2
-    set_up(settings.log_level)
-    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)  # torch reads it when it is imported, which is later
-    code, clean = asyncio.run(run(settings, os.environ, make_engine))
+    set_up_logs("runtime", settings.log_level, settings.log_format)
+    _export(settings)
+    code, clean = asyncio.run(run(settings, make_engine))
     if not clean:  # a thread still loads the base and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-async def run(settings: RuntimeSettings, environ: Mapping[str, str], engine_factory: EngineFactory) -> tuple[int, bool]:
+def _export(settings: RuntimeSettings) -> None:
+    """Sets the variables that torch and the native kernels read when they are imported, which is later."""
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    os.environ["LORAPOOL_NATIVE"] = settings.native
+    if settings.native_isa is not None:
+        os.environ["LORAPOOL_NATIVE_ISA"] = settings.native_isa
+
+
+async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple[int, bool]:
     """Serves until the end. Returns (exit code, whether every thread of ours has ended)."""
     runtime = Runtime(settings)
     stop = _stop_on_signals()
     async with _listening(runtime):
-        loading = _in_thread(lambda: _bring_up(settings, environ, engine_factory))
+        loading = _in_thread(lambda: _bring_up(settings, engine_factory))
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
         either: list[asyncio.Future[Any]] = [loaded, stopping]
@@ -76,7 +85,7 @@ async def run(settings: RuntimeSettings, environ: Mapping[str, str], engine_fact
         return await _serve(runtime, loaded.result(), stopping), True
 
 
-def _bring_up(settings: RuntimeSettings, environ: Mapping[str, str], engine_factory: EngineFactory) -> LoadedBase:
+def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> LoadedBase:
     """Starts the base, then exempts all present objects from garbage collection.
 
     With torch and transformers they are nearly half a million, which live as long as the process: a full collection
@@ -84,7 +93,7 @@ def _bring_up(settings: RuntimeSettings, environ: Mapping[str, str], engine_fact
     """
     gc.disable()
     try:
-        base = bring_up(settings, environ, engine_factory, meanwhile=import_framework)
+        base = bring_up(settings, engine_factory, meanwhile=import_framework)
         gc.collect()
         gc.freeze()
         return base

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,6 @@ class BaseFolder:
 
 def bring_up(
     settings: RuntimeSettings,
-    environ: Mapping[str, str],
     make_engine: EngineFactory,
     *,
     meanwhile: Callable[[], None] | None = None,
@@ -61,7 +60,7 @@ def bring_up(
 
     Raises BaseError, ArtifactError, or what the engine raises.
     """
-    sources = SourceSettings.from_env(environ, pvc_root=settings.pvc_root)
+    sources = settings.sources.model_copy(update={"pvc_root": settings.pvc_root})
     started_s = time.monotonic()
     with _run_concurrently(meanwhile if "://" in settings.model else None):
         folder = base_folder(settings, sources)

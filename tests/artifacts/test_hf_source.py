@@ -15,7 +15,7 @@ from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
-from lorapool_artifacts.settings import LORAPOOL_ENV_NAMES, FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
 
 LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
 
@@ -355,15 +355,3 @@ async def test_a_pickle_beside_the_safetensors_is_neither_fetched_nor_loaded(
     assert zoo.names_in(path) == ["adapter_config.json", "adapter_model.safetensors"]
     assert not any(asked.endswith((".bin", ".py")) for _, asked, _ in hub.requests)
     assert zoo.names_in(tmp_path) == ["cache"], "the canary never ran"
-
-
-def test_every_name_read_from_the_environment_with_our_prefix_is_declared() -> None:
-    read: list[str] = []
-
-    class Recorder(dict[str, str]):
-        def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
-            read.append(key)
-            return default
-
-    SourceSettings.from_env(Recorder())
-    assert {name for name in read if name.startswith("LORAPOOL_")} == LORAPOOL_ENV_NAMES

@@ -89,10 +89,8 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
         else:
             container = oras.container.Container(uri.repo, registry=uri.host)
             container.registry = uri.host
-            configs = (
-                [str(settings.docker_config)] if settings.docker_config and settings.docker_config.is_file() else None
-            )
-            self.auth.load_configs(container, configs=configs)
+            config = settings.docker_config and settings.docker_config / "config.json"
+            self.auth.load_configs(container, configs=[str(config)] if config and config.is_file() else None)
 
     def get(self, path: str, headers: Mapping[str, str]) -> requests.Response:
         """One GET; when the registry challenges, once more with what it asks for. Raises ArtifactError."""

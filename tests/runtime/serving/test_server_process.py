@@ -31,12 +31,13 @@ from fakes_runtime import (
 
 from lorapool_api.openai import InvalidRequest, Unavailable
 from lorapool_api.protocol import token_sha256
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import Runtime
-from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.settings import read_settings
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -347,16 +348,6 @@ def test_flags_win_over_the_environment_and_both_are_checked() -> None:
         read_settings([], {})
 
 
-def test_what_kubernetes_sets_for_a_service_of_that_name_is_not_a_setting() -> None:
-    environ = {"LORAPOOL_RUNTIME_SERVICE_HOST": "10.0.0.1", "LORAPOOL_RUNTIME_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
-    assert read_settings(["--model", "x"], environ).listen_port == 8000
-
-
-def test_every_setting_says_what_it_is() -> None:
-    undocumented = [name for name, field in RuntimeSettings.model_fields.items() if not field.description]
-    assert undocumented == []
-
-
 # --- the base's folder ------------------------------------------------------------------------
 
 
@@ -401,7 +392,7 @@ def test_work_during_a_fetch_is_done_once_and_is_over_when_the_fetch_is(
 
     settings = settings_for_tests(model=model, pvc_root=tmp_path)
     with pytest.raises((BaseError, ArtifactError)):
-        bring_up(settings, {}, lambda *_: FakeEngine(), meanwhile=meanwhile)
+        bring_up(settings, lambda *_: FakeEngine(), meanwhile=meanwhile)
     assert calls == ["during-fetch"] * called
 
 
@@ -411,4 +402,4 @@ def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
     base = BaseFolder(make_base(tmp_path / "base"), None, (), cached_bytes=2**30)
     monkeypatch.setattr("lorapool_runtime.startup.base_folder", lambda *_: base)
     with pytest.raises(BaseError, match="raise cache_bytes"):
-        bring_up(settings_for_tests(cache_bytes=2**30), {}, lambda *_: FakeEngine())
+        bring_up(settings_for_tests(cache_bytes=2**30), lambda *_: FakeEngine())
