@@ -1,4 +1,4 @@
-"""Fixtures of the runtime's tests that are dear to make."""
+"""Shared fixtures of the runtime's tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from fakes_runtime import save_byte_tokenizer
 from hypothesis import settings
 
-settings.register_profile("shared-machine", deadline=None)  # how long an example takes says more about the machine
+settings.register_profile("shared-machine", deadline=None)  # the time of an example depends on the machine
 settings.load_profile("shared-machine")
 
 
