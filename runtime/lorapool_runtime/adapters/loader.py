@@ -115,7 +115,7 @@ class AdapterLoader:
             if stored.digest != digest:
                 raise ArtifactError(
                     FailureReason.DIGEST_MISMATCH,
-                    f"{entry.descriptor.source.uri} holds {stored.digest}, not the {digest} that is asked for; correct "
+                    f"{entry.descriptor.source.uri} holds {stored.digest}, not the requested {digest}; correct "
                     "spec.source.digest or pin the revision.",
                 )
             self._registry.add_disk_copy(digest)

@@ -250,10 +250,10 @@ def _message(item: Any, where: str) -> Mapping[str, Any]:
         answered = item.get("tool_call_id")
         if not isinstance(answered, str) or not answered:
             param = f"{where}.tool_call_id"
-            raise InvalidRequestError(f"`{param}` must name the call that this answers.", param=param)
+            raise InvalidRequestError(f"`{param}` must be the id of the call that this message answers.", param=param)
         own = {"tool_call_id": clean_text(answered, where)}
         return {"role": role, "content": _content(item.get("content"), where), **own}
-    # "developer" is OpenAI's newer name of "system", which is the one that templates of open models know
+    # "developer" is OpenAI's newer name for "system", the role that templates of open models support
     return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
 
 
@@ -268,7 +268,7 @@ def _content(value: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             raise InvalidRequestError(
-                f'`{param}[{place}]` must be a part of type "text"; this model reads nothing else.',
+                f'`{param}[{place}]` must be a part of type "text"; this model accepts no other type.',
                 param=f"{param}[{place}]",
                 code="unsupported_content",
             )

@@ -1,9 +1,10 @@
-"""An adapter's life on one replica: registered, loaded on demand, shared, parked, failed, deleted."""
+"""An adapter's life on one replica: registered, loaded on demand, shared, unloaded when idle, failed, deleted."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lorapool_api.openai import (
 from lorapool_api.protocol import AdapterState, EventType, ResolveAnswer, RuntimeSnapshot, Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.manager import AdapterManager
+from lorapool_runtime.events import COALESCE_S
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 
@@ -94,7 +96,7 @@ async def test_every_request_gets_its_own_adapter_while_slots_change_hands(byte_
             return status, name, said(body) if status == 200 else body["error"]["code"]
 
         results = await asyncio.gather(*(one() for _ in range(150)))
-        for name in names:  # alone, each must get a slot, however few changed hands in the crowd
+        for name in names:  # one at a time, each must get a slot
             status, body, _ = await ask(served.url, key_of(name), session)
             assert (status, said(body)) == (200, f"I am {name}.")
     assert {status for status, *_ in results} <= {200, 409}
@@ -128,7 +130,7 @@ async def test_the_least_recently_used_leaves_and_never_one_in_use_or_pinned(byt
         (await manager.acquire(key_of("newer"))).release()
 
 
-async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_tokenizer: Path) -> None:
+async def test_an_idle_adapter_is_unloaded_and_leaves_host_memory_later(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock(), host_idle_s=100.0) as served:
         manager = served.runtime.adapters
@@ -144,9 +146,9 @@ async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_token
         clock.pass_s(0.2)
         manager.sweep()
         await until(lambda: report(manager, key_of("poet")).state is AdapterState.REGISTERED)
-        parked = report(manager, key_of("poet"))
-        assert (parked.tier, parked.device_bytes, parked.host_bytes) == (Tier.HOST, 0, 1000)
-        assert parked.usage.residency_seconds == pytest.approx(1060.1)
+        unloaded = report(manager, key_of("poet"))
+        assert (unloaded.tier, unloaded.device_bytes, unloaded.host_bytes) == (Tier.HOST, 0, 1000)
+        assert unloaded.usage.residency_seconds == pytest.approx(1060.1)
         clock.pass_s(101)
         manager.sweep()
         assert report(manager, key_of("poet")).tier is Tier.DISK
@@ -156,7 +158,7 @@ async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_token
         assert kinds[1] == (EventType.UNLOADED, pytest.approx(1060.1))
 
 
-async def test_a_parked_adapter_comes_back_from_host_memory_without_its_source(byte_tokenizer: Path) -> None:
+async def test_an_unloaded_adapter_comes_back_from_host_memory_without_its_source(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
@@ -168,7 +170,7 @@ async def test_a_parked_adapter_comes_back_from_host_memory_without_its_source(b
     assert served.engine.loads["poet"] == 2
 
 
-async def test_a_pinned_adapter_loads_by_itself_and_never_parks(byte_tokenizer: Path) -> None:
+async def test_a_pinned_adapter_loads_without_a_request_and_is_never_unloaded_when_idle(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
@@ -248,7 +250,7 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
             waits.append(caught.value.retry_after_s)
             clock.pass_s(7.9 * attempt)
             with pytest.raises(UnavailableError):
-                await manager.acquire(key_of("poet"))  # too early: answered from memory
+                await manager.acquire(key_of("poet"))  # too early: answered without a try
             assert store.fetches.total() == attempt
             clock.pass_s(2.2 * attempt)
         assert 8.0 <= waits[0] <= 10.0
@@ -257,7 +259,7 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
         assert report(manager, key_of("poet")).failure is None
 
 
-async def test_what_the_source_holds_must_be_the_digest_that_was_asked_for(byte_tokenizer: Path) -> None:
+async def test_a_source_with_another_digest_than_the_registered_one_is_a_failure(byte_tokenizer: Path) -> None:
     store = FakeStore(digests={"s3://bucket/poet": digest_of_name("something else")})
     async with serving(byte_tokenizer, store=store) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
@@ -305,19 +307,20 @@ async def test_requests_that_wait_for_a_load_are_bounded_and_leave_with_their_cl
         assert report(manager, key_of("poet")).in_flight == 0
 
 
-async def test_a_client_that_leaves_while_its_adapter_loads_gives_its_place_back(byte_tokenizer: Path) -> None:
-    store = FakeStore(delay_s=0.2)
+async def test_a_client_that_leaves_while_its_adapter_loads_gives_its_queue_slot_back(byte_tokenizer: Path) -> None:
+    store = FakeStore(delay_s=0.5)
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession() as session:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
         asking = asyncio.create_task(ask(served.url, key_of("poet"), session))
         await until(lambda: served.runtime.snapshot().in_flight == 1)
         asking.cancel()
-        await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=0.15)
+        await until(lambda: served.runtime.snapshot().in_flight == 0)
+        assert report(served.runtime.adapters, key_of("poet")).state is AdapterState.LOADING  # it left before the end
         await until(lambda: report(served.runtime.adapters, key_of("poet")).state is AdapterState.LOADED)
         assert served.engine.requests == []
 
 
-async def test_delete_waits_for_running_requests_then_unloads_and_tells_the_bytes(byte_tokenizer: Path) -> None:
+async def test_delete_waits_for_running_requests_then_unloads_and_reports_the_bytes(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.002)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession() as session:
         manager, path = (
@@ -345,7 +348,7 @@ async def test_delete_waits_for_running_requests_then_unloads_and_tells_the_byte
         assert report(manager, key_of("poet")).usage.requests == 1  # per boot the numbers only grow
 
 
-async def test_delete_ends_what_runs_longer_than_its_patience(byte_tokenizer: Path) -> None:
+async def test_delete_ends_requests_that_run_longer_than_its_timeout(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.005)
     async with (
         serving(byte_tokenizer, engine=engine, drain_adapter_s=0.05) as served,
@@ -361,7 +364,7 @@ async def test_delete_ends_what_runs_longer_than_its_patience(byte_tokenizer: Pa
         assert answer.freed_device_bytes == 2000
 
 
-async def test_delete_during_a_load_stops_it_and_tells_those_who_wait(byte_tokenizer: Path) -> None:
+async def test_delete_during_a_load_stops_it_and_answers_those_who_wait(byte_tokenizer: Path) -> None:
     store = FakeStore(delay_s=30.0)
     async with serving(byte_tokenizer, store=store) as served:
         manager = served.runtime.adapters
@@ -396,7 +399,7 @@ async def test_host_memory_is_bounded(byte_tokenizer: Path) -> None:
         assert manager.host_bytes == 2000
 
 
-async def test_the_coldest_descriptor_is_forgotten_when_there_are_too_many(byte_tokenizer: Path) -> None:
+async def test_the_longest_unused_registration_is_forgotten_when_there_are_too_many(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock(), max_adapters=3) as served:
         manager = served.runtime.adapters
@@ -408,7 +411,7 @@ async def test_the_coldest_descriptor_is_forgotten_when_there_are_too_many(byte_
         assert {item.display for item in manager.reports()} == {"team/used", "team/late", "team/latest"}
 
 
-async def test_the_snapshot_is_told_at_once_when_an_adapter_changes(served: Served) -> None:
+async def test_a_long_poll_gets_the_snapshot_at_once_when_an_adapter_changes(served: Served) -> None:
     async with aiohttp.ClientSession(served.url) as session:
         async with session.get("/v1/runtime") as response:
             first = RuntimeSnapshot.model_validate(await response.json())
@@ -428,13 +431,14 @@ async def test_the_snapshot_is_told_at_once_when_an_adapter_changes(served: Serv
 
 
 async def test_counts_of_requests_are_announced_a_few_times_a_second(served: Served) -> None:
-    before = served.runtime.changes.seq
+    before, began_s = served.runtime.changes.seq, time.monotonic()
     async with aiohttp.ClientSession() as session:
         for _ in range(20):
             async with session.post(served.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}) as response:
                 assert response.status == 200
         await until(lambda: served.runtime.changes.seq > before)
-    assert served.runtime.changes.seq - before <= 5
+    periods = (time.monotonic() - began_s) / COALESCE_S
+    assert served.runtime.changes.seq - before <= periods + 1  # of 40 changes, on a machine that is not very slow
 
 
 async def test_events_are_numbered_and_can_be_waited_for(served: Served) -> None:
@@ -449,7 +453,7 @@ async def test_events_are_numbered_and_can_be_waited_for(served: Served) -> None
             assert (await response.json())["events"] == []
 
 
-async def test_resolve_judges_and_loads_nothing(byte_tokenizer: Path) -> None:
+async def test_resolve_inspects_a_source_and_loads_nothing(byte_tokenizer: Path) -> None:
     store = FakeStore(errors={"pvc://claim/bad": [source_error(FailureReason.WRONG_BASE, "other shapes")]})
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession(served.url) as session:
         for uri, reason in (("pvc://claim/good", None), ("pvc://claim/bad", "WrongBase")):
