@@ -13,12 +13,12 @@ import mmap
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-LIBRARY = Path(__file__).parent / "native" / "liblora_pack.so"
+from lorapool_runtime.native_library import NativeUnavailableError, open_library
+
 _VERSION = 2
 _HUGE = 2 * 2**20
 _NOT_FINITE = 1 << 32
@@ -158,11 +158,9 @@ def _cast(values: np.ndarray, to: np.ndarray) -> bool:
 @cache
 def _native() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-        if library.lora_pack_version() != _VERSION:
-            return None
+        library = open_library("lora_pack", _VERSION, shares_openmp=False)
         one, file, copy = library.lora_pack, library.lora_pack_file, library.lora_copy
-    except (OSError, AttributeError):
+    except (NativeUnavailableError, AttributeError):
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     one.argtypes = [pointer, pointer, size, size, number, ctypes.c_float, number]

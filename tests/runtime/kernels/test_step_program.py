@@ -24,7 +24,7 @@ from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 
 TRACED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
 UNTRACEABLE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]
-"""What they compute between their layers is no list of native kernels (OLMo 2 rotates bfloat16 heads in float32)."""
+"""What they compute between their layers is not a list of native kernels (OLMo 2 rotates bfloat16 heads in float32)."""
 RANKS = (4, 16, 3)
 UNVERIFIED, ACTIVE = DecodeProgramState(active=False, reason="unverified"), DecodeProgramState(active=True)
 
@@ -276,7 +276,7 @@ def test_more_rows_on_fewer_threads_get_the_memory_they_need() -> None:
         assert fresh_thread.submit(bytes_for_the_order_of_rows, threads=1, rows=64).result() >= 64 * 8
 
 
-def test_the_clock_tells_the_kinds_of_operators_apart(tmp_path: Path) -> None:
+def test_time_is_measured_by_kind_of_operator(tmp_path: Path) -> None:
     with torch.inference_mode():
         core = core_of(tmp_path, "Llama")
         program = core.runner.decode_path

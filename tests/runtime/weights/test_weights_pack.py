@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorapool_runtime.native_library import FOLDER
 from lorapool_runtime.weights import pack as packing
 from lorapool_runtime.weights.pack import ALONE, BESIDE_A_BATCH, FILE_TYPES, Pace, copy_bytes, pack, pack_file, zeroed
 
@@ -194,3 +195,12 @@ def test_bytes_are_copied_whole_at_any_pace(size: int, native: bool) -> None:
         np.testing.assert_array_equal(to, values)
     with pytest.raises(ValueError, match="cannot copy"):
         copy_bytes(np.zeros(size + 1, np.uint8), values, ALONE)
+
+
+@pytest.mark.skipif(not (FOLDER / "liblora_pack.so").is_file(), reason="the native library is not built")
+@pytest.mark.parametrize(("setting", "native"), [("auto", True), ("avx2", True), ("0", False)])
+def test_the_built_library_packs_unless_the_environment_forbids_it(
+    setting: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPOOL_NATIVE", setting)
+    assert (packing._native.__wrapped__() is not None) == native
