@@ -133,12 +133,12 @@ test: ## everything CI runs, on a bare machine
 # --- the demo ----------------------------------------------------------------------------
 
 .PHONY: demo
-demo: install ## the whole of it on a real one-node cluster; CONTEXT=name uses an existing one
-	$(PY) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
+demo: ## the whole of it on a real one-node cluster; CONTEXT=name uses an existing one
+	@exec $(PYTHON) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: demo-down
 demo-down: ## end the demo's cluster and everything it started
-	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
+	$(PYTHON) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: image
 image: install ## build the two images and push them: REGISTRY=127.0.0.1:PORT of a local cluster (`hack/cluster status`)

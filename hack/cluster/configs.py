@@ -1,4 +1,4 @@
-"""The text of every configuration file; pure, called by `plan`."""
+"""The text of every configuration file. Pure."""
 
 import json
 from collections.abc import Sequence
@@ -150,52 +150,9 @@ cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
 
 
 def prometheus(state: Path, rule_files: Sequence[str]) -> str:
-    """Scrapes pods that ask for it by annotation, with the labels a PodMonitor would give."""
+    """Scrapes the pods that `targets` lists."""
     rules = [f"{state}/rules/*.yml", f"{state}/rules/*.yaml", *rule_files]
-    annotation, label = "__meta_kubernetes_pod_annotation_prometheus_io", "__meta_kubernetes_pod_label"
-    relabel = [
-        {"action": "keep", "source_labels": [f"{annotation}_scrape"], "regex": "true"},
-        {"action": "drop", "source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Pending|Succeeded|Failed"},
-        {
-            "action": "replace",
-            "source_labels": [f"{annotation}_scheme"],
-            "regex": "(https?)",
-            "target_label": "__scheme__",
-        },
-        {
-            "action": "replace",
-            "source_labels": [f"{annotation}_path"],
-            "regex": "(.+)",
-            "target_label": "__metrics_path__",
-        },
-        {
-            "action": "replace",
-            "source_labels": ["__meta_kubernetes_pod_ip", f"{annotation}_port"],
-            "regex": "(.+);([0-9]+)",
-            "replacement": "$1:$2",
-            "target_label": "__address__",
-        },
-        *(
-            {"action": "replace", "source_labels": [source], "target_label": target}
-            for source, target in (
-                ("__meta_kubernetes_namespace", "namespace"),
-                ("__meta_kubernetes_pod_name", "pod"),
-                ("__meta_kubernetes_pod_node_name", "node"),
-            )
-        ),
-        {
-            "action": "replace",
-            "source_labels": ["__meta_kubernetes_namespace", f"{label}_app_kubernetes_io_component"],
-            "separator": "/",
-            "regex": "(.+/.+)",
-            "target_label": "job",
-        },
-    ]
-    scrape = {
-        "job_name": "pods",
-        "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": f"{state}/conf/discovery.kubeconfig"}],
-        "relabel_configs": relabel,
-    }
+    scrape = {"job_name": "pods", "file_sd_configs": [{"files": [f"{state}/targets.json"]}]}
     settings = {"scrape_interval": "5s", "scrape_timeout": "4s", "evaluation_interval": "5s"}
     return json.dumps({"global": settings, "rule_files": rules, "scrape_configs": [scrape]}, indent=1)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from cluster import pins
 from cluster.errors import MissingTool
@@ -94,14 +95,27 @@ def _apt(packages: list[str]) -> None:
             f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}"
         )
     say(f"installing {', '.join(packages)}")
-    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
-    # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own daemons: a cluster starts its own.
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
-    if subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False).returncode:
-        subprocess.run(["apt-get", "update", "-q"], env=env, stdout=subprocess.DEVNULL, check=False)
-        done = subprocess.run(command, env=env, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
+    if _finish(command, subprocess.DEVNULL):
+        _finish(["dpkg", "--configure", "-a"], subprocess.DEVNULL)  # an earlier installation may have been killed
+        _finish(["apt-get", "update", "-q"], subprocess.DEVNULL)
+        if _finish(command, sys.stderr):
             raise MissingTool(f"apt-get could not install {', '.join(packages)}", remedy="read its output above")
+
+
+def _finish(command: list[str], output: IO[str] | int) -> int:
+    """Runs a command to its end, also when this program is interrupted: half an installation would be left behind."""
+    # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own services: a cluster starts its own.
+    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=sys.stderr, start_new_session=True
+    )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        say(f"waiting for {command[0]} to end")
+        process.wait()
+        raise
 
 
 def _pypi_go() -> Path:

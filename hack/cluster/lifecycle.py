@@ -83,6 +83,9 @@ def up(
                     raise
                 say("a port was taken in the meantime; trying others")
                 (state / "spec.json").unlink()
+            except BaseException:  # interrupted: a cluster that is half up serves no purpose
+                _end(state)
+                raise
         say(f"{name} is up after {time.monotonic() - began:.1f} s")
         return describe(state)
 
@@ -207,7 +210,7 @@ def _spec(
         token=earlier.get("token") or secrets.token_hex(24),
         controllers=controllers,
         registry_storage=storage,
-        tools={tool: install.require(tool) for tool in TOOLS} if whole else {},
+        tools={tool: install.require(tool) for tool in TOOLS} | {"python3": sys.executable} if whole else {},
         cni_folder=install.cni_folder() if whole else "",
         cgroup_root=cgroups.root(state),
         rule_files=tuple(str(Path(f).resolve()) for f in rule_files),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import configs
+from cluster.places import HACK
 
 NODE_IP = "10.245.0.1"
 POD_CIDR = "10.244.0.0/24"
@@ -44,7 +45,7 @@ class Spec:
     token: str
     controllers: bool = True  # the controller manager, in the API-server mode
     registry_storage: Path = Path("/nonexistent")
-    tools: dict[str, str] = field(default_factory=dict)  # containerd, ctr, docker-registry: full paths
+    tools: dict[str, str] = field(default_factory=dict)  # containerd, ctr, docker-registry, python3: full paths
     cni_folder: str = ""
     cgroup_root: str = ""
     rule_files: tuple[str, ...] = ()
@@ -217,6 +218,12 @@ def _node(spec: Spec) -> Iterator[Component]:
     yield Component(
         "coredns", (f"{programs}/coredns", "-conf", f"{conf}/Corefile"), ("bootstrap",), f"http://{NODE_IP}:8181/ready"
     )
+    yield Component(
+        "scrape-targets",
+        (spec.tools["python3"], "-I", str(HACK / "cluster" / "targets.py"), f"{conf}/discovery.kubeconfig",
+         f"{state}/targets.json"),
+        ("bootstrap",),
+    )  # fmt: skip
     yield Component(
         "prometheus",
         (

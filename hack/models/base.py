@@ -38,9 +38,9 @@ class BaseModelError(Exception):
 
 
 def models_dir() -> Path:
-    """The cache folder of models; LORAPOOL_CACHE moves it."""
-    root = os.environ.get("LORAPOOL_CACHE") or "~/.cache/lorapool"
-    return Path(root).expanduser() / "models"
+    """The cache folder of models; LORAPOOL_CACHE or XDG_CACHE_HOME moves it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LORAPOOL_CACHE") or f"{cache}/lorapool").expanduser() / "models"
 
 
 def prepare(hub: str | None = None) -> Path:
