@@ -30,16 +30,14 @@ ENV PATH=/opt/lorapool/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache
 WORKDIR /tmp
 COPY hack/bootstrap.lock /opt/lorapool/
-# hack/images mounts the machine's own uv cache elsewhere: what `make install` unpacked is not fetched again.
-ARG UV_CACHE_DIR=/root/.cache/uv
-ARG UV_LINK_MODE=copy
 
 FROM python AS control-dependencies
-ARG UV_CACHE_DIR UV_LINK_MODE
+# hack/images names the cache that `make install` filled: no wheel is fetched again.
+ARG UV_CACHE_DIR=/root/.cache/uv
 COPY requirements-control.lock /opt/lorapool/
 RUN --mount=type=cache,target=/root/.cache/uv \
     pip install --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
- && uv pip install --python /opt/lorapool/bin/python --compile-bytecode --require-hashes \
+ && uv pip install --link-mode copy --python /opt/lorapool/bin/python --compile-bytecode --require-hashes \
       -r /opt/lorapool/requirements-control.lock \
  && pip uninstall -y uv
 
@@ -56,13 +54,14 @@ CMD ["lorapool-operator"]
 
 FROM python AS runtime-dependencies
 ARG CPU_ONLY=0
-ARG UV_CACHE_DIR UV_LINK_MODE
+# hack/images names the cache that `make install` filled: no wheel is fetched again.
+ARG UV_CACHE_DIR=/root/.cache/uv
 COPY requirements-runtime.lock hack/images/trim_cpu.py /opt/lorapool/
 # The import proves that nothing needed was removed, and compiles the modules that the runtime imports: compiling all of
 # torch and transformers would take a minute and be of no use.
 RUN --mount=type=cache,target=/root/.cache/uv \
     pip install --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
- && uv pip install --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
+ && uv pip install --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
  && pip uninstall -y uv \
  && if [ "${CPU_ONLY}" = 1 ]; then python /opt/lorapool/trim_cpu.py; fi \
  && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers, peft; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"

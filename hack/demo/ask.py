@@ -15,11 +15,9 @@ from pathlib import Path
 
 from openai import APIStatusError, OpenAI
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # run by path: make the folder importable as the package it is
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run by path: hack/ holds the package
 
-from demo.questions import Answer, Question, questions
+from demo.questions import Answer, Question, questions  # noqa: E402  (needs the path above)
 
 TIMEOUT_S = 400
 

@@ -103,10 +103,11 @@ def summary(machine: Machine, last_s: float | None) -> str:
         "and five fine-tunes."
     )
     time = f"took {duration(last_s)} last time" if last_s is not None else "has not run on this machine before"
+    disk = f"{machine.disk_needed} GiB of disk ({machine.disk_free:.0f} free)"
+    memory = f"{MEMORY_NEEDED_GIB} GiB of memory ({machine.memory_available:.0f} available)"
     return (
         f"{work} It {time}.\n"
-        f"Needs root, Python {_dotted(PYTHON_NEEDED)}, {machine.disk_needed} GiB of disk ({machine.disk_free:.0f} free) "
-        f"and {MEMORY_NEEDED_GIB} GiB of memory ({machine.memory_available:.0f} available).\n"
+        f"Needs root, Python {_dotted(PYTHON_NEEDED)}, {disk} and {memory}.\n"
         "Ctrl-C ends it and leaves nothing running; the next `make demo` goes on where it stopped."
     )
 

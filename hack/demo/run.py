@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -448,7 +448,7 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         "registry": ground.push_registry,
         "artifact_registry": ground.artifact_registry,
         "seconds": seconds,
-        "answers": [answer.as_json() for answer in demo.answers],
+        "answers": [asdict(answer) for answer in demo.answers],
     }
     write_json(demo.folder / "summary.json", summary, mode=0o600)  # it holds the key
     shown = demo.folder.relative_to(REPOSITORY) if demo.folder.is_relative_to(REPOSITORY) else demo.folder
