@@ -36,10 +36,10 @@ FROM python AS control-dependencies
 ARG UV_CACHE_DIR=/root/.cache/uv
 COPY requirements-control.lock /opt/lorapool/
 RUN --mount=type=cache,target=/root/.cache/uv \
-    pip install --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
- && uv pip install --link-mode copy --python /opt/lorapool/bin/python --compile-bytecode --require-hashes \
+    pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
+ && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --compile-bytecode --require-hashes \
       -r /opt/lorapool/requirements-control.lock \
- && pip uninstall -y uv
+ && pip --no-cache-dir uninstall -qy uv
 
 FROM control-dependencies AS control
 ARG VERSION=0.1.0
@@ -60,11 +60,11 @@ COPY requirements-runtime.lock hack/images/trim_cpu.py /opt/lorapool/
 # The import proves that nothing needed was removed, and compiles the modules that the runtime imports: compiling all of
 # torch and transformers would take a minute and be of no use.
 RUN --mount=type=cache,target=/root/.cache/uv \
-    pip install --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
- && uv pip install --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
- && pip uninstall -y uv \
+    pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
+ && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
+ && pip --no-cache-dir uninstall -qy uv \
  && if [ "${CPU_ONLY}" = 1 ]; then python /opt/lorapool/trim_cpu.py; fi \
- && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers, peft; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
+ && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
 
 FROM runtime-dependencies AS runtime
 ARG VERSION=0.1.0

@@ -10,9 +10,10 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from demo.schedule import Step, StepError
 
@@ -78,8 +79,8 @@ class Commands:
             process = self._start(words)
             out: list[str] = []
             readers = [
-                _reader(process.stdout or (), out.append, log.write),
-                _reader(process.stderr or (), recent.append, log.write, show or _ignore),
+                _reader(process.stdout, out.append, log.write),
+                _reader(process.stderr, recent.append, log.write, show or _ignore),
             ]
             self._feed(process, stdin)
             late = self._wait(process, timeout_s)
@@ -176,11 +177,15 @@ def _ignore(line: str) -> None:
     pass
 
 
-def _reader(stream: Iterable[str], *sinks: Callable[[str], object]) -> threading.Thread:
+def _reader(stream: IO[str] | None, *sinks: Callable[[str], object]) -> threading.Thread:
+    """A thread that gives each line to every sink, until the stream ends."""
+    assert stream is not None
+
     def read() -> None:
-        for line in stream:
-            for sink in sinks:
-                sink(line)
+        with stream:
+            for line in stream:
+                for sink in sinks:
+                    sink(line)
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
