@@ -1,4 +1,4 @@
-"""The cluster's cgroups, which outlive its processes: one per hierarchy, made before the kubelet and removed at the end."""
+"""The cluster's cgroups, which outlive its processes: one per hierarchy, made first and removed last."""
 
 import contextlib
 import hashlib

@@ -1,7 +1,7 @@
 """The protocol between the command line and a running supervisor: a Unix socket, one JSON object in each direction.
 
-A listening TCP socket may be sent with the request: this is how a port of the host's 127.0.0.1 is served from inside the
-cluster's network namespace.
+A listening TCP socket may be sent with the request: this is how a port of the host's 127.0.0.1 is served from inside
+the cluster's network namespace.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from finetune_metrics import ENTITY_KEYS, score_facts, parse_entities
+from finetune_metrics import ENTITY_KEYS, parse_entities, score_facts
 from finetune_tasks import DEMO, SCORES, TASKS, Line, Task, read_lines
 from write_data import SourceError, written
 
