@@ -25,7 +25,7 @@ import torch
 from places import make_adapter
 from records import Record, against, parsed, parser, percentile, report
 
-from lorapool_runtime.background import yield_to_the_batch
+from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import GenerationRequest, SamplingParams, TokenOutput
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.engine import TorchEngine
@@ -137,7 +137,7 @@ class Churn:
         return int((at_s - self._began_s) / INTERVAL_S) % 2 == 1
 
     def _run(self) -> None:
-        yield_to_the_batch()  # as the server's reading threads do
+        lower_thread_priority()  # as the server's reading threads do
         while not self._stop.wait(0.05):
             if not self.loads_at(time.perf_counter()):
                 continue

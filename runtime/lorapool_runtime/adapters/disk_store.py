@@ -32,7 +32,7 @@ from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
 from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
-from lorapool_runtime.background import yield_to_the_batch
+from lorapool_runtime.background import lower_thread_priority
 
 MAX_INSPECTIONS = 2
 """Folders hashed and judged at one time: this costs processor time that serving needs."""
@@ -84,7 +84,7 @@ class DiskStore:
         self._max_rank = max_rank
         self._fetch_timeout_s = fetch_timeout_s
         self._inspectors = ThreadPoolExecutor(
-            MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=yield_to_the_batch
+            MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=lower_thread_priority
         )
         self._inspected: dict[str, tuple[int, _Signature]] = {}
 

@@ -126,6 +126,15 @@ class TargetShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeProgramState:
+    """Whether decode steps run as one native call, or by the model's own code and for what reason."""
+
+    active: bool
+    reason: str = ""
+    """Empty while active; else `no_kernels`, `untraceable` or `unverified`. The log has the details."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the server must know of the loaded base."""
 
@@ -135,6 +144,8 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     targets: tuple[TargetShape, ...]
     weight_bytes: int
+    decode_program: DecodeProgramState | None = None
+    """None for an engine that has no such program, as on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

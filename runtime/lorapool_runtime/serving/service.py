@@ -381,6 +381,7 @@ class Runtime:
             draining=self.draining,
             running_adapters=running,
             waiting_adapters=waiting,
+            decode_program=serving.base.engine.facts.decode_program,
         )
 
     def _stats(self) -> EngineStats:

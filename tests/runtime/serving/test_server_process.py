@@ -360,7 +360,7 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_a_base_on_a_volume_is_read_where_it_is_mounted(tmp_path: Path) -> None:
     make_base(tmp_path / "claim" / "models" / "tiny")
     settings = settings_for_tests(model="pvc://claim/models/tiny", pvc_root=tmp_path)
     found = base_folder(settings, SourceSettings(pvc_root=tmp_path))
@@ -372,7 +372,7 @@ def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("/nowhere", "no model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
+    [("/nowhere", "not a model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
 )
 def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, words: str) -> None:
     with pytest.raises((BaseError, ArtifactError)) as caught:
@@ -381,7 +381,7 @@ def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, 
 
 
 @pytest.mark.parametrize(("model", "called"), [("pvc://other/x", 1), ("/nowhere", 0)])
-def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
+def test_work_during_a_fetch_is_done_once_and_is_over_when_the_fetch_is(
     tmp_path: Path, model: str, called: int
 ) -> None:
     calls: list[str] = []
@@ -393,7 +393,7 @@ def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
     settings = settings_for_tests(model=model, pvc_root=tmp_path)
     with pytest.raises((BaseError, ArtifactError)):
         bring_up(settings, lambda *_: FakeEngine(), meanwhile=meanwhile)
-    assert calls == ["beside-fetch"] * called
+    assert calls == ["during-fetch"] * called
 
 
 def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(

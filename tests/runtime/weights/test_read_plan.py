@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.weights import reader as adapter_file
 from lorapool_runtime.weights.layout import Layout
-from lorapool_runtime.weights.read_plan import Plans, ReadPlan
+from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -89,7 +89,7 @@ def test_a_second_adapter_of_the_same_make_is_not_matched_again_and_has_its_own_
     one, two = reader.read(folder), reader.read(other)
     assert reader.judged == 1
     assert two.layout is one.layout
-    piece = one.layout.pieces[0]
+    piece = one.layout.linears[0]
     np.testing.assert_array_equal(piece.a(two.buffer), load_file(other / "adapter_model.safetensors")[A0].numpy())
     assert not np.array_equal(one.buffer, two.buffer)
 
@@ -144,7 +144,7 @@ def test_the_plans_used_last_are_kept_and_no_more() -> None:
             1, (), Layout((), 0, np.zeros((3, 0), np.int64)), np.zeros((0, 6), np.int64), np.zeros(0, np.float32), ()
         )
 
-    plans = Plans(most=2)
+    plans = ReadPlanCache(max_plans=2)
     first = plans.get("first", plan)
     plans.get("second", plan)
     assert plans.get("first", plan) is first

@@ -79,11 +79,11 @@ def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
     adapter = read(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert (adapter.rank, adapter.target_modules) == (4, ("q_proj", "v_proj"))
-    q, k, v = (adapter.layout.pieces[i] for i in QKV0)
+    q, k, v = (adapter.layout.linears[i] for i in QKV0)
     np.testing.assert_array_equal(q.a(adapter.buffer), tensors[f"{Q0}.lora_A.weight"].numpy())
     np.testing.assert_array_equal(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
     assert (q.rank, k.rank, v.rank) == (4, 0, 4)  # k is left alone
-    assert sum(piece.rank for piece in adapter.layout.pieces) == 4 * 4
+    assert sum(piece.rank for piece in adapter.layout.linears) == 4 * 4
     weights = sum(tensor.numel() * 4 for tensor in tensors.values())
     assert weights <= adapter.host_bytes == adapter.buffer.nbytes < weights + 64 * len(tensors)
 
@@ -91,7 +91,7 @@ def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
 def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
     plain = read(folder)
     configure(folder, use_rslora=True)
-    got, q = read(folder).buffer, plain.layout.pieces[0]
+    got, q = read(folder).buffer, plain.layout.linears[0]
     np.testing.assert_allclose(q.b(got), q.b(plain.buffer) * math.sqrt(4), rtol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
         alpha_pattern={"v_proj": 12},
     )
     tensors, adapter = load_file(made / "adapter_model.safetensors"), read(made)
-    q, _, v = (adapter.layout.pieces[i] for i in QKV0)
+    q, _, v = (adapter.layout.linears[i] for i in QKV0)
     assert (q.rank, v.rank) == (2, 4)
     np.testing.assert_allclose(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
     want = tensors[f"{Q0.replace('q_proj', 'v_proj')}.lora_B.weight"].numpy().T * 3
@@ -116,7 +116,7 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
 def test_bfloat16_is_rounded_to_nearest_even_like_torch(folder: Path) -> None:
     adapter = read(folder, dtype="bfloat16")
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].to(torch.bfloat16)
-    got = torch.from_numpy(adapter.layout.pieces[0].a(adapter.buffer)).view(torch.bfloat16)
+    got = torch.from_numpy(adapter.layout.linears[0].a(adapter.buffer)).view(torch.bfloat16)
     assert torch.equal(got, want)
 
 
@@ -128,7 +128,7 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
     reweight(folder, halve)
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].float()
     adapter = read(folder)
-    np.testing.assert_array_equal(adapter.layout.pieces[0].a(adapter.buffer), want.numpy())
+    np.testing.assert_array_equal(adapter.layout.linears[0].a(adapter.buffer), want.numpy())
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,21 @@ async def test_a_pinned_adapter_loads_by_itself_and_never_parks(byte_tokenizer: 
         await until(lambda: report(manager, key_of("vip")).state is AdapterState.REGISTERED)
 
 
+async def test_an_adapter_pinned_while_it_loads_is_not_evicted(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(slots=1, load_s=0.2)
+    async with serving(byte_tokenizer, engine=engine, slots=1) as served:
+        manager = served.runtime.adapters
+        await manager.register(key_of("vip"), descriptor("vip", load=True))
+        await until(lambda: manager.slots_used == 1)  # its slot is allocated, its weights are on their way
+        assert report(manager, key_of("vip")).state is AdapterState.LOADING
+        await manager.register(key_of("vip"), descriptor("vip", pinned=True))
+        await until(lambda: report(manager, key_of("vip")).state is AdapterState.LOADED)
+        await manager.register(key_of("other"), descriptor("other"))
+        with pytest.raises(Conflict):
+            await manager.acquire(key_of("other"))
+        assert report(manager, key_of("vip")).state is AdapterState.LOADED
+
+
 async def test_registering_twice_changes_nothing_and_load_starts_at_once(served: Served) -> None:
     manager = served.runtime.adapters
     first = await manager.register(key_of("poet"), descriptor("poet", load=True))
