@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(settings: RuntimeSettings) -> None:
-    """Sets the variables that torch and the native kernels read when they are loaded, which comes later."""
+    """Sets the variables that torch and the native kernels read when they are imported, which is later."""
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     os.environ["LORAPOOL_NATIVE"] = settings.native
 

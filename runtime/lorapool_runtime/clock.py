@@ -1,4 +1,4 @@
-"""The time, as an argument: one value with both clocks, so that a test of five idle minutes takes a microsecond."""
+"""Both clocks as one value that is passed in, so that a test of five idle minutes takes a microsecond."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Clock:
     now_s: Callable[[], float] = time.monotonic
-    """For durations: never jumps."""
+    """For durations: monotonic."""
     unix_s: Callable[[], float] = time.time
-    """For what others read."""
+    """For times that other processes read."""

@@ -1,7 +1,7 @@
-"""What others may wait for: the sequence number of the snapshot, and the ring of residency events.
+"""What long-polls wait for: the sequence number of the snapshot, and the ring of residency events.
 
-`adapters` and `server` announce, the long-polls of `server` wait. Announcing costs nothing when nobody waits,
-and requests coming and going are announced at most a few times a second.
+A change costs nothing when no long-poll waits, and changes of request counts are announced a few times a second at
+most.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import EventsAnswer, EventType, RuntimeEvent
 
 COALESCE_S = 0.2
-"""Changes of mere counts are announced this late, several at once."""
+"""Changes of counts alone are announced together after this delay."""
 RING_EVENTS = 4096
 
 
@@ -27,7 +27,7 @@ class Changes:
         self._soon: asyncio.TimerHandle | None = None
 
     def bump(self) -> None:
-        """Something changed: wake everyone who waits."""
+        """Announces a change: wakes every waiter."""
         self.seq += 1
         if self._soon is not None:
             self._soon.cancel()
@@ -37,14 +37,14 @@ class Changes:
                 waiter.set_result(None)
 
     def bump_soon(self) -> None:
-        """Only counts changed: announce it within COALESCE_S together with whatever else changes until then."""
+        """Announces a change of counts within COALESCE_S, together with all changes until then."""
         if self._soon is None:
             self._soon = asyncio.get_running_loop().call_later(COALESCE_S, self.bump)
 
     async def wait(self, after: int, timeout_s: float) -> None:
-        """Returns at once unless `after` is the present number; else after a change or `timeout_s`.
+        """Waits for a change, but at most `timeout_s`, if `after` is the present number; otherwise returns at once.
 
-        A larger `after` belongs to an earlier process of this address, so it does not wait either.
+        A larger `after` is from an earlier process at this address, so it does not wait either.
         """
         if after != self.seq or timeout_s <= 0:
             return
@@ -56,14 +56,14 @@ class Changes:
             self._waiters.discard(waiter)
 
     def close(self) -> None:
-        """Drops the pending announcement."""
+        """Cancels the delayed announcement."""
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
 
 
 class EventRing:
-    """The last loads, unloads and failures, numbered from 1."""
+    """The last loads, unloads and failed loads, numbered from 1."""
 
     def __init__(self, boot_id: str, changes: Changes, *, size: int = RING_EVENTS) -> None:
         self._boot_id = boot_id
@@ -103,7 +103,7 @@ class EventRing:
         return self._next_seq - 1
 
     def after(self, seq: int) -> EventsAnswer:
-        """Events numbered above `seq`; `first_seq` tells whether the reader missed some."""
+        """Events numbered above `seq`. `first_seq` shows whether the reader missed some."""
         first = self._events[0].seq if self._events else self._next_seq
         skip = max(0, seq + 1 - first)
         return EventsAnswer(

@@ -70,7 +70,7 @@ class Metrics:
         )
         self._rejected = Counter(
             "lorapool_runtime_rejected_requests",
-            "Requests answered with an error before anything was computed, by error code.",
+            "Requests refused before anything was computed, by error code.",
             ["base", "code"],
             registry=self._registry,
         )
@@ -81,7 +81,7 @@ class Metrics:
             registry=self._registry,
         )
         ttft = self._histogram("time_to_first_token", "From the request's arrival to its first token.", _TTFT)
-        inter_token = self._histogram("inter_token", "From one piece of an answer to the next.", _INTER_TOKEN)
+        inter_token = self._histogram("inter_token", "From one delta of a response to the next.", _INTER_TOKEN)
         self._first_token, self._next_token = (
             ttft.labels(base),
             inter_token.labels(base),
@@ -160,25 +160,29 @@ class _GaugeCollector:
         for name, help_text, value in (
             ("running_requests", "Sequences the engine computes.", now.running),
             ("waiting_requests", "Sequences and requests that wait, for the engine or for a load.", now.waiting),
-            ("kv_usage_ratio", "Used share of the KV cache.", now.kv_usage),
-            ("slots", "Adapters that fit on the device at one time.", now.slots_total),
-            ("used_slots", "Slots that are taken.", now.slots_used),
+            ("kv_usage_ratio", "Used fraction of the KV cache.", now.kv_usage),
+            ("slots", "Adapter slots on the device.", now.slots_total),
+            ("used_slots", "Slots in use.", now.slots_used),
             ("device_bytes", "Bytes the engine holds on its device.", now.device_bytes),
             (
                 "host_cache_bytes",
                 "Bytes of adapters kept in host memory; on a CPU those in a slot are the same bytes.",
                 now.host_bytes,
             ),
-            ("registered_adapters", "Adapters this runtime knows.", now.registered),
+            ("registered_adapters", "Adapters registered with this runtime.", now.registered),
             ("ready", "1 when requests are accepted.", int(now.ready)),
-            ("draining", "1 after the order to stop.", int(now.draining)),
+            ("draining", "1 while the runtime drains before it stops.", int(now.draining)),
         ):
             yield _gauge(f"lorapool_runtime_{name}", help_text, {"base": self._base}, value)
         for name, help_text, value in (
             ("engine_steps", "Steps of the engine.", now.steps),
             ("preemptions", "Sequences sent back to the queue for want of KV blocks.", now.preemptions),
             ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache.", now.prefix_queried_tokens),
-            ("prefix_cache_hit_tokens", "Of them, those not computed again.", now.prefix_hit_tokens),
+            (
+                "prefix_cache_hit_tokens",
+                "Prompt tokens found in the prefix cache, which were not computed again.",
+                now.prefix_hit_tokens,
+            ),
         ):
             counter = CounterMetricFamily(f"lorapool_runtime_{name}", help_text, labels=["base"])
             counter.add_metric([self._base], value)
@@ -242,7 +246,7 @@ class _InferenceGatewayCollector:
         model = {"model_name": self._base}
         yield _gauge("vllm:num_requests_running", "Sequences the engine computes.", model, now.running)
         yield _gauge("vllm:num_requests_waiting", "Sequences that wait.", model, now.waiting)
-        yield _gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.", model, now.kv_usage)
+        yield _gauge("vllm:kv_cache_usage_perc", "Used fraction of the KV cache, 0 to 1.", model, now.kv_usage)
         labels = {
             "max_lora": str(now.slots_total),
             "running_lora_adapters": ",".join(now.running_adapters),

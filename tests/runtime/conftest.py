@@ -1,4 +1,4 @@
-"""Expensive fixtures of the runtime's tests, and the number of threads for repeated numeric tests."""
+"""Shared fixtures of the runtime's tests, and the number of threads for repeated numeric tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from fakes_runtime import save_byte_tokenizer
 from hypothesis import settings
 
-settings.register_profile("shared-machine", deadline=None)  # how long an example takes says more about the machine
+settings.register_profile("shared-machine", deadline=None)  # the time of an example depends on the machine
 settings.load_profile("shared-machine")
 
 if threads := os.environ.get("LORAPOOL_TEST_THREADS"):

@@ -1,7 +1,6 @@
-"""A runtime that speaks the real protocol over a real socket, with faults that can be told to happen.
+"""A runtime that speaks the real protocol over a real socket, with faults that a test switches on.
 
-Used by the gateway's and the operator's tests. Its text is deterministic and names the adapter and digest it
-was answered by, so a test sees at once whose weights spoke.
+Its text is deterministic and names the adapter and digest that answered, so a test sees whose weights were used.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from lorapool_api.openai import (
     CODE_QUEUE_FULL,
     CODE_STARTING,
     ApiError,
-    Conflict,
-    InvalidRequest,
-    RuntimeNotRegistered,
-    TooManyRequests,
-    Unauthenticated,
-    Unavailable,
+    InvalidRequestError,
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    TooManyRequestsError,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from lorapool_api.protocol import (
     USAGE_COMMENT,
@@ -53,17 +52,17 @@ def digest_of(text: str) -> str:
 
 @dataclass
 class Faults:
-    """What goes wrong from now on; counters count down with each time it happened."""
+    """Faults from now on. A counter counts down each time its fault happens."""
 
     draining: bool = False
     queue_full: bool = False
     no_slot: bool = False
     die_before_head: int = 0
-    """Cut this many connections after the request was read and before the answer's head."""
+    """Reset this many connections after reading the request and before the response's head."""
     die_after_events: int | None = None
-    """Cut the connection after this many data events of a stream."""
+    """Reset the connection after this many data events of a stream."""
     die_mid_body: int = 0
-    """Cut this many whole answers half-way."""
+    """Reset the connection in the middle of this many whole responses."""
     end_early: bool = False
     """End the stream properly but without [DONE]."""
     wrong_identity: str | None = None
@@ -98,7 +97,7 @@ class FakeRuntime:
     words: int = 6
     """Completion tokens of every answer."""
     filler: str = "w"
-    """What words past the identity and the prompt start with; long ones fill socket buffers quickly."""
+    """Prefix of the words after the identity and the prompt; a long one fills socket buffers quickly."""
     ready: bool = True
     boot_id: str = "boot-1"
     slots: int = 4
@@ -122,13 +121,13 @@ class FakeRuntime:
     # --- for tests
 
     def change(self) -> None:
-        """Something of the snapshot changed: wakes the long-polls."""
+        """Announces a change of the snapshot: wakes the long-polls."""
         self._seq += 1
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     def have(self, key: AdapterKey, display: str) -> None:
-        """As if loaded already."""
+        """Registers an adapter as loaded."""
         descriptor = AdapterDescriptor.model_validate({"display": display, "source": {"uri": "hf://org/given"}})
         self.adapters[key] = Adapter(descriptor, loaded=True, loads=1)
         if (task := self._loading.pop(key, None)) is not None:
@@ -136,7 +135,7 @@ class FakeRuntime:
         self.change()
 
     async def kill(self) -> None:
-        """As by SIGKILL: nothing listens any more and every connection is reset."""
+        """Acts as on SIGKILL: stops listening and resets every connection."""
         assert self._runner is not None
         for site in list(self._runner.sites):
             await site.stop()
@@ -195,7 +194,7 @@ class FakeRuntime:
             if request.path not in ("/healthz", "/readyz"):
                 sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
                 if token_sha256(sent) != token_sha256(self.token):
-                    raise Unauthenticated("wrong token")
+                    raise UnauthenticatedError("wrong token")
             answer: web.StreamResponse = await handler(request)
             return answer
         except ApiError as error:
@@ -248,13 +247,13 @@ class FakeRuntime:
             self.faults.die_before_head -= 1
             await _cut(request)
         if self.faults.draining:
-            raise Unavailable("shutting down", code=CODE_DRAINING)
+            raise UnavailableError("shutting down", code=CODE_DRAINING)
         if not self.ready:
-            raise Unavailable("still loading", code=CODE_STARTING)
+            raise UnavailableError("still loading", code=CODE_STARTING)
         if self.faults.queue_full:
-            raise TooManyRequests("the line is full", code=CODE_QUEUE_FULL, retry_after_s=1)
+            raise TooManyRequestsError("the queue is full", code=CODE_QUEUE_FULL, retry_after_s=1)
         if body.get("temperature", 0) < 0:
-            raise InvalidRequest("`temperature` must not be below 0.", param="temperature", code="invalid_value")
+            raise InvalidRequestError("`temperature` must not be below 0.", param="temperature", code="invalid_value")
         self._in_flight += 1
         try:
             identity, cold_ms = BASE_TARGET, 0
@@ -262,7 +261,7 @@ class FakeRuntime:
                 key = AdapterKey.parse(target)
                 adapter = self.adapters.get(key)
                 if adapter is None:
-                    raise RuntimeNotRegistered(f"{target} is not registered here")
+                    raise RuntimeNotRegisteredError(f"{target} is not registered here")
                 identity = f"{adapter.descriptor.display}@{key.digest}"
                 cold_ms = await self._load(key)
             return await self._answer(request, seen, body, identity, cold_ms)
@@ -273,19 +272,19 @@ class FakeRuntime:
             self._in_flight -= 1
 
     async def _load(self, key: AdapterKey) -> int:
-        """Milliseconds this caller waited; one load for all who wait."""
+        """Waits for the load, which all waiting requests share; returns this request's waiting time in milliseconds."""
         adapter = self.adapters[key]
         if adapter.loaded:
             return 0
         if self.faults.no_slot:
-            raise Conflict("every slot is in use")
+            raise NoFreeSlotError("every slot is in use")
         if self.faults.load_failure is not None:
             raise self.faults.load_failure
         began_s = time.monotonic()
         if key not in self._loading:
             self._loading[key] = asyncio.create_task(self._load_once(key, adapter))
             self.change()
-        await asyncio.shield(self._loading[key])  # one client that leaves ends it for nobody else
+        await asyncio.shield(self._loading[key])  # a client that leaves does not end it for the others
         return max(1, round((time.monotonic() - began_s) * 1000))
 
     async def _load_once(self, key: AdapterKey, adapter: Adapter) -> None:
@@ -366,7 +365,7 @@ class FakeRuntime:
 
 
 async def _cut(request: web.Request) -> None:
-    """As when the process dies: the connection is reset."""
+    """Resets the connection, as when the process dies."""
     if request.transport is not None:
         request.transport.abort()
     await asyncio.sleep(3600)

@@ -1,7 +1,7 @@
-"""Fakes for the server half of the runtime: a scripted engine, a store of made-up folders, a byte tokenizer.
+"""Fakes for the runtime's serving side: a scripted engine, a store of invented folders, a byte tokenizer.
 
-`FakeEngine` implements the real `Engine` protocol with a real thread and checks the caller's duties (nothing is
-loaded into a slot in use). `serving` runs the true server over a true socket.
+`FakeEngine` implements the `Engine` protocol with a real thread and records violations by its caller (such as a load
+into a slot in use). `serving` runs the real server over a real socket.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from lorapool_runtime.adapters.disk_store import StoredAdapter
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
-    AdapterArtifactError,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -59,7 +58,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_characters() -> list[str]:
-    """The 256 characters of byte-level tokenizers; place = byte, so token id = byte."""
+    """The 256 characters of byte-level tokenizers; the index is the byte, so token id = byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table, extra = {byte: chr(byte) for byte in printable}, 0
     for byte in range(256):
@@ -71,7 +70,7 @@ def byte_characters() -> list[str]:
 
 def save_byte_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
     """A tokenizer folder in which every byte is one token, plus <|im_start|> 256, <|im_end|> 257, <|pad|> 258."""
-    inner = Tokenizer(models.BPE(vocab={text: place for place, text in enumerate(byte_characters())}, merges=[]))
+    inner = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(byte_characters())}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>", "<|pad|>")])
@@ -104,7 +103,7 @@ class _Run:
 
 
 Reply = Callable[[str, str, GenerationRequest], str | bytes | list[int]]
-"""(tag of the slot's adapter or "base", prompt text, request) → what to say."""
+"""(tag of the slot's adapter or "base", prompt text, request) → the text or tokens to generate."""
 
 
 def say_who_i_am(tag: str, _prompt: str, _request: GenerationRequest) -> str:
@@ -121,10 +120,10 @@ class FakeEngine:
     slots: int = 4
     max_model_len: int = 512
     healthy: bool = True
-    read_errors: dict[str, AdapterArtifactError] = field(default_factory=dict)
+    read_errors: dict[str, ArtifactError] = field(default_factory=dict)
     load_error: Exception | None = None
     fail_after: int | None = None
-    """Sequences end with an engine error after so many tokens."""
+    """Sequences end with an engine error after this many tokens."""
     violations: list[str] = field(default_factory=list)
     loads: Counter[str] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
@@ -285,13 +284,13 @@ class FakeEngine:
 
 @dataclass
 class FakeStore:
-    """Sources by URI: how long a fetch takes and what comes of it. The folder's name becomes the answer's tag."""
+    """Sources by URI, with the duration and result of a fetch. The folder's name becomes the tag in the answers."""
 
     delay_s: float = 0.0
     errors: dict[str, list[ArtifactError]] = field(default_factory=dict)
-    """Per URI, one error per coming fetch; empty: it works."""
+    """Per URI, the errors of the next fetches, one each; when empty, fetches succeed."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Per URI, when the source holds something else than asked for."""
+    """Per URI, the digest of a source that holds another one than requested."""
     fetches: Counter[str] = field(default_factory=Counter)
     disk: set[str] = field(default_factory=set)
 
@@ -346,7 +345,7 @@ def descriptor(name: str, **changes: Any) -> AdapterDescriptor:
 
 @dataclass
 class FakeClock:
-    """Time that only moves when told."""
+    """A clock that moves only by `pass_s`."""
 
     now: float = 1000.0
 
@@ -383,12 +382,12 @@ def settings_for_tests(**changes: Any) -> RuntimeSettings:
 
 @functools.cache
 def tokenizer_of(folder: Path) -> BaseTokenizer:
-    """Loaded once per folder: it takes a quarter of a second and keeps no state."""
+    """Loaded once per folder, which takes a quarter of a second. It keeps no state."""
     return BaseTokenizer(folder, threads=2, timeout_s=5.0)
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
-    """Waits for something that happens by itself."""
+    """Waits until the condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  what is waited for has no event of its own
             await asyncio.sleep(0.002)
@@ -396,7 +395,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
 
 @contextlib.asynccontextmanager
 async def listening(runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app) -> AsyncIterator[str]:
-    """The application of `runtime` on a free port of loopback; its URL."""
+    """Serves `runtime` on a free port of loopback; yields its URL."""
     runner = web.AppRunner(
         make(runtime), access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.5
     )
@@ -418,13 +417,13 @@ async def serving(
     sweep: bool = False,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    """A whole runtime with a fake engine and store, over a true socket."""
+    """A whole runtime with a fake engine and store, over a real socket."""
     runtime = Runtime(settings_for_tests(**settings), clock=clock)
     engine, store = engine or FakeEngine(), store or FakeStore()
     engine.start()
-    codec = tokenizer_of(tokenizer_folder)
-    grammars = GrammarCompiler(codec.grammar_json(), vocab_size=VOCAB, eos_token_ids={EOS}, timeout_s=5.0)
-    runtime.serve(LoadedBase(engine, codec, grammars, store, digest_of_name("base")))
+    tokenizer = tokenizer_of(tokenizer_folder)
+    grammars = GrammarCompiler(tokenizer.grammar_json(), vocab_size=VOCAB, eos_token_ids={EOS}, timeout_s=5.0)
+    runtime.serve(LoadedBase(engine, tokenizer, grammars, store, digest_of_name("base")))
     sweeping = asyncio.create_task(runtime.sweep_forever()) if sweep else None
     try:
         async with listening(runtime) as url:

@@ -1,7 +1,6 @@
 """lm-eval, unmodified, on the small task in `tests/lm_eval`, and the same score by transformers and peft directly.
 
-Used against a runtime of its own (`runtime/test_lm_eval.py`) and through the gateway of a cluster
-(`e2e/test_e2e_h_lm_eval.py`). `make lm-eval` installs the harness; without it these tests are skipped.
+`make lm-eval` installs the harness; without it these tests are skipped.
 """
 
 from __future__ import annotations
@@ -61,17 +60,17 @@ def score_by_harness(url: str, api_key: str, model: str, base: Path, out: Path) 
     assert done.returncode == 0, done.stderr[-4000:]
     (results,) = out.rglob("results_*.json")
     (samples,) = out.rglob(f"samples_{TASK}_*.jsonl")
-    told = json.loads(results.read_text())["results"][TASK]
+    results_of_task = json.loads(results.read_text())["results"][TASK]
     rows = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     return Score(
-        acc=told["acc,none"],
-        acc_norm=told["acc_norm,none"],
+        acc=results_of_task["acc,none"],
+        acc_norm=results_of_task["acc_norm,none"],
         loglikelihoods=[[float(one[0][0]) for one in row["resps"]] for row in rows],
     )
 
 
 def score_directly(base: Path, adapter: Path | None) -> Score:
-    """The same by one forward pass of transformers, or peft, a message, in float32."""
+    """The same score by transformers, or peft, with one forward pass per message in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,11 +99,13 @@ def _context(message: str) -> str:
 
 
 def _loglikelihoods(model: Any, tokenizer: Any, context: str) -> list[float]:
-    """Of each queue behind the context; white space at its end is the continuation's, as with lm-eval."""
+    """Of each queue after the context. White space at the context's end counts as the queue's, as in lm-eval."""
     begin = len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
     rows = [tokenizer(context + queue, add_special_tokens=False)["input_ids"] for queue in QUEUES]
     longest = max(len(row) for row in rows)
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # what follows changes nothing before it
+    padded = torch.tensor(
+        [row + [0] * (longest - len(row)) for row in rows]
+    )  # padding does not change the positions before it
     with torch.inference_mode():
         logprobs = torch.log_softmax(model(padded).logits, dim=-1)  # [queues, tokens, vocabulary]
     return [

@@ -1,4 +1,4 @@
-"""The runtime as the process it is in a pod, `python -m lorapool_runtime`, for tests over a true socket."""
+"""The runtime as a process, `python -m lorapool_runtime`, for tests over a real socket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def runtime_process(folder: Path, base: Path, **settings: Any) -> Iterator[RuntimeProcess]:
-    """Ready when entered. `settings`: fields of RuntimeSettings."""
+    """Runs the process until the end of the block; it is ready at its start. `settings`: fields of RuntimeSettings."""
     port = free_port()
     values = {
         "model": str(base), "served_name": "tiny", "listen_host": "127.0.0.1", "listen_port": port,

@@ -1,9 +1,8 @@
-"""Adapters as verified folders on this machine: the disk and source tiers, as `adapters` sees them.
+"""Adapters as verified folders on this machine: the disk and source tiers.
 
-A thin layer over lorapool_artifacts: what is on disk is used without asking the source (which may be down), what is
-fetched has the digest that was asked for and has been judged against the base. Refuses to serve anything else. A
-folder is hashed and judged once per process, and again when its files are not the very ones that were: hashing costs
-as much as all the rest of a load from disk.
+A folder on disk is used without contacting the source, which may be down. Every folder that is returned has the
+requested digest and has been checked against the base. A folder is hashed and checked once per process, and again
+when its files have changed: hashing takes as long as the rest of a load from disk.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
-from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_runtime.background import lower_thread_priority
 
 MAX_INSPECTIONS = 2
-"""Folders hashed and judged at one time: this costs processor time that serving needs."""
+"""Folders hashed and checked concurrently: this takes processor time that serving needs."""
 MAX_REMEMBERED = 10_000
-"""Folders known to be sound; some hundred bytes each."""
+"""Checked folders that are remembered; a few hundred bytes each."""
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
 
@@ -51,20 +50,20 @@ class StoredAdapter:
 
 
 class AdapterStore(Protocol):
-    """What `adapters` needs of it; tests bring their own."""
+    """Where the loader gets an adapter's files from."""
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
-        """The folder with exactly this digest. Raises ArtifactError."""
+        """The folder with exactly this digest, fetched if it is not on disk. Raises ArtifactError."""
         ...
 
     def pinned(self, digest: str) -> AbstractContextManager[None]:
-        """While inside, the folder is not removed to make room."""
+        """Keeps the folder from being evicted while inside."""
         ...
 
     def on_disk(self, digest: str) -> bool: ...
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
-        """Judges a source and loads nothing; failures are part of the answer."""
+        """Inspects a source without loading it. A failure is part of the answer."""
         ...
 
 
@@ -103,7 +102,7 @@ class DiskStore:
         return StoredAdapter(folder, digest, tier)
 
     def _inspect(self, folder: Path, digest: str, uri: str, limit: int) -> None:
-        """Raises ArtifactError where the folder is not what was asked for, or does not fit."""
+        """Raises ArtifactError if the folder has another digest or does not fit the base."""
         try:
             signature = _signature(folder)
         except OSError as error:
@@ -112,15 +111,15 @@ class DiskStore:
             ) from error
         if self._inspected.get(digest) == (limit, signature):
             return
-        found = inspect_adapter_folder(folder, self._base, JudgeLimits(self._max_rank, max_bytes=limit))
+        found = inspect_adapter_folder(folder, self._base, AdapterLimits(self._max_rank, max_bytes=limit))
         if found.digest is not None and found.digest != digest:
             raise ArtifactError(
                 FailureReason.DIGEST_MISMATCH,
-                f"{uri} holds {found.digest}, not the {digest} that is asked for; correct spec.source.digest "
+                f"{uri} holds {found.digest}, not the requested {digest}; correct spec.source.digest "
                 "or pin the revision.",
             )
-        if not found.verdict.ok:
-            raise ArtifactError(found.verdict.reason or FailureReason.INCOMPATIBLE, found.verdict.message)
+        if not found.compatibility.ok:
+            raise ArtifactError(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
         if len(self._inspected) >= MAX_REMEMBERED:
             self._inspected.clear()
         self._inspected[digest] = (limit, signature)
@@ -139,16 +138,16 @@ class DiskStore:
                 request.source.revision,
                 request.digest,
                 self._base,
-                JudgeLimits(self._max_rank, max_bytes=limit),
+                AdapterLimits(self._max_rank, max_bytes=limit),
                 self._sources,
                 fetch_limits=FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s),
             )
         except ArtifactError as error:
             return ResolveAnswer(failure=ErrorDetail(reason=error.reason.value, message=error.message))
         failure = None
-        if not found.verdict.ok:
-            reason = found.verdict.reason or FailureReason.INCOMPATIBLE
-            failure = ErrorDetail(reason=reason.value, message=found.verdict.message)
+        if not found.compatibility.ok:
+            reason = found.compatibility.reason or FailureReason.INCOMPATIBLE
+            failure = ErrorDetail(reason=reason.value, message=found.compatibility.message)
         return ResolveAnswer(
             digest=found.digest,
             revision=found.revision,
@@ -160,7 +159,7 @@ class DiskStore:
 
 
 def _signature(folder: Path) -> _Signature:
-    """Of each file its name, inode, size, and times of change: the second of these no program can set."""
+    """Each file's name, inode, size, mtime and ctime; no program can set a ctime."""
     with os.scandir(folder) as entries:
         stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
     return tuple(sorted((name, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns) for name, info in stats))

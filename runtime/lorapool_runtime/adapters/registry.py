@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.openai import TooManyRequests
+from lorapool_api.openai import TooManyRequestsError
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
@@ -75,7 +75,10 @@ class AdapterRegistry:
     # --- registration -------------------------------------------------------------------
 
     def add(self, key: AdapterKey, descriptor: AdapterDescriptor, *, on_disk: bool) -> AdapterEntry:
-        """Registers an adapter. At the limit it forgets the longest unused unloaded one, or raises TooManyRequests."""
+        """Registers an adapter. At the limit it forgets the longest unused unloaded one.
+
+        Raises TooManyRequestsError when all are loaded or in use.
+        """
         if len(self._entries) >= self.limits.max_adapters:
             self.remove(self._longest_unused())
         usage = self._usage.register(key.uid, descriptor.display)
@@ -93,7 +96,7 @@ class AdapterRegistry:
             and not entry.descriptor.pinned
         ]  # fmt: skip
         if not cold:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"{len(self)} adapters are registered, which is this runtime's maximum; delete one first.",
                 code="too_many_adapters",
             )

@@ -1,9 +1,8 @@
-"""Grammars as token masks, by llguidance: compiled in a thread of their own, bounded, kept for the next who asks.
+"""Grammars as token masks, by llguidance: compiled in a thread of their own, with limits, and cached.
 
-`service` calls `compile` before a request waits for anything; the engine's thread then asks each sequence's own copy
-of the matcher what may come next. Nothing here grows without bound: the library stops at the limits below, while
-compiling and at every token, and says so; a refused grammar is the caller's fault (400), one that runs out of its
-limits while generating ends its own request.
+Each sequence has its own copy of the matcher, which the engine's thread queries. The library stops at the limits
+below, while compiling and at every token: a grammar that exceeds them is refused (400), and one that exceeds them
+while generating ends its own request only.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequest, TooManyRequests, Unavailable
+from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequestError, TooManyRequestsError, UnavailableError
 from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
 from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
 
@@ -34,12 +33,13 @@ _LIMITS: Mapping[str, Any] = {
 
 
 class Grammar:
-    """Compiled; every sequence takes its own copy of the state."""
+    """A compiled grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def constraint(self) -> TokenConstraint:
+        """A new constraint for one sequence, with its own state."""
         return _Constraint(self._matcher.deep_copy())
 
 
@@ -62,17 +62,17 @@ class _Constraint:
 
     def _raise_if_failed(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the grammar of this answer cannot go on: {_first_line(self._matcher.get_error())}")
+            raise ConstraintError(f"the grammar of this answer failed: {_first_line(self._matcher.get_error())}")
 
 
 class GrammarCompiler:
-    """One worker thread; the tokenizer's side of it (a second for a large vocabulary) is made there at once."""
+    """Compiles in one worker thread, which first prepares the tokenizer (a second for a large vocabulary)."""
 
     def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Iterable[int], timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._pending = 0
-        self._kept: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # the worker's alone
+        self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # used by the worker thread only
         self._tokenizer: Future[LLTokenizer] = self._pool.submit(
             _make_tokenizer, tokenizer_json, vocab_size, sorted(eos_token_ids)
         )
@@ -81,10 +81,10 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequest for what cannot be done, Unavailable or TooManyRequests when it must wait too long."""
+        """Raises InvalidRequestError for an unsupported grammar, UnavailableError or TooManyRequestsError when compiling takes too long."""
         if self._pending >= _MAX_PENDING:
-            raise TooManyRequests(
-                f"{self._pending} grammars wait to be compiled, {_MAX_PENDING} is the most.",
+            raise TooManyRequestsError(
+                f"{self._pending} grammars already wait to be compiled; the maximum is {_MAX_PENDING}.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=1,
             )
@@ -93,7 +93,7 @@ class GrammarCompiler:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, self._compiled, spec)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The grammar of `{spec.param}` could not be compiled within {self._timeout_s:g} s. Try again.",
                 code="grammar_timeout",
                 retry_after_s=5,
@@ -104,42 +104,42 @@ class GrammarCompiler:
     # --- the worker thread ----------------------------------------------------------------
 
     def _compiled(self, spec: GrammarSpec) -> Grammar:
-        if spec in self._kept:
-            self._kept.move_to_end(spec)
-            return self._kept[spec]
+        if spec in self._cache:
+            self._cache.move_to_end(spec)
+            return self._cache[spec]
         matcher = self._matcher(spec.schema, spec.lark)
         if matcher.is_error():
             raise self._refusal(spec, matcher.get_error())
-        grammar = self._kept[spec] = Grammar(matcher)
-        if len(self._kept) > _CACHED:
-            self._kept.popitem(last=False)
+        grammar = self._cache[spec] = Grammar(matcher)
+        if len(self._cache) > _CACHED:
+            self._cache.popitem(last=False)
         return grammar
 
     def _matcher(self, schema: str | None, lark: str | None) -> LLMatcher:
         try:
             tokenizer = self._tokenizer.result()
         except Exception as error:
-            raise InvalidRequest(
-                "This base model's tokenizer does not fit grammars: no `response_format`, no `tools`.",
+            raise InvalidRequestError(
+                "This base model's tokenizer does not support grammars: send neither `response_format` nor `tools`.",
                 code="unsupported_parameter",
             ) from error
         text = json_grammar(schema) if schema is not None else lark or ""
         return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
 
-    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequest:
+    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequestError:
         param = spec.param
-        for own, schema in spec.parts:
-            alone = self._matcher(schema, None)
-            if alone.is_error():
-                param, message = own, alone.get_error()
+        for part_param, schema in spec.parts:
+            matcher = self._matcher(schema, None)
+            if matcher.is_error():
+                param, message = part_param, matcher.get_error()
                 break
-        return InvalidRequest(
+        return InvalidRequestError(
             f"The schema in `{param}` cannot be used: {_first_line(message)}", param=param, code="unsupported_schema"
         )
 
 
 def json_grammar(schema: str) -> str:
-    """The library's text for a JSON schema, nothing of it ignored."""
+    """The library's grammar text for a JSON schema. Unsupported keywords are errors, not ignored."""
     options: Any = {**JSON_STYLE, "lenient": False}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)
 

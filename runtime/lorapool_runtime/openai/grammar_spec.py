@@ -1,4 +1,4 @@
-"""What an answer must look like, as text: between the parsers at the door and the library that compiles it. Pure."""
+"""The grammar that an answer must follow, as text: made when a request is parsed, compiled by `grammar`. Pure."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As models are used to see JSON, and no room for white space without end."""
+"""JSON as models usually see it, without optional white space, which a model could generate endlessly."""
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """What an answer must look like: a JSON schema or a whole grammar in the library's Lark dialect."""
+    """A JSON schema, or a grammar in the library's Lark dialect."""
 
     param: str
-    """The request's parameter it comes from, for refusals."""
+    """The request parameter that it comes from, for error messages."""
     schema: str | None = None
     lark: str | None = None
     parts: tuple[tuple[str, str], ...] = ()
-    """(param, schema) of the schemas within `lark`, to name the one at fault."""
+    """(param, schema) of each schema within `lark`, so that an error message can name it."""

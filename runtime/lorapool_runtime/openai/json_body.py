@@ -1,7 +1,6 @@
-"""A JSON body whose fields are taken out by type and bound; what is not known by name is refused, never ignored.
+"""A JSON body whose fields are read by type and bound; an unknown field is refused, never ignored.
 
-`openai_request` takes the parameters out of a `Body`, `server` parses its own routes' bodies with `parse_json_object`.
-It knows which parameters ask for nothing here, but not what any of them means.
+It knows the parameters that are accepted without effect, but not what any parameter means.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 
 MAX_JSON_DEPTH = 32
 
 _LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
-"""Labels for the caller's own use: taken and without effect, as with `user`."""
+"""Labels for the caller's own use, accepted without effect, like `user`."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # not done here; the value that asks for nothing is fine
+    # unsupported parameters, and the values with which they have no effect and are accepted
     "functions": (None, []),
     "function_call": (None, "none"),
     "best_of": (None, 1),
@@ -42,7 +41,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class Body:
-    """A JSON object whose fields are taken by type and bound; null counts as left out, as with OpenAI."""
+    """A JSON object whose fields are read by type and bound. Null means that a field is not given, as with OpenAI."""
 
     def __init__(self, raw: bytes, known: frozenset[str]) -> None:
         self.fields = parse_json_object(raw, constants=True)
@@ -55,12 +54,14 @@ class Body:
         if name in _NEUTRAL:
             if self.fields[name] in _NEUTRAL[name]:
                 return
-            raise InvalidRequest(f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter")
+            raise InvalidRequestError(
+                f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter"
+            )
         shown = printable(name)
-        raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
 
     def refuse(self, name: str, why: str) -> NoReturn:
-        raise InvalidRequest(f"`{name}` {why}.", param=name)
+        raise InvalidRequestError(f"`{name}` {why}.", param=name)
 
     def text(self, name: str) -> str:
         value = self.fields.get(name)
@@ -77,7 +78,7 @@ class Body:
         return value
 
     def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:
-        """The field, or `default` (returned as it is) when left out."""
+        """The field, or `default`, which is not checked, when it is not given."""
         value = self.fields.get(name)
         if value is None:
             return default
@@ -98,26 +99,26 @@ class Body:
 
 
 def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:
-    """The body as an object of bounded depth. Raises InvalidRequest.
+    """The body as an object of bounded depth. Raises InvalidRequestError.
 
-    `constants`: NaN and Infinity, which are no JSON, come through, so that whose value they are can be said.
+    `constants` lets NaN and Infinity through, which are not JSON, so that the caller can name their parameter.
     """
     try:
         value = json.loads(raw, parse_constant=None if constants else _no_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+        raise InvalidRequestError("The body is not valid JSON.", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
     _check_depth(value)
     for name, own in value.items():
         if isinstance(own, (dict, list)) and not _all_finite(own):
             shown = printable(name)
-            raise InvalidRequest(f"`{shown}` holds a number that is not finite.", param=shown)
+            raise InvalidRequestError(f"`{shown}` holds a number that is not finite.", param=shown)
     return value
 
 
 def _all_finite(value: Any) -> bool:
-    """Of bounded depth by now. Lists of whole numbers (prompts) are passed over quickly."""
+    """True when no number in it is NaN or infinite. The depth must be bounded."""
     if isinstance(value, float):
         return math.isfinite(value)
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -125,7 +126,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _check_depth(value: Any) -> None:
@@ -139,18 +140,20 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
+    raise InvalidRequestError(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
 
 
 def clean_text(value: str, name: str) -> str:
-    """Refuses halves of surrogate pairs, which JSON can spell but no text can hold."""
+    """Returns `value`. Refuses an unpaired surrogate, which JSON can express but UTF-8 cannot encode."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"`{name}` holds an unpaired surrogate, which is no text.", param=name) from error
+        raise InvalidRequestError(
+            f"`{name}` holds an unpaired surrogate, which is not valid text.", param=name
+        ) from error
     return value
 
 
 def printable(name: str) -> str:
-    """A name the client made up, fit for a message."""
+    """A client's name, shortened and in ASCII, for an error message."""
     return name[:64].encode("ascii", "replace").decode()

@@ -1,8 +1,7 @@
-"""JSON schemas that callers send, judged before a grammar is made of them.
+"""JSON schemas of requests, checked before a grammar is made of them.
 
-`openai_tools` calls `checked_schema` at the door. Bounds are on what a grammar's size follows from: bytes, nodes, and
-the alternatives that combining `allOf` with `anyOf` multiplies. What a schema means is the grammar library's business.
-Pure.
+The bounds are on what determines the size of a grammar: bytes, nodes, and the alternatives that `allOf` of `anyOf`
+multiplies. The meaning of a schema is left to the grammar library. Pure.
 """
 
 from __future__ import annotations
@@ -11,21 +10,21 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_NODES = 5000
-"""Objects, lists and listed values."""
+"""Objects, lists and items of lists."""
 MAX_ALTERNATIVES = 1024
-"""Ways through one place of a schema once every `allOf` is multiplied out; each becomes a rule of its own."""
+"""Alternatives at one node of a schema when every `allOf` is multiplied out; each becomes a grammar rule."""
 MAX_PATTERN_CHARS = 1000
 _OF_THE_LIBRARY = "x-guidance"
 
 
 def checked_schema(value: Any, param: str) -> str:
-    """The schema as compact JSON text. Raises InvalidRequest naming `param` and the bound it passes."""
+    """The schema as compact JSON text. Raises InvalidRequestError naming `param` and the bound that is exceeded."""
     if not isinstance(value, dict):
-        raise InvalidRequest(f"`{param}` must be a JSON schema: an object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a JSON schema: an object.", param=param)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8", "surrogatepass")) > MAX_SCHEMA_BYTES:
         raise _too_large(param, f"is longer than {MAX_SCHEMA_BYTES} bytes")
@@ -35,12 +34,12 @@ def checked_schema(value: Any, param: str) -> str:
         if isinstance(node, dict):
             _check_keywords(node, param)
     if _Alternatives(value).most() > MAX_ALTERNATIVES:
-        raise _too_large(param, f"multiplies out to more than {MAX_ALTERNATIVES} alternatives in one place")
+        raise _too_large(param, f"multiplies out to more than {MAX_ALTERNATIVES} alternatives at one node")
     return text
 
 
-def _too_large(param: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"The schema in `{param}` {why}.", param=param, code="schema_too_large")
+def _too_large(param: str, why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"The schema in `{param}` {why}.", param=param, code="schema_too_large")
 
 
 def _nodes(value: Any) -> Iterator[Any]:
@@ -51,13 +50,13 @@ def _nodes(value: Any) -> Iterator[Any]:
 
 def _check_keywords(node: dict[str, Any], param: str) -> None:
     if _OF_THE_LIBRARY in node:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{_OF_THE_LIBRARY}` in `{param}` is not supported.", param=param, code="unsupported_schema"
         )
     reference = node.get("$ref")
     if isinstance(reference, str) and not reference.startswith("#"):
-        raise InvalidRequest(
-            f"`$ref` in `{param}` must point into the schema itself (`#/...`): nothing else is read.",
+        raise InvalidRequestError(
+            f"`$ref` in `{param}` must point into the schema itself (`#/...`); other documents are not read.",
             param=param,
             code="unsupported_schema",
         )
@@ -67,7 +66,7 @@ def _check_keywords(node: dict[str, Any], param: str) -> None:
 
 
 class _Alternatives:
-    """Counts, at every place of one schema, the product that `allOf` makes of the sums under `anyOf` and `oneOf`."""
+    """Counts the alternatives at every node: `anyOf` and `oneOf` add them up, `allOf` multiplies them."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
@@ -80,7 +79,7 @@ class _Alternatives:
         if not isinstance(node, dict):
             return 1
         if id(node) not in self._counted:
-            self._counted[id(node)] = 1  # a circle of references adds nothing to itself
+            self._counted[id(node)] = 1  # a cycle of references adds no alternatives
             self._counted[id(node)] = min(self._product(node), MAX_ALTERNATIVES + 1)
         return self._counted[id(node)]
 
@@ -88,8 +87,8 @@ class _Alternatives:
         product = 1
         for part in _listed(node, "allOf"):
             product *= self._of(part)
-        for word in ("anyOf", "oneOf"):
-            product *= sum(self._of(part) for part in _listed(node, word)) or 1
+        for keyword in ("anyOf", "oneOf"):
+            product *= sum(self._of(part) for part in _listed(node, keyword)) or 1
         if isinstance(node.get("$ref"), str):
             product *= self._of(self._target(node["$ref"]))
         return product
@@ -102,6 +101,6 @@ class _Alternatives:
         return found
 
 
-def _listed(node: dict[str, Any], word: str) -> list[Any]:
-    value = node.get(word)
+def _listed(node: dict[str, Any], keyword: str) -> list[Any]:
+    value = node.get(keyword)
     return value if isinstance(value, list) else []

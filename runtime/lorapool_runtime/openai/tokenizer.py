@@ -1,8 +1,8 @@
-"""The base's own tokenizer and chat template, off the event loop and within limits.
+"""The base's tokenizer and chat template, run off the event loop and with a time limit.
 
-`server` asks it for prompts, `generation` for text. Only the base's template is ever rendered: not a client's,
-not an adapter's; transformers renders it in jinja's immutable sandbox. Control tokens inside message texts are
-taken as plain text, so nobody can forge a turn. Refuses slow (python) tokenizers and templates that take too long.
+Only the base's template is rendered, never a client's or an adapter's; transformers renders it in jinja's immutable
+sandbox. Control tokens inside message texts are encoded as plain text, so no client can forge a turn. Slow (Python)
+tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
-from lorapool_runtime.openai.tool_format import PLAIN, learn_format, plain_messages
+from lorapool_runtime.openai.tool_format import PLAIN, infer_format, plain_messages
 
 T = TypeVar("T")
 
 ONE_TOKEN_TEXTS = 16 * 1024
-"""Texts of single tokens that are kept: about 2 MB, and nearly all that a language uses."""
+"""Cached texts of single tokens: about 2 MB, and nearly all the tokens that a language uses."""
 _BYTE_TOKEN = re.compile(r"^<0x([0-9A-F]{2})>$")
 
 
 class TokenizerError(Exception):
-    """The folder has no tokenizer that can be used; the message says which and why."""
+    """The folder has no usable tokenizer; the message says why."""
 
 
 class Tokenizer:
-    """Prompts to ids and ids to text. `prompt_of_*` run in worker threads, the rest is cheap and safe anywhere."""
+    """Prompts to ids and ids to text. `prompt_of_*` run in worker threads; the rest is fast and thread-safe."""
 
     def __init__(self, folder: Path, *, threads: int, timeout_s: float) -> None:
-        from transformers import AutoTokenizer  # takes seconds: not before it is needed, and not on the event loop
+        from transformers import AutoTokenizer  # takes seconds, so not at the top of the module
 
         try:
             inner = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
@@ -53,7 +53,7 @@ class Tokenizer:
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._byte_level = _is_byte_level(backend)
-        # Every step of every stream decodes its last token alone, to know what of the next two is new.
+        # Cached, because every step of every stream decodes its last token alone.
         self._decode_one = functools.lru_cache(ONE_TOKEN_TEXTS)(
             lambda token_id: str(backend.decode([token_id], skip_special_tokens=True))
         )
@@ -63,7 +63,7 @@ class Tokenizer:
         self.has_chat_template = bool(inner.chat_template)
         eos = inner.eos_token_id
         self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else [])
-        self.tool_format = learn_format(self._probe, sorted(self._control_tokens)) if inner.chat_template else PLAIN
+        self.tool_format = infer_format(self._probe, sorted(self._control_tokens)) if inner.chat_template else PLAIN
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -71,17 +71,17 @@ class Tokenizer:
     # --- prompts ------------------------------------------------------------------------
 
     def grammar_json(self) -> str:
-        """The tokenizer as one JSON text, for the grammar library."""
+        """The tokenizer as JSON text, for the grammar library."""
         text: str = self._own_copy().backend_tokenizer.to_str()
         return text
 
     async def prompt_of_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
-        """Ids of a conversation with the turn of the assistant opened. Raises InvalidRequest."""
+        """Ids of a conversation, up to the beginning of the assistant's turn. Raises InvalidRequestError or UnavailableError."""
         if not self.has_chat_template:
-            raise InvalidRequest(
-                "This base model has no chat template: it is not made for conversations. "
+            raise InvalidRequestError(
+                "This base model has no chat template: it is not made for chat. "
                 "Send a `prompt` to /v1/completions instead.",
                 param="messages",
                 code="no_chat_template",
@@ -89,11 +89,11 @@ class Tokenizer:
         return await self._within_limits(functools.partial(self._render, messages, tools))
 
     async def prompt_of_text(self, text: str) -> tuple[int, ...]:
-        """Ids of a bare prompt, with the start token where the base has one."""
+        """Ids of a prompt without a template, with the start token if the base has one. Raises UnavailableError."""
         return await self._within_limits(functools.partial(self._encode, text))
 
     async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
-        """A prompt told back, token by token."""
+        """The decoded prompt, for a response that begins with it. Raises UnavailableError."""
         return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ class Tokenizer:
                 sanitize_control_tokens=True,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"The base model's chat template refuses these messages: {str(error)[:300]}",
                 param="messages",
                 code="chat_template_refused",
@@ -121,11 +121,11 @@ class Tokenizer:
         return text
 
     def _refuse_control_keys(self, value: Any) -> None:
-        """Control tokens in values are taken as text by transformers; in names of properties they are not."""
+        """Refuses control tokens in property names, which transformers does not encode as text as it does in values."""
         if isinstance(value, Mapping):
             for key in value:
                 if any(token in key for token in self._control_tokens):
-                    raise InvalidRequest("A name in `tools` or `tool_calls` holds a control token.", param="tools")
+                    raise InvalidRequestError("A name in `tools` or `tool_calls` holds a control token.", param="tools")
         for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             self._refuse_control_keys(inner)
 
@@ -133,7 +133,7 @@ class Tokenizer:
         return tuple(self._backend.encode(text, add_special_tokens=True).ids)
 
     def _own_copy(self) -> Any:
-        """A tokenizer per thread: calls change settings inside, which must not meet another thread's."""
+        """The calling thread's copy of the tokenizer, whose calls change internal settings."""
         mine = getattr(self._local, "tokenizer", None)
         if mine is None:
             mine = self._local.tokenizer = copy.deepcopy(self._inner)
@@ -145,7 +145,7 @@ class Tokenizer:
             async with asyncio.timeout(self._timeout_s):
                 return await loop.run_in_executor(self._pool, work)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The prompt could not be prepared within {self._timeout_s:g} s. Shorten it or try again.",
                 code="prompt_timeout",
                 retry_after_s=5,
@@ -154,7 +154,7 @@ class Tokenizer:
     # --- text ---------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without control tokens; U+FFFD where the bytes are no whole character."""
+        """Text without control tokens, with U+FFFD for incomplete characters."""
         if not ids:
             return ""
         if len(ids) == 1:
@@ -163,12 +163,12 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """One token by itself, control tokens spelled out (for log-probabilities)."""
+        """The text of one token, also of a control token."""
         text: str = self._backend.decode([token_id], skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """The UTF-8 bytes of one token, which may be part of a character."""
+        """The UTF-8 bytes of one token, which may be an incomplete character."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return []
@@ -186,9 +186,9 @@ def _is_byte_level(backend: Any) -> bool:
 
 @functools.cache
 def _bytes_of_characters() -> dict[str, int]:
-    """Byte-level tokenizers write each byte as one printable character; this maps them back."""
+    """The printable character that byte-level tokenizers use for each byte → the byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in table.values()]
-    table.update({chr(256 + place): byte for place, byte in enumerate(others)})
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
     return table

@@ -1,7 +1,7 @@
-"""Calls of tools read back from an answer's text, however it is cut into pieces.
+"""Reads tool calls from an answer's text, however it is split into chunks.
 
-`openai_answer` feeds one `ToolCallReader` per choice. Text that may become a call is held back until it is one; a call
-that never becomes whole (cut off by `max_tokens`, or no valid JSON) is given out as the text it is: nothing is lost.
+Text that may become a call is held back until it is one. A call that is never completed (cut off by `max_tokens`, or
+not valid JSON) is returned as text, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DECODER = json.JSONDecoder()
 class ToolCall:
     name: str
     arguments: str
-    """JSON text, as the model wrote it."""
+    """JSON text as the model wrote it."""
 
 
 class ToolCallReader:
@@ -28,22 +28,22 @@ class ToolCallReader:
         self._called = False
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """What became certain: pieces of text and whole calls, in order."""
+        """The text and the complete calls that are certain now, in order."""
         self._held += text
         parts: list[str | ToolCall] = []
         while self._held:
             at = self._held.find(self._style.trigger)
             if at < 0:
                 keep = _overlap(self._held, self._style.trigger)
-                self._give(parts, len(self._held) - keep)
+                self._release(parts, len(self._held) - keep)
                 break
-            self._give(parts, at)
+            self._release(parts, at)
             taken = self._call()
             if taken is None:
                 break
             call, length = taken
             if call is None:
-                self._give(parts, length)
+                self._release(parts, length)
             else:
                 parts.append(call)
                 self._called = True
@@ -51,21 +51,21 @@ class ToolCallReader:
         return parts
 
     def finish(self) -> list[str | ToolCall]:
-        """The answer ended."""
+        """The text still held back at the end of the answer."""
         held, self._held = self._held, ""
         return [held] if held and not (self._called and held.isspace()) else []
 
-    def _give(self, parts: list[str | ToolCall], length: int) -> None:
+    def _release(self, parts: list[str | ToolCall], length: int) -> None:
         text, self._held = self._held[:length], self._held[length:]
-        if text and not (self._called and text.isspace()):  # white space between calls says nothing
+        if text and not (self._called and text.isspace()):  # white space between calls is not part of the answer
             parts.append(text)
 
     def _call(self) -> tuple[ToolCall | None, int] | None:
-        """The call that `_held` begins with and its length; (None, length) for text that is none; None: read on."""
+        """(call, length) of the call that `_held` begins with; (None, length) of text that is no call; None if incomplete."""
         style, held = self._style, self._held
-        wrong = (None, len(style.trigger))
+        not_a_call = (None, len(style.trigger))
         if not held.startswith(style.opening):
-            return None if style.opening.startswith(held) else wrong
+            return None if style.opening.startswith(held) else not_a_call
         at = held.find(style.middle, len(style.opening))
         if at < 0:
             return None
@@ -75,10 +75,10 @@ class ToolCallReader:
         except ValueError:
             return None
         if not held.startswith(style.closing, end):
-            return None if style.closing.startswith(held[end:]) else wrong
+            return None if style.closing.startswith(held[end:]) else not_a_call
         return ToolCall(name, held[begin:end]), end + len(style.closing)
 
 
 def _overlap(text: str, trigger: str) -> int:
-    """Length of the longest end of `text` with which `trigger` begins."""
+    """Length of the longest suffix of `text` that is a proper prefix of `trigger`."""
     return next((n for n in range(min(len(trigger) - 1, len(text)), 0, -1) if trigger.startswith(text[-n:])), 0)

@@ -1,9 +1,8 @@
-"""How a base writes a call of a tool: the texts around name and arguments, learned from its own chat template.
+"""How a base writes a tool call: the texts around name and arguments, inferred from its chat template.
 
-`tokenizer` learns it once by rendering a made-up call; no list of model names. Where the template knows no tools, or
-writes calls that are no JSON or begin with a control token (which is never text), the plain format below is used and
-the tools are described in a system message. `openai_tools` makes grammars of it, `tool_calls` reads answers by it.
-Pure.
+The template renders an example call once; there is no list of model names. The plain format below is used, and the
+tools are described in a system message, if the template does not support tools or writes calls that are not JSON or
+that begin with a control token, which is never text. Pure.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ _NAME, _KEY, _TEXT = "lookup_probe", "probe_key", "plain probe text"
 _ARGUMENTS = re.compile(r'\{\s*"probe_key"\s*:\s*7\s*\}')
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], str]
-"""(messages, tools) -> the prompt's text, no turn opened. May raise whatever a template raises."""
+"""(messages, tools) → the prompt's text, without the beginning of a new turn. Raises what a template raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A call reads `opening` name `middle` arguments `closing`; between two calls stands `separator`."""
+    """A call is `opening` name `middle` arguments `closing`. Calls are separated by `separator`."""
 
     opening: str
     middle: str
     closing: str
     separator: str | None
-    """None: the template writes one call a turn."""
+    """None: the template allows one call per turn."""
     native: bool
-    """The base's template speaks it; else tools and calls are put into messages by `plain_messages`."""
+    """True for the template's own format; otherwise `plain_messages` puts tools and calls into messages."""
 
     @property
     def trigger(self) -> str:
-        """What no text but a call begins with; behind it the rest of the call is certain."""
+        """The text that marks the beginning of a call."""
         marker = self.opening.partition("{")[0].rstrip()
         return marker or self.opening
 
@@ -49,15 +48,15 @@ PLAIN = ToolFormat(
 )
 
 
-def learn_format(render: Render, control_tokens: Sequence[str]) -> ToolFormat:
-    """The template's own format where it can be read back as text, else PLAIN."""
-    found = _learned(render, 1)
+def infer_format(render: Render, control_tokens: Sequence[str]) -> ToolFormat:
+    """The template's own format if calls in it can be read back from text, else PLAIN."""
+    found = _inferred(render)
     if found is None or any(token in text for token in control_tokens for text in (found.opening, found.closing)):
         return PLAIN
     return found
 
 
-def _learned(render: Render, calls: int) -> ToolFormat | None:
+def _inferred(render: Render) -> ToolFormat | None:
     tool = {
         "type": "function",
         "function": {
@@ -71,7 +70,7 @@ def _learned(render: Render, calls: int) -> ToolFormat | None:
     try:
         with_text = render([user, {"role": "assistant", "content": _TEXT}], [tool])
         with_call = render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool])
-    except Exception:  # a template raises what it likes: then it knows no tools
+    except Exception:  # a template may raise anything: then it does not support tools
         return None
     header, found, trailer = with_text.rpartition(_TEXT)
     if not found or _NAME not in header or not with_call.startswith(header) or not with_call.endswith(trailer):
@@ -97,10 +96,10 @@ def _split(body: str) -> tuple[str, str, str] | None:
 
 
 def _separator(render: Render, user: Any, tool: Any, call: Any, body: str, around: tuple[str, str]) -> str | None:
-    """What stands between two calls of one turn."""
+    """The text between two calls of one turn."""
     try:
         two = render([user, {"role": "assistant", "content": "", "tool_calls": [call, call]}], [tool])
-    except Exception:  # one call a turn is all it takes
+    except Exception:  # the template allows one call per turn
         return None
     both = two[len(around[0]) : len(two) - len(around[1])]
     if not both.startswith(body) or not both.endswith(body) or len(both) < 2 * len(body):
@@ -109,7 +108,7 @@ def _separator(render: Render, user: Any, tool: Any, call: Any, body: str, aroun
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template without tools: they are described first, calls and results become text."""
+    """The conversation for a template without tools: a system message describes them, calls and results become text."""
     plain = [_plain_message(message) for message in messages]
     if not tools:
         return plain

@@ -1,9 +1,10 @@
-"""An adapter's life on one replica: registered, loaded on demand, shared, parked, failed, deleted."""
+"""An adapter's life on one replica: registered, loaded on demand, shared, unloaded when idle, failed, deleted."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,17 @@ from fakes_runtime import (
 )
 
 from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.openai import Conflict, RuntimeNotRegistered, TooManyRequests, Unavailable, Unprocessable
+from lorapool_api.openai import (
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnprocessableError,
+)
 from lorapool_api.protocol import AdapterState, EventType, ResolveAnswer, RuntimeSnapshot, Tier
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.manager import AdapterManager
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_runtime.events import COALESCE_S
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 
@@ -88,7 +96,7 @@ async def test_every_request_gets_its_own_adapter_while_slots_change_hands(byte_
             return status, name, said(body) if status == 200 else body["error"]["code"]
 
         results = await asyncio.gather(*(one() for _ in range(150)))
-        for name in names:  # alone, each must get a slot, however few changed hands in the crowd
+        for name in names:  # one at a time, each must get a slot
             status, body, _ = await ask(served.url, key_of(name), session)
             assert (status, said(body)) == (200, f"I am {name}.")
     assert {status for status, *_ in results} <= {200, 409}
@@ -113,7 +121,7 @@ async def test_the_least_recently_used_leaves_and_never_one_in_use_or_pinned(byt
         lease = await manager.acquire(key_of("new"))  # `busy` was used earlier, but is in use
         loaded = {item.display for item in manager.reports() if item.state is AdapterState.LOADED}
         assert loaded == {"team/busy", "team/pinned", "team/new"}
-        with pytest.raises(Conflict) as caught:
+        with pytest.raises(NoFreeSlotError) as caught:
             await manager.acquire(key_of("newer"))
         assert caught.value.code == "no_slot"
         assert report(manager, key_of("newer")).failure is None  # its own state is untouched
@@ -122,7 +130,7 @@ async def test_the_least_recently_used_leaves_and_never_one_in_use_or_pinned(byt
         (await manager.acquire(key_of("newer"))).release()
 
 
-async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_tokenizer: Path) -> None:
+async def test_an_idle_adapter_is_unloaded_and_leaves_host_memory_later(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock(), host_idle_s=100.0) as served:
         manager = served.runtime.adapters
@@ -138,9 +146,9 @@ async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_token
         clock.pass_s(0.2)
         manager.sweep()
         await until(lambda: report(manager, key_of("poet")).state is AdapterState.REGISTERED)
-        parked = report(manager, key_of("poet"))
-        assert (parked.tier, parked.device_bytes, parked.host_bytes) == (Tier.HOST, 0, 1000)
-        assert parked.usage.residency_seconds == pytest.approx(1060.1)
+        unloaded = report(manager, key_of("poet"))
+        assert (unloaded.tier, unloaded.device_bytes, unloaded.host_bytes) == (Tier.HOST, 0, 1000)
+        assert unloaded.usage.residency_seconds == pytest.approx(1060.1)
         clock.pass_s(101)
         manager.sweep()
         assert report(manager, key_of("poet")).tier is Tier.DISK
@@ -150,7 +158,7 @@ async def test_an_idle_adapter_is_parked_and_leaves_host_memory_later(byte_token
         assert kinds[1] == (EventType.UNLOADED, pytest.approx(1060.1))
 
 
-async def test_a_parked_adapter_comes_back_from_host_memory_without_its_source(byte_tokenizer: Path) -> None:
+async def test_an_unloaded_adapter_comes_back_from_host_memory_without_its_source(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
@@ -162,7 +170,7 @@ async def test_a_parked_adapter_comes_back_from_host_memory_without_its_source(b
     assert served.engine.loads["poet"] == 2
 
 
-async def test_a_pinned_adapter_loads_by_itself_and_never_parks(byte_tokenizer: Path) -> None:
+async def test_a_pinned_adapter_loads_without_a_request_and_is_never_unloaded_when_idle(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
@@ -186,7 +194,7 @@ async def test_an_adapter_pinned_while_it_loads_is_not_evicted(byte_tokenizer: P
         await manager.register(key_of("vip"), descriptor("vip", pinned=True))
         await until(lambda: report(manager, key_of("vip")).state is AdapterState.LOADED)
         await manager.register(key_of("other"), descriptor("other"))
-        with pytest.raises(Conflict):
+        with pytest.raises(NoFreeSlotError):
             await manager.acquire(key_of("other"))
         assert report(manager, key_of("vip")).state is AdapterState.LOADED
 
@@ -235,14 +243,14 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
         await manager.register(key_of("poet"), descriptor("poet"))
         waits = []
         for attempt in (1, 2):
-            with pytest.raises(Unavailable) as caught:
+            with pytest.raises(UnavailableError) as caught:
                 await manager.acquire(key_of("poet"))
             assert caught.value.code == "source_unavailable"
             assert report(manager, key_of("poet")).failure.attempts == attempt
             waits.append(caught.value.retry_after_s)
             clock.pass_s(7.9 * attempt)
-            with pytest.raises(Unavailable):
-                await manager.acquire(key_of("poet"))  # too early: answered from memory
+            with pytest.raises(UnavailableError):
+                await manager.acquire(key_of("poet"))  # too early: answered without a try
             assert store.fetches.total() == attempt
             clock.pass_s(2.2 * attempt)
         assert 8.0 <= waits[0] <= 10.0
@@ -251,18 +259,18 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
         assert report(manager, key_of("poet")).failure is None
 
 
-async def test_what_the_source_holds_must_be_the_digest_that_was_asked_for(byte_tokenizer: Path) -> None:
+async def test_a_source_with_another_digest_than_the_registered_one_is_a_failure(byte_tokenizer: Path) -> None:
     store = FakeStore(digests={"s3://bucket/poet": digest_of_name("something else")})
     async with serving(byte_tokenizer, store=store) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
-        with pytest.raises(Unprocessable) as caught:
+        with pytest.raises(UnprocessableError) as caught:
             await served.runtime.adapters.acquire(key_of("poet"))
         assert caught.value.code == "digest_mismatch"
         assert served.engine.loads.total() == 0
 
 
 async def test_files_the_engine_refuses_are_a_terminal_failure_of_that_adapter_alone(byte_tokenizer: Path) -> None:
-    engine = FakeEngine(read_errors={"/fake/nan": AdapterArtifactError("NonFiniteWeights", "lora_A holds NaN")})
+    engine = FakeEngine(read_errors={"/fake/nan": ArtifactError(FailureReason.NON_FINITE_WEIGHTS, "lora_A holds NaN")})
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession() as session:
         for name in ("nan", "poet"):
             await served.runtime.adapters.register(key_of(name), descriptor(name))
@@ -276,7 +284,7 @@ async def test_an_unforeseen_failure_of_the_engine_frees_the_slot_and_is_transie
     engine = FakeEngine(load_error=RuntimeError("out of something"))
     async with serving(byte_tokenizer, engine=engine) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
-        with pytest.raises(Unavailable) as caught:
+        with pytest.raises(UnavailableError) as caught:
             await served.runtime.adapters.acquire(key_of("poet"))
         assert caught.value.code == "load_failed"
         assert served.runtime.adapters.slots_used == 0
@@ -289,7 +297,7 @@ async def test_requests_that_wait_for_a_load_are_bounded_and_leave_with_their_cl
         await manager.register(key_of("poet"), descriptor("poet"))
         waiting = [asyncio.create_task(manager.acquire(key_of("poet"))) for _ in range(2)]
         await until(lambda: manager.waiting == 2)
-        with pytest.raises(TooManyRequests) as caught:
+        with pytest.raises(TooManyRequestsError) as caught:
             await manager.acquire(key_of("poet"))
         assert caught.value.code == "queue_full"
         waiting[0].cancel()
@@ -299,19 +307,20 @@ async def test_requests_that_wait_for_a_load_are_bounded_and_leave_with_their_cl
         assert report(manager, key_of("poet")).in_flight == 0
 
 
-async def test_a_client_that_leaves_while_its_adapter_loads_gives_its_place_back(byte_tokenizer: Path) -> None:
-    store = FakeStore(delay_s=0.2)
+async def test_a_client_that_leaves_while_its_adapter_loads_gives_its_queue_slot_back(byte_tokenizer: Path) -> None:
+    store = FakeStore(delay_s=0.5)
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession() as session:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
         asking = asyncio.create_task(ask(served.url, key_of("poet"), session))
         await until(lambda: served.runtime.snapshot().in_flight == 1)
         asking.cancel()
-        await until(lambda: served.runtime.snapshot().in_flight == 0, timeout_s=0.15)
+        await until(lambda: served.runtime.snapshot().in_flight == 0)
+        assert report(served.runtime.adapters, key_of("poet")).state is AdapterState.LOADING  # it left before the end
         await until(lambda: report(served.runtime.adapters, key_of("poet")).state is AdapterState.LOADED)
         assert served.engine.requests == []
 
 
-async def test_delete_waits_for_running_requests_then_unloads_and_tells_the_bytes(byte_tokenizer: Path) -> None:
+async def test_delete_waits_for_running_requests_then_unloads_and_reports_the_bytes(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.002)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession() as session:
         manager, path = (
@@ -339,7 +348,7 @@ async def test_delete_waits_for_running_requests_then_unloads_and_tells_the_byte
         assert report(manager, key_of("poet")).usage.requests == 1  # per boot the numbers only grow
 
 
-async def test_delete_ends_what_runs_longer_than_its_patience(byte_tokenizer: Path) -> None:
+async def test_delete_ends_requests_that_run_longer_than_its_timeout(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.005)
     async with (
         serving(byte_tokenizer, engine=engine, drain_adapter_s=0.05) as served,
@@ -355,7 +364,7 @@ async def test_delete_ends_what_runs_longer_than_its_patience(byte_tokenizer: Pa
         assert answer.freed_device_bytes == 2000
 
 
-async def test_delete_during_a_load_stops_it_and_tells_those_who_wait(byte_tokenizer: Path) -> None:
+async def test_delete_during_a_load_stops_it_and_answers_those_who_wait(byte_tokenizer: Path) -> None:
     store = FakeStore(delay_s=30.0)
     async with serving(byte_tokenizer, store=store) as served:
         manager = served.runtime.adapters
@@ -364,7 +373,7 @@ async def test_delete_during_a_load_stops_it_and_tells_those_who_wait(byte_token
         await until(lambda: manager.waiting == 1)
         async with asyncio.timeout(2):
             answer = await manager.delete(key_of("poet"))
-            with pytest.raises(RuntimeNotRegistered):
+            with pytest.raises(RuntimeNotRegisteredError):
                 await waiting
         assert (answer.freed_device_bytes, answer.freed_host_bytes) == (0, 0)
 
@@ -390,7 +399,7 @@ async def test_host_memory_is_bounded(byte_tokenizer: Path) -> None:
         assert manager.host_bytes == 2000
 
 
-async def test_the_coldest_descriptor_is_forgotten_when_there_are_too_many(byte_tokenizer: Path) -> None:
+async def test_the_longest_unused_registration_is_forgotten_when_there_are_too_many(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock(), max_adapters=3) as served:
         manager = served.runtime.adapters
@@ -402,7 +411,7 @@ async def test_the_coldest_descriptor_is_forgotten_when_there_are_too_many(byte_
         assert {item.display for item in manager.reports()} == {"team/used", "team/late", "team/latest"}
 
 
-async def test_the_snapshot_is_told_at_once_when_an_adapter_changes(served: Served) -> None:
+async def test_a_long_poll_gets_the_snapshot_at_once_when_an_adapter_changes(served: Served) -> None:
     async with aiohttp.ClientSession(served.url) as session:
         async with session.get("/v1/runtime") as response:
             first = RuntimeSnapshot.model_validate(await response.json())
@@ -422,13 +431,14 @@ async def test_the_snapshot_is_told_at_once_when_an_adapter_changes(served: Serv
 
 
 async def test_counts_of_requests_are_announced_a_few_times_a_second(served: Served) -> None:
-    before = served.runtime.changes.seq
+    before, began_s = served.runtime.changes.seq, time.monotonic()
     async with aiohttp.ClientSession() as session:
         for _ in range(20):
             async with session.post(served.url + "/v1/completions", json={"model": "tiny", "prompt": "x"}) as response:
                 assert response.status == 200
         await until(lambda: served.runtime.changes.seq > before)
-    assert served.runtime.changes.seq - before <= 5
+    periods = (time.monotonic() - began_s) / COALESCE_S
+    assert served.runtime.changes.seq - before <= periods + 1  # of 40 changes, on a machine that is not very slow
 
 
 async def test_events_are_numbered_and_can_be_waited_for(served: Served) -> None:
@@ -443,7 +453,7 @@ async def test_events_are_numbered_and_can_be_waited_for(served: Served) -> None
             assert (await response.json())["events"] == []
 
 
-async def test_resolve_judges_and_loads_nothing(byte_tokenizer: Path) -> None:
+async def test_resolve_inspects_a_source_and_loads_nothing(byte_tokenizer: Path) -> None:
     store = FakeStore(errors={"pvc://claim/bad": [source_error(FailureReason.WRONG_BASE, "other shapes")]})
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession(served.url) as session:
         for uri, reason in (("pvc://claim/good", None), ("pvc://claim/bad", "WrongBase")):

@@ -1,4 +1,4 @@
-"""What a snapshot says of adapters is never older than they are, though reports of adapters at rest are kept."""
+"""The snapshot's report of an adapter is always current, although an unchanged report is reused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorapool_api.protocol import AdapterState, Tier, Usage
 from lorapool_runtime.usage import Outcome
 
 
-async def test_the_report_of_an_adapter_at_rest_is_made_once(byte_tokenizer: Path) -> None:
+async def test_the_report_of_an_unchanged_adapter_is_made_once(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
@@ -22,7 +22,7 @@ async def test_the_report_of_an_adapter_at_rest_is_made_once(byte_tokenizer: Pat
     assert first.state is AdapterState.REGISTERED
 
 
-async def test_a_kept_report_follows_every_change(byte_tokenizer: Path) -> None:
+async def test_a_report_is_made_again_after_every_change(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters

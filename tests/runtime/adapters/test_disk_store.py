@@ -1,4 +1,4 @@
-"""A folder on disk is hashed and judged once, and again as soon as it is not the very one that was."""
+"""A folder on disk is hashed and checked once, and again as soon as one of its files has changed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_folder_that_did_not_change_is_inspected_once(world: World) -> None:
     assert world.inspected == 1
 
 
-def test_a_file_changed_on_disk_is_seen_though_its_size_and_time_are_as_before(world: World) -> None:
+def test_a_file_changed_on_disk_is_detected_even_with_the_same_size_and_mtime(world: World) -> None:
     digest = world.digest()
     world.fetch(digest)
     weights = world.weights(digest)
@@ -86,7 +86,7 @@ def test_a_file_changed_on_disk_is_seen_though_its_size_and_time_are_as_before(w
     assert world.inspected == 3
 
 
-def test_a_tighter_limit_is_judged_for_itself(world: World) -> None:
+def test_a_folder_is_checked_again_against_a_tighter_limit(world: World) -> None:
     digest = world.digest()
     world.fetch(digest)
     with pytest.raises(ArtifactError) as refused:

@@ -194,7 +194,7 @@ def test_verification_leaves_pool_slots_and_weights_as_they_were(tmp_path: Path)
         core = core_of(tmp_path, "Llama")
         assert core.facts.decode_program == ACTIVE
         assert not core.pool.data.any()
-        assert [slot for slot in range(4) if core.slabs.occupied(slot)] == [0, 1, 2]  # the test's own adapters
+        assert [slot for slot in range(4) if core.slots.is_published(slot)] == [0, 1, 2]  # the test's own adapters
         stock = torch.ones_like(core.base.model.get_submodule("model.norm")._norm._weight)
         assert torch.equal(core.base.model.get_submodule("model.norm")._norm._weight, stock)
 

@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters, stop strings, independent of where chunks end."""
+"""Tokens to text: whole characters and stop strings, independent of where a chunk ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def decode_bytes(ids: Sequence[int]) -> str:
 
 
 @given(st.text(max_size=60))
-def test_pieces_joined_are_the_text_and_no_piece_holds_half_a_character(text: str) -> None:
+def test_chunks_joined_are_the_text_and_no_chunk_holds_part_of_a_character(text: str) -> None:
     detokenizer = Detokenizer(decode_bytes)
     pieces = [detokenizer.push(byte) for byte in text.encode()]
     assert "".join(pieces) + detokenizer.finish() == text
@@ -32,7 +32,7 @@ def test_any_bytes_come_out_as_one_decoding_of_all(raw: bytes) -> None:
     assert "".join([detokenizer.push(byte) for byte in raw]) + detokenizer.finish() == decode_bytes(raw)
 
 
-def test_garbage_without_end_is_not_held_back_for_ever() -> None:
+def test_endless_invalid_bytes_are_not_held_back_forever() -> None:
     detokenizer = Detokenizer(decode_bytes)
     said = [detokenizer.push(0x80) for _ in range(100)]
     assert sum(len(piece) for piece in said) >= 100 - MAX_PENDING_TOKENS
@@ -56,7 +56,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 
 def first_complete(text: str, stops: list[str]) -> str:
-    """What is left of `text` before the stop string that is complete first, the longer of two."""
+    """`text` up to the stop string that is completed first, the longer one of two."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -93,7 +93,7 @@ def test_the_last_held_text_may_complete_a_stop_string() -> None:
 
 
 @given(text=st.text(max_size=30))
-def test_the_true_tokenizer_decodes_piecewise_to_the_same_text(text: str, byte_tokenizer: Path) -> None:
+def test_the_real_tokenizer_decodes_in_chunks_to_the_same_text(text: str, byte_tokenizer: Path) -> None:
     codec = tokenizer_of(byte_tokenizer)
     detokenizer = Detokenizer(codec.decode)
     assert "".join([detokenizer.push(byte) for byte in text.encode()]) + detokenizer.finish() == text

@@ -1,4 +1,4 @@
-"""lm-eval, unmodified, scores the real base and a real fine-tune on a runtime as transformers and peft do directly."""
+"""Unmodified lm-eval gives the real base and a real fine-tune the scores that transformers and peft give directly."""
 
 from __future__ import annotations
 

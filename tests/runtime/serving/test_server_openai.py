@@ -1,4 +1,4 @@
-"""The OpenAI surface over a true socket, with the unmodified client and with bare HTTP."""
+"""The OpenAI API over a real socket, with the unmodified client and with plain HTTP."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ async def test_characters_of_several_tokens_arrive_whole(client: openai.AsyncOpe
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-async def test_half_a_character_at_the_end_becomes_a_replacement_character(
+async def test_an_incomplete_character_at_the_end_becomes_a_replacement_character(
     client: openai.AsyncOpenAI, served: Served
 ) -> None:
     served.engine.reply = lambda *_: "ab🦙".encode()[:-1]
@@ -164,7 +164,7 @@ async def test_the_end_token_of_a_completion_is_scored_too(client: openai.AsyncO
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 30])
-async def test_a_streamed_echo_says_the_same_as_a_whole_one(client: openai.AsyncOpenAI, max_tokens: int) -> None:
+async def test_a_streamed_echo_equals_a_whole_one(client: openai.AsyncOpenAI, max_tokens: int) -> None:
     wish: dict[str, Any] = {"model": "tiny", "prompt": "Once", "echo": True, "logprobs": 2, "max_tokens": max_tokens}
     whole = await client.completions.create(**wish)
     text, tokens, values, offsets = "", [], [], []
@@ -173,13 +173,13 @@ async def test_a_streamed_echo_says_the_same_as_a_whole_one(client: openai.Async
         tokens += chunk.choices[0].logprobs.tokens
         values += chunk.choices[0].logprobs.token_logprobs
         offsets += chunk.choices[0].logprobs.text_offset
-    told = whole.choices[0].logprobs
+    logprobs = whole.choices[0].logprobs
     assert (text, tokens, values, offsets) == (
-        whole.choices[0].text, told.tokens, told.token_logprobs, told.text_offset,
+        whole.choices[0].text, logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset,
     )  # fmt: skip
 
 
-async def test_every_wish_reaches_the_engine(client: openai.AsyncOpenAI, served: Served) -> None:
+async def test_every_sampling_parameter_reaches_the_engine(client: openai.AsyncOpenAI, served: Served) -> None:
     await client.chat.completions.create(
         model="tiny", messages=HI, max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=11, n=2,
         presence_penalty=0.1, frequency_penalty=-0.2, logit_bias={"65": -100}, user="u",
@@ -200,7 +200,7 @@ async def test_models_lists_the_base_and_what_is_registered(client: openai.Async
     assert [model.id async for model in client.models.list()] == ["tiny", "team/poet"]
     assert (await client.models.retrieve("team/poet")).id == "team/poet"
     with pytest.raises(openai.NotFoundError):
-        await client.models.retrieve("team/nobody")
+        await client.models.retrieve("team/unknown")
 
 
 async def test_content_parts_and_developer_messages_are_text(client: openai.AsyncOpenAI, served: Served) -> None:
@@ -221,7 +221,7 @@ async def test_control_tokens_in_a_message_stay_text(client: openai.AsyncOpenAI,
     assert ids.count(257) == 1
 
 
-async def test_the_usage_rides_on_every_chunk_of_the_internal_hop(http: aiohttp.ClientSession) -> None:
+async def test_every_chunk_of_the_internal_hop_carries_the_usage(http: aiohttp.ClientSession) -> None:
     headers = {"x-lorapool-usage": "1", "x-request-id": "trace-7"}
     body = {"model": "tiny", "messages": HI, "stream": True}
     async with http.post("/v1/chat/completions", json=body, headers=headers) as response:
@@ -363,7 +363,7 @@ async def test_bad_completions_are_refused_by_name(
     ],
     ids=lambda raw: raw[:12].decode("latin-1"),
 )
-async def test_a_body_that_is_no_sound_json_object_is_refused(http: aiohttp.ClientSession, raw: bytes) -> None:
+async def test_a_body_that_is_not_a_valid_json_object_is_refused(http: aiohttp.ClientSession, raw: bytes) -> None:
     async with http.post("/v1/chat/completions", data=raw) as response:
         assert response.status == 400
         assert (await response.json())["error"]["type"] == "invalid_request_error"
@@ -388,7 +388,7 @@ async def test_an_unknown_model_is_404_and_never_the_base(client: openai.AsyncOp
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError) as caught:
         await client.chat.completions.create(
-            model="tiny", messages=HI, extra_headers={"x-lorapool-adapter": str(key_of("nobody"))}
+            model="tiny", messages=HI, extra_headers={"x-lorapool-adapter": str(key_of("unknown"))}
         )
     assert caught.value.code == "adapter_not_registered"
     with pytest.raises(openai.BadRequestError):
@@ -398,16 +398,16 @@ async def test_an_unknown_model_is_404_and_never_the_base(client: openai.AsyncOp
     assert served.engine.requests == []
 
 
-async def test_a_short_name_that_two_adapters_share_names_neither(client: openai.AsyncOpenAI, served: Served) -> None:
-    other = descriptor("poet", display="rival/poet")
-    await served.runtime.adapters.register(key_of("rival"), other)
+async def test_a_short_name_shared_by_two_adapters_is_unknown(client: openai.AsyncOpenAI, served: Served) -> None:
+    other = descriptor("poet", display="other/poet")
+    await served.runtime.adapters.register(key_of("other"), other)
     with pytest.raises(openai.NotFoundError):
         await client.chat.completions.create(model="poet", messages=HI)
-    answer = await client.chat.completions.create(model="rival/poet", messages=HI)
+    answer = await client.chat.completions.create(model="other/poet", messages=HI)
     assert answer.choices[0].message.content == "I am poet."
 
 
-async def test_the_waiting_line_is_bounded(byte_tokenizer: Path) -> None:
+async def test_the_queue_is_bounded(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.005)
     async with (
         serving(byte_tokenizer, engine=engine, max_batch=1, max_waiting=1) as running,

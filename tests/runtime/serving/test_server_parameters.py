@@ -1,10 +1,9 @@
-"""Every parameter, by the unmodified openai client, against the runtime's own process with the true engine."""
+"""Every parameter, by the unmodified openai client, against the runtime's own process with the real engine."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ async def test_temperature_seed_and_the_filters(client: openai.AsyncOpenAI) -> N
     assert await text(client, seed=5, temperature=1.3, top_k=1_000_000, top_p=1.0, min_p=0.0) == one
 
 
-async def test_one_seed_gives_one_text_whoever_shares_the_batch(client: openai.AsyncOpenAI) -> None:
+async def test_a_seed_gives_the_same_text_whatever_shares_the_batch(client: openai.AsyncOpenAI) -> None:
     wish: dict[str, Any] = {"seed": 11, "temperature": 1.1, "top_p": 0.9, "max_tokens": 40}
     alone = await text(client, **wish)
     noise = [say(client, temperature=0.1 * i, prompt="x" * i, max_tokens=5 * i, top_k=i) for i in range(1, 15)]
@@ -83,7 +82,7 @@ async def test_choices_of_one_request_differ_and_repeat_by_seed(client: openai.A
     assert (first.usage.prompt_tokens, first.usage.completion_tokens) == (len(PROMPT), 72)
 
 
-async def test_penalties_and_biases_change_what_is_said(client: openai.AsyncOpenAI) -> None:
+async def test_penalties_and_biases_change_the_text(client: openai.AsyncOpenAI) -> None:
     plain = await say(client, temperature=0, max_tokens=60, logprobs=0)
     said = plain.choices[0].logprobs.tokens
     penalties: tuple[dict[str, Any], ...] = (
@@ -116,7 +115,7 @@ async def test_stop_strings_limits_and_the_end_token(client: openai.AsyncOpenAI)
     assert (going_on.choices[0].finish_reason, going_on.usage.completion_tokens) == ("length", 4)
 
 
-async def test_prompts_as_text_ids_and_lists_are_one_and_the_same(client: openai.AsyncOpenAI) -> None:
+async def test_a_prompt_as_text_ids_or_in_a_list_gives_the_same_answer(client: openai.AsyncOpenAI) -> None:
     ids = list(PROMPT.encode())
     wanted = await text(client, temperature=0)
     assert await text(client, temperature=0, prompt=ids) == wanted
@@ -133,11 +132,11 @@ async def test_echo_scores_prompts_as_transformers_does(client: openai.AsyncOpen
         logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
     wanted = [float(logprobs[place, token]) for place, token in enumerate(ids[1:])]
     answer = await say(client, prompt=ids, echo=True, logprobs=3, max_tokens=0)
-    told = answer.choices[0].logprobs
-    assert told.token_logprobs[0] is None
-    assert told.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+    logprobs_of_prompt = answer.choices[0].logprobs
+    assert logprobs_of_prompt.token_logprobs[0] is None
+    assert logprobs_of_prompt.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
     best = logprobs[:-1].max(dim=-1).values.tolist()
-    assert [max(top.values()) for top in told.top_logprobs[1:]] == pytest.approx(best, abs=1e-4)
+    assert [max(top.values()) for top in logprobs_of_prompt.top_logprobs[1:]] == pytest.approx(best, abs=1e-4)
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 0)
     longer = await say(client, prompt=[ids, ids[:3]], echo=True, logprobs=1, max_tokens=1, temperature=0)
     assert [len(choice.logprobs.tokens) for choice in longer.choices] == [8, 4]
@@ -170,7 +169,9 @@ async def schema_answer(client: openai.AsyncOpenAI, schema: dict[str, Any], seed
     )
 
 
-async def test_fifty_random_schemas_are_followed_to_the_letter_and_change_nobody(client: openai.AsyncOpenAI) -> None:
+async def test_fifty_random_schemas_are_enforced_exactly_and_do_not_change_other_answers(
+    client: openai.AsyncOpenAI,
+) -> None:
     schemas = [random_schema(seed) for seed in range(50)]
     alone = await text(client, temperature=0, max_tokens=80)
     plain = [text(client, temperature=0, max_tokens=80) for _ in range(4)]
@@ -213,7 +214,7 @@ NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-async def test_forced_calls_are_valid_calls_whole_and_streamed(client: openai.AsyncOpenAI, choice: Any) -> None:
+async def test_forced_calls_are_valid_whole_and_streamed(client: openai.AsyncOpenAI, choice: Any) -> None:
     wish: dict[str, Any] = {
         "model": "tiny", "messages": HI, "tools": [WEATHER, NOW], "tool_choice": choice, "seed": 3, "max_tokens": 1400,
     }  # fmt: skip
@@ -229,11 +230,11 @@ async def test_forced_calls_are_valid_calls_whole_and_streamed(client: openai.As
     streamed = []
     async for chunk in await client.chat.completions.create(**wish, stream=True):
         streamed += chunk.choices[0].delta.tool_calls or []
-    told = [(call.function.name, call.function.arguments) for call in streamed]
-    assert told == [(call.function.name, call.function.arguments) for call in calls]
+    received = [(call.function.name, call.function.arguments) for call in streamed]
+    assert received == [(call.function.name, call.function.arguments) for call in calls]
 
 
-async def test_one_call_at_most_where_parallel_calls_are_not_wanted(client: openai.AsyncOpenAI) -> None:
+async def test_without_parallel_calls_an_answer_has_one_call_at_most(client: openai.AsyncOpenAI) -> None:
     for seed in range(3):
         answer = await client.chat.completions.create(
             model="tiny", messages=HI, tools=[NOW], tool_choice="required", parallel_tool_calls=False, seed=seed,
@@ -263,18 +264,16 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-async def test_what_is_out_of_bounds_is_refused_at_once_and_others_go_on_unchanged(client: openai.AsyncOpenAI) -> None:
+async def test_a_parameter_out_of_bounds_is_refused_and_running_answers_do_not_change(
+    client: openai.AsyncOpenAI,
+) -> None:
     wish: dict[str, Any] = {"temperature": 0, "max_tokens": 300}
     alone = await text(client, **wish)
     running = [asyncio.create_task(text(client, **wish)) for _ in range(3)]
-    slowest_s = 0.0
     for fields, param, words in BAD:
-        begin_s = time.monotonic()
         with pytest.raises(openai.BadRequestError) as caught:
             await client.completions.create(**{"model": "tiny", "prompt": PROMPT, **fields})
-        slowest_s = max(slowest_s, time.monotonic() - begin_s)
         body: Any = caught.value.body
         assert body["param"] == param, body
         assert words in body["message"], body
     assert await asyncio.gather(*running) == [alone] * 3
-    assert slowest_s < 3  # 0.1 on a machine of one's own

@@ -1,4 +1,4 @@
-"""Around the surface: the token, leaving clients, draining, health, metrics, settings."""
+"""The token, clients that leave, starting, draining, health, metrics, settings, the base's folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fakes_runtime import (
     until,
 )
 
-from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_api.protocol import token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
@@ -117,7 +117,7 @@ async def test_a_client_that_leaves_mid_stream_ends_its_generation_within_two_to
         assert report.usage.prompt_tokens > 0
 
 
-async def test_a_client_that_leaves_a_whole_answer_ends_its_generation_too(byte_tokenizer: Path) -> None:
+async def test_a_client_that_leaves_before_a_whole_answer_ends_its_generation_too(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.02)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
         asking = asyncio.create_task(session.post("/v1/chat/completions", json=CHAT))
@@ -128,7 +128,7 @@ async def test_a_client_that_leaves_a_whole_answer_ends_its_generation_too(byte_
         assert engine.tokens_made - made <= 2
 
 
-async def test_a_client_that_reads_nothing_is_dropped_and_its_slot_given_back(byte_tokenizer: Path) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected_and_its_slot_released(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.0, max_model_len=400_000)
     async with serving(byte_tokenizer, engine=engine, write_timeout_s=0.3) as served:
         host, port = served.url.removeprefix("http://").split(":")
@@ -141,27 +141,27 @@ async def test_a_client_that_reads_nothing_is_dropped_and_its_slot_given_back(by
         writer.transport.abort()
 
 
-async def test_a_template_that_takes_too_long_is_given_up_and_others_are_served(tmp_path: Path) -> None:
+async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_encoded(tmp_path: Path) -> None:
     slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
     folder = save_byte_tokenizer(tmp_path, chat_template=slow)
-    codec = Tokenizer(folder, threads=2, timeout_s=0.2)
-    with pytest.raises(Unavailable) as caught:
-        await codec.prompt_of_messages(HI)
+    tokenizer = Tokenizer(folder, threads=2, timeout_s=0.2)
+    with pytest.raises(UnavailableError) as caught:
+        await tokenizer.prompt_of_messages(HI)
     assert caught.value.code == "prompt_timeout"
-    assert await codec.prompt_of_text("ab") == (97, 98)
-    codec.close()
+    assert await tokenizer.prompt_of_text("ab") == (97, 98)
+    tokenizer.close()
 
 
-async def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
+async def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    codec = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
-    with pytest.raises(InvalidRequest) as caught:
-        await codec.prompt_of_messages(HI)
+    tokenizer = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
+    with pytest.raises(InvalidRequestError) as caught:
+        await tokenizer.prompt_of_messages(HI)
     assert caught.value.code == "chat_template_refused"
-    codec.close()
+    tokenizer.close()
 
 
-def test_a_folder_without_a_usable_tokenizer_is_told_at_once(tmp_path: Path) -> None:
+def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no tokenizer"):
         Tokenizer(tmp_path, threads=1, timeout_s=1.0)
 
@@ -169,7 +169,7 @@ def test_a_folder_without_a_usable_tokenizer_is_told_at_once(tmp_path: Path) -> 
 # --- starting, draining, dying --------------------------------------------------------------
 
 
-async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_are_told_to_wait() -> None:
+async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_get_503() -> None:
     async with listening(Runtime(settings_for_tests())) as url, aiohttp.ClientSession(url) as session:
         for path, status in (("/healthz", 200), ("/readyz", 503), ("/metrics", 200), ("/v1/runtime", 200)):
             async with session.get(path) as response:
@@ -182,7 +182,7 @@ async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_are_t
             assert int(response.headers["Retry-After"]) >= 1
 
 
-async def test_draining_refuses_new_requests_and_finishes_those_under_way(byte_tokenizer: Path) -> None:
+async def test_draining_refuses_new_requests_and_finishes_the_running_ones(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 100, step_s=0.003)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
         polling = asyncio.create_task(session.get("/v1/runtime", params={"after": "0", "wait": "0"}))
@@ -208,7 +208,9 @@ async def test_draining_refuses_new_requests_and_finishes_those_under_way(byte_t
             await draining
 
 
-async def test_what_does_not_finish_within_the_grace_ends_with_an_error_event(byte_tokenizer: Path) -> None:
+async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_an_error_event(
+    byte_tokenizer: Path,
+) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
         response = await session.post("/v1/chat/completions", json={**CHAT, "stream": True})
@@ -219,7 +221,9 @@ async def test_what_does_not_finish_within_the_grace_ends_with_an_error_event(by
         await until(lambda: served.runtime.snapshot().in_flight == 0)
 
 
-async def test_who_still_waits_for_a_load_at_the_end_of_the_grace_is_sent_elsewhere(byte_tokenizer: Path) -> None:
+async def test_a_request_that_waits_for_a_load_at_the_end_of_the_grace_period_gets_503_draining(
+    byte_tokenizer: Path,
+) -> None:
     store = FakeStore(delay_s=30.0)
     async with serving(byte_tokenizer, store=store) as served, aiohttp.ClientSession(served.url) as session:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
@@ -231,7 +235,7 @@ async def test_who_still_waits_for_a_load_at_the_end_of_the_grace_is_sent_elsewh
         assert (await response.json())["error"]["code"] == "draining"
 
 
-async def test_a_dead_engine_fails_what_is_open_and_health_says_so(byte_tokenizer: Path) -> None:
+async def test_a_dead_engine_fails_open_requests_and_both_probes(byte_tokenizer: Path) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
         running = asyncio.create_task(session.post("/v1/chat/completions", json=CHAT))
@@ -291,7 +295,7 @@ async def test_adapters_beyond_the_bound_share_one_label(byte_tokenizer: Path) -
     assert 'lorapool_runtime_adapter_requests_total{adapter="__other__",base="tiny",outcome="completed"} 2.0' in text
 
 
-async def test_names_that_clients_make_up_never_become_labels(byte_tokenizer: Path) -> None:
+async def test_names_made_up_by_clients_never_become_labels(byte_tokenizer: Path) -> None:
     async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
         before = len((await scrape(served)).splitlines())
         for number in range(50):
@@ -308,7 +312,7 @@ PROMTOOL = shutil.which("promtool") or (path if (path := "/tmp/warm/kbin/promtoo
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
-async def test_promtool_finds_nothing_to_complain_about(byte_tokenizer: Path) -> None:
+async def test_promtool_accepts_our_own_metrics(byte_tokenizer: Path) -> None:
     async with serving(byte_tokenizer) as served:
         await used_once(served, "poet")
         async with listening(served.runtime, make_metrics_app) as url, aiohttp.ClientSession(url) as session:
@@ -374,7 +378,7 @@ def test_a_base_on_a_volume_is_read_where_it_is_mounted(tmp_path: Path) -> None:
     ("model", "words"),
     [("/nowhere", "not a model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
 )
-def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, words: str) -> None:
+def test_a_missing_base_is_refused_with_its_remedy(tmp_path: Path, model: str, words: str) -> None:
     with pytest.raises((BaseError, ArtifactError)) as caught:
         base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path))
     assert words in reason_of(caught.value)

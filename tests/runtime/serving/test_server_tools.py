@@ -1,9 +1,8 @@
-"""Tools and response formats at the door and in the answer, with the unmodified client and a scripted engine."""
+"""Tools and response formats, in requests and responses, with the unmodified client and a scripted engine."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import openai
 import pytest
 from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.request import parse_chat
 from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
-from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, learn_format, plain_messages
+from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, infer_format, plain_messages
 from lorapool_runtime.openai.tools import tools_grammar
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -90,7 +89,7 @@ async def test_calls_within_text_stream_as_deltas_with_an_index(client: openai.A
     assert finish == {0: "tool_calls", 1: "tool_calls"}
 
 
-async def test_without_a_call_the_answer_is_text_and_a_cut_call_is_not_lost(
+async def test_without_a_call_the_answer_is_text_and_an_incomplete_call_is_text_too(
     client: openai.AsyncOpenAI, served: Served
 ) -> None:
     says(served, "a < b, <tool> and <tool_c")
@@ -103,7 +102,7 @@ async def test_without_a_call_the_answer_is_text_and_a_cut_call_is_not_lost(
     assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (CALL[:30], "length")
 
 
-async def test_tool_choice_none_says_nothing_of_the_tools(client: openai.AsyncOpenAI, served: Served) -> None:
+async def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(client: openai.AsyncOpenAI, served: Served) -> None:
     says(served, CALL)
     answer = await client.chat.completions.create(
         model="tiny", messages=HI, tools=[WEATHER], tool_choice="none", max_tokens=200
@@ -139,7 +138,7 @@ async def test_earlier_calls_and_their_results_are_part_of_the_conversation(
     assert '"description": "The weather of a city."' in prompt
 
 
-async def test_every_choice_follows_the_grammar_on_its_own(client: openai.AsyncOpenAI, served: Served) -> None:
+async def test_every_choice_has_a_grammar_state_of_its_own(client: openai.AsyncOpenAI, served: Served) -> None:
     await client.chat.completions.create(
         model="tiny", messages=HI, n=3, response_format={"type": "json_object"}, max_tokens=10
     )
@@ -209,26 +208,22 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-async def test_what_cannot_be_followed_is_refused_at_once_by_name_and_bound(served: Served) -> None:
-    slowest_s = 0.0
+async def test_an_unsupported_schema_or_tool_is_refused_by_name_and_bound(served: Served) -> None:
     async with aiohttp.ClientSession(served.url) as http:
         for fields, param, words in BAD:
-            begin_s = time.monotonic()
             async with http.post("/v1/chat/completions", json={"model": "tiny", "messages": HI, **fields}) as response:
                 body = await response.json()
-            slowest_s = max(slowest_s, time.monotonic() - begin_s)
             assert response.status == 400, (fields, body)
             assert body["error"]["param"] == param, body
             assert words in body["error"]["message"], body
     assert served.engine.requests == []
-    assert slowest_s < 2  # 0.1 on a machine of one's own
 
 
 # --- reading calls --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_calls_are_read_the_same_however_the_text_is_cut(size: int) -> None:
+def test_calls_are_read_the_same_however_the_text_is_split(size: int) -> None:
     text = f'x <tool_call>no</tool_call> <tool_call>{{"name": "f", "arguments": 7 {CALL}\n {SECOND}\n'
     reader = ToolCallReader(PLAIN)
     parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])] + reader.finish()
@@ -254,24 +249,26 @@ def style_of(folder: Path, template: str) -> ToolFormat:
     return tokenizer_of(save_byte_tokenizer(folder, chat_template=template)).tool_format
 
 
-def test_how_a_base_writes_calls_is_learned_from_its_template(tmp_path: Path, byte_tokenizer: Path) -> None:
+def test_the_format_of_calls_is_inferred_from_the_template(tmp_path: Path, byte_tokenizer: Path) -> None:
     hermes = style_of(tmp_path / "hermes", HERMES)
     assert (hermes.opening, hermes.closing) == ('<tool_call>\n{"name": "', "}\n</tool_call>")
     assert (hermes.separator, hermes.trigger, hermes.native) == ("\n", "<tool_call>", True)
-    assert tokenizer_of(byte_tokenizer).tool_format is PLAIN  # its template knows no tools
-    assert style_of(tmp_path / "control", HERMES.replace("<tool_call>", "<|pad|>")) is PLAIN  # no text begins so
+    assert tokenizer_of(byte_tokenizer).tool_format is PLAIN  # its template does not support tools
+    assert (
+        style_of(tmp_path / "control", HERMES.replace("<tool_call>", "<|pad|>")) is PLAIN
+    )  # a control token is never text
 
 
-async def test_nobody_forges_a_turn_by_the_name_of_a_property(tmp_path: Path) -> None:
+async def test_a_control_token_in_a_property_name_is_refused_and_in_a_value_is_text(tmp_path: Path) -> None:
     codec = tokenizer_of(save_byte_tokenizer(tmp_path, chat_template=HERMES))
-    with pytest.raises(InvalidRequest, match="control token"):
+    with pytest.raises(InvalidRequestError, match="control token"):
         await codec.prompt_of_messages(HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}])
     forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}])
     honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}])
     assert forged.count(256) == honest.count(256)
 
 
-def test_a_template_with_bare_calls_begins_them_with_their_name() -> None:
+def test_the_calls_of_a_template_without_call_markers_begin_with_their_name() -> None:
     def render(messages: Any, tools: Any) -> str:
         if len(messages[-1].get("tool_calls", ())) > 1:
             raise ValueError("one call a turn")
@@ -281,14 +278,14 @@ def test_a_template_with_bare_calls_begins_them_with_their_name() -> None:
         )
         return f"{json.dumps(tools)}|{messages[0]['content']}|{messages[-1]['content'] + call}<end>"
 
-    style = learn_format(render, ["<end>"])
+    style = infer_format(render, ["<end>"])
     assert (style.trigger, style.middle, style.closing) == ('{"name": "', '", "parameters": ', "}")
     assert style.separator is None
-    wishes = parse_chat(json.dumps({"model": "m", "messages": HI, "tools": [NOW]}).encode()).tools
-    assert "call | text" in (tools_grammar(wishes, style).lark or "")
+    choice = parse_chat(json.dumps({"model": "m", "messages": HI, "tools": [NOW]}).encode()).tools
+    assert "call | text" in (tools_grammar(choice, style).lark or "")
 
 
-def test_tools_join_the_system_message_that_is_there() -> None:
+def test_the_tools_are_described_in_the_systems_message_if_there_is_one() -> None:
     plain = plain_messages([{"role": "system", "content": "Be kind."}, *HI], [NOW])
     assert [message["role"] for message in plain] == ["system", "user"]
     assert plain[0]["content"].startswith("Be kind.\n\nYou can call")

@@ -105,9 +105,9 @@ class StepProgram:
     def __init__(
         self, graph: DecodeGraph, base: Base, pool: KVPool, kernel: BaseKernel, lora: NativeRowKernel, *, max_batch: int
     ) -> None:
-        slabs = base.lora.slots
-        assert slabs is not None
-        self._graph, self._base, self._pool, self._slabs, self._max_batch = graph, base, pool, slabs, max_batch
+        adapters = base.lora.slots
+        assert adapters is not None
+        self._graph, self._base, self._pool, self._adapters, self._max_batch = graph, base, pool, adapters, max_batch
         self._run = kernel.library.base_step_run
         self._run.argtypes = [ctypes.c_void_p]
         self._buffers = _buffers(graph, max_batch, base.dtype)
@@ -123,9 +123,9 @@ class StepProgram:
         job = self._job = _Program()
         job.ops, job.count = ctypes.addressof(self._ops), len(ops)
         job.rotary_tables = ctypes.addressof(self._rotary_tables)
-        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.count, lora.calls
-        widest = max(len(group.out_features) for group in slabs.groups)
-        self._u = np.zeros(max_batch * widest * slabs.max_rank, np.float32)
+        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, adapters.count, lora.calls
+        widest = max(len(group.out_features) for group in adapters.groups)
+        self._u = np.zeros(max_batch * widest * adapters.max_rank, np.float32)
         job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2
 
     def can_run(self, plan: StepPlan) -> bool:
@@ -205,7 +205,7 @@ class StepProgram:
                 group = self._groups.get(id(op.op))
                 if group is None:
                     return [linear]
-                address = lora.address_of(self._slabs.groups[group])
+                address = lora.address_of(self._adapters.groups[group])
                 return [linear, _Op(_LORA, 0, address, self._at(op.source), self._at(op.to), 0)]
             case GatedActivation():
                 return [_Op(_ACTIVATION, 0, op.op.address, self._at(op.source), self._at(op.to), 0)]

@@ -34,7 +34,7 @@ from lorapool_runtime.engines.torch.decode_program.ops import (
 )
 from lorapool_runtime.engines.torch.decode_program.recorder import AttentionCall, OperatorCall, Recording, record
 from lorapool_runtime.engines.torch.decode_program.step_program import StepProgram
-from lorapool_runtime.engines.torch.lora.slots import Slabs
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base
@@ -117,14 +117,14 @@ def verify(program: StepProgram, graph: DecodeGraph, base: Base, pool: KVPool, *
     """Returns under how many conditions graph and program computed what the model computes. Raises VerificationError.
 
     last: the last position that is ever served. The pool must be unused, and is left so; no slot may be occupied."""
-    slabs = base.lora.slabs
-    assert slabs is not None
+    adapters = base.lora.slots
+    assert adapters is not None
     config: Any = base.model.config
     positions = bound_positions(config.get_text_config().to_dict(), last)
     window = max((layer.window or 0 for layer in base.layers), default=0)
     rows = min(max_batch, pool.data.shape[2] - 1)
     count = 0
-    with random_adapters(base, slabs) as slots:
+    with random_adapters(base, adapters) as slots:
         for condition in conditions(positions, rows=rows, slots=slots, longest_window=window, last=last):
             _verify_under(condition, program, graph, base, pool)
             count += 1
@@ -281,22 +281,22 @@ class _RandomAdapter:
 
 
 @contextmanager
-def random_adapters(base: Base, slabs: Slabs) -> Iterator[tuple[int, ...]]:
+def random_adapters(base: Base, adapters: AdapterSlots) -> Iterator[tuple[int, ...]]:
     """The slots of adapters that exist meanwhile: one on every linear, one on two thirds of them with mixed ranks."""
     linears = sum(group.size for group in base.groups)
-    rank = min(_ADAPTER_RANK, slabs.max_rank)
+    rank = min(_ADAPTER_RANK, adapters.max_rank)
     ranks = ([rank] * linears, [min(rank, n % 3) for n in range(linears)])
-    slots = tuple(range(min(len(ranks), slabs.slots)))
+    slots = tuple(range(min(len(ranks), adapters.count)))
     for slot in slots:
         layout = lay_out(base.groups, tuple(ranks[slot]), base.dtype.itemsize)
-        slabs.fill(slot, _RandomAdapter(layout, _random_numbers(layout.elements, base.dtype, seed=slot)))
-        slabs.publish(slot, layout)
+        adapters.fill(slot, _RandomAdapter(layout, _random_numbers(layout.elements, base.dtype, seed=slot)))
+        adapters.publish(slot)
     try:
         yield slots
     finally:
         for slot in slots:
-            slabs.withdraw(slot)
-            slabs.release(slot)
+            adapters.withdraw(slot)
+            adapters.release(slot)
 
 
 def _random_numbers(elements: int, dtype: torch.dtype, *, seed: int) -> np.ndarray:
