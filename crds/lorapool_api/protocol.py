@@ -1,4 +1,4 @@
-"""The runtime protocol: JSON over HTTP, served by a runtime and called by gateway and operator.
+"""The runtime protocol: JSON over HTTP, between a runtime as server and gateway and operator as clients.
 
 All three parse with these models, so that each field is defined once. Every route except `/healthz` and `/readyz`
 requires the bearer token.
