@@ -1,8 +1,8 @@
-"""`python bench quick|full`: runs the programs, holds their records against the bars, writes the result files.
+"""`python bench quick|full`: runs the programs, compares their records with the targets, writes the result file.
 
-Called by `make bench-quick` and `make bench`; `--again w2.py` runs only that program anew, and the page says so: the
-other figures stay what the last run found. Each program is a process of its own; one that fails says why, its rows
-become "not run", and the exit code is 1. Writes bench/results/<date>-<machine>.json and bench/results/latest.json.
+`--again open_loop_load.py` runs only that program and replaces its records in the last results; the page names it. Each
+program is a process of its own. When one fails, its reason is printed, its rows become "not run" and the exit code is
+1. The results go to bench/results/<date>-<machine>.json.
 """
 
 from __future__ import annotations
@@ -20,37 +20,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bars import BARS
-from kit import Record, machine, not_run, number, read_records, slug
-from places import BENCH, RESULTS, ROOT, base_folder, commit
-
-LATEST = "latest.json"
+from places import BENCH, RESULTS, ROOT, base_folder, commit, newest_results
+from records import Record, machine, not_run, number, read_records, slug
+from targets import TARGETS
 
 
 @dataclass(frozen=True)
 class Step:
     program: str
-    """BASE among its arguments stands for the base's folder."""
+    """The argument BASE is replaced with the base's folder."""
     arguments: tuple[str, ...] = ()
     timeout_s: float = 300.0
 
 
 QUICK = (
-    Step("w1.py", ("--quick",), 1500.0),
+    Step("closed_batch.py", ("--quick",), 1500.0),
     Step("gateway_overhead.py", (), 240.0),
     Step("loading.py", ("BASE", "--seconds", "10"), 240.0),
-    Step("start.py", (), 240.0),
-    Step("w2.py", ("--quick",), 1200.0),
-    Step("w1.py", ("--quick", "--dtype", "bfloat16", "--only", "vllm,peft", "--new", "32"), 900.0),
+    Step("startup.py", (), 240.0),
+    Step("open_loop_load.py", ("--quick",), 1200.0),
+    Step("closed_batch.py", ("--quick", "--dtype", "bfloat16", "--only", "vllm,peft", "--new", "32"), 900.0),
 )
 FULL = (
-    Step("w1.py", (), 3600.0),
-    Step("w1.py", ("--dtype", "bfloat16"), 3600.0),
-    Step("w2.py", (), 3600.0),
+    Step("closed_batch.py", (), 3600.0),
+    Step("closed_batch.py", ("--dtype", "bfloat16"), 3600.0),
+    Step("open_loop_load.py", (), 3600.0),
     Step("loading.py", ("BASE",), 600.0),
-    Step("start.py", ("--rounds", "5"), 600.0),
+    Step("startup.py", ("--rounds", "5"), 600.0),
     Step("gateway_overhead.py", (), 600.0),
-    Step("w6.py", (), 1500.0),
+    Step("scale_to_zero.py", (), 1500.0),
 )
 
 
@@ -68,39 +66,39 @@ def run(step: Step, scratch: Path) -> tuple[list[Record], dict[str, str], str | 
             if process.wait(step.timeout_s):
                 return [], {}, f"{step.program} failed with {process.returncode}"
         except subprocess.TimeoutExpired:
-            process.terminate()  # not killed: it has processes of its own to end
+            process.terminate()  # not killed: it must end its own child processes
             return [], {}, f"{step.program} took more than {step.timeout_s:.0f} s"
     return *read_records(out), None
 
 
 def with_missing(records: Sequence[Record], failures: Sequence[str]) -> list[Record]:
-    """All bars have a record: a missing one says that it was not run, and what failed."""
+    """Adds a record for every target that has none: not run, and which program failed."""
     there = {record.name for record in records}
     why = "; ".join(failures) or "not in this run"
-    return [*records, *(not_run(bar.record, "", why) for bar in BARS if bar.record not in there)]
+    return [*records, *(not_run(target.record, "", why) for target in TARGETS if target.record not in there)]
 
 
-def judged(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Records as JSON, with bar and verdict where there is a bar."""
-    bars = {bar.record: bar for bar in BARS}
+def with_results(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Records as JSON, with target and result for records that have a target."""
+    targets = {target.record: target for target in TARGETS}
     items = []
     for record in records:
         item = asdict(record)
-        if (bar := bars.get(record.name)) is not None:
-            item |= {"bar": bar.bound, "verdict": bar.verdict(record)}
+        if (target := targets.get(record.name)) is not None:
+            item |= {"target": target.bound, "result": target.result(record)}
         items.append(item)
     return items
 
 
-def bar_table(records: Sequence[Record]) -> str:
+def target_table(records: Sequence[Record]) -> str:
     by_name = {record.name: record for record in records}
     lines = []
-    for bar in BARS:
-        record = by_name.get(bar.record)
-        figure = bar.figure(record)
+    for target in TARGETS:
+        record = by_name.get(target.record)
+        figure = target.figure(record)
         value = "-" if figure is None else number(figure)
         note = record.note if record is not None and figure is None else ""
-        lines.append(f"{bar.says:58} {bar.bound:8} {value:>8}  {bar.verdict(record)}  {note}".rstrip())
+        lines.append(f"{target.says:58} {target.bound:8} {value:>8}  {target.result(record)}  {note}".rstrip())
     return "\n".join(lines)
 
 
@@ -127,9 +125,9 @@ def main() -> int:
             if given.again:
                 write_again(step.program, more)
                 continue
-            # After each step, so that a run that is interrupted leaves what it measured; the rest says "not run".
+            # Written after each step, so that an interrupted run keeps what it measured; the rest is "not run".
             write_result(given.what, with_missing(records, failures), versions, load, time.monotonic() - began_s)
-    print(f"\n{bar_table(with_missing(records, failures))}\n")
+    print(f"\n{target_table(with_missing(records, failures))}\n")
     minutes = (time.monotonic() - began_s) / 60
     print(f"{minutes:.1f} minutes, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after")
     for failure in failures:
@@ -149,17 +147,17 @@ def write_result(
         "load_average": {"before": round(load_before, 1), "after": round(os.getloadavg()[0], 1)},
         "minutes": round(seconds / 60, 1),
         "versions": dict(sorted(versions.items())),
-        "records": judged(records),
+        "records": with_results(records),
     }
     write(result)
 
 
 def write_again(program: str, records: Sequence[Record]) -> None:
-    """Puts one program's new records into the last results, which say which they are and by which commit."""
-    result = json.loads((RESULTS / LATEST).read_text())
+    """Replaces one program's records in the last results and notes the program and its commit there."""
+    result = json.loads(newest_results().read_text())
     if result["machine"] != machine():
         raise SystemExit("the last results are another machine's: run the whole")
-    fresh = {item["name"]: item for item in judged(records)}
+    fresh = {item["name"]: item for item in with_results(records)}
     result["records"] = [fresh.pop(item["name"], item) for item in result["records"]] + list(fresh.values())
     result["again"] = {**result.get("again", {}), program: commit()}
     write(result)
@@ -167,8 +165,8 @@ def write_again(program: str, records: Sequence[Record]) -> None:
 
 def write(result: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    for name in (f"{result['date']}-{slug(result['machine'])}.json", LATEST):
-        (RESULTS / name).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    path = RESULTS / f"{result['date']}-{slug(result['machine'])}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Raw HTTP/1.1 on asyncio protocols: a runtime that answers at once, and clients that only ask, check and count.
+"""Raw HTTP/1.1 on asyncio protocols: a stub runtime that answers at once, and minimal clients that check and count.
 
-`gateway_overhead` runs both in one process on a core of their own: a library's client would be the limit instead of
-the gateway. Each client has one connection and one request under way on it; a wrong status, a short body or a
-stream without its end raises, so that a fast wrong answer is no figure.
+`gateway_overhead` runs both in one process on a core of their own: a library's client would be slower than the gateway.
+Each client has one connection with one request in flight. A wrong status, a short body or a truncated stream raises,
+so that a fast wrong answer is not counted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from lorapool_api.common import HEADER_ADAPTER, HEADER_USAGE
 from lorapool_api.protocol import ROUTE_CHAT, USAGE_COMMENT
 
 EVENTS = 20
-"""Data events of one stream, [DONE] apart."""
+"""Data events of one stream, without [DONE]."""
 USAGE = b'{"prompt_tokens":5,"completion_tokens":20,"cached_tokens":0}'
 SPACED = b'"spaced"'
-"""In a request's first bytes: events come one by one, EVENT_EVERY_S apart, so that a stream stays open."""
+"""A marker in a request's first bytes: events are sent EVENT_EVERY_S apart, so that a stream stays open."""
 EVENT_EVERY_S = 0.1
 TIMER_S = 0.0015
 
@@ -46,7 +46,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 class StubRuntime(asyncio.Protocol):
-    """One connection of it. It reads no JSON: whether to stream stands in a body's first bytes."""
+    """One connection of the stub runtime. It parses no JSON: a marker in the body's first bytes selects streaming."""
 
     def __init__(self, identity: str) -> None:
         head = b"HTTP/1.1 200 OK\r\n%b: %b\r\n" % (HEADER_ADAPTER.encode(), identity.encode())
@@ -59,7 +59,7 @@ class StubRuntime(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._head = bytearray()
         self._body_start = b""
-        self._left: int | None = None  # bytes of the body that have not come; None: the head is not complete
+        self._left: int | None = None  # bytes of the body still missing; None: the head is not complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -131,12 +131,14 @@ class Ask:
 
 
 class Client(asyncio.Protocol):
-    """One kept connection. `ask` sends, the future is done with the answer's end; it raises what was wrong."""
+    """One persistent connection. `ask` sends a request; its future completes at the answer's end or raises what was
+    wrong.
+    """
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._data = bytearray()
-        self._ends = -1  # where the answer ends in _data; -1: not known yet
+        self._ends = -1  # where the answer ends in _data; -1: unknown
         self._stream = False
         self._answer: asyncio.Future[None] | None = None
 
@@ -164,12 +166,12 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._data += data
         if self._answer is None or self._answer.done():
-            raise RuntimeError("an answer nobody asked for")
+            raise RuntimeError("an answer without a request")
         if self._stream:
             if self._data.endswith(b"\r\n0\r\n\r\n"):
-                self._judge(self._data.count(b"data: ") == EVENTS + 1 and b"data: [DONE]" in self._data)
+                self._check(self._data.count(b"data: ") == EVENTS + 1 and b"data: [DONE]" in self._data)
             elif b" 200 " not in self._data[:16]:
-                self._judge(False)
+                self._check(False)
             return
         if self._ends < 0:
             end = self._data.find(b"\r\n\r\n")
@@ -179,9 +181,9 @@ class Client(asyncio.Protocol):
             length = int(head[head.index(b"content-length:") + 15 :].split(b"\r\n", 1)[0])
             self._ends = end + 4 + length
         if len(self._data) >= self._ends:
-            self._judge(self._data.endswith(_ANSWER))
+            self._check(self._data.endswith(_ANSWER))
 
-    def _judge(self, right: bool) -> None:
+    def _check(self, right: bool) -> None:
         assert self._answer is not None
         if right and self._data.startswith(b"HTTP/1.1 200 "):
             self._answer.set_result(None)
@@ -200,7 +202,7 @@ async def connect(port: int, count: int) -> list[Client]:
 
 @dataclass(slots=True)
 class Round:
-    """What one round came to."""
+    """The counts and latencies of one round."""
 
     latencies_s: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -211,7 +213,7 @@ class Round:
 
 
 async def closed_loop(clients: list[Client], ask: Ask, seconds: float) -> Round:
-    """Each client asks again as soon as it has its answer: the most that can be had."""
+    """Each client sends its next request as soon as it has its answer: the maximum rate."""
     done = Round()
     began_s = time.perf_counter()
 
@@ -226,15 +228,18 @@ async def closed_loop(clients: list[Client], ask: Ask, seconds: float) -> Round:
 
 
 async def once_each(clients: list[Client], ask: Ask) -> tuple[int, float]:
-    """Every client one request, all at the same time: how many failed, and seconds until the last had its end."""
+    """Every client sends one request at the same time. Returns how many failed and the seconds until the last one
+    ended.
+    """
     began_s = time.perf_counter()
     ended = await asyncio.gather(*(client.ask(ask) for client in clients), return_exceptions=True)
     return sum(isinstance(item, BaseException) for item in ended), time.perf_counter() - began_s
 
 
 async def open_loop(clients: list[Client], ask: Ask, per_s: float, seconds: float, seed: int) -> Round:
-    """Poisson arrivals; who finds no free connection waits for one. Latency counts from the arrival, so a gateway that
-    falls behind cannot hide it."""
+    """Poisson arrivals; a request without a free connection waits for one. Latency counts from the arrival, so that a
+    gateway that falls behind cannot hide it.
+    """
     done, rng = Round(), random.Random(seed)
     free, waiting = deque(clients), deque[float]()
     loop = asyncio.get_running_loop()

@@ -1,9 +1,11 @@
 """W8: what the gateway adds to a request, against a direct call to the same runtime in the same rounds.
 
-`python bench/gateway_overhead.py [--records PATH]`. The gateway, with 1,000 adapters in its table, keys and metrics,
-is a process of its own on one core; a runtime that answers at once and the clients (`gateway_load`) share another.
-What a core can do at all is shown by a bare proxy: aiohttp's server and aiohttp's client, and nothing between them.
-Processor time per request stands on a machine that others use too; the latencies and rates do not.
+    python bench/gateway_overhead.py [--records PATH]
+
+The gateway, with 1,000 adapters in its table, keys and metrics, is a process of its own on one core; a runtime that
+answers at once and the clients (`gateway_load`) share the other. What one core can serve at all is measured with a
+minimal baseline: aiohttp's server and client with nothing between them. Processor time per request is comparable even
+on a shared machine; latencies and rates are not.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from importlib.metadata import version
 
-import kit
+import records as measuring
 from aiohttp import ClientSession, TCPConnector, web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
@@ -40,7 +42,7 @@ KEY = "lp-" + "b" * 43
 ADAPTERS = 1000
 DIGEST = "sha256:" + "0" * 64
 RATE_PER_S = 2000
-"""The bar's rate: latencies are held against it, not against what an overloaded gateway would show."""
+"""The rate at which latencies are measured, so that they are not those of an overloaded gateway."""
 PROMPT_BYTES = 500
 LARGE_PROMPT_BYTES = 200_000
 STREAMS = 1000
@@ -79,7 +81,7 @@ async def _gateway(runtime_url: str) -> None:
         await _serve_until_the_parent_goes(port)
 
 
-async def _bare_proxy(runtime_url: str) -> None:
+async def _minimal_proxy(runtime_url: str) -> None:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(ClientSession(runtime_url, connector=TCPConnector(limit=0)))
 
@@ -100,7 +102,7 @@ async def _serve_until_the_parent_goes(port: int) -> None:
 
 
 class Process:
-    """The gateway's, or the bare proxy's, as seen from outside."""
+    """The gateway's or the minimal proxy's process, as observed from outside."""
 
     def __init__(self, pid: int, port: int) -> None:
         self.port = port
@@ -142,12 +144,12 @@ Load = Callable[[list[Client], Ask, int], Awaitable[Round]]
 
 
 class Bench:
-    """Direct and through the gateway in turns, on connections that were opened before."""
+    """Runs loads directly and through the gateway in turns, on connections opened before."""
 
     def __init__(self, gateway: Process, direct_port: int, seconds: float, rounds: int) -> None:
         self._gateway, self._direct_port = gateway, direct_port
         self._seconds, self._rounds = seconds, rounds
-        self.records: list[kit.Record] = []
+        self.records: list[measuring.Record] = []
 
     async def saturated(self, clients: list[Client], ask: Ask, _round: int) -> Round:
         return await closed_loop(clients, ask, self._seconds)
@@ -159,7 +161,7 @@ class Bench:
         return await open_loop(clients, ask, RATE_PER_S / 2, self._seconds, seed=number)
 
     async def compare(self, name: str, ask: Ask, connections: int, load: Load) -> None:
-        """Added latency, rate, and requests per second of the gateway's processor time."""
+        """Measures added latency, rate, and requests per second of the gateway's processor time."""
         direct = await connect(self._direct_port, connections)
         through = await connect(self._gateway.port, connections)
         await closed_loop(direct, ask, 0.2)
@@ -167,22 +169,26 @@ class Bench:
         rounds: list[tuple[Round, Round]] = []  # (through, direct)
         per_core_s: list[float] = []
         for number in range(self._rounds):
-            rival = await load(direct, ask, number)
+            baseline = await load(direct, ask, number)
             before_s = self._gateway.cpu_s()
             ours = await load(through, ask, number)
             per_core_s.append(len(ours.latencies_s) / (self._gateway.cpu_s() - before_s))
-            rounds.append((ours, rival))
+            rounds.append((ours, baseline))
         for client in (*direct, *through):
             client.close()
         for short, share in (("p50", 0.5), ("p99", 0.99)):
-            pairs = [(_ms(ours, share), _ms(rival, share)) for ours, rival in rounds]
+            pairs = [(_ms(ours, share), _ms(baseline, share)) for ours, baseline in rounds]
             medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
             note = f"{medians[0]:.2f} through, {medians[1]:.2f} direct"
-            self._add(kit.measured(f"{name}added_{short}_ms", "ms", [a - b for a, b in pairs], note))
-        rates = [(ours.per_s, rival.per_s) for ours, rival in rounds]
-        self._add(kit.against(f"{name}requests_per_s", "1/s", [a for a, _ in rates], "direct", [b for _, b in rates]))
+            self._add(measuring.measured(f"{name}added_{short}_ms", "ms", [a - b for a, b in pairs], note))
+        rates = [(ours.per_s, baseline.per_s) for ours, baseline in rounds]
         self._add(
-            kit.measured(f"{name}requests_per_core_s", "1/s", per_core_s, "per second of the gateway's processor time")
+            measuring.against(f"{name}requests_per_s", "1/s", [a for a, _ in rates], "direct", [b for _, b in rates])
+        )
+        self._add(
+            measuring.measured(
+                f"{name}requests_per_core_s", "1/s", per_core_s, "per second of the gateway's processor time"
+            )
         )
 
     async def open_streams(self) -> None:
@@ -199,12 +205,12 @@ class Bench:
         for client in clients:
             client.close()
         note = f"{EVENTS} events each, {seconds:.1f} s"
-        self._add(kit.measured("streams_1000_errors", "errors", errors, note))
-        self._add(kit.measured("streams_1000.events_per_core_s", "1/s", per_core_s, "their first bytes included"))
+        self._add(measuring.measured("streams_1000_errors", "errors", errors, note))
+        self._add(measuring.measured("streams_1000.events_per_core_s", "1/s", per_core_s, "their first bytes included"))
 
-    async def against_bare(self, bare: Process, ask: Ask, connections: int) -> None:
-        """Requests per second of processor time, the gateway's and the bare proxy's in turns."""
-        sides = {process: await connect(process.port, connections) for process in (self._gateway, bare)}
+    async def against_minimal(self, minimal: Process, ask: Ask, connections: int) -> None:
+        """Requests per second of processor time, the gateway's and the minimal proxy's in turns."""
+        sides = {process: await connect(process.port, connections) for process in (self._gateway, minimal)}
         found: dict[Process, list[float]] = {process: [] for process in sides}
         for number in range(self._rounds + 1):
             for process, clients in sides.items():
@@ -216,27 +222,31 @@ class Bench:
             for client in clients:
                 client.close()
         note = "aiohttp's server and client and nothing between them, no keys, no metrics"
-        ours, theirs = found[self._gateway], found[bare]
-        self._add(kit.against("requests_per_core_over_bare_proxy", "1/s", ours, "a bare aiohttp proxy", theirs, note))
+        ours, theirs = found[self._gateway], found[minimal]
+        self._add(
+            measuring.against(
+                "requests_per_core_over_minimal_proxy", "1/s", ours, "a minimal aiohttp proxy", theirs, note
+            )
+        )
 
-    def _add(self, record: kit.Record) -> None:
+    def _add(self, record: measuring.Record) -> None:
         self.records.append(replace(record, name="gateway." + record.name))
 
 
 def _ms(done: Round, share: float) -> float:
-    return kit.percentile(done.latencies_s, share) * 1000
+    return measuring.percentile(done.latencies_s, share) * 1000
 
 
-async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
+async def measure(seconds: float, rounds: int, only: str) -> list[measuring.Record]:
     loop = asyncio.get_running_loop()
     stub = await loop.create_server(lambda: StubRuntime(f"demo/a0@{DIGEST}"), "127.0.0.1", 0, backlog=1024)
     port = int(stub.sockets[0].getsockname()[1])
     whole, stream = (Ask.of(KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
     large = Ask.of(KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
     url = f"http://127.0.0.1:{port}"
-    async with _process("gateway", url) as gateway, _process("bare", url) as bare:
+    async with _process("gateway", url) as gateway, _process("minimal", url) as minimal:
         bench = Bench(gateway, port, seconds, rounds)
-        # The records with the bare names are the bars'.
+        # Records without a prefix are those that have a target.
         plan: list[tuple[str, Ask, int, Load]] = [
             ("", whole, 32, bench.at_rate),
             ("half_", whole, 32, bench.at_half_the_rate),
@@ -251,8 +261,8 @@ async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
         for name, ask, connections, load in plan:
             if name.startswith(only):
                 await bench.compare(name, ask, connections, load)
-        if "bare".startswith(only):
-            await bench.against_bare(bare, whole, 32)
+        if "minimal".startswith(only):
+            await bench.against_minimal(minimal, whole, 32)
         if "streams".startswith(only):
             await bench.open_streams()
     stub.close()
@@ -260,19 +270,19 @@ async def measure(seconds: float, rounds: int, only: str) -> list[kit.Record]:
 
 
 def main() -> None:
-    asked = kit.parser(__doc__)
+    asked = measuring.parser(__doc__)
     asked.add_argument("--seconds", type=float, default=2.0, help="of each load, side and round")
-    asked.add_argument("--rounds", type=int, default=kit.COUNTED_ROUNDS)
+    asked.add_argument("--rounds", type=int, default=measuring.COUNTED_ROUNDS)
     asked.add_argument("--only", default="", help="loads whose name starts so")
     asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
-    asked.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
-    arguments = kit.parsed(asked)
-    if arguments.gateway or arguments.bare:
-        run(_gateway(arguments.gateway) if arguments.gateway else _bare_proxy(arguments.bare))
+    asked.add_argument("--minimal", metavar="URL", help=argparse.SUPPRESS)
+    arguments = measuring.parsed(asked)
+    if arguments.gateway or arguments.minimal:
+        run(_gateway(arguments.gateway) if arguments.gateway else _minimal_proxy(arguments.minimal))
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))
-    kit.hand_over(records, arguments, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")})
+    measuring.report(records, arguments, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What it costs to bring an adapter into its slot, and what others notice of it.
+"""What it costs to load an adapter into its slot, and how loads affect running requests.
 
     python bench/loading.py BASE_FOLDER [--dtype float32|bfloat16] [--seconds 10] [--rounds 3] [--records PATH]
 
-Host to slot and disk (page cache) to slot, against the adapter's bytes divided by the bandwidth of one thread's copy
-in the same run; then the inter-token times of running requests with and without one load and one unload a second,
-in turns of two seconds.
+Measures host to slot and disk (page cache) to slot, against the adapter's bytes divided by the bandwidth of one
+thread's copy in the same run; then the inter-token times of running requests with and without one load and one unload a
+second, in alternating intervals of two seconds.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import numpy as np
 import torch
-from kit import Record, against, hand_over, parsed, parser, percentile
 from places import make_adapter
+from records import Record, against, parsed, parser, percentile, report
 
-from lorapool_runtime.background import yield_to_the_batch
+from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import GenerationRequest, SamplingParams, TokenOutput
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.engine import TorchEngine
 
 RUNNING = 8
-"""Requests that run all the time, each on an adapter of its own; one more slot is loaded and unloaded."""
-STRETCH_S = 2.0
-"""Of traffic without loads, then of traffic with them."""
+"""Requests that run continuously, each on its own adapter; one more slot is loaded and unloaded."""
+INTERVAL_S = 2.0
+"""Length of each interval: without loads, then with loads."""
 NEW = 64
 TRIES = 5
 RANK = 16
@@ -51,7 +51,7 @@ def copy_bytes_per_s(size: int) -> float:
 
 
 def loading(engine: TorchEngine, folder: Path, rounds: int) -> list[Record]:
-    """The best of `TRIES` in each round, for the loads as for the copy: others on the machine only ever add."""
+    """The best of `TRIES` in each round, for loads and copies: other guests of the machine can only add time."""
     disk_ms, host_ms, floor_ms, size = [], [], [], 0
     for number in range(rounds + 1):
         whole_s, fill_s = [], []
@@ -77,7 +77,9 @@ def loading(engine: TorchEngine, folder: Path, rounds: int) -> list[Record]:
 
 
 class Traffic:
-    """`RUNNING` requests that start again as soon as they end; when each token came, and how long after the last."""
+    """`RUNNING` requests that start again as soon as they end; records when each token came and the time since the
+    last.
+    """
 
     def __init__(self, engine: TorchEngine) -> None:
         self._engine = engine
@@ -85,7 +87,9 @@ class Traffic:
         self._number = 0
 
     def run(self, seconds: float) -> list[tuple[float, float]]:
-        """(seconds on the clock, milliseconds after the same request's token before); its first token excluded."""
+        """(seconds, milliseconds since the same request's previous token) of each token; a request's first token is
+        excluded.
+        """
         stop_s, last_s, gaps, open_requests = time.perf_counter() + seconds, {}, [], 0
         for slot in range(RUNNING):
             self._submit(slot)
@@ -112,7 +116,7 @@ class Traffic:
 
 
 class Churn:
-    """In every second stretch of `STRETCH_S` one load from disk and one unload a second; a context manager."""
+    """In every second interval of `INTERVAL_S`, one load from disk and one unload a second; a context manager."""
 
     def __init__(self, engine: TorchEngine, folder: Path) -> None:
         self._engine, self._folder = engine, folder
@@ -130,10 +134,10 @@ class Churn:
         self._thread.join()
 
     def loads_at(self, at_s: float) -> bool:
-        return int((at_s - self._began_s) / STRETCH_S) % 2 == 1
+        return int((at_s - self._began_s) / INTERVAL_S) % 2 == 1
 
     def _run(self) -> None:
-        yield_to_the_batch()  # as the server's reading threads do
+        lower_thread_priority()  # as the server's reading threads do
         while not self._stop.wait(0.05):
             if not self.loads_at(time.perf_counter()):
                 continue
@@ -145,8 +149,9 @@ class Churn:
 
 
 def stall(engine: TorchEngine, folder: Path, seconds: float, rounds: int) -> list[Record]:
-    """With and without loads in turns of `STRETCH_S`, within one run of traffic: the machine's other guests come and
-    go in seconds, and a round of either kind alone would measure them."""
+    """Alternates intervals of `INTERVAL_S` with and without loads within one run of traffic. Other guests of the
+    machine come and go in seconds, so that a round of one kind alone would measure them.
+    """
     traffic = Traffic(engine)
     traffic.run(2)
     found: dict[bool, list[list[float]]] = {False: [], True: []}
@@ -188,7 +193,7 @@ def main() -> int:
         records = loading(engine, folders[RUNNING], max(arguments.rounds, 5))
         records += stall(engine, folders[RUNNING], arguments.seconds, arguments.rounds)
     engine.stop(10)
-    hand_over(records, arguments, {"torch": torch.__version__})
+    report(records, arguments, {"torch": torch.__version__})
     return 0
 
 

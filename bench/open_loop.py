@@ -1,8 +1,8 @@
-"""The client of the open loops: sends each request at its time, whatever the others do, and notes when tokens come.
+"""The client of the open loops: sends each request at its scheduled time and records when tokens arrive.
 
-Used by `w2`. One asyncio loop on loopback; the load is bounded by the list of arrivals and by a deadline for all of it.
-A request that finds every adapter slot in use is sent again after the gateway's own pauses, and its time goes on; one
-that is answered with another error is counted, never repeated.
+One asyncio loop on loopback; the load is bounded by the list of arrivals and by a deadline for all of it. A request
+that finds every adapter slot in use is sent again after the gateway's own back-off, and its time continues; one that
+is answered with another error is counted, never repeated.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-from kit import percentile
-from workloads import Arrival
+from records import percentile
+from workloads import Arbaseline
 
 from lorapool_api.common import HEADER_ADAPTER
-from lorapool_api.openai import Conflict
+from lorapool_api.openai import NoFreeSlotError
 from lorapool_gateway.requests.dispatch import PAUSE_S
 
 
 @dataclass
 class Answered:
-    """Seconds on one clock: when it was sent, and when each chunk with text or an end came."""
+    """Times in seconds of one clock: when a request was sent, and when each chunk with text or an end arrived."""
 
     sent_s: float
     chunks_s: list[float] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Load:
-    """What one run gave."""
+    """The result of one run."""
 
     seconds: float
     """From the first request sent to the last token received."""
@@ -62,7 +62,7 @@ class Load:
 
     @property
     def gaps_ms(self) -> list[float]:
-        """Between neighbouring tokens of all requests."""
+        """Milliseconds between consecutive tokens, over all requests."""
         return [gap_s * 1e3 for answer in self.answers for gap_s in answer.gaps_s]
 
     def inter_token_s(self, share: float) -> float:
@@ -73,12 +73,12 @@ class Load:
         return sum(bool(a.chunks_s) and a.first_s <= limit_s for a in self.answers) / len(self.answers)
 
 
-def run_load(port: int, arrivals: Sequence[Arrival], keys: Sequence[str], deadline_s: float) -> Load:
+def run_load(port: int, arrivals: Sequence[Arbaseline], keys: Sequence[str], deadline_s: float) -> Load:
     """`keys[i]` is the adapter header of the i-th most popular adapter."""
     return asyncio.run(_run(port, arrivals, keys, deadline_s))
 
 
-async def _run(port: int, arrivals: Sequence[Arrival], keys: Sequence[str], deadline_s: float) -> Load:
+async def _run(port: int, arrivals: Sequence[Arbaseline], keys: Sequence[str], deadline_s: float) -> Load:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
         began_s = time.perf_counter()
@@ -88,7 +88,7 @@ async def _run(port: int, arrivals: Sequence[Arrival], keys: Sequence[str], dead
     return Load(max(ends, default=time.perf_counter()) - min(answer.sent_s for answer in answers), list(answers))
 
 
-async def _one(session: aiohttp.ClientSession, began_s: float, arrival: Arrival, keys: Sequence[str]) -> Answered:
+async def _one(session: aiohttp.ClientSession, began_s: float, arrival: Arbaseline, keys: Sequence[str]) -> Answered:
     await asyncio.sleep(max(0.0, began_s + arrival.at_s - time.perf_counter()))
     body = {
         "model": "base",
@@ -102,7 +102,7 @@ async def _one(session: aiohttp.ClientSession, began_s: float, arrival: Arrival,
 
 
 async def stream(session: aiohttp.ClientSession, body: Mapping[str, object], headers: Mapping[str, str]) -> Answered:
-    """One streamed completion. `tokens` is `max_tokens` when the stream ended well, else what came."""
+    """Sends one streamed completion. `tokens` is `max_tokens` when the stream ended well, else the tokens received."""
     answered = Answered(time.perf_counter())
     try:
         while await _attempt(session, body, headers, answered):  # noqa: ASYNC110  # a server's word, not an event here
@@ -115,9 +115,9 @@ async def stream(session: aiohttp.ClientSession, body: Mapping[str, object], hea
 async def _attempt(
     session: aiohttp.ClientSession, body: Mapping[str, object], headers: Mapping[str, str], answered: Answered
 ) -> bool:
-    """Whether every slot was in use, so that it is to be sent again; all else is in `answered`."""
+    """True if every slot was in use, so that the request is repeated; the rest goes to `answered`."""
     async with session.post("/v1/completions", json=body, headers=headers) as response:
-        if response.status == Conflict.status:
+        if response.status == NoFreeSlotError.status:
             answered.no_slot += 1
             return True
         if response.status != 200:

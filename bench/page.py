@@ -1,8 +1,8 @@
-"""Writes docs/performance.md and its pictures from bench/results/latest.json and bench/performance.template.md.
+"""Writes docs/performance.md and its pictures from the newest results and bench/performance.template.md.
 
-`python bench/page.py [--check]`, called by `make bench-page`; a test holds the committed page against the results, so
-no figure in it is typed by hand. The template has what people write: the demo, the operator, why a bar is not met. It
-holds one marker `<!-- name -->` a line for each generated part, and this program refuses a marker it does not know.
+`python bench/page.py [--check]`. A test compares the committed page with the results, so no figure in it is typed by
+hand. The template has the text that people write: the demo, the operator, why a target is missed. It has one marker
+`<!-- name -->` per generated part; an unknown marker is refused.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bars import BARS, Bar
-from kit import Record, number, record_of
-from places import BENCH, RESULTS, ROOT
+from places import BENCH, RESULTS, ROOT, newest_results
+from records import Record, number, record_of
 from svg import BarRow, bar_chart
+from targets import TARGETS, Target
 
 DOCS = ROOT / "docs"
 TEMPLATE = BENCH / "performance.template.md"
@@ -43,7 +43,7 @@ PROFILES = {
     "profile-before.json": "As it was, by torch's operators and the model's own code, LoRA by plain products",
 }
 SHOWN = 4.0
-"""Bars of the picture of bars end here."""
+"""The picture of the targets ends at this multiple of a target."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Results:
     @classmethod
     def read(cls, path: Path) -> Results:
         body = json.loads(path.read_text())
-        items = [{k: v for k, v in item.items() if k not in ("bar", "verdict")} for item in body.pop("records")]
+        items = [{k: v for k, v in item.items() if k not in ("target", "result")} for item in body.pop("records")]
         return cls(body, {item["name"]: record_of(item) for item in items})
 
 
@@ -72,16 +72,16 @@ def machine(results: Results) -> str:
     )
 
 
-def bars(results: Results) -> str:
-    lines = ["| what | bar | measured | spread | |", "|---|---|---|---|---|"]
-    for bar in BARS:
-        record = results.records.get(bar.record)
-        figure, verdict = bar.figure(record), bar.verdict(record)
+def targets(results: Results) -> str:
+    lines = ["| what | target | measured | spread | |", "|---|---|---|---|---|"]
+    for target in TARGETS:
+        record = results.records.get(target.record)
+        figure, result = target.figure(record), target.result(record)
         measured = "-" if figure is None else number(figure)
-        said = f"**{verdict}**" if verdict == "not met" else verdict
-        if verdict == "not run" and record is not None:
+        said = f"**{result}**" if result == "not met" else result
+        if result == "not run" and record is not None:
             said += f": {record.note}"
-        lines.append(f"| {bar.says} | {bar.bound} | {measured} | {_spread(bar, record)} | {said} |")
+        lines.append(f"| {target.says} | {target.bound} | {measured} | {_spread(target, record)} | {said} |")
     return "\n".join(lines)
 
 
@@ -97,7 +97,7 @@ def w1(results: Results) -> str:
 
 
 def profile(_results: Results) -> str:
-    """Where each millisecond of a decode step goes, as it is and as it was by torch and the model's own code."""
+    """Where each millisecond of a decode step goes, with the native kernels and with torch's operators."""
     parts = []
     for name, says in PROFILES.items():
         body = json.loads((RESULTS / name).read_text())
@@ -130,7 +130,7 @@ def _profile_table(profiles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def loops(results: Results) -> str:
-    """W2 to W4, a line each: the open loops at a comfortable load."""
+    """W2 to W4, one row each: the open loops at a moderate load."""
     lines = [
         "| | first token p50 / p99, ms | within 1 s / 6 s | inter-token p50 / p99, ms | tok/s |",
         "|---|---|---|---|---|",
@@ -163,14 +163,14 @@ def _value(results: Results, name: str) -> str:
 
 
 def rest(results: Results) -> str:
-    """Every record that stands nowhere else: no rate of W1, no open loop, not held against a bar."""
-    held, loop_lines = {bar.record for bar in BARS}, set(_loop_lines(results))
+    """Every record that has no other place: no rate of W1, no open loop, no target."""
+    held, loop_lines = {target.record for target in TARGETS}, set(_loop_lines(results))
     lines = ["| record | value | runs | against |", "|---|---|---|---|"]
     for name, record in results.records.items():
         if name in held or ".rate." in name or name.rpartition(".")[0] in loop_lines or record.value is None:
             continue
         runs = f"{number(min(record.runs))} to {number(max(record.runs))}" if len(record.runs) > 1 else ""
-        against = f"{number(record.ratio)} × {record.rival}" if record.ratio is not None else record.note
+        against = f"{number(record.ratio)} × {record.baseline}" if record.ratio is not None else record.note
         lines.append(f"| `{name}` | {number(record.value)} {record.unit} | {runs} | {against} |")
     return "\n".join(lines)
 
@@ -183,27 +183,27 @@ def w1_picture(results: Results) -> str:
     return bar_chart("W1: 16 requests of 32 + 64 tokens, fp32, 2 cores", rows, "tok/s")
 
 
-def bars_picture(results: Results) -> str:
-    """Each figure over its bound (or the bound over the figure), so that 1 is the bar for all of them."""
+def targets_picture(results: Results) -> str:
+    """Each figure divided by its bound (or the reverse), so that 1 is the target for all."""
     rows = []
-    for bar in BARS:
-        record = results.records.get(bar.record)
-        figure = bar.figure(record)
-        share = None if figure is None else _share(bar, figure)
-        rows.append(BarRow(bar.says, share, kind="ours" if bar.verdict(record) == "met" else "missed"))
-    return bar_chart("Bars: right of the line is met", rows, "× the bar", mark=1.0, limit=SHOWN)
+    for target in TARGETS:
+        record = results.records.get(target.record)
+        figure = target.figure(record)
+        share = None if figure is None else _share(target, figure)
+        rows.append(BarRow(target.says, share, kind="ours" if target.result(record) == "met" else "missed"))
+    return bar_chart("Targets: right of the line is met", rows, "× the target", mark=1.0, limit=SHOWN)
 
 
 PARTS: Mapping[str, Callable[[Results], str]] = {
     "machine": machine,
-    "bars": bars,
+    "targets": targets,
     "w1": w1,
     "profile": profile,
     "loops": loops,
     "rest": rest,
 }
 PICTURES: Mapping[str, Callable[[Results], str]] = {
-    "performance-bars.svg": bars_picture,
+    "performance-targets.svg": targets_picture,
     "performance-w1.svg": w1_picture,
 }
 
@@ -222,17 +222,17 @@ def pages(results: Results) -> dict[Path, str]:
     return text | {DOCS / name: draw(results) for name, draw in PICTURES.items()}
 
 
-def _share(bar: Bar, figure: float) -> float:
-    if bar.at_least is not None:
-        return figure / bar.at_least
-    bound = bar.at_most or 0.0
+def _share(target: Target, figure: float) -> float:
+    if target.at_least is not None:
+        return figure / target.at_least
+    bound = target.at_most or 0.0
     return SHOWN * 2 if figure <= 0 else bound / figure
 
 
-def _spread(bar: Bar, record: Record | None) -> str:
+def _spread(target: Target, record: Record | None) -> str:
     if record is None or record.value is None:
         return ""
-    if bar.of == "ratio" and record.ratio_low is not None and record.ratio_high is not None:
+    if target.of == "ratio" and record.ratio_low is not None and record.ratio_high is not None:
         return f"{number(record.ratio_low)} to {number(record.ratio_high)}"
     return f"{number(min(record.runs))} to {number(max(record.runs))}" if len(record.runs) > 1 else ""
 
@@ -244,7 +244,7 @@ def _median(record: Record | None) -> str:
 
 
 def main() -> int:
-    wanted = pages(Results.read(RESULTS / "latest.json"))
+    wanted = pages(Results.read(newest_results()))
     behind = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in behind:

@@ -1,7 +1,7 @@
-"""Where bench/ keeps what it makes: all below the git-ignored `.bench/`, but the committed results.
+"""Where bench/ stores its files: everything below the git-ignored `.bench/`, except the committed results.
 
-Adapters are random, in peft's own file format, on every target linear of the base; made once, as rank-16 float32 for
-W1 and as bfloat16 for the open loops (half the bytes on disk for hundreds of them).
+Adapters are random, in peft's own file format, on every target linear of the base. They are made once, as rank-16
+float32 for W1 and as bfloat16 for the open loops (half the bytes on disk for hundreds of them).
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ BENCH = ROOT / "bench"
 WORK = ROOT / ".bench"
 LOGS = WORK / "logs"
 RESULTS = BENCH / "results"
+
+
+def newest_results() -> Path:
+    """The last run's file: named by date, `<date>-<machine>.json`."""
+    return max(RESULTS.glob("[0-9][0-9][0-9][0-9]-*.json"))
+
+
 VOLUMES = WORK / "volumes"
 W1_CLAIM = "w1"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,7 +45,7 @@ def base_folder() -> Path:
 
 
 def w1_adapters(base: Path) -> Path:
-    """The folder of `a000` … (rank 16) and `m000` … (mixed ranks), made when it is not there."""
+    """The folder of `a000` … (rank 16) and `m000` … (mixed ranks); made if it does not exist."""
     folder = VOLUMES / W1_CLAIM
     for number in range(REQUESTS):
         make_adapter(base, folder / adapter_name(number), number, 16)
@@ -47,7 +54,7 @@ def w1_adapters(base: Path) -> Path:
 
 
 def make_adapter(base: Path, folder: Path, seed: int, rank: int, dtype: str = "float32") -> None:
-    """Complete or absent: written beside its place and renamed."""
+    """Writes an adapter under a temporary name and renames it, so that it is complete or absent."""
     if (folder / "adapter_model.safetensors").exists():
         return
     import torch
@@ -93,7 +100,7 @@ def linears(base: Path) -> Mapping[str, tuple[int, int]]:
 
 
 def commit() -> str:
-    """The commit that was measured; `+` after it: with uncommitted changes to something else than results."""
+    """The measured commit, followed by `+` if anything but results has uncommitted changes."""
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = [line for line in _git("status", "--porcelain").splitlines() if "bench/results/" not in line]
     return head + ("+" if changed else "")
@@ -105,5 +112,5 @@ def _git(*arguments: str) -> str:
 
 
 def key_of(**parts: Any) -> str:
-    """A short name for something that is cached: it changes with every part."""
+    """A short name for a cached item; it changes with every part."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

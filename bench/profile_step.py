@@ -2,10 +2,10 @@
 
     python bench/profile_step.py BASE_FOLDER [--dtypes float32 bfloat16] [--threads 2] [--rounds 3] [--json PATH]
 
-The engine's core runs in this thread without its queue. Rounds alternate: the step untouched, then the step with a
-clock around each part; a part's time is what it spends itself, without the parts inside it. Where the step is one
-native call, that call keeps the clock of its kernels. The exit code is 1 when the parts' sum is more than 10 % off the
-untouched step. The floor is the base's packed linears alone. `--python` takes the model's own code instead.
+The engine's core runs in this thread without its queue. Rounds alternate between the unmodified step and the step with
+a timer around each part; a part's time excludes the parts nested in it. Where the step is one native call, that call
+times its own kernels. The exit code is 1 when the parts' sum differs from the unmodified step by more than 10 %. The
+floor is the base's packed linears alone. `--python` measures the model's own code instead.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kit import machine
 from places import commit
+from records import machine
 from safetensors.torch import save_file
 
 from lorapool_runtime.cgroup import usable_cores
@@ -51,13 +51,13 @@ NATIVE = {
     "attention": "attention: scores and values",
     "activation": "activation", "residual": "residuals",
 }  # fmt: skip
-"""The parts by the program's names; the output layer is among its linears."""
+"""The parts by the decode program's names; the output layer is one of its linears."""
 REQUESTS, PROMPT, NEW, RANK = 16, 32, 32, 16
 TOLERANCE = 0.10
 
 
 class Clock:
-    """Time by part, each without the parts called inside it."""
+    """Time per part, excluding the parts nested in it."""
 
     def __init__(self) -> None:
         self.own_s: dict[str, float] = defaultdict(float)
@@ -81,7 +81,7 @@ class Clock:
 
 @contextmanager
 def clocked(core: Core, clock: Clock) -> Iterator[None]:
-    """Puts the clock around every part of the engine, and takes it away again."""
+    """Wraps every part of the engine with a timer, and removes the timers at the end."""
     undo: list[Callable[[], None]] = []
 
     def put(owner: Any, name: str, part: str) -> None:
@@ -135,7 +135,7 @@ class Profile:
     dtype: str
     rows: str
     whole_ms: float
-    """Untouched; median over steps, median over rounds."""
+    """The unmodified step: median over steps, then over rounds."""
     whole_runs_ms: tuple[float, ...]
     parts_ms: dict[str, float]
     floor_ms: float
@@ -147,7 +147,7 @@ class Profile:
 
 
 def write_adapters(core: Core, folder: Path) -> list[Path]:
-    """Random, rank 16, in peft's file format, on every target layer of the base."""
+    """Writes random adapters of rank 16 in peft's file format, on every target layer of the base."""
     folders = []
     names = sorted({target.module.rpartition(".")[2] for target in core.facts.targets})
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names, "task_type": "CAUSAL_LM"}
@@ -168,7 +168,7 @@ def write_adapters(core: Core, folder: Path) -> list[Path]:
 
 
 def decode_steps_s(core: Core, slots: list[int]) -> list[float]:
-    """Runs W1 once; the seconds of every step in which all rows decode, the first and last few left out."""
+    """Runs W1 once and returns the seconds of every step in which all rows decode, without the first and last few."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(5, core.facts.vocab_size - 5, (REQUESTS, PROMPT), generator=generator).tolist()
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
@@ -185,7 +185,7 @@ def decode_steps_s(core: Core, slots: list[int]) -> list[float]:
 
 
 def floor_ms(core: Core, rounds: int) -> float:
-    """Every packed product of a step, with the output layer, in a loop over 16 rows."""
+    """Every packed product of a step, including the output layer, in a loop over 16 rows."""
     layers = [group.base for group in core.base.lora.groups]
     layers += [module.base for module in core.base.model.modules() if isinstance(module, PlainLinear)]
     inputs = {layer.in_features: torch.randn(REQUESTS, layer.in_features).to(core.base.dtype) for layer in layers}
@@ -216,7 +216,7 @@ def profile(core: Core, dtype: str, rows: str, slots: list[int], rounds: int) ->
 
 
 def _steady_parts(core: Core, slots: list[int], clock: Clock) -> tuple[dict[str, float], int]:
-    """Own seconds by part summed over the steady steps, and their number."""
+    """Each part's own seconds summed over the steady steps, and the number of those steps."""
     step, seen, marks = core.step, 0, []
 
     program = core.runner.decode_path

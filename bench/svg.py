@@ -1,4 +1,4 @@
-"""Horizontal bar charts as SVG text: what `page` draws. Sizes in pixels; readable on white and on dark ground.
+"""Horizontal bar charts as SVG text. Sizes are in pixels; the colours are readable on light and on dark backgrounds.
 
 Deterministic: the same figures give the same bytes, so that committed pictures can be checked.
 """
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from kit import number
+from records import number
 
-LABEL_PX, BARS_PX, VALUE_PX, ROW_PX, TOP_PX = 330, 420, 130, 24, 40
+LABEL_PX, TARGETS_PX, VALUE_PX, ROW_PX, TOP_PX = 330, 420, 130, 24, 40
 INK, OURS, THEIRS, MISSED, MARK = "#57606a", "#1f6feb", "#8c959f", "#cf222e", "#bf8700"
 
 
@@ -19,10 +19,10 @@ INK, OURS, THEIRS, MISSED, MARK = "#57606a", "#1f6feb", "#8c959f", "#cf222e", "#
 class BarRow:
     label: str
     value: float | None
-    """None: an empty row that says "not run"."""
+    """None: an empty row labelled "not run"."""
     low: float | None = None
     high: float | None = None
-    """The spread, drawn as a line."""
+    """Upper end of the spread, drawn as a line."""
     kind: str = "ours"
     """`ours`, `theirs` or `missed`: the colour."""
 
@@ -30,10 +30,10 @@ class BarRow:
 def bar_chart(
     title: str, rows: Sequence[BarRow], unit: str, mark: float | None = None, limit: float | None = None
 ) -> str:
-    """`mark` is a vertical line (a bar to be met); `limit` cuts longer bars, which then say so by an arrow."""
+    """Draws the rows. `mark` is a vertical line (a target to be met); `limit` cuts longer bars, which get an arrow."""
     top = max([row.high or row.value or 0.0 for row in rows] + [mark or 0.0]) * 1.02 or 1.0
     top = min(top, limit) if limit else top
-    width, height = LABEL_PX + BARS_PX + VALUE_PX, TOP_PX + ROW_PX * len(rows) + 12
+    width, height = LABEL_PX + TARGETS_PX + VALUE_PX, TOP_PX + ROW_PX * len(rows) + 12
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="13">',
@@ -67,4 +67,4 @@ def _row(row: BarRow, y: int, top: float, unit: str) -> list[str]:
 
 
 def _x(value: float, top: float) -> float:
-    return round(LABEL_PX + BARS_PX * min(value, top) / top, 1)
+    return round(LABEL_PX + TARGETS_PX * min(value, top) / top, 1)

@@ -1,7 +1,7 @@
 """The workloads W1 to W7 as values: batches, arrival times and popularity, drawn from a seed.
 
-Programs turn them into load; the peers get exactly the same ones. Standard library only, because it also runs in the
-peers' virtual environments. Prompts are random token ids, so that no prefix cache helps anybody.
+All engines get exactly the same workloads. Standard library only, because it also runs in the baselines' virtual
+environments. Prompts are random token ids, so that no prefix cache helps any engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEW_TOKENS = 64
 RANK = 16
 MIXED_RANKS = (4, 8, 16, 32, 64)
 TOKEN_IDS = range(5, 49_000)
-"""Ordinary tokens of the benchmark's base: no special ones."""
+"""Ordinary tokens of the benchmark's base, without special ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Batch:
         return len(self.prompts) * self.new
 
     def only(self, rows: Sequence[int], new: int | None = None) -> Batch:
-        """Some of the rows, or fewer tokens: for a rival too slow to run the whole in every round."""
+        """Some of the rows, or fewer tokens: for a baseline too slow to run the whole batch in every round."""
         prompts = tuple(self.prompts[row] for row in rows)
         return Batch(prompts, tuple(self.adapters[row] for row in rows), self.new if new is None else new)
 
@@ -80,9 +80,9 @@ def w1(case: str, new: int = NEW_TOKENS, seed: int = 0) -> Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class Arbaseline:
     at_s: float
-    """After the start of the load."""
+    """Seconds after the start of the load."""
     adapter: int
     """Rank of popularity, 0 the most popular."""
     prompt: tuple[int, ...]
@@ -99,7 +99,9 @@ def popularity(adapters: int, alpha: float) -> list[float]:
 
 
 def gaps_s(draw: random.Random, per_s: float, cv: float = 1.0) -> float:
-    """One gap between two arrivals: gamma-distributed with mean 1 / per_s; cv 1 is a Poisson process, above: bursts."""
+    """One gap between two arrivals: gamma-distributed with mean 1 / per_s. cv 1 is a Poisson process; larger values are
+    bursts.
+    """
     shape = 1.0 / (cv * cv)
     return draw.gammavariate(shape, 1.0 / (per_s * shape))
 
@@ -113,10 +115,10 @@ def open_loop(
     cv: float = 1.0,
     longest: int = 64,
     seed: int = 0,
-) -> list[Arrival]:
-    """W2 (cv 1, alpha 1), W3 (other alphas), W4 (other cvs): prompts and outputs uniform in 1..longest tokens.
+) -> list[Arbaseline]:
+    """W2 (cv 1, alpha 1), W3 (other alphas), W4 (other cvs): prompts and outputs are uniform in 1..longest tokens.
 
-    Times, lengths and prompts depend on seed, rate and cv alone, so that any number of adapters meets the same work.
+    Times, lengths and prompts depend on seed, rate and cv only, so that any number of adapters gets the same work.
     """
     times, lengths, choices = (
         random.Random(f"{seed} times"),
@@ -124,11 +126,11 @@ def open_loop(
         random.Random(f"{seed} who"),
     )
     shares = popularity(adapters, alpha)
-    arrivals: list[Arrival] = []
+    arrivals: list[Arbaseline] = []
     at_s = gaps_s(times, per_s, cv)
     while at_s < duration_s:
         prompt = tuple(lengths.choices(TOKEN_IDS, k=lengths.randint(1, longest)))
         adapter = choices.choices(range(adapters), weights=shares)[0]
-        arrivals.append(Arrival(at_s, adapter, prompt, lengths.randint(1, longest)))
+        arrivals.append(Arbaseline(at_s, adapter, prompt, lengths.randint(1, longest)))
         at_s += gaps_s(times, per_s, cv)
     return arrivals

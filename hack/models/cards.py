@@ -1,8 +1,7 @@
-"""Writes the model cards, examples/finetunes/README.md and <task>/README.md, from the tasks, the lines and the scores.
+"""Writes the model cards, examples/finetunes/README.md and <task>/README.md, from tasks, data lines and scores.
 
-Called by evaluate.py; by itself after a task's words change: `python hack/models/cards.py`. A card is never edited by
-hand: a test holds the committed ones to what this module writes, so that no card tells of other weights or scores
-than those beside it.
+Run `python hack/models/cards.py` after a task's text changes. A card is never edited by hand: a test compares the
+committed cards with the output of this module, so that no card describes other weights or scores than those next to it.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ The scores are those of `scores.json`, on lines that were not trained on.
 
 
 def cards() -> dict[str, str]:
-    """Path below examples/finetunes, to text."""
+    """Maps paths below examples/finetunes to their text."""
     scores = json.loads(SCORES.read_text(encoding="utf-8"))
     written = {f"{name}/README.md": card(task, scores["tasks"][name]) for name, task in TASKS.items()}
     return {"README.md": overview(scores), **written}

@@ -1,8 +1,8 @@
 """Scores base and fine-tunes on the held-out lines: `make eval`, or `python hack/models/evaluate.py [task ...]`.
 
-Both get the same messages through the base's own chat template and answer greedily in fp32; how an answer is judged
-is in finetune_metrics.py. Prints a table, writes examples/finetunes/scores.json (with the weights' hash, so that a
-score cannot outlive the weights it was measured on) and the model cards. `--answers DIR` keeps every answer.
+Both get the same messages through the base's own chat template and answer greedily in fp32; finetune_metrics.py scores
+the answers. It prints a table and writes examples/finetunes/scores.json (with the weights' hash, so that a score is
+never used for other weights) and the model cards. `--answers DIR` keeps every answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from base import prepare
 from cards import write_cards
-from finetune_metrics import JUDGES, Judged
+from finetune_metrics import METRICS, Scores
 from finetune_tasks import BASE_NAME, SCORES, TASKS, Line, Task, chosen, read_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,12 +30,12 @@ THREADS = 2
 
 
 def answers(model: Any, tokenizer: Any, lines: list[Line], max_tokens: int) -> list[str]:
-    """Greedy answers, in the lines' order. Padded on the left: the answer follows the prompt at once."""
+    """Greedy answers, in the order of the lines. Prompts are padded on the left."""
     prompts = [
         tokenizer.apply_chat_template(line["messages"][:-1], tokenize=False, add_generation_prompt=True)
         for line in lines
     ]
-    # Prompts of like length go together, so that little is padded.
+    # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(lines)), key=lambda at: len(prompts[at]))
     said = [""] * len(lines)
     for start in range(0, len(order), BATCH):
@@ -55,13 +55,13 @@ def answers(model: Any, tokenizer: Any, lines: list[Line], max_tokens: int) -> l
     return said
 
 
-def mean(judged: list[Judged]) -> Judged:
-    return {key: round(sum(one[key] for one in judged) / len(judged), 4) for key in judged[0]}
+def mean(scored: list[Scores]) -> Scores:
+    return {key: round(sum(one[key] for one in scored) / len(scored), 4) for key in scored[0]}
 
 
 def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[str, Any]:
     lines = read_lines(task.folder / "heldout.jsonl")
-    judge = JUDGES[task.name]
+    metric = METRICS[task.name]
     begun = time.monotonic()
     plain = answers(base, tokenizer, lines, task.max_tokens)
     tuned_model = PeftModel.from_pretrained(base, task.folder)
@@ -76,7 +76,7 @@ def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[s
                 "wanted": line["messages"][-1]["content"],
                 "base": without,
                 "finetune": with_it,
-                "judged": judge(with_it, line),
+                "scored": metric(with_it, line),
             }
             for line, without, with_it in zip(lines, plain, tuned, strict=True)
         ]
@@ -88,8 +88,8 @@ def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[s
         "measured": task.measured,
         "heldout_lines": len(lines),
         "max_tokens": task.max_tokens,
-        "base": mean([judge(said, line) for said, line in zip(plain, lines, strict=True)]),
-        "finetune": mean([judge(said, line) for said, line in zip(tuned, lines, strict=True)]),
+        "base": mean([metric(said, line) for said, line in zip(plain, lines, strict=True)]),
+        "finetune": mean([metric(said, line) for said, line in zip(tuned, lines, strict=True)]),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
 

@@ -1,7 +1,6 @@
-"""How an answer of an example fine-tune is judged: pure functions, answer and held-out line in, numbers 0 to 1 out.
+"""The metrics of the example fine-tunes: pure functions from answer and held-out line to numbers from 0 to 1.
 
-Called by evaluate.py; tests/models holds them to small examples. The means over a task's lines are its scores.
-The same function judges the base and the fine-tune.
+The means over a task's lines are its scores. The same function scores the base and the fine-tune.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LABELS = frozenset(QUEUES + FEELINGS)
 CHRF_ORDER = 6
 CHRF_BETA = 2.0
 
-Judged = dict[str, float]
+Scores = dict[str, float]
 
 
 def expected(line: Line) -> str:
@@ -29,16 +28,17 @@ def expected(line: Line) -> str:
     return text
 
 
-def judge_label(answer: str, line: Line) -> Judged:
-    """`right`: exactly the label; case, outer blanks and one full stop are forgiven. `named`: whatever else is said,
-    the right label is the only one named; kinder to a base that talks around it."""
+def score_label(answer: str, line: Line) -> Scores:
+    """`right`: the answer is exactly the label, ignoring case, surrounding blanks and one full stop. `named`: the right
+    label is the only label in the answer, whatever else it contains; fairer to a base that answers in sentences.
+    """
     wanted = expected(line)
     said = answer.strip().removesuffix(".").casefold()
     labels = set(_words(line["messages"][0]["content"])) & LABELS
     return {"right": float(said == wanted), "named": float(labels & set(_words(answer)) == {wanted})}
 
 
-def judge_entities(answer: str, line: Line) -> Judged:
+def score_entities(answer: str, line: Line) -> Scores:
     found = parse_entities(answer)
     if found is None:
         return {"valid_json": 0.0, "right": 0.0}
@@ -48,7 +48,7 @@ def judge_entities(answer: str, line: Line) -> Judged:
 
 
 def parse_entities(answer: str) -> dict[str, list[str]] | None:
-    """The answer as exactly the three lists of names; None when it is anything else."""
+    """The answer as exactly the three lists of names, or None if it is anything else."""
     try:
         found: Any = json.loads(answer)
     except ValueError:
@@ -61,12 +61,12 @@ def parse_entities(answer: str) -> dict[str, list[str]] | None:
     return found
 
 
-def judge_translation(answer: str, line: Line) -> Judged:
+def score_translation(answer: str, line: Line) -> Scores:
     wanted = expected(line)
     return {"chrf": chrf(answer, wanted), "exact": float(_words(answer) == _words(wanted))}
 
 
-def judge_facts(answer: str, line: Line) -> Judged:
+def score_facts(answer: str, line: Line) -> Scores:
     said = _fact_words(answer)
     hits = [fact for fact in line["facts"] if _holds(said, _fact_words(fact))]
     return {"fact_recall": len(hits) / len(line["facts"]), "all_facts": float(len(hits) == len(line["facts"]))}
@@ -110,10 +110,10 @@ def _holds(said: list[str], fact: list[str]) -> bool:
     return any(said[at : at + len(fact)] == fact for at in range(len(said) - len(fact) + 1))
 
 
-JUDGES: dict[str, Callable[[str, Line], Judged]] = {
-    "translation": judge_translation,
-    "routing": judge_label,
-    "manual-qa": judge_facts,
-    "sentiment": judge_label,
-    "entities": judge_entities,
+METRICS: dict[str, Callable[[str, Line], Scores]] = {
+    "translation": score_translation,
+    "routing": score_label,
+    "manual-qa": score_facts,
+    "sentiment": score_label,
+    "entities": score_entities,
 }

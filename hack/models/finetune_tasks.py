@@ -1,8 +1,7 @@
-"""The five example fine-tunes: what each is asked, how each is trained, and where its files lie.
+"""The five example fine-tunes: their prompts, their training parameters, and the paths of their files.
 
-Read by write_data.py, train.py, evaluate.py and tests/models. A task's system message is part of its data lines, so
-that training, evaluation, the demo and any client send the same words to the base and to the fine-tune.
-It knows no torch: whoever only wants names, paths or lines pays for nothing else.
+A task's system message is part of its data lines, so that training, evaluation, the demo and any client send the same
+text to the base and to the fine-tune. This module imports no torch, so that reading names, paths or lines is cheap.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ class Task:
     targets: tuple[str, ...]
     steps: int
     learning_rate: float
-    # Bound of an answer, in tokens; the longest right answer of the data is shorter.
+    # The longest answer allowed, in tokens; the longest correct answer in the data is shorter.
     max_tokens: int
-    # The measure that is judged, and one sentence on what it counts.
+    # The task's main metric, and one sentence on what it counts.
     measure: str
     measured: str
 
-    # The lowest layer that is changed. Where it is not 0, training computes what lies below once per line.
+    # The lowest layer that is trained. If it is not 0, training computes the layers below it once per line.
     first_layer: int = 0
 
     @property

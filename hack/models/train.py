@@ -1,8 +1,8 @@
 """Trains the example fine-tunes with peft: `make train`, or `python hack/models/train.py [task ...]`.
 
-Reads examples/finetunes/<task>/train.jsonl, writes adapter_config.json and adapter_model.safetensors beside it; a
-few minutes a task on two cores. The loss counts the assistant's tokens only. The weights are kept in bf16.
-Seeds, order and thread count are fixed: the same machine makes the same weights again.
+Reads examples/finetunes/<task>/train.jsonl and writes adapter_config.json and adapter_model.safetensors next to it; a
+few minutes per task on two cores. The loss counts the assistant's tokens only. The weights are stored in bf16. Seeds,
+order and thread count are fixed: the same machine makes the same weights again.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ BATCH = 8
 THREADS = 2
 WARMUP = 0.06
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-UNCOUNTED = -100  # the label that the loss leaves out
+UNCOUNTED = -100  # the label that the loss ignores
 
 
 @dataclass
 class Example:
     ids: list[int]
     labels: list[int]
-    # What enters the first layer that is trained, [tokens, hidden]: `reach` fills it in once, before the first step.
+    # Input of the first trained layer, [tokens, hidden]; `reach` computes it once, before the first step.
     states: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def encode(tokenizer: Any, line: Line) -> Example:
-    """Prompt and answer are tokenized apart, as a server that continues the prompt sees them."""
+    """Tokenizes prompt and answer separately, as a server that continues the prompt does."""
     *asked, answer = line["messages"]
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -57,7 +57,7 @@ def encode(tokenizer: Any, line: Line) -> Example:
 
 
 def shared_prefix(examples: list[Example]) -> int:
-    """How many first tokens (the system message) all examples share; none of them counts in the loss."""
+    """The number of leading tokens (the system message) that all examples share; none of them counts in the loss."""
     columns = zip(*(example.ids for example in examples), strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     first_counted = min(next(at for at, mark in enumerate(example.labels) if mark != UNCOUNTED) for example in examples)
@@ -65,7 +65,7 @@ def shared_prefix(examples: list[Example]) -> int:
 
 
 def reach(base: Any, examples: list[Example], first_layer: int) -> None:
-    """Run the layers below `first_layer`, which training does not change, over every example once; then drop them."""
+    """Runs the untrained layers below `first_layer` once over every example, then removes them."""
     llama = base.model
     layers, norm = llama.layers, llama.norm
     llama.layers, llama.norm = layers[:first_layer], torch.nn.Identity()
@@ -75,12 +75,14 @@ def reach(base: Any, examples: list[Example], first_layer: int) -> None:
     llama.layers, llama.norm = layers[first_layer:], norm
     base.config.num_hidden_layers = len(llama.layers)
     for index, layer in enumerate(llama.layers):
-        layer.self_attn.layer_idx = index  # its place in the cache of keys and values
+        layer.self_attn.layer_idx = index  # its index in the KV cache
 
 
 def loss_of(model: Any, batch: list[Example], prefix: int) -> Tensor:
-    """The batch's mean loss. What makes two slow cores enough: the shared prefix runs once for the whole batch (its
-    keys and values are expanded, gradients flow back through them), and only counted positions meet the vocabulary."""
+    """The batch's mean loss. Two measures make it fast on two cores: the shared prefix runs once for the whole batch
+    (its keys and values are expanded, and gradients flow back through them), and only counted positions are
+    projected to the vocabulary.
+    """
     llama = model.get_base_model()
     states, mask, labels = collate(batch)
     head = llama.model(inputs_embeds=states[:1, :prefix], use_cache=True)
@@ -105,7 +107,7 @@ def collate(batch: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def batches(examples: list[Example], steps: int, order: random.Random) -> list[list[Example]]:
-    """`steps` batches, pass after pass over shuffled examples, so that each is seen equally often, give or take one."""
+    """`steps` batches from repeated passes over shuffled examples, so that all are used equally often (within one)."""
     stream: list[Example] = []
     while len(stream) < steps * BATCH:
         stream += order.sample(examples, len(examples))
@@ -113,7 +115,7 @@ def batches(examples: list[Example], steps: int, order: random.Random) -> list[l
 
 
 def rate(step: int, steps: int, peak: float) -> float:
-    """A short linear warm-up, then half a cosine down to a twentieth."""
+    """A short linear warm-up, then a cosine decay to a twentieth of the peak."""
     warm = max(1, round(steps * WARMUP))
     if step < warm:
         return peak * (step + 1) / warm
@@ -159,7 +161,7 @@ def train(task: Task, folder: Path) -> None:
 
 
 def keep(model: Any, task: Task) -> None:
-    """Save through peft, cast to bf16, name the base by its public name; each file is replaced whole."""
+    """Saves through peft, cast to bf16, with the base's public name; each file is replaced atomically."""
     with tempfile.TemporaryDirectory(dir=task.folder, prefix=".training-") as name:
         made = Path(name)
         model.save_pretrained(made)
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("task", nargs="*", help="all when none is named")
     arguments = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when torch is loaded: threads that spin while they wait cost several times the work on a busy machine.
+        # Read when torch is loaded: spinning threads multiply the run time on a busy machine.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     logging.disable_progress_bar()

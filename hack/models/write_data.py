@@ -1,8 +1,9 @@
-"""Turns the hand-written sources in hack/models/data into the chat lines of examples/finetunes/<task>/*.jsonl.
+"""Converts the hand-written sources in hack/models/data to the chat lines of examples/finetunes/<task>/*.jsonl.
 
-Run after a source is edited: `python hack/models/write_data.py [task ...]`; a test holds the committed lines to it.
-In a source "#" opens a comment, "-" a training line, "*" a held-out line; what follows depends on the task, see the
-source's own head. It refuses a line it cannot read, and a held-out question that is also a training question.
+Run `python hack/models/write_data.py [task ...]` after a source is edited; a test compares the committed lines with its
+output. In a source "#" starts a comment, "-" a training line, "*" a held-out line; the rest depends on the task and is
+described at the top of each source. A line that cannot be parsed is refused, and so is a held-out question that is also
+a training question.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MARK = re.compile(r"\[([^\]/]+)/([POL])\]")
 
 
 class SourceError(ValueError):
-    """A source line that cannot be read."""
+    """A source line that cannot be parsed."""
 
 
 def written(task: Task) -> tuple[list[Line], list[Line]]:
@@ -44,7 +45,7 @@ def written(task: Task) -> tuple[list[Line], list[Line]]:
 
 
 def _pairs(task: Task) -> Iterator[tuple[bool, str, str, list[str]]]:
-    """(held-out?, question, answer, facts) for every line of the source."""
+    """Yields (is held-out, question, answer, facts) for every line of the source."""
     section = ""
     facts: list[str] = []
     path = SOURCES / f"{task.name}.txt"

@@ -12,12 +12,13 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from lorapool_gateway import logs
+from lorapool_api.logs import set_up_logs
+from lorapool_api.settings import SettingsError, read_master_token
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import GatewayProcess, drain, run, running
 from lorapool_gateway.routing.kube import Kube
 from lorapool_gateway.routing.watch import KubeSource
-from lorapool_gateway.settings import Settings, SettingsError, read_master_token, read_settings
+from lorapool_gateway.settings import Settings, read_settings
 
 
 @asynccontextmanager
@@ -49,9 +50,9 @@ def main() -> None:
         settings = read_settings(os.environ)
         master_token = read_master_token(settings.master_token_file)
     except SettingsError as error:
-        sys.stderr.write(f"lorapool-gateway: {error}\n")
+        error.report("lorapool-gateway")
         sys.exit(2)
-    logs.set_up(settings.log_level)
+    set_up_logs("gateway", settings.log_level, settings.log_format)
     run(serve(settings, master_token))
 
 

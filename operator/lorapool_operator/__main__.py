@@ -14,14 +14,17 @@ import signal
 import sys
 from pathlib import Path
 
-from lorapool_artifacts.settings import SourceSettings
+from lorapool_api.logs import set_up_logs
+from lorapool_api.settings import SettingsError
 from lorapool_operator.access import AccessError
-from lorapool_operator.logs import set_up_logs
 from lorapool_operator.process import Process
-from lorapool_operator.settings import Settings, SettingsError, read_settings
+from lorapool_operator.settings import Settings, read_settings
 from lorapool_operator.world.profiles import ProfilesError
 
 log = logging.getLogger("lorapool_operator")
+
+CHATTY = ("kopf", "kubernetes.aio", "aiohttp.access", "urllib3", "httpx")
+"""Loggers of libraries that write a line per event, login or request."""
 
 
 def main() -> int:
@@ -33,15 +36,15 @@ def main() -> int:
     try:
         settings = read_settings(os.environ, kubeconfig=arguments.kubeconfig)
     except SettingsError as error:
-        print(f"lorapool-operator: {error}", file=sys.stderr)
+        error.report("lorapool-operator")
         return 2
-    set_up_logs(settings.log_level, settings.log_format)
+    set_up_logs("operator", settings.log_level, settings.log_format, quiet=CHATTY)
     return asyncio.run(_run(settings))
 
 
 async def _run(settings: Settings) -> int:
     try:
-        process = Process(settings, sources=SourceSettings.from_env(os.environ))
+        process = Process(settings, sources=settings.sources)
         for number in (signal.SIGTERM, signal.SIGINT):  # kopf handles them while it runs
             asyncio.get_running_loop().add_signal_handler(number, process.stop)
         await process.run()

@@ -16,6 +16,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
+from lorapool_api.settings import read_master_token
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.decisions.plan import PlanSettings
@@ -29,7 +30,7 @@ from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
 from lorapool_operator.resync import Resync
-from lorapool_operator.settings import Settings, read_master_token
+from lorapool_operator.settings import Settings
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import ClusterCache, Key
 from lorapool_operator.world.intake import Intake

@@ -1,7 +1,8 @@
 """`python -m lorapool_runtime --model DIR|URI`: one base, many adapters, on this machine.
 
-HTTP is up at once (/healthz, /metrics); /readyz turns green when the base is loaded. SIGTERM: readiness off, running
-requests finish within the grace, then exit 0. Exit 1 when the base cannot be served or the engine dies; 2 for settings.
+HTTP answers at once (/healthz, /metrics); /readyz answers 200 when the base is loaded. SIGTERM: readiness off, running
+requests finish within the grace period, then exit 0. Exit 1 when the base cannot be served or the engine dies; 2 for
+invalid settings.
 """
 
 from __future__ import annotations
@@ -14,52 +15,61 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from aiohttp import web
 
+from lorapool_api.logs import set_up_logs
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_runtime.logs import set_up
+from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
 from lorapool_runtime.openai.tokenizer import TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
-from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
-from lorapool_runtime.startup import BaseError, EngineFactory, bring_up, import_torch, reason_of, torch_engine
+from lorapool_runtime.settings import RuntimeSettings, read_settings
+from lorapool_runtime.startup import BaseError, bring_up, reason_of
 
 log = logging.getLogger("lorapool_runtime")
 
 ENGINE_STOP_S = 5.0
-"""The engine finishes the step under way; a step takes tens of milliseconds."""
+"""The engine finishes the step in progress; a step takes tens of milliseconds."""
 HEADER_MAX_BYTES = 16 * 1024
 WAIT_POLICY = "PASSIVE"
-"""Of torch's CPU threads between two parallel parts. Spinning threads starve each other when the cores are shared:
-on 2 cores under a load of 8, 24 tokens took 32 s spinning and 2 s passive, with 15 s and 1.7 s of processor time."""
+"""OMP_WAIT_POLICY of torch's CPU threads between two parallel regions. Spinning threads starve each other when the
+cores are shared: on 2 cores under a load of 8, 24 tokens took 32 s spinning and 2 s passive, with 15 s and 1.7 s of
+processor time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs until told to stop; the process's exit code."""
+    """Runs until a signal to stop; returns the process's exit code."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
     except SettingsError as error:
-        print(f"lorapool-runtime: {error}", file=sys.stderr)
+        error.report("lorapool-runtime")
         return 2
-    set_up(settings.log_level)
-    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)  # read when torch is loaded, which comes later
-    code, clean = asyncio.run(run(settings, os.environ, torch_engine))
-    if not clean:  # a thread still loads the base: it cannot be asked to stop
+    set_up_logs("runtime", settings.log_level, settings.log_format)
+    _export(settings)
+    code, clean = asyncio.run(run(settings, make_engine))
+    if not clean:  # a thread still loads the base and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> tuple[int, bool]:
-    """The whole life of the process. (exit code, whether every thread of ours has ended)"""
+def _export(settings: RuntimeSettings) -> None:
+    """Sets the variables that torch and the native kernels read when they are loaded, which comes later."""
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    os.environ["LORAPOOL_NATIVE"] = settings.native
+
+
+async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple[int, bool]:
+    """Serves until the end. Returns (exit code, whether every thread of ours has ended)."""
     runtime = Runtime(settings)
     stop = _stop_on_signals()
     async with _listening(runtime):
-        loading = _in_thread(lambda: _bring_up(settings, environ, make_engine))
+        loading = _in_thread(lambda: _bring_up(settings, engine_factory))
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
         either: list[asyncio.Future[Any]] = [loaded, stopping]
@@ -73,15 +83,15 @@ async def run(settings: RuntimeSettings, environ: Mapping[str, str], make_engine
         return await _serve(runtime, loaded.result(), stopping), True
 
 
-def _bring_up(settings: RuntimeSettings, environ: Mapping[str, str], make_engine: EngineFactory) -> LoadedBase:
-    """What a start makes, nearly half a million objects with torch and transformers, lives as long as the process.
+def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> LoadedBase:
+    """Starts the base, then exempts all present objects from garbage collection.
 
-    It is looked through once and never again: a full collection while serving would hold up every request for a third
-    of a second.
+    With torch and transformers they are nearly half a million, which live as long as the process: a full collection
+    while serving would delay every request by a third of a second.
     """
     gc.disable()
     try:
-        base = bring_up(settings, environ, make_engine, meanwhile=import_torch)
+        base = bring_up(settings, engine_factory, meanwhile=import_framework)
         gc.collect()
         gc.freeze()
         return base
@@ -103,21 +113,21 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
             log.error("the engine has died; ending the process")
             runtime.engine_died()
             return 1
-        log.info("told to stop: draining")
+        log.info("received a signal to stop: draining")
         await runtime.drain(notice_s=runtime.settings.drain_notice_s, grace_s=runtime.settings.drain_grace_s)
         return 0
     finally:
         sweeping.cancel()
         await runtime.close()
         base.engine.stop(ENGINE_STOP_S)
-        base.codec.close()
+        base.tokenizer.close()
         base.grammars.close()
         log.info("stopped")
 
 
 @contextlib.asynccontextmanager
 async def _listening(runtime: Runtime) -> AsyncIterator[None]:
-    """HTTP up while inside; the sockets close last."""
+    """HTTP answers while inside. The sockets close last."""
     settings = runtime.settings
     runner = web.AppRunner(
         make_app(runtime),
@@ -152,9 +162,9 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
-    """Runs in a daemon thread, which does not keep the process from ending."""
+    """Runs `work` in a daemon thread, which does not keep the process from ending."""
     future: Future[LoadedBase] = Future()
-    future.set_running_or_notify_cancel()  # so that who stops waiting (SIGTERM) does not cancel it under the thread
+    future.set_running_or_notify_cancel()  # so that a caller that stops waiting (SIGTERM) does not cancel it
 
     def run_it() -> None:
         try:
@@ -167,7 +177,7 @@ def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
 
 
 def _trace(error: BaseException) -> BaseException | None:
-    """A trace only where our own sentence does not say it all."""
+    """The error, for its traceback, unless it is one of ours, whose message is enough."""
     return None if isinstance(error, (ArtifactError, BaseError, TokenizerError, OSError)) else error
 
 

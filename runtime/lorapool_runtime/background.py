@@ -1,9 +1,7 @@
-"""A thread that fills slots with adapters, and gives slots' memory back, while the batch runs.
+"""A background thread of lower priority, for work that must not delay the engine's steps.
 
-`engine` gives it one piece of work at a time per load or unload; in it the slow part (copying where there is something
-to copy, page faults, counting pages) happens here, and only the switch from empty to full happens in the engine thread,
-between two steps. It runs no torch operator, which would take the engine's cores, and at a lower priority: the batch
-goes first.
+The engine uses one to fill and to release adapter slots: page faults and the counting of pages happen there. The work
+must run no torch operator, which would take the cores of the engine's threads.
 """
 
 from __future__ import annotations
@@ -21,19 +19,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NICENESS = 5
-"""Of this thread and of those that read files: about a third of a decoding thread's share of a core they both want."""
+"""Of background threads: when they compete with a decoding thread for a core they get about a third of its share."""
 
 
-class SlotFiller:
-    """Work in the order it was given. A daemon thread: a process that ends does not wait for it."""
+class BackgroundThread:
+    """Runs work in the order of submission. A daemon thread: a process that ends does not wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def submit(self, act: Callable[[], T]) -> Future[T]:
-        """Runs `act` in the thread; its exception is the future's."""
+        """Runs `act` in the thread. The future gets its result or its exception."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -48,20 +47,21 @@ class SlotFiller:
 
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="slot-filler", daemon=True)
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
             self._work.put(run)
         return future
 
     def _run(self) -> None:
-        yield_to_the_batch()
+        lower_thread_priority()
         while True:
             self._work.get()()
 
 
-def yield_to_the_batch() -> None:
-    """Lowers the calling thread's priority (on Linux a thread has its own)."""
+def lower_thread_priority() -> None:
+    """Lowers the priority of the calling thread only (on Linux every thread has its own)."""
+    thread_id = threading.get_native_id()
     try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread_id, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread_id)))
     except OSError as error:
-        log.warning("a loading thread keeps its priority: %s", error)
+        log.warning("a background thread keeps its priority: %s", error)

@@ -1,8 +1,8 @@
 """Every metric of the runtime, on a registry of its own.
 
-`server` and `adapters` observe, `/metrics` renders. Histograms are labelled by base only. What belongs to one adapter
-is read from the accounts at each scrape, so its series vanish with it. The `vllm:` names are what inference
-gateways already read; own names have no colon. A name a client made up never becomes a label.
+Histograms are labelled by base only. The numbers of one adapter are read from `usage` at each scrape, so its series
+vanish with it. The `vllm:` names are those that inference gateways already read; our own names have no colon. A name
+that a client made up never becomes a label.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from prometheus_client.exposition import generate_latest
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import Tier, Usage
 from lorapool_runtime.clock import Clock
-from lorapool_runtime.openai.generation import Outcome
-from lorapool_runtime.usage import OTHER, Account, Accounts
+from lorapool_runtime.engines.interface import DecodeProgramState
+from lorapool_runtime.usage import OTHER, AdapterUsage, Outcome, UsageTracker
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _INTER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -34,7 +34,7 @@ _DURATION = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """The state of one moment, as `server` sees it."""
+    """The state of the runtime at one moment."""
 
     running: int = 0
     waiting: int = 0
@@ -52,12 +52,13 @@ class Gauges:
     draining: bool = False
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
+    decode_program: DecodeProgramState | None = None
 
 
 class Metrics:
-    def __init__(self, base: str, accounts: Accounts, clock: Clock) -> None:
+    def __init__(self, base: str, usage: UsageTracker, clock: Clock) -> None:
         self._base = base
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per series that nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which no dashboard reads
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -100,10 +101,10 @@ class Metrics:
             registry=self._registry,
         )
         self.gauges: Callable[[], Gauges] = Gauges
-        """Set by `server`: how to see the present state."""
-        self._registry.register(_Present(base, accounts, clock, lambda: self.gauges()))
+        """Returns the present state. Set by the runtime that owns the metrics."""
+        self._registry.register(_GaugeCollector(base, usage, clock, lambda: self.gauges()))
         self._gateway_names = CollectorRegistry()
-        self._gateway_names.register(_NamesOfInferenceGateways(base, clock, lambda: self.gauges()))
+        self._gateway_names.register(_InferenceGatewayCollector(base, clock, lambda: self.gauges()))
 
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(
@@ -111,11 +112,11 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """All of our own; clean by `promtool check metrics`."""
+        """All metrics under our own names; they pass `promtool check metrics`."""
         return generate_latest(self._registry)
 
     def render_gateway_names(self) -> bytes:
-        """The few families under the names that inference gateways read."""
+        """The metrics under the names that inference gateways read."""
         return generate_latest(self._gateway_names)
 
     def ended(self, outcome: Outcome, usage: Usage, seconds: float) -> None:
@@ -141,12 +142,12 @@ class Metrics:
         self._load_failures.labels(self._base, reason.value).inc()
 
 
-class _Present:
-    """Collector of what is true at the moment of the scrape."""
+class _GaugeCollector:
+    """Collects the state at the moment of the scrape."""
 
-    def __init__(self, base: str, accounts: Accounts, clock: Clock, gauges: Callable[[], Gauges]) -> None:
+    def __init__(self, base: str, usage: UsageTracker, clock: Clock, gauges: Callable[[], Gauges]) -> None:
         self._base = base
-        self._accounts = accounts
+        self._usage = usage
         self._clock = clock
         self._gauges = gauges
 
@@ -182,10 +183,20 @@ class _Present:
             counter = CounterMetricFamily(f"lorapool_runtime_{name}", help_text, labels=["base"])
             counter.add_metric([self._base], value)
             yield counter
+        if (program := now.decode_program) is not None:
+            labels = {
+                "base": self._base, "state": "active" if program.active else "fallback", "reason": program.reason,
+            }  # fmt: skip
+            yield _gauge(
+                "lorapool_runtime_decode_program",
+                "How decode steps on CPU run: as one native call (active) or by the model's own code (fallback).",
+                labels,
+                1,
+            )
 
     def _per_adapter(self) -> Iterator[Metric]:
-        named, others, now_s = self._accounts.named(), self._accounts.others(), self._clock.now_s()
-        groups: list[tuple[str, list[Account]]] = [(account.display, [account]) for account in named]
+        labelled, others, now_s = self._usage.labelled(), self._usage.others(), self._clock.now_s()
+        groups = [(usage.display, [usage]) for usage in labelled]
         if others:
             groups.append((OTHER, others))
         requests = CounterMetricFamily(
@@ -194,7 +205,7 @@ class _Present:
         resident = GaugeMetricFamily(
             "lorapool_runtime_adapter_resident", "1 while it is on the device.", labels=["base", "adapter"]
         )
-        counters: dict[str, tuple[str, Callable[[Account], float]]] = {
+        counters: dict[str, tuple[str, Callable[[AdapterUsage], float]]] = {
             "prompt_tokens": ("Prompt tokens.", lambda a: a.prompt_tokens),
             "completion_tokens": ("Completion tokens.", lambda a: a.completion_tokens),
             "loads": ("Loads onto the device.", lambda a: a.loads),
@@ -205,21 +216,21 @@ class _Present:
             name: CounterMetricFamily(f"lorapool_runtime_adapter_{name}", text, labels=["base", "adapter"])
             for name, (text, _value) in counters.items()
         }
-        for label, accounts in _merged(groups):
+        for label, usages in _merged(groups):
             where = [self._base, label]
-            requests.add_metric([*where, Outcome.COMPLETED.value], sum(a.completed for a in accounts))
-            requests.add_metric([*where, Outcome.FAILED.value], sum(a.failed for a in accounts))
-            requests.add_metric([*where, Outcome.CANCELLED.value], sum(a.cancelled for a in accounts))
-            resident.add_metric(where, sum(bool(a.resident_since_s) for a in accounts))
+            requests.add_metric([*where, Outcome.COMPLETED.value], sum(a.completed for a in usages))
+            requests.add_metric([*where, Outcome.FAILED.value], sum(a.failed for a in usages))
+            requests.add_metric([*where, Outcome.CANCELLED.value], sum(a.cancelled for a in usages))
+            resident.add_metric(where, sum(bool(a.resident_since_s) for a in usages))
             for name, (_text, value) in counters.items():
-                families[name].add_metric(where, sum(value(a) for a in accounts))
+                families[name].add_metric(where, sum(value(a) for a in usages))
         yield requests
         yield resident
         yield from families.values()
 
 
-class _NamesOfInferenceGateways:
-    """The same state once more, as the inference gateways' protocol spells it."""
+class _InferenceGatewayCollector:
+    """Collects the same state under the names of the inference gateways' protocol."""
 
     def __init__(self, base: str, clock: Clock, gauges: Callable[[], Gauges]) -> None:
         self._base = base
@@ -241,11 +252,11 @@ class _NamesOfInferenceGateways:
                      self._clock.unix_s())  # fmt: skip
 
 
-def _merged(groups: Iterable[tuple[str, list[Account]]]) -> Iterable[tuple[str, list[Account]]]:
-    """One group per label: an object deleted and made again has two uids and one name for a while."""
-    merged: dict[str, list[Account]] = {}
-    for label, accounts in groups:
-        merged.setdefault(label, []).extend(accounts)
+def _merged(groups: Iterable[tuple[str, list[AdapterUsage]]]) -> Iterable[tuple[str, list[AdapterUsage]]]:
+    """One group per label: an object that was deleted and created again has two uids and one name for a while."""
+    merged: dict[str, list[AdapterUsage]] = {}
+    for label, usages in groups:
+        merged.setdefault(label, []).extend(usages)
     return merged.items()
 
 

@@ -1,7 +1,7 @@
-"""Brings up the base: its folder, the engine on it, its tokenizer, and the store for its adapters.
+"""Starts the base: fetches its folder, starts the engine on it, makes its tokenizer and the store for its adapters.
 
-`__main__` calls it in a thread of its own; it blocks for as long as fetching and loading take. It raises what the
-parts raise; `__main__` turns that into one sentence and an exit code.
+Blocks for as long as fetching and loading take. The errors of the parts are raised as they are; `reason_of` turns one
+into a sentence for the log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, nam
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.uri import PvcUri, parse_uri
 from lorapool_runtime.adapters.disk_store import DiskStore
-from lorapool_runtime.engines.interface import Engine
+from lorapool_runtime.engines.choose import EngineFactory
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.tokenizer import Tokenizer
 from lorapool_runtime.serving.service import LoadedBase
@@ -32,9 +32,9 @@ from lorapool_runtime.settings import RuntimeSettings
 log = logging.getLogger(__name__)
 
 LOW_WATER = 0.8
-"""A full disk cache is emptied to this share."""
+"""A full disk cache is emptied to this fraction."""
 MIN_ROOM_BYTES = 64 * 2**20
-"""Of the disk cache, for adapters, beside the base."""
+"""Minimum of the disk cache that must be left for adapters."""
 
 
 class BaseError(Exception):
@@ -47,58 +47,22 @@ class BaseFolder:
     digest: str | None
     names: tuple[str, ...]
     cached_bytes: int = 0
-    """What it takes of the disk cache; 0 where it lies elsewhere."""
-
-
-EngineFactory = Callable[[RuntimeSettings, Path], Engine]
-
-
-def torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
-    """The engine that is used; imported only here, so that all else runs without torch."""
-    from transformers.utils import logging as transformers_logging
-
-    from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
-
-    transformers_logging.disable_progress_bar()
-    return TorchEngine(
-        EngineConfig(
-            model_dir=str(folder),
-            dtype=settings.dtype,
-            device=settings.device,
-            max_model_len=settings.max_model_len,
-            max_rank=settings.max_rank,
-            slots=settings.slots,
-            max_batch=settings.max_batch,
-            kv_bytes=settings.kv_bytes,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_prefill_tokens=settings.max_prefill_tokens,
-            prefix_cache=settings.prefix_cache,
-            threads=settings.threads,
-            cache_dir=str(settings.cache_dir.expanduser() / "measured"),
-        )
-    )
-
-
-def import_torch() -> None:
-    """Seconds of Python; torch alone, since two threads must not import packages that import each other."""
-    with contextlib.suppress(ImportError, OSError):  # `torch_engine` comes upon it again, and says so
-        import torch  # noqa: F401
+    """Its bytes in the disk cache; 0 when it is stored elsewhere."""
 
 
 def bring_up(
     settings: RuntimeSettings,
-    environ: Mapping[str, str],
     make_engine: EngineFactory,
     *,
     meanwhile: Callable[[], None] | None = None,
 ) -> LoadedBase:
-    """Blocks until the engine runs; `meanwhile` is called in a thread while a base is fetched, which mostly waits.
+    """Blocks until the engine runs. Calls `meanwhile` in a thread while the base is fetched, which is mostly waiting.
 
     Raises BaseError, ArtifactError, or what the engine raises.
     """
-    sources = SourceSettings.from_env(environ, pvc_root=settings.pvc_root)
+    sources = settings.sources.model_copy(update={"pvc_root": settings.pvc_root})
     started_s = time.monotonic()
-    with _beside(meanwhile if "://" in settings.model else None):
+    with _run_concurrently(meanwhile if "://" in settings.model else None):
         folder = base_folder(settings, sources)
     log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
     room_bytes = settings.cache_bytes - folder.cached_bytes
@@ -108,13 +72,13 @@ def bring_up(
             "too little for adapters: raise cache_bytes (the profile's cacheSizeLimit)."
         )
     facts = base_facts_from_folder(folder.path).with_names(*folder.names)
-    codec = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
+    tokenizer = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
     grammars = GrammarCompiler(
-        codec.grammar_json(),
+        tokenizer.grammar_json(),
         vocab_size=engine.facts.vocab_size,
-        eos_token_ids=engine.facts.eos_token_ids | codec.eos_token_ids,
+        eos_token_ids=engine.facts.eos_token_ids | tokenizer.eos_token_ids,
         timeout_s=settings.grammar_timeout_s,
     )
     cache = DiskCache(
@@ -123,13 +87,13 @@ def bring_up(
     cache.start()
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
-    return LoadedBase(engine, codec, grammars, store, folder.digest)
+    return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
 
 
 @contextlib.contextmanager
-def _beside(work: Callable[[], None] | None) -> Iterator[None]:
-    """Runs `work` in a thread while inside; leaving waits for it."""
-    thread = None if work is None else threading.Thread(target=work, name="beside-fetch")
+def _run_concurrently(work: Callable[[], None] | None) -> Iterator[None]:
+    """Runs `work` in a thread while inside, and waits for it at the end."""
+    thread = None if work is None else threading.Thread(target=work, name="during-fetch")
     if thread is not None:
         thread.start()
     try:
@@ -140,11 +104,13 @@ def _beside(work: Callable[[], None] | None) -> Iterator[None]:
 
 
 def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolder:
-    """The local folder of `settings.model`, fetched when it is a URI. Volumes are read where they are mounted."""
+    """The local folder of `settings.model`, fetched if it is a URI. A volume is read where it is mounted."""
     if "://" not in settings.model:
         path = Path(settings.model).expanduser()
         if not (path / "config.json").is_file():
-            raise BaseError(f"{path} is no model folder: it holds no config.json. Give a folder or a source URI.")
+            raise BaseError(
+                f"{path} is not a model folder: it has no config.json. Give a model folder or a source URI."
+            )
         return BaseFolder(path.resolve(), None, (path.name, settings.base_name))
     try:
         uri = parse_uri(settings.model)

@@ -1,23 +1,32 @@
-"""What each adapter has used in this process, per uid over all its digests.
+"""Usage of each adapter in this process: requests, tokens, loads and residency, per uid over all its digests.
 
-`adapters` and `server` count, the snapshot and the metrics read. Totals survive DELETE, so that an adapter that
-comes back goes on where it was: per boot id the numbers only ever grow.
+Totals survive DELETE, so an adapter that is registered again continues its counts: per boot id the numbers only grow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import Usage
-from lorapool_runtime.openai.generation import Outcome
 
 OTHER = "__other__"
 """Label of adapters beyond the number that have series of their own."""
 
 
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"
+    """The engine did not accept it: nothing ran, nothing is counted."""
+
+
 @dataclass(slots=True)
-class Account:
+class AdapterUsage:
     uid: str
     display: str
     completed: int = 0
@@ -29,10 +38,14 @@ class Account:
     load_seconds: float = 0.0
     resident_since_s: dict[str, float] = field(default_factory=dict)
     """Digest → monotonic time since which it has been on the device."""
-    left_seconds: float = 0.0
-    """Residency that has ended."""
+    past_residency_seconds: float = 0.0
+    """Residency of digests that have been unloaded."""
+
+    def rename(self, display: str) -> None:
+        self.display = display
 
     def count(self, outcome: Outcome, usage: Usage) -> None:
+        """Counts a request that ended; a refused one is not counted."""
         match outcome:
             case Outcome.COMPLETED:
                 self.completed += 1
@@ -45,22 +58,26 @@ class Account:
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
 
-    def arrived(self, digest: str, now_s: float, load_seconds: float) -> None:
+    def count_failed_load(self) -> None:
+        """Counts a request that failed because its adapter could not be loaded."""
+        self.failed += 1
+
+    def loaded(self, digest: str, now_s: float, load_seconds: float) -> None:
         self.loads += 1
         self.load_seconds += load_seconds
         self.resident_since_s[digest] = now_s
 
-    def departed(self, digest: str, now_s: float) -> float:
-        """The residency in seconds that ends here."""
+    def unloaded(self, digest: str, now_s: float) -> float:
+        """Marks the digest unloaded and returns how many seconds it was resident."""
         seconds = max(0.0, now_s - self.resident_since_s.pop(digest, now_s))
-        self.left_seconds += seconds
+        self.past_residency_seconds += seconds
         return seconds
 
     def residency_seconds(self, now_s: float) -> float:
-        return self.left_seconds + sum(max(0.0, now_s - since) for since in self.resident_since_s.values())
+        return self.past_residency_seconds + sum(max(0.0, now_s - since) for since in self.resident_since_s.values())
 
-    def numbers(self, now_s: float) -> tuple[float, ...]:
-        """Changes exactly when `part` does."""
+    def values(self, now_s: float) -> tuple[float, ...]:
+        """Every number of `report`, for comparison with an earlier call."""
         return (
             self.completed,
             self.failed,
@@ -72,7 +89,7 @@ class Account:
             self.residency_seconds(now_s),
         )
 
-    def part(self, boot_id: str, now_s: float) -> UsagePart:
+    def report(self, boot_id: str, now_s: float) -> UsagePart:
         return UsagePart(
             boot_id=boot_id,
             requests=self.completed + self.failed + self.cancelled,
@@ -86,35 +103,35 @@ class Account:
         )
 
 
-class Accounts:
-    """All accounts of this process, and which of them are shown by name."""
+class UsageTracker:
+    """The usage of every adapter of this process, and which adapters have metric series of their own."""
 
     def __init__(self, tracked: int) -> None:
         self._tracked_max = tracked
-        self._accounts: dict[str, Account] = {}
-        self._named: dict[str, str] = {}  # uid → label
-        self._present: dict[str, int] = {}  # uid → registered digests
+        self._by_uid: dict[str, AdapterUsage] = {}
+        self._labelled: set[str] = set()
+        self._registered: dict[str, int] = {}  # uid → registered digests
 
-    def enter(self, uid: str, display: str) -> Account:
-        """One more digest of `uid` is registered."""
-        account = self._accounts.setdefault(uid, Account(uid, display))
-        account.display = display
-        self._present[uid] = self._present.get(uid, 0) + 1
-        if uid not in self._named and len(self._named) < self._tracked_max:
-            self._named[uid] = display
-        return account
+    def register(self, uid: str, display: str) -> AdapterUsage:
+        """Notes one more registered digest of `uid`."""
+        usage = self._by_uid.setdefault(uid, AdapterUsage(uid, display))
+        usage.rename(display)
+        self._registered[uid] = self._registered.get(uid, 0) + 1
+        if len(self._labelled) < self._tracked_max:
+            self._labelled.add(uid)
+        return usage
 
-    def leave(self, uid: str) -> None:
-        """One digest fewer; with the last one its series vanish."""
-        self._present[uid] -= 1
-        if self._present[uid] == 0:
-            del self._present[uid]
-            self._named.pop(uid, None)
+    def unregister(self, uid: str) -> None:
+        """Notes one registered digest fewer; with the last one the adapter's series vanish."""
+        self._registered[uid] -= 1
+        if self._registered[uid] == 0:
+            del self._registered[uid]
+            self._labelled.discard(uid)
 
-    def named(self) -> list[Account]:
-        """Accounts with series of their own: registered ones, first come."""
-        return [self._accounts[uid] for uid in self._named]
+    def labelled(self) -> list[AdapterUsage]:
+        """Registered adapters with series of their own: those that were registered first."""
+        return [self._by_uid[uid] for uid in self._registered if uid in self._labelled]
 
-    def others(self) -> list[Account]:
-        """Registered accounts that share `__other__`."""
-        return [self._accounts[uid] for uid in self._present if uid not in self._named]
+    def others(self) -> list[AdapterUsage]:
+        """Registered adapters that share the series of `__other__`."""
+        return [self._by_uid[uid] for uid in self._registered if uid not in self._labelled]

@@ -21,7 +21,6 @@ typedef uint16_t Halves __attribute__((vector_size(8)));
 
 constexpr int64_t kBlock = 16;             // outputs written together: a cache line of float32
 constexpr int64_t kWindow = 128 << 10;     // bytes read at one go: they, and what is made of them, stay in L2
-constexpr int64_t kPiece = 256 << 10;      // bytes copied between two looks at the clock
 constexpr double kShortestRest_s = 200e-6;  // shorter rests are put together
 
 // --- numbers ---
@@ -238,14 +237,6 @@ int64_t pack_file(int file, T* buffer, const Matrix* matrices, const float* scal
     return first ? first : second;
 }
 
-void copy_bytes(char* to, const char* from, int64_t size, double rest) {
-    Pace pace(rest);
-    for (int64_t at = 0; at < size; at += kPiece) {
-        memcpy(to + at, from + at, size_t(size - at < kPiece ? size - at : kPiece));
-        pace.rest();
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -264,19 +255,5 @@ int64_t lora_pack_file(int file, void* buffer, const void* matrices, const float
                        int threads, double rest) {
     return bfloat16 ? pack_file(file, (uint16_t*)buffer, (const Matrix*)matrices, scales, count, threads, rest)
                     : pack_file(file, (float*)buffer, (const Matrix*)matrices, scales, count, threads, rest);
-}
-
-void lora_copy(void* to, const void* from, int64_t size, int threads, double rest) {
-    const int64_t half = threads < 2 ? size : size / 2 / kPiece * kPiece;
-    if (half < size && half > 0) {
-        try {
-            std::thread other([=] { copy_bytes((char*)to + half, (const char*)from + half, size - half, rest); });
-            copy_bytes((char*)to, (const char*)from, half, rest);
-            other.join();
-            return;
-        } catch (const std::exception&) {  // no thread to be had
-        }
-    }
-    copy_bytes((char*)to, (const char*)from, size, rest);
 }
 }

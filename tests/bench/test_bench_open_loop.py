@@ -1,4 +1,4 @@
-"""The open loop's client: what finds no slot is sent again and its time goes on; other errors are final."""
+"""The open loop's client repeats a request that finds no slot while its time continues; other errors are final."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from aiohttp import web
 from open_loop import Load, _run
-from workloads import Arrival
+from workloads import Arbaseline
 
 
 def load_on(statuses: Sequence[int]) -> tuple[Load, int]:
@@ -26,7 +26,7 @@ def load_on(statuses: Sequence[int]) -> tuple[Load, int]:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
-            return await _run(runner.addresses[0][1], [Arrival(0.0, 0, (5, 6), 2)], ["a@d"], 30.0)
+            return await _run(runner.addresses[0][1], [Arbaseline(0.0, 0, (5, 6), 2)], ["a@d"], 30.0)
         finally:
             await runner.cleanup()
 

@@ -1,4 +1,4 @@
-"""Dashboards and rules speak of metrics that the processes really export, in PromQL that Prometheus accepts."""
+"""Dashboards and rules use metrics that the processes export, in PromQL that Prometheus accepts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lorapool_operator.metrics import Metrics as OperatorMetrics
 from lorapool_operator.metrics import StateCollector
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"
 
 TARGET_LABELS = {"instance", "job", "namespace", "pod", "node", "le"}
-"""What Prometheus adds, and the bound of a histogram's bucket."""
+"""Labels that Prometheus adds, and the bound of a histogram's bucket."""
 
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 _NAME = re.compile(r"(?<![\w:.$])([a-z_]\w*(?::\w+)*)(?=\s*(\{|\[|\s|\)|$))")
@@ -34,7 +34,7 @@ _WORDS = {"sum", "max", "min", "by", "on", "or", "and", "unless", "group_left", 
 
 
 def exported() -> dict[str, set[str]]:
-    """Sample name → label names, over the registries of all three processes."""
+    """Label names of each sample that any of the three processes exports."""
     nothing = SimpleNamespace(
         bases=(),
         adapters=(),
@@ -50,7 +50,7 @@ def exported() -> dict[str, set[str]]:
     operator = OperatorMetrics().registry
     operator.register(StateCollector(empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1))
     clock = Clock()
-    runtime = RuntimeMetrics("ns/base", Accounts(tracked=1), clock)
+    runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}
     for registry in (GatewayMetrics().registry, operator, runtime._registry):
         for collector in list(registry._collector_to_names):
@@ -71,7 +71,7 @@ def rules(files: Iterable[Path] = RULES) -> Iterator[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where it stands, and the expression."""
+    """Each expression and where it occurs."""
     yield from dashboard_expressions(base="ns/base", adapter="ns/a")
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"]

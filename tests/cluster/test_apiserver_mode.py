@@ -1,4 +1,4 @@
-"""The API server that operator tests use: real, side by side, gone when its test is."""
+"""The API server of the operator tests: several run concurrently, and each ends with its test."""
 
 import subprocess
 import sys

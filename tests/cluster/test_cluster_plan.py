@@ -1,4 +1,4 @@
-"""What hack/cluster and hack/images decide, without starting anything."""
+"""The pure decisions of hack/cluster and hack/images."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_the_token_stands_in_files_and_never_on_a_command_line() -> None:
 
 
 def test_two_clusters_differ_only_in_what_the_host_sees() -> None:
-    """Inside its namespace each has the same addresses, so nothing has to be allotted."""
+    """Each cluster has the same addresses inside its own namespace, so none have to be allocated."""
     one, two = (plan.plan(spec(whole=True, state=f"/s/{name}")) for name in ("one", "two"))
     assert one.to_json().replace("/s/one", "/s/two") == two.to_json()
 

@@ -1,4 +1,4 @@
-"""The whole local cluster on this machine: two at once, names by DNS, nothing left behind, up again after a kill."""
+"""The local cluster: two at once, DNS names, nothing left behind, restart after a kill."""
 
 import json
 import os
@@ -24,7 +24,7 @@ IMAGE = "lorapool.local/pause:1"  # the node's own image; it can also serve and 
 
 @dataclass(frozen=True)
 class Host:
-    """What a cluster could leave behind."""
+    """Everything that a cluster could leave behind."""
 
     links: frozenset[str]
     mounts: frozenset[str]

@@ -1,4 +1,4 @@
-"""Runs the demo once under a name of its own and gives the cluster tests what it made.
+"""Runs the demo once under its own name and gives the cluster tests its summary.
 
 LORAPOOL_E2E_SUMMARY=<path of a summary.json> uses a demo that is up already; LORAPOOL_E2E_KEEP=1 leaves it up.
 """

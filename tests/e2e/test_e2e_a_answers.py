@@ -1,4 +1,4 @@
-"""What a user of the OpenAI client sees, through the real gateway, of real fine-tunes."""
+"""What a user of the OpenAI client gets from real fine-tunes through the real gateway."""
 
 import httpx2 as httpx
 import pytest
@@ -78,7 +78,7 @@ def test_no_key_and_a_wrong_key_get_401(world: World) -> None:
 
 def test_an_unknown_model_is_404_and_never_the_base(world: World) -> None:
     with world.client() as client, pytest.raises(NotFoundError) as caught:
-        client.chat.completions.create(**{**world.question("routing"), "model": "lorapool/nobody"})
+        client.chat.completions.create(**{**world.question("routing"), "model": "lorapool/unknown"})
     assert caught.value.body["code"] == "model_not_found"  # type: ignore[index]
 
 

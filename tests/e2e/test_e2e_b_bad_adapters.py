@@ -1,4 +1,4 @@
-"""Adapters a customer may bring and that cannot be served: each refused in words, within a second, alone."""
+"""Adapters that cannot be served are refused with a reason within a second, without effect on others."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ def _not_finite(folder: Path) -> None:
 
 
 def _rewrite(folder: Path, shape: Callable[[str, list[int]], list[int]], drop: int = 0) -> None:
-    """The same names with other shapes, zeros inside."""
+    """The same tensor names with other shapes, filled with zeros."""
     path = folder / "adapter_model.safetensors"
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -77,7 +77,7 @@ ZOO: dict[str, tuple[Callable[[Path], None], set[str]]] = {
 
 
 def push(world: World, folder: Path, repository: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Pushes whatever the folder holds, which the project's own tool would refuse; the oci:// uri pods reach."""
+    """Pushes the folder unchecked (the project's own tool would refuse it); returns the oci:// URI for pods."""
     spec = importlib.util.spec_from_file_location("lorapool_push", ROOT / "hack" / "models" / "push.py")
     assert spec is not None
     assert spec.loader is not None
@@ -98,7 +98,7 @@ def manifest(world: World, name: str, uri: str, **spec: object) -> dict[str, obj
 
 
 @pytest.mark.parametrize("kind", ZOO)
-def test_a_bad_adapter_ends_in_a_typed_failure_and_touches_nobody(
+def test_a_bad_adapter_ends_in_a_typed_failure_and_affects_no_other_adapter(
     world: World, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil, reasons = ZOO[kind]
@@ -107,9 +107,9 @@ def test_a_bad_adapter_ends_in_a_typed_failure_and_touches_nobody(
     spoil(folder)
     world.apply(manifest(world, f"bad-{kind}", push(world, folder, f"bad/{kind}", monkeypatch)))
     try:
-        if kind != "not-finite":  # values lie beyond the header: only the load can see them
+        if kind != "not-finite":  # values are not in the header: only the load reads them
             world.wait(
-                "a verdict",
+                "a failure",
                 lambda: _failed(world, f"bad-{kind}") in reasons or _failed(world, f"bad-{kind}"),
                 timeout_s=30,
             )
@@ -145,7 +145,7 @@ def test_a_source_that_is_not_there_is_terminal_and_says_so(world: World) -> Non
     uri = f"oci://{world.summary['artifact_registry']}/adapters/nowhere:1"
     world.apply(manifest(world, "bad-nowhere", uri))
     try:
-        world.wait("a verdict", lambda: _failed(world, "bad-nowhere") == "SourceNotFound", timeout_s=30)
+        world.wait("a failure", lambda: _failed(world, "bad-nowhere") == "SourceNotFound", timeout_s=30)
         assert _refused(world, "bad-nowhere").status_code == 422
     finally:
         world.kubectl("delete", "lora", "bad-nowhere")

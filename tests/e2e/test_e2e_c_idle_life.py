@@ -1,4 +1,4 @@
-"""The idle life on the real cluster: loaded, used, parked, base at zero, held and answered; nothing lost on the way."""
+"""On the real cluster: an adapter is loaded, used and unloaded, its base goes to zero, a held request is answered."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from e2e_world import BASE, Prober, World
 
 
 def _device_bytes(world: World) -> int:
-    """What the runtime has measured of its device: base, keys and values, and the pages of each slot."""
+    """The device bytes that the runtime measured: base, KV pool, and the pages of each slot."""
     texts = world.scrape("runtime")
     lines = [x for text in texts for x in text.splitlines() if x.startswith("lorapool_runtime_device_bytes")]
     return int(float(lines[0].split()[-1]))
@@ -16,7 +16,7 @@ def _device_bytes(world: World) -> int:
 
 @pytest.fixture
 def short_lives(world: World):  # type: ignore[no-untyped-def]
-    """Seconds instead of minutes, for this file only."""
+    """Sets idle times of seconds instead of minutes, for this file only."""
     for task in world.tasks:
         world.patch("lora", task, {"idleAfter": "8s"})
     yield
@@ -52,13 +52,13 @@ def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(wor
 
 
 GAPS_S = (3.75, 4.5)
-"""Around `idleAfter`: the request and the decision to stop, which comes first."""
+"""Gaps around `idleAfter`: whether the request or the decision to stop comes first varies."""
 AFTER_DECISION_S = (0.0, 0.4, 0.8, 1.2, 2.0)
 """The pod answers `draining` for a second, then closes its socket; later it is gone, as in the test above."""
 
 
 async def test_a_prober_that_sends_throughout_loses_no_request(world: World, short_lives: None) -> None:
-    """Steady first; then with gaps swept over the moments at which the base stops, where one is easiest to lose."""
+    """Requests are steady first; then their gaps sweep the moments at which the base stops."""
     world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "4s"}})
     tasks = ("routing", "sentiment", "entities")
     prober = Prober(world, list(tasks[:2]), pause_s=0.2)
@@ -82,5 +82,5 @@ async def test_a_prober_that_sends_throughout_loses_no_request(world: World, sho
 
 
 def _wait_for_the_decision_to_stop(world: World) -> None:
-    """Returns within a tenth of a second of the operator's write, long before the pod hears of it."""
+    """Returns within a tenth of a second of the operator's write, before the pod is notified."""
     world.kubectl("wait", f"deploy/{BASE}-runtime", "--for=jsonpath={.spec.replicas}=0", "--timeout=60s")

@@ -1,4 +1,4 @@
-"""A runtime pod dies while it serves: status tells the truth at every moment, and nobody gets another's answer."""
+"""A runtime pod dies while it serves: status is correct throughout, and no client gets another client's answer."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from e2e_world import BASE, Prober, World
 
 
 def _truth(world: World, task: str) -> str:
-    """Empty while status says only what can be true; else what it claims wrongly."""
+    """The false claims of the status; empty if there are none."""
     adapter = world.get("lora", task)
     pods = {pod["metadata"]["uid"]: pod for pod in world.runtime_pods()}
     loaded = next((c["status"] for c in adapter["status"]["conditions"] if c["type"] == "Loaded"), "")
@@ -53,13 +53,13 @@ async def test_a_deleted_runtime_pod_costs_no_wrong_answer(world: World, grace_s
         f"{grace_s=}: {prober.asked} asked, {prober.right} right, {prober.deferred=}, {prober.lost=}, lies {lies[:3]}"
     )
     assert prober.wrong == [], "an answer of another adapter or of the base"
-    # The API server and the operator learn of a deletion a moment apart: a claim may be stale for that long, no more.
+    # The operator learns of a deletion slightly later than the API server: a claim may be stale for that long.
     assert len(lies) <= 4, lies
     assert seen_not_loaded
     if grace_s:
         assert prober.lost == []
         assert prober.deferred == []
     else:
-        # Killed outright: whatever had started on that pod may be lost, at most one request a prober.
+        # After a kill, requests that had started on that pod may be lost: at most one per prober.
         assert len(prober.lost) + len(prober.deferred) <= 3, prober.lost + prober.deferred
     assert world.condition("bm", BASE, "Ready")[0] == "True"

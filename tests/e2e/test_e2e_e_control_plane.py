@@ -1,4 +1,4 @@
-"""Operator and API server stopped: what is loaded keeps answering, a parked adapter whose base is up still loads."""
+"""With operator and API server stopped, loaded adapters keep answering and an unloaded adapter still loads."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def test_serving_goes_on_without_operator_and_api_server(world: World) -> None:
     world.chat("entities")
     for task in ("routing", "sentiment"):
         world.chat(task)
-    world.wait("entities parked", lambda: world.condition("lora", "entities", "Loaded")[1] == "Parked", timeout_s=60)
+    world.wait("entities unloaded", lambda: world.condition("lora", "entities", "Loaded")[1] == "Parked", timeout_s=60)
     with _stopped_control_plane(world):
         for _ in range(5):
             for task in ("routing", "sentiment", "entities"):

@@ -41,7 +41,7 @@ def test_the_series_of_a_deleted_adapter_vanish(world: World, tmp_path: Path) ->
     with world.client() as client:
         client.chat.completions.create(**{**world.question("routing"), "model": world.model("shortlived")})
     for component in ("gateway", "runtime"):
-        # Whichever of its pods took the request; the others have nothing to tell of it.
+        # Only the pod that served the request has the series.
         assert any("shortlived" in text for text in world.scrape(component))
     world.kubectl("delete", "lora", "shortlived")
     for component in ("gateway", "runtime", "operator"):

@@ -1,4 +1,4 @@
-"""Two hundred adapters applied at once: all judged, one status write each, all listed."""
+"""Two hundred adapters applied at once: all checked, one status write each, all listed."""
 
 import time
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ def test_two_hundred_adapters_at_once(world: World) -> None:
         world.apply(*manifests)
         applied = time.monotonic()
 
-        def judged() -> object:
+        def checked() -> object:
             items = [i for i in world.get("lora")["items"] if i["metadata"]["name"].startswith("many-")]
             ready = sum(
                 any(c["type"] == "Ready" and c["status"] == "True" for c in i.get("status", {}).get("conditions", []))
@@ -26,7 +26,7 @@ def test_two_hundred_adapters_at_once(world: World) -> None:
             )
             return ready == COUNT or f"{ready} of {COUNT} ready"
 
-        world.wait("every verdict", judged, timeout_s=120, every_s=1)
+        world.wait("every check", checked, timeout_s=120, every_s=1)
         settled = time.monotonic()
         with world.client() as client:
             world.wait(
@@ -37,12 +37,12 @@ def test_two_hundred_adapters_at_once(world: World) -> None:
         listed = time.monotonic()
         writes = _status_writes(world, names, began)
         print(
-            f"{COUNT} adapters: applied in {applied - started:.1f} s, judged {settled - applied:.1f} s later, "
+            f"{COUNT} adapters: applied in {applied - started:.1f} s, checked {settled - applied:.1f} s later, "
             f"listed {listed - settled:.1f} s after that; most status writes of one adapter: {max(writes.values())}"
         )
         assert set(writes.values()) == {1}
     finally:
-        # one request: kubectl's own way looks at one object after the other, and deletes one after the other
+        # one request: kubectl would get and delete the objects one by one
         path = f"/apis/lorapool.dev/v1alpha1/namespaces/{world.namespace}/loraadapters"
         world.kubectl("delete", "--raw", f"{path}?labelSelector={LABEL}%3Dmany")
         world.wait("their end", lambda: _left(world) == 0 or f"{_left(world)} left", timeout_s=60, every_s=1)

@@ -1,4 +1,4 @@
-"""After all the tests before: every process lived within the chart's own rights, in a strict namespace."""
+"""Runs after the other tests: no process needed more than the chart's RBAC in a restricted namespace."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from typing import Any
 from e2e_world import World
 
 SETTLING_S = 20.0
-"""An API server that a test has just started again knows no roles yet, and forbids for a moment what it then allows."""
+"""A restarted API server has not loaded the roles yet and denies for a moment what it allows later."""
 
 
 REFUSED = re.compile(r"forbidden|(?:status|code|reason|http/[\d.]+)\W{1,4}403\b|\(403\)|\" 403\b", re.IGNORECASE)
-"""In words, or as a status where one is written; a 403 that is a duration, a count or an address is none."""
+"""A refusal in words or as an HTTP status; a 403 that is a duration, a count or an address is not one."""
 
 
 def _settling(world: World, timestamp: str) -> bool:
@@ -22,14 +22,14 @@ def _settling(world: World, timestamp: str) -> bool:
 
 
 def _asked(event: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    """Who wanted to do what to which kind of object: what one right allows or does not."""
+    """Subject, verb and resource: what one RBAC rule allows or denies."""
     ref = event.get("objectRef", {})
     kind = (ref.get("apiGroup", ""), ref.get("resource", ""), ref.get("subresource", ""))
     return (event["user"]["username"], event["verb"], *kind)
 
 
 def forbidden(world: World, events: list[dict[str, Any]]) -> list[str]:
-    """Every 403, but for one right after a restart whose like was allowed at another time: that right is there."""
+    """Every 403, except those right after a restart for a permission that was granted at another time."""
     allowed = {_asked(event) for event in events if event["responseStatus"]["code"] < 400}
     return [
         f"{event['user']['username']} {event['verb']} {event['requestURI']}"
@@ -56,7 +56,7 @@ def test_no_pod_was_refused_or_warned_about(world: World) -> None:
 
 
 def refusals(world: World, log: str) -> list[str]:
-    """Lines of a pod's log that tell of a refusal, but for those of the moment after a restart (judged above)."""
+    """Lines of a pod's log that report a refusal, without those right after a restart (checked above)."""
     return [line for line in log.splitlines() if REFUSED.search(_untimed(line)) and not _excused(world, line)]
 
 

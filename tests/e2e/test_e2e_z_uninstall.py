@@ -1,4 +1,4 @@
-"""`helm upgrade` from an older CRD, then `helm uninstall`: the objects stay, deleting them hangs on nothing."""
+"""`helm upgrade` from an older CRD, then `helm uninstall`: the objects remain and can be deleted."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Puts hack/models on the path, as running its scripts does, and gives a registry on loopback."""
+"""Puts hack/models on the path, as running its scripts does, and provides a registry on loopback."""
 
 from __future__ import annotations
 

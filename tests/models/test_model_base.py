@@ -1,4 +1,4 @@
-"""The making of the base model's folder: whole or absent, from the pinned package only."""
+"""The base model's folder is complete or absent, and made from the pinned package only."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from finetune_metrics import ENTITY_KEYS, judge_facts, parse_entities
+from finetune_metrics import ENTITY_KEYS, parse_entities, score_facts
 from finetune_tasks import DEMO, SCORES, TASKS, Line, Task, read_lines
 from write_data import SourceError, written
 
@@ -90,7 +90,7 @@ def test_every_entity_answer_is_json_whose_names_stand_in_the_text() -> None:
 
 def test_every_manual_answer_holds_its_own_facts() -> None:
     for line in lines(TASKS["manual-qa"], "heldout"):
-        assert judge_facts(line["messages"][-1]["content"], line)["all_facts"] == 1.0, question(line)
+        assert score_facts(line["messages"][-1]["content"], line)["all_facts"] == 1.0, question(line)
 
 
 def test_a_source_line_without_a_mark_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""How answers are judged."""
+"""How answers are scored."""
 
 from __future__ import annotations
 
 import pytest
-from finetune_metrics import chrf, judge_entities, judge_facts, judge_label, judge_translation
+from finetune_metrics import chrf, score_entities, score_facts, score_label, score_translation
 from finetune_tasks import Line
 
 
@@ -25,7 +25,7 @@ def line(answer: str, **more: object) -> Line:
 def test_a_label_is_right_alone_and_named_when_no_other_is(said: str, right: float, named: float) -> None:
     asked = {"role": "system", "content": "Billing, delivery or sales?"}
     wanted = {"messages": [asked, *line("billing")["messages"]]}
-    assert judge_label(said, wanted) == {"right": right, "named": named}
+    assert score_label(said, wanted) == {"right": right, "named": named}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_label_is_right_alone_and_named_when_no_other_is(said: str, right: flo
 )
 def test_entities_are_right_when_each_list_holds_the_same_names(said: str, valid: float, right: float) -> None:
     wanted = line('{"people": ["Al", "Bo"], "organizations": [], "places": []}')
-    assert judge_entities(said, wanted) == {"valid_json": valid, "right": right}
+    assert score_entities(said, wanted) == {"valid_json": valid, "right": right}
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_entities_are_right_when_each_list_holds_the_same_names(said: str, valid
     ],
 )
 def test_a_number_counts_only_whole(said: str, recall: float) -> None:
-    assert judge_facts(said, line("", facts=["1.6"]))["fact_recall"] == recall
+    assert score_facts(said, line("", facts=["1.6"]))["fact_recall"] == recall
 
 
 def test_facts_count_by_share_and_a_fact_of_two_words_in_order() -> None:
     said = line("", facts=["BF-20", "silicone grease"])
-    assert judge_facts("Use silicone grease.", said) == {"fact_recall": 0.5, "all_facts": 0.0}
-    assert judge_facts("Grease of silicone; BF-20.", said)["fact_recall"] == 0.5
+    assert score_facts("Use silicone grease.", said) == {"fact_recall": 0.5, "all_facts": 0.0}
+    assert score_facts("Grease of silicone; BF-20.", said)["fact_recall"] == 0.5
 
 
 def test_chrf_is_one_for_the_reference_and_zero_for_nothing_in_common() -> None:
@@ -76,4 +76,4 @@ def test_chrf_of_one_wrong_word_lies_between() -> None:
 
 
 def test_a_translation_is_exact_whatever_its_punctuation() -> None:
-    assert judge_translation("Gracias", line("¡Gracias!"))["exact"] == 1.0
+    assert score_translation("Gracias", line("¡Gracias!"))["exact"] == 1.0

@@ -1,4 +1,4 @@
-"""The committed adapters: bf16, small, as declared, as good as promised, and described by their cards."""
+"""The committed adapters are bf16, small, as declared, as good as their scores, and described by their cards."""
 
 from __future__ import annotations
 

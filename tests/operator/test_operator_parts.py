@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
+from lorapool_api.settings import SettingsError
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.effects.cluster import merge_patch
-from lorapool_operator.settings import SettingsError, read_master_token, read_settings
+from lorapool_operator.settings import read_settings
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind, PodObject
 from lorapool_operator.world.intake import Intake
@@ -178,16 +178,6 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
     assert read_settings({**NEEDED, "LORAPOOL_OPERATOR_NAMESPACES": "*"}).watched == (None,)
 
 
-def test_names_that_kubernetes_injects_for_a_service_are_not_settings() -> None:
-    injected = {
-        "LORAPOOL_OPERATOR_SERVICE_HOST": "10.0.0.1",
-        "LORAPOOL_OPERATOR_PORT": "tcp://10.0.0.1:9090",
-        "LORAPOOL_OPERATOR_PORT_9090_TCP_ADDR": "10.0.0.1",
-        "LORAPOOL_OPERATOR_SERVICE_PORT_METRICS": "9090",
-    }
-    read_settings({**NEEDED, **injected})
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -202,14 +192,6 @@ def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], message
     with pytest.raises(SettingsError) as caught:
         read_settings({**NEEDED, **changes})
     assert message in str(caught.value)
-
-
-def test_a_short_master_token_is_refused_and_not_shown(tmp_path: Path) -> None:
-    path = tmp_path / "token"
-    path.write_text("short-secret")
-    with pytest.raises(SettingsError) as caught:
-        read_master_token(path)
-    assert "short-secret" not in str(caught.value)
 
 
 # --- merge patch, times

@@ -53,7 +53,7 @@ class ApiServer:
 
 def start_apiserver(tmp_path: Path, *, controllers: bool = False) -> ApiServer:
     """Starts a server with its files below `tmp_path`. With `controllers`, owned objects are garbage-collected."""
-    _cluster("build", "--only", "apiserver", timeout_s=_BUILD_TIMEOUT_S)
+    _cluster("build", timeout_s=_BUILD_TIMEOUT_S)
     state = tmp_path / "apiserver"
     arguments = ["--apiserver-only", "--name", "test", "--state", str(state), "--while-pid", str(os.getpid()), "--json"]
     if not controllers:

@@ -14,7 +14,7 @@ def copy_manifest(world: World, name: str, task: str = "routing") -> dict[str, A
 def copy_manifests(
     world: World, names: Iterable[str], task: str = "routing", *, labels: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """As many, with these labels."""
+    """Copies with these labels."""
     source = world.get("lora", task)["spec"]["source"]
     return [
         {
@@ -28,5 +28,5 @@ def copy_manifests(
 
 
 def copy_of_routing(world: World, name: str) -> None:
-    """Applies such a copy."""
+    """Applies a copy of the routing fine-tune."""
     world.apply(copy_manifest(world, name))

@@ -1,4 +1,4 @@
-"""The running demo as the cluster tests see it: kubectl, an OpenAI client, a prober, and the ways to break things.
+"""The running demo for the cluster tests: kubectl, an OpenAI client, a prober, and fault injection.
 
 Made once per test run by `e2e/conftest.py` from the demo's summary.json.
 """
@@ -100,7 +100,7 @@ class World:
         return list(self.get("pods", "-l", f"lorapool.dev/base={BASE}")["items"])
 
     def wait(self, what: str, check: Callable[[], object], *, timeout_s: float, every_s: float = 0.5) -> None:
-        """Until `check` is true; fails with the last value and the objects as they are."""
+        """Waits until `check` is true; fails with the last value and the current objects."""
         deadline = time.monotonic() + timeout_s
         last: object = None
         while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ class World:
 
 @dataclass
 class Prober:
-    """Asks known questions without pause until told to stop, and keeps what came of each."""
+    """Asks known questions without pause until stopped, and keeps every outcome."""
 
     world: World
     tasks: list[str]
@@ -163,7 +163,7 @@ class Prober:
     asked: int = 0
     right: int = 0
     wrong: list[str] = field(default_factory=list)
-    """Another answer or another identity than that of the adapter asked: must stay empty, always."""
+    """Answers or identities that differ from the requested adapter's; must always be empty."""
     lost: list[str] = field(default_factory=list)
     """Neither an answer nor an OpenAI-shaped 429 or 503 with Retry-After."""
     deferred: list[str] = field(default_factory=list)

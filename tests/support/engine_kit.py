@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import queue
 import threading
 import time
@@ -172,8 +173,13 @@ def request(
     return GenerationRequest(request_id, tuple(prompt), slot, cache_salt, sampling)
 
 
+THREADS = int(os.environ.get("LORAPOOL_TEST_THREADS", "1"))
+
+
 def started(base: Path, **changes: Any) -> TorchEngine:
-    settings: dict[str, Any] = {"max_rank": 16, "slots": 6, "max_batch": 24, "max_batch_tokens": 64, "threads": 1}
+    """In float32 unless `changes` says otherwise: what `auto` chooses depends on the processor."""
+    settings: dict[str, Any] = {"max_rank": 16, "slots": 6, "max_batch": 24, "max_batch_tokens": 64}
+    settings |= {"threads": THREADS, "dtype": "float32"}
     engine = TorchEngine(EngineConfig(model_dir=str(base), device="cpu", **settings | changes))
     engine.start()
     return engine

@@ -1,4 +1,4 @@
-"""A whole local cluster for tests marked `cluster`, and what a host looks like, to see that nothing was left on it."""
+"""A local cluster for tests marked `cluster`, and the host's state, to check that nothing is left behind."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def cluster(*arguments: str, timeout_s: float = 1800) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One that is up."""
+    """A running cluster."""
 
     state: Path
     kubeconfig: Path
@@ -43,7 +43,7 @@ class Cluster:
         return done.stdout
 
     def process(self) -> int:
-        """The host's number of the process that everything else of the cluster hangs on."""
+        """The host's pid of the cluster's root process."""
         return int(json.loads((self.state / "process.json").read_text())["pid"])
 
 
@@ -59,7 +59,7 @@ def command_lines() -> dict[int, str]:
 
 
 def network_namespaces() -> set[str]:
-    """Those that some process is in."""
+    """Network namespaces that have a process."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/ns/net"):
         try:

@@ -30,12 +30,12 @@ class RandomAdapter:
 
     def a(self, linear: int) -> Tensor:
         """float32 [rank, in]"""
-        piece = self.layout.pieces[linear]
+        piece = self.layout.linears[linear]
         return self._part(piece.a_at, piece.rank, piece.in_features)
 
     def b(self, linear: int) -> Tensor:
         """float32 [rank, out]"""
-        piece = self.layout.pieces[linear]
+        piece = self.layout.linears[linear]
         return self._part(piece.b_at, piece.rank, piece.out_features)
 
     def delta(self, linear: int, x: Tensor) -> Tensor:

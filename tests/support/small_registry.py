@@ -1,4 +1,4 @@
-"""A registry that keeps what is pushed in memory and speaks as much of the distribution API as a push needs.
+"""An in-memory registry with the part of the distribution API that a push needs.
 
 Used by test_model_push.py. It checks digests as a real one does and counts uploads, so a test can see what was sent.
 """

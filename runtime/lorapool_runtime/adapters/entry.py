@@ -1,20 +1,21 @@
 """One registered adapter, why its last load failed, and the leases of the requests that run on it.
 
-`adapter_table` holds the entries; `adapters` and `adapter_loading` change them, nobody else does. A request holds a
-`Lease` while the engine runs it: an adapter with a lease never leaves its slot.
+Any module may read an entry's fields; only the methods of the entry change them. A request holds a `Lease` while the
+engine runs it: an adapter with a lease never leaves its slot.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import ApiError, client_fault
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, ErrorDetail
-from lorapool_runtime.usage import Account
+from lorapool_runtime.usage import AdapterUsage
 
 
 class Abortable(Protocol):
@@ -22,17 +23,20 @@ class Abortable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class LoadFailure:
     """Why the last load failed. `retry_at_s` None: terminal for this descriptor."""
 
     reason: FailureReason
     message: str
     attempts: int
-    retry_at_s: float | None
-    retry_at_unix_s: float | None
+    retry_at_s: float | None = None
+    retry_at_unix_s: float | None = None
+
+    def retryable(self, now_s: float) -> bool:
+        return self.retry_at_s is not None and now_s >= self.retry_at_s
 
     def refusal(self, now_s: float) -> ApiError | None:
-        """The error requests get until then; None when it may be tried (again)."""
+        """The error of requests until the next try; None when a request may start one now."""
         if self.retry_at_s is None:
             return client_fault(self.reason, self.message)
         if now_s >= self.retry_at_s or self.reason is FailureReason.NO_CAPACITY:
@@ -49,50 +53,124 @@ class Failure:
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
-    """One registered adapter."""
-
+class AdapterEntry:
     key: AdapterKey
     descriptor: AdapterDescriptor
-    account: Account
+    usage: AdapterUsage
     since_unix_s: float
-    slot: int | None = None
-    """Set while its weights are in that slot."""
+    """When it came into its present tier."""
+    used_s: float
+    """When it was last used, or registered."""
+    used_unix_s: float | None = None
     rank: int | None = None
     device_bytes: int = 0
     waiting: int = 0
-    used_s: float = 0.0
-    used_unix_s: float | None = None
-    failure: Failure | None = None
+    """Requests that wait for its load."""
+    failure: LoadFailure | None = None
     loading: asyncio.Task[ApiError | None] | None = None
     fetching: bool = False
-    """The load is in its long, cancellable part."""
-    leaving: asyncio.Task[int] | None = None
+    """The load is in its long part, which may be cancelled."""
+    unloading: asyncio.Task[int] | None = None
     deleting: asyncio.Task[DeleteAnswer] | None = None
     leases: set[Lease] = field(default_factory=set)
     unused: asyncio.Event = field(default_factory=asyncio.Event)
-    told: tuple[tuple[Any, ...], AdapterReport] | None = None
-    """The last report, and the values it was made of."""
+    """Set while it has no lease."""
+    _report: tuple[tuple[Any, ...], AdapterReport] | None = None
+    """The last report, and the values that it was made of."""
 
     def __post_init__(self) -> None:
         self.unused.set()
 
-    @property
-    def usable(self) -> bool:
-        return self.slot is not None and self.leaving is None
+    def describe(self, descriptor: AdapterDescriptor) -> None:
+        """Takes a new descriptor. A failure is forgotten if the files to load may be others than before."""
+        before = self.descriptor
+        if (before.source, before.max_bytes) != (descriptor.source, descriptor.max_bytes):
+            self.failure = None
+        self.descriptor = descriptor
+        self.usage.rename(descriptor.display)
+
+    def fail(self, failure: LoadFailure) -> None:
+        self.failure = failure
+
+    def touch(self, now_s: float, unix_s: float) -> None:
+        """Notes that a request used it now."""
+        self.used_s, self.used_unix_s = now_s, unix_s
+
+    def set_tier_since(self, unix_s: float) -> None:
+        self.since_unix_s = unix_s
+
+    def set_loaded(self, rank: int, device_bytes: int, *, now_s: float, unix_s: float) -> None:
+        self.rank, self.device_bytes, self.failure = rank, device_bytes, None
+        self.used_s, self.since_unix_s = now_s, unix_s
+
+    def set_unloaded(self, unix_s: float) -> None:
+        self.device_bytes, self.unloading, self.since_unix_s = 0, None, unix_s
+
+    # --- tasks --------------------------------------------------------------------------
+
+    def begin_load(self, task: asyncio.Task[ApiError | None]) -> None:
+        self.loading = task
+
+    def end_load(self) -> None:
+        self.loading = None
+
+    @contextmanager
+    def fetching_files(self) -> Iterator[None]:
+        """Marks the load as cancellable while inside."""
+        self.fetching = True
+        try:
+            yield
+        finally:
+            self.fetching = False
+
+    def begin_unload(self, task: asyncio.Task[int]) -> None:
+        self.unloading = task
+
+    def begin_delete(self, task: asyncio.Task[DeleteAnswer]) -> None:
+        self.deleting = task
+
+    # --- requests -----------------------------------------------------------------------
+
+    @contextmanager
+    def waiting_request(self) -> Iterator[None]:
+        """Counts one more request that waits for the load while inside."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def add_lease(self, lease: Lease) -> None:
+        self.leases.add(lease)
+        self.unused.clear()
+
+    def remove_lease(self, lease: Lease) -> None:
+        self.leases.discard(lease)
+        if not self.leases:
+            self.unused.set()
+
+    def report(self, values: tuple[Any, ...], make: Callable[[], AdapterReport]) -> AdapterReport:
+        """The last report, or a new one if one of its values has changed."""
+        if self._report is None or self._report[0] != values:
+            self._report = values, make()
+        return self._report[1]
 
 
 class Lease:
     """The right of one request to run on a slot until `release`."""
 
     def __init__(
-        self, entry: Entry, slot: int, cold_start_s: float | None, on_release: Callable[[Entry, Lease], None]
+        self,
+        entry: AdapterEntry,
+        slot: int,
+        cold_start_s: float | None,
+        on_release: Callable[[AdapterEntry, Lease], None],
     ) -> None:
         self._entry = entry
         self._on_release = on_release
         self.slot = slot
         self.cold_start_s = cold_start_s
-        """How long the request waited for the load; None when it was warm."""
+        """How long the request waited for the load; None when the adapter was loaded already."""
         self._work: Abortable | None = None
         self._released = False
 
@@ -105,11 +183,11 @@ class Lease:
         return self._entry.descriptor.display
 
     @property
-    def account(self) -> Account:
-        return self._entry.account
+    def usage(self) -> AdapterUsage:
+        return self._entry.usage
 
     def attach(self, work: Abortable) -> None:
-        """What to end when the adapter must go."""
+        """Sets the work that `abort` ends."""
         self._work = work
 
     def abort(self, message: str) -> None:
@@ -117,7 +195,7 @@ class Lease:
             self._work.abort(message)
 
     def release(self) -> None:
-        """Gives the slot back; harmless the second time."""
+        """Releases the slot; does nothing the second time."""
         if not self._released:
             self._released = True
             self._on_release(self._entry, self)

@@ -1,11 +1,10 @@
-"""Adapters kept ready in host memory, by digest: a byte bound, least recently used first, and an idle life.
+"""Adapters in host memory, by digest: bounded in bytes, evicted least recently used first, dropped when idle.
 
-`adapters` owns the one instance on the event loop. Refuses to keep what is larger than the bound. No clock, no engine.
+An adapter larger than the bound is not kept. No clock, no engine.
 """
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection
@@ -41,14 +40,14 @@ class HostCache:
         return kept.adapter
 
     def touch(self, digest: str, now_s: float) -> None:
-        """It was of use just now; unknown digests are ignored."""
+        """Marks it used now; an unknown digest is ignored."""
         kept = self._kept.get(digest)
         if kept is not None:
             kept.touched_s = now_s
             self._kept.move_to_end(digest)
 
     def put(self, digest: str, adapter: HostAdapter, now_s: float) -> list[str]:
-        """Keeps it and returns the digests that had to make room (itself, when it is larger than the bound)."""
+        """Keeps it and returns the digests that were evicted for it (itself, when it is larger than the bound)."""
         self.drop(digest)
         if adapter.host_bytes > self._max_bytes:
             return [digest]
@@ -62,7 +61,7 @@ class HostCache:
         return dropped
 
     def drop(self, digest: str) -> int:
-        """Lets go of it; the bytes that really came free (0 when somebody else still holds it)."""
+        """Drops it and returns the bytes freed: 0 when another object, such as a slot, still references it."""
         kept = self._kept.pop(digest, None)
         if kept is None:
             return 0
@@ -73,7 +72,7 @@ class HostCache:
         return size if watch is None or watch() is None else 0
 
     def sweep(self, now_s: float, idle_s: float, *, keep: Collection[str]) -> list[str]:
-        """Drops what was not touched for `idle_s`, except `keep`; the digests that left."""
+        """Drops what was not used for `idle_s`, except `keep`, and returns the dropped digests."""
         idle = [
             digest for digest, kept in self._kept.items() if digest not in keep and now_s - kept.touched_s >= idle_s
         ]
@@ -87,11 +86,3 @@ def _watch(adapter: HostAdapter) -> weakref.ref[HostAdapter] | None:
         return weakref.ref(adapter)
     except TypeError:  # a class with slots and no room for weak references
         return None
-
-
-def give_back_memory() -> None:
-    """Asks the C library to return free pages to the operating system, where it can (glibc). Takes milliseconds."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return

@@ -1,29 +1,30 @@
-"""What this replica knows of its adapters: which are registered, where each lies, and what is told of them.
+"""Which adapters are registered, where their copies are stored, which slots they occupy, and their reports.
 
-The state that `adapters` (registry and users) and `adapter_loading` (the way into a slot and out of it) share, on the
-event loop. Slots belong to `uid@digest`, since residency is billed per object; host and disk copies belong to the
-digest. It loads nothing and waits for nothing.
+The one owner of this state: `manager` and `loader` change it through the methods here. Slots belong to `uid@digest`,
+since residency is billed per object; host and disk copies belong to the digest. It loads nothing and waits for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.protocol import AdapterReport, AdapterState, EventType, Tier
-from lorapool_runtime.adapters.entry import Entry
+from lorapool_api.openai import TooManyRequestsError
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
+from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
-from lorapool_runtime.adapters.slot_table import SlotTable
+from lorapool_runtime.adapters.slot_table import Admission, SlotTable
 from lorapool_runtime.clock import Clock
+from lorapool_runtime.engines.interface import HostAdapter
 from lorapool_runtime.events import Changes, EventRing
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """The part of the settings that concerns adapters, with their units in the names."""
+    """The settings that concern adapters, with their units in the names."""
 
     slots: int
     max_rank: int
@@ -36,7 +37,7 @@ class AdapterLimits:
     drain_adapter_s: float
 
 
-class AdapterTable:
+class AdapterRegistry:
     def __init__(
         self,
         limits: AdapterLimits,
@@ -45,54 +46,173 @@ class AdapterTable:
         clock: Clock,
         changes: Changes,
         events: EventRing,
-        accounts: Accounts,
+        usage: UsageTracker,
     ) -> None:
         self.limits = limits
         self.boot_id = boot_id
         self.clock = clock
         self.changes = changes
-        self.accounts = accounts
-        self.entries: dict[AdapterKey, Entry] = {}
-        self.pinned: set[AdapterKey] = set()
-        self.on_disk: set[str] = set()
-        """Digests."""
-        self.host = HostCache(limits.host_cache_bytes)
-        self.slots = SlotTable(limits.slots)
         self._events = events
+        self._usage = usage
+        self._entries: dict[AdapterKey, AdapterEntry] = {}
+        self._on_disk: set[str] = set()  # digests
+        self._host = HostCache(limits.host_cache_bytes)
+        self._slots = SlotTable(limits.slots)
 
-    def wanted(self, key: AdapterKey) -> bool:
-        """Whether a request waits for it."""
-        entry = self.entries.get(key)
-        return entry is not None and entry.waiting > 0
+    def __len__(self) -> int:
+        return len(self._entries)
 
-    def digest_is_known(self, digest: str, *, besides: Entry | None = None) -> bool:
-        return any(entry.key.digest == digest and entry is not besides for entry in self.entries.values())
+    def __iter__(self) -> Iterator[AdapterEntry]:
+        """In the order of registration."""
+        return iter(list(self._entries.values()))
 
-    def remove(self, entry: Entry) -> None:
-        del self.entries[entry.key]
-        self.pinned.discard(entry.key)
-        self.accounts.leave(entry.key.uid)
-        if not self.digest_is_known(entry.key.digest):
-            self.on_disk.discard(entry.key.digest)
+    def get(self, key: AdapterKey) -> AdapterEntry | None:
+        return self._entries.get(key)
 
-    def left_host(self, digests: Iterable[str]) -> None:
-        """These host copies are gone: adapters that had no nearer copy are in another tier from now on."""
+    def __getitem__(self, key: AdapterKey) -> AdapterEntry:
+        return self._entries[key]
+
+    # --- registration -------------------------------------------------------------------
+
+    def add(self, key: AdapterKey, descriptor: AdapterDescriptor, *, on_disk: bool) -> AdapterEntry:
+        """Registers an adapter. At the limit it forgets the longest unused unloaded one.
+
+        Raises TooManyRequestsError when all are loaded or in use.
+        """
+        if len(self._entries) >= self.limits.max_adapters:
+            self.remove(self._longest_unused())
+        usage = self._usage.register(key.uid, descriptor.display)
+        entry = AdapterEntry(key, descriptor, usage, since_unix_s=self.clock.unix_s(), used_s=self.clock.now_s())
+        self._entries[key] = entry
+        if on_disk:
+            self._on_disk.add(key.digest)
+        return entry
+
+    def _longest_unused(self) -> AdapterEntry:
+        cold = [
+            entry
+            for entry in self._entries.values()
+            if self.slot_of(entry) is None and not entry.waiting and entry.loading is None and entry.deleting is None
+            and not entry.descriptor.pinned
+        ]  # fmt: skip
+        if not cold:
+            raise TooManyRequestsError(
+                f"{len(self)} adapters are registered, which is this runtime's maximum; delete one first.",
+                code="too_many_adapters",
+            )
+        return min(cold, key=lambda entry: entry.used_s)
+
+    def remove(self, entry: AdapterEntry) -> None:
+        del self._entries[entry.key]
+        self._usage.unregister(entry.key.uid)
+        if not self._is_registered(entry.key.digest):
+            self._on_disk.discard(entry.key.digest)
+
+    def _is_registered(self, digest: str, *, except_for: AdapterEntry | None = None) -> bool:
+        return any(entry.key.digest == digest and entry is not except_for for entry in self._entries.values())
+
+    # --- copies -------------------------------------------------------------------------
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host.bytes
+
+    def host_copy(self, digest: str) -> HostAdapter | None:
+        return self._host.get(digest, self.clock.now_s())
+
+    def add_disk_copy(self, digest: str) -> None:
+        self._on_disk.add(digest)
+
+    def add_host_copy(self, digest: str, adapter: HostAdapter) -> None:
+        """Keeps the copy; the least recently used ones make room for it."""
+        self._dropped_from_host(self._host.put(digest, adapter, self.clock.now_s()))
+
+    def drop_host_copy(self, entry: AdapterEntry) -> int:
+        """Bytes freed: 0 while another registered adapter has the same files, or a slot is the same memory."""
+        if self._is_registered(entry.key.digest, except_for=entry):
+            return 0
+        return self._host.drop(entry.key.digest)
+
+    def drop_idle_host_copies(self) -> bool:
+        """Drops those that no slot was loaded from for `host_idle_s`. True when one was dropped."""
+        in_use = {entry.key.digest for entry in self if self.slot_of(entry) is not None or entry.loading}
+        dropped = self._host.sweep(self.clock.now_s(), self.limits.host_idle_s, keep=in_use)
+        self._dropped_from_host(dropped)
+        return bool(dropped)
+
+    def _dropped_from_host(self, digests: Iterable[str]) -> None:
         gone = set(digests)
-        for entry in self.entries.values():
-            if entry.key.digest in gone and entry.slot is None:
-                entry.since_unix_s = self.clock.unix_s()
+        for entry in self._entries.values():
+            if entry.key.digest in gone and self.slot_of(entry) is None:
+                entry.set_tier_since(self.clock.unix_s())
         if gone:
             self.changes.bump()
 
-    # --- told ---------------------------------------------------------------------------
+    # --- slots --------------------------------------------------------------------------
 
-    def announce(
+    @property
+    def slots_used(self) -> int:
+        return self._slots.used
+
+    def slot_of(self, entry: AdapterEntry) -> int | None:
+        """The slot that holds its weights, also while it is being unloaded."""
+        return self._slots.slot_of(entry.key)
+
+    def usable(self, entry: AdapterEntry) -> bool:
+        """True when a request may start to run on its slot."""
+        return self._slots.usable(entry.key)
+
+    def can_admit(self) -> Admission | None:
+        """The slot that an adapter to load would get. Pinned adapters and those with waiting requests stay."""
+        return self._slots.can_admit(self._may_evict)
+
+    def _may_evict(self, key: AdapterKey) -> bool:
+        entry = self._entries[key]
+        return not entry.waiting and not entry.descriptor.pinned
+
+    def allocate(self, entry: AdapterEntry, slot: int) -> None:
+        """Gives a free slot to an adapter whose weights are about to be loaded."""
+        self._slots.allocate(slot, entry.key, self.clock.now_s())
+
+    def release(self, entry: AdapterEntry) -> None:
+        """Frees the slot of a load that failed."""
+        self._slots.release(entry.key)
+
+    def set_loaded(self, entry: AdapterEntry, *, rank: int, device_bytes: int, load_seconds: float) -> None:
+        """Makes the adapter usable, counts the load and emits the event."""
+        now_s = self.clock.now_s()
+        self._slots.set_loaded(entry.key)
+        entry.set_loaded(rank, device_bytes, now_s=now_s, unix_s=self.clock.unix_s())
+        entry.usage.loaded(entry.key.digest, now_s, load_seconds)
+        self._emit(EventType.LOADED, entry, seconds=load_seconds, device_bytes=device_bytes)
+
+    def begin_unload(self, entry: AdapterEntry) -> int:
+        """Makes the slot unusable and returns its number. Raises ValueError while a request runs on it."""
+        return self._slots.begin_unload(entry.key)
+
+    def set_unloaded(self, entry: AdapterEntry) -> None:
+        """Frees the slot, counts the residency and emits the event."""
+        now_s, device_bytes = self.clock.now_s(), entry.device_bytes
+        self._slots.release(entry.key)
+        entry.set_unloaded(self.clock.unix_s())
+        self._host.touch(entry.key.digest, now_s)
+        seconds = entry.usage.unloaded(entry.key.digest, now_s)
+        self._emit(EventType.UNLOADED, entry, seconds=seconds, device_bytes=device_bytes)
+
+    def set_failed(self, entry: AdapterEntry, failure: LoadFailure, *, emit: bool = True) -> None:
+        """Notes the failed load; `emit` False for an adapter that no load was started for."""
+        entry.fail(failure)
+        if emit:
+            self._emit(EventType.LOAD_FAILED, entry, device_bytes=entry.device_bytes, reason=failure.reason.value)
+        self.changes.bump()
+
+    def _emit(
         self,
         kind: EventType,
-        entry: Entry,
+        entry: AdapterEntry,
         *,
         seconds: float = 0.0,
-        device_bytes: int | None = None,
+        device_bytes: int,
         reason: str | None = None,
     ) -> None:
         self._events.add(
@@ -101,37 +221,53 @@ class AdapterTable:
             display=entry.descriptor.display,
             at_unix_s=self.clock.unix_s(),
             seconds=seconds,
-            device_bytes=entry.device_bytes if device_bytes is None else device_bytes,
+            device_bytes=device_bytes,
             reason=reason,
         )
 
-    def report(self, entry: Entry) -> AdapterReport:
-        """Made anew only when one of its values has changed: a snapshot holds thousands, most of them at rest."""
-        now_s = self.clock.now_s()
-        values = self._values(entry, now_s)
-        if entry.told is None or entry.told[0] != values:
-            entry.told = values, self._report(entry, now_s)
-        return entry.told[1]
+    # --- leases -------------------------------------------------------------------------
 
-    def _values(self, entry: Entry, now_s: float) -> tuple[Any, ...]:
-        """Everything a report is made of, beside the names that never change."""
+    def lease(self, entry: AdapterEntry, cold_start_s: float | None) -> Lease:
+        """Lets one more request run on the adapter's slot. Raises ValueError when it is not usable."""
+        slot = self._slots.enter(entry.key, self.clock.now_s())
+        lease = Lease(entry, slot, cold_start_s, self._release_lease)
+        entry.add_lease(lease)
+        entry.touch(self.clock.now_s(), self.clock.unix_s())
+        self.changes.bump_soon()
+        return lease
+
+    def _release_lease(self, entry: AdapterEntry, lease: Lease) -> None:
+        self._slots.leave(entry.key, self.clock.now_s())
+        entry.remove_lease(lease)
+        entry.touch(self.clock.now_s(), self.clock.unix_s())
+        self.changes.bump_soon()
+
+    # --- reports ------------------------------------------------------------------------
+
+    def report(self, entry: AdapterEntry) -> AdapterReport:
+        """Made again only when one of its values has changed: a snapshot holds thousands, most of them unchanged."""
+        now_s = self.clock.now_s()
+        return entry.report(self._values(entry, now_s), lambda: self._report(entry, now_s))
+
+    def _values(self, entry: AdapterEntry, now_s: float) -> tuple[Any, ...]:
+        """Every value of a report, except for the names that never change."""
         return (
             entry.descriptor.display,
             self._state(entry),
             self._tier(entry),
             len(entry.leases),
             entry.waiting,
-            entry.key in self.pinned,
+            entry.descriptor.pinned,
             entry.rank,
             entry.device_bytes,
-            self.host.bytes_of(entry.key.digest),
+            self._host.bytes_of(entry.key.digest),
             entry.since_unix_s,
             entry.used_unix_s,
             entry.failure,
-            entry.account.numbers(now_s),
+            entry.usage.values(now_s),
         )
 
-    def _report(self, entry: Entry, now_s: float) -> AdapterReport:
+    def _report(self, entry: AdapterEntry, now_s: float) -> AdapterReport:
         return AdapterReport(
             uid=entry.key.uid,
             digest=entry.key.digest,
@@ -140,20 +276,20 @@ class AdapterTable:
             tier=self._tier(entry),
             in_flight=len(entry.leases),
             waiting=entry.waiting,
-            pinned=entry.key in self.pinned,
+            pinned=entry.descriptor.pinned,
             rank=entry.rank,
             device_bytes=entry.device_bytes,
-            host_bytes=self.host.bytes_of(entry.key.digest),
+            host_bytes=self._host.bytes_of(entry.key.digest),
             since_unix_s=entry.since_unix_s,
             last_used_unix_s=entry.used_unix_s,
             failure=None if entry.failure is None else entry.failure.detail(),
-            usage=entry.account.part(self.boot_id, now_s),
+            usage=entry.usage.report(self.boot_id, now_s),
         )
 
-    def _state(self, entry: Entry) -> AdapterState:
-        if entry.deleting is not None or entry.leaving is not None:
+    def _state(self, entry: AdapterEntry) -> AdapterState:
+        if entry.deleting is not None or entry.unloading is not None:
             return AdapterState.DRAINING
-        if entry.slot is not None:
+        if self.slot_of(entry) is not None:
             return AdapterState.LOADED
         if entry.loading is not None:
             return AdapterState.LOADING
@@ -161,9 +297,9 @@ class AdapterTable:
             return AdapterState.FAILED
         return AdapterState.REGISTERED
 
-    def _tier(self, entry: Entry) -> Tier:
-        if entry.slot is not None:
+    def _tier(self, entry: AdapterEntry) -> Tier:
+        if self.slot_of(entry) is not None:
             return Tier.DEVICE
-        if entry.key.digest in self.host:
+        if entry.key.digest in self._host:
             return Tier.HOST
-        return Tier.DISK if entry.key.digest in self.on_disk else Tier.SOURCE
+        return Tier.DISK if entry.key.digest in self._on_disk else Tier.SOURCE

@@ -1,7 +1,7 @@
-"""Which adapter sits in which slot, and which one would have to leave: a pure table, no clock and no engine.
+"""Which adapter occupies which slot, and which one can be evicted: a pure table, no clock and no engine.
 
-`adapters` owns the one instance and calls it from the event loop. `can_admit` asks and changes nothing;
-`allocate`, `settle`, `release` act and raise on an illegal move. It refuses to give away a slot in use or pinned.
+The only owner of slot state. `can_admit` changes nothing; every other method makes one move and raises ValueError if
+it is illegal. A slot in use is never given away.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from lorapool_api.common import AdapterKey
 
 
 @dataclass(slots=True)
-class Occupant:
-    """One slot's tenant. `settled` is False from allocation until its weights are in the slot."""
+class _Occupant:
+    """The adapter in one slot. `loaded` is False from allocation until its weights are in the slot."""
 
-    key: AdapterKey
-    settled: bool = False
-    leaving: bool = False
-    """Its unload is under way: nobody may use the slot, and nobody may choose it as a victim again."""
+    slot: int
+    last_used_s: float
+    loaded: bool = False
+    unloading: bool = False
+    """Its unload has begun: no request may use the slot, and it is not chosen as a victim again."""
     users: int = 0
-    """Sequences that run on it."""
-    pinned: bool = False
-    last_used_s: float = 0.0
+    """Requests that run on it."""
 
     @property
-    def evictable(self) -> bool:
-        return self.settled and not self.leaving and self.users == 0 and not self.pinned
+    def usable(self) -> bool:
+        return self.loaded and not self.unloading
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What `can_admit` found: a free slot, or the victim that has to leave first."""
+    """A free slot, or the slot of a victim that has to be unloaded first."""
 
     slot: int
     victim: AdapterKey | None = None
@@ -41,70 +40,83 @@ class Admission:
 @dataclass(slots=True)
 class SlotTable:
     total: int
-    _by_slot: dict[int, Occupant] = field(default_factory=dict)
+    _occupants: dict[AdapterKey, _Occupant] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
-        return len(self._by_slot)
+        return len(self._occupants)
 
-    def occupant(self, slot: int) -> Occupant:
-        return self._by_slot[slot]
+    def slot_of(self, key: AdapterKey) -> int | None:
+        """The slot that holds the adapter's weights, also while it is being unloaded."""
+        occupant = self._occupants.get(key)
+        return None if occupant is None or not occupant.loaded else occupant.slot
 
-    def can_admit(self, wanted: Callable[[AdapterKey], bool] = lambda _key: False) -> Admission | None:
-        """A free slot, else the least recently used tenant that may leave, else None.
+    def usable(self, key: AdapterKey) -> bool:
+        """True when a request may start to run on the adapter's slot."""
+        occupant = self._occupants.get(key)
+        return occupant is not None and occupant.usable
 
-        `wanted` tells tenants that somebody waits for (they are about to be used) and that therefore stay.
-        """
+    def users(self, key: AdapterKey) -> int:
+        """How many requests run on the adapter's slot."""
+        return self._occupants[key].users
+
+    def can_admit(self, may_evict: Callable[[AdapterKey], bool] = lambda _key: True) -> Admission | None:
+        """A free slot, else the slot of the least recently used adapter that may be evicted, else None."""
+        taken = {occupant.slot for occupant in self._occupants.values()}
         for slot in range(self.total):
-            if slot not in self._by_slot:
+            if slot not in taken:
                 return Admission(slot)
         victims = [
-            (tenant.last_used_s, slot)
-            for slot, tenant in self._by_slot.items()
-            if tenant.evictable and not wanted(tenant.key)
+            (occupant.last_used_s, occupant.slot, key)
+            for key, occupant in self._occupants.items()
+            if occupant.usable and occupant.users == 0 and may_evict(key)
         ]
         if not victims:
             return None
-        _, slot = min(victims)
-        return Admission(slot, self._by_slot[slot].key)
+        _, slot, victim = min(victims)
+        return Admission(slot, victim)
 
-    def allocate(self, slot: int, key: AdapterKey, *, pinned: bool, now_s: float) -> Occupant:
-        """Gives a free slot to `key`, whose weights are on their way."""
-        if not 0 <= slot < self.total or slot in self._by_slot:
+    def allocate(self, slot: int, key: AdapterKey, now_s: float) -> None:
+        """Gives a free slot to `key`, whose weights are about to be loaded."""
+        if not 0 <= slot < self.total or any(occupant.slot == slot for occupant in self._occupants.values()):
             raise ValueError(f"slot {slot} is not free")
-        if any(tenant.key == key for tenant in self._by_slot.values()):
+        if key in self._occupants:
             raise ValueError(f"{key} already has a slot")
-        tenant = Occupant(key, pinned=pinned, last_used_s=now_s)
-        self._by_slot[slot] = tenant
-        return tenant
+        self._occupants[key] = _Occupant(slot, last_used_s=now_s)
 
-    def settle(self, slot: int) -> None:
-        """The weights are in the slot: from now on it may be used, and chosen as a victim."""
-        self._by_slot[slot].settled = True
+    def set_loaded(self, key: AdapterKey) -> None:
+        """Makes the slot usable, and its adapter a possible victim."""
+        occupant = self._occupants[key]
+        occupant.loaded = True
 
-    def begin_leaving(self, slot: int) -> None:
-        tenant = self._by_slot[slot]
-        if tenant.users or tenant.leaving:
-            raise ValueError(f"slot {slot} is in use or already leaving")
-        tenant.leaving = True
+    def begin_unload(self, key: AdapterKey) -> int:
+        """Makes the slot unusable and returns its number."""
+        occupant = self._occupants[key]
+        if occupant.users or occupant.unloading:
+            raise ValueError(f"slot {occupant.slot} is in use or already unloading")
+        occupant.unloading = True
+        return occupant.slot
 
-    def release(self, slot: int) -> None:
-        """The slot is empty again (unloaded, or its load failed)."""
-        tenant = self._by_slot[slot]
-        if tenant.users:
-            raise ValueError(f"slot {slot} is in use")
-        del self._by_slot[slot]
+    def release(self, key: AdapterKey) -> None:
+        """Frees the slot, after an unload or a failed load."""
+        occupant = self._occupants[key]
+        if occupant.users:
+            raise ValueError(f"slot {occupant.slot} is in use")
+        del self._occupants[key]
 
-    def enter(self, slot: int) -> None:
-        """One more sequence runs on it."""
-        tenant = self._by_slot[slot]
-        if not tenant.settled or tenant.leaving:
-            raise ValueError(f"slot {slot} holds no usable adapter")
-        tenant.users += 1
+    def enter(self, key: AdapterKey, now_s: float) -> int:
+        """Counts one more request that runs on the adapter's slot, and returns its number."""
+        occupant = self._occupants[key]
+        if not occupant.usable:
+            raise ValueError(f"slot {occupant.slot} holds no usable adapter")
+        occupant.users += 1
+        occupant.last_used_s = now_s
+        return occupant.slot
 
-    def leave(self, slot: int, now_s: float) -> None:
-        tenant = self._by_slot[slot]
-        if tenant.users < 1:
-            raise ValueError(f"slot {slot} is not in use")
-        tenant.users -= 1
-        tenant.last_used_s = now_s
+    def leave(self, key: AdapterKey, now_s: float) -> None:
+        """Counts one request fewer."""
+        occupant = self._occupants[key]
+        if occupant.users < 1:
+            raise ValueError(f"slot {occupant.slot} is not in use")
+        occupant.users -= 1
+        occupant.last_used_s = now_s

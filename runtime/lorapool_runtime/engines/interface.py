@@ -126,6 +126,15 @@ class TargetShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeProgramState:
+    """Whether decode steps run as one native call, or by the model's own code and for what reason."""
+
+    active: bool
+    reason: str = ""
+    """Empty while active; else `no_kernels`, `untraceable` or `unverified`. The log has the details."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the server must know of the loaded base."""
 
@@ -135,6 +144,8 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     targets: tuple[TargetShape, ...]
     weight_bytes: int
+    decode_program: DecodeProgramState | None = None
+    """None for an engine that has no such program, as on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +175,6 @@ class EngineStats:
     """Of them, those that were not computed again."""
     preemptions: int = 0
     """Sequences sent back to the queue since the start, for want of KV blocks."""
-
-
-class AdapterArtifactError(Exception):
-    """The files cannot become an adapter of this base. `reason` is a `lorapool_api.common.FailureReason` value."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 class HostAdapter(Protocol):
@@ -206,7 +208,7 @@ class Engine(Protocol):
         ...
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
-        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises AdapterArtifactError."""
+        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises ArtifactError."""
         ...
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:

@@ -1,26 +1,27 @@
-"""From tokens to text that may be sent: whole characters only, and nothing of a stop string.
+"""From tokens to text that may be sent: whole characters only, and no part of a stop string.
 
-`generation` feeds one `TextStream` per sequence. Pieces joined are the whole decoding; where a chunk
-ends never changes what is sent. Pure: no tokenizer library, only a `decode` function.
+The chunks of a `TextStream` joined are the decoding of all its tokens; where a chunk ends never changes what is sent.
+Pure: no tokenizer library, only a `decode` function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 REPLACEMENT = "�"
 MAX_PENDING_TOKENS = 16
-"""A character takes at most 4 byte tokens; so many tokens that still end in U+FFFD are no character to come."""
+"""A character takes at most 4 byte tokens: this many tokens that still end in U+FFFD will not become one."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, held back while its end is half a character.
+    """Text of a growing list of tokens, held back while it ends in an incomplete character.
 
-    Decoding starts at `_context` (text already sent, which decoders need to place spaces) and what is
-    new behind it is taken: each step decodes a few tokens, not the whole answer.
+    Each step decodes a few tokens, not the whole answer: it starts at `_context`, a token whose text was sent already
+    (decoders need it to place spaces), and takes the text that is new.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -29,10 +30,10 @@ class Detokenizer:
         self._context = 0
         self._sent = 0
         self.characters = 0
-        """Of all the text handed out so far: where the next token's text begins."""
+        """Characters returned so far: the offset at which the next token's text begins."""
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token, often empty."""
+        """The text that this token completes; often empty."""
         self._ids.append(token_id)
         pending = len(self._ids) - self._sent
         before = self._decode(self._ids[self._context : self._sent])
@@ -44,14 +45,14 @@ class Detokenizer:
         return self._take(before, now)
 
     def finish(self) -> str:
-        """What is still held back, with U+FFFD where bytes are missing for good."""
+        """The text still held back, with U+FFFD for an incomplete character."""
         before = self._decode(self._ids[self._context : self._sent])
         now = self._decode(self._ids[self._context :])
         return self._take(before, now)
 
     def _take(self, before: str, now: str) -> str:
         self._context, self._sent = self._sent, len(self._ids)
-        # forget what is no longer needed as context: memory stays flat
+        # drop the tokens that are no longer needed as context, so that memory stays bounded
         del self._ids[: self._context]
         self._sent -= self._context
         self._context = 0
@@ -59,41 +60,40 @@ class Detokenizer:
         return now[len(before) :]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that may be sent, and whether a stop string ended the answer behind it."""
+class TextChunk(NamedTuple):
+    """Text that may be sent, and whether a stop string ends the answer after it."""
 
     text: str
     stopped: bool = False
 
 
 class StopFilter:
-    """Cuts the answer before the stop string that is complete first (of two at once, the longer one)."""
+    """Cuts the answer before the stop string that is completed first; of two at once, before the longer one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max((len(stop) for stop in stops), default=0)
         self._held = ""
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str) -> TextChunk:
         if not self._stops:
-            return Piece(text)
+            return TextChunk(text)
         held = self._held + text
         cut = self._first_stop(held, known=len(self._held))
         if cut is not None:
             self._held = ""
-            return Piece(held[:cut], stopped=True)
+            return TextChunk(held[:cut], stopped=True)
         keep = self._possible_start(held)
         self._held = held[len(held) - keep :]
-        return Piece(held[: len(held) - keep])
+        return TextChunk(held[: len(held) - keep])
 
     def finish(self) -> str:
-        """The answer ended: what looked like the start of a stop string was none."""
+        """The text still held back: the answer ended before it became a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _first_stop(self, text: str, *, known: int) -> int | None:
-        """Where the stop string that is complete first begins; none ends within the `known` characters."""
+        """The start of the stop string that is completed first. None ends within the first `known` characters."""
         best: tuple[int, int] | None = None  # (end, start)
         for stop in self._stops:
             start = text.find(stop, max(0, known - len(stop) + 1))
@@ -103,7 +103,7 @@ class StopFilter:
         return None if best is None else best[1]
 
     def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             tail = text[len(text) - length :]
             if any(stop.startswith(tail) for stop in self._stops if len(stop) > length):
@@ -112,7 +112,7 @@ class StopFilter:
 
 
 class TextStream:
-    """Tokens in, sendable text out: a detokenizer with a stop filter behind it."""
+    """A detokenizer followed by a stop filter: tokens in, text that may be sent out."""
 
     def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(decode)
@@ -120,31 +120,31 @@ class TextStream:
 
     @property
     def characters(self) -> int:
-        """Where the next token's text begins, a stop string not cut off."""
+        """The offset at which the next token's text begins, before stop strings are cut."""
         return self._detokenizer.characters
 
-    def push(self, token_id: int) -> Piece:
+    def push(self, token_id: int) -> TextChunk:
         return self._filter.push(self._detokenizer.push(token_id))
 
-    def finish(self) -> Piece:
-        """The end without a stop string so far; the last held text may still complete one."""
-        piece = self._filter.push(self._detokenizer.finish())
-        if piece.stopped:
-            return piece
-        return Piece(piece.text + self._filter.finish())
+    def finish(self) -> TextChunk:
+        """Ends the stream. The text still held back may complete a stop string."""
+        chunk = self._filter.push(self._detokenizer.finish())
+        if chunk.stopped:
+            return chunk
+        return TextChunk(chunk.text + self._filter.finish())
 
 
 @dataclass(frozen=True, slots=True)
 class EchoedPrompt:
-    """A prompt as it is told back: its text, and where in it each token begins."""
+    """The decoded prompt that is part of the answer, with the offset at which each token begins."""
 
     text: str
     token_ids: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
-def echoed(decode: Decode, token_ids: Sequence[int]) -> EchoedPrompt:
-    """Decodes a prompt token by token; half a character begins where the whole one does."""
+def echo_prompt(decode: Decode, token_ids: Sequence[int]) -> EchoedPrompt:
+    """Decodes a prompt token by token. All tokens of one character have the offset of that character."""
     detokenizer, texts, offsets = Detokenizer(decode), [], []
     for token_id in token_ids:
         offsets.append(detokenizer.characters)

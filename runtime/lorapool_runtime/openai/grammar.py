@@ -17,7 +17,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequest, TooManyRequests, Unavailable
+from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequestError, TooManyRequestsError, UnavailableError
 from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
 from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
 
@@ -81,9 +81,12 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequest for what cannot be done, Unavailable or TooManyRequests when it must wait too long."""
+        """Raises InvalidRequestError for a grammar that is not supported.
+
+        Raises UnavailableError or TooManyRequestsError when it must wait too long.
+        """
         if self._pending >= _MAX_PENDING:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"{self._pending} grammars wait to be compiled, {_MAX_PENDING} is the most.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=1,
@@ -93,7 +96,7 @@ class GrammarCompiler:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, self._compiled, spec)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The grammar of `{spec.param}` could not be compiled within {self._timeout_s:g} s. Try again.",
                 code="grammar_timeout",
                 retry_after_s=5,
@@ -119,21 +122,21 @@ class GrammarCompiler:
         try:
             tokenizer = self._tokenizer.result()
         except Exception as error:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "This base model's tokenizer does not fit grammars: no `response_format`, no `tools`.",
                 code="unsupported_parameter",
             ) from error
         text = json_grammar(schema) if schema is not None else lark or ""
         return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
 
-    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequest:
+    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequestError:
         param = spec.param
         for own, schema in spec.parts:
             alone = self._matcher(schema, None)
             if alone.is_error():
                 param, message = own, alone.get_error()
                 break
-        return InvalidRequest(
+        return InvalidRequestError(
             f"The schema in `{param}` cannot be used: {_first_line(message)}", param=param, code="unsupported_schema"
         )
 

@@ -1,28 +1,24 @@
 """A body of `/v1/chat/completions` or `/v1/completions`, parsed once into a frozen request.
 
-`server` calls `parse_chat` / `parse_completion` with the raw bytes; beyond it nobody sees JSON. Every parameter is
-bounded; what is unknown or not done is refused by name, never ignored. What depends on the base (context
-length, vocabulary) is checked by `sampling_params` once the prompt's length is known.
+Every parameter is bounded; an unknown or unsupported one is refused by name, never ignored. Bounds that depend on the
+base (context length, vocabulary) are checked by `encoding`, once the prompts are tokenized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from lorapool_api.openai import InvalidRequest
-from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
+from lorapool_api.openai import InvalidRequestError
+from lorapool_runtime.engines.interface import SamplingParams
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
-from lorapool_runtime.openai.tools import ToolWishes, called_before, response_format, tool_wishes
+from lorapool_runtime.openai.tools import ToolChoice, parse_earlier_calls, parse_response_format, parse_tools
 
 MAX_N = 8
 MAX_SEQUENCES = 64
 """prompts x n of one request."""
-MAX_REQUEST_TOKENS = 65_536
-"""Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
-it one caller would hold the line."""
 MAX_MESSAGES = 2048
 MAX_STOPS = 8
 MAX_STOP_CHARS = 512
@@ -46,39 +42,24 @@ _COMPLETION = _SHARED | {"prompt", "echo"}
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """The caller's wishes, bounded; None where the default depends on the base or the prompt."""
-
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int | None
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float
-    top_logprobs: int | None
-    ignore_eos: bool
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class ParsedRequest:
     model: str
     stream: bool
     include_usage: bool
     n: int
     stops: tuple[str, ...]
-    sampling: Sampling
+    max_tokens: int | None
+    """None: as many as fit."""
+    sampling: SamplingParams
+    """As the body gives them. `encoding` sets `max_tokens`, each choice's seed and the stop tokens."""
     grammar: GrammarSpec | None
-    """Of `response_format`; what `tools` ask for follows from how the base writes calls."""
+    """Of `response_format`. The grammar of `tools` depends on how the base writes calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ParsedRequest):
     messages: tuple[Mapping[str, Any], ...]
-    tools: ToolWishes
+    tools: ToolChoice
 
     @property
     def prompt_param(self) -> str:
@@ -100,24 +81,24 @@ class CompletionRequest(ParsedRequest):
 
     @property
     def prompt_logprobs(self) -> int | None:
-        """How many of the likeliest to tell beside each of the prompt's tokens; None: nothing of them."""
+        """How many of the most likely tokens to report with each prompt token; None: no prompt log-probabilities."""
         return self.sampling.top_logprobs if self.echo else None
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
-    """Raises InvalidRequest with the `param` at fault."""
+    """Raises InvalidRequestError with the `param` at fault."""
     body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
         top_logprobs = top_logprobs or 0
     elif top_logprobs is not None:
         body.refuse("top_logprobs", "needs `logprobs` to be true")
-    tools = tool_wishes(body)
+    tools = parse_tools(body)
     grammar = _response_format(body)
     if tools.active and grammar is not None:
         body.refuse("response_format", "cannot be combined with `tools` unless `tool_choice` is none")
     if tools.active and body.flag("ignore_eos"):
-        body.refuse("ignore_eos", "cannot be combined with `tools`: what has an end must be let end")
+        body.refuse("ignore_eos", "cannot be combined with `tools`: a constrained answer must be allowed to end")
     max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
     return ChatRequest(
         model=body.text("model"),
@@ -125,7 +106,8 @@ def parse_chat(raw: bytes) -> ChatRequest:
         include_usage=_include_usage(body),
         n=body.integer("n", 1, low=1, high=MAX_N),
         stops=_stops(body),
-        sampling=_sampling(body, max_tokens, top_logprobs),
+        max_tokens=max_tokens,
+        sampling=_sampling(body, top_logprobs),
         grammar=grammar,
         messages=_messages(body),
         tools=tools,
@@ -133,7 +115,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
 
 
 def parse_completion(raw: bytes) -> CompletionRequest:
-    """Raises InvalidRequest with the `param` at fault."""
+    """Raises InvalidRequestError with the `param` at fault."""
     body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")
@@ -148,76 +130,20 @@ def parse_completion(raw: bytes) -> CompletionRequest:
         include_usage=_include_usage(body),
         n=n,
         stops=_stops(body),
-        sampling=_sampling(body, max_tokens, top_logprobs),
+        max_tokens=max_tokens,
+        sampling=_sampling(body, top_logprobs),
         grammar=_response_format(body),
         prompts=prompts,
         echo=echo,
     )
 
 
-def sampling_params(
-    request: ParsedRequest,
-    *,
-    prompt_tokens: int,
-    prompt_param: str,
-    choice: int,
-    sequences: int,
-    facts: ModelFacts,
-    stop_token_ids: frozenset[int],
-) -> SamplingParams:
-    """The engine's parameters of one sequence. Raises InvalidRequest where the base's bounds are passed."""
-    wishes = request.sampling
-    room = facts.max_model_len - prompt_tokens
-    if room < (0 if wishes.max_tokens == 0 else 1):
-        raise InvalidRequest(
-            f"This model's context is {facts.max_model_len} tokens, but the prompt alone has {prompt_tokens}. "
-            "Shorten it.",
-            param=prompt_param,
-            code="context_length_exceeded",
-        )
-    if wishes.max_tokens is not None and wishes.max_tokens > room:
-        raise InvalidRequest(
-            f"This model's context is {facts.max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
-            f"may be at most {room}, not {wishes.max_tokens}.",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    budget = max(MAX_REQUEST_TOKENS, facts.max_model_len)
-    share = budget // sequences
-    if wishes.max_tokens is not None and wishes.max_tokens > share:
-        raise InvalidRequest(
-            f"{sequences} sequences of `max_tokens` {wishes.max_tokens} are {sequences * wishes.max_tokens} tokens; "
-            f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
-            param="max_tokens",
-        )
-    if wishes.logit_bias and max(wishes.logit_bias) >= facts.vocab_size:
-        raise InvalidRequest(
-            f"`logit_bias` names token {max(wishes.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
-            param="logit_bias",
-        )
-    return SamplingParams(
-        max_tokens=min(room, share) if wishes.max_tokens is None else wishes.max_tokens,
-        temperature=wishes.temperature,
-        top_p=wishes.top_p,
-        top_k=wishes.top_k,
-        min_p=wishes.min_p,
-        seed=None if wishes.seed is None else wishes.seed + choice,
-        presence_penalty=wishes.presence_penalty,
-        frequency_penalty=wishes.frequency_penalty,
-        repetition_penalty=wishes.repetition_penalty,
-        logit_bias=wishes.logit_bias,
-        top_logprobs=wishes.top_logprobs,
-        stop_token_ids=frozenset() if wishes.ignore_eos else stop_token_ids,
-        ignore_eos=wishes.ignore_eos,
-    )
-
-
 # --- single parameters --------------------------------------------------------------------
 
 
-def _sampling(body: Body, max_tokens: int | None, top_logprobs: int | None) -> Sampling:
-    return Sampling(
-        max_tokens=max_tokens,
+def _sampling(body: Body, top_logprobs: int | None) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=0,
         temperature=body.number("temperature", 1.0, low=0.0, high=2.0),
         top_p=body.number("top_p", 1.0, low=0.0, high=1.0, above=True),
         top_k=max(0, body.integer("top_k", 0, low=-1, high=1_000_000)),
@@ -243,7 +169,7 @@ def _include_usage(body: Body) -> bool:
     for name, value in options.items():
         if name not in ("include_usage", "include_obfuscation"):
             shown = f"stream_options.{printable(name)}"
-            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
         if not isinstance(value, bool | None):
             body.refuse(f"stream_options.{name}", "must be true or false")
     if options.get("include_obfuscation"):
@@ -282,9 +208,11 @@ def _logit_bias(body: Body) -> Mapping[int, float]:
 
 
 def _response_format(body: Body) -> GrammarSpec | None:
-    grammar = response_format(body)
+    grammar = parse_response_format(body)
     if grammar is not None and body.flag("ignore_eos"):
-        body.refuse("ignore_eos", "cannot be combined with `response_format`: what has an end must be let end")
+        body.refuse(
+            "ignore_eos", "cannot be combined with `response_format`: a constrained answer must be allowed to end"
+        )
     return grammar
 
 
@@ -302,28 +230,30 @@ def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
 
 def _message(item: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(item, dict):
-        raise InvalidRequest(f"`{where}` must be an object.", param=where)
+        raise InvalidRequestError(f"`{where}` must be an object.", param=where)
     role = item.get("role")
     if role not in ROLES:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
         )
     known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
     for name, value in item.items():
         if name not in known and value not in (None, [], ""):
             shown = f"{where}.{printable(name)}"
-            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(
+                f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter"
+            )
     if role == "assistant" and item.get("tool_calls"):
-        calls = called_before(item["tool_calls"], f"{where}.tool_calls")
+        calls = parse_earlier_calls(item["tool_calls"], f"{where}.tool_calls")
         return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
     if role == "tool":
         answered = item.get("tool_call_id")
         if not isinstance(answered, str) or not answered:
             param = f"{where}.tool_call_id"
-            raise InvalidRequest(f"`{param}` must name the call that this answers.", param=param)
+            raise InvalidRequestError(f"`{param}` must name the call that this answers.", param=param)
         own = {"tool_call_id": clean_text(answered, where)}
         return {"role": role, "content": _content(item.get("content"), where), **own}
-    # "developer" is the newer word for "system"; templates of open models know the older
+    # "developer" is OpenAI's newer name of "system", which is the one that templates of open models know
     return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
 
 
@@ -332,12 +262,12 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return clean_text(value, param)
     if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"`{param}` must be a string or a list of text parts.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a string or a list of text parts.", param=param)
     texts = []
     for place, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f'`{param}[{place}]` must be a part of type "text"; this model reads nothing else.',
                 param=f"{param}[{place}]",
                 code="unsupported_content",

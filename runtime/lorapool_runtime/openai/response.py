@@ -1,7 +1,7 @@
-"""Bodies and chunks of the OpenAI surface, built from deltas.
+"""OpenAI response bodies and stream chunks, built from deltas.
 
-`server` makes one `Answer` per request and asks it for the whole body or for one chunk after another. Pure: it knows
-neither sockets nor the engine.
+One `ResponseBuilder` per request gives the whole body, or one chunk after another. Pure: it knows neither sockets nor
+the engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason, TokenLogprob
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
-from lorapool_runtime.openai.generation import Delta
 from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
 from lorapool_runtime.openai.tool_format import ToolFormat
 
@@ -24,8 +23,26 @@ _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What every chunk of one answer repeats."""
+class Delta:
+    """The next output of one sequence: new text, and with the last one why the sequence ended."""
+
+    number: int
+    """The sequence's number: the index of its choice in the response."""
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    usage: Usage
+    """Of the whole request, up to this text."""
+    finish: FinishReason | None = None
+    error: str | None = None
+    offsets: tuple[int, ...] = ()
+    """For each log-probability, the offset in the sequence's text at which its token begins."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's tokens from the second on, with the first delta of a sequence that asked for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """The fields that every chunk of one response repeats."""
 
     chat: bool
     model: str
@@ -57,7 +74,7 @@ class _Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
-        """The delta's text and the calls of tools that became whole with it."""
+        """The delta's text, and the tool calls that it completes."""
         if self.reader is None:
             return delta.text, []
         parts = self.reader.push(delta.text)
@@ -67,16 +84,16 @@ class _Choice:
         self.calls += fresh
         return "".join(part for part in parts if isinstance(part, str)), fresh
 
-    def ended(self, finish: FinishReason) -> str:
+    def finish_reason(self, finish: FinishReason) -> str:
         return "tool_calls" if self.calls and finish is FinishReason.STOP else _FINISH[finish]
 
 
-class Answer:
-    """One answer under way; `take` folds a delta in for the whole body, `chunks` writes it out at once."""
+class ResponseBuilder:
+    """One response in progress: `add` collects a delta for the whole `body`, `chunks` encodes a delta for a stream."""
 
     def __init__(
         self,
-        head: Head,
+        head: ResponseHead,
         *,
         choices: int,
         top_logprobs: int | None,
@@ -95,21 +112,21 @@ class Answer:
 
     # --- whole --------------------------------------------------------------------------
 
-    def take(self, delta: Delta) -> None:
+    def add(self, delta: Delta) -> None:
         choice = self._choices[delta.number]
         choice.text += choice.read(delta)[0]
         choice.logprobs.extend(delta.logprobs)
         choice.offsets.extend(delta.offsets)
         choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
         if delta.finish is not None:
-            choice.finish = choice.ended(delta.finish)
+            choice.finish = choice.finish_reason(delta.finish)
 
-    def whole(self, usage: Usage) -> dict[str, Any]:
+    def body(self, usage: Usage) -> dict[str, Any]:
         kind = "chat.completion" if self._head.chat else "text_completion"
-        choices = [self._whole_choice(number, choice) for number, choice in enumerate(self._choices)]
+        choices = [self._choice_body(number, choice) for number, choice in enumerate(self._choices)]
         return {**self._head.body(kind, choices), "usage": usage_body(usage)}
 
-    def _whole_choice(self, number: int, choice: _Choice) -> dict[str, Any]:
+    def _choice_body(self, number: int, choice: _Choice) -> dict[str, Any]:
         if self._head.chat:
             logprobs = self._chat_logprobs(choice.logprobs)
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -118,7 +135,9 @@ class Answer:
             return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         echo = self._echo_of(number)
         text = (echo.text if echo else "") + choice.text
-        logprobs = self._completion_logprobs(choice.logprobs, choice.offsets, echo, choice.prompt_logprobs, told=echo)
+        logprobs = self._completion_logprobs(
+            choice.logprobs, choice.offsets, echo, choice.prompt_logprobs, with_prompt=True
+        )
         return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": choice.finish}
 
     # --- streamed -----------------------------------------------------------------------
@@ -129,7 +148,7 @@ class Answer:
         parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
         before = len(choice.calls)
         text, calls = choice.read(delta)
-        finish = None if delta.finish is None else choice.ended(delta.finish)
+        finish = None if delta.finish is None else choice.finish_reason(delta.finish)
         if self._head.chat:
             logprobs = self._chat_logprobs(delta.logprobs)
             if not choice.begun:
@@ -143,9 +162,11 @@ class Answer:
                 parts.append(({"delta": {}}, None, finish))
         else:
             echo = self._echo_of(delta.number)
-            told = None if choice.begun else echo
-            text = (told.text if told else "") + text
-            logprobs = self._completion_logprobs(delta.logprobs, delta.offsets, echo, delta.prompt_logprobs, told=told)
+            first = not choice.begun
+            text = (echo.text if echo and first else "") + text
+            logprobs = self._completion_logprobs(
+                delta.logprobs, delta.offsets, echo, delta.prompt_logprobs, with_prompt=first
+            )
             parts.append(({"text": text}, logprobs, finish))
         choice.begun = True
         return [
@@ -158,7 +179,7 @@ class Answer:
         return self._event([], usage)
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
-        if self._chunk_start is None:  # what every chunk begins with is written once
+        if self._chunk_start is None:  # encoded once: every chunk begins with the same fields
             kind = "chat.completion.chunk" if self._head.chat else "text_completion"
             self._chunk_start = b"data: " + compact_json(self._head.body(kind, []))[: -len(b"[]}")]
         end = b"}\n\n"
@@ -194,25 +215,29 @@ class Answer:
         echo: EchoedPrompt | None,
         of_prompt: Sequence[TokenLogprob],
         *,
-        told: EchoedPrompt | None,
+        with_prompt: bool,
     ) -> dict[str, Any] | None:
-        """Of the tokens of this piece; with `told` the prompt's stand before them, the first without a number."""
+        """The `logprobs` object of these tokens; `with_prompt` puts the echoed prompt's tokens before them.
+
+        The first token of a prompt has no log-probability: null.
+        """
         if self._top_logprobs is None:
             return None
         begin = len(echo.text) if echo else 0
-        before = told.token_ids[:1] if told else ()
-        scored = [*(of_prompt if told else ()), *entries]
-        top: list[dict[str, float] | None] = [None for _ in before]
+        prompt = echo if with_prompt else None
+        unscored = prompt.token_ids[:1] if prompt else ()
+        scored = [*(of_prompt if prompt else ()), *entries]
+        top: list[dict[str, float] | None] = [None for _ in unscored]
         top += [self._likeliest(entry) for entry in scored]
         return {
-            "tokens": [self._token_text(token_id) for token_id in (*before, *(entry.token_id for entry in scored))],
-            "token_logprobs": [*(None for _ in before), *(_finite(entry.logprob) for entry in scored)],
+            "tokens": [self._token_text(token_id) for token_id in (*unscored, *(entry.token_id for entry in scored))],
+            "token_logprobs": [*(None for _ in unscored), *(_finite(entry.logprob) for entry in scored)],
             "top_logprobs": top if self._top_logprobs else None,
-            "text_offset": [*(told.offsets if told else ()), *(begin + offset for offset in offsets)],
+            "text_offset": [*(prompt.offsets if prompt else ()), *(begin + offset for offset in offsets)],
         }
 
     def _likeliest(self, entry: TokenLogprob) -> dict[str, float]:
-        """By text, the likeliest first, and the token itself where it is none of them (as OpenAI does)."""
+        """Text → log-probability, most likely first. Like OpenAI, adds the token itself if it is not among them."""
         found: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
             found.setdefault(self._token_text(token_id), _finite(logprob))
@@ -225,7 +250,7 @@ def _call_body(call: ToolCall) -> dict[str, Any]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity: what cannot be is told as -9999."""
+    """JSON has no infinity: an impossible token has the log-probability -9999."""
     return max(logprob, -9999.0)
 
 

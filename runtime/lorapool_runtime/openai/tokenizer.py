@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from lorapool_api.openai import InvalidRequest, Unavailable
-from lorapool_runtime.openai.detokenizer import EchoedPrompt, echoed
+from lorapool_api.openai import InvalidRequestError, UnavailableError
+from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
 from lorapool_runtime.openai.tool_format import PLAIN, learn_format, plain_messages
 
 T = TypeVar("T")
@@ -78,9 +78,9 @@ class Tokenizer:
     async def prompt_of_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
-        """Ids of a conversation with the turn of the assistant opened. Raises InvalidRequest."""
+        """Ids of a conversation with the turn of the assistant opened. Raises InvalidRequestError."""
         if not self.has_chat_template:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "This base model has no chat template: it is not made for conversations. "
                 "Send a `prompt` to /v1/completions instead.",
                 param="messages",
@@ -94,7 +94,7 @@ class Tokenizer:
 
     async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
         """A prompt told back, token by token."""
-        return await self._within_limits(functools.partial(echoed, self.decode, token_ids))
+        return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         if not self.tool_format.native:
@@ -109,7 +109,7 @@ class Tokenizer:
                 sanitize_control_tokens=True,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"The base model's chat template refuses these messages: {str(error)[:300]}",
                 param="messages",
                 code="chat_template_refused",
@@ -125,7 +125,7 @@ class Tokenizer:
         if isinstance(value, Mapping):
             for key in value:
                 if any(token in key for token in self._control_tokens):
-                    raise InvalidRequest("A name in `tools` or `tool_calls` holds a control token.", param="tools")
+                    raise InvalidRequestError("A name in `tools` or `tool_calls` holds a control token.", param="tools")
         for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             self._refuse_control_keys(inner)
 
@@ -145,7 +145,7 @@ class Tokenizer:
             async with asyncio.timeout(self._timeout_s):
                 return await loop.run_in_executor(self._pool, work)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The prompt could not be prepared within {self._timeout_s:g} s. Shorten it or try again.",
                 code="prompt_timeout",
                 retry_after_s=5,

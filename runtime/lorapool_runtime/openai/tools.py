@@ -1,7 +1,7 @@
-"""`tools`, `tool_choice` and `response_format`: what an answer may look like, parsed and turned into grammars.
+"""`tools`, `tool_choice` and `response_format`: parsed, and turned into the grammar that the answer must follow.
 
-`openai_request` calls the parsers with the body; `submission` asks `tools_grammar` for what an answer with tools must
-follow, which depends on how the base writes calls. Pure: a grammar is only text here, `grammar` compiles it.
+The grammar of tools depends on how the base writes calls, so it is made after parsing, by `tools_grammar`. Pure: a
+grammar is only text here; `grammar` compiles it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
 from lorapool_runtime.openai.json_schema import checked_schema
@@ -20,7 +20,7 @@ from lorapool_runtime.openai.tool_format import ToolFormat
 
 MAX_TOOLS = 64
 MAX_CALLS = 16
-"""Calls in one answer."""
+"""Maximum number of calls in one answer."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_OBJECT = '{"type":"object"}'
@@ -30,32 +30,32 @@ _ANY_OBJECT = '{"type":"object"}'
 class Tool:
     name: str
     definition: Mapping[str, Any]
-    """As the chat template gets it."""
+    """The tool as the chat template receives it."""
     schema: str
-    """Of its arguments, JSON text."""
+    """The JSON schema of its arguments, as text."""
     param: str
 
 
 @dataclass(frozen=True, slots=True)
-class ToolWishes:
-    """The tools that may be called in this answer, and whether they must."""
+class ToolChoice:
+    """The tools that this answer may call, and whether it has to call one."""
 
     tools: tuple[Tool, ...] = ()
-    choice: Literal["none", "auto", "required"] = "none"
+    mode: Literal["none", "auto", "required"] = "none"
     parallel: bool = True
     offered: tuple[Tool, ...] = ()
-    """What the prompt tells of: all of them, also where one is forced."""
+    """The tools described in the prompt: all of them, even if the answer must call one in particular."""
 
     @property
     def active(self) -> bool:
-        return self.choice != "none"
+        return self.mode != "none"
 
 
 # --- parsing ------------------------------------------------------------------------------
 
 
-def response_format(body: Body) -> GrammarSpec | None:
-    """None where any text will do."""
+def parse_response_format(body: Body) -> GrammarSpec | None:
+    """None when the answer may be any text. Raises InvalidRequestError."""
     value = body.fields.get("response_format")
     if value is None or value == {"type": "text"}:
         return None
@@ -75,7 +75,8 @@ def response_format(body: Body) -> GrammarSpec | None:
     return GrammarSpec(f"{where}.schema", schema=checked_schema(own.get("schema"), f"{where}.schema"))
 
 
-def tool_wishes(body: Body) -> ToolWishes:
+def parse_tools(body: Body) -> ToolChoice:
+    """`tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequestError."""
     value = body.fields.get("tools")
     tools: tuple[Tool, ...] = ()
     if value is not None:
@@ -87,21 +88,21 @@ def tool_wishes(body: Body) -> ToolWishes:
         if names.count(name) > 1:
             body.refuse("tools", f"names `{name}` more than once")
     parallel = body.fields.get("parallel_tool_calls") is None or body.flag("parallel_tool_calls")
-    return _chosen(body, tools, parallel)
+    return _tool_choice(body, tools, parallel)
 
 
-def _chosen(body: Body, tools: tuple[Tool, ...], parallel: bool) -> ToolWishes:
+def _tool_choice(body: Body, tools: tuple[Tool, ...], parallel: bool) -> ToolChoice:
     choice = body.fields.get("tool_choice")
     if choice is None:
         choice = "auto" if tools else "none"
     if choice == "none":
-        return ToolWishes()
+        return ToolChoice()
     if not tools:
         body.refuse("tool_choice", "needs `tools`")
     if choice == "auto":
-        return ToolWishes(tools, "auto", parallel, tools)
+        return ToolChoice(tools, "auto", parallel, tools)
     if choice == "required":
-        return ToolWishes(tools, "required", parallel, tools)
+        return ToolChoice(tools, "required", parallel, tools)
     if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(choice.get("function"), dict):
         body.refuse(
             "tool_choice", 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
@@ -111,12 +112,12 @@ def _chosen(body: Body, tools: tuple[Tool, ...], parallel: bool) -> ToolWishes:
     wanted = tuple(tool for tool in tools if tool.name == choice["function"].get("name"))
     if not wanted:
         body.refuse("tool_choice", f"names none of the tools: {', '.join(tool.name for tool in tools)}")
-    return ToolWishes(wanted, "required", parallel=False, offered=tools)
+    return ToolChoice(wanted, "required", parallel=False, offered=tools)
 
 
 def _tool(item: Any, where: str) -> Tool:
     if not isinstance(item, dict) or item.get("type") != "function" or not isinstance(item.get("function"), dict):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f'`{where}` must be {{"type": "function", "function": {{...}}}}; other tools are not supported.',
             param=where,
         )
@@ -127,11 +128,11 @@ def _tool(item: Any, where: str) -> Tool:
     _check_strict(function, where)
     description = function.get("description") or ""
     if not isinstance(description, str):
-        raise InvalidRequest(f"`{where}.description` must be a string.", param=f"{where}.description")
+        raise InvalidRequestError(f"`{where}.description` must be a string.", param=f"{where}.description")
     parameters = dict(_NO_ARGUMENTS) if function.get("parameters") is None else function["parameters"]
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         param = f"{where}.parameters"
-        raise InvalidRequest(f"`{param}` must be a JSON schema of type object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a JSON schema of type object.", param=param)
     definition = {
         "name": function["name"],
         "description": clean_text(description, f"{where}.description"),
@@ -143,17 +144,17 @@ def _tool(item: Any, where: str) -> Tool:
     )
 
 
-def called_before(value: Any, where: str) -> list[dict[str, Any]]:
-    """`tool_calls` of an assistant's earlier message, arguments as an object, as chat templates take them."""
+def parse_earlier_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """`tool_calls` of an earlier assistant message, with the arguments as an object, as chat templates expect them."""
     if not isinstance(value, list) or len(value) > MAX_CALLS:
-        raise InvalidRequest(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
-    return [_call_before(call, f"{where}[{place}]") for place, call in enumerate(value)]
+        raise InvalidRequestError(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
+    return [_earlier_call(call, f"{where}[{place}]") for place, call in enumerate(value)]
 
 
-def _call_before(call: Any, where: str) -> dict[str, Any]:
+def _earlier_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
     if not isinstance(function, dict) or not isinstance(call.get("id"), str):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{where}` must hold `id`, `type` function and `function` with name and arguments.", param=where
         )
     _only(call, {"id", "type", "function", "index"}, where)
@@ -165,40 +166,40 @@ def _call_before(call: Any, where: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         param = f"{where}.function.arguments"
-        raise InvalidRequest(f"`{param}` must be the text of a JSON object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be the text of a JSON object.", param=param)
     function = {"name": function["name"], "arguments": arguments}
     return {"id": clean_text(call["id"], where), "type": "function", "function": function}
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _check_name(value: Any, param: str) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise InvalidRequest(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
+        raise InvalidRequestError(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
 
 
 def _check_strict(value: Mapping[str, Any], where: str) -> None:
-    """Every schema is followed to the letter, so `strict` is checked and changes nothing."""
+    """Checks the type only: every schema is enforced exactly, so `strict` has no effect."""
     if not isinstance(value.get("strict"), bool | None):
-        raise InvalidRequest(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
+        raise InvalidRequestError(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
 
 
 def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in value:
         if name not in known:
             shown = f"{where}.{printable(name)}"
-            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
 
 
 # --- grammars -----------------------------------------------------------------------------
 
 
-def tools_grammar(wishes: ToolWishes, style: ToolFormat) -> GrammarSpec:
-    """`required`: calls and nothing else. `auto`: any text, in which what begins as a call is a valid one."""
-    several = wishes.parallel and style.separator is not None
-    if wishes.choice == "required":
+def tools_grammar(choice: ToolChoice, style: ToolFormat) -> GrammarSpec:
+    """`required`: only calls. `auto`: any text, in which everything that begins as a call is a valid call."""
+    several = choice.parallel and style.separator is not None
+    if choice.mode == "required":
         more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
         head = ["start: call" + more, f"call: {_literal(style.opening)} body"]
     else:
@@ -212,11 +213,11 @@ def tools_grammar(wishes: ToolWishes, style: ToolFormat) -> GrammarSpec:
         ]
     bodies = [
         f"body_{place}: {_literal(tool.name + style.middle)} %json {_styled(tool.schema)} {_literal(style.closing)}"
-        for place, tool in enumerate(wishes.tools)
+        for place, tool in enumerate(choice.tools)
     ]
-    choice = "body: " + " | ".join(f"body_{place}" for place in range(len(bodies)))
-    lark = "\n".join(["%llguidance {}", *head, choice, *bodies, ""])
-    return GrammarSpec("tools", lark=lark, parts=tuple((tool.param, tool.schema) for tool in wishes.tools))
+    any_body = "body: " + " | ".join(f"body_{place}" for place in range(len(bodies)))
+    lark = "\n".join(["%llguidance {}", *head, any_body, *bodies, ""])
+    return GrammarSpec("tools", lark=lark, parts=tuple((tool.param, tool.schema) for tool in choice.tools))
 
 
 def _literal(text: str) -> str:

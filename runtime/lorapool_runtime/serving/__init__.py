@@ -1,5 +1,5 @@
 """A request on its way from HTTP to an engine and back.
 
-Belongs here: the HTTP routes, admission, and the translation of an admitted request into engine requests. OpenAI's
-JSON is `openai`'s, adapters are `adapters`', and nothing here imports torch.
+Belongs here: the HTTP routes, admission, submission to the engine, and the HTTP response. OpenAI's JSON belongs to
+`openai`, adapters to `adapters`; nothing here imports torch.
 """

@@ -1,8 +1,7 @@
-"""One inference request becomes one HTTP answer, whole or streamed, with the headers and usage of the internal hop.
+"""The HTTP response of one admitted request, whole or streamed, with the headers and usage of the internal hop.
 
-`server` calls `Inference.answer` with a parsed request. When the client leaves, aiohttp cancels the handler and the
-generation is ended; a client that takes nothing for too long is dropped. An error before the first byte is raised
-for `server` to answer; after it the stream says so and closes without [DONE].
+An error before the first byte is raised, for `server` to answer; after it the stream sends an error event and closes
+without [DONE]. A client that reads nothing for too long is disconnected.
 """
 
 from __future__ import annotations
@@ -15,66 +14,74 @@ from aiohttp import web
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE
 from lorapool_api.openai import ServerError
 from lorapool_api.protocol import USAGE_COMMENT, Usage
+from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import FinishReason
-from lorapool_runtime.openai.generation import Delta
+from lorapool_runtime.metrics import Metrics
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
-from lorapool_runtime.openai.response import DONE_EVENT, Answer, Head, data_event
-from lorapool_runtime.serving.service import Running, Runtime
+from lorapool_runtime.openai.response import DONE_EVENT, Delta, ResponseBuilder, ResponseHead, data_event
+from lorapool_runtime.serving.service import AdmittedRequest
 
 log = logging.getLogger(__name__)
 
 NEVER_WAITS_BYTES = 16 * 1024
-"""So little fits an empty write buffer (64 KiB before a write waits): its time need not be bounded."""
+"""A write of this size fits an empty write buffer (64 KiB before a write waits): it needs no timeout."""
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 """Set by `server` for every request."""
 
 
-class Inference:
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+class Responder:
+    def __init__(self, clock: Clock, metrics: Metrics, *, write_timeout_s: float) -> None:
+        self._clock = clock
+        self._metrics = metrics
+        self._write_timeout_s = write_timeout_s
 
-    async def answer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
-        started_s = self._runtime.clock.now_s()
-        running = await self._runtime.begin(parsed, request.headers.get(HEADER_ADAPTER))
-        try:
-            pace = _Pace(self._runtime, started_s)
-            answer = self._opened(parsed, running)
-            if parsed.stream:
-                return await self._stream(request, parsed, running, answer, pace)
-            return await self._whole(request, running, answer, pace)
-        finally:
-            running.generation.cancel()
+    async def respond(
+        self,
+        request: web.Request,
+        parsed: ChatRequest | CompletionRequest,
+        admitted: AdmittedRequest,
+        *,
+        started_s: float,
+    ) -> web.StreamResponse:
+        """Reads the generation to its end. Raises ServerError if it fails before the first byte is sent."""
+        latency = _Latency(self._clock, self._metrics, started_s)
+        builder = self._builder(parsed, admitted)
+        if parsed.stream:
+            return await self._stream(request, parsed, admitted, builder, latency)
+        return await self._whole(request, admitted, builder, latency)
 
-    def _opened(self, parsed: ChatRequest | CompletionRequest, running: Running) -> Answer:
-        codec = self._runtime.codec
-        head = Head(
+    def _builder(self, parsed: ChatRequest | CompletionRequest, admitted: AdmittedRequest) -> ResponseBuilder:
+        tokenizer = admitted.tokenizer
+        head = ResponseHead(
             chat=isinstance(parsed, ChatRequest),
             model=parsed.model,
-            created_unix_s=int(self._runtime.clock.unix_s()),
-            fingerprint=running.fingerprint,
+            created_unix_s=int(self._clock.unix_s()),
+            fingerprint=admitted.fingerprint,
             include_usage=parsed.include_usage,
         )
-        return Answer(
+        return ResponseBuilder(
             head,
-            choices=running.sequences,
+            choices=admitted.sequences,
             top_logprobs=parsed.sampling.top_logprobs,
-            echo=running.echo,
-            tools=codec.tool_format if isinstance(parsed, ChatRequest) and parsed.tools.active else None,
-            token_text=codec.token_text,
-            token_bytes=codec.token_bytes,
+            echo=admitted.echo,
+            tools=tokenizer.tool_format if isinstance(parsed, ChatRequest) and parsed.tools.active else None,
+            token_text=tokenizer.token_text,
+            token_bytes=tokenizer.token_bytes,
         )
 
-    async def _whole(self, request: web.Request, running: Running, answer: Answer, pace: _Pace) -> web.Response:
-        left = running.sequences
-        usage = running.generation.usage()
-        while left:
-            delta = await running.generation.next()
-            pace.note()
+    async def _whole(
+        self, request: web.Request, admitted: AdmittedRequest, builder: ResponseBuilder, latency: _Latency
+    ) -> web.Response:
+        unfinished = admitted.sequences
+        usage = admitted.generation.usage()
+        while unfinished:
+            delta = await admitted.generation.next()
+            latency.observe()
             _raise_if_failed(delta)
-            answer.take(delta)
+            builder.add(delta)
             usage = delta.usage
-            left -= delta.finish is not None
-        response = web.json_response(answer.whole(usage), headers=_headers(running))
+            unfinished -= delta.finish is not None
+        response = web.json_response(builder.body(usage), headers=_headers(admitted))
         if _wants_usage(request):
             response.headers[HEADER_USAGE] = usage.model_dump_json()
         return response
@@ -83,66 +90,67 @@ class Inference:
         self,
         request: web.Request,
         parsed: ChatRequest | CompletionRequest,
-        running: Running,
-        answer: Answer,
-        pace: _Pace,
+        admitted: AdmittedRequest,
+        builder: ResponseBuilder,
+        latency: _Latency,
     ) -> web.StreamResponse:
-        delta = await running.generation.next()
+        delta = await admitted.generation.next()
         _raise_if_failed(delta)  # nothing is sent yet: an ordinary error
-        response = web.StreamResponse(headers={**_headers(running), HEADER_REQUEST_ID: request[REQUEST_ID],
+        response = web.StreamResponse(headers={**_headers(admitted), HEADER_REQUEST_ID: request[REQUEST_ID],
                                                "Content-Type": "text/event-stream; charset=utf-8",
                                                "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # fmt: skip
         await response.prepare(request)
         comment = _usage_comment if _wants_usage(request) else _no_comment
-        left = running.sequences
+        unfinished = admitted.sequences
         while True:
-            pace.note()
+            latency.observe()
             out = b""
             if delta.finish is FinishReason.ERROR:
                 error = ServerError(delta.error or "The engine failed.")
                 log.error("stream failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
                 await self._send(request, response, comment(delta.usage) + data_event(error.body()))
-                return response  # closed without [DONE]: nobody can take it for whole
-            for event in answer.chunks(delta):
+                return response  # closed without [DONE], so that no client takes it for a whole answer
+            for event in builder.chunks(delta):
                 out += comment(delta.usage) + event
-            left -= delta.finish is not None
-            if not left:
+            unfinished -= delta.finish is not None
+            if not unfinished:
                 break
             await self._send(request, response, out)
-            delta = await running.generation.next()
+            delta = await admitted.generation.next()
         if parsed.include_usage:
-            out += comment(delta.usage) + answer.usage_chunk(delta.usage)
+            out += comment(delta.usage) + builder.usage_chunk(delta.usage)
         await self._send(request, response, out + comment(delta.usage) + DONE_EVENT)
         await response.write_eof()
         return response
 
     async def _send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """Writes, unless the client takes nothing for too long; then its connection is closed."""
+        """Writes `data`. Closes the connection and raises TimeoutError if the client reads nothing for too long."""
         try:
             transport = request.transport
             if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:
                 await response.write(data)
                 return
-            async with asyncio.timeout(self._runtime.settings.write_timeout_s):
+            async with asyncio.timeout(self._write_timeout_s):
                 await response.write(data)
         except TimeoutError:
-            log.warning("client reads too slowly, dropped", extra={"request_id": request[REQUEST_ID]})
+            log.warning("client reads too slowly, disconnected", extra={"request_id": request[REQUEST_ID]})
             if request.transport is not None:
                 request.transport.abort()
             raise
 
 
-class _Pace:
-    """Times between the pieces of one answer, for the histograms."""
+class _Latency:
+    """Observes the time to the first delta of one response, and the times between its deltas."""
 
-    def __init__(self, runtime: Runtime, started_s: float) -> None:
-        self._runtime = runtime
+    def __init__(self, clock: Clock, metrics: Metrics, started_s: float) -> None:
+        self._clock = clock
+        self._metrics = metrics
         self._last_s = started_s
         self._begun = False
 
-    def note(self) -> None:
-        now_s = self._runtime.clock.now_s()
-        observe = self._runtime.metrics.next_token if self._begun else self._runtime.metrics.first_token
+    def observe(self) -> None:
+        now_s = self._clock.now_s()
+        observe = self._metrics.next_token if self._begun else self._metrics.first_token
         observe(now_s - self._last_s)
         self._last_s, self._begun = now_s, True
 
@@ -152,10 +160,10 @@ def _raise_if_failed(delta: Delta) -> None:
         raise ServerError(delta.error or "The engine failed.")
 
 
-def _headers(running: Running) -> dict[str, str]:
-    headers = {HEADER_ADAPTER: running.target}
-    if running.cold_start_s is not None:
-        headers[HEADER_COLD_START] = milliseconds(running.cold_start_s)
+def _headers(admitted: AdmittedRequest) -> dict[str, str]:
+    headers = {HEADER_ADAPTER: admitted.target}
+    if admitted.cold_start_s is not None:
+        headers[HEADER_COLD_START] = milliseconds(admitted.cold_start_s)
     return headers
 
 
@@ -168,7 +176,7 @@ def _wants_usage(request: web.Request) -> bool:
 
 
 def _usage_comment(usage: Usage) -> bytes:
-    """Written by hand: it goes before every token."""
+    """Formatted by hand, because it precedes every token."""
     counts = usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens
     return USAGE_COMMENT + b'{"prompt_tokens":%d,"completion_tokens":%d,"cached_tokens":%d}\n' % counts
 

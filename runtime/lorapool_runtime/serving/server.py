@@ -1,8 +1,8 @@
-"""The runtime's HTTP surface: routes of `lorapool_api.protocol`, the token check, errors into bodies.
+"""The runtime's HTTP routes (`lorapool_api.protocol`), the token check, and the mapping of errors to responses.
 
-`__main__` runs it over one `service.Runtime`. Every route but /healthz and /readyz asks for the bearer token; one
-middleware turns whatever is raised into an OpenAI body. Answers to inference are `inference`'s. It decides nothing
-about adapters or engines.
+Every route but /healthz and /readyz requires the bearer token; one middleware turns every exception into an OpenAI
+error body. An inference request is parsed here, admitted by `service` and answered by `responses`. Nothing here
+decides about adapters or engines.
 """
 
 from __future__ import annotations
@@ -18,20 +18,16 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from lorapool_api.common import (
-    HEADER_PROCESSING_MS,
-    HEADER_REQUEST_ID,
-    AdapterKey,
-)
+from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
 from lorapool_api.openai import (
     ApiError,
-    InvalidRequest,
-    MethodNotAllowed,
-    ModelNotFound,
-    NotFound,
-    PayloadTooLarge,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    PayloadTooLargeError,
+    RouteNotFoundError,
     ServerError,
-    Unauthenticated,
+    UnauthenticatedError,
 )
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
@@ -51,8 +47,8 @@ from lorapool_api.protocol import (
     token_sha256,
 )
 from lorapool_runtime.openai.json_body import parse_json_object
-from lorapool_runtime.openai.request import parse_chat, parse_completion
-from lorapool_runtime.serving.responses import REQUEST_ID, Inference, milliseconds
+from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
 
 log = logging.getLogger(__name__)
@@ -64,7 +60,7 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:/+=-]{1,128}$")
 
 
 def make_app(runtime: Runtime) -> web.Application:
-    """The application; its routes are all there is."""
+    """The application with every route of the runtime protocol and of the OpenAI API."""
     server = _Server(runtime)
     app = web.Application(middlewares=[server.answer_errors, server.check_token],
                           client_max_size=runtime.settings.body_max_bytes)  # fmt: skip
@@ -84,7 +80,7 @@ def make_app(runtime: Runtime) -> web.Application:
 
 
 def make_metrics_app(runtime: Runtime) -> web.Application:
-    """The open listener of `metrics_port`: our own names, and apart from them those of inference gateways."""
+    """The metrics listener, which needs no token: our own names, and on a second path those of inference gateways."""
     app = web.Application()
     server = _Server(runtime)
     app.router.add_get(ROUTE_METRICS, server.own_metrics)
@@ -96,13 +92,13 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
-        self._inference = Inference(runtime)
+        self._responder = Responder(runtime.clock, runtime.metrics, write_timeout_s=runtime.settings.write_timeout_s)
 
     # --- around every route -------------------------------------------------------------
 
     @web.middleware
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """The one place where an exception becomes a response."""
+        """Turns an exception into a response. The only place that does."""
         given = request.headers.get(HEADER_REQUEST_ID, "")
         request[REQUEST_ID] = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         started_s = self._runtime.clock.now_s()
@@ -111,12 +107,12 @@ class _Server:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            failure = _api_error(error)
-            if failure.status >= 500 and not isinstance(error, ApiError):
+            api_error = _api_error(error)
+            if api_error.status >= 500 and not isinstance(error, ApiError):
                 log.exception("request failed", extra={"request_id": request[REQUEST_ID]})
-            if failure.code != "internal_error":
-                self._runtime.metrics.rejected(failure.code or "invalid_request")
-            response = web.json_response(failure.body(), status=failure.status, headers=failure.headers())
+            if api_error.code != "internal_error":
+                self._runtime.metrics.rejected(api_error.code or "invalid_request")
+            response = web.json_response(api_error.body(), status=api_error.status, headers=api_error.headers())
         if not response.prepared:
             response.headers[HEADER_REQUEST_ID] = request[REQUEST_ID]
             response.headers[HEADER_PROCESSING_MS] = milliseconds(self._runtime.clock.now_s() - started_s)
@@ -124,7 +120,7 @@ class _Server:
 
     @web.middleware
     async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Deny by default: by the matched handler, never by the URL's text."""
+        """Refuses requests without the token, except to the probes. Checks the matched handler, not the URL."""
         if request.match_info.handler not in (self.health, self.readiness):
             self._check_token(request.headers.get("Authorization", ""))
         return await handler(request)
@@ -136,7 +132,7 @@ class _Server:
         scheme, _, token = header.partition(" ")
         given = token_sha256(token.strip()) if token.isascii() else ""
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, wanted):
-            raise Unauthenticated("Missing or wrong bearer token.")
+            raise UnauthenticatedError("Missing or wrong bearer token.")
 
     # --- health and state -----------------------------------------------------------------
 
@@ -196,7 +192,7 @@ class _Server:
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
         if name != self._settings.base_name and name not in self._runtime.adapters.displays():
-            raise ModelNotFound(name)
+            raise ModelNotFoundError(name)
         return web.json_response(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -212,29 +208,40 @@ class _Server:
     # --- inference ----------------------------------------------------------------------
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._inference.answer(request, parse_chat(await self._body(request)))
+        return await self._infer(request, parse_chat(await self._body(request)))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._inference.answer(request, parse_completion(await self._body(request)))
+        return await self._infer(request, parse_completion(await self._body(request)))
+
+    async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
+        """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
+        started_s = self._runtime.clock.now_s()
+        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER))
+        try:
+            return await self._responder.respond(request, parsed, admitted, started_s=started_s)
+        finally:
+            admitted.generation.cancel()
 
     async def _body(self, request: web.Request) -> bytes:
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await request.read()
         except TimeoutError as error:
-            raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from error
+            raise InvalidRequestError("The body did not arrive in time.", code="request_timeout") from error
 
 
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return PayloadTooLarge("The body is larger than this server takes (4 MiB unless set otherwise).")
+        return PayloadTooLargeError("The body is larger than this server accepts (4 MiB unless configured otherwise).")
     if isinstance(error, web.HTTPMethodNotAllowed):
-        return MethodNotAllowed(f"Method {error.method} is not allowed here.")
+        return MethodNotAllowedError(f"Method {error.method} is not allowed here.")
     if isinstance(error, web.HTTPException) and error.status < 500:
-        return NotFound("There is no such route.") if error.status == 404 else InvalidRequest(error.reason)
-    return ServerError("Something failed inside the runtime; its log has the details.")
+        return (
+            RouteNotFoundError("There is no such route.") if error.status == 404 else InvalidRequestError(error.reason)
+        )
+    return ServerError("An internal error occurred; the runtime's log has the details.")
 
 
 def _exposition(body: bytes) -> web.Response:
@@ -251,20 +258,20 @@ def _parse(model: type[M], raw: bytes) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"`{where}`: {first['msg']}", param=where) from error
+        raise InvalidRequestError(f"`{where}`: {first['msg']}", param=where) from error
 
 
 def _key_of_path(match: Mapping[str, str]) -> AdapterKey:
     try:
         return AdapterKey.parse(f"{match['uid']}@{match['digest']}")
     except ValueError as error:
-        raise InvalidRequest(str(error), param="uid") from error
+        raise InvalidRequestError(str(error), param="uid") from error
 
 
 def _poll_params(query: Mapping[str, str]) -> tuple[int, float]:
     after, wait = query.get("after", "0"), query.get("wait", "0")
     if not (after.isascii() and after.isdecimal() and len(after) <= 18):
-        raise InvalidRequest("`after` must be a whole number.", param="after")
+        raise InvalidRequestError("`after` must be a whole number.", param="after")
     if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait, re.ASCII):
-        raise InvalidRequest("`wait` must be a number of seconds.", param="wait")
+        raise InvalidRequestError("`wait` must be a number of seconds.", param="wait")
     return int(after), min(float(wait), LONG_POLL_MAX_S)

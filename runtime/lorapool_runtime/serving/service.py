@@ -1,8 +1,7 @@
-"""The runtime without HTTP: takes parsed requests in, within bounds, and says what state it is in.
+"""The runtime without HTTP: admits parsed requests within bounds, drains them at the end, and reports its state.
 
-`__main__` makes one, hands it the loaded base, and drains it at the end; `server` calls it. It owns the list of open
-requests: each holds its place in the line and its adapter's lease until the engine has ended it. Refuses work while
-starting, draining, or when the line is full, before anything is accepted.
+It owns the open requests: each holds its queue slots and its adapter's lease until the engine has ended it. It refuses
+requests while starting or draining and when the queue is full, before anything is accepted.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import functools
 import hashlib
 import logging
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,12 +19,12 @@ from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_QUEUE_FULL,
     CODE_STARTING,
-    InvalidRequest,
-    ModelNotFound,
-    TooManyRequests,
-    Unavailable,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TooManyRequestsError,
+    UnavailableError,
 )
-from lorapool_api.protocol import BaseReport, ResolveAnswer, ResolveRequest, RuntimeSnapshot
+from lorapool_api.protocol import BaseReport, ResolveAnswer, ResolveRequest, RuntimeSnapshot, Usage
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -36,26 +34,27 @@ from lorapool_runtime.engines.interface import BASE_SLOT, Engine, EngineStats
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.metrics import Gauges, Metrics
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
-from lorapool_runtime.openai.generation import Ended, Generation, Mailbox, Outcome
+from lorapool_runtime.openai.encoding import EncodedRequest, encode
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
-from lorapool_runtime.serving.submission import SequenceMaker, TextCodec, grammar_of, prompts_of, sequences_of
+from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requests
 from lorapool_runtime.settings import RuntimeSettings
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import Outcome, UsageTracker
 
 log = logging.getLogger(__name__)
 
 BASE_SALT = "base"
 SNAPSHOT_AGE_S = 0.5
-"""Counts that change without a new number are at most so old."""
+"""A cached snapshot is used for at most this long: some counts change without a new sequence number."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """The base, ready to serve."""
+    """The base model, ready to serve."""
 
     engine: Engine
-    codec: TextCodec
+    tokenizer: Tokenizer
     grammars: GrammarCompiler
     store: AdapterStore
     digest: str | None
@@ -69,14 +68,15 @@ class _Serving:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A request the engine has taken: what `server` needs to answer it."""
+class AdmittedRequest:
+    """A request that the engine runs, with everything its response needs."""
 
     generation: Generation
+    tokenizer: Tokenizer
     sequences: int
     echo: tuple[EchoedPrompt, ...]
     target: str
-    """For the answer's header: `<namespace>/<name>@<digest>` or `base`."""
+    """For the response header: `<namespace>/<name>@<digest>` or `base`."""
     cold_start_s: float | None
     fingerprint: str
 
@@ -89,26 +89,26 @@ class Runtime:
         self.started_unix_s = self.clock.unix_s()
         self.changes = Changes()
         self.events = EventRing(self.boot_id, self.changes)
-        self.accounts = Accounts(settings.tracked_adapters)
-        self.metrics = Metrics(settings.label, self.accounts, self.clock)
+        self.usage = UsageTracker(settings.tracked_adapters)
+        self.metrics = Metrics(settings.label, self.usage, self.clock)
         self.metrics.gauges = self.gauges
         self.draining = False
         self._serving: _Serving | None = None
         self._open: set[Generation] = set()
-        self._places = 0
-        """Sequences in the line or running."""
+        self._sequences = 0
+        """Sequences queued or running."""
         self._requests = 0
-        """Requests in the line or running, waiting for a load included."""
+        """Requests queued or running, including those that wait for a load."""
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._last_request_unix_s: float | None = None
-        self._told: tuple[int, float, bytes] | None = None
-        """(seq, when, JSON) of the last snapshot."""
+        self._cached_snapshot: tuple[int, float, bytes] | None = None
+        """(seq, monotonic time, JSON)."""
 
     # --- life ---------------------------------------------------------------------------
 
     def serve(self, base: LoadedBase) -> None:
-        """The engine runs: from now on requests are accepted."""
+        """Accepts requests from now on. The engine must be running."""
         limits = AdapterLimits(
             slots=self.settings.slots,
             max_rank=self.settings.max_rank,
@@ -129,7 +129,7 @@ class Runtime:
             changes=self.changes,
             events=self.events,
             metrics=self.metrics,
-            accounts=self.accounts,
+            usage=self.usage,
         )
         self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()))
         self.changes.bump()
@@ -140,11 +140,11 @@ class Runtime:
 
     @property
     def healthy(self) -> bool:
-        """False when the engine's thread has died: nothing here can serve again."""
+        """False when the engine's thread has died: the process can no longer serve and should end."""
         return self._serving is None or self._serving.base.engine.observe().healthy
 
     async def sweep_forever(self) -> None:
-        """The one sweeper: idleness, host copies, pinned loads. Returns when the engine has died."""
+        """Unloads idle adapters, drops idle host copies and loads pinned adapters. Returns when the engine has died."""
         while True:
             await asyncio.sleep(self.settings.sweep_interval_s)
             if self._serving is not None:
@@ -153,7 +153,7 @@ class Runtime:
                 self._serving.adapters.sweep()
 
     async def drain(self, *, notice_s: float, grace_s: float) -> None:
-        """Refuses new requests, lets running ones finish for `grace_s`, ends the rest."""
+        """Refuses new requests, lets running ones finish for `grace_s`, then ends the rest."""
         self.draining = True
         self.changes.bump()
         await asyncio.sleep(notice_s)
@@ -167,14 +167,14 @@ class Runtime:
                 await self._serving.adapters.close()
 
     async def close(self) -> None:
-        """After draining: ends what is left and the loads under way. The engine is the caller's to stop."""
+        """Ends the remaining requests and loads. Does not stop the engine."""
         self._end_all("The replica is shutting down.")
         if self._serving is not None:
             await self._serving.adapters.close()
         self.changes.close()
 
     def engine_died(self) -> None:
-        """No output will come any more: every reader is told now."""
+        """Ends every open request with an error: the engine will deliver no further output."""
         for generation in list(self._open):
             generation.engine_died("The engine of this replica has died.")
 
@@ -186,132 +186,125 @@ class Runtime:
 
     @property
     def adapters(self) -> AdapterManager:
-        """Raises Unavailable until the base is loaded."""
+        """Raises UnavailableError until the base is loaded."""
         return self._need_serving().adapters
-
-    @property
-    def codec(self) -> TextCodec:
-        return self._need_serving().base.codec
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         return await self._need_serving().base.store.resolve(request)
 
     def _need_serving(self) -> _Serving:
         if self._serving is None:
-            raise Unavailable("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
+            raise UnavailableError("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
         return self._serving
 
     def target_of(self, header: str | None, model: str) -> AdapterKey | None:
-        """The adapter a request is for, None for the base. Without a header the body's model decides, or 404."""
+        """The adapter a request is for, None for the base. Without the header the body's model decides.
+
+        Raises InvalidRequestError for a malformed header, ModelNotFoundError for an unknown model.
+        """
         if header == BASE_TARGET:
             return None
         if header is not None:
             try:
                 return AdapterKey.parse(header)
             except ValueError as error:
-                raise InvalidRequest(str(error), param=HEADER_ADAPTER) from error
+                raise InvalidRequestError(str(error), param=HEADER_ADAPTER) from error
         if model == self.settings.base_name:
             return None
         key = self._need_serving().adapters.key_of_name(model)
         if key is None:
-            raise ModelNotFound(model)
+            raise ModelNotFoundError(model)
         return key
 
     # --- requests -----------------------------------------------------------------------
 
-    async def begin(self, request: ChatRequest | CompletionRequest, header: str | None) -> Running:
-        """Accepts a request: prompt, bounds, place in the line, the adapter's slot, the engine. Raises ApiError.
+    async def admit(self, request: ChatRequest | CompletionRequest, header: str | None) -> AdmittedRequest:
+        """Encodes the request, takes its queue slots and its adapter's lease, and submits it. Raises ApiError.
 
-        Cancelled while it waits, it gives everything back.
+        Cancelling it releases everything that it has taken.
         """
         serving = self._need_serving()
+        base = serving.base
         self._refuse_when_draining()
         target = self.target_of(header, request.model)
-        codec, facts = serving.base.codec, serving.base.engine.facts
-        prompts = await prompts_of(request, codec, facts)
-        spec = grammar_of(request, codec)
-        grammar = None if spec is None else await serving.base.grammars.compile(spec)
-        sequences = sequences_of(request, prompts, grammar, codec, facts)
-        echo: tuple[EchoedPrompt, ...] = ()
-        if isinstance(request, CompletionRequest) and request.echo:
-            echo = tuple([await codec.echo(prompt) for prompt in prompts])
+        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts)
         self._refuse_when_draining()
-        self._enter(len(sequences))
+        self._enter_queue(len(encoded.sampling))
         try:
             lease = None if target is None else await serving.adapters.acquire(target)
         except BaseException:
-            self._leave(len(sequences))
+            self._leave_queue(len(encoded.sampling))
             raise
-        generation = self._generation(serving, request, sequences, lease)
-        try:
-            generation.start()  # from here on its end gives back the lease and the place
-        except ValueError as error:
-            raise InvalidRequest(str(error), param=request.prompt_param, code="context_length_exceeded") from error
-        return Running(
-            generation,
-            sequences=len(sequences),
-            echo=echo,
+        return AdmittedRequest(
+            self._submit(serving, request, encoded, lease),
+            base.tokenizer,
+            sequences=len(encoded.sampling),
+            echo=encoded.echo,
             target=BASE_TARGET if lease is None else f"{lease.display}@{lease.key.digest}",
             cold_start_s=None if lease is None else lease.cold_start_s,
-            fingerprint=self._fingerprint(serving.base.digest, lease),
+            fingerprint=self._fingerprint(base.digest, lease),
         )
 
-    def _generation(
+    def _submit(
         self,
         serving: _Serving,
         request: ChatRequest | CompletionRequest,
-        sequences: Sequence[SequenceMaker],
+        encoded: EncodedRequest,
         lease: Lease | None,
     ) -> Generation:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)
         begun_s = self.clock.now_s()
 
-        def on_end(ended: Ended) -> None:
+        def on_end(outcome: Outcome, usage: Usage) -> None:
             self._open.discard(generation)
-            self._leave(len(sequences))
+            self._leave_queue(len(encoded.sampling))
             if lease is not None:
-                lease.account.count(ended.outcome, ended.usage)
+                lease.usage.count(outcome, usage)
                 lease.release()
-            if ended.outcome is not Outcome.REFUSED:
-                self.metrics.ended(ended.outcome, ended.usage, self.clock.now_s() - begun_s)
+            if outcome is not Outcome.REFUSED:
+                self.metrics.ended(outcome, usage, self.clock.now_s() - begun_s)
 
         generation = Generation(
             serving.base.engine,
             serving.mailbox,
-            [make(slot, salt) for make in sequences],
+            engine_requests(request, encoded, slot=slot, cache_salt=salt),
             n=request.n,
             stops=request.stops,
-            decode=serving.base.codec.decode,
+            decode=serving.base.tokenizer.decode,
             on_end=on_end,
-            # who scores texts counts tokens (lm-eval leaves the last one out, whatever it is)
-            tell_end_token=isinstance(request, CompletionRequest),
+            # evaluation harnesses count tokens (lm-eval drops the last one, whatever it is)
+            score_end_token=isinstance(request, CompletionRequest),
         )
         if lease is not None:
             lease.attach(generation)
         self._open.add(generation)
+        try:
+            generation.start()  # from here on `on_end` releases the lease and the queue slots
+        except ValueError as error:
+            raise InvalidRequestError(str(error), param=request.prompt_param, code="context_length_exceeded") from error
         return generation
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
-            raise Unavailable(
+            raise UnavailableError(
                 "This replica is shutting down and accepts nothing new.", code=CODE_DRAINING, retry_after_s=1
             )
 
-    def _enter(self, sequences: int) -> None:
+    def _enter_queue(self, sequences: int) -> None:
         bound = self.settings.max_batch + self.settings.max_waiting
-        if self._places + sequences > bound:
-            raise TooManyRequests(
-                f"{self._places} sequences are under way on this replica, {bound} is the most.",
+        if self._sequences + sequences > bound:
+            raise TooManyRequestsError(
+                f"This replica has {self._sequences} sequences queued or running; its maximum is {bound}.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=2,
             )
-        self._places += sequences
+        self._sequences += sequences
         self._requests += 1
         self._quiet.clear()
         self._note_request()
 
-    def _leave(self, sequences: int) -> None:
-        self._places -= sequences
+    def _leave_queue(self, sequences: int) -> None:
+        self._sequences -= sequences
         self._requests -= 1
         if self._requests == 0:
             self._quiet.set()
@@ -322,7 +315,7 @@ class Runtime:
         self.changes.bump_soon()
 
     def _fingerprint(self, base_digest: str | None, lease: Lease | None) -> str:
-        """Changes with the weights and the version: what `seed` promises holds while it stays."""
+        """Identifies the weights and the version: `seed` is reproducible only while it stays the same."""
         weights = BASE_SALT if lease is None else lease.key.digest
         text = f"{base_digest or self.settings.model} {weights} {_version()}"
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -358,11 +351,13 @@ class Runtime:
         )
 
     def snapshot_json(self) -> bytes:
-        """The snapshot as sent; built once per change for all who wait for it."""
+        """The snapshot as JSON, built once per change for all long-polls."""
         now_s = self.clock.now_s()
-        if self._told is None or self._told[0] != self.changes.seq or now_s - self._told[1] > SNAPSHOT_AGE_S:
-            self._told = (self.changes.seq, now_s, self.snapshot().model_dump_json(by_alias=True).encode())
-        return self._told[2]
+        cached = self._cached_snapshot
+        if cached is None or cached[0] != self.changes.seq or now_s - cached[1] > SNAPSHOT_AGE_S:
+            cached = (self.changes.seq, now_s, self.snapshot().model_dump_json(by_alias=True).encode())
+            self._cached_snapshot = cached
+        return cached[2]
 
     def gauges(self) -> Gauges:
         serving, stats = self._serving, self._stats()
@@ -386,6 +381,7 @@ class Runtime:
             draining=self.draining,
             running_adapters=running,
             waiting_adapters=waiting,
+            decode_program=serving.base.engine.facts.decode_program,
         )
 
     def _stats(self) -> EngineStats:
@@ -398,7 +394,7 @@ def _kv_usage(stats: EngineStats) -> float:
     return min(1.0, stats.kv_blocks_used / stats.kv_blocks_total) if stats.kv_blocks_total else 0.0
 
 
-@functools.cache  # it reads files, and every request asks
+@functools.cache  # reads files, and every request needs it
 def _version() -> str:
     try:
         return version("lorapool")

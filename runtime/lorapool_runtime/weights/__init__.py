@@ -1,5 +1,5 @@
-"""From an adapter's files to one checked, packed buffer. No torch.
+"""Turns an adapter's files into one checked, packed buffer. No torch.
 
-Belongs here: reading safetensors, matching tensors with the base's linear layers, the buffer's layout. It does not
-know where the buffer goes.
+Belongs here: reading safetensors, matching tensors with the base's linear layers, the layout of the buffer. The slots
+that use the buffer do not.
 """

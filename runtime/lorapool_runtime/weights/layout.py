@@ -1,9 +1,9 @@
-"""Where an adapter's matrices lie in its one stretch of memory. Pure.
+"""The positions of an adapter's matrices in its one contiguous buffer. Pure.
 
-`adapter_file` writes a file's matrices by it, a slot takes the whole stretch unchanged (`slot_store`), and the kernels
-of `lora` find A and B in the slot by the same numbers. Nothing is padded to the largest rank: a linear the adapter
-leaves alone takes no bytes, and a linear of rank 4 takes a fourth of one of rank 16. The A matrices of linears that
-share their input lie side by side, so that one product with all of them is one read of the input.
+The reader writes the matrices of a file at these positions, a slot takes the whole buffer unchanged, and the LoRA
+kernels find A and B by the same numbers. Nothing is padded to the largest rank: a linear layer that the adapter does
+not target takes no bytes. The A matrices of layers that share their input are contiguous, so that one product with
+all of them reads the input once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 from lorapool_runtime.weights.targets import TargetGroup
 
-LINE_BYTES = 64  # every group, and every B, starts on a cache line
+LINE_BYTES = 64  # every group and every B starts on a cache line
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One linear's part: A [rank, in] at element a_at, B [rank, out] (transposed, scale folded in) at element b_at."""
+class PackedLinear:
+    """One linear layer: A [rank, in] at element a_at, B [rank, out] (transposed, with the scale folded in) at b_at."""
 
     rank: int
     in_features: int
@@ -41,40 +41,43 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    pieces: tuple[Piece, ...]
-    """Per linear, in the order of the groups and their members; rank 0 where the adapter leaves the linear alone."""
+    linears: tuple[PackedLinear, ...]
+    """In the order of the groups and their members; rank 0 for a layer that the adapter does not target."""
     elements: int
     table: np.ndarray
-    """int64 [3, linears]: rank, a_at and b_at of each piece."""
+    """int64 [3, linears]: rank, a_at and b_at."""
 
     @property
     def rank(self) -> int:
-        return max((piece.rank for piece in self.pieces), default=0)
+        return max((linear.rank for linear in self.linears), default=0)
 
 
 def first_linears(groups: Iterable[TargetGroup]) -> tuple[int, ...]:
-    """The number of each group's first linear, counting through all groups."""
+    """The index of each group's first layer among the layers of all groups."""
     return tuple(accumulate((group.size for group in groups), initial=0))[:-1]
 
 
 @lru_cache(maxsize=4096)
 def lay_out(groups: tuple[TargetGroup, ...], ranks: tuple[int, ...], itemsize: int) -> Layout:
-    """ranks: per linear. itemsize: bytes per element. Equal layouts are one object, so that `is` compares them."""
+    """The layout of an adapter. ranks: one per linear layer; itemsize: bytes per element.
+
+    Equal arguments return the same object. Raises ValueError where the number of ranks is not that of the layers.
+    """
     if len(ranks) != sum(group.size for group in groups):
         raise ValueError(f"{len(ranks)} ranks for {sum(group.size for group in groups)} linears")
-    line = LINE_BYTES // itemsize
-    pieces: list[Piece] = []
+    line = LINE_BYTES // itemsize  # elements
+    linears: list[PackedLinear] = []
     at, left = 0, iter(ranks)
     for group in groups:
-        mine = [next(left) for _ in group.modules]
-        a_at = list(accumulate((rank * group.in_features for rank in mine), initial=at))
-        at = _up(a_at[-1], line)
-        for rank, out, a in zip(mine, group.out_features, a_at[:-1], strict=True):
-            pieces.append(Piece(rank, group.in_features, out, a, at))
-            at = _up(at + rank * out, line)
-    table = np.array([(piece.rank, piece.a_at, piece.b_at) for piece in pieces], np.int64).reshape(-1, 3).T
-    return Layout(tuple(pieces), at, np.ascontiguousarray(table))
+        group_ranks = [next(left) for _ in group.modules]
+        a_at = list(accumulate((rank * group.in_features for rank in group_ranks), initial=at))
+        at = _round_up(a_at[-1], line)
+        for rank, out, a in zip(group_ranks, group.out_features, a_at[:-1], strict=True):
+            linears.append(PackedLinear(rank, group.in_features, out, a, at))
+            at = _round_up(at + rank * out, line)
+    table = np.array([(linear.rank, linear.a_at, linear.b_at) for linear in linears], np.int64).reshape(-1, 3).T
+    return Layout(tuple(linears), at, np.ascontiguousarray(table))
 
 
-def _up(value: int, unit: int) -> int:
+def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit

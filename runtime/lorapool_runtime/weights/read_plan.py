@@ -1,8 +1,8 @@
-"""What is read of an adapter's file and where it goes, worked out once for all adapters of one make.
+"""Which bytes of an adapter's file are read and where they are stored, computed once per config and shapes.
 
-`adapter_file` asks. Thousands of adapters are trained with the same settings on the same base: the headers of their
-files are equal byte for byte, and so are verdict, layout and places of all matrices. A plan holds what those alone
-decide, and `Plans` keeps the ones in use; it never holds a weight, and what was refused is judged again each time.
+Thousands of adapters are trained with the same settings on the same base. The headers of their files are equal byte
+for byte, and so are the results of validation, the layout and the positions of all matrices. A plan holds these and
+no weights. `ReadPlanCache` keeps the plans used last; an adapter that was refused is validated again each time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorapool_runtime.weights.pack import FILE_TYPES, MATRIX_FIELDS
 from lorapool_runtime.weights.targets import TargetGroup
 
 MAX_PLANS = 64
-"""Some 100 KiB each for a base of thirty layers."""
+"""About 100 KiB each for a base of thirty layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,11 +31,11 @@ class ReadPlan:
     target_modules: tuple[str, ...]
     layout: Layout
     matrices: np.ndarray
-    """int64 [matrices, len(MATRIX_FIELDS)], in the order of the file: it is read from front to back."""
+    """int64 [matrices, len(MATRIX_FIELDS)], in the order of the file, which is read from front to back."""
     scales: np.ndarray
-    """float32 [matrices]."""
+    """float32 [matrices], the factor of each matrix."""
     modules: tuple[str, ...]
-    """Of each matrix."""
+    """The module of each matrix."""
 
 
 def plan_reading(
@@ -46,7 +46,10 @@ def plan_reading(
     itemsize: int,
     target_modules: tuple[str, ...],
 ) -> ReadPlan:
-    """Of tensors that were judged complete; itemsize: bytes per element of the buffer. B is transposed and scaled."""
+    """The plan for tensors that were validated as complete. itemsize: bytes per element of the buffer.
+
+    B matrices are transposed and scaled.
+    """
     pairs: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         if pair := pair_of(name):
@@ -55,10 +58,10 @@ def plan_reading(
     ranks = tuple(config.rank_of(module) if module in pairs else 0 for module in modules)
     layout = lay_out(tuple(groups), ranks, itemsize)
     found: list[tuple[tuple[int, ...], float, str]] = []
-    for module, piece in zip(modules, layout.pieces, strict=True):
+    for module, linear in zip(modules, layout.linears, strict=True):
         if module in pairs:
-            found.append((_matrix(pairs[module]["A"], piece.a_at, transposed=False), 1.0, module))
-            found.append((_matrix(pairs[module]["B"], piece.b_at, transposed=True), config.scaling_of(module), module))
+            found.append((_matrix(pairs[module]["A"], linear.a_at, transposed=False), 1.0, module))
+            found.append((_matrix(pairs[module]["B"], linear.b_at, transposed=True), config.scaling_of(module), module))
     found.sort(key=lambda one: one[0])
     return ReadPlan(
         rank=layout.rank,
@@ -75,11 +78,11 @@ def _matrix(info: TensorInfo, to: int, *, transposed: bool) -> tuple[int, ...]:
     return info.start, FILE_TYPES.index(info.dtype), rows, cols, int(transposed), to
 
 
-class Plans:
-    """The plans used last, by what decides them. Any thread; two may work out the same plan at once."""
+class ReadPlanCache:
+    """The plans used last. Thread-safe; two threads may compute the same plan concurrently."""
 
-    def __init__(self, most: int = MAX_PLANS) -> None:
-        self._most = most
+    def __init__(self, max_plans: int = MAX_PLANS) -> None:
+        self._max_plans = max_plans
         self._lock = threading.Lock()
         self._plans: OrderedDict[object, ReadPlan] = OrderedDict()  # least recently used first
 
@@ -87,7 +90,7 @@ class Plans:
         return len(self._plans)
 
     def get(self, key: object, make: Callable[[], ReadPlan]) -> ReadPlan:
-        """The plan of `key`, made where it is not known; what `make` raises is raised."""
+        """The plan of `key`, made by `make` where it is not cached. Exceptions of `make` pass through."""
         with self._lock:
             if (plan := self._plans.get(key)) is not None:
                 self._plans.move_to_end(key)
@@ -96,6 +99,6 @@ class Plans:
         with self._lock:
             self._plans[key] = plan
             self._plans.move_to_end(key)
-            while len(self._plans) > self._most:
+            while len(self._plans) > self._max_plans:
                 self._plans.popitem(last=False)
         return plan

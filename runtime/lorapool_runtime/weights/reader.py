@@ -1,9 +1,8 @@
-"""From a verified folder to an adapter laid out for its slot: every tensor accounted for, every number finite.
+"""Reads a verified folder into an adapter that is packed for its slot, with every tensor used and every value finite.
 
-The engine owns one `AdapterReader` for its base and calls it in worker threads, hence no torch. Whether an adapter
-fits is decided by `lorapool_artifacts.compatibility`, as in the operator, but with the layers of the loaded base.
-Refused here, with the remedy in words: files that cannot be read and numbers that are not finite. It never unpickles
-and never hands peft a folder.
+`lorapool_artifacts.compatibility` decides whether an adapter fits, as in the operator, but with the layers of the
+loaded base. This module refuses files that cannot be read and values that are not finite, and names the remedy. It
+runs in worker threads, hence without torch. It never unpickles and never passes a folder to peft.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ import numpy as np
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, judge
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorapool_artifacts.settings import JudgeLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.settings import AdapterLimits
+from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.layout import Layout
-from lorapool_runtime.weights.pack import ALONE, Pace, pack_file, zeroed
-from lorapool_runtime.weights.read_plan import Plans, ReadPlan, plan_reading
+from lorapool_runtime.weights.pack import UNTHROTTLED, Throttle, pack_file
+from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache, plan_reading
 from lorapool_runtime.weights.safetensors_file import WeightsFile, open_weights
 from lorapool_runtime.weights.targets import TargetGroup
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedAdapter:
-    """`interface.HostAdapter`: one stretch of memory, laid out as its slot will be; nobody changes it once it is read.
+    """`interface.HostAdapter`: an immutable adapter in one contiguous buffer, with the layout of its slot.
 
-    The host cache and, where it is loaded on CPU, its slot hold it: it can be watched to see when the last lets go."""
+    The host cache and, on a CPU, the slots share it. It can be weakly referenced, to see when its last owner drops it.
+    """
 
     rank: int
     target_modules: tuple[str, ...]
     layout: Layout
     buffer: np.ndarray
-    """[layout.elements]. bfloat16 is kept as its 16-bit patterns, which NumPy has no type for."""
+    """[layout.elements]. bfloat16 as its 16-bit patterns, because NumPy has no type for it."""
 
     @property
     def host_bytes(self) -> int:
@@ -48,17 +48,17 @@ class PackedAdapter:
 
 
 class AdapterReader:
-    """Reads adapters for one base. dtype: float32, float16 or bfloat16, what the base computes in."""
+    """Reads adapters for one base. dtype: the type the base computes in (float32, float16 or bfloat16)."""
 
     def __init__(self, groups: Sequence[TargetGroup], dtype: str) -> None:
         self._groups = tuple(groups)
         self._dtype = dtype
         self._element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
         self._base = base_facts(groups)
-        self._plans = Plans()
+        self._plans = ReadPlanCache()
 
-    def read(self, folder: Path, *, max_rank: int, pace: Pace = ALONE) -> PackedAdapter:
-        """Blocks. Raises AdapterArtifactError."""
+    def read(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> PackedAdapter:
+        """Blocks until the adapter is in memory. Raises ArtifactError."""
         try:
             config = _read_config(folder)
             with open_weights(_weights_of(folder)) as file:
@@ -66,17 +66,15 @@ class AdapterReader:
                     (hashlib.sha256(file.head).digest(), file.size_bytes, config.meaning(), max_rank),
                     lambda: self._plan(config, file, max_rank),
                 )
-                buffer = zeroed(plan.layout.elements, self._element)
-                sick = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, pace)
-        except ArtifactError as error:
-            raise AdapterArtifactError(error.reason, error.message) from error
+                buffer = huge_page_zeros(plan.layout.elements, self._element)
+                first_non_finite = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, throttle)
         except (OSError, EOFError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             _refuse(FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({why}); upload it again.")
-        if sick is not None:
+        if first_non_finite is not None:
             _refuse(
                 FailureReason.NON_FINITE_WEIGHTS,
-                f"weights of {plan.modules[sick]} are not finite numbers in {self._dtype}: "
+                f"weights of {plan.modules[first_non_finite]} are not finite numbers in {self._dtype}: "
                 "the training diverged, train it again with a lower learning rate",
             )
         return PackedAdapter(plan.rank, plan.target_modules, plan.layout, buffer)
@@ -84,21 +82,21 @@ class AdapterReader:
     def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
         header = file.header()
         shapes = {name: info.shape for name, info in header.tensors.items()}
-        limits = JudgeLimits(max_rank, max_bytes=file.size_bytes)  # how large it may be was asked before it was read
-        verdict = judge(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
-        if not verdict.ok:
-            raise ArtifactError(verdict.reason or FailureReason.INCOMPATIBLE, verdict.message)
+        limits = AdapterLimits(max_rank, max_bytes=file.size_bytes)  # the size was checked before
+        result = check_compatibility(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
+        if not result.ok:
+            raise ArtifactError(result.reason or FailureReason.INCOMPATIBLE, result.message)
         return plan_reading(
             self._groups,
             config,
             header.tensors,
             itemsize=self._element.itemsize,
-            target_modules=verdict.target_modules,
+            target_modules=result.target_modules,
         )
 
 
 def base_facts(groups: Sequence[TargetGroup]) -> BaseFacts:
-    """The loaded base, as far as adapters are concerned."""
+    """The facts about the loaded base that decide whether an adapter fits."""
     shapes = (shape for group in groups for shape in group.shapes())
     return BaseFacts({shape.module: (shape.out_features, shape.in_features) for shape in shapes}, loaded=True)
 
@@ -128,4 +126,4 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:
-    raise AdapterArtifactError(reason.value, message)
+    raise ArtifactError(reason, message)

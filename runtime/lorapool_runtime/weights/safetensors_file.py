@@ -1,8 +1,7 @@
-"""A safetensors file held open: its header's bytes, and a descriptor by which its numbers are read.
+"""An open safetensors file: the bytes of its header, and a descriptor to read its tensors from.
 
-`adapter_file` opens one in a worker thread. The header is `lorapool_artifacts.header`'s business, by the same bounds
-as when the adapter was judged. The numbers are read, never mapped: a file cut short or a failing disk is then an
-error of one load, and not a signal that ends the process.
+`lorapool_artifacts.header` parses the header, by the same bounds as when the adapter was validated. The tensors are
+read, never mapped: a truncated file or a failing disk then fails one load instead of killing the process by a signal.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from lorapool_artifacts.header import ADAPTER_BOUNDS, LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 
-_FIRST_READ_BYTES = 64 * 1024  # holds most headers whole
+_FIRST_READ_BYTES = 64 * 1024  # most headers are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +22,17 @@ class WeightsFile:
     descriptor: int
     size_bytes: int
     head: bytes
-    """The length and the JSON of the header, as they stand in the file."""
+    """The length and the JSON of the header, exactly as in the file."""
     name: str
 
     def header(self) -> SafetensorsHeader:
-        """Raises ArtifactError."""
+        """The parsed header. Raises ArtifactError."""
         return parse_header(self.head, self.size_bytes, ADAPTER_BOUNDS, name=self.name)
 
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightsFile]:
-    """Raises ArtifactError for what has no header of an adapter's, OSError."""
+    """Raises ArtifactError for a file without a valid safetensors header, and OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)

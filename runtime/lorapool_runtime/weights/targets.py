@@ -1,6 +1,6 @@
-"""The linear layers LoRA may target, grouped by the input they share. Pure.
+"""The linear layers that LoRA may target, grouped by the input they share. Pure.
 
-`model` finds them, `slabs` lays memory out by them, `adapter_file` checks and arranges files by them.
+The loader of the base finds them; slots and readers of adapters arrange matrices by them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from lorapool_runtime.engines.interface import TargetShape
 
 @dataclass(frozen=True, slots=True)
 class TargetGroup:
-    """Layers of the base with one and the same input (q/k/v, gate/up), so that their shrink product is shared."""
+    """Layers of the base with the same input (q/k/v, gate/up), so that they share one shrink product."""
 
     modules: tuple[str, ...]
     """Full dotted names in the model."""

@@ -32,7 +32,7 @@ def steps(engine: TorchEngine, ids: list[str], max_tokens: int = 1) -> int:
 
 
 def test_who_comes_while_the_first_one_waits_begins_with_it(world: PeftWorld) -> None:
-    engine = started(world.base, gather_s=LONG_S, max_batch=3)
+    engine = started(world.base, batching_window_s=LONG_S, max_batch=3)
     try:
         assert steps(engine, ["a", "b", "c"], max_tokens=5) == 5
     finally:
@@ -40,7 +40,7 @@ def test_who_comes_while_the_first_one_waits_begins_with_it(world: PeftWorld) ->
 
 
 def test_the_wait_ends_when_nobody_comes(world: PeftWorld) -> None:
-    engine = started(world.base, gather_s=0.01, max_batch=3)
+    engine = started(world.base, batching_window_s=0.01, max_batch=3)
     try:
         assert steps(engine, ["alone"], max_tokens=5) == 5
     finally:
@@ -48,11 +48,11 @@ def test_the_wait_ends_when_nobody_comes(world: PeftWorld) -> None:
 
 
 def test_who_comes_to_a_running_batch_is_not_waited_for(world: PeftWorld) -> None:
-    engine, got = started(world.base, gather_s=0.0, max_batch=3), Collector(pause_s=0.02)
+    engine, got = started(world.base, batching_window_s=0.0, max_batch=3), Collector(pause_s=0.02)
     try:
         engine.submit(request("first", PROMPT, greedy(40)), got)
         got.next()
-        engine._loaded().gather_s = LONG_S  # from here on a wait would be noticed
+        engine._loaded().batching_window_s = LONG_S  # from here on a wait would be noticed
         engine.submit(request("second", PROMPT, greedy(1)), got)
         got.wait(["second"])
         assert not got.ended("first")
@@ -62,7 +62,7 @@ def test_who_comes_to_a_running_batch_is_not_waited_for(world: PeftWorld) -> Non
 
 
 def test_a_request_that_is_cancelled_meanwhile_ends(world: PeftWorld) -> None:
-    engine, got = started(world.base, gather_s=0.3, max_batch=3), Collector()
+    engine, got = started(world.base, batching_window_s=0.3, max_batch=3), Collector()
     try:
         engine.submit(request("a", PROMPT, greedy(5)), got)
         engine.cancel("a")
@@ -73,5 +73,5 @@ def test_a_request_that_is_cancelled_meanwhile_ends(world: PeftWorld) -> None:
 
 
 def test_a_negative_wait_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gather_s"):
-        EngineConfig(str(tmp_path), gather_s=-0.001)
+    with pytest.raises(ValueError, match="batching_window_s"):
+        EngineConfig(str(tmp_path), batching_window_s=-0.001)

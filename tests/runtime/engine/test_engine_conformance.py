@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from engine_kit import MAX_LEN, VOCAB, Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
 
-from lorapool_runtime.engines.interface import BASE_SLOT, AdapterArtifactError, Engine, FinishReason, SamplingParams
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_runtime.engines.interface import BASE_SLOT, Engine, FinishReason, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -243,7 +244,7 @@ def test_logprobs_come_when_asked_for(engine: Engine) -> None:
 
 
 def test_a_refused_adapter_names_its_reason(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         engine.read_adapter(str(tmp_path), max_rank=8)
     assert caught.value.reason == "UnsupportedFormat"
 

@@ -11,7 +11,7 @@ from matrix_kit import ARCHITECTURES, World, matrix_world
 
 from lorapool_artifacts.adapter_config import AdapterConfig
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.engine import TorchEngine
 
@@ -40,8 +40,8 @@ def test_all_kinds_in_one_changing_batch_equal_peft_one_by_one(world: World, set
 def test_what_runs_is_also_what_the_operator_accepts_from_the_headers_alone(world: World) -> None:
     facts = base_facts_from_folder(world.base)
     for name, folder in world.adapters.items():
-        verdict = inspect_adapter_folder(folder, facts, JudgeLimits(max_rank=16)).verdict
-        assert verdict.ok, (name, verdict.message)
+        result = inspect_adapter_folder(folder, facts, AdapterLimits(max_rank=16)).compatibility
+        assert result.ok, (name, result.message)
 
 
 def test_the_adapters_of_all_kinds_differ_from_the_base_and_from_each_other(world: World) -> None:

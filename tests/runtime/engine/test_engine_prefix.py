@@ -72,7 +72,7 @@ def run(engine: TorchEngine, asked: list[GenerationRequest]) -> Collector:
 
 def submit_at_once(engine: TorchEngine, asked: list[GenerationRequest], got: Collector) -> None:
     """All of them between the same two steps."""
-    engine._ask(lambda: [engine.submit(one, got) for one in asked]).result(10)
+    engine._run_on_engine_thread(lambda: [engine.submit(one, got) for one in asked]).result(10)
 
 
 def ask(request_id: str, weights: str, *, max_tokens: int = 12, prompt: tuple[int, ...] = PROMPT) -> GenerationRequest:

@@ -173,13 +173,10 @@ def weights_in(engine: TorchEngine, slot: int) -> bytes:
 
     def look() -> bytes:
         assert engine._core is not None
-        slabs = engine._core.slabs
-        layout = slabs.layouts[slot]
-        assert layout is not None
-        held = slabs._store.view(slot, 1, 1, layout.elements, 0)
-        return hashlib.sha256(held.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+        held = engine._core.slots._states[slot].contents.placement.buffer
+        return hashlib.sha256(held.view(torch.uint8).numpy().tobytes()).digest()
 
-    return engine._ask(look).result(10)
+    return engine._run_on_engine_thread(look).result(10)
 
 
 def tensors(engine: TorchEngine) -> int:
@@ -192,7 +189,7 @@ def tensors(engine: TorchEngine) -> int:
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    return engine._ask(count).result(10)
+    return engine._run_on_engine_thread(count).result(10)
 
 
 @pytest.mark.parametrize("seed", range(6))

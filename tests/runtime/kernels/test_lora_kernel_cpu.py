@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lorapool_runtime import native_library as nativelib
 from lorapool_runtime.engines.torch.lora import kernel_cpu as rowkernel
-from lorapool_runtime.engines.torch.lora.dispatch import Rows
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.lora.kernel_cpu import NativeRowKernel, add_lora_rows, load_row_kernel
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch
-from lorapool_runtime.engines.torch.lora.slots import Slabs
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
+from lorapool_runtime.native_library import NativeSettingError, open_library
 from lorapool_runtime.weights.targets import TargetGroup
 
 CPU = torch.device("cpu")
@@ -49,26 +50,33 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="session", params=["avx2", "baseline"])
+@pytest.fixture(scope="session", params=["baseline", "avx2", "avx512"])
 def kernel(library: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> NativeRowKernel:
-    copy = tmp_path_factory.mktemp(request.param) / library.name  # under its own name it is loaded and chooses anew
-    shutil.copyfile(library, copy)
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copyfile(library, folder / library.name)  # under a path of its own it is loaded once more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPOOL_NATIVE_ISA", request.param)
-        return NativeRowKernel(ctypes.CDLL(str(copy)))
+        patch.setenv("LORAPOOL_NATIVE", request.param)
+        try:
+            kernel = NativeRowKernel(open_library(rowkernel.NAME, rowkernel.VERSION, folder))
+        except NativeSettingError as error:
+            pytest.skip(str(error))
+    assert kernel.isa == request.param
+    return kernel
 
 
 class World:
-    def __init__(self, dtype: torch.dtype = torch.float32, *, sharing: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, *, in_host_memory: bool = True) -> None:
         rng = np.random.default_rng(0)
-        self.slabs = Slabs(GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU, sharing=sharing)
+        self.slots = AdapterSlots(
+            GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU, in_host_memory=in_host_memory
+        )
         self.adapters = [RandomAdapter(GROUPS, ranks, rng, dtype) for ranks in RANKS]
         for slot, adapter in enumerate(self.adapters):
-            self.slabs.fill(slot, adapter)
-            self.slabs.publish(slot, adapter.layout)
+            self.slots.fill(slot, adapter)
+            self.slots.publish(slot)
 
     def expected(self, group: int, x: Tensor, y: Tensor, slots: list[int]) -> Tensor:
-        out, first = y.float().clone(), self.slabs.firsts[group]
+        out, first = y.float().clone(), self.slots.first_linears[group]
         for row, slot in enumerate(slots):
             if 0 <= slot < len(RANKS):
                 members = range(first, first + GROUPS[group].size)
@@ -85,21 +93,21 @@ def batch(group: int, rows: int, dtype: torch.dtype = torch.float32) -> tuple[Te
 
 def run(kernel: NativeRowKernel, world: World, group: int, x: Tensor, y: Tensor, slots: list[int]) -> Tensor:
     out = y.clone()
-    kernel.add(out, x, torch.tensor(slots, dtype=torch.int32), world.slabs.groups[group])
+    kernel.add(out, x, torch.tensor(slots, dtype=torch.int32), world.slots.groups[group])
     return out
 
 
 ROWS = st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=24)
 
 
-@pytest.mark.parametrize("sharing", [False, True])
+@pytest.mark.parametrize("in_host_memory", [False, True])
 @pytest.mark.parametrize("group", [0, 1])
 @settings(max_examples=40, deadline=None)
 @given(slots=ROWS)
 def test_rows_in_any_order_and_of_any_rank_equal_the_formula(
-    kernel: NativeRowKernel, group: int, sharing: bool, slots: list[int]
+    kernel: NativeRowKernel, group: int, in_host_memory: bool, slots: list[int]
 ) -> None:
-    world = World(sharing=sharing)
+    world = World(in_host_memory=in_host_memory)
     x, y = batch(group, len(slots))
     got = run(kernel, world, group, x, y, slots)
     torch.testing.assert_close(got, world.expected(group, x, y, slots), rtol=1e-4, atol=1e-3)
@@ -182,9 +190,9 @@ def test_what_is_not_finite_stays_in_its_row(kernel: NativeRowKernel, dtype: tor
     got, others = run(kernel, world, 0, sick, y, slots), [0, 2, 3, 4, 5, 6]
     assert torch.equal(got[others], clean[others])
     assert bool(got[1].isnan().all())
-    span = world.slabs.span(0, 2, 1)
-    assert span is not None
-    span[0].fill_(float("inf"))
+    matrices = world.slots.matrices(0, 2)
+    assert matrices is not None
+    matrices.a.fill_(float("inf"))
     got, others = run(kernel, world, 0, x, y, slots), [0, 3, 4, 6]
     assert torch.equal(got[others], clean[others])
     assert not got[[1, 2, 5]].isfinite().any()
@@ -195,32 +203,38 @@ def test_a_slot_that_does_not_exist_is_refused_before_anything_is_added(kernel: 
     x, y = batch(0, 3)
     out = y.clone()
     with pytest.raises(ValueError, match="does not exist"):
-        kernel.add(out, x, torch.tensor([0, 1, SLOTS], dtype=torch.int32), world.slabs.groups[0])
+        kernel.add(out, x, torch.tensor([0, 1, SLOTS], dtype=torch.int32), world.slots.groups[0])
     assert torch.equal(out, y)
 
 
 def test_tensors_of_another_shape_type_or_order_are_refused(kernel: NativeRowKernel) -> None:
     world = World()
     x, y = batch(0, 3)
-    slots, group = torch.zeros(3, dtype=torch.int32), world.slabs.groups[0]
+    slots, group = torch.zeros(3, dtype=torch.int32), world.slots.groups[0]
     for bad in (
         (y[:2], x, slots),
         (y, x.double(), slots),
         (y, x, slots.long()),
         (y, x.T.contiguous().T, slots),
     ):
-        with pytest.raises(ValueError, match=r"fit|contiguous|slab"):
+        with pytest.raises(ValueError, match=r"fit|contiguous|adapters"):
             kernel.add(*bad, group)
 
 
-def test_a_step_with_the_kernel_equals_the_plain_ways(kernel: NativeRowKernel) -> None:
+def test_a_step_with_the_kernel_equals_one_by_torch(kernel: NativeRowKernel) -> None:
     world = World()
-    pieces = [Rows(-1, 0, 2), Rows(0, 2, 3), Rows(5, 3, 7), Rows(1, 7, 8), Rows(2, 8, 90)]  # the last is a prefill
+    rows = [
+        SlotRows(-1, 0, 2),
+        SlotRows(0, 2, 3),
+        SlotRows(5, 3, 7),
+        SlotRows(1, 7, 8),
+        SlotRows(2, 8, 90),
+    ]  # the last is a prefill
     found = []
     for one in (kernel, None):
         lora = LoraBatch()
-        lora.slabs, lora.kernel = world.slabs, one
-        lora.set(pieces)
+        lora.slots, lora.kernel = world.slots, one
+        lora.set(rows)
         x, y = batch(0, 90)
         lora.add(0, x, y)
         found.append(y)
@@ -231,7 +245,7 @@ def test_the_traced_operator_is_the_kernel(library: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(rowkernel, "open_library", lambda name, version: ctypes.CDLL(str(library)))
     world = World()
     x, y = batch(0, 4)
-    slots, group = torch.tensor([0, 5, -1, 2], dtype=torch.int32), world.slabs.groups[0]
+    slots, group = torch.tensor([0, 5, -1, 2], dtype=torch.int32), world.slots.groups[0]
     direct, traced = y.clone(), y.clone()
     NativeRowKernel(ctypes.CDLL(str(library))).add(direct, x, slots, group)
     arguments = (traced, x, slots, group.memory, group.ranks, group.a_at, group.b_at, list(group.out_features))
@@ -247,7 +261,7 @@ def test_without_a_fitting_library_the_log_says_why(tmp_path: Path, caplog: pyte
     (tmp_path / "liblora_rows.so").write_bytes(b"no library")
     caplog.clear()
     assert load_row_kernel(torch.float32, CPU, tmp_path) is None
-    assert "plain products serve" in caplog.text
+    assert "torch multiplies instead" in caplog.text
     assert load_row_kernel(torch.float16, CPU, tmp_path) is None
     assert "float16" in caplog.text
 

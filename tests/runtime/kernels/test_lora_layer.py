@@ -1,4 +1,4 @@
-"""Every way to add LoRA gives the same numbers, and rows meet their own slot only."""
+"""LoRA by torch gives the numbers of the formula, and a row meets the weights of its own slot only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from lora_kit import RandomAdapter
 from torch import Tensor, nn
 
 from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
-from lorapool_runtime.engines.torch.lora.dispatch import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows, adapter_segments, slot_of_each_row
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup, LoraLinear
-from lorapool_runtime.engines.torch.lora.slots import Slabs
-from lorapool_runtime.engines.torch.lora.way_costs import WayCosts
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.weights.layout import lay_out
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -24,26 +23,28 @@ CPU = torch.device("cpu")
 
 
 class World:
-    """A group of two linears with an adapter of another rank in each slot, and the plain way to compute it."""
+    """A group of two linears with an adapter of another rank in each slot, and the formula to compare with."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         self.linears = [nn.Linear(WIDTH, out).to(dtype).requires_grad_(False) for out in OUTS]
         group = TargetGroup(("a.q", "a.k"), WIDTH, OUTS)
         self.batch = LoraBatch()
-        self.slabs = Slabs((group,), slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU)
-        self.batch.slabs = self.slabs
+        self.slots = AdapterSlots(
+            (group,), slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=CPU, in_host_memory=True
+        )
+        self.batch.slots = self.slots
         rng = np.random.default_rng(0)
         self.weights = {}
         for slot, ranks in enumerate(RANKS):
             self.weights[slot] = RandomAdapter((group,), ranks, rng)
-            self.slabs.fill(slot, self.weights[slot])
-            self.slabs.publish(slot, self.weights[slot].layout)
+            self.slots.fill(slot, self.weights[slot])
+            self.slots.publish(slot)
         lora = LoraGroup(0, group, FusedLinear(self.linears), self.batch)
         self.modules = [LoraLinear(lora, member) for member in range(2)]
 
     def run(self, slots: list[int], x: Tensor) -> list[Tensor]:
-        self.batch.set([Rows(slot, i, i + 1) for i, slot in enumerate(slots)])
+        self.batch.set([SlotRows(slot, i, i + 1) for i, slot in enumerate(slots)])
         return [module(x[None])[0] for module in self.modules]
 
     def expected(self, slots: list[int], x: Tensor) -> list[Tensor]:
@@ -96,9 +97,9 @@ def test_a_slot_full_of_nan_reaches_its_own_rows_only() -> None:
     x = torch.randn(len(slots), WIDTH)
     clean = world.run(slots, x)
     for sick in (1, 2, 3):
-        span = world.slabs.span(0, sick, 1)
-        assert span is not None
-        span[0].fill_(float("nan"))
+        matrices = world.slots.matrices(0, sick)
+        assert matrices is not None
+        matrices.a.fill_(float("nan"))
     for got, wanted in zip(world.run(slots, x), clean, strict=True):
         assert torch.equal(got[[0, 1, 4, 5]], wanted[[0, 1, 4, 5]])
         assert bool(got[[2, 3]].isnan().all())
@@ -107,7 +108,7 @@ def test_a_slot_full_of_nan_reaches_its_own_rows_only() -> None:
 def test_an_unloaded_slot_adds_nothing() -> None:
     world = World()
     x = torch.randn(3, WIDTH)
-    world.slabs.withdraw(1)
+    world.slots.withdraw(1)
     del world.weights[1]
     got = world.run([0, 1, 2], x)
     assert torch.allclose(got[0][1], world.linears[0](x)[1], atol=1e-5)
@@ -138,60 +139,22 @@ def test_fusing_leaves_the_original_weights_alone() -> None:
     assert torch.equal(linear.weight, before)
 
 
-COSTS = WayCosts(
-    rows=(1, 8, 64), segment_us=(10, 12, 30), run_us=(14, 30, 240), scatter_us=(4, 8, 100), kernel_us=(5, 10, 40)
-)
-SAME, OTHER = lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4), lay_out((TargetGroup(("a",), 4, (4,)),), (3,), 4)
+def test_adjacent_rows_of_one_slot_are_one_segment_and_rows_of_the_base_are_none() -> None:
+    batch = [SlotRows(-1, 0, 4), SlotRows(2, 4, 5), SlotRows(2, 5, 90), SlotRows(-1, 90, 91), SlotRows(2, 91, 92)]
+    assert adapter_segments(batch) == (SlotRows(2, 4, 90), SlotRows(2, 91, 92))
+    assert adapter_segments(batch[:1]) == ()
 
 
-def test_distinct_neighbours_are_one_run_and_a_base_batch_is_nothing() -> None:
-    layouts = [SAME] * 4
-    assert choose_ways([Rows(-1, 0, 4)], layouts, COSTS, kernel=False) == ()
-    run = [Rows(i, i, i + 1) for i in range(4)]
-    assert choose_ways(run, layouts, COSTS, kernel=False) == (SlabRun(0, 4, 1, 0),)
-    assert choose_ways([Rows(3, 0, 5)], layouts, COSTS, kernel=False) == (Segment(Rows(3, 0, 5)),)
-    assert choose_ways([Rows(0, 0, 1), Rows(1, 1, 3)], layouts, COSTS, kernel=False) == (
-        ScatteredRun(0, 2, 2, (0, 1, 2), (0, 2, 3)),
-    )
-
-
-def test_the_kernel_gets_what_it_does_faster_and_long_runs_are_segments() -> None:
-    ways = choose_ways([Rows(2, 0, 1), Rows(-1, 1, 3), Rows(0, 3, 90)], [SAME] * 3, COSTS, kernel=True)
-    assert ways == (KernelRows((2, *[-1] * 89)), Segment(Rows(0, 3, 90)))
-    assert choose_ways([Rows(0, 0, 90)], [SAME], COSTS, kernel=True) == (Segment(Rows(0, 0, 90)),)
-    assert choose_ways([Rows(-1, 0, 9)], [SAME], COSTS, kernel=True) == ()
-
-
-def test_slots_of_different_layouts_share_no_run() -> None:
-    run = [Rows(i, i, i + 1) for i in range(4)]
-    assert choose_ways(run, [SAME, SAME, OTHER, OTHER], COSTS, kernel=False) == (
-        SlabRun(0, 2, 1, 0),
-        SlabRun(2, 2, 1, 2),
-    )
+@pytest.mark.parametrize("seed", range(20))
+def test_segments_and_row_slots_cover_each_adapter_row_exactly_once(seed: int) -> None:
+    rng = random.Random(seed)
+    slots = [rng.randrange(-1, 4) for _ in range(rng.randrange(1, 40))]
+    batch = [SlotRows(slot, i, i + 1) for i, slot in enumerate(slots)]
+    assert slot_of_each_row(batch) == slots
+    covered = [(row, one.slot) for one in adapter_segments(batch) for row in range(one.begin, one.end)]
+    assert covered == [(row, slot) for row, slot in enumerate(slots) if slot >= 0]
 
 
 def test_equal_layouts_are_one_object() -> None:
-    assert lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4) is SAME
-
-
-@pytest.mark.parametrize("kernel", [False, True])
-@pytest.mark.parametrize("seed", range(40))
-def test_the_ways_cover_each_adapter_row_exactly_once(seed: int, kernel: bool) -> None:
-    rng = random.Random(seed)
-    layouts = rng.choices([SAME, OTHER], k=12)
-    slots = sorted(rng.choices(range(-1, 12), k=rng.randrange(1, 24)))
-    slots += sorted(s for slot in rng.sample(range(-1, 12), k=3) for s in [slot] * rng.choice([1, 9, 9, 30]))
-    covered: dict[int, int] = {}
-    for way in choose_ways([Rows(slot, i, i + 1) for i, slot in enumerate(slots)], layouts, COSTS, kernel=kernel):
-        if isinstance(way, KernelRows):
-            found = {row: slot for row, slot in enumerate(way.row_slots) if slot >= 0}
-        elif isinstance(way, Segment):
-            found = dict.fromkeys(range(way.rows.begin, way.rows.end), way.rows.slot)
-        elif isinstance(way, SlabRun):
-            found = {way.begin + i: way.first + i // way.each for i in range(way.slots * way.each)}
-        else:
-            assert len(set(way.place)) == len(way.place)
-            found = {row: way.first + place // way.each for row, place in zip(way.source, way.place, strict=True)}
-        assert not covered.keys() & found.keys()
-        covered |= found
-    assert covered == {i: slot for i, slot in enumerate(slots) if slot >= 0}
+    groups = (TargetGroup(("a",), 4, (4,)),)
+    assert lay_out(groups, (2,), 4) is lay_out((TargetGroup(("a",), 4, (4,)),), (2,), 4)

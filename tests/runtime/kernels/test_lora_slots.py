@@ -1,192 +1,190 @@
-"""Slots of adapter weights: their own memory, written by a prefix and cleared to zeros, or their adapters'; counted by
-the system either way."""
+"""Adapter slots: one owner of what they hold, where it is stored, and whether requests reach it."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from lora_kit import RandomAdapter
 
-from lorapool_runtime.engines.torch.lora.slots import Slabs
-from lorapool_runtime.weights.pack import zeroed
+from lorapool_runtime.engines.torch.lora.slot_state import IllegalSlotMoveError, WrongWeightsError
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
+from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.targets import TargetGroup
 
 GROUPS = (TargetGroup(("q", "k"), 512, (512, 128)), TargetGroup(("o",), 512, (512,)))
 
 
-def adapter(rank: int, value: float = 1.0, dtype: torch.dtype = torch.float32) -> RandomAdapter:
-    made = RandomAdapter(GROUPS, (rank,) * 3, np.random.default_rng(0), dtype)
-    made.tensor.fill_(value)
-    return made
-
-
-def slabs(dtype: torch.dtype = torch.float32, max_rank: int = 64, *, sharing: bool = False) -> Slabs:
-    return Slabs(GROUPS, slots=3, max_rank=max_rank, dtype=dtype, device=torch.device("cpu"), sharing=sharing)
-
-
-def kept(rank: int, dtype: torch.dtype = torch.float32) -> RandomAdapter:
-    """In memory of its own, as `adapter_file` keeps them."""
+def adapter(rank: int, dtype: torch.dtype = torch.float32) -> RandomAdapter:
+    """In memory of its own, as the reader makes them."""
     made = RandomAdapter(GROUPS, (rank, 0, rank), np.random.default_rng(rank), dtype)
-    buffer = zeroed(len(made.buffer), made.buffer.dtype)
+    buffer = huge_page_zeros(len(made.buffer), made.buffer.dtype)
     buffer[:] = made.buffer
     made.buffer, made.tensor = buffer, torch.from_numpy(buffer).view(dtype)
     return made
 
 
-def load(made: Slabs, slot: int, weights: RandomAdapter) -> None:
-    made.fill(slot, weights)
-    made.publish(slot, weights.layout)
+def slots(dtype: torch.dtype = torch.float32, max_rank: int = 64, *, in_host_memory: bool = True) -> AdapterSlots:
+    device = torch.device("cpu")
+    return AdapterSlots(GROUPS, slots=3, max_rank=max_rank, dtype=dtype, device=device, in_host_memory=in_host_memory)
 
 
-def parts(made: Slabs, slot: int) -> list[torch.Tensor]:
-    found = []
-    for group in range(len(GROUPS)):
-        span = made.span(group, slot, 1)
-        assert span is not None
-        found += [span[0], *(b for _, _, b in span[1])]
-    return found
+def load(made: AdapterSlots, slot: int, weights: RandomAdapter) -> int:
+    occupied_bytes = made.fill(slot, weights)
+    made.publish(slot)
+    return occupied_bytes
 
 
-def test_an_untouched_slot_costs_nothing() -> None:
-    made = slabs()
-    assert [made.resident_bytes(slot) for slot in range(3)] == [0, 0, 0]
+# --- moves ---
 
 
-@pytest.mark.parametrize("max_rank", [64, 1024])  # 1024: slots of 13 MB, which use huge pages
-def test_a_low_rank_touches_its_own_bytes_only(max_rank: int) -> None:
-    made, weights = slabs(max_rank=max_rank), adapter(rank=max_rank // 3)
-    load(made, 1, weights)
-    assert weights.buffer.nbytes <= made.resident_bytes(1) < weights.buffer.nbytes + mmap.PAGESIZE
-    assert (made.resident_bytes(0), made.resident_bytes(2)) == (0, 0)
-
-
-def test_reading_a_slot_does_not_count_as_having_it() -> None:
-    made = slabs()
-    assert float(made.memory.sum()) == 0
-    assert made.resident_bytes(0) == 0
-
-
-@pytest.mark.parametrize("max_rank", [64, 1024])
-def test_releasing_gives_back_what_was_measured_and_leaves_zeros(max_rank: int) -> None:
-    made = slabs(max_rank=max_rank)
-    load(made, 0, adapter(max_rank // 2, 2.0))
-    load(made, 1, adapter(max_rank, 3.0))
-    held = made.resident_bytes(1)
-    made.withdraw(1)
-    assert made.release(1) == held > 0
-    assert made.resident_bytes(1) == 0
-    stride = len(made.memory) // 3
-    assert not made.memory[stride : 2 * stride].any()
-    assert all(bool((part == 2.0).all()) for part in parts(made, 0))
-    assert not made.occupied(1)
-
-
-@pytest.mark.parametrize("max_rank", [64, 1024])
-def test_nothing_stays_of_a_larger_adapter_that_was_there_before(max_rank: int) -> None:
-    made, smaller = slabs(max_rank=max_rank), adapter(max_rank // 3)
-    load(made, 1, adapter(max_rank, 3.0))
-    made.withdraw(1)
-    load(made, 1, smaller)
-    assert made.resident_bytes(1) < smaller.buffer.nbytes + mmap.PAGESIZE
-    stride = len(made.memory) // 3
-    assert not made.memory[stride + len(smaller.buffer) : 2 * stride].any()
-
-
-@pytest.mark.parametrize("sharing", [False, True])
-def test_a_published_slot_is_neither_filled_nor_released(sharing: bool) -> None:
-    made = slabs(sharing=sharing)
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_a_published_slot_is_neither_filled_nor_released_nor_published_again(in_host_memory: bool) -> None:
+    made = slots(in_host_memory=in_host_memory)
     load(made, 2, adapter(2))
-    for forbidden in (lambda: made.fill(2, adapter(2)), lambda: made.release(2)):
-        with pytest.raises(ValueError, match="not empty"):
-            forbidden()
+    forbidden: list[Callable[[], object]] = [
+        lambda: made.fill(2, adapter(3)),
+        lambda: made.release(2),
+        lambda: made.publish(2),
+    ]
+    for move in forbidden:
+        with pytest.raises(IllegalSlotMoveError, match="slot 2 is published"):
+            move()
+    assert int(made.groups[0].ranks[0, 2]) == 2
 
 
-@pytest.mark.parametrize("sharing", [False, True])
-def test_an_adapter_above_the_slots_rank_is_not_filled_in(sharing: bool) -> None:
-    made = slabs(max_rank=4, sharing=sharing)
+def test_only_a_filled_slot_is_published() -> None:
+    made = slots()
+    with pytest.raises(IllegalSlotMoveError, match="slot 0 is empty"):
+        made.publish(0)
+    made.fill(0, adapter(2))
+    made.release(0)
+    with pytest.raises(IllegalSlotMoveError, match="slot 0 is empty"):
+        made.publish(0)
+
+
+def test_a_filled_slot_adds_nothing_and_counts_nothing_before_it_is_published() -> None:
+    made = slots()
+    size = made.fill(1, adapter(3))
+    assert (made.is_published(1), made.published_bytes, made.matrices(0, 1)) == (False, 0, None)
+    assert not made.groups[0].ranks.any()
+    made.publish(1)
+    assert (made.is_published(1), made.published_bytes) == (True, size)
+    assert made.matrices(0, 1) is not None
+
+
+def test_a_withdrawn_slot_adds_nothing_and_may_be_withdrawn_again() -> None:
+    made = slots()
+    load(made, 1, adapter(3))
+    for _ in range(2):
+        made.withdraw(1)
+        assert (made.is_published(1), made.published_bytes, made.matrices(0, 1)) == (False, 0, None)
+        assert not made.groups[0].ranks.any()
+
+
+def test_a_slot_filled_again_shows_the_new_adapter() -> None:
+    made, other = slots(), adapter(5)
+    load(made, 1, adapter(3))
+    assert made.matrices(0, 1) is not None  # a view of the first adapter is cached
+    made.withdraw(1)
+    load(made, 1, other)
+    matrices = made.matrices(0, 1)
+    assert matrices is not None
+    assert torch.equal(matrices.a, other.a(0))
+    assert int(made.groups[0].ranks[0, 1]) == 5
+
+
+def test_a_request_reaches_a_slot_under_one_identity_until_the_slot_is_withdrawn() -> None:
+    made = slots()
+    made.fill(0, adapter(2))
+    with pytest.raises(WrongWeightsError, match="slot 0 holds no adapter"):
+        made.claim(0, "first")
+    made.publish(0)
+    made.claim(0, "first")
+    made.claim(0, "first")
+    with pytest.raises(WrongWeightsError, match="slot 0 holds other weights"):
+        made.claim(0, "second")
+    made.withdraw(0)
+    made.publish(0)
+    made.claim(0, "second")
+
+
+@pytest.mark.parametrize("in_host_memory", [False, True])
+def test_an_adapter_above_the_slots_rank_is_not_filled_in(in_host_memory: bool) -> None:
+    made = slots(max_rank=4, in_host_memory=in_host_memory)
     with pytest.raises(ValueError, match="does not fit"):
         made.fill(0, adapter(5))
 
 
-def test_the_tables_say_where_the_slot_has_what() -> None:
-    made, weights = slabs(), RandomAdapter(GROUPS, (5, 0, 3), np.random.default_rng(1))
+# --- where the weights are stored ---
+
+
+@pytest.mark.parametrize("in_host_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tables_hold_the_position_of_every_matrix(dtype: torch.dtype, in_host_memory: bool) -> None:
+    made, weights = slots(dtype, in_host_memory=in_host_memory), adapter(7, dtype)
     load(made, 2, weights)
     linears = [(group, member) for group in made.groups for member in range(len(group.out_features))]
-    assert [int(group.ranks[member, 2]) for group, member in linears] == [5, 0, 3]
+    assert [int(group.ranks[member, 2]) for group, member in linears] == [7, 0, 7]
     for number, (group, member) in enumerate(linears):
         assert not group.ranks[member, :2].any()
-        if rank := int(group.ranks[member, 2]):
-            a_at, b_at = int(group.a_at[member, 2]), int(group.b_at[member, 2])
-            width, out = group.in_features, group.out_features[member]
-            assert torch.equal(group.memory[a_at : a_at + rank * width].view(rank, width), weights.a(number))
-            assert torch.equal(group.memory[b_at : b_at + rank * out].view(rank, out), weights.b(number))
+        rank, out = int(group.ranks[member, 2]), group.out_features[member]
+        for at, size, want in (
+            (group.a_at[member, 2], rank * 512, weights.a(number)),
+            (group.b_at[member, 2], rank * out, weights.b(number)),
+        ):
+            address = made.memory.data_ptr() + int(at) * dtype.itemsize
+            stored = (ctypes.c_char * (size * dtype.itemsize)).from_address(address).raw
+            assert stored == want.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def test_bfloat16_arrives_bit_for_bit() -> None:
-    made, weights = slabs(torch.bfloat16), RandomAdapter(GROUPS, (3, 2, 1), np.random.default_rng(2), torch.bfloat16)
-    load(made, 0, weights)
-    assert torch.equal(made.memory[: weights.layout.elements].view(torch.int16), weights.tensor.view(torch.int16))
+def test_slots_on_a_device_do_not_overlap() -> None:
+    made, ranks = slots(in_host_memory=False), (64, 60, 64)
+    for slot, rank in enumerate(ranks):
+        load(made, slot, adapter(rank))
+    for slot, rank in enumerate(ranks):
+        matrices = made.matrices(0, slot)
+        assert matrices is not None
+        assert torch.equal(matrices.a, adapter(rank).a(0))
 
 
-def test_slots_do_not_overlap_and_start_on_pages() -> None:
-    made = slabs()
-    assert len(made.memory) // 3 * 4 % mmap.PAGESIZE == 0
-    assert made.memory.data_ptr() % mmap.PAGESIZE == 0
-    for slot in range(3):
-        load(made, slot, adapter(64, float(slot + 1)))
-    for slot in range(3):
-        assert all(bool((part == slot + 1).all()) for part in parts(made, slot))
-
-
-# --- slots that are their adapters' own memory ---
+def test_a_slot_on_a_device_occupies_its_reserved_region_and_gives_nothing_back() -> None:
+    made = slots(in_host_memory=False)
+    assert load(made, 1, adapter(2)) == made.memory.nbytes // 3
+    made.withdraw(1)
+    assert made.release(1) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_shared_slot_is_its_adapter(dtype: torch.dtype) -> None:
-    made, weights = slabs(dtype, sharing=True), kept(7, dtype)
+def test_a_slot_in_host_memory_is_its_adapters_own_buffer(dtype: torch.dtype) -> None:
+    made, weights = slots(dtype), adapter(7, dtype)
     load(made, 1, weights)
-    for group, parts_of in ((0, 1), (1, 1)):  # the adapter leaves k alone
-        span = made.span(group, 1, 1)
-        assert span is not None
-        assert span[0].shape == (1, 7, 512)
-        assert len(span[1]) == parts_of
-        assert span[0].data_ptr() in range(weights.tensor.data_ptr(), weights.tensor.data_ptr() + weights.buffer.nbytes)
-    group = made.groups[1]
-    at = made.memory.data_ptr() + int(group.a_at[0, 1]) * dtype.itemsize
-    there = (ctypes.c_char * (7 * 512 * dtype.itemsize)).from_address(at).raw
-    assert there == weights.a(2).to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    assert not group.ranks[:, [0, 2]].any()
+    matrices = made.matrices(0, 1)
+    assert matrices is not None
+    assert len(matrices.members) == 1  # the adapter does not target k
+    assert matrices.a.data_ptr() == weights.tensor.data_ptr()
 
 
-def test_a_shared_slot_gives_back_what_nobody_else_holds() -> None:
-    made = slabs(sharing=True)
-    alone, elsewhere = kept(8), kept(9)
+def test_a_slot_in_host_memory_gives_back_what_no_other_owner_holds() -> None:
+    made = slots()
+    alone, elsewhere = adapter(8), adapter(9)
     size = alone.buffer.nbytes
-    load(made, 0, alone)
+    held = load(made, 0, alone)
     load(made, 1, elsewhere)
     load(made, 2, elsewhere)
-    assert size <= made.resident_bytes(0) <= size + 2 * mmap.PAGESIZE
-    held = made.resident_bytes(0)
+    assert size <= held <= size + 2 * mmap.PAGESIZE
     for slot in range(3):
         made.withdraw(slot)
     del alone
     gc.collect()
     assert made.release(0) == held
-    assert (made.resident_bytes(0), made.release(0)) == (0, 0)
-    assert (made.release(1), made.resident_bytes(1)) == (0, 0)  # slot 2 and this test hold it
+    assert made.release(0) == 0
+    assert made.release(1) == 0  # slot 2 and this test hold it
     del elsewhere
     gc.collect()
     assert made.release(2) > 0
-
-
-def test_shared_slots_are_no_neighbours() -> None:
-    made = slabs(sharing=True)
-    load(made, 0, kept(4))
-    load(made, 1, kept(4))
-    with pytest.raises(ValueError, match="share no memory"):
-        made.span(0, 0, 2)

@@ -21,7 +21,7 @@ from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs
 from lorapool_runtime.engines.torch.kernels import triton_attention as kernels_attention
 from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
 from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
-from lorapool_runtime.engines.torch.lora.slots import Slabs
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base, load_base
 from lorapool_runtime.engines.torch.scheduling.scheduler import StepPlan
@@ -80,8 +80,8 @@ def test_every_decode_step_equals_the_eager_one(
         core.load(slot, read(core, world.adapters[name]))
     capture = NoCapture()
     monkeypatch.setattr(kernels_attention, "_PARTS", 1)  # each is a program, and the interpreter is slow
-    core.base.lora.kernel = kernel = TritonKernel(core.slabs)
-    kernel.warm_up(core.slabs)
+    core.base.lora.kernel = kernel = TritonKernel(core.slots)
+    kernel.warm_up(core.slots)
     graphs = DecodeGraphs(core.base, core.pool, max_batch=5, max_model_len=32, capture=capture)
     with torch.inference_mode():
         before = core.pool.data.clone()
@@ -131,8 +131,8 @@ def meta_graphs(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
         # the stock model's probe looks for packed sequences among its positions; the fitted one never asks
         patch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
         base: Base = load_base(str(folder), dtype="bfloat16", device=META)
-    slabs = Slabs(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META)
-    base.lora.slabs, base.lora.kernel = slabs, TritonKernel(slabs)
+    slabs = AdapterSlots(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META, in_host_memory=False)
+    base.lora.slots, base.lora.kernel = slabs, TritonKernel(slabs)
     layer = base.layers[0]
     pool = KVPool(
         layers=len(base.layers),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
-from lorapool_runtime.engines.torch.lora.dispatch import Rows
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel, row_tiles
-from lorapool_runtime.engines.torch.lora.slots import Slabs
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.weights.targets import TargetGroup
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, where NaN is multiplied on purpose
@@ -36,14 +36,16 @@ class World:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.slabs = Slabs(GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=DEVICE)
-        self.slabs.memory.fill_(float("nan"))  # whatever lies between and behind adapters is never read
+        self.slots = AdapterSlots(
+            GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=DEVICE, in_host_memory=False
+        )
+        self.slots.memory.fill_(float("nan"))  # whatever lies between and behind adapters is never read
         rng = np.random.default_rng(0)
         self.adapters = [RandomAdapter(GROUPS, ranks, rng, dtype) for ranks in RANKS]
         for slot, adapter in enumerate(self.adapters):
-            self.slabs.fill(slot, adapter)
-            self.slabs.publish(slot, adapter.layout)
-        self.kernel = TritonKernel(self.slabs)
+            self.slots.fill(slot, adapter)
+            self.slots.publish(slot)
+        self.kernel = TritonKernel(self.slots)
 
     def inputs(self, rows: int, group: int = 0) -> tuple[Tensor, Tensor]:
         torch.manual_seed(rows)
@@ -53,13 +55,13 @@ class World:
 
     def by_rows(self, slots: list[int], x: Tensor, y: Tensor, group: int = 0) -> Tensor:
         y = y.clone()
-        self.kernel.add(y, x, torch.tensor(slots, dtype=torch.int32, device=DEVICE), self.slabs.groups[group])
+        self.kernel.add(y, x, torch.tensor(slots, dtype=torch.int32, device=DEVICE), self.slots.groups[group])
         return y
 
     def by_step(self, slots: list[int], x: Tensor, y: Tensor, group: int = 0) -> Tensor:
         y = y.clone()
-        add = self.kernel.prepare([Rows(slot, i, i + 1) for i, slot in enumerate(slots)])
-        add(y, x, self.slabs.groups[group])
+        add = self.kernel.prepare([SlotRows(slot, i, i + 1) for i, slot in enumerate(slots)])
+        add(y, x, self.slots.groups[group])
         return y
 
     def expected(self, slots: list[int], x: Tensor, y: Tensor, group: int = 0) -> Tensor:
@@ -107,7 +109,7 @@ def test_an_input_wider_than_one_program_sums_is_added_up_in_parts(monkeypatch: 
 
 def test_rows_of_the_base_and_of_empty_slots_stay_bit_for_bit() -> None:
     world = World()
-    world.slabs.withdraw(1)
+    world.slots.withdraw(1)
     slots = [-1, 1, -1, 3, 1]
     x, y = world.inputs(len(slots))
     x[0], y[2, 7] = float("nan"), float("inf")
@@ -130,8 +132,8 @@ def test_a_row_or_a_slot_full_of_nan_reaches_no_other_row(many: int) -> None:
     got = world.by_step(slots, sick, y)
     assert torch.equal(got[1:], clean[1:])
     assert bool(got[0].isnan().all())
-    piece = world.adapters[0].layout.pieces[0]
-    world.slabs.memory[piece.a_at : piece.b_at + piece.rank * piece.out_features] = float("nan")
+    piece = world.adapters[0].layout.linears[0]
+    world.slots.memory[piece.a_at : piece.b_at + piece.rank * piece.out_features] = float("nan")
     mine = torch.tensor(slots, device=DEVICE) == 0
     got = world.by_step(slots, x, y)
     assert torch.equal(got[~mine], clean[~mine])
@@ -153,7 +155,7 @@ def test_the_launch_is_the_same_whatever_the_data_are() -> None:
         with triton_kit.recorded(kernels_lora) as launches:
             world.by_rows(slots, x * len(slots), y)
         launched.append(launches.shapes())
-        world.slabs.withdraw(2) if world.slabs.occupied(2) else None  # other ranks for the next round
+        world.slots.withdraw(2) if world.slots.is_published(2) else None  # other ranks for the next round
     assert launched[0] == launched[1] == launched[2]
     assert [launch[0] for launch in launched[0]] == ["_shrink_rows", "_expand_rows"]
 

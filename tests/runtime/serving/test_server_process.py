@@ -29,14 +29,15 @@ from fakes_runtime import (
     until,
 )
 
-from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_api.protocol import token_sha256
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import Runtime
-from lorapool_runtime.settings import RuntimeSettings, SettingsError, read_settings
+from lorapool_runtime.settings import read_settings
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -144,7 +145,7 @@ async def test_a_template_that_takes_too_long_is_given_up_and_others_are_served(
     slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
     folder = save_byte_tokenizer(tmp_path, chat_template=slow)
     codec = Tokenizer(folder, threads=2, timeout_s=0.2)
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(UnavailableError) as caught:
         await codec.prompt_of_messages(HI)
     assert caught.value.code == "prompt_timeout"
     assert await codec.prompt_of_text("ab") == (97, 98)
@@ -154,7 +155,7 @@ async def test_a_template_that_takes_too_long_is_given_up_and_others_are_served(
 async def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     codec = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         await codec.prompt_of_messages(HI)
     assert caught.value.code == "chat_template_refused"
     codec.close()
@@ -347,16 +348,6 @@ def test_flags_win_over_the_environment_and_both_are_checked() -> None:
         read_settings([], {})
 
 
-def test_what_kubernetes_sets_for_a_service_of_that_name_is_not_a_setting() -> None:
-    environ = {"LORAPOOL_RUNTIME_SERVICE_HOST": "10.0.0.1", "LORAPOOL_RUNTIME_PORT_8000_TCP": "tcp://10.0.0.1:8000"}
-    assert read_settings(["--model", "x"], environ).listen_port == 8000
-
-
-def test_every_setting_says_what_it_is() -> None:
-    undocumented = [name for name, field in RuntimeSettings.model_fields.items() if not field.description]
-    assert undocumented == []
-
-
 # --- the base's folder ------------------------------------------------------------------------
 
 
@@ -369,7 +360,7 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_a_base_on_a_volume_is_read_where_it_is_mounted(tmp_path: Path) -> None:
     make_base(tmp_path / "claim" / "models" / "tiny")
     settings = settings_for_tests(model="pvc://claim/models/tiny", pvc_root=tmp_path)
     found = base_folder(settings, SourceSettings(pvc_root=tmp_path))
@@ -381,7 +372,7 @@ def test_a_base_on_a_volume_is_read_where_it_lies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("/nowhere", "no model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
+    [("/nowhere", "not a model folder"), ("ftp://x/y", "pvc://claim/path"), ("pvc://other/x", "other")],
 )
 def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, words: str) -> None:
     with pytest.raises((BaseError, ArtifactError)) as caught:
@@ -390,7 +381,7 @@ def test_a_base_that_is_not_there_says_what_to_give(tmp_path: Path, model: str, 
 
 
 @pytest.mark.parametrize(("model", "called"), [("pvc://other/x", 1), ("/nowhere", 0)])
-def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
+def test_work_during_a_fetch_is_done_once_and_is_over_when_the_fetch_is(
     tmp_path: Path, model: str, called: int
 ) -> None:
     calls: list[str] = []
@@ -401,8 +392,8 @@ def test_what_is_done_beside_a_fetch_is_done_once_and_over_when_the_fetch_is(
 
     settings = settings_for_tests(model=model, pvc_root=tmp_path)
     with pytest.raises((BaseError, ArtifactError)):
-        bring_up(settings, {}, lambda *_: FakeEngine(), meanwhile=meanwhile)
-    assert calls == ["beside-fetch"] * called
+        bring_up(settings, lambda *_: FakeEngine(), meanwhile=meanwhile)
+    assert calls == ["during-fetch"] * called
 
 
 def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
@@ -411,4 +402,4 @@ def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
     base = BaseFolder(make_base(tmp_path / "base"), None, (), cached_bytes=2**30)
     monkeypatch.setattr("lorapool_runtime.startup.base_folder", lambda *_: base)
     with pytest.raises(BaseError, match="raise cache_bytes"):
-        bring_up(settings_for_tests(cache_bytes=2**30), {}, lambda *_: FakeEngine())
+        bring_up(settings_for_tests(cache_bytes=2**30), lambda *_: FakeEngine())

@@ -13,7 +13,7 @@ import openai
 import pytest
 from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.request import parse_chat
 from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
 from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, learn_format, plain_messages
@@ -264,7 +264,7 @@ def test_how_a_base_writes_calls_is_learned_from_its_template(tmp_path: Path, by
 
 async def test_nobody_forges_a_turn_by_the_name_of_a_property(tmp_path: Path) -> None:
     codec = tokenizer_of(save_byte_tokenizer(tmp_path, chat_template=HERMES))
-    with pytest.raises(InvalidRequest, match="control token"):
+    with pytest.raises(InvalidRequestError, match="control token"):
         await codec.prompt_of_messages(HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}])
     forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}])
     honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}])

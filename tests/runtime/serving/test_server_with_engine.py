@@ -200,7 +200,7 @@ async def test_at_the_order_to_stop_running_requests_finish_and_the_process_ends
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--model", "/nowhere/at/all"], 1, "is no model folder"),
+        (["--model", "/nowhere/at/all"], 1, "is not a model folder"),
         (["--model", "ftp://x/y"], 1, "hf://org/name"),
         (["--model", "x", "--slots", "0"], 2, "LORAPOOL_RUNTIME_SLOTS"),
     ],

@@ -15,8 +15,7 @@ from engine_kit import tiny_model
 
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
 from lorapool_runtime.weights.reader import AdapterReader
 from lorapool_runtime.weights.targets import TargetGroup
@@ -38,14 +37,16 @@ class Base:
 
     def words_about(self, folder: Path) -> tuple[str, str]:
         """Why the runtime, and who only sees the headers, refuse it."""
-        with pytest.raises(AdapterArtifactError) as runtime:
+        with pytest.raises(ArtifactError) as runtime:
             AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
-            verdict = inspect_adapter_folder(folder, base_facts_from_folder(self.folder), JudgeLimits(16)).verdict
+            result = inspect_adapter_folder(
+                folder, base_facts_from_folder(self.folder), AdapterLimits(16)
+            ).compatibility
         except ArtifactError as error:
             return runtime.value.message, error.message
-        assert not verdict.ok, "accepted from the headers"
-        return runtime.value.message, verdict.message
+        assert not result.ok, "accepted from the headers"
+        return runtime.value.message, result.message
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,14 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"bias": "lora_only"}, ("biases of the base", 'bias="none"')),
         ({"modules_to_save": ["lm_head"]}, ("fully trained modules", "without modules_to_save")),
         ({"trainable_token_indices": [1, 2]}, ("trained tokens", "without trainable_token_indices")),
-        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("bare parameters", "target_modules only")),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("single parameters", "target_modules only")),
         ({"kasa_config": {}}, ("KaSA", "base's weights", "without KaSA")),
         ({"monteclora_config": {}}, ("samples its weights", "without monteclora_config")),
         ({"use_bdlora": {"target_modules_bd_b": QV, "nblocks": 2}}, ("block-diagonal", "without use_bdlora")),
         ({"alora_invocation_tokens": [1, 2]}, ("after its invocation", "without alora_invocation_tokens")),
         ({"layer_replication": [[0, 2], [1, 2]]}, ("replicated layers", "without layer_replication")),
-        ({"init_lora_weights": "pissa"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
-        ({"init_lora_weights": "olora"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"init_lora_weights": "pissa"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"init_lora_weights": "olora"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
         ({"target_modules": ["q_proj", "embed_tokens"]}, ("embed_tokens", "all adapters share", "without these")),
         ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "all adapters share", "without these")),
     ],

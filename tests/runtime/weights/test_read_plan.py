@@ -14,10 +14,10 @@ import torch
 from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.weights import reader as adapter_file
 from lorapool_runtime.weights.layout import Layout
-from lorapool_runtime.weights.read_plan import Plans, ReadPlan
+from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -35,13 +35,13 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.judged = 0
         self._reader = AdapterReader(GROUPS, "float32")
-        judge = adapter_file.judge
+        check = adapter_file.check_compatibility
 
         def counted(*given: Any) -> Any:
             self.judged += 1
-            return judge(*given)
+            return check(*given)
 
-        patch.setattr(adapter_file, "judge", counted)
+        patch.setattr(adapter_file, "check_compatibility", counted)
 
     def read(self, folder: Path, max_rank: int = 8) -> PackedAdapter:
         return self._reader.read(folder, max_rank=max_rank)
@@ -89,7 +89,7 @@ def test_a_second_adapter_of_the_same_make_is_not_matched_again_and_has_its_own_
     one, two = reader.read(folder), reader.read(other)
     assert reader.judged == 1
     assert two.layout is one.layout
-    piece = one.layout.pieces[0]
+    piece = one.layout.linears[0]
     np.testing.assert_array_equal(piece.a(two.buffer), load_file(other / "adapter_model.safetensors")[A0].numpy())
     assert not np.array_equal(one.buffer, two.buffer)
 
@@ -101,7 +101,7 @@ def test_a_sick_weight_in_a_known_make_is_refused_by_its_module(folder: Path, re
     tensors = load_file(path)
     tensors[A0][3, 60] = torch.nan
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(AdapterArtifactError, match=r"layers\.0\.self_attn\.q_proj are not finite"):
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj are not finite"):
         reader.read(folder)
     assert reader.judged == 1
 
@@ -118,14 +118,14 @@ def test_another_setting_is_another_make(folder: Path, reader: Counted, changes:
 def test_what_was_refused_is_judged_again_and_told_again(folder: Path, reader: Counted) -> None:
     configure(folder, target_modules=["q_proj"])
     for _ in range(2):
-        with pytest.raises(AdapterArtifactError, match="v_proj has weights but is not in target_modules"):
+        with pytest.raises(ArtifactError, match="v_proj has weights but is not in target_modules"):
             reader.read(folder)
     assert reader.judged == 2
 
 
 def test_a_lower_rank_limit_is_judged_for_itself(folder: Path, reader: Counted) -> None:
     reader.read(folder, max_rank=4)
-    with pytest.raises(AdapterArtifactError, match="rank is 4"):
+    with pytest.raises(ArtifactError, match="rank is 4"):
         reader.read(folder, max_rank=3)
 
 
@@ -134,7 +134,7 @@ def test_a_known_make_in_a_file_of_another_length_is_corrupt(folder: Path, reade
     reader.read(folder)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(AdapterArtifactError, match="upload it again"):
+    with pytest.raises(ArtifactError, match="upload it again"):
         reader.read(folder)
 
 
@@ -144,7 +144,7 @@ def test_the_plans_used_last_are_kept_and_no_more() -> None:
             1, (), Layout((), 0, np.zeros((3, 0), np.int64)), np.zeros((0, 6), np.int64), np.zeros(0, np.float32), ()
         )
 
-    plans = Plans(most=2)
+    plans = ReadPlanCache(max_plans=2)
     first = plans.get("first", plan)
     plans.get("second", plan)
     assert plans.get("first", plan) is first

@@ -13,15 +13,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorapool_runtime.host_memory import huge_page_zeros
+from lorapool_runtime.native_library import FOLDER
 from lorapool_runtime.weights import pack as packing
-from lorapool_runtime.weights.pack import ALONE, BESIDE_A_BATCH, FILE_TYPES, Pace, copy_bytes, pack, pack_file, zeroed
+from lorapool_runtime.weights.pack import DURING_A_BATCH, FILE_TYPES, UNTHROTTLED, Throttle, pack, pack_file
+
+
+@pytest.mark.skipif(not (FOLDER / "liblora_pack.so").is_file(), reason="the library is not built (make native)")
+def test_the_native_library_is_used_where_it_is_built_and_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = packing._native.__wrapped__  # without the cache
+    assert find() is not None
+    monkeypatch.setenv("LORAPOOL_NATIVE", "0")
+    assert find() is None
+
 
 TYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
 def packed(values: np.ndarray, kind: str, *, native: bool, scale: float, transposed: bool) -> tuple[np.ndarray, bool]:
     shape = values.T.shape if transposed else values.shape
-    to = zeroed(values.size, np.dtype(TYPES[kind])).reshape(shape)
+    to = huge_page_zeros(values.size, np.dtype(TYPES[kind])).reshape(shape)
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(packing, "_native", lambda: None)
@@ -35,7 +46,7 @@ def packed(values: np.ndarray, kind: str, *, native: bool, scale: float, transpo
 @given(
     rows=st.integers(1, 70), cols=st.integers(1, 40), seed=st.integers(0, 99), scale=st.sampled_from([1.0, 2.0, 0.3])
 )
-def test_both_ways_give_the_same_bits(
+def test_native_code_and_numpy_give_the_same_bits(
     kind: str, transposed: bool, rows: int, cols: int, seed: int, scale: float
 ) -> None:
     values = np.random.default_rng(seed).standard_normal((rows, cols)).astype(np.float32)
@@ -70,13 +81,6 @@ def test_a_place_of_another_shape_is_refused() -> None:
         pack(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), scale=1.0, transposed=True)
 
 
-def test_memory_for_a_buffer_is_zero_and_as_long_as_asked() -> None:
-    for elements in (0, 5, 3 * 2**20):
-        made = zeroed(elements, np.dtype(np.float32))
-        assert made.shape == (elements,)
-        assert not made.any()
-
-
 # --- whole files ---
 
 FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -106,26 +110,26 @@ def drawn(shapes: Sequence[tuple[int, int]], kind: str) -> list[torch.Tensor]:
 
 
 def packed_file(
-    file: int, matrices: np.ndarray, elements: int, kind: str, pace: Pace, *, native: bool
+    file: int, matrices: np.ndarray, elements: int, kind: str, throttle: Throttle, *, native: bool
 ) -> tuple[np.ndarray, int | None]:
-    buffer = zeroed(elements, np.dtype(TYPES[kind]))
+    buffer = huge_page_zeros(elements, np.dtype(TYPES[kind]))
     scales = np.linspace(0.5, 2.0, len(matrices), dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(packing, "_native", lambda: None)
         with np.errstate(invalid="ignore"):
-            return buffer, pack_file(file, buffer, matrices, scales, pace)
+            return buffer, pack_file(file, buffer, matrices, scales, throttle)
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("stored", FILE_DTYPES)
-@pytest.mark.parametrize("pace", [ALONE, BESIDE_A_BATCH, Pace(threads=1, rest=0.0)])
+@pytest.mark.parametrize("throttle", [UNTHROTTLED, DURING_A_BATCH, Throttle(threads=1, pause_ratio=0.0)])
 def test_a_file_is_packed_to_the_same_bits_in_one_call_and_matrix_by_matrix(
-    tmp_path: Path, kind: str, stored: str, pace: Pace
+    tmp_path: Path, kind: str, stored: str, throttle: Throttle
 ) -> None:
     shapes = [(16, 576), (1536, 16), (3, 5), (37, 3), (1, 70_000), (40_000, 1), (5, 40_000), (700, 300)]
     with written(tmp_path / "file", drawn(shapes, stored)) as (file, matrices, elements):
-        native, plain = (packed_file(file, matrices, elements, kind, pace, native=n) for n in (True, False))
+        native, plain = (packed_file(file, matrices, elements, kind, throttle, native=n) for n in (True, False))
     np.testing.assert_array_equal(native[0].view(np.uint8), plain[0].view(np.uint8))
     assert native[1] is plain[1] is None
 
@@ -141,8 +145,8 @@ def test_all_numbers_of_a_16_bit_type_are_widened_exactly(tmp_path: Path, stored
     with written(tmp_path / "file", [every]) as (file, matrices, elements), pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(packing, "_native", lambda: None)
-        buffer = zeroed(elements, np.dtype(np.float32))
-        assert pack_file(file, buffer, matrices, np.ones(1, np.float32), ALONE) is None
+        buffer = huge_page_zeros(elements, np.dtype(np.float32))
+        assert pack_file(file, buffer, matrices, np.ones(1, np.float32), UNTHROTTLED) is None
     np.testing.assert_array_equal(buffer.view(np.uint32), every.float().numpy().reshape(-1).view(np.uint32))
 
 
@@ -156,8 +160,8 @@ def test_the_first_sick_matrix_of_a_file_is_named_by_its_number(
     for number in {sick, 5}:
         tensors[number][32, 59] = float("nan" if number % 2 else "inf")
     with written(tmp_path / "file", tensors) as (file, matrices, elements):
-        for pace in (ALONE, BESIDE_A_BATCH):
-            assert packed_file(file, matrices, elements, "float32", pace, native=native)[1] == sick
+        for throttle in (UNTHROTTLED, DURING_A_BATCH):
+            assert packed_file(file, matrices, elements, "float32", throttle, native=native)[1] == sick
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -165,32 +169,17 @@ def test_a_file_that_ends_early_and_one_that_cannot_be_read_are_errors(tmp_path:
     with written(tmp_path / "file", drawn([(40, 40), (40, 40)], "F32")) as (file, matrices, elements):
         os.truncate(tmp_path / "file", LEAD + 2 * 40 * 40 * 4 - 1)
         with pytest.raises(EOFError):
-            packed_file(file, matrices, elements, "float32", ALONE, native=native)
+            packed_file(file, matrices, elements, "float32", UNTHROTTLED, native=native)
         with pytest.raises(OSError, match="Bad file descriptor"):
-            packed_file(-1, matrices, elements, "float32", ALONE, native=native)
+            packed_file(-1, matrices, elements, "float32", UNTHROTTLED, native=native)
 
 
 def test_matrices_outside_of_the_buffer_are_refused_before_a_byte_is_written(tmp_path: Path) -> None:
     with written(tmp_path / "file", drawn([(4, 4), (4, 4)], "F32")) as (file, matrices, elements):
         with pytest.raises(ValueError, match="outside"):
-            packed_file(file, matrices, elements - 1, "float32", ALONE, native=True)
+            packed_file(file, matrices, elements - 1, "float32", UNTHROTTLED, native=True)
         matrices[0, 5] = -1
         with pytest.raises(ValueError, match="outside"):
-            packed_file(file, matrices, elements, "float32", ALONE, native=True)
+            packed_file(file, matrices, elements, "float32", UNTHROTTLED, native=True)
         with pytest.raises(ValueError, match="int32"):
-            packed_file(file, matrices.astype(np.int32), elements, "float32", ALONE, native=True)
-
-
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("size", [0, 1, 300_000, 3 * 2**20 + 5])
-def test_bytes_are_copied_whole_at_any_pace(size: int, native: bool) -> None:
-    values = np.random.default_rng(1).integers(0, 256, size, np.uint8)
-    for pace in (ALONE, BESIDE_A_BATCH):
-        to = np.zeros(size, np.uint8)
-        with pytest.MonkeyPatch.context() as patch:
-            if not native:
-                patch.setattr(packing, "_native", lambda: None)
-            copy_bytes(to, values, pace)
-        np.testing.assert_array_equal(to, values)
-    with pytest.raises(ValueError, match="cannot copy"):
-        copy_bytes(np.zeros(size + 1, np.uint8), values, ALONE)
+            packed_file(file, matrices.astype(np.int32), elements, "float32", UNTHROTTLED, native=True)

@@ -16,7 +16,7 @@ from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.common import FailureReason
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -53,7 +53,7 @@ def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapt
 
 
 def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder, **settings)
     assert caught.value.reason == reason
     for word in words:
@@ -79,11 +79,11 @@ def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
     adapter = read(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert (adapter.rank, adapter.target_modules) == (4, ("q_proj", "v_proj"))
-    q, k, v = (adapter.layout.pieces[i] for i in QKV0)
+    q, k, v = (adapter.layout.linears[i] for i in QKV0)
     np.testing.assert_array_equal(q.a(adapter.buffer), tensors[f"{Q0}.lora_A.weight"].numpy())
     np.testing.assert_array_equal(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
     assert (q.rank, k.rank, v.rank) == (4, 0, 4)  # k is left alone
-    assert sum(piece.rank for piece in adapter.layout.pieces) == 4 * 4
+    assert sum(piece.rank for piece in adapter.layout.linears) == 4 * 4
     weights = sum(tensor.numel() * 4 for tensor in tensors.values())
     assert weights <= adapter.host_bytes == adapter.buffer.nbytes < weights + 64 * len(tensors)
 
@@ -91,7 +91,7 @@ def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
 def test_rslora_scales_by_the_root_of_the_rank(folder: Path) -> None:
     plain = read(folder)
     configure(folder, use_rslora=True)
-    got, q = read(folder).buffer, plain.layout.pieces[0]
+    got, q = read(folder).buffer, plain.layout.linears[0]
     np.testing.assert_allclose(q.b(got), q.b(plain.buffer) * math.sqrt(4), rtol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
         alpha_pattern={"v_proj": 12},
     )
     tensors, adapter = load_file(made / "adapter_model.safetensors"), read(made)
-    q, _, v = (adapter.layout.pieces[i] for i in QKV0)
+    q, _, v = (adapter.layout.linears[i] for i in QKV0)
     assert (q.rank, v.rank) == (2, 4)
     np.testing.assert_allclose(q.b(adapter.buffer), tensors[f"{Q0}.lora_B.weight"].numpy().T * 2)
     want = tensors[f"{Q0.replace('q_proj', 'v_proj')}.lora_B.weight"].numpy().T * 3
@@ -116,7 +116,7 @@ def test_patterns_set_rank_and_alpha_of_single_layers(tmp_path: Path) -> None:
 def test_bfloat16_is_rounded_to_nearest_even_like_torch(folder: Path) -> None:
     adapter = read(folder, dtype="bfloat16")
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].to(torch.bfloat16)
-    got = torch.from_numpy(adapter.layout.pieces[0].a(adapter.buffer)).view(torch.bfloat16)
+    got = torch.from_numpy(adapter.layout.linears[0].a(adapter.buffer)).view(torch.bfloat16)
     assert torch.equal(got, want)
 
 
@@ -128,7 +128,7 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
     reweight(folder, halve)
     want = load_file(folder / "adapter_model.safetensors")[f"{Q0}.lora_A.weight"].float()
     adapter = read(folder)
-    np.testing.assert_array_equal(adapter.layout.pieces[0].a(adapter.buffer), want.numpy())
+    np.testing.assert_array_equal(adapter.layout.linears[0].a(adapter.buffer), want.numpy())
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
         ("base_model.model.lm_head.weight", "output layer"),
-        (f"{Q0}.something", "no part of a LoRA"),
+        (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
 def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
@@ -183,7 +183,7 @@ def test_no_config_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type":"LORA","r":0}'])
 def test_a_broken_config_is_corrupt(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder)
     assert caught.value.reason in {FailureReason.CORRUPT_ARTIFACT, FailureReason.INCOMPATIBLE}
 

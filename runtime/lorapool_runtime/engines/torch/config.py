@@ -1,4 +1,4 @@
-"""What an engine needs to know before it starts. The server's settings become one of these."""
+"""The settings of the torch engine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """All an engine needs to know before it starts."""
+    """Read-only after construction. Raises ValueError for a value out of bounds."""
 
     model_dir: str
     """Local folder with config.json and *.safetensors of the base."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: as stored, but float32 on a CPU that would only emulate the stored 16-bit type."""
+    """auto: the type the files are stored in, but float32 on a CPU that could only emulate it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = None
-    """Tokens of prompt and completion together; None: what the model was made for."""
+    """Tokens of prompt and completion together; None: the model's own limit."""
     max_rank: int = 64
     slots: int = 8
     """Adapters on the device at one time."""
@@ -27,21 +27,18 @@ class EngineConfig:
     max_batch_tokens: int = 512
     """Tokens computed in one step at most."""
     max_prefill_tokens: int | None = None
-    """Of prompts, in a step that also decodes: bounds how long a long prompt delays the others. None: all of
-    max_batch_tokens on a GPU, where they cost less than reading the weights; 128 on a CPU, where each costs."""
-    gather_s: float | None = None
-    """An engine at rest that gets a request waits for the next one so long, and again, before it begins; some times as
-    long in all. Requests that come together then compute their prompts together, and end together. None: 4 ms on a CPU,
-    where a step takes many times as long, 0 on a GPU."""
+    """Prompt tokens computed in a step that also decodes, at most: bounds how long a long prompt delays the others.
+    None: all of max_batch_tokens on a GPU, where they cost less than reading the weights; 128 on a CPU."""
+    batching_window_s: float | None = None
+    """How long an idle engine waits for another request before the first step; every arrival restarts the wait, up to
+    a few times as long in all. Requests that arrive together then compute their prompts together. None: 4 ms on a CPU,
+    where a step takes many times as long, and 0 on a GPU."""
     prefix_cache: bool = True
-    """Requests on the same weights share the computed blocks of a common beginning of their prompts."""
+    """Requests on the same weights share the computed KV blocks of a common prompt prefix."""
     threads: int | None = None
     """CPU threads of torch; None: the cores this process may use (affinity and cgroup)."""
     kv_block_tokens: int = 16
-    """Tokens per KV block: the unit in which memory is given to requests."""
-
-    cache_dir: str | None = None
-    """Folder for what was measured of this machine; None: measured at each start."""
+    """Tokens per KV block, the unit in which the KV cache is allocated."""
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "slots", "max_batch", "max_batch_tokens", "kv_block_tokens"):
@@ -49,8 +46,8 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
             raise ValueError(f"max_prefill_tokens must be at least 1, not {self.max_prefill_tokens}")
-        if self.gather_s is not None and self.gather_s < 0:
-            raise ValueError(f"gather_s must be at least 0, not {self.gather_s}")
+        if self.batching_window_s is not None and self.batching_window_s < 0:
+            raise ValueError(f"batching_window_s must be at least 0, not {self.batching_window_s}")
         if self.max_batch > self.max_batch_tokens:
             raise ValueError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_batch ({self.max_batch})"

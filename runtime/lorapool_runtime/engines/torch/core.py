@@ -1,7 +1,7 @@
-"""What lives in the engine thread: the base, the memory and the requests; `step()` is one turn of it.
+"""The state of the engine thread: the base, the KV cache, the adapter slots and the requests.
 
-`engine` alone calls it, and only from its thread (`check` excepted: it reads what never changes). It knows no queue,
-no lock and no sink: everything it has to tell is a returned list of outputs.
+Only the engine thread may use it, except for the methods that say otherwise. It knows no queue, no lock and no sink:
+every method returns the outputs it produced.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from lorapool_runtime.cgroup import usable_memory_bytes
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
     ConstraintError,
+    DecodeProgramState,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -26,10 +26,10 @@ from lorapool_runtime.engines.interface import (
     TokenOutput,
 )
 from lorapool_runtime.engines.torch.config import EngineConfig
-from lorapool_runtime.engines.torch.decode_program.step_program import load_step_program
+from lorapool_runtime.engines.torch.decode_program.load import load_decode_program
 from lorapool_runtime.engines.torch.lora.kernel_cpu import load_row_kernel
-from lorapool_runtime.engines.torch.lora.slots import Slabs
-from lorapool_runtime.engines.torch.lora.way_probe import known_costs
+from lorapool_runtime.engines.torch.lora.slot_state import WrongWeightsError
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base, load_base
 from lorapool_runtime.engines.torch.prompt_logprobs import score_prompts
@@ -38,25 +38,23 @@ from lorapool_runtime.engines.torch.sampling import Sampled, SampleRow, check_pa
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
-from lorapool_runtime.weights.pack import ALONE, Pace
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 
 log = logging.getLogger(__name__)
 
 _KV_SHARE = 0.4
-"""Of the memory left after loading the base, unless `kv_bytes` says otherwise; the rest is for adapters and work."""
+"""The KV cache's part of the memory that is free after loading the base, unless `kv_bytes` is set."""
 
 _CPU_PREFILL_TOKENS = 128
-"""See `EngineConfig.max_prefill_tokens`. A few times a full decode batch: enough rows to read the weights once for all
-of them, few enough that a step with them takes a few times a step without."""
+"""See `EngineConfig.max_prefill_tokens`. A few times a full decode batch: enough rows to share one read of the weights,
+few enough that a step with a prefill takes only a few times as long as a step without."""
 
-
-_CPU_GATHER_S = 0.004
-"""See `EngineConfig.gather_s`. A request takes the server one to two milliseconds before it is here."""
+_CPU_BATCHING_WINDOW_S = 0.004
+"""See `EngineConfig.batching_window_s`. The server needs one to two milliseconds to hand a request to the engine."""
 
 
 class SlotInUseError(RuntimeError):
-    """The slot still has requests; whoever assigns slots must wait for them."""
+    """Requests still run on the slot: load or unload it when they have ended."""
 
 
 class Core:
@@ -65,28 +63,28 @@ class Core:
         self.base: Base = load_base(config.model_dir, dtype=config.dtype, device=device)
         if device.type == "cpu":
             self.base.lora.kernel = load_row_kernel(self.base.dtype, device)
-        self.slabs = Slabs(
+        self.slots = self.base.lora.slots = AdapterSlots(
             self.base.groups,
             slots=config.slots,
             max_rank=config.max_rank,
             dtype=self.base.dtype,
             device=device,
-            sharing=self.base.lora.kernel is not None,
+            in_host_memory=device.type == "cpu",
         )
-        self.base.lora.slabs = self.slabs
         max_model_len = min(config.max_model_len or self.base.max_positions, self.base.max_positions)
         if config.max_model_len and config.max_model_len > max_model_len:
-            log.warning("max_model_len %d is cut to the model's own %d", config.max_model_len, max_model_len)
+            log.warning("max_model_len %d exceeds the model's limit: using %d", config.max_model_len, max_model_len)
         self.pool = _make_pool(config, self.base, max_model_len)
         self.runner = Runner(self.base, self.pool)
+        decode_program: DecodeProgramState | None = None
         with torch.inference_mode():
             if device.type == "cuda":
-                self._fit_to_gpu(config.max_batch, max_model_len)
-            else:
-                self._fit_to_cpu(config)
+                self._prepare_gpu(config.max_batch, max_model_len)
             self.runner.self_check()
             if device.type == "cpu":
-                self.runner.decode_path = load_step_program(self.base, self.pool, max_batch=config.max_batch)
+                self.runner.decode_path, decode_program = load_decode_program(
+                    self.base, self.pool, max_batch=config.max_batch, max_model_len=max_model_len
+                )
         blocks = self.pool.data.shape[2] - 1
         self.scheduler = Scheduler(
             BlockAllocator(blocks, config.kv_block_tokens),
@@ -102,34 +100,20 @@ class Core:
             eos_token_ids=self.base.eos_token_ids,
             targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
             weight_bytes=self.base.weight_bytes,
+            decode_program=decode_program,
         )
-        self.gather_s = _gather_s(config, device)
+        self.batching_window_s = _batching_window_s(config, device)
         self.reader = AdapterReader(self.base.groups, self.facts.dtype)
         self._sequences: dict[str, Sequence] = {}
-        self._salts: list[str | None] = [None] * config.slots
-        self._slot_bytes = [0] * config.slots
         self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
 
-    def _fit_to_cpu(self, config: EngineConfig) -> None:
-        lora = self.base.lora
-        lora.costs = known_costs(
-            self.base.groups,
-            dtype=self.base.dtype,
-            device=self.base.device,
-            max_rank=config.max_rank,
-            kernel=lora.kernel,
-            folder=None if config.cache_dir is None else Path(config.cache_dir),
-        )
-
-    def _fit_to_gpu(self, max_batch: int, max_model_len: int) -> None:
-        from lorapool_runtime.engines.torch.cuda_graphs import (
-            CudaCapture,
-            DecodeGraphs,
-        )  # Triton comes with builds for CUDA only
+    def _prepare_gpu(self, max_batch: int, max_model_len: int) -> None:
+        # imported here because only torch's builds for CUDA install Triton
+        from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs
         from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
 
-        self.base.lora.kernel = kernel = TritonKernel(self.slabs)
-        kernel.warm_up(self.slabs)
+        self.base.lora.kernel = kernel = TritonKernel(self.slots)
+        kernel.warm_up(self.slots)
         graphs = DecodeGraphs(
             self.base, self.pool, max_batch=max_batch, max_model_len=max_model_len, capture=CudaCapture()
         )
@@ -139,7 +123,7 @@ class Core:
     # --- requests ---
 
     def check(self, request: GenerationRequest) -> None:
-        """Called in the caller's thread: reads only what never changes."""
+        """Raises ValueError for a request that can never run. Any thread: it reads only what never changes."""
         prompt, params, facts = request.prompt_ids, request.sampling, self.facts
         check_params(params, facts.vocab_size)
         if request.prompt_logprobs is not None and not 0 <= request.prompt_logprobs <= facts.vocab_size:
@@ -158,17 +142,16 @@ class Core:
             )
         if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
             raise ValueError(f"the prompt has a token outside [0, {facts.vocab_size - 1}]")
-        if not BASE_SLOT <= request.slot < self.slabs.slots:
+        if not BASE_SLOT <= request.slot < self.slots.count:
             raise ValueError(f"there is no slot {request.slot}")
 
     def add(self, request: GenerationRequest) -> list[TokenOutput]:
-        """Queues it; an immediate end if its slot does not hold the weights it is meant for."""
+        """Queues the request. Returns its end at once where its slot does not hold the weights it is meant for."""
         if request.slot != BASE_SLOT:
-            if not self.slabs.occupied(request.slot):
-                return [ending(request, 0, FinishReason.ERROR, f"slot {request.slot} holds no adapter")]
-            salt = self._salts[request.slot] = self._salts[request.slot] or request.cache_salt
-            if salt != request.cache_salt:
-                return [ending(request, 0, FinishReason.ERROR, f"slot {request.slot} holds other weights")]
+            try:
+                self.slots.claim(request.slot, request.cache_salt)
+            except WrongWeightsError as refusal:
+                return [ending(request, 0, FinishReason.ERROR, str(refusal))]
         seed = request.sampling.seed
         sequence = Sequence(request, arrival=self._arrivals, seed=secrets.randbits(64) if seed is None else seed)
         self._arrivals += 1
@@ -189,7 +172,7 @@ class Core:
     # --- one step ---
 
     def step(self) -> list[TokenOutput]:
-        """One turn: decide who computes what, compute it, sample, keep what others may share, and tell."""
+        """Computes one step: schedules it, runs the model, samples, registers shareable blocks, returns the outputs."""
         plan = self.scheduler.schedule()
         logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
@@ -197,11 +180,11 @@ class Core:
         self._count(plan)
         for chunk in plan.chunks:
             chunk.sequence.advance(chunk.num_tokens)
-        self._keep_prefixes(plan)
+        self._register_prefixes(plan)
         return [out for sequence, one in zip(sampling, sampled, strict=True) for out in self._settle(sequence, one)]
 
     def _settle(self, sequence: Sequence, sampled: Sampled) -> list[TokenOutput]:
-        """One row's result: a token, and perhaps the end."""
+        """The output of one row: a token, or the end of its sequence, or both."""
         error = sampled.error if sampled.token_id is None else sequence.fault
         if error is not None:
             return self.end(sequence.request_id, FinishReason.ERROR, error)
@@ -231,7 +214,7 @@ class Core:
         return [output]
 
     def _end_of(self, sequence: Sequence, token_id: int) -> tuple[bool, FinishReason | None]:
-        """Whether the token just taken is an end-of-sequence token, and why the sequence ends with it, if it does."""
+        """Whether the token just appended is an end-of-sequence token, and the reason to finish with it, if any."""
         request, params = sequence.request, sequence.request.sampling
         if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.facts.eos_token_ids):
             return True, FinishReason.STOP
@@ -241,15 +224,15 @@ class Core:
                 return False, FinishReason.STOP
         return False, FinishReason.LENGTH if sequence.generated >= params.max_tokens else None
 
-    def _keep_prefixes(self, plan: StepPlan) -> None:
-        """Lets others find the blocks this step filled, once their numbers are seen to be finite.
+    def _register_prefixes(self, plan: StepPlan) -> None:
+        """Registers the blocks that this step filled in the prefix cache, if all their values are finite.
 
-        A row that fails in this very step takes its own out again before anyone looks: see `Scheduler.finish`.
+        A sequence that fails in this step takes its own out again before the next lookup: see `Scheduler.finish`.
         """
         filled = self.scheduler.completed(plan)
         finite = self.pool.are_finite([block for block, _ in filled])
-        for (block, key), good in zip(filled, finite, strict=True):
-            if good:
+        for (block, key), is_finite in zip(filled, finite, strict=True):
+            if is_finite:
                 self.scheduler.allocator.register(block, key)
 
     def _count(self, plan: StepPlan) -> None:
@@ -261,43 +244,38 @@ class Core:
     # --- slots ---
 
     def load(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
-        """All of it in this thread; `engine` has the filling done elsewhere where it can."""
+        """Withdraws, fills and publishes the slot, all in the engine thread."""
         self.withdraw(slot)
-        return self.publish(slot, adapter, self.fill(slot, adapter))
+        return self.publish(self.fill(slot, adapter))
 
     def unload(self, slot: int) -> int:
         self.withdraw(slot)
-        return self.slabs.release(slot)
+        return self.slots.release(slot)
 
     def withdraw(self, slot: int) -> None:
-        """From the next step on the slot is empty; then `fill` and `slabs.release` may run in any thread."""
-        self._check_free(slot)
-        self.slabs.withdraw(slot)
-        self._salts[slot] = None
-        self._slot_bytes[slot] = 0
+        """Hides the slot from the next step on, so that any thread may call `fill` or `slots.release`."""
+        self._require_unused(slot)
+        self.slots.withdraw(slot)
 
-    def fill(self, slot: int, adapter: HostAdapter, pace: Pace = ALONE) -> LoadOutcome:
-        """Fills a slot that is empty to every request. Any thread where `fills_anywhere`, one at a time."""
-        begin = time.monotonic()
-        self.slabs.fill(slot, _packed(adapter), pace)
-        seconds = time.monotonic() - begin
-        return LoadOutcome(slot, self.slabs.resident_bytes(slot), seconds)
+    def fill(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
+        """Fills a slot that is not published. Any thread where `fills_anywhere`, one at a time."""
+        began_s = time.monotonic()
+        device_bytes = self.slots.fill(slot, _packed(adapter))
+        return LoadOutcome(slot, device_bytes, time.monotonic() - began_s)
 
-    def publish(self, slot: int, adapter: HostAdapter, filled: LoadOutcome) -> LoadOutcome:
-        """From the next step on the slot is what was filled in."""
-        self._check_free(slot)
-        self.slabs.publish(slot, _packed(adapter).layout)
-        self._salts[slot] = None
-        self._slot_bytes[slot] = filled.device_bytes
+    def publish(self, filled: LoadOutcome) -> LoadOutcome:
+        """Makes the filled slot visible from the next step on."""
+        self._require_unused(filled.slot)
+        self.slots.publish(filled.slot)
         return filled
 
     @property
     def fills_anywhere(self) -> bool:
-        """Whether a slot may be filled outside of the engine thread: on a GPU its stream gives the order."""
+        """Whether other threads may fill a slot. On a GPU the stream of the engine thread has to order the copies."""
         return self.base.device.type == "cpu"
 
-    def _check_free(self, slot: int) -> None:
-        if not 0 <= slot < self.slabs.slots:
+    def _require_unused(self, slot: int) -> None:
+        if not 0 <= slot < self.slots.count:
             raise ValueError(f"there is no slot {slot}")
         if any(sequence.slot == slot for sequence in self._sequences.values()):
             raise SlotInUseError(f"slot {slot} still has requests")
@@ -308,12 +286,12 @@ class Core:
             waiting=len(self.scheduler.waiting),
             kv_blocks_total=self.scheduler.allocator.total,
             kv_blocks_used=self.scheduler.allocator.used,
-            slots_total=self.slabs.slots,
+            slots_total=self.slots.count,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             healthy=True,
-            device_bytes=self.base.weight_bytes + self.pool.nbytes + sum(self._slot_bytes),
+            device_bytes=self.base.weight_bytes + self.pool.nbytes + self.slots.published_bytes,
             prefix_queried_tokens=self.scheduler.queried_tokens,
             prefix_hit_tokens=self.scheduler.hit_tokens,
             preemptions=self._preemptions,
@@ -322,7 +300,7 @@ class Core:
 
 def _packed(adapter: HostAdapter) -> PackedAdapter:
     if not isinstance(adapter, PackedAdapter):
-        raise TypeError("this engine loads what its own read_adapter returned")
+        raise TypeError("load takes only what read_adapter of this engine returned")
     return adapter
 
 
@@ -334,10 +312,10 @@ def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:
     budget = config.kv_bytes
     if budget is None:
         budget = int(_KV_SHARE * _free_bytes(base.device))
-    most = config.max_batch * -(-max_model_len // size)  # more could never be used
+    most = config.max_batch * -(-max_model_len // size)  # more blocks could never be used
     blocks = min(budget // block_bytes - 1, most)
     if blocks < 1:
-        raise ValueError(f"kv_bytes {budget} holds no two blocks of {block_bytes} bytes")
+        raise ValueError(f"kv_bytes {budget} does not hold two blocks of {block_bytes} bytes")
     return KVPool(
         layers=len(base.layers),
         kv_heads=layer.kv_heads,
@@ -353,10 +331,10 @@ def _max_prefill_tokens(device: torch.device, max_batch_tokens: int) -> int:
     return max_batch_tokens if device.type == "cuda" else min(_CPU_PREFILL_TOKENS, max_batch_tokens)
 
 
-def _gather_s(config: EngineConfig, device: torch.device) -> float:
-    if config.gather_s is not None:
-        return config.gather_s
-    return 0.0 if device.type == "cuda" else _CPU_GATHER_S
+def _batching_window_s(config: EngineConfig, device: torch.device) -> float:
+    if config.batching_window_s is not None:
+        return config.batching_window_s
+    return 0.0 if device.type == "cuda" else _CPU_BATCHING_WINDOW_S
 
 
 def _free_bytes(device: torch.device) -> int:

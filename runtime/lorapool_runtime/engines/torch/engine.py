@@ -1,12 +1,11 @@
 """The engine: one thread that owns torch, a queue of commands to it, and the step loop.
 
-`adapters` and `server` call it from the event loop through `interface.Engine`; they never touch torch. Commands
-(submit, cancel, load, unload) take effect between two steps, and need no other request to drain; the copying that a
-load needs is done by a thread of its own (`slot_filling`). When the engine thread dies every request ends with an
-error and `observe().healthy` turns False: the process should end then, nothing here restarts itself.
+Commands (submit, cancel, load, unload) take effect between two steps and wait for no other request. On a CPU a
+background thread fills and releases slots. When the engine thread dies, every request ends with an error and
+`observe().healthy` turns False: the process should exit then, nothing here restarts.
 
-    EngineStoppedError   the engine was asked to work after stop() or its thread's death
-    SlotInUseError       load or unload of a slot that still has requests
+    EngineStoppedError   a call after stop() or after the death of the engine thread
+    SlotInUseError       load or unload of a slot on which requests still run
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import TypeVar
 
 import torch
 
-from lorapool_runtime.background import SlotFiller
+from lorapool_runtime.background import BackgroundThread
 from lorapool_runtime.cgroup import usable_cores
 from lorapool_runtime.engines.interface import (
     EngineStats,
@@ -37,7 +36,7 @@ from lorapool_runtime.engines.interface import (
 )
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core, SlotInUseError, ending
-from lorapool_runtime.weights.pack import ALONE, BESIDE_A_BATCH, Pace
+from lorapool_runtime.weights.pack import DURING_A_BATCH, UNTHROTTLED, Throttle
 
 __all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"]
 
@@ -45,8 +44,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_GATHERED = 8
-"""An engine at rest waits for company at most so many times `gather_s`."""
+_MAX_BATCHING_WINDOWS = 8
+"""An idle engine waits for further requests for at most this many times `batching_window_s` in all."""
 
 
 class EngineStoppedError(RuntimeError):
@@ -60,12 +59,12 @@ class TorchEngine:
         self.config = config
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards _alive and _sinks, the two things callers and the thread share
+        self._lock = threading.Lock()  # guards _alive and _sinks, which callers share with the engine thread
         self._alive = False
         self._sinks: dict[str, TokenSink] = {}
-        self._filler = SlotFiller()
+        self._background = BackgroundThread("slot-filler")
         self._stats = EngineStats(0, 0, 0, 0, config.slots, 0, 0, 0, healthy=True, device_bytes=0)
-        # below: set once by the engine thread, touched by it alone
+        # set once by the engine thread, and used by it alone
         self._core: Core | None = None
 
     @property
@@ -80,41 +79,41 @@ class TorchEngine:
         ready.result()
 
     def stop(self, timeout_s: float) -> None:
-        """Ends every request with CANCELLED and the thread with it."""
+        """Ends every request with CANCELLED, then the thread."""
         with self._lock:
             self._alive = False
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._commands.put(_nothing)  # wakes it
+            self._commands.put(_nothing)  # wakes the thread
             self._thread.join(timeout_s)
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
         core = self._loaded()
         limit = min(max_rank, self.config.max_rank)
-        return core.reader.read(Path(folder), max_rank=limit, pace=self._pace())
+        return core.reader.read(Path(folder), max_rank=limit, throttle=self._throttle())
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
         core = self._loaded()
         if not core.fills_anywhere:
-            return self._ask(lambda: core.load(slot, adapter))
+            return self._run_on_engine_thread(lambda: core.load(slot, adapter))
 
         def load() -> LoadOutcome:
-            if not 0 <= slot < core.slabs.slots or core.slabs.occupied(slot):
-                self._ask(lambda: core.withdraw(slot)).result()
-            filled = core.fill(slot, adapter, self._pace())
-            return self._ask(lambda: core.publish(slot, adapter, filled)).result()
+            if not 0 <= slot < core.slots.count or core.slots.is_published(slot):
+                self._run_on_engine_thread(lambda: core.withdraw(slot)).result()
+            filled = core.fill(slot, adapter)
+            return self._run_on_engine_thread(lambda: core.publish(filled)).result()
 
-        return self._filler.submit(load)
+        return self._background.submit(load)
 
     def unload(self, slot: int) -> Future[int]:
         core = self._loaded()
         if not core.fills_anywhere:
-            return self._ask(lambda: core.unload(slot))
+            return self._run_on_engine_thread(lambda: core.unload(slot))
 
         def unload() -> int:
-            self._ask(lambda: core.withdraw(slot)).result()
-            return core.slabs.release(slot)
+            self._run_on_engine_thread(lambda: core.withdraw(slot)).result()
+            return core.slots.release(slot)
 
-        return self._filler.submit(unload)
+        return self._background.submit(unload)
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
         core = self._loaded()
@@ -134,13 +133,13 @@ class TorchEngine:
         with self._lock:
             known = self._alive and request_id in self._sinks
         if known:
-            self._commands.put(lambda: self._tell(core.end(request_id, FinishReason.CANCELLED)))
+            self._commands.put(lambda: self._report(core.end(request_id, FinishReason.CANCELLED)))
 
     def observe(self) -> EngineStats:
         return self._stats
 
-    def _pace(self) -> Pace:
-        return BESIDE_A_BATCH if self._stats.running or self._stats.waiting else ALONE
+    def _throttle(self) -> Throttle:
+        return DURING_A_BATCH if self._stats.running or self._stats.waiting else UNTHROTTLED
 
     # --- the engine thread -------------------------------------------------------------------
 
@@ -168,21 +167,21 @@ class TorchEngine:
 
     def _loop(self, core: Core) -> None:
         while self._alive:
-            at_rest = not core.scheduler.has_work
-            self._take_commands(wait=at_rest)
-            if at_rest and core.scheduler.has_work:
-                self._gather(core)
+            idle = not core.scheduler.has_work
+            self._take_commands(wait=idle)
+            if idle and core.scheduler.has_work:
+                self._wait_for_more(core)
             if core.scheduler.has_work:
-                self._tell(core.step())
+                self._report(core.step())
             else:
                 self._publish(core)
 
-    def _gather(self, core: Core) -> None:
-        """Lets those who come with the first one begin with it; see `EngineConfig.gather_s`."""
-        ends_s = time.monotonic() + core.gather_s * _GATHERED
+    def _wait_for_more(self, core: Core) -> None:
+        """Keeps the batching window open after the first request; see `EngineConfig.batching_window_s`."""
+        ends_s = time.monotonic() + core.batching_window_s * _MAX_BATCHING_WINDOWS
         while self._alive and time.monotonic() < ends_s and len(core.scheduler.waiting) < self.config.max_batch:
             try:
-                self._commands.get(timeout=core.gather_s)()
+                self._commands.get(timeout=core.batching_window_s)()
             except queue.Empty:
                 return
 
@@ -195,8 +194,8 @@ class TorchEngine:
         except queue.Empty:
             return
 
-    def _ask(self, act: Callable[[], T]) -> Future[T]:
-        """Runs `act` in the engine thread between two steps; its exception is the caller's, not the thread's."""
+    def _run_on_engine_thread(self, act: Callable[[], T]) -> Future[T]:
+        """Runs `act` in the engine thread between two steps. The future gets its result or its exception."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -221,8 +220,8 @@ class TorchEngine:
             future.set_exception(EngineStoppedError("the engine is not running"))
         return future
 
-    def _tell(self, outputs: list[TokenOutput]) -> None:
-        """Who is told of an end sees it in `observe` at once."""
+    def _report(self, outputs: list[TokenOutput]) -> None:
+        """Publishes the counts before it delivers the outputs, so that `observe` includes an end a sink was given."""
         self._publish(self._loaded())
         self._deliver(outputs)
 
@@ -245,9 +244,9 @@ class TorchEngine:
 
     def _end_all(self, core: Core, reason: FinishReason, message: str | None) -> None:
         with self._lock:
-            self._alive = False  # from here on nothing is queued any more
+            self._alive = False  # no command is queued from here on
         try:
-            self._take_commands(wait=False)  # submits join the others, futures get their exception
+            self._take_commands(wait=False)  # queued submits join the requests, futures get their exception
             self._deliver(core.end_all(reason, message))
         except Exception:
             log.exception("ending the requests failed")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
-from lorapool_runtime.engines.torch.lora.dispatch import Rows
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base, UnsupportedBaseError
@@ -44,12 +44,12 @@ class Runner:
         token_ids: list[int] = []
         positions: list[int] = []
         keep: list[int] = []
-        rows: list[Rows] = []
+        rows: list[SlotRows] = []
         for chunk in plan.chunks:
             begin, end = len(token_ids), len(token_ids) + chunk.num_tokens
             token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
             positions += range(chunk.start, chunk.start + chunk.num_tokens)
-            rows.append(Rows(chunk.sequence.slot, begin, end))
+            rows.append(SlotRows(chunk.sequence.slot, begin, end))
             keep += [begin + row for row in chunk.logit_rows]
         device = self.base.device
         self.base.lora.set(rows)

@@ -1,99 +1,24 @@
-"""Memory of the device that costs nothing until it is touched, for `slabs` and `kv`.
-
-On CPU anonymous mappings: torch.zeros would touch every page of a cache that may never fill. `SlotMemory` also gives
-pages back, slot by slot, and asks the kernel how many a slot holds. No torch operator runs in its methods, so any
-thread may call them for a slot that nobody reads.
-"""
+"""Torch tensors in anonymous mappings, of which only the pages that were written occupy memory."""
 
 from __future__ import annotations
-
-import ctypes
-import mmap
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorapool_runtime.weights.pack import ALONE, Pace, copy_bytes
+from lorapool_runtime.host_memory import anonymous_mapping, huge_page_zeros
 
 _HUGE = 2 * 2**20
 
 
-def anonymous_mapping(size_bytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def huge_stretch(size_bytes: int) -> Tensor:
-    """uint8 [at least size_bytes] in huge pages where the system has them; a page that nobody touches costs nothing."""
-    size = -(-size_bytes // _HUGE) * _HUGE
-    mapping = anonymous_mapping(size + _HUGE)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(mapping, dtype=torch.uint8)
-    at = -whole.data_ptr() % _HUGE
-    return whole[at : at + size]
+def huge_page_region(size_bytes: int) -> Tensor:
+    """uint8 [size_bytes, rounded up to whole huge pages] on the CPU, in huge pages where the system has them."""
+    return torch.from_numpy(huge_page_zeros(-(-size_bytes // _HUGE) * _HUGE, np.dtype(np.uint8)))
 
 
 def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU their pages are not touched, as torch.zeros would: a cache that never fills costs nothing."""
     count = torch.Size(shape).numel()
     if device.type != "cpu" or count == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(anonymous_mapping(count * dtype.itemsize), dtype=dtype).view(shape)
-
-
-class SlotMemory:
-    """`slots` stretches of equal size. A filled prefix lies in huge pages as far as it fills them (fewer faults when
-    filling, fewer misses when a kernel streams through it), its end in small ones, so that nothing is held unused."""
-
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self._unit = _HUGE if slot_bytes >= _HUGE else mmap.PAGESIZE
-        self.stride_bytes = -(-slot_bytes // self._unit) * self._unit
-        self.mapping = anonymous_mapping(slots * self.stride_bytes + self._unit)
-        self.mapping.madvise(mmap.MADV_NOHUGEPAGE)
-        whole = np.frombuffer(self.mapping, dtype=np.uint8)
-        self.offset = -whole.ctypes.data % self._unit
-        """Bytes from the mapping's start to slot 0."""
-        self._bytes = whole[self.offset : self.offset + slots * self.stride_bytes]
-
-    def fill(self, slot: int, values: np.ndarray, pace: Pace = ALONE) -> None:
-        """values: uint8 [bytes]; from the slot's start on. Nothing stays of what the slot held."""
-        begin = slot * self.stride_bytes
-        kept = -(-len(values) // mmap.PAGESIZE) * mmap.PAGESIZE
-        if kept < self.stride_bytes:
-            self._forget(self.offset + begin + kept, self.stride_bytes - kept)
-        self._bytes[begin + len(values) : begin + kept] = 0
-        if self._unit == _HUGE and (huge := len(values) // _HUGE * _HUGE):
-            self.mapping.madvise(mmap.MADV_HUGEPAGE, self.offset + begin, huge)
-        copy_bytes(self._bytes[begin : begin + len(values)], values, pace)
-
-    def release(self, slot: int) -> int:
-        """Hands the pages back; they read as zeros afterwards. The bytes that came free, measured."""
-        before = self.resident_bytes(slot)
-        self._forget(self.offset + slot * self.stride_bytes, self.stride_bytes)
-        return before - self.resident_bytes(slot)
-
-    def _forget(self, at: int, size: int) -> None:
-        self.mapping.madvise(mmap.MADV_DONTNEED, at, size)
-        self.mapping.madvise(mmap.MADV_NOHUGEPAGE, at, size)
-
-    def resident_bytes(self, slot: int) -> int:
-        return resident_bytes(self._bytes.ctypes.data + slot * self.stride_bytes, self.stride_bytes)
-
-
-_EXCLUSIVE = 1 << 56  # /proc/PID/pagemap: mapped by this process alone, so not the shared zero page
-_SWAPPED = 1 << 62
-
-
-def resident_bytes(address: int, size: int) -> int:
-    """Of the pages that [address, address + size) touches, as the kernel counts them."""
-    pages = -(-(address % mmap.PAGESIZE + size) // mmap.PAGESIZE)
-    address -= address % mmap.PAGESIZE
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            pagemap.seek(address // mmap.PAGESIZE * 8)
-            entries = np.frombuffer(pagemap.read(pages * 8), dtype=np.uint64)
-        return int(np.count_nonzero(entries & np.uint64(_EXCLUSIVE | _SWAPPED))) * mmap.PAGESIZE
-    except OSError:  # a sandbox without pagemap: mincore also counts pages that were only ever read
-        present = (ctypes.c_ubyte * pages)()
-        if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), present) != 0:
-            raise OSError(ctypes.get_errno(), "mincore failed") from None
-        return sum(flags & 1 for flags in present) * mmap.PAGESIZE

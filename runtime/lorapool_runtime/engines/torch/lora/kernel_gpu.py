@@ -1,8 +1,7 @@
-"""The row kernel of a GPU: Triton's (`kernels_lora`) over the slabs, behind `lora`'s protocol.
+"""The row kernel of a GPU: the Triton kernels of `triton_lora` behind the protocol `layer.StepKernel`.
 
-`core` makes one where the device is CUDA. Its tables are made once, so that launching needs nothing from the host
-and a CUDA graph can hold it. A step with long runs of rows of one slot (a prefill) goes through the kernels for tiles
-of rows; which rows form a tile is decided here, on the host, before the step.
+Its tables are made once, so that a launch reads nothing from the host and a CUDA graph can capture it. A step with
+many rows of one slot (a prefill) is computed in tiles of rows. The host chooses the tiles before the step.
 """
 
 from __future__ import annotations
@@ -21,51 +20,51 @@ from lorapool_runtime.engines.torch.kernels.triton_lora import (
     lora_segments,
     output_tiles,
 )
-from lorapool_runtime.engines.torch.lora.dispatch import Rows
-from lorapool_runtime.engines.torch.lora.slots import GroupSlab, Slabs
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows, slot_of_each_row
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots, GroupTables
 
 _FEW_ROWS = 8
-"""Rows of one slot up to which a program per row beats a tile."""
+"""Rows of one slot up to which one program per row is faster than a tile."""
 
 
 class TritonKernel:
-    """Refuses slabs of a type other than float32, float16 and bfloat16."""
+    """Raises ValueError for adapters of a type other than float32, float16 and bfloat16."""
 
-    def __init__(self, slabs: Slabs) -> None:
-        if slabs.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"no kernel for adapters of type {slabs.dtype}")
-        self._device, self._slots = slabs.memory.device, slabs.slots
-        self._tiles = [torch.tensor(output_tiles(g.out_features), device=self._device) for g in slabs.groups]
+    def __init__(self, slots: AdapterSlots) -> None:
+        if slots.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"no kernel for adapters of type {slots.dtype}")
+        self._device, self._slots = slots.memory.device, slots.count
+        self._tiles = [torch.tensor(output_tiles(g.out_features), device=self._device) for g in slots.groups]
         self._align = [
             ALIGNED if all(width % ALIGNED == 0 for width in (g.in_features, *g.out_features)) else 1
-            for g in slabs.groups
+            for g in slots.groups
         ]
 
-    def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupSlab) -> None:
-        """See `lora.RowKernel`."""
+    def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupTables) -> None:
+        """See `layer.RowKernel.add`."""
         tiles, align = self._tiles[group.number], self._align[group.number]
         lora_rows(x, row_slots, group.memory, group.ranks, group.a_at, group.b_at, tiles, group.max_rank, align, y)
 
-    def warm_up(self, slabs: Slabs) -> None:
-        """Compiles what a step may launch, on rows of the base, which read and write nothing."""
+    def warm_up(self, slots: AdapterSlots) -> None:
+        """Compiles every kernel that a step may launch, with a row of the base, for which they access no memory."""
         nothing = np.full(1, BASE_SLOT, np.int32)
         row_slots, (order, segments) = self._moved(nothing), map(self._moved, row_tiles(nothing, self._slots))
-        for group in slabs.groups:
-            x = torch.zeros(1, group.in_features, dtype=slabs.dtype, device=self._device)
-            y = torch.zeros(1, sum(group.out_features), dtype=slabs.dtype, device=self._device)
+        for group in slots.groups:
+            x = torch.zeros(1, group.in_features, dtype=slots.dtype, device=self._device)
+            y = torch.zeros(1, sum(group.out_features), dtype=slots.dtype, device=self._device)
             self.add(y, x, row_slots, group)
             self._add_segments(y, x, order, segments, group)
 
-    def prepare(self, pieces: Sequence[Rows]) -> Callable[[Tensor, Tensor, GroupSlab], None]:
-        """See `lora.StepKernel`."""
-        row_slots = np.concatenate([np.full(piece.count, piece.slot, np.int32) for piece in pieces])
+    def prepare(self, batch: Sequence[SlotRows]) -> Callable[[Tensor, Tensor, GroupTables], None]:
+        """See `layer.StepKernel.prepare`."""
+        row_slots = np.array(slot_of_each_row(batch), np.int32)
         if max(np.unique(row_slots[row_slots != BASE_SLOT], return_counts=True)[1], default=0) <= _FEW_ROWS:
             on_device = self._moved(row_slots)
             return lambda y, x, group: self.add(y, x, on_device, group)
         order, segments = (self._moved(table) for table in row_tiles(row_slots, self._slots))
         return lambda y, x, group: self._add_segments(y, x, order, segments, group)
 
-    def _add_segments(self, y: Tensor, x: Tensor, order: Tensor, segments: Tensor, group: GroupSlab) -> None:
+    def _add_segments(self, y: Tensor, x: Tensor, order: Tensor, segments: Tensor, group: GroupTables) -> None:
         tiles, align = self._tiles[group.number], self._align[group.number]
         lora_segments(
             x, order, segments, group.memory, group.ranks, group.a_at, group.b_at, tiles, group.max_rank, align, y
@@ -77,11 +76,13 @@ class TritonKernel:
 
 
 def row_tiles(row_slots: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """row_slots: int32 [rows], in any order -> what `lora_segments` takes: order int32 [rows], segments int32
-    [as many as so many rows of so many slots could ever need, SEGMENT_FIELDS]."""
+    """The arguments order and segments of `lora_segments`. row_slots: int32 [rows], in any order.
+
+    Returns int32 [rows] and int32 [the most tiles that this number of rows and slots can need, SEGMENT_FIELDS].
+    """
     rows = len(row_slots)
     order = np.argsort(row_slots, kind="stable").astype(np.int32)
-    order = order[np.searchsorted(row_slots[order], BASE_SLOT, side="right") :]  # the base's rows come first
+    order = order[np.searchsorted(row_slots[order], BASE_SLOT, side="right") :]  # the base's rows are first
     present, begins, counts = np.unique(row_slots[order], return_index=True, return_counts=True)
     segments = np.full((rows // SEGMENT_ROWS + min(slots, rows), 3), (BASE_SLOT, 0, 0), np.int32)
     tiles = [

@@ -3,10 +3,9 @@
     y = x W^T + b  +  (x A_s^T) B_s        x: [rows, in]   A_s: [rank, in]   B_s: [rank, out], alpha/r folded in
                                            s: the row's slot, -1 for the base: nothing is added, nothing is multiplied
 
-A step is a short list of ways, chosen once per step (`ways`) and used by every layer: a row kernel (`RowKernel`: any
-order, any ranks), a segment (one slot, plain products), a slab run (neighbouring slots of one layout, one batched
-product with the slab itself as operand), or the same over scattered rows. Rows meet only their own slot's weights:
-what is not finite in one row stays there. `model` puts these modules in place; the engine thread alone runs them.
+`LoraBatch.set` decides once per step how all layers of that step add LoRA: a row kernel takes rows in any order and
+of any mix of ranks; where there is none, torch multiplies slot by slot. A row only meets the weights of its own slot,
+so a value that is not finite stays in its row. The engine thread alone runs these modules.
 """
 
 from __future__ import annotations
@@ -20,129 +19,97 @@ from torch import Tensor, nn
 
 from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
-from lorapool_runtime.engines.torch.lora.dispatch import KernelRows, Rows, ScatteredRun, Segment, SlabRun, choose_ways
-from lorapool_runtime.engines.torch.lora.slots import GroupSlab, Slabs
-from lorapool_runtime.engines.torch.lora.way_costs import USUAL, WayCosts
+from lorapool_runtime.engines.torch.lora.dispatch import SlotRows, adapter_segments, slot_of_each_row
+from lorapool_runtime.engines.torch.lora.slots import AdapterSlots, GroupTables
 from lorapool_runtime.weights.targets import TargetGroup
 
 
 class RowKernel(Protocol):
-    """One kernel for rows in any order and of any mix of slots and ranks; the native one on CPU, Triton's on a GPU."""
+    """One kernel for rows in any order and of any mix of slots and ranks: native code on a CPU, Triton on a GPU."""
 
-    def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupSlab) -> None:
-        """y[i] += B_s A_s x[i] for s = row_slots[i]; rows of slot -1 and of rank 0 are left bit for bit as they are.
+    def add(self, y: Tensor, x: Tensor, row_slots: Tensor, group: GroupTables) -> None:
+        """y[i] += B_s A_s x[i] for s = row_slots[i]. Rows of slot -1 and of rank 0 keep every bit.
 
         y: [rows, out of all members] and x: [rows, in], contiguous; row_slots: int32 [rows] on x's device.
-        On a GPU it must not look at any value on the host, so that a CUDA graph can capture it.
+        On a GPU it must not read a tensor's value on the host, so that a CUDA graph can capture it.
         """
         ...
 
 
 @runtime_checkable
 class StepKernel(RowKernel, Protocol):
-    """A row kernel that takes long runs of one slot too, and so adds all of a step's LoRA by itself: Triton's."""
+    """A row kernel that is prepared once per step with the rows of every slot, as Triton's is."""
 
-    def prepare(self, pieces: Sequence[Rows]) -> Callable[[Tensor, Tensor, GroupSlab], None]:
-        """The next step's `add`, without the row's slots: called with y, x and the group as there."""
+    def prepare(self, batch: Sequence[SlotRows]) -> Callable[[Tensor, Tensor, GroupTables], None]:
+        """Returns the `add` of the next step, to be called with y, x and the group."""
         ...
 
 
 class LoraBatch:
-    """What the layers read during a step. One per engine, handed to every group."""
+    """The state that all LoRA layers read during a step. An engine has one and passes it to every group."""
 
     def __init__(self) -> None:
-        self.slabs: Slabs | None = None
+        self.slots: AdapterSlots | None = None
         self.groups: list[LoraGroup] = []
         self.kernel: RowKernel | None = None
-        self.costs: WayCosts = USUAL
-        self._row_slots: Tensor | None = None  # int32 [rows]: what the kernel adds
-        self._prepared: Callable[[Tensor, Tensor, GroupSlab], None] | None = None  # or all that a step kernel adds
-        self._runs: tuple[PlainRun, ...] = ()  # what plain products add
+        self._row_slots: Tensor | None = None  # int32 [rows], for a row kernel
+        self._prepared: Callable[[Tensor, Tensor, GroupTables], None] | None = None  # the step's `add` of a step kernel
+        self._torch_ops: tuple[TorchLoraOp, ...] = ()  # without a kernel
 
-    def set(self, pieces: Sequence[Rows]) -> None:
-        """The next step's rows, in the batch's order."""
-        self._row_slots, self._prepared, self._runs = None, None, ()
-        slabs = self.slabs
-        if slabs is None or all(piece.slot == BASE_SLOT for piece in pieces):
+    def set(self, batch: Sequence[SlotRows]) -> None:
+        """Prepares the next step. `batch` covers its rows from 0 on without a gap."""
+        self._row_slots, self._prepared, self._torch_ops = None, None, ()
+        slots = self.slots
+        if slots is None or all(rows.slot == BASE_SLOT for rows in batch):
             return
         if isinstance(self.kernel, StepKernel):
-            self._prepared = self.kernel.prepare(pieces)
-            return
-        ways = choose_ways(pieces, slabs.layouts, self.costs, kernel=self.kernel is not None)
-        if ways and isinstance(ways[0], KernelRows):
-            self._row_slots = torch.tensor(ways[0].row_slots, dtype=torch.int32, device=slabs.memory.device)
-        self._runs = tuple(PlainRun(way, slabs) for way in ways if not isinstance(way, KernelRows))
+            self._prepared = self.kernel.prepare(batch)
+        elif self.kernel is not None:
+            self._row_slots = torch.tensor(slot_of_each_row(batch), dtype=torch.int32, device=slots.memory.device)
+        else:
+            self._torch_ops = tuple(TorchLoraOp(segment, slots) for segment in adapter_segments(batch))
 
     def use(self, row_slots: Tensor) -> None:
-        """Every row goes through the kernel, by a tensor that the caller keeps and overwrites: for a captured graph.
-        row_slots: int32 [rows]."""
-        self._row_slots, self._prepared, self._runs = row_slots, None, ()
+        """Prepares a captured graph: the kernel reads the slots from a tensor that the caller keeps and overwrites.
+
+        row_slots: int32 [rows].
+        """
+        self._row_slots, self._prepared, self._torch_ops = row_slots, None, ()
 
     def add(self, group: int, x: Tensor, y: Tensor) -> None:
         """x: [rows, in]; y: [rows, out of all members], added to in place."""
         if self._row_slots is not None:
             assert self.kernel is not None
-            assert self.slabs is not None
-            self.kernel.add(y, x, self._row_slots, self.slabs.groups[group])
+            assert self.slots is not None
+            self.kernel.add(y, x, self._row_slots, self.slots.groups[group])
         if self._prepared is not None:
-            assert self.slabs is not None
-            self._prepared(y, x, self.slabs.groups[group])
-        for run in self._runs:
-            run.add(group, x, y)
+            assert self.slots is not None
+            self._prepared(y, x, self.slots.groups[group])
+        for op in self._torch_ops:
+            op.add(group, x, y)
 
 
-class PlainRun:
-    """Plain torch products for some rows of a step, in float32 and rounded once to the base's type: what peft computes.
-    Rounding u to bfloat16 as well makes the log-probabilities differ from peft's several times as much."""
+class TorchLoraOp:
+    """Torch products for adjacent rows of one slot, in float32 and rounded once to the base's type, as peft computes.
 
-    def __init__(self, way: Segment | SlabRun | ScatteredRun, slabs: Slabs) -> None:
-        self._slabs = slabs
-        self._source = self._place = None
-        if isinstance(way, Segment):
-            self._first, self._slots, self._each, self._begin = way.rows.slot, 1, way.rows.count, way.rows.begin
-        elif isinstance(way, SlabRun):
-            self._first, self._slots, self._each, self._begin = way.first, way.slots, way.each, way.begin
-        else:
-            self._first, self._slots, self._each, self._begin = way.first, way.slots, way.each, 0
-            self._source = torch.tensor(way.source, device=slabs.memory.device)
-            self._place = torch.tensor(way.place, device=slabs.memory.device)
+    Rounding the shrink product to bfloat16 as well would make log-probabilities differ from peft's several times as
+    much.
+    """
+
+    def __init__(self, rows: SlotRows, slots: AdapterSlots) -> None:
+        self._slots, self._slot, self._rows = slots, rows.slot, slice(rows.begin, rows.end)
 
     def add(self, group: int, x: Tensor, y: Tensor) -> None:
-        weights = self._slabs.span(group, self._first, self._slots)
-        if weights is None:
+        """x: [rows, in]; y: [rows, out of all members], added to in place."""
+        matrices = self._slots.matrices(group, self._slot)
+        if matrices is None:
             return
-        a, parts = weights
-        slots, each = self._slots, self._each
-        if self._source is not None and self._place is not None:
-            padded = x.new_zeros(slots * each, x.shape[1])
-            padded[self._place] = x[self._source]
-            delta = y.new_zeros(slots * each, y.shape[1], dtype=torch.float32)
-            _add_span(padded.view(slots, each, -1), delta.view(slots, each, -1), a, parts)
+        u = x[self._rows].float() @ matrices.a.T.float()  # [rows of the slot, ranks of all members]
+        for columns, ranks, b in matrices.members:
             if y.dtype == torch.float32:
-                y.index_add_(0, self._source, delta[self._place])
+                y[self._rows, columns].addmm_(u[:, ranks], b)
             else:
-                y[self._source] += delta[self._place]
-            return
-        mine = slice(self._begin, self._begin + slots * each)
-        if slots == 1:
-            u = x[mine].float() @ a[0].T.float()  # [each, ranks of all members]
-            for columns, ranks, b in parts:
-                if y.dtype == torch.float32:
-                    y[mine, columns].addmm_(u[:, ranks], b[0])
-                else:
-                    y[mine, columns] += u[:, ranks] @ b[0].float()
-        else:
-            _add_span(x[mine].view(slots, each, -1), y[mine].view(slots, each, -1), a, parts)
-
-
-def _add_span(x: Tensor, y: Tensor, a: Tensor, parts: Sequence[tuple[slice, slice, Tensor]]) -> None:
-    """x: [slots, each, in]; y: [slots, each, out]; a: [slots, ranks of all members, in]; b: [slots, rank, out_m]."""
-    u = torch.bmm(x.float(), a.transpose(1, 2).float())  # [slots, each, ranks of all members]
-    for columns, ranks, b in parts:
-        if y.dtype == torch.float32:
-            y[:, :, columns].baddbmm_(u[:, :, ranks], b.float())
-        else:
-            y[:, :, columns] += torch.bmm(u[:, :, ranks], b.float())
+                y[self._rows, columns] += u[:, ranks] @ b.float()
 
 
 class LoraGroup:
@@ -157,7 +124,7 @@ class LoraGroup:
         self._taken = 0
 
     def output(self, member: int, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out of the member]. Computed for all members at the first that asks with this input."""
+        """x: [..., in] -> [..., out of the member]. The first member that passes an input computes all members."""
         bit = 1 << member
         if self._x is not x or self._y is None or self._taken & bit:
             self._x, self._y, self._taken = x, self.all_outputs(x), 0
@@ -168,7 +135,7 @@ class LoraGroup:
         return y
 
     def all_outputs(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out of all members side by side]"""
+        """x: [..., in] -> [..., out of all members, concatenated]"""
         rows = x.reshape(-1, x.shape[-1])
         y = self.base(rows)
         self.batch.add(self.number, rows, y)
@@ -176,7 +143,7 @@ class LoraGroup:
 
 
 class LoraLinear(nn.Module):
-    """Stands where one nn.Linear of the base stood."""
+    """Replaces one nn.Linear of the base."""
 
     def __init__(self, group: LoraGroup, member: int) -> None:
         super().__init__()

@@ -1,28 +1,25 @@
-"""The memory behind the slots: one stretch of the device's with a copy per slot, or on CPU the adapters' own.
+"""Where the weights of a filled slot are stored: in the device's own memory, or in the adapter's buffer.
 
-`slabs` owns one and keeps the tables of what is where in it. `CopyingStore` takes an adapter's bytes as they are: one
-copy, slot after slot, as a GPU needs it and as products over neighbouring slots do. `SharingStore` copies nothing: host
-memory is the device, a kernel finds every matrix by its place, and so the slot is the adapter that `adapter_file` read,
-held as long as it is in the slot. No torch operator fills or empties a slot, so any thread may, for a slot that nobody
-reads.
+`DeviceMemory` copies every adapter into one region of a GPU's memory, whose addresses a captured graph may keep.
+`HostMemory` copies nothing: on a CPU the kernels find every matrix by its address, so a slot is the buffer that was
+read from the adapter's file. Neither remembers what it placed: `AdapterSlots` owns the state of the slots.
 """
 
 from __future__ import annotations
 
-import weakref
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorapool_runtime.engines.torch.kernels.memory import SlotMemory, resident_bytes
+from lorapool_runtime.host_memory import resident_bytes
 from lorapool_runtime.weights.layout import LINE_BYTES, Layout
-from lorapool_runtime.weights.pack import Pace
 
 
 class PackedWeights(Protocol):
-    """An adapter in host memory: what `adapter_file` makes. Nobody changes it any more."""
+    """An immutable adapter in host memory, as `weights.reader` returns it."""
 
     @property
     def layout(self) -> Layout: ...
@@ -30,106 +27,56 @@ class PackedWeights(Protocol):
     def buffer(self) -> np.ndarray: ...  # [layout.elements], bfloat16 as its 16-bit patterns
 
 
-class SlotStore(Protocol):
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one adapter is stored while it is in a slot."""
+
+    first_element: int
+    """Position of its first element, counted in elements from the start of `memory`; may be negative."""
+    buffer: Tensor  # [layout.elements] of the memory's type
+    resident_bytes: int
+    weights: PackedWeights | None
+    """The adapter, where the slot is the adapter's own memory."""
+
+
+class SlotMemory(Protocol):
     memory: Tensor
-    """What places are counted from, in elements."""
+    """The tensor from whose start positions are counted."""
 
-    def fill(self, slot: int, weights: PackedWeights, pace: Pace) -> None: ...
-
-    def release(self, slot: int) -> int:
-        """The bytes that really came free."""
-        ...
-
-    def resident_bytes(self, slot: int) -> int:
-        """What the slot occupies now, as the system counts it."""
-        ...
-
-    def begin(self, slot: int) -> int:
-        """The place of a filled slot's first element; it may lie before `memory`."""
-        ...
-
-    def view(self, first: int, slots: int, rows: int, width: int, at: int) -> Tensor:
-        """[slots, rows, width], from element `at` of each slot on."""
+    def place(self, slot: int, weights: PackedWeights) -> Placement:
+        """Stores an adapter for a slot that no request can reach."""
         ...
 
 
-class CopyingStore:
-    """On CPU pages that no adapter has touched cost nothing, and emptying a slot hands its pages back."""
+class DeviceMemory:
+    """One region of equal size per slot. Only the engine thread may place adapters: its stream orders the copies."""
 
     def __init__(self, slots: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._pages: SlotMemory | None = None
-        self._stride = elements
-        if device.type == "cpu" and elements:
-            self._pages = SlotMemory(slots, elements * dtype.itemsize)
-            self._stride = self._pages.stride_bytes // dtype.itemsize
-            self.memory = torch.frombuffer(
-                self._pages.mapping, dtype=dtype, count=slots * self._stride, offset=self._pages.offset
-            )
-        else:
-            self.memory = torch.zeros(slots * elements, dtype=dtype, device=device)
+        self._elements = elements
+        self.memory = torch.zeros(slots * elements, dtype=dtype, device=device)
 
-    def fill(self, slot: int, weights: PackedWeights, pace: Pace) -> None:
-        """On a GPU only the engine thread may call it."""
-        if self._pages is not None:
-            self._pages.fill(slot, weights.buffer.view(np.uint8), pace)
-            return
-        values = torch.from_numpy(weights.buffer).view(self.memory.dtype)
-        self.memory[self.begin(slot) :][: len(values)].copy_(values, non_blocking=True)
-
-    def release(self, slot: int) -> int:
-        """None on a GPU, whose share is reserved."""
-        return 0 if self._pages is None else self._pages.release(slot)
-
-    def resident_bytes(self, slot: int) -> int:
-        return self._stride * self.memory.itemsize if self._pages is None else self._pages.resident_bytes(slot)
-
-    def begin(self, slot: int) -> int:
-        return slot * self._stride
-
-    def view(self, first: int, slots: int, rows: int, width: int, at: int) -> Tensor:
-        return self.memory.as_strided((slots, rows, width), (self._stride, width, 1), self.begin(first) + at)
+    def place(self, slot: int, weights: PackedWeights) -> Placement:
+        first = slot * self._elements
+        buffer = self.memory[first : first + weights.layout.elements]
+        buffer.copy_(torch.from_numpy(weights.buffer).view(self.memory.dtype), non_blocking=True)
+        return Placement(first, buffer, self._elements * self.memory.itemsize, None)
 
 
-class SharingStore:
-    """On CPU only. An adapter that is also kept elsewhere (the host cache, another slot) is in memory once."""
+class HostMemory:
+    """An adapter that the host cache or another slot holds too is in memory once. Any thread may place adapters."""
 
-    def __init__(self, slots: int, dtype: torch.dtype) -> None:
-        self.memory = torch.zeros(LINE_BYTES // dtype.itemsize, dtype=dtype)  # a place to count from, nothing more
-        self._held: list[PackedWeights | None] = [None] * slots
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.memory = torch.zeros(LINE_BYTES // dtype.itemsize, dtype=dtype)  # only its address is used
 
-    def fill(self, slot: int, weights: PackedWeights, pace: Pace) -> None:
-        if (weights.buffer.ctypes.data - self.memory.data_ptr()) % self.memory.itemsize:
-            raise ValueError("an adapter's buffer does not begin at a whole element")
-        self._held[slot] = weights
-
-    def release(self, slot: int) -> int:
-        """0 where somebody else still holds the adapter."""
-        held, self._held[slot] = self._held[slot], None
-        if held is None:
-            return 0
-        size, watch = _resident_bytes(held), weakref.ref(held)
-        del held
-        return size if watch() is None else 0
-
-    def resident_bytes(self, slot: int) -> int:
-        held = self._held[slot]
-        return 0 if held is None else _resident_bytes(held)
-
-    def begin(self, slot: int) -> int:
-        return (self._filled(slot).buffer.ctypes.data - self.memory.data_ptr()) // self.memory.itemsize
-
-    def view(self, first: int, slots: int, rows: int, width: int, at: int) -> Tensor:
-        """Of one slot: adapters are no neighbours here."""
-        if slots != 1:
-            raise ValueError(f"{slots} slots share no memory")
-        whole = torch.from_numpy(self._filled(first).buffer).view(self.memory.dtype)
-        return whole[at : at + rows * width].view(1, rows, width)
-
-    def _filled(self, slot: int) -> PackedWeights:
-        held = self._held[slot]
-        assert held is not None  # `slabs` asks for what is published only
-        return held
+    def place(self, slot: int, weights: PackedWeights) -> Placement:
+        """Raises ValueError for a buffer that is not aligned to whole elements."""
+        first, misaligned = divmod(weights.buffer.ctypes.data - self.memory.data_ptr(), self.memory.itemsize)
+        if misaligned:
+            raise ValueError("the adapter's buffer is not aligned to whole elements")
+        buffer = torch.from_numpy(weights.buffer).view(self.memory.dtype)
+        return Placement(first, buffer, weights_bytes(weights), weights)
 
 
-def _resident_bytes(weights: PackedWeights) -> int:
+def weights_bytes(weights: PackedWeights) -> int:
+    """Bytes of the pages that the adapter's buffer occupies now, counted by the kernel."""
     return resident_bytes(weights.buffer.ctypes.data, weights.buffer.nbytes)

@@ -1,12 +1,12 @@
-"""The adapter slots: which adapter is in which, and where each of its matrices lies.
+"""The adapter slots: the one owner of what each slot holds, where, and whether requests can reach it.
 
-While nobody can reference it, a slot is filled and emptied by any thread (`fill`, `release`: no torch operator, so the
-engine's cores stay its own); the engine thread alone makes it count, or not count, between two steps (`publish`,
-`withdraw`). The memory itself is `slot_store`'s. How much a slot really occupies is asked of the system, not computed.
+Any thread may fill and release a slot that is not published (on a GPU only the engine thread may fill). The engine
+thread alone publishes and withdraws, between two steps. See `slot_state` for the moves.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,18 +14,25 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lorapool_runtime.engines.torch.lora.slot_memory import CopyingStore, PackedWeights, SharingStore, SlotStore
-from lorapool_runtime.weights.layout import Layout, first_linears, lay_out
-from lorapool_runtime.weights.pack import ALONE, Pace
+from lorapool_runtime.engines.torch.lora.slot_memory import (
+    DeviceMemory,
+    HostMemory,
+    PackedWeights,
+    SlotMemory,
+    weights_bytes,
+)
+from lorapool_runtime.engines.torch.lora.slot_state import SlotContents, SlotState, SlotStatus
+from lorapool_runtime.weights.layout import first_linears, lay_out
 from lorapool_runtime.weights.targets import TargetGroup
 
 
 @dataclass(frozen=True, slots=True)
-class GroupSlab:
-    """What a kernel needs to know of one group: the same tensors for the whole life of the process, so that a captured
-    graph may hold on to them. Slot s of member m has A [ranks[m, s], in] at the place a_at[m, s] and B
-    [ranks[m, s], out_m] at b_at[m, s], counted in elements from the start of `memory` and, where adapters share their
-    memory with the slots, outside of it; the A of all members follow each other without a gap. Rank 0: nothing to add.
+class GroupTables:
+    """The tables by which a kernel finds the matrices of one group; the same tensors for the life of the process.
+
+    Slot s of member m has A [ranks[m, s], in] at a_at[m, s] and B [ranks[m, s], out_m] at b_at[m, s], counted in
+    elements from the start of `memory`; on a CPU these positions are outside of it. The A matrices of all members are
+    contiguous. Rank 0 adds nothing.
     """
 
     number: int
@@ -38,10 +45,16 @@ class GroupSlab:
     max_rank: int
 
 
-Span = tuple[Tensor, tuple[tuple[slice, slice, Tensor], ...]]
+@dataclass(frozen=True, slots=True)
+class GroupMatrices:
+    """Views of one slot's matrices for one group."""
+
+    a: Tensor  # [ranks of all members, in]
+    members: tuple[tuple[slice, slice, Tensor], ...]
+    """Of each member with a rank: its columns of y, its part of the ranks, its B [rank, out]."""
 
 
-class Slabs:
+class AdapterSlots:
     def __init__(
         self,
         groups: Sequence[TargetGroup],
@@ -50,35 +63,35 @@ class Slabs:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        sharing: bool = False,
+        in_host_memory: bool,
     ) -> None:
-        """sharing: on CPU, a slot is its adapter's own memory; then no product spans neighbouring slots."""
-        self.slots, self.max_rank, self.dtype = slots, max_rank, dtype
+        """in_host_memory: a slot is its adapter's own buffer instead of a copy. Possible on a CPU only."""
+        self.count, self.max_rank, self.dtype = slots, max_rank, dtype
         linears = sum(group.size for group in groups)
         self._elements = lay_out(tuple(groups), (max_rank,) * linears, dtype.itemsize).elements
-        self._store: SlotStore = (
-            SharingStore(slots, dtype) if sharing else CopyingStore(slots, self._elements, dtype, device)
+        self._storage: SlotMemory = (
+            HostMemory(dtype) if in_host_memory else DeviceMemory(slots, self._elements, dtype, device)
         )
-        self.memory = self._store.memory
+        self.memory = self._storage.memory
+        self._states = tuple(SlotState(number) for number in range(slots))
         self._host_tables = torch.zeros(3, linears, slots, dtype=torch.int64)  # ranks, a_at, b_at
         self._ranks = torch.zeros(linears, slots, dtype=torch.int32, device=device)
-        self._places = torch.zeros(2, linears, slots, dtype=torch.int64, device=device)
-        self.layouts: list[Layout | None] = [None] * slots
-        """What is published, by slot. Read by any thread, changed by the engine thread alone."""
-        self._spans: dict[tuple[int, int, int], Span | None] = {}  # views are dear to make; gone when a slot changes
-        self.firsts = first_linears(groups)
+        self._positions = torch.zeros(2, linears, slots, dtype=torch.int64, device=device)
+        self._matrices: dict[tuple[int, int], GroupMatrices | None] = {}  # by group and slot: views are slow to make
+        self.first_linears = first_linears(groups)
         self.groups = tuple(
-            self._group(n, first, group) for n, (first, group) in enumerate(zip(self.firsts, groups, strict=True))
+            self._tables(number, first, group)
+            for number, (first, group) in enumerate(zip(self.first_linears, groups, strict=True))
         )
 
-    def _group(self, number: int, first: int, group: TargetGroup) -> GroupSlab:
-        mine = slice(first, first + group.size)
-        return GroupSlab(
+    def _tables(self, number: int, first: int, group: TargetGroup) -> GroupTables:
+        linears = slice(first, first + group.size)
+        return GroupTables(
             number=number,
             memory=self.memory,
-            ranks=self._ranks[mine],
-            a_at=self._places[0, mine],
-            b_at=self._places[1, mine],
+            ranks=self._ranks[linears],
+            a_at=self._positions[0, linears],
+            b_at=self._positions[1, linears],
             in_features=group.in_features,
             out_features=group.out_features,
             max_rank=self.max_rank,
@@ -86,77 +99,96 @@ class Slabs:
 
     # --- any thread, while the slot is not published ---
 
-    def fill(self, slot: int, weights: PackedWeights, pace: Pace = ALONE) -> None:
-        """On a GPU only the engine thread may call it."""
-        self._refuse_published(slot)
-        layout = weights.layout
+    def fill(self, slot: int, weights: PackedWeights) -> int:
+        """Stores an adapter in the slot and returns the bytes it occupies there.
+
+        Raises ValueError for an adapter that does not fit, IllegalSlotMoveError for a published slot.
+        """
+        state, layout = self._states[slot], weights.layout
+        state.require_unpublished()
         if layout.elements > self._elements or layout.rank > self.max_rank:
             raise ValueError(f"an adapter of rank {layout.rank} does not fit slots of rank {self.max_rank}")
-        self._store.fill(slot, weights, pace)
+        state.fill(SlotContents(layout, self._storage.place(slot, weights)))
+        return state.resident_bytes
 
     def release(self, slot: int) -> int:
-        """Gives the slot's memory back: the bytes that came free, none where somebody else holds the adapter."""
-        self._refuse_published(slot)
-        return self._store.release(slot)
+        """Empties the slot and returns the bytes given back to the system.
 
-    def resident_bytes(self, slot: int) -> int:
-        """What the slot occupies now; on a GPU its reserved share."""
-        return self._store.resident_bytes(slot)
+        0 on a GPU, whose regions are reserved, and where another owner still holds the adapter. Raises
+        IllegalSlotMoveError for a published slot.
+        """
+        weights = self._states[slot].release()
+        if weights is None:
+            return 0
+        size, still_held = weights_bytes(weights), weakref.ref(weights)
+        del weights
+        return size if still_held() is None else 0
 
     # --- the engine thread, between two steps ---
 
-    def publish(self, slot: int, layout: Layout) -> None:
-        """From the next step on rows of this slot get what was filled in."""
-        self._refuse_published(slot)
-        self._host_tables[:, :, slot] = torch.from_numpy(layout.table)
-        self._host_tables[1:, :, slot] += self._store.begin(slot)
+    def publish(self, slot: int) -> None:
+        """Makes the filled slot visible from the next step on. Raises IllegalSlotMoveError unless it is filled."""
+        state = self._states[slot]
+        state.publish()
+        self._host_tables[:, :, slot] = torch.from_numpy(state.contents.layout.table)
+        self._host_tables[1:, :, slot] += state.contents.placement.first_element
         self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
-        self._places[:, :, slot] = self._host_tables[1:, :, slot].to(self._places)
-        self.layouts[slot] = layout
-        self._spans.clear()
+        self._positions[:, :, slot] = self._host_tables[1:, :, slot].to(self._positions)
+        self._forget_views(slot)
 
     def withdraw(self, slot: int) -> None:
-        """From the next step on the slot adds nothing to any row."""
-        self.layouts[slot] = None
-        self._spans.clear()
+        """Hides the slot from the next step on: it adds nothing to any row. Harmless where it is not published."""
+        self._states[slot].withdraw()
+        self._forget_views(slot)
         self._host_tables[0, :, slot] = 0
         self._ranks[:, slot] = 0
 
-    def occupied(self, slot: int) -> bool:
-        return self.layouts[slot] is not None
+    def claim(self, slot: int, salt: str) -> None:
+        """Binds the slot's weights to the identity of a request. Raises WrongWeightsError, see `SlotState.claim`."""
+        self._states[slot].claim(salt)
 
-    # --- views, for plain products ---
+    def is_published(self, slot: int) -> bool:
+        return self._states[slot].status is SlotStatus.PUBLISHED
 
-    def span(self, group: int, first: int, slots: int) -> Span | None:
-        """Slots first..first+slots-1, which must share a layout (unused ones between may hold anything): A
-        [slots, ranks of all members, in], and per member with a rank its columns of y, its part of the ranks, its B
-        [slots, rank, out]. None where the adapter has nothing for the group."""
-        key = (group, first, slots)
-        if key not in self._spans:
-            self._spans[key] = self._span(self.groups[group], first, slots)
-        return self._spans[key]
+    @property
+    def published_bytes(self) -> int:
+        """Bytes that all published adapters occupy."""
+        return sum(state.resident_bytes for state in self._states if state.status is SlotStatus.PUBLISHED)
 
-    def _span(self, group: GroupSlab, first: int, slots: int) -> Span | None:
-        layout = self.layouts[first]
-        if layout is None:
-            return None
-        start = self.firsts[group.number]
-        pieces = layout.pieces[start : start + len(group.out_features)]
-        ranks = list(accumulate((piece.rank for piece in pieces), initial=0))
+    # --- views, for products by torch ---
+
+    def matrices(self, group: int, slot: int) -> GroupMatrices | None:
+        """None where the slot is not published or its adapter targets no member of the group."""
+        key = (group, slot)
+        if key not in self._matrices:
+            published = self.is_published(slot)
+            self._matrices[key] = self._views(self.groups[group], self._states[slot].contents) if published else None
+        return self._matrices[key]
+
+    def _views(self, group: GroupTables, contents: SlotContents) -> GroupMatrices | None:
+        layout, buffer = contents.layout, contents.placement.buffer
+        first = self.first_linears[group.number]
+        linears = layout.linears[first : first + len(group.out_features)]
+        ranks = list(accumulate((linear.rank for linear in linears), initial=0))
         columns = list(accumulate(group.out_features, initial=0))
         if ranks[-1] == 0:
             return None
-        parts = tuple(
+        members = tuple(
             (
                 slice(columns[member], columns[member + 1]),
                 slice(ranks[member], ranks[member + 1]),
-                self._store.view(first, slots, piece.rank, piece.out_features, piece.b_at),
+                _matrix(buffer, linear.b_at, linear.rank, linear.out_features),
             )
-            for member, piece in enumerate(pieces)
-            if piece.rank
+            for member, linear in enumerate(linears)
+            if linear.rank
         )
-        return self._store.view(first, slots, ranks[-1], group.in_features, pieces[0].a_at), parts
+        return GroupMatrices(_matrix(buffer, linears[0].a_at, ranks[-1], group.in_features), members)
 
-    def _refuse_published(self, slot: int) -> None:
-        if self.layouts[slot] is not None:
-            raise ValueError(f"slot {slot} is not empty")
+    def _forget_views(self, slot: int) -> None:
+        for group in range(len(self.groups)):
+            self._matrices.pop((group, slot), None)
+
+
+def _matrix(buffer: Tensor, at: int, rows: int, width: int) -> Tensor:
+    """A view [rows, width] of the buffer's elements from `at` on."""
+    return buffer[at : at + rows * width].view(rows, width)

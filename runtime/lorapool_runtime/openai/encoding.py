@@ -1,0 +1,132 @@
+"""Encodes a parsed request for the base: prompts as token ids, sampling parameters, a compiled grammar.
+
+This is done before a request waits for anything, so that a request beyond the base's bounds is refused at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lorapool_api.openai import InvalidRequestError
+from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
+from lorapool_runtime.openai.detokenizer import EchoedPrompt
+from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
+from lorapool_runtime.openai.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, ParsedRequest
+from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.openai.tools import tools_grammar
+
+MAX_REQUEST_TOKENS = 65_536
+"""Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
+it one caller would occupy the whole queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: tuple[SamplingParams, ...]
+    """One per sequence: `n` per prompt, in the order of the response's choices."""
+    grammar: Grammar | None
+    echo: tuple[EchoedPrompt, ...]
+    """One per prompt when the request asks for it, else empty."""
+
+
+async def encode(
+    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, grammars: GrammarCompiler, facts: ModelFacts
+) -> EncodedRequest:
+    """Raises InvalidRequestError beyond the base's bounds.
+
+    Raises UnavailableError or TooManyRequestsError where encoding takes too long.
+    """
+    prompts = await _prompts(request, tokenizer, facts)
+    spec = _grammar_spec(request, tokenizer)
+    grammar = None if spec is None else await grammars.compile(spec)
+    sampling = tuple(
+        _sampling(request, request.prompt_param, len(prompt), choice, len(prompts) * request.n, tokenizer, facts)
+        for prompt in prompts
+        for choice in range(request.n)
+    )
+    echo: tuple[EchoedPrompt, ...] = ()
+    if isinstance(request, CompletionRequest) and request.echo:
+        echo = tuple([await tokenizer.echo(prompt) for prompt in prompts])
+    return EncodedRequest(prompts, sampling, grammar, echo)
+
+
+async def _prompts(
+    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, facts: ModelFacts
+) -> tuple[tuple[int, ...], ...]:
+    if isinstance(request, ChatRequest):
+        tools = [tool.definition for tool in request.tools.offered]
+        return (await tokenizer.prompt_of_messages(request.messages, tools),)
+    prompts = []
+    for prompt in request.prompts:
+        ids = await tokenizer.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise InvalidRequestError("The prompt has no tokens.", param="prompt")
+        if max(ids) >= facts.vocab_size:
+            raise InvalidRequestError(
+                f"The prompt names token {max(ids)}, but the vocabulary has {facts.vocab_size} tokens.",
+                param="prompt",
+            )
+        prompts.append(ids)
+    return tuple(prompts)
+
+
+def _grammar_spec(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> GrammarSpec | None:
+    if isinstance(request, ChatRequest) and request.tools.active:
+        return tools_grammar(request.tools, tokenizer.tool_format)
+    return request.grammar
+
+
+def _sampling(
+    request: ParsedRequest,
+    prompt_param: str,
+    prompt_tokens: int,
+    choice: int,
+    sequences: int,
+    tokenizer: Tokenizer,
+    facts: ModelFacts,
+) -> SamplingParams:
+    """The engine's parameters of one sequence."""
+    given = request.sampling
+    max_tokens = _max_tokens(request.max_tokens, prompt_param, prompt_tokens, sequences, facts.max_model_len)
+    if given.logit_bias and max(given.logit_bias) >= facts.vocab_size:
+        raise InvalidRequestError(
+            f"`logit_bias` names token {max(given.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
+            param="logit_bias",
+        )
+    return replace(
+        given,
+        max_tokens=max_tokens,
+        seed=None if given.seed is None else given.seed + choice,
+        stop_token_ids=frozenset() if given.ignore_eos else tokenizer.eos_token_ids,
+    )
+
+
+def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, sequences: int, max_model_len: int) -> int:
+    """Completion tokens of one sequence: `wanted` if it fits, or as many as fit."""
+    room = max_model_len - prompt_tokens
+    if room < (0 if wanted == 0 else 1):
+        raise InvalidRequestError(
+            f"This model's context is {max_model_len} tokens, but the prompt alone has {prompt_tokens}. Shorten it.",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    budget = max(MAX_REQUEST_TOKENS, max_model_len)
+    share = budget // sequences
+    if wanted is None:
+        return min(room, share)
+    if wanted > room:
+        raise InvalidRequestError(
+            f"This model's context is {max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
+            f"may be at most {room}, not {wanted}.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    if wanted > share:
+        raise InvalidRequestError(
+            f"{sequences} sequences of `max_tokens` {wanted} are {sequences * wanted} tokens; "
+            f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
+            param="max_tokens",
+        )
+    return wanted
