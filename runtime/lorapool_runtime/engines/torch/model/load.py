@@ -92,7 +92,7 @@ class Base:
 
 
 def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
-    """Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
+    """Loads the base in `folder`. Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
     config = _checked_config(folder)
     element = _element_type(config, dtype, device)
     AttentionInterface.register(_ATTENTION_NAME, _attention)
