@@ -156,7 +156,8 @@ def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype
     stored = stored if isinstance(stored, torch.dtype) else _DTYPES.get(str(stored), torch.float32)
     if device.type == "cpu" and not cpu_computes_in(stored, torch.cpu.get_capabilities()):
-        log.info("the base is served in float32: this CPU has no instructions for %s", stored)
+        if stored in _CPU_INSTRUCTIONS:
+            log.info("the base is served in float32: this CPU has no instructions for %s", stored)
         return torch.float32
     return stored
 
