@@ -22,6 +22,7 @@ from lorapool_runtime.weights.pack import DURING_A_BATCH, FILE_TYPES, UNTHROTTLE
 @pytest.mark.skipif(not (FOLDER / "liblora_pack.so").is_file(), reason="the library is not built (make native)")
 def test_the_native_library_is_used_where_it_is_built_and_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     find = packing._native.__wrapped__  # without the cache
+    monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
     assert find() is not None
     monkeypatch.setenv("LORAPOOL_NATIVE", "0")
     assert find() is None
