@@ -29,7 +29,7 @@ def usable_memory_bytes(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/memin
 
 
 def _memory_left_bytes(cgroup: Path) -> int | None:
-    """None without a limit or a cgroup. Version 1 reports "unlimited" as a number larger than any machine's memory."""
+    """The rest of the cgroup's memory limit, None without one. Version 1 reports a huge number for "unlimited"."""
     for limit_file, used_file in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

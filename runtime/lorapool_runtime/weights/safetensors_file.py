@@ -32,7 +32,7 @@ class WeightsFile:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightsFile]:
-    """Raises ArtifactError for a file without a valid safetensors header, and OSError."""
+    """Opens the file while the context lasts. Raises ArtifactError for an invalid header, and OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import math
 import shutil
@@ -49,7 +48,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
             folder.mkdir(exist_ok=True)
             build.compile_library(built)
     try:
-        made = BaseKernel(ctypes.CDLL(str(built)))
+        made = BaseKernel(open_library("base_step", VERSION, built.parent))
     except NativeUnavailableError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(base_step, "base_kernel", lambda: made)

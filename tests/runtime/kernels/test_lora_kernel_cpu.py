@@ -254,7 +254,10 @@ def test_the_traced_operator_is_the_kernel(library: Path, monkeypatch: pytest.Mo
     torch.library.opcheck(add_lora_rows, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_without_a_usable_library_the_log_gives_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_usable_library_the_log_gives_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
     caplog.set_level(logging.INFO)
     assert load_row_kernel(torch.float32, CPU, tmp_path) is None
     assert "was not built" in caplog.text
@@ -266,6 +269,7 @@ def test_without_a_usable_library_the_log_gives_the_reason(tmp_path: Path, caplo
     assert "float16" in caplog.text
 
 
-def test_the_library_shares_torchs_openmp(library: Path) -> None:
+def test_the_library_shares_torchs_openmp(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
     assert load_row_kernel(torch.float32, CPU, library.parent) is not None
     assert len(native_library._openmp_runtimes()) == 1

@@ -65,7 +65,8 @@ class Compared:
 
 def core_of(folder: Path, **changes: Any) -> Core:
     settings: dict[str, Any] = {"max_rank": 16, "slots": 3, "max_batch": 5, "max_batch_tokens": 32, "max_model_len": 32}
-    return Core(EngineConfig(model_dir=str(folder), device="cpu", kv_block_tokens=4, **settings | changes))
+    settings |= {"dtype": "float32", "device": "cpu", "kv_block_tokens": 4}
+    return Core(EngineConfig(model_dir=str(folder), **settings | changes))
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("Llama", 1), ("Gemma2", 2)])

@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Read-only after construction. Raises ValueError for a value out of bounds."""
+    """The settings of one engine, read-only. Raises ValueError for a value out of bounds."""
 
     model_dir: str
     """Local folder with config.json and *.safetensors of the base."""

@@ -88,7 +88,7 @@ class _Staging:
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
 
     def fill(self, chunks: tuple[Chunk, ...], size: int, block_size: int) -> None:
-        """Waits for the last copy from this buffer, which began two steps ago."""
+        """Writes the rows of a step, once the last copy from this buffer (begun two steps ago) has ended."""
         if self._copied is not None:
             self._copied.synchronize()
         rows = [_row(chunk, block_size) for chunk in chunks] + [_PADDING] * (size - len(chunks))

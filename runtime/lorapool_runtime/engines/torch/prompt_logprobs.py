@@ -33,7 +33,7 @@ def score_prompts(plan: StepPlan, logits: Tensor) -> Tensor:
 
 
 def _score(chunk: Chunk, logits: Tensor) -> None:
-    """logits: [tokens of the chunk, vocabulary]."""
+    """Stores the log-probabilities of one chunk. logits: [tokens of the chunk, vocabulary]."""
     sequence = chunk.sequence
     count = sequence.request.prompt_logprobs or 0
     following = sequence.tokens[chunk.start + 1 : chunk.start + 1 + chunk.num_tokens]

@@ -37,7 +37,7 @@ class Runner:
         self.decode_path: DecodePath | None = None
 
     def run(self, plan: StepPlan) -> Tensor:
-        """[rows, vocabulary] of each chunk's `logit_rows`, in the plan's order."""
+        """Computes a step. Returns [rows, vocabulary] for each chunk's `logit_rows`, in the order of the plan."""
         self.pool.wipe(plan.fresh_blocks)
         if self.decode_path is not None and self.decode_path.can_run(plan):
             return self.decode_path.run(plan)

@@ -28,7 +28,7 @@ _FEW_ROWS = 8
 
 
 class TritonKernel:
-    """Raises ValueError for adapters of a type other than float32, float16 and bfloat16."""
+    """`layer.StepKernel` by Triton. Raises ValueError for adapters that are not float32, float16 or bfloat16."""
 
     def __init__(self, slots: AdapterSlots) -> None:
         if slots.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -69,7 +69,7 @@ class HostMemory:
         self.memory = torch.zeros(LINE_BYTES // dtype.itemsize, dtype=dtype)  # only its address is used
 
     def place(self, slot: int, weights: PackedWeights) -> Placement:
-        """Raises ValueError for a buffer that is not aligned to whole elements."""
+        """Uses the adapter's own buffer. Raises ValueError where it is not aligned to whole elements."""
         first, misaligned = divmod(weights.buffer.ctypes.data - self.memory.data_ptr(), self.memory.itemsize)
         if misaligned:
             raise ValueError("the adapter's buffer is not aligned to whole elements")

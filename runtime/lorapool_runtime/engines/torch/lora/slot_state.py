@@ -52,7 +52,7 @@ class SlotState:
 
     @property
     def contents(self) -> SlotContents:
-        """Raises IllegalSlotMoveError where the slot is empty."""
+        """The adapter in the slot. Raises IllegalSlotMoveError where there is none."""
         if self._contents is None:
             raise IllegalSlotMoveError(f"slot {self.number} is empty")
         return self._contents

@@ -92,7 +92,7 @@ class Base:
 
 
 def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
-    """Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
+    """Loads the base in `folder`. Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
     config = _checked_config(folder)
     element = _element_type(config, dtype, device)
     AttentionInterface.register(_ATTENTION_NAME, _attention)
@@ -156,7 +156,8 @@ def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype
     stored = stored if isinstance(stored, torch.dtype) else _DTYPES.get(str(stored), torch.float32)
     if device.type == "cpu" and not cpu_computes_in(stored, torch.cpu.get_capabilities()):
-        log.info("the base is served in float32: this CPU has no instructions for %s", stored)
+        if stored in _CPU_INSTRUCTIONS:
+            log.info("the base is served in float32: this CPU has no instructions for %s", stored)
         return torch.float32
     return stored
 
