@@ -73,7 +73,7 @@ class AdapterLoader:
         self._changes.bump()
 
     async def _load(self, entry: AdapterEntry) -> ApiError | None:
-        """One try. Never raises: the result is the error of every request that waits."""
+        """Tries once to load. Never raises: the result is the error of every request that waits."""
         started_s = self._clock.now_s()
         try:
             host, tier = await self._host_copy(entry)
@@ -167,7 +167,7 @@ class AdapterLoader:
     def _failure(
         self, entry: AdapterEntry, reason: FailureReason, message: str, retry_after_s: float | None = None
     ) -> LoadFailure:
-        """One attempt more than the last failure; a transient one with exponential backoff and jitter."""
+        """The failure of one more attempt. A transient one is retried with exponential backoff and jitter."""
         attempts = 1 + (entry.failure.attempts if entry.failure is not None else 0)
         failure = LoadFailure(reason, message, attempts)
         if not reason.transient:

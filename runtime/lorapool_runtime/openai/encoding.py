@@ -34,7 +34,7 @@ class EncodedRequest:
 async def encode(
     request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, grammars: GrammarCompiler, facts: ModelFacts
 ) -> EncodedRequest:
-    """Raises InvalidRequest beyond the base's bounds, Unavailable or TooManyRequests where encoding takes too long."""
+    """Encodes a request. Raises InvalidRequest beyond the base's bounds, Unavailable or TooManyRequests under load."""
     prompts = await _prompts(request, tokenizer, facts)
     spec = _grammar_spec(request, tokenizer)
     grammar = None if spec is None else await grammars.compile(spec)

@@ -81,7 +81,7 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequest for an unsupported grammar, Unavailable or TooManyRequests when compiling takes too long."""
+        """Raises InvalidRequest for an unsupported grammar, Unavailable or TooManyRequests under load."""
         if self._pending >= _MAX_PENDING:
             raise TooManyRequests(
                 f"{self._pending} grammars already wait to be compiled; the maximum is {_MAX_PENDING}.",
