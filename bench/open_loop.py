@@ -17,7 +17,7 @@ from records import percentile
 from workloads import Arbaseline
 
 from lorapool_api.common import HEADER_ADAPTER
-from lorapool_api.openai import Conflict
+from lorapool_api.openai import NoFreeSlotError
 from lorapool_gateway.requests.dispatch import PAUSE_S
 
 
@@ -117,7 +117,7 @@ async def _attempt(
 ) -> bool:
     """True if every slot was in use, so that the request is repeated; the rest goes to `answered`."""
     async with session.post("/v1/completions", json=body, headers=headers) as response:
-        if response.status == Conflict.status:
+        if response.status == NoFreeSlotError.status:
             answered.no_slot += 1
             return True
         if response.status != 200:

@@ -36,6 +36,10 @@ VARIANTS = {
 }
 """By machine, what NAME.cpp may choose from when it runs."""
 
+BUILD_SETTINGS = ("auto", "0", "require", "baseline", "avx2", "avx512")
+"""Of LORAPOOL_NATIVE. The instruction sets choose among the variants at run time (`lorapool_runtime.native_library`);
+all variants are built."""
+
 
 class CompilerMissingError(RuntimeError):
     """There is no C++ compiler on this machine."""
@@ -100,6 +104,8 @@ else:
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             wish = os.environ.get("LORAPOOL_NATIVE", "auto")
+            if wish not in BUILD_SETTINGS:
+                raise ValueError(f"LORAPOOL_NATIVE is {wish!r}, not one of {', '.join(BUILD_SETTINGS)}")
             for name in (*LIBRARIES, *SINGLE):
                 (BUILT / f"lib{name}.so").unlink(missing_ok=True)
             if wish == "0":

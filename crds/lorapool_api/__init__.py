@@ -1,5 +1,5 @@
-"""The contract between Lorapool's parts: objects, wire protocol, error tree, placement.
+"""What Lorapool's processes share: API objects, runtime protocol, error tree, placement, settings reader, log format.
 
-Everything here is pure and imports nothing but pydantic, so that each part can be built,
-tested and replaced against it alone. `python -m lorapool_api` writes the CRD YAML.
+This package imports nothing but pydantic and the standard library, so that each process can be built and tested
+against it alone. `python -m lorapool_api` writes the CRDs' YAML.
 """

@@ -1,7 +1,7 @@
-"""The BaseModel object: one frozen base and how it is run, scaled and shared.
+"""The BaseModel object: one base model and how it is run, scaled and shared.
 
-Read by operator (which owns its status) and gateway. Bounds and rules that one object can
-know are written to the CRD as schema and CEL by `python -m lorapool_api`.
+The operator owns its status. Field descriptions, bounds and CEL rules become the CRD's schema, and thereby its
+reference documentation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KIND = "BaseModel"
 PLURAL = "basemodels"
 
 NAME_MAX = 40
-"""Children are named after the base with a suffix, and a label value ends at 63."""
+"""Longest name: children are named after the base plus a suffix, and label values have at most 63 characters."""
 
 Namespace = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 
@@ -33,6 +33,8 @@ def rules(*items: dict[str, str]) -> dict[str, Any]:
 
 
 class DType(StrEnum):
+    """Number format of weights and activations. `auto` keeps the format of the files where the device supports it."""
+
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -40,7 +42,7 @@ class DType(StrEnum):
 
 
 class BaseSource(ApiModel):
-    """Where the base's files lie."""
+    """Location of the base's files."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -54,25 +56,41 @@ class BaseSource(ApiModel):
     uri: str = Field(
         min_length=7,
         max_length=512,
-        description="hf://org/name, oci://registry/repo:tag, s3://bucket/prefix or pvc://claim/path.",
+        description="Location of the files: hf://org/name, oci://registry/repo:tag, s3://bucket/prefix or "
+        "pvc://claim/path.",
     )
     revision: str | None = Field(
-        default=None, min_length=1, max_length=128, description="Branch, tag or commit of an hf:// source."
+        default=None,
+        min_length=1,
+        max_length=128,
+        description="Branch, tag or commit of an hf:// source, or tag or digest of an oci:// source. Default: the "
+        "uri's own, else the newest.",
     )
 
 
 class BaseLora(ApiModel):
-    """What the runtime sets aside for adapters."""
+    """Capacity that each replica reserves for adapters."""
 
     max_rank: int = Field(
-        default=16, ge=1, le=256, description="Largest adapter rank that is served; memory is set aside for it."
+        default=16,
+        ge=1,
+        le=256,
+        description="Largest rank of an adapter. Every slot reserves memory for it.",
     )
-    slots: int = Field(default=8, ge=1, le=1024, description="Adapters on the device of one replica at one time.")
-    host_cache_bytes: Quantity = Field(default="1Gi", description="Adapters kept in host memory of one replica.")
+    slots: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Adapters that one replica can have loaded on its device at the same time.",
+    )
+    host_cache_bytes: Quantity = Field(
+        default="1Gi",
+        description="Host memory of one replica for adapters that are not on the device, as a quantity such as 512Mi.",
+    )
 
 
 class Scaling(ApiModel):
-    """How many replicas run."""
+    """When replicas are started and stopped."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -80,45 +98,59 @@ class Scaling(ApiModel):
         )
     )
 
-    min_replicas: int = Field(default=0, ge=0, le=100, description="0 lets an idle base stop all its pods.")
-    max_replicas: int = Field(default=1, ge=1, le=100)
+    min_replicas: int = Field(
+        default=0, ge=0, le=100, description="Smallest number of replicas. 0 stops all pods of an idle base."
+    )
+    max_replicas: int = Field(default=1, ge=1, le=100, description="Largest number of replicas.")
     target_in_flight: int = Field(
-        default=16, ge=1, le=10000, description="Requests under way per replica at which one more is started."
+        default=16, ge=1, le=10000, description="Requests in flight per replica above which another replica is started."
     )
     idle_after: Duration = Field(
-        default="10m", description="A base without any request for this long goes to minReplicas."
+        default="10m", description="A base without requests for this long is scaled down to minReplicas."
     )
     scale_down_delay: Duration = Field(
-        default="2m", description="Load must stay low for this long before a replica is taken away."
+        default="2m", description="Load must stay low for this long before a replica is removed."
     )
 
 
 class ColdStart(ApiModel):
-    """How requests wait while no replica or slot is ready."""
+    """How requests are held while no replica or slot is ready."""
 
-    max_wait: Duration = Field(default="5m", description="A held request gets 503 with Retry-After past this.")
-    max_queued: int = Field(default=256, ge=1, le=100000, description="Held requests per gateway; the next gets 429.")
+    max_wait: Duration = Field(
+        default="5m", description="A request that is held for this long gets 503 with Retry-After."
+    )
+    max_queued: int = Field(
+        default=256, ge=1, le=100000, description="Requests that one gateway holds for this base; the next gets 429."
+    )
 
 
 class AdapterDefaults(ApiModel):
-    """Used where a LoraAdapter leaves the field out."""
+    """Defaults for LoraAdapters of this base that leave the field out."""
 
-    idle_after: Duration = Field(default="5m", description="An adapter unused for this long leaves the device.")
-    min_replicas: int = Field(default=0, ge=0, le=100)
-    max_replicas: int = Field(default=1, ge=1, le=100)
+    idle_after: Duration = Field(
+        default="5m", description="An adapter without requests for this long is unloaded from the device."
+    )
+    min_replicas: int = Field(
+        default=0, ge=0, le=100, description="Replicas on which an adapter stays loaded even when it is idle."
+    )
+    max_replicas: int = Field(
+        default=1, ge=1, le=100, description="Largest number of replicas on which an adapter is loaded."
+    )
 
 
 class Access(ApiModel):
-    """Who else may stand on this base."""
+    """Which other namespaces may use this base."""
 
     namespaces: list[Namespace] = Field(
         default_factory=list,
         max_length=256,
-        description='Other namespaces whose LoraAdapters may use this base. "*" is not accepted: list them.',
+        description='Other namespaces whose LoraAdapters may use this base. They are listed by name; "*" is refused.',
     )
 
 
 class BaseModelSpec(ApiModel):
+    """The desired state of a BaseModel."""
+
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.source == oldSelf.source", "source is immutable: create a new BaseModel for other weights"),
@@ -135,21 +167,25 @@ class BaseModelSpec(ApiModel):
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$",
-        description="Extra model name under which clients reach the base itself.",
+        description="Additional model name of the base itself for clients.",
     )
     dtype: DType = DType.AUTO
     max_model_len: int = Field(
-        default=2048, ge=16, le=1048576, description="Prompt plus completion tokens of one request."
+        default=2048, ge=16, le=1048576, description="Largest number of prompt and completion tokens of one request."
     )
     lora: BaseLora = Field(default_factory=BaseLora)
     runtime_profile: str = Field(
-        default="default", min_length=1, max_length=63, description="Name of a profile in the chart's runtimeProfiles."
+        default="default",
+        min_length=1,
+        max_length=63,
+        description="Name of a profile in the chart's runtimeProfiles: resources, image and scheduling of pods.",
     )
     replicas: int | None = Field(
         default=None,
         ge=0,
         le=100,
-        description="Written through the scale subresource by autoscaler and gateway; leave it out of manifests.",
+        description="Desired replicas, written through the scale subresource by operator and gateway. Leave it out of "
+        "manifests.",
     )
     scaling: Scaling = Field(default_factory=Scaling)
     cold_start: ColdStart = Field(default_factory=ColdStart)
@@ -158,34 +194,59 @@ class BaseModelSpec(ApiModel):
 
 
 class AdapterCounts(ApiModel):
-    """LoraAdapters that name this base."""
+    """Numbers of LoraAdapters that refer to this base."""
 
     total: int = 0
+    """All of them."""
     ready: int = 0
+    """Adapters that requests may use, loaded or not."""
     loaded: int = 0
+    """Adapters that are loaded on at least one replica."""
     failed: int = 0
+    """Adapters with a failure of their source, their files or their load."""
 
 
 class PodStatus(ApiModel):
-    name: str = Field(max_length=253)
-    uid: str = Field(max_length=64)
-    boot_id: str | None = Field(default=None, max_length=64)
+    """One runtime pod of the base."""
+
+    name: str = Field(max_length=253, description="Name of the pod.")
+    uid: str = Field(max_length=64, description="Uid of the pod.")
+    boot_id: str | None = Field(
+        default=None, max_length=64, description="Identifier of the runtime process; it changes with every restart."
+    )
     ready: bool = False
+    """Whether the runtime reports that it serves requests."""
     draining: bool = False
+    """Whether the runtime reports that it is shutting down."""
 
 
 class BaseModelStatus(ApiModel):
+    """The observed state of a BaseModel."""
+
     observed_generation: int | None = None
-    conditions: list[Condition] = Field(default_factory=list, max_length=16)
+    """The metadata.generation that this status describes."""
+    conditions: list[Condition] = Field(
+        default_factory=list, max_length=16, description="SourceResolved, RuntimeAvailable, Ready and Progressing."
+    )
     replicas: int = 0
-    """Pods that exist and are not terminating (statusReplicasPath of the scale subresource)."""
+    """Pods that exist and are not terminating."""
     ready_replicas: int = 0
-    selector: str | None = Field(default=None, max_length=512)
-    revision: str | None = Field(default=None, max_length=256)
-    digest: str | None = Field(default=None, max_length=80)
+    """Pods whose runtime serves requests."""
+    selector: str | None = Field(
+        default=None, max_length=512, description="Label selector of the pods, for the scale subresource."
+    )
+    revision: str | None = Field(
+        default=None, max_length=256, description="Immutable revision to which the source was resolved."
+    )
+    digest: str | None = Field(default=None, max_length=80, description="Digest of the base's files.")
     state: str | None = Field(
         default=None, max_length=64, description="Reason of the Ready condition, for the STATE column."
     )
     adapters: AdapterCounts = Field(default_factory=AdapterCounts)
-    pods: list[PodStatus] = Field(default_factory=list, max_length=100)
-    last_used: str | None = Field(default=None, max_length=64, json_schema_extra={"format": "date-time"})
+    pods: list[PodStatus] = Field(default_factory=list, max_length=100, description="The runtime pods.")
+    last_used: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When a request for the base or any of its adapters was last accepted or ended.",
+    )

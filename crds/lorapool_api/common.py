@@ -1,7 +1,6 @@
-"""Names that more than one part must spell alike, and the small value types of the objects.
+"""Names that several processes share, and the small value types of the objects.
 
-Called by every package. Labels, annotations, headers, condition types, reasons and failure
-reasons live here once; nothing here does I/O.
+Labels, annotations, headers, condition types, reasons and failure reasons are defined here once. Pure.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
 LABEL_BASE = f"{GROUP}/base"
 """On runtime pods, Services and (copied by Kubernetes) EndpointSlices: the BaseModel's name."""
 LABEL_BASE_UID = f"{GROUP}/base-uid"
-"""Beside LABEL_BASE: the BaseModel's uid, so that a recreated base never adopts old pods."""
+"""On the same objects: the BaseModel's uid, so that a recreated base never adopts pods of the deleted one."""
 LABEL_API_KEY = f"{GROUP}/api-key"
 """On Secrets in the keys namespace: "true" marks an API key of the gateway."""
 
 ANNOTATION_RETRY = f"{GROUP}/retry"
-"""On a LoraAdapter: any new value makes the operator judge a terminal failure again."""
+"""On a LoraAdapter: any new value makes the operator check an adapter with a terminal failure again."""
 ANNOTATION_SPEC_HASH = f"{GROUP}/spec-hash"
-"""On children: hash of what was applied, so that an unchanged child is not applied again."""
+"""On children: hash of the applied manifest, so that an unchanged child is not applied again."""
 
 
 # --- HTTP headers ------------------------------------------------------------------------
@@ -52,7 +51,7 @@ HEADER_USAGE = "x-lorapool-usage"
 """Request value "1": the runtime reports usage on every chunk. On a JSON response: the usage."""
 HEADER_REQUEST_ID = "x-request-id"
 HEADER_COLD_START = "x-lorapool-cold-start-ms"
-"""To the client: milliseconds this request was held or waited for its adapter's load; absent when warm."""
+"""To the client: milliseconds for which the request was held or waited for its adapter's load; absent when 0."""
 HEADER_PROCESSING_MS = "openai-processing-ms"
 BASE_TARGET = "base"
 """Value of HEADER_ADAPTER for a request to the base itself."""
@@ -81,14 +80,14 @@ class AdapterCondition(StrEnum):
 
 
 class Reason(StrEnum):
-    """Reasons of conditions that are no failure of a source (those are `FailureReason`)."""
+    """Reasons of conditions. Failures of a source have a `FailureReason` instead."""
 
     RESOLVED = "Resolved"
     COMPATIBLE = "Compatible"
     PENDING = "Pending"
-    """Not judged yet."""
+    """Not checked yet."""
     AWAITING_RUNTIME = "AwaitingRuntime"
-    """Only a runtime can read this source and none is up; a request wakes the base."""
+    """Only a runtime can read this source and none is running; a request starts one."""
     BASE_NOT_FOUND = "BaseNotFound"
     BASE_NOT_READY = "BaseNotReady"
     NOT_PERMITTED = "NotPermitted"
@@ -96,11 +95,11 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     SUSPENDED = "Suspended"
     PARKED = "Parked"
-    """Not on a device; the next request loads it."""
+    """Unloaded because it is idle; the next request loads it."""
     LOADING = "Loading"
     LOADED = "Loaded"
     RUNTIME_RESTARTED = "RuntimeRestarted"
-    """Was loaded, but the runtime that held it is gone or has a new boot id."""
+    """The runtime that had loaded the adapter is gone or was restarted."""
     ROLLOUT_FAILED = "RolloutFailed"
     SCALED_TO_ZERO = "ScaledToZero"
     STARTING = "Starting"
@@ -110,13 +109,13 @@ class Reason(StrEnum):
     READY = "Ready"
     STABLE = "Stable"
     PROFILE_NOT_FOUND = "ProfileNotFound"
-    """spec.runtimeProfile names no profile of the chart's values."""
+    """The chart's values have no profile with the name in spec.runtimeProfile."""
 
 
 class FailureReason(StrEnum):
-    """Why an artifact cannot be served. Each is transient or terminal, see `transient`."""
+    """Why an artifact cannot be served. Each reason is either transient or terminal, see `transient`."""
 
-    # terminal: nothing changes until the spec, a secret or the retry annotation does
+    # terminal: not retried until the spec, a secret or the retry annotation changes
     SOURCE_NOT_FOUND = "SourceNotFound"
     UNAUTHORIZED = "Unauthorized"
     INVALID_SOURCE = "InvalidSource"
@@ -128,7 +127,7 @@ class FailureReason(StrEnum):
     WRONG_BASE = "WrongBase"
     RANK_TOO_HIGH = "RankTooHigh"
     NON_FINITE_WEIGHTS = "NonFiniteWeights"
-    # transient: tried again at `retryAt`
+    # transient: retried at `retryAt`
     SOURCE_UNAVAILABLE = "SourceUnavailable"
     SOURCE_TIMEOUT = "SourceTimeout"
     RATE_LIMITED = "RateLimited"
@@ -138,11 +137,12 @@ class FailureReason(StrEnum):
 
     @property
     def transient(self) -> bool:
+        """Whether another attempt may succeed without any change."""
         return self in _TRANSIENT
 
     @property
     def code(self) -> str:
-        """The OpenAI error `code`, e.g. `rank_too_high`."""
+        """The `code` in OpenAI's error format, such as `rank_too_high`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", self.value).lower()
 
 
@@ -169,13 +169,13 @@ Duration = Annotated[
         min_length=2,
         max_length=24,
         pattern=DURATION_PATTERN,
-        description='Length of time such as "90s", "5m", "1h30m".',
+        description='Duration such as "90s", "5m" or "1h30m".',
     ),
 ]
 
 
 def duration_s(value: str) -> float:
-    """Seconds of a duration such as `1h30m`. Raises ValueError when it is none."""
+    """Seconds of a duration such as `1h30m`. Raises ValueError for any other text."""
     match = _DURATION.match(value)
     if not value or match is None:
         raise ValueError(f'not a duration: {value!r}; write it like "90s", "5m" or "1h30m"')
@@ -199,7 +199,7 @@ Quantity = Annotated[
 
 
 def quantity_bytes(value: str) -> int:
-    """Bytes of a quantity such as `512Mi`. Raises ValueError when it is none."""
+    """Bytes of a quantity such as `512Mi`. Raises ValueError for any other text."""
     match = _QUANTITY.match(value)
     if match is None:
         raise ValueError(f'not a quantity of bytes: {value!r}; write it like "512Mi" or "2Gi"')
@@ -219,7 +219,7 @@ class FileDigest:
 
 
 def artifact_digest(files: Iterable[FileDigest]) -> str:
-    """`sha256:…` over the sorted files of an artifact; its identity everywhere."""
+    """The identity of an artifact: `sha256:…` of the names, sizes and hashes of its files, in any order."""
     total = hashlib.sha256()
     for file in sorted(files, key=lambda item: item.name):
         total.update(f"{file.name}\0{file.size_bytes}\0{file.sha256}\n".encode())
@@ -227,7 +227,7 @@ def artifact_digest(files: Iterable[FileDigest]) -> str:
 
 
 class AdapterKey(NamedTuple):
-    """What a request is pinned to: an object's uid and the digest of its files."""
+    """The identity of an adapter's weights: the object's uid and the digest of its files."""
 
     uid: str
     digest: str
@@ -237,7 +237,7 @@ class AdapterKey(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> AdapterKey:
-        """Reads `<uid>@sha256:<hex>`. Raises ValueError."""
+        """Parses `<uid>@sha256:<hex>`. Raises ValueError."""
         uid, _, digest = text.partition("@")
         if not re.fullmatch(r"[0-9A-Za-z-]{1,63}", uid) or not re.fullmatch(DIGEST_PATTERN, digest):
             raise ValueError(f"not an adapter key: {text[:160]!r}; expected <uid>@sha256:<64 hex digits>")
@@ -248,7 +248,7 @@ class AdapterKey(NamedTuple):
 
 
 class ApiModel(BaseModel):
-    """camelCase on the wire, snake_case in code; unknown fields of stored objects are ignored (version skew)."""
+    """Base of all API models: camelCase in JSON, snake_case in code. Unknown fields are ignored (version skew)."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -260,22 +260,25 @@ class ApiModel(BaseModel):
 
 
 class Condition(ApiModel):
-    """metav1.Condition."""
+    """A condition, as metav1.Condition defines it."""
 
-    type: str = Field(max_length=64)
-    status: str = Field(pattern="^(True|False|Unknown)$")
+    type: str = Field(max_length=64, description="Type of the condition.")
+    status: str = Field(pattern="^(True|False|Unknown)$", description="True, False or Unknown.")
     observed_generation: int | None = None
-    last_transition_time: str = Field(max_length=64, json_schema_extra={"format": "date-time"})
-    reason: str = Field(max_length=64)
-    message: str = Field(default="", max_length=1024)
+    """The metadata.generation that this condition describes."""
+    last_transition_time: str = Field(
+        max_length=64, json_schema_extra={"format": "date-time"}, description="When the status last changed."
+    )
+    reason: str = Field(max_length=64, description="One of the documented reasons.")
+    message: str = Field(default="", max_length=1024, description="Details and, for a failure, the remedy.")
 
 
 def set_conditions(
     previous: Iterable[Condition], wanted: Mapping[str, tuple[str, str, str]], *, generation: int, now: str
 ) -> list[Condition]:
-    """The full new list for `wanted` = {type: (status, reason, message)}.
+    """The new list of conditions for `wanted` = {type: (status, reason, message)}.
 
-    lastTransitionTime is kept while a condition's status is unchanged.
+    The transition time is kept while the status is unchanged. `now` is an RFC 3339 time.
     """
     before = {condition.type: condition for condition in previous}
     result = []

@@ -1,9 +1,8 @@
 """Turns the pydantic models into structural CRD schemas (apiextensions.k8s.io/v1).
 
-Called by `__main__` and by the tests that hold generated == committed. A structural schema knows
-no `$ref`, `const`, `anyOf: null`, `additionalProperties: false` or `title`; this rewrites what
-pydantic 2 emits and refuses what it does not know, so that a new kind of field cannot slip through.
-Source: Kubernetes documentation, "Specifying a structural schema".
+A structural schema has no `$ref`, `const`, `anyOf: null`, `additionalProperties: false` or `title`. The output of
+pydantic 2 is rewritten, and unknown constructs are refused, so that no new kind of field is lost silently. Source:
+Kubernetes documentation, "Specifying a structural schema".
 """
 
 from __future__ import annotations
@@ -83,12 +82,12 @@ def _convert(node: Schema, defs: dict[str, Schema], path: str) -> Schema:
 
 
 def _with_factory_default(raw: Schema, converted: Schema, required: bool) -> Schema:
-    """A field made by `default_factory` (no default in the raw schema) is there in every stored object."""
+    """Adds the default of a field with a `default_factory`, which pydantic's schema omits."""
     if not required and "default" not in raw:
         if converted.get("type") == "array":
             converted["default"] = []
         elif converted.get("type") == "object":
-            # Spelled out, since rules are checked on the default itself before nested defaults are filled in.
+            # Nested defaults are written out: rules are checked on the default before nested defaults are applied.
             fields = converted.get("properties", {})
             converted["default"] = {key: child["default"] for key, child in fields.items() if "default" in child}
     return converted
@@ -96,7 +95,7 @@ def _with_factory_default(raw: Schema, converted: Schema, required: bool) -> Sch
 
 @dataclass(frozen=True)
 class Kind:
-    """All that a CRD needs besides the two schemas."""
+    """Everything that a CRD is generated from."""
 
     kind: str
     plural: str
@@ -106,7 +105,7 @@ class Kind:
     status: type[PydanticModel]
     description: str
     columns: tuple[tuple[str, str, str, int], ...]
-    """(name, type, jsonPath, priority)"""
+    """Printer columns: (name, type, jsonPath, priority)."""
     scale: bool
 
 
@@ -118,7 +117,7 @@ KINDS = (
         name_max=basemodel.NAME_MAX,
         spec=basemodel.BaseModelSpec,
         status=basemodel.BaseModelStatus,
-        description="One frozen base model, run by replicas that many LoraAdapters share.",
+        description="A base model, served by replicas that all of its LoraAdapters share.",
         columns=(
             ("READY", "string", '.status.conditions[?(@.type=="Ready")].status', 0),
             ("STATE", "string", ".status.state", 0),
@@ -139,7 +138,7 @@ KINDS = (
         name_max=loraadapter.NAME_MAX,
         spec=loraadapter.LoraAdapterSpec,
         status=loraadapter.LoraAdapterStatus,
-        description="One fine-tune: a LoRA adapter on a BaseModel, loaded by its first request, parked when idle.",
+        description="A fine-tune: a LoRA adapter of a BaseModel, loaded by its first request and unloaded when idle.",
         columns=(
             ("BASE", "string", ".spec.baseModelRef.name", 0),
             ("READY", "string", '.status.conditions[?(@.type=="Ready")].status', 0),
@@ -158,7 +157,7 @@ KINDS = (
 
 
 def crd(kind: Kind) -> dict[str, Any]:
-    """The whole CustomResourceDefinition of a kind."""
+    """The CustomResourceDefinition of a kind."""
     status = structural(kind.status)
     subresources: dict[str, Any] = {"status": {}}
     if kind.scale:
@@ -204,7 +203,7 @@ def crd(kind: Kind) -> dict[str, Any]:
                                 },
                                 {
                                     "rule": "self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
-                                    "message": "metadata.name must be one DNS label: no dots, it becomes a model name",
+                                    "message": "metadata.name must be one DNS label without dots: it is a model name",
                                 },
                             ],
                         }

@@ -1,7 +1,7 @@
-"""The LoraAdapter object: one fine-tune, by source and digest, on a base.
+"""The LoraAdapter object: one fine-tune of a base, identified by source and digest.
 
-Read by operator (which owns its status) and gateway. A parked adapter is Ready: `Ready=True,
-Loaded=False reason=Parked`. Status is only ever what was seen.
+The operator owns its status, which only reports what was observed. An adapter that is unloaded because it is idle is
+still ready: `Ready=True, Loaded=False reason=Parked`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,33 @@ NAME_MAX = 63
 
 
 class BaseModelRef(ApiModel):
-    name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    """The BaseModel that an adapter was trained on."""
+
+    name: str = Field(
+        min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="Name of the BaseModel."
+    )
     namespace: Namespace | None = Field(
-        default=None, description="The adapter's own namespace when left out; another one must list ours."
+        default=None,
+        description="Namespace of the BaseModel. Default: the adapter's own. A base in another namespace must list the "
+        "adapter's namespace in spec.access.namespaces.",
     )
 
 
 class AdapterSource(BaseSource):
-    """Where the adapter's files lie, and what they must be."""
+    """Location and expected content of the adapter's files."""
 
     digest: str | None = Field(
         default=None,
         max_length=71,
         pattern=DIGEST_PATTERN,
-        description="Expected digest over the adapter's files; anything else is refused. Locked into status if absent.",
+        description="Expected digest of the adapter's files; other content is refused. Without it, the digest "
+        "that was resolved first is recorded in the status and enforced until the source changes.",
     )
 
 
 class LoraAdapterSpec(ApiModel):
+    """The desired state of a LoraAdapter."""
+
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
@@ -58,96 +67,154 @@ class LoraAdapterSpec(ApiModel):
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$",
-        description="One more model name; the older object keeps it when two want it.",
+        description="Additional model name for clients. When two objects claim one name, the older object keeps it.",
     )
     idle_after: Duration | None = Field(
-        default=None, description="Unused for this long: leaves the device. Default: the base's adapterDefaults."
+        default=None,
+        description="The adapter is unloaded from the device after this long without requests. Default: the base's "
+        "adapterDefaults.",
     )
     min_replicas: int | None = Field(
-        default=None, ge=0, le=100, description="Above 0 keeps it loaded on that many replicas."
+        default=None,
+        ge=0,
+        le=100,
+        description="Replicas on which the adapter stays loaded even when it is idle. Default: the base's "
+        "adapterDefaults.",
     )
-    max_replicas: int | None = Field(default=None, ge=1, le=100)
-    suspend: bool = Field(
-        default=False, description="Requests are refused and the adapter leaves the device; the object stays."
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Largest number of replicas on which the adapter is loaded. Default: the base's adapterDefaults.",
     )
+    suspend: bool = Field(default=False, description="True refuses requests and unloads the adapter from all devices.")
 
 
 class ReplicaStatus(ApiModel):
-    """Where a runtime itself reports this adapter, at which tier, under which boot id."""
+    """One replica that holds the adapter, as its runtime reports it."""
 
-    pod: str = Field(max_length=253)
-    pod_uid: str = Field(alias="podUID", max_length=64)
-    boot_id: str = Field(alias="bootID", max_length=64)
-    digest: str = Field(max_length=80)
-    tier: str = Field(max_length=16)
-    since: str = Field(max_length=64, json_schema_extra={"format": "date-time"})
-
-
-class UsagePart(ApiModel):
-    """What one runtime process (boot id) has counted; folded into the totals when that process is gone."""
-
-    boot_id: str = Field(alias="bootID", max_length=64)
-    requests: int = 0
-    failed_requests: int = 0
-    cancelled_requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    loads: int = 0
-    load_seconds: float = 0.0
-    residency_seconds: float = 0.0
+    pod: str = Field(max_length=253, description="Name of the runtime pod.")
+    pod_uid: str = Field(alias="podUID", max_length=64, description="Uid of the runtime pod.")
+    boot_id: str = Field(
+        alias="bootID", max_length=64, description="Identifier of the runtime process; it changes with every restart."
+    )
+    digest: str = Field(max_length=80, description="Digest of the files that the replica holds.")
+    tier: str = Field(max_length=16, description="Best copy on the replica: device, host or disk.")
+    since: str = Field(
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When the adapter entered this tier.",
+    )
 
 
-class UsageStatus(ApiModel):
-    """Totals since the object exists; written at most once a minute."""
+class UsageCounters(ApiModel):
+    """What is counted for an adapter."""
 
     requests: int = 0
+    """Requests that ended, including failed and cancelled ones. Refused requests are not counted."""
     failed_requests: int = 0
+    """Requests that ended with an error."""
     cancelled_requests: int = 0
+    """Requests whose client disconnected before the end."""
     prompt_tokens: int = 0
+    """Tokens of prompts."""
     completion_tokens: int = 0
+    """Generated tokens."""
     loads: int = 0
+    """Loads onto a device."""
     load_seconds: float = 0.0
+    """Duration of all loads."""
     residency_seconds: float = 0.0
-    as_of: str | None = Field(default=None, max_length=64, json_schema_extra={"format": "date-time"})
+    """Time on a device, summed over replicas."""
+
+
+class UsagePart(UsageCounters):
+    """Usage counted by one runtime process. It is merged into the totals when the process is gone."""
+
+    boot_id: str = Field(alias="bootID", max_length=64, description="Identifier of the runtime process.")
+
+
+class UsageStatus(UsageCounters):
+    """Usage since the object was created. Written at most once a minute."""
+
+    as_of: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When these numbers were written.",
+    )
     parts: list[UsagePart] = Field(
-        default_factory=list, max_length=100, description="The share of the totals that live runtimes still report."
+        default_factory=list,
+        max_length=100,
+        description="The part of the totals that running runtime processes still report.",
     )
 
 
 class FailureStatus(ApiModel):
-    reason: str = Field(max_length=64)
-    message: str = Field(max_length=1024)
+    """The last failure of the adapter."""
+
+    reason: str = Field(max_length=64, description="One of the documented failure reasons.")
+    message: str = Field(max_length=1024, description="What is wrong and the remedy.")
     attempts: int = 0
-    retry_at: str | None = Field(default=None, max_length=64, json_schema_extra={"format": "date-time"})
-    """Absent: terminal, until the spec, a secret or the retry annotation changes."""
+    """Failed attempts so far."""
+    retry_at: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="Time of the next attempt. Absent for a terminal failure, which lasts until the spec, a Secret or "
+        "the retry annotation changes.",
+    )
 
 
 class LoraAdapterStatus(ApiModel):
+    """The observed state of a LoraAdapter."""
+
     observed_generation: int | None = None
-    conditions: list[Condition] = Field(default_factory=list, max_length=16)
+    """The metadata.generation that this status describes."""
+    conditions: list[Condition] = Field(
+        default_factory=list, max_length=16, description="Resolved, Compatible, Loaded, Ready and Progressing."
+    )
     state: str | None = Field(
-        default=None, max_length=64, description="One word for the STATE column: the most telling reason."
+        default=None, max_length=64, description="The most specific reason of all conditions, for the STATE column."
     )
-    revision: str | None = Field(default=None, max_length=256)
-    digest: str | None = Field(default=None, max_length=80)
+    revision: str | None = Field(
+        default=None, max_length=256, description="Immutable revision to which the source was resolved."
+    )
+    digest: str | None = Field(default=None, max_length=80, description="Digest of the adapter's files.")
     source_uri: str | None = Field(
-        default=None, max_length=512, description="The uri and revision that digest was resolved from."
+        default=None, max_length=512, description="The spec.source.uri from which the digest was resolved."
     )
-    source_revision: str | None = Field(default=None, max_length=128)
+    source_revision: str | None = Field(
+        default=None, max_length=128, description="The spec.source.revision from which the digest was resolved."
+    )
     rank: int | None = None
-    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(default_factory=list, max_length=64)
+    """Largest rank of the adapter's modules."""
+    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(
+        default_factory=list, max_length=64, description="Last parts of the names of the modules that it changes."
+    )
     size_bytes: int | None = None
+    """Size of the adapter's files."""
     loaded_replicas: int = 0
-    loaded: str | None = Field(default=None, max_length=16, description='"n/m" for the LOADED column.')
-    replicas: list[ReplicaStatus] = Field(default_factory=list, max_length=100)
-    last_used: str | None = Field(default=None, max_length=64, json_schema_extra={"format": "date-time"})
+    """Replicas on whose device the adapter is loaded."""
+    loaded: str | None = Field(
+        default=None, max_length=16, description='Loaded and existing replicas as "n/m", for the LOADED column.'
+    )
+    replicas: list[ReplicaStatus] = Field(
+        default_factory=list, max_length=100, description="The replicas that hold the adapter."
+    )
+    last_used: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When a request for the adapter was last accepted or ended.",
+    )
     usage: UsageStatus | None = None
     failure: FailureStatus | None = None
     observed_retry: str | None = Field(
-        default=None, max_length=256, description="Value of the retry annotation that was last acted on."
+        default=None, max_length=256, description="Value of the retry annotation that was last handled."
     )
     judged: str | None = Field(
         default=None,
         max_length=96,
-        description="Fingerprint of everything the recorded verdict depends on: source, base, retry annotation.",
+        description="Fingerprint of the inputs of the last compatibility check: source, base and retry annotation.",
     )

@@ -1,13 +1,17 @@
-"""The one tree of errors that clients see, in OpenAI's shape.
+"""The errors that clients receive, in OpenAI's format.
 
-Raised in gateway and runtime, turned into a response in one place each.
+Gateway and runtime raise them and each turns them into a response in one place.
 
     ApiError
-    ├─ InvalidRequest 400      ├─ Unprocessable 422 (adapter's own fault: its failure's code)
-    ├─ Unauthenticated 401     ├─ TooManyRequests 429 + Retry-After
-    ├─ ModelNotFound 404       ├─ ServerError 500
-    ├─ Conflict 409            └─ Unavailable 503 + Retry-After
-    └─ PayloadTooLarge 413
+    ├─ InvalidRequestError 400           ├─ PayloadTooLargeError 413
+    ├─ UnauthenticatedError 401          ├─ UnprocessableError 422 (code: the adapter's failure reason)
+    ├─ ModelNotFoundError 404            ├─ TooManyRequestsError 429 + Retry-After
+    ├─ RouteNotFoundError 404            ├─ ServerError 500
+    ├─ RuntimeNotRegisteredError 404 *   └─ UnavailableError 503 + Retry-After
+    ├─ MethodNotAllowedError 405
+    └─ NoFreeSlotError 409 *
+
+    * only between runtime and gateway
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from lorapool_api.common import FailureReason
 
 
 class ApiError(Exception):
-    """HTTP status, stable `code`, and a sentence a user can act on."""
+    """An error with an HTTP status, a stable `code` and a message that tells the user what to do."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -38,25 +42,29 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1, where set."""
+        """`Retry-After` in whole seconds, at least 1; empty when no time is known."""
         if self.retry_after_s is None:
             return {}
         return {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequestError(ApiError):
+    """The request is malformed or uses a parameter or a value that is not supported."""
+
     status = 400
     type = "invalid_request_error"
 
 
-class Unauthenticated(ApiError):
+class UnauthenticatedError(ApiError):
+    """The API key is missing, malformed or unknown."""
+
     status = 401
     type = "authentication_error"
     default_code = "invalid_api_key"
 
 
-class ModelNotFound(ApiError):
-    """Unknown and forbidden look the same."""
+class ModelNotFoundError(ApiError):
+    """The model does not exist or the key may not use it; the response does not tell which."""
 
     status = 404
     type = "invalid_request_error"
@@ -66,63 +74,76 @@ class ModelNotFound(ApiError):
         super().__init__(f"The model `{model[:128]}` does not exist or you do not have access to it.", param="model")
 
 
-class NotFound(ApiError):
+class RouteNotFoundError(ApiError):
+    """There is no such path."""
+
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
 
 
-class MethodNotAllowed(ApiError):
+class MethodNotAllowedError(ApiError):
+    """The path exists, but not for this HTTP method."""
+
     status = 405
     type = "invalid_request_error"
     default_code = "method_not_allowed"
 
 
-class Conflict(ApiError):
-    """Internal hop only: `no_slot`. Clients never see 409, their library would retry it blindly."""
+class NoFreeSlotError(ApiError):
+    """Every slot of the replica is in use. Only between runtime and gateway: client libraries would retry a 409."""
 
     status = 409
     type = "server_error"
     default_code = "no_slot"
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLargeError(ApiError):
+    """The request body is longer than the limit."""
+
     status = 413
     type = "invalid_request_error"
     default_code = "payload_too_large"
 
 
-class Unprocessable(ApiError):
-    """The adapter itself cannot be served; its code says why."""
+class UnprocessableError(ApiError):
+    """The adapter cannot be served; the code is its failure reason."""
 
     status = 422
     type = "invalid_request_error"
 
     @classmethod
-    def of_failure(cls, reason: FailureReason, message: str) -> Unprocessable:
+    def of_failure(cls, reason: FailureReason, message: str) -> UnprocessableError:
+        """The error of a terminal failure."""
         return cls(message, param="model", code=reason.code)
 
 
-class TooManyRequests(ApiError):
+class TooManyRequestsError(ApiError):
+    """A queue is full or a limit is reached; the request may be repeated later."""
+
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
 
 
 class ServerError(ApiError):
+    """A fault of gateway or runtime; the log has the details under the request id."""
+
     status = 500
     type = "server_error"
     default_code = "internal_error"
 
 
-class Unavailable(ApiError):
+class UnavailableError(ApiError):
+    """No replica can serve the request now; it may be repeated later."""
+
     status = 503
     type = "server_error"
     default_code = "unavailable"
 
 
 CODE_NOT_REGISTERED = "adapter_not_registered"
-"""404 of the runtime: it does not know uid@digest yet; PUT the descriptor and repeat."""
+"""404 of the runtime: uid@digest is not registered; PUT its descriptor and repeat the request."""
 CODE_NO_SLOT = "no_slot"
 """409 of the runtime: every slot is in use or pinned; try the next replica."""
 CODE_DRAINING = "draining"
@@ -130,17 +151,19 @@ CODE_DRAINING = "draining"
 CODE_STARTING = "starting"
 """503 of the runtime: its base is still loading, nothing was accepted; try another replica."""
 CODE_QUEUE_FULL = "queue_full"
-"""429 of the runtime: its waiting line is full, nothing was accepted."""
+"""429 of the runtime: its queue is full, nothing was accepted."""
 
 
-class RuntimeNotRegistered(ApiError):
+class RuntimeNotRegisteredError(ApiError):
+    """The runtime has no descriptor of the adapter. Only between runtime and gateway."""
+
     status = 404
     type = "invalid_request_error"
     default_code = CODE_NOT_REGISTERED
 
 
 def client_fault(reason: FailureReason, message: str, retry_after_s: float | None = None) -> ApiError:
-    """The error a request gets for an adapter's failure: 422 when terminal, 503 + Retry-After when transient."""
+    """The error of a request to an adapter that failed: 422 if terminal, 503 with Retry-After if transient."""
     if reason.transient:
-        return Unavailable(message, param="model", code=reason.code, retry_after_s=retry_after_s or 5)
-    return Unprocessable.of_failure(reason, message)
+        return UnavailableError(message, param="model", code=reason.code, retry_after_s=retry_after_s or 5)
+    return UnprocessableError.of_failure(reason, message)

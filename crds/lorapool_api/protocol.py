@@ -1,7 +1,7 @@
-"""What gateway and operator say to a runtime, and what it answers: JSON over HTTP.
+"""The runtime protocol: JSON over HTTP, served by a runtime and called by gateway and operator.
 
-Runtime serves it, gateway and operator call it; both parse with these models, so a field exists
-once. Bearer token on every route but `/healthz` and `/readyz`.
+All three parse with these models, so that each field is defined once. Every route except `/healthz` and `/readyz`
+requires the bearer token.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def runtime_token(master: str, base_uid: str) -> str:
 
 
 def token_sha256(token: str) -> str:
-    """What a runtime is given to check a bearer token with; a token of 256 random bits cannot be found from it."""
+    """The hash with which a runtime checks bearer tokens; a token of 256 random bits cannot be derived from it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Tier(StrEnum):
-    """Where the best copy of an adapter lies on a replica."""
+    """Where the best copy of an adapter on a replica is stored."""
 
     DEVICE = "device"
     HOST = "host"
@@ -57,6 +57,8 @@ class Tier(StrEnum):
 
 
 class AdapterState(StrEnum):
+    """State of a registered adapter in a runtime."""
+
     REGISTERED = "registered"
     LOADING = "loading"
     LOADED = "loaded"
@@ -65,13 +67,15 @@ class AdapterState(StrEnum):
 
 
 class SourceRef(ApiModel):
+    """A source at one revision."""
+
     uri: str = Field(min_length=7, max_length=512)
     revision: str | None = Field(default=None, max_length=256)
     """The resolved, immutable revision where the source has one."""
 
 
 class AdapterDescriptor(ApiModel):
-    """Body of `PUT /v1/adapters/{uid}/{digest}`: all a replica needs to load it by itself, at any later time."""
+    """Body of `PUT /v1/adapters/{uid}/{digest}`: everything that a replica needs to load the adapter at any time."""
 
     display: str = Field(max_length=160)
     """`namespace/name`, for logs, metrics and the model list."""
@@ -80,23 +84,27 @@ class AdapterDescriptor(ApiModel):
     source: SourceRef
     max_bytes: int | None = Field(default=None, ge=1)
     idle_after_s: float = Field(default=300.0, ge=0)
-    """Unused for this long: leaves the device."""
+    """The adapter is unloaded from the device after this long without requests."""
     pinned: bool = False
-    """Loaded at once and never evicted (minReplicas > 0 and this replica is its home)."""
+    """Load immediately and never evict (minReplicas > 0 and this is a preferred replica)."""
     load: bool = False
-    """Load now, without waiting for a request."""
+    """Load immediately, without waiting for a request."""
 
 
 class ErrorDetail(ApiModel):
+    """A failure of an adapter."""
+
     reason: str = Field(max_length=64)
     """A `FailureReason` value."""
     message: str = Field(max_length=1024)
     retry_at_unix_s: float | None = None
-    """Absent: terminal for this digest."""
+    """Time of the next attempt; absent when the failure is terminal for this digest."""
     attempts: int = 1
 
 
 class AdapterReport(ApiModel):
+    """One registered adapter of a runtime."""
+
     uid: str
     digest: str
     display: str
@@ -109,14 +117,16 @@ class AdapterReport(ApiModel):
     device_bytes: int = 0
     host_bytes: int = 0
     since_unix_s: float
-    """When it entered this tier."""
+    """When the adapter entered this tier."""
     last_used_unix_s: float | None = None
     failure: ErrorDetail | None = None
     usage: UsagePart
-    """Counted by this process since its start, for this uid over all its digests."""
+    """Usage of this uid with any digest, counted by this process since its start."""
 
 
 class BaseReport(ApiModel):
+    """The base that a runtime serves."""
+
     served_name: str
     digest: str | None = None
     max_model_len: int
@@ -124,11 +134,12 @@ class BaseReport(ApiModel):
 
 
 class RuntimeSnapshot(ApiModel):
-    """Answer of `GET /v1/runtime?after=SEQ&wait=S`: at once when seq > SEQ, else after a change or S seconds."""
+    """Response of `GET /v1/runtime?after=SEQ&wait=S`: sent when seq > SEQ, at the latest after S seconds."""
 
     seq: int
+    """Increases with every change."""
     boot_id: str
-    """New for every process."""
+    """Identifier of the runtime process."""
     started_unix_s: float
     base: BaseReport
     ready: bool
@@ -142,19 +153,24 @@ class RuntimeSnapshot(ApiModel):
     waiting: int = 0
     kv_usage: float = Field(default=0.0, ge=0, le=1)
     last_request_unix_s: float | None = None
-    """Last time any request, base's or adapter's, was accepted or ended."""
+    """When a request for the base or any adapter was last accepted or ended."""
     adapters: list[AdapterReport] = Field(default_factory=list)
 
     def adapter(self, uid: str, digest: str) -> AdapterReport | None:
+        """The report of one adapter, or None when it is not registered."""
         return next((item for item in self.adapters if item.uid == uid and item.digest == digest), None)
 
 
 class PutAnswer(ApiModel):
+    """Response of `PUT /v1/adapters/{uid}/{digest}`."""
+
     boot_id: str
     adapter: AdapterReport
 
 
 class DeleteAnswer(ApiModel):
+    """Response of `DELETE /v1/adapters/{uid}/{digest}`."""
+
     boot_id: str
     freed_device_bytes: int
     freed_host_bytes: int
@@ -162,7 +178,7 @@ class DeleteAnswer(ApiModel):
 
 
 class ResolveRequest(ApiModel):
-    """Body of `POST /v1/resolve`: judge a source that only a runtime can read (pvc://). Loads nothing."""
+    """Body of `POST /v1/resolve`: checks a source that only a runtime can read (pvc://) without loading it."""
 
     source: SourceRef
     digest: str | None = Field(default=None, pattern=DIGEST_PATTERN)
@@ -170,6 +186,8 @@ class ResolveRequest(ApiModel):
 
 
 class ResolveAnswer(ApiModel):
+    """Response of `POST /v1/resolve`; `failure` is set when the source cannot be used."""
+
     digest: str | None = None
     revision: str | None = None
     rank: int | None = None
@@ -179,13 +197,15 @@ class ResolveAnswer(ApiModel):
 
 
 class EventType(StrEnum):
+    """What happened to an adapter."""
+
     LOADED = "loaded"
     UNLOADED = "unloaded"
     LOAD_FAILED = "load_failed"
 
 
 class RuntimeEvent(ApiModel):
-    """One line of residency; `boot_id:seq` identifies it, so double delivery is harmless."""
+    """A change of an adapter's residency. `boot_id:seq` identifies it, so that double delivery is harmless."""
 
     seq: int
     type: EventType
@@ -200,10 +220,13 @@ class RuntimeEvent(ApiModel):
 
 
 class EventsAnswer(ApiModel):
+    """Response of `GET /v1/events?after=SEQ&wait=S`."""
+
     boot_id: str
     first_seq: int
-    """Oldest event still kept; a reader that asked for less has missed some."""
+    """Oldest event still kept. A reader whose SEQ is older has missed events."""
     next_seq: int
+    """SEQ for the next request."""
     events: list[RuntimeEvent]
 
 
@@ -230,7 +253,7 @@ def descriptor_of(
     pinned: bool = False,
     load: bool = False,
 ) -> AdapterDescriptor:
-    """The descriptor operator and gateway both send for an adapter; alike by construction."""
+    """The descriptor of an adapter. Operator and gateway both use it, so that they send the same."""
     idle_after = spec.idle_after if spec.idle_after is not None else base.adapter_defaults.idle_after
     return AdapterDescriptor(
         display=f"{namespace}/{name}",

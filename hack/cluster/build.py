@@ -1,7 +1,7 @@
-"""Builds the programs of `pins` from Go modules into one folder per set of versions, under the shared cache.
+"""Makes the programs of `pins` and publishes them as one folder per set of versions, below the shared cache.
 
-Called by `cli build`, `up` and the test helpers. A binary appears under its name only when it is whole; a lock makes
-a second build wait for the first. Refuses to run without Go, and says how to get it.
+The folder is complete or absent: it is made under another name and renamed. A lock makes a second build wait for the
+first. What Go has compiled stays in Go's own cache, so an interrupted build goes on where it stopped.
 """
 
 import fcntl
@@ -9,93 +9,62 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import install, pins
+from cluster import debian, install, pins
 from cluster.errors import BuildFailed
 from cluster.places import GO_SOURCES, cache_dir, tail
 from cluster.say import say
 
 HEARTBEAT_S = 15.0
+INTERRUPT_GRACE_S = 10.0
 
 
 def bin_dir() -> Path:
-    """The folder of the pinned versions' binaries, whether built or not."""
+    """The folder of the pinned versions' programs, whether it exists or not."""
     return cache_dir() / "bin" / _key()
 
 
-def missing(subset: str) -> list[pins.Program]:
-    """What a build of this subset would still have to link."""
-    return [p for p in _programs(subset) if not _complete(p)]
-
-
-def build(subset: str = "all") -> Path:
-    """Builds what is missing and returns the folder."""
+def build() -> Path:
+    """Makes the folder if it is absent and returns it. Raises BuildFailed, or MissingTool without Go."""
     folder = bin_dir()
-    if not missing(subset):
+    if folder.exists():
         return folder
     go = install.require_go()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
-        # Another build may have done it while we waited.
-        todo = [p for p in missing(subset) if not _reuse(p, folder)]
-        if todo:
-            say(f"building {len(todo)} programs with {install.go_version_text(go)} into {folder}")
-        for number, program in enumerate(todo, 1):
-            _build_one(go, program, folder, f"[{number}/{len(todo)}]")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent / ".lock"):
+        if not folder.exists():  # another build may have made it while this one waited
+            _build(go, folder)
     return folder
 
 
-def _programs(subset: str) -> list[pins.Program]:
-    return [p for p in pins.PROGRAMS if subset == "all" or subset in p.subsets]
-
-
-def _complete(program: pins.Program) -> bool:
-    return all((bin_dir() / name).exists() for name in (program.name, *program.called))
+def _build(go: str, folder: Path) -> None:
+    for leftover in folder.parent.glob(".building-*"):
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
+        made = Path(temporary, "bin")
+        made.mkdir()
+        debian.take_programs(pins.FROM_DEBIAN, made)
+        _compile(go, made, Path(temporary))
+        for program, names in pins.LINKS.items():
+            for name in names:
+                (made / name).symlink_to(program)
+        made.rename(folder)
 
 
 def _key() -> str:
-    """Names the folder: every pin, flag and source that decides what the binaries are."""
-    keys = "".join(_program_key(p) for p in pins.PROGRAMS)
-    return hashlib.sha256(keys.encode()).hexdigest()[:12]
-
-
-def _program_key(program: pins.Program) -> str:
-    digest = hashlib.sha256(repr((platform.machine(), program)).encode())
-    for path in sorted((GO_SOURCES / program.module).rglob("*")) if program.module else ():
-        if path.is_file():
-            digest.update(f"{path.relative_to(GO_SOURCES)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _reuse(program: pins.Program, folder: Path) -> bool:
-    """Takes the same program from the folder of another set of versions, as a hard link."""
-    for mark in folder.parent.glob(f"*/.{program.name}.key"):
-        built = mark.parent / program.name
-        if mark.parent != folder and built.exists() and mark.read_text() == _program_key(program):
-            temporary = folder / f".{program.name}.link"
-            temporary.unlink(missing_ok=True)
-            os.link(built, temporary)
-            _publish(program, temporary, folder)
-            return True
-    return False
-
-
-def _publish(program: pins.Program, built: Path, folder: Path) -> None:
-    """Gives a finished file its names."""
-    os.replace(built, folder / program.name)
-    for name in program.called:
-        link = folder / f".{name}.link"
-        link.unlink(missing_ok=True)
-        link.symlink_to(program.name)
-        os.replace(link, folder / name)
-    (folder / f".{program.name}.key").write_text(_program_key(program))
+    """A digest of all that decides what the programs are: pins, flags and sources."""
+    pinned = (pins.PACKAGES, pins.LINKS, pins.FROM_DEBIAN, pins.LINK_FLAGS, pins.COMPILE_FLAGS)
+    digest = hashlib.sha256(repr((platform.machine(), pinned)).encode())
+    for path in sorted(p for p in GO_SOURCES.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(GO_SOURCES)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager
@@ -104,76 +73,67 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another build is under way; waiting for it")
+            say("another build is running; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _command(go: str, program: pins.Program, target: Path) -> tuple[list[str], Path, dict[str, str]]:
-    """What to run, where, with which environment: the whole difference between the two kinds of programs."""
-    env = dict(os.environ, GOFLAGS="-buildvcs=false", GOWORK="off")
-    if not program.cgo:
-        env["CGO_ENABLED"] = "0"
-    flags = ["-v", "-ldflags", f"-s -w {program.ldflags}".strip()]
-    if program.tags:
-        flags += ["-tags", program.tags]
-    if program.module:
-        command = [go, "build", *flags, "-mod=readonly", "-o", str(target / program.name), program.package]
-        return command, GO_SOURCES / program.module, env
-    env["GOBIN"] = str(target)
-    return [go, "install", *flags, f"{program.package}@{program.version}"], target, env
+def _compile(go: str, target: Path, temporary: Path) -> None:
+    """Compiles and links all Go programs in one run of the Go command. C is not used, so no C compiler is needed."""
+    say(f"compiling Kubernetes {pins.KUBERNETES}, etcd, CoreDNS and Helm with {install.go_version_text(go)}")
+    flags = ["-v", "-mod=readonly", "-buildvcs=false", "-ldflags", pins.LINK_FLAGS, "-gcflags", pins.COMPILE_FLAGS]
+    command = [go, "build", *flags, "-o", f"{target}/", *pins.PACKAGES]
+    env = dict(os.environ, CGO_ENABLED="0", GOFLAGS="", GOWORK="off", GOTMPDIR=str(temporary))
+    log = bin_dir().parent / "build.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=GO_SOURCES, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = _wait(process, log)
+        except BaseException:
+            _end(process)
+            raise
+    if code != 0:
+        raise BuildFailed(
+            f"go build ended with {code}",
+            log_tail=tail(log),
+            remedy=f"read {log}; Go modules must be reachable (GOPROXY) on the first build; then run this again",
+        )
 
 
-def _build_one(go: str, program: pins.Program, folder: Path, counter: str) -> None:
-    label = f"{counter} {program.name} {program.version}".rstrip()
+def _wait(process: subprocess.Popen[bytes], log: Path) -> int:
     started = time.monotonic()
-    log = folder / f".{program.name}.log"
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
-        target = Path(temporary)
-        command, cwd, env = _command(go, program, target)
-        say(f"{label} …")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
-            try:
-                while True:
-                    try:
-                        code = process.wait(timeout=HEARTBEAT_S)
-                        break
-                    except subprocess.TimeoutExpired:
-                        _heartbeat(label, log, started)
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
-        if code != 0:
-            raise BuildFailed(
-                f"building {program.name} failed ({' '.join(command[:2])} … ended with {code})",
-                log_tail=tail(log),
-                remedy=f"read {log}; Go modules must be reachable (GOPROXY) on the first build; then run this again",
-            )
-        _publish(program, target / program.name, folder)
-        log.unlink()
-    say(f"{label} built in {time.monotonic() - started:.0f} s")
+    while True:
+        try:
+            return process.wait(timeout=HEARTBEAT_S)
+        except subprocess.TimeoutExpired:
+            say(f"{_progress(log)}, {time.monotonic() - started:.0f} s")
 
 
-def _heartbeat(label: str, log: Path, started: float) -> None:
+def _progress(log: Path) -> str:
+    """How far the Go command is, from its verbose output."""
     lines = log.read_text(errors="replace").splitlines()
     packages = sum(1 for line in lines if line and not line.startswith("go:"))
-    what = f"{packages} packages compiled" if packages else f"{len(lines)} modules fetched"
-    say(f"{label} … {time.monotonic() - started:.0f} s, {what}")
+    return f"{packages} packages compiled" if packages else f"{len(lines)} modules fetched"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts the Go command, which then removes its work folder; kills it where it does not end in time."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=INTERRUPT_GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def remove_old(keep: int = 2) -> None:
-    """Drops folders of versions no longer pinned, newest kept; half a gigabyte each."""
+    """Removes folders of versions that are no longer pinned, except the newest; each is a third of a gigabyte."""
     root = cache_dir() / "bin"
     if not root.is_dir():
         return
     folders = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
     for folder in [p for p in folders if p != bin_dir()][keep - 1 :]:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    print(build(sys.argv[1] if len(sys.argv) > 1 else "all"))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster import build, control, install, lifecycle, pins
+from cluster import build, control, install, lifecycle
 from cluster.errors import ClusterError, NotRunning
 from cluster.places import state_dir
 
@@ -39,8 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("install", _install, "install what the machine lacks (Debian packages, Go)", named=False)
-    sub = command("build", _build, "build Kubernetes and the other programs from source, once", named=False)
-    sub.add_argument("--only", choices=pins.SUBSETS, default="all", help="a subset: the API server, or helm + promtool")
+    command("build", _build, "compile Kubernetes and the other programs, once", named=False)
     sub = command("up", _up, "start the cluster, or find it started")
     sub.add_argument("--apiserver-only", action="store_true", help="etcd and the API server alone; needs no root")
     sub.add_argument("--no-controllers", action="store_true", help="with --apiserver-only: no controller manager")
@@ -75,7 +74,7 @@ def _install(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    print(build.build(options.only))
+    print(build.build())
     build.remove_old()
     return 0
 

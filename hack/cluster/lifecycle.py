@@ -169,7 +169,7 @@ def add_forward(state: Path, target: str, port: int = 0) -> int:
 
 def _check_machine(state: Path, whole: bool) -> Path:
     """Everything that can be known to be missing before anything is started; builds what is not built."""
-    programs = build.build("all" if whole else "apiserver")
+    programs = build.build()
     install.require("openssl")
     if whole:
         if os.geteuid() != 0:

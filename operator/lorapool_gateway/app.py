@@ -23,14 +23,14 @@ from aiohttp.web_protocol import RequestHandler
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_REQUEST_ID
 from lorapool_api.openai import (
     ApiError,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    PayloadTooLarge,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    PayloadTooLargeError,
+    RouteNotFoundError,
     ServerError,
-    TooManyRequests,
-    Unauthenticated,
-    Unavailable,
+    TooManyRequestsError,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
 from lorapool_gateway.metrics import Metrics, RequestRecord
@@ -126,12 +126,12 @@ class Gateway:
     # --- handlers
 
     def _handler(self, request: web.BaseRequest) -> Handler:
-        """The handler of this path and method. Raises NotFound, MethodNotAllowed."""
+        """The handler of this path and method. Raises RouteNotFoundError, MethodNotAllowedError."""
         path = request.path
         methods = self._routes_by_path.get(path)
         if methods is None:
             if not path.startswith(ROUTE_MODELS + "/") or path == ROUTE_MODELS + "/":
-                raise NotFound(f"There is no {request.method} {path[:200]}.")
+                raise RouteNotFoundError(f"There is no {request.method} {path[:200]}.")
             methods = {"GET": self._get_model, "HEAD": self._get_model}
         handler = methods.get(request.method)
         if handler is None:
@@ -172,11 +172,11 @@ class Gateway:
 
     @contextmanager
     def _admitted(self, key: ApiKey) -> Iterator[None]:
-        """Counts the request against the limits of the process and of its key. Raises TooManyRequests."""
+        """Counts the request against the limits of the process and of its key. Raises TooManyRequestsError."""
         if self.in_flight > self._settings.max_requests:  # this one is counted already
-            raise TooManyRequests("The gateway is full.", retry_after_s=1)
+            raise TooManyRequestsError("The gateway is full.", retry_after_s=1)
         if key.max_in_flight is not None and self._by_key[key.id] >= key.max_in_flight:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"This API key may have {key.max_in_flight} requests in flight at one time.",
                 code="key_in_flight_exceeded",
                 retry_after_s=1,
@@ -206,9 +206,9 @@ class Gateway:
         except web.HTTPRequestEntityTooLarge:
             raise _too_large(bound) from None
         except TimeoutError:
-            raise InvalidRequest("The request body was not sent in time.", code="body_timeout") from None
+            raise InvalidRequestError("The request body was not sent in time.", code="body_timeout") from None
         except ValueError:
-            raise InvalidRequest("The request body cannot be decoded.", code="invalid_body") from None
+            raise InvalidRequestError("The request body cannot be decoded.", code="invalid_body") from None
 
     # --- one place for all responses
 
@@ -238,7 +238,7 @@ class Gateway:
         try:
             return await self._handler(exchange.request)(exchange)
         except ApiError as error:
-            if isinstance(error, Unauthenticated):
+            if isinstance(error, UnauthenticatedError):
                 # For audits: a key was refused and where the request came from; nothing of the key itself.
                 log.info("key refused", extra={"request_id": exchange.id, "remote": exchange.request.remote})
             return _error_response(exchange, error)
@@ -249,7 +249,7 @@ class Gateway:
             return _error_response(exchange, ServerError("The gateway made an error; its log has the request id."))
 
 
-class _MethodError(MethodNotAllowed):
+class _MethodError(MethodNotAllowedError):
     def __init__(self, message: str, allowed: str) -> None:
         super().__init__(message)
         self.allowed = allowed
@@ -259,7 +259,7 @@ class _MethodError(MethodNotAllowed):
 
 
 def _error_response(exchange: _Exchange, error: ApiError) -> web.Response:
-    if error.status >= 500 and not isinstance(error, Unavailable):
+    if error.status >= 500 and not isinstance(error, UnavailableError):
         log.error("answered %d", error.status, extra={"request_id": exchange.id, "error": error.message})
     body = json.dumps(error.body()).encode()
     return _json(body, {**exchange.headers(failed=True), **error.headers()}, error.status)
@@ -283,4 +283,4 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _too_large(bound: int) -> ApiError:
-    return PayloadTooLarge(f"The request body must not be larger than {bound} bytes.")
+    return PayloadTooLargeError(f"The request body must not be larger than {bound} bytes.")

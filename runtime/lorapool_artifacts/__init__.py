@@ -1,5 +1,5 @@
-"""Where adapters and bases come from: a source becomes a folder named by its digest.
+"""Artifacts of adapters and base models: sources are inspected, fetched, and cached in folders named by digest.
 
-Called by the operator (`inspect`: judged from headers, nothing downloaded) and by the runtime
-(`fetch`, `cache`, `inspect`). Only safetensors and JSON are ever read; no torch, no Kubernetes.
+`inspect` reads headers and settings without downloading weights; `fetch` and `cache` store files on disk. Only
+safetensors and JSON are ever read. This package imports neither torch nor Kubernetes.
 """

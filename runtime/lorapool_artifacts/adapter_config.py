@@ -1,9 +1,9 @@
-"""`adapter_config.json` by an own strict model, never through peft.
+"""Parses `adapter_config.json` with a strict model of its own, never through peft.
 
-Called by `inspect` and by the runtime's `adapter_file`, which takes rank and scaling of each module from
-here so that what was judged is what is computed. An allow-list: a setting that changes the maths and is
-not supported is refused when it is switched on (`peft_settings` says why); a setting nobody knows is refused
-unless it is empty. User-written regular expressions are matched by `pattern`, in bounded time.
+The operator's check and the runtime's weights reader take rank and scaling of each module from here, so that what is
+computed is what was checked. It is an allow-list: a setting that changes the computation and is not supported is
+refused when it is switched on (`peft_settings` holds the reasons); an unknown setting is refused unless it is empty.
+Regular expressions of users are matched by `pattern`, in bounded time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.module_names import Names, PerModule
 from lorapool_artifacts.pattern import MAX_CHARS, PatternError
-from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
+from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
 from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB
 
 _ALL_LINEAR = "all-linear"
@@ -31,7 +31,7 @@ _LAYERS_PATTERN = re.compile(r"^[A-Za-z0-9_]{1,64}$")
 
 
 class AdapterConfig(BaseModel):
-    """The settings of a LoRA adapter that decide what it computes."""
+    """The settings of a LoRA adapter that determine its computation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -52,19 +52,19 @@ class AdapterConfig(BaseModel):
         return int(_of(self._ranks, module, self.r))
 
     def scaling_of(self, module: str) -> float:
-        """What B·A is multiplied by in one module: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA."""
+        """The factor of B·A in one module: alpha/r, or alpha/sqrt(r) with rank-stabilised LoRA."""
         alpha, rank = float(_of(self._alphas, module, self.lora_alpha)), self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def meaning(self) -> str:
-        """Equal for settings that compute the same and name the same modules, whatever base they name."""
+        """A key that is equal for settings with the same computation and modules, whatever base they name."""
         settings = self.model_dump(exclude={"base_model_name_or_path"})
         if isinstance(self.target_modules, list):
             settings["target_modules"] = sorted(self.target_modules)  # peft writes a set
-        return json.dumps(settings)  # the order within patterns counts, so nothing else is sorted
+        return json.dumps(settings)  # the order within patterns matters, so nothing else is sorted
 
     def targets(self, module: str) -> bool | None:
-        """Whether the settings name this linear layer; None when only an expression beyond `pattern` could tell."""
+        """Whether the settings target this linear layer; None when an expression that is not supported decides."""
         excluded = self._excluded.match(module)
         if excluded:
             return False
@@ -152,7 +152,10 @@ def load_json_object(raw: bytes, *, name: str, max_bytes: int = MAX_JSON_BYTES) 
 
 
 def refuse_code(document: Mapping[str, Any], *, name: str) -> None:
-    """`auto_map` names code of the repository; loaders have run it although told not to. Refused at any depth."""
+    """Refuses `auto_map` at any depth: it names code in the repository, which some loaders run even when disabled.
+
+    Raises ArtifactError.
+    """
     pending: list[Any] = [document]
     while pending:
         item = pending.pop()
@@ -161,7 +164,7 @@ def refuse_code(document: Mapping[str, Any], *, name: str) -> None:
                 raise ArtifactError(
                     FailureReason.UNSUPPORTED_FORMAT,
                     f"{name} names code of its own (auto_map), which is never run; remove auto_map and use an "
-                    "architecture transformers ships.",
+                    "architecture that transformers contains.",
                 )
             pending.extend(item.values())
         elif isinstance(item, list):
@@ -169,7 +172,7 @@ def refuse_code(document: Mapping[str, Any], *, name: str) -> None:
 
 
 def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings that decide; what the tables refuse is refused here, in the table's words."""
+    """The settings that determine the computation. Raises ArtifactError for a setting that the tables refuse."""
     kind = document.get("peft_type")
     if kind != LORA:
         known = KINDS.get(kind) if isinstance(kind, str) else None
@@ -178,7 +181,7 @@ def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
             f"{name}: peft_type is {_short(kind)}{does}; only LoRA adapters are served",
             known.remedy if known else "train with peft's LoraConfig",
         )
-    _check_start(document.get("init_lora_weights", True), name)
+    _check_initialization(document.get("init_lora_weights", True), name)
     if document.get("bias", "none") != "none":
         raise _refused(
             f"{name}: bias={_short(document['bias'])} trains biases of the base, which all adapters share",
@@ -195,8 +198,8 @@ def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
                 )
         elif key not in HARMLESS and key not in ("bias", "init_lora_weights") and _is_on(value):
             raise _refused(
-                f"{name}: the setting {_short(key)} is not known here, so it cannot be left out safely",
-                f"train the adapter without it, or take it out of {name} if it only acts in training",
+                f"{name}: the setting {_short(key)} is unknown, so it cannot be ignored safely",
+                f"train the adapter without it, or remove it from {name} if it only affects training",
             )
     return kept
 
@@ -209,16 +212,16 @@ def _is_on(value: Any) -> bool:
     return value not in (None, False, 0, "", [], {})
 
 
-def _check_start(value: Any, name: str) -> None:
-    """PiSSA, OLoRA, CorDA, LoftQ and others change the base's weights; such an adapter is wrong on the true base."""
+def _check_initialization(value: Any, name: str) -> None:
+    """Refuses initializations that change the base's weights: such an adapter is wrong on the original base."""
     if isinstance(value, bool) or value is None:
         return
-    start = value.lower() if isinstance(value, str) else ""
-    if start in STARTS:
+    method = value.lower() if isinstance(value, str) else ""
+    if method in INITIALIZATIONS:
         return
-    known = REFUSED_STARTS.get("pissa" if start.startswith("pissa_niter_") else start)
+    known = REFUSED_INITIALIZATIONS.get("pissa" if method.startswith("pissa_niter_") else method)
     raise _refused(
-        f"{name}: init_lora_weights={_short(value)} {known.why if known else 'is not known here'}",
+        f"{name}: init_lora_weights={_short(value)} {known.why if known else 'is unknown'}",
         known.remedy if known else "train it again with init_lora_weights=True",
     )
 
@@ -276,5 +279,5 @@ def _short(value: Any) -> str:
 
 
 def suffixes(modules: Iterable[str]) -> tuple[str, ...]:
-    """Last parts of module names, sorted: what `status.targetModules` shows."""
+    """Last parts of module names, sorted and without duplicates, as shown in `status.targetModules`."""
     return tuple(sorted({module.rpartition(".")[2] for module in modules}))

@@ -1,8 +1,8 @@
-"""The disk cache: folders by digest, the least recently used leave when it gets full.
+"""The disk cache: one folder per digest; the least recently used are evicted when it is full.
 
-Owned by one runtime process. Above `high_bytes` folders are removed until `low_bytes` are reached; a pinned
-digest is never removed; a use makes a folder the youngest. Age lives in the folders' own modification
-time, so that it survives a restart. Refuses nothing that fits after everything unpinned is gone.
+One runtime process owns a cache. Above `high_bytes`, folders are removed until `low_bytes` are reached. A pinned
+digest is never removed. The last use is stored as the folder's modification time, so that it survives a restart. An
+artifact is refused only when it does not fit after every unpinned folder is removed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from lorapool_artifacts.fetch import (
 
 @dataclass(frozen=True, slots=True)
 class CacheEntry:
+    """One folder of the cache."""
+
     digest: str
     size_bytes: int
     used_at_s: float
@@ -41,7 +43,7 @@ class CacheEntry:
 def plan_eviction(
     entries: list[CacheEntry], pinned: frozenset[str], *, used_bytes: int, target_bytes: int
 ) -> tuple[list[CacheEntry], int]:
-    """Which entries leave, oldest first, and the bytes that remain. Pure."""
+    """The entries to evict, least recently used first, and the bytes that remain. Pure."""
     leaving = []
     for entry in sorted(entries, key=lambda item: (item.used_at_s, item.digest)):
         if used_bytes <= target_bytes:
@@ -53,7 +55,7 @@ def plan_eviction(
 
 
 class DiskCache:
-    """Folders named by digest below `root`. Used from one event loop."""
+    """Folders named by digest in `root`. Not thread-safe: used from one event loop."""
 
     def __init__(self, root: Path, *, high_bytes: int, low_bytes: int) -> None:
         if not 0 < low_bytes <= high_bytes:
@@ -64,22 +66,22 @@ class DiskCache:
         self._pins: Counter[str] = Counter()
 
     def start(self) -> int:
-        """Makes the folder and clears what a killed run left. Blocks. Returns how many leftovers went."""
+        """Creates the folder and removes the leftovers of a killed process. Blocks. Returns the number removed."""
         self.root.mkdir(parents=True, exist_ok=True)
         return clean_leftovers(self.root)
 
     def get(self, digest: str) -> Path | None:
-        """The folder of a digest, or None; does not count as a use."""
+        """The folder of a digest, or None. Does not count as a use."""
         return present_folder(self.root, digest)
 
     def touch(self, digest: str) -> None:
-        """The folder was used now."""
+        """Records that the folder is used now."""
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.root / digest.removeprefix("sha256:"))
 
     @contextlib.contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
-        """While inside, the folder is never removed. Counts; may be nested."""
+        """Keeps the folder from being evicted inside the context. May be nested."""
         self.pin(digest)
         try:
             yield
@@ -87,15 +89,17 @@ class DiskCache:
             self.unpin(digest)
 
     def pin(self, digest: str) -> None:
+        """Keeps the folder from being evicted until as many calls of `unpin`."""
         self._pins[digest] += 1
 
     def unpin(self, digest: str) -> None:
+        """Undoes one `pin`. Raises ValueError when the digest is not pinned."""
         if self._pins[digest] <= 0:
             raise ValueError(f"{digest} is not pinned")
         self._pins[digest] -= 1
 
     def entries(self) -> list[CacheEntry]:
-        """What is in the cache. Blocks shortly."""
+        """All folders of the cache. Blocks briefly."""
         found = []
         for path in self.root.iterdir():
             if present_folder(self.root, path.name) is not None:
@@ -105,10 +109,11 @@ class DiskCache:
         return found
 
     def used_bytes(self) -> int:
+        """Bytes of all folders together. Blocks briefly."""
         return sum(entry.size_bytes for entry in self.entries())
 
     async def obtain(self, resolved: ResolvedArtifact, expected_digest: str | None = None) -> Path:
-        """The artifact's folder, fetched if need be, room made for it first. Raises ArtifactError."""
+        """The artifact's folder; when it is missing, makes room and fetches it. Raises ArtifactError."""
         digest = resolved.digest or expected_digest
         with self.pinned(digest) if digest is not None else contextlib.nullcontext():
             if digest is None or self.get(digest) is None:
@@ -123,7 +128,7 @@ class DiskCache:
         return path
 
     def evict(self, target_bytes: int) -> int:
-        """Removes the least recently used until `target_bytes` remain. Blocks. Returns the bytes freed."""
+        """Removes the least recently used folders until `target_bytes` remain. Blocks. Returns the bytes freed."""
         entries = self.entries()
         used_bytes = sum(entry.size_bytes for entry in entries)
         leaving, left_bytes = plan_eviction(
@@ -137,9 +142,8 @@ class DiskCache:
         if size_bytes > self._high_bytes:
             raise ArtifactError(
                 FailureReason.DISK_FULL,
-                f"The artifact is {size_bytes} bytes and the runtime's disk cache holds {self._high_bytes}; enlarge "
-                "it in the "
-                "runtime profile.",
+                f"The artifact is {size_bytes} bytes and the runtime's disk cache holds {self._high_bytes}; raise "
+                "cacheSizeLimit of the runtime profile.",
             )
         if self.used_bytes() + size_bytes > self._high_bytes:
             self.evict(max(0, min(self._low_bytes, self._high_bytes - size_bytes)))
@@ -152,16 +156,15 @@ class DiskCache:
         if self.used_bytes() + size_bytes > self._high_bytes:
             raise ArtifactError(
                 FailureReason.DISK_FULL,
-                f"The runtime's disk cache holds {self._high_bytes} bytes and all else in it is in use; enlarge it "
-                "in the "
-                "runtime profile or use fewer adapters.",
+                f"The runtime's disk cache holds {self._high_bytes} bytes and everything in it is in use; raise "
+                "cacheSizeLimit of the runtime profile or use fewer adapters.",
             )
 
     def _pinned_now(self) -> frozenset[str]:
         return frozenset(digest for digest, count in self._pins.items() if count > 0)
 
     def _remove(self, digest: str) -> None:
-        """First out of sight by one rename, then deleted: a crash leaves a leftover, never half a folder."""
+        """Renames the folder before deleting it: a crash leaves a leftover, never an incomplete folder."""
         path = self.root / digest.removeprefix("sha256:")
         trash = self.root / f"{TEMPORARY}trash-{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):

@@ -1,9 +1,8 @@
-"""Blocking clients run in threads; this bounds how long anyone waits for them.
+"""Runs blocking clients in threads and bounds how long a caller waits for them.
 
-Called by `fetch` and `inspect`. A `Deadline` is shared by the waiter and the thread: the thread reports
-progress and asks whether to go on, the waiter gives up when nothing moved for the idle time or the whole
-took too long. A thread that hangs inside its client is left behind: it is a daemon, holds nothing that
-others need, and stops at its next `check()`.
+The waiter and the thread share a `Deadline`. The thread reports progress and checks whether to continue; the waiter
+gives up after the idle time without progress or after the total time. A thread that hangs inside its client is
+abandoned: it is a daemon, holds nothing that other threads need, and stops at its next `check()`.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from lorapool_artifacts.settings import FetchLimits
 T = TypeVar("T")
 
 MAX_THREADS = 32
-"""Blocking calls at once, per event loop; more wait their turn within their own deadline."""
+"""Concurrent blocking calls per event loop; further calls queue, within their own deadline."""
 
-_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+_queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
 
 class Deadline:
-    """How long one resolve, inspection or fetch may still take. Thread-safe."""
+    """The time that one resolve, inspection or fetch has left. Thread-safe."""
 
     def __init__(self, limits: FetchLimits, *, where: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
@@ -40,19 +39,21 @@ class Deadline:
         self._cancelled = threading.Event()
 
     def progress(self) -> None:
-        """A byte arrived, or a step began."""
+        """Restarts the idle time: bytes arrived or a step began."""
         self._progress_at = self._clock()
 
     def check(self) -> None:
-        """Raises when the caller gave up or time is over. Threads call it between chunks and before they change "
-        "anything."""
+        """Raises ArtifactError when the caller gave up or the time is over.
+
+        Threads check between chunks and before each side effect.
+        """
         if self._cancelled.is_set():
-            raise ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{self.where}: nobody waits for it any more.")
+            raise ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{self.where}: the caller no longer waits for it.")
         if self._clock() >= self._end:
             raise self._too_long()
 
     def failure(self) -> ArtifactError | None:
-        """Why a waiter should give up now, or None."""
+        """The error with which a waiter should give up now, or None."""
         now = self._clock()
         if now >= self._end:
             return self._too_long()
@@ -61,38 +62,43 @@ class Deadline:
         return None
 
     def request_timeout_s(self) -> tuple[float, float]:
-        """(connect, read) for a client that takes such a pair."""
+        """(connect, read) timeouts in seconds for one request."""
         left_s = max(0.05, self._end - self._clock())
         return min(self.limits.connect_timeout_s, left_s), min(self.limits.idle_timeout_s, left_s)
 
     def pause(self, seconds: float) -> None:
-        """Sleeps in the thread, unless the caller gives up."""
+        """Sleeps in the thread, and raises ArtifactError when the caller gives up meanwhile."""
         self._cancelled.wait(min(seconds, max(0.0, self._end - self._clock())))
         self.check()
         self.progress()
 
     def cancel(self) -> None:
+        """Makes the thread stop at its next check."""
         self._cancelled.set()
 
     def idle_error(self) -> ArtifactError:
+        """The error of a source that sent nothing for the idle time."""
         return ArtifactError(
             FailureReason.SOURCE_TIMEOUT,
-            f"{self.where} sent nothing for {self.limits.idle_timeout_s:g} s; it is tried again.",
+            f"{self.where} sent nothing for {self.limits.idle_timeout_s:g} s; it is retried.",
         )
 
     def _too_long(self) -> ArtifactError:
         return ArtifactError(
             FailureReason.SOURCE_TIMEOUT,
-            f"{self.where} took longer than {self.limits.total_timeout_s:g} s; it is tried again.",
+            f"{self.where} took longer than {self.limits.total_timeout_s:g} s; it is retried.",
         )
 
 
 async def in_thread(deadline: Deadline, function: Callable[[], T]) -> T:
-    """The result of a blocking function. Raises ArtifactError when the deadline passes; cancelling stops the thread."""
+    """Runs a blocking function in a thread and returns its result.
+
+    Raises ArtifactError when the deadline passes. Cancelling the caller stops the thread.
+    """
     loop = asyncio.get_running_loop()
-    turn = _turns.setdefault(loop, asyncio.Semaphore(MAX_THREADS))
+    queue = _queues.setdefault(loop, asyncio.Semaphore(MAX_THREADS))
     try:
-        async with asyncio.timeout(deadline.limits.total_timeout_s), turn:
+        async with asyncio.timeout(deadline.limits.total_timeout_s), queue:
             deadline.progress()
             return await _watch(deadline, _start(loop, function))
     except TimeoutError as error:
@@ -130,7 +136,7 @@ def _start(loop: asyncio.AbstractEventLoop, function: Callable[[], T]) -> asynci
             value = function()
         except Exception as caught:
             error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
             loop.call_soon_threadsafe(deliver, value, error)
 
     threading.Thread(target=run, name="lorapool-artifacts", daemon=True).start()

@@ -1,12 +1,11 @@
-"""Why an artifact cannot be had or served, as one exception.
+"""The one exception of this package: an artifact cannot be fetched or served.
 
     ArtifactError(reason, message, retry_after_s)
       reason.transient      -> try again (after `retry_after_s` when the source named a time)
-      not reason.transient  -> nothing changes until the spec, a secret or the source does
+      not reason.transient  -> terminal until the spec, a secret or the source changes
 
-Raised by every module of this package; the operator turns it into a condition, the runtime into a
-response. `message` is one or two sentences for the adapter's owner and names the remedy; it holds
-no credential and no file content.
+The operator turns it into a condition, the runtime into a response. `message` is one or two sentences for the
+adapter's owner and names the remedy. It contains no credential and no file content.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from lorapool_api.common import FailureReason
 
 MAX_MESSAGE_CHARS = 900
-"""Fits a condition's message (1024) with room for the caller's own words."""
+"""Fits a condition's message (1024 characters) and leaves room for a prefix."""
 
 
 class ArtifactError(Exception):
@@ -31,6 +30,7 @@ class ArtifactError(Exception):
 
     @property
     def transient(self) -> bool:
+        """Whether another attempt may succeed without any change."""
         return self.reason.transient
 
     def __repr__(self) -> str:

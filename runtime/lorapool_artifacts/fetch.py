@@ -1,9 +1,9 @@
-"""A source becomes a folder named by its digest, whole or not at all.
+"""Fetches a source into a folder named by its digest, atomically.
 
-Called by the runtime (through `cache.DiskCache`) and by tools. `resolve` asks the source what it holds,
-`fetch` writes it to `<cache_root>/<sha256 hex>`: into a temporary folder first, each file bounded, hashed
-while written, fsynced, checked, then renamed. Two that fetch the same at once share one download in a
-process; between processes the first rename wins. A download that breaks off is resumed where it stopped.
+`resolve` asks the source for its listing. `fetch` writes the files to `<cache_root>/<sha256 hex>`: into a temporary
+folder first, each file bounded, hashed while written, fsynced and checked, then the folder is renamed. Concurrent
+fetches of one artifact share one download within a process; between processes the first rename wins. A download that
+breaks off is resumed where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lorapool_artifacts.uri import ArtifactUri
 
 ATTEMPTS_PER_FILE = 4
 PAUSE_S = 0.25
-"""Before the second attempt; doubles after."""
+"""Pause before the second attempt; it doubles each time."""
 
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
@@ -44,7 +44,7 @@ _FOLDER = re.compile(r"^[0-9a-f]{64}$")
 
 @dataclass(frozen=True, slots=True)
 class ResolvedArtifact:
-    """A source at one revision: what would be fetched."""
+    """A source at one revision, with the files that `fetch` would write."""
 
     uri: ArtifactUri
     kind: ArtifactKind
@@ -52,7 +52,7 @@ class ResolvedArtifact:
     files: tuple[RemoteFile, ...]
     size_bytes: int
     digest: str | None
-    """None while the source does not vouch for every file's hash."""
+    """None when the source does not list a hash for every file."""
     settings: SourceSettings
     limits: FetchLimits
 
@@ -64,54 +64,57 @@ async def resolve(
     limits: FetchLimits | None = None,
     settings: SourceSettings | None = None,
 ) -> ResolvedArtifact:
-    """What `uri` holds at `revision`, bounded by the listing. Raises ArtifactError."""
-    place, wanted, bounds, given = (
+    """Lists the artifact at `uri` and `revision` and checks its size. Raises ArtifactError."""
+    parsed, wanted, bounds, given = (
         parse_source(uri),
         ArtifactKind(kind),
         limits or FetchLimits(),
         settings or SourceSettings(),
     )
-    deadline = Deadline(bounds, where=str(place))
+    deadline = Deadline(bounds, where=str(parsed))
 
     def run() -> ResolvedArtifact:
-        source = open_source(place, revision, given, deadline)
+        source = open_source(parsed, revision, given, deadline)
         try:
             files = select_files(wanted, source.list_files(), where=source.where)
         finally:
             source.close()
         check_total(files, bounds.max_total_bytes, source.where)
         size_bytes = sum(file.size_bytes for file in files)
-        return ResolvedArtifact(place, wanted, source.revision, files, size_bytes, digest_of(files), given, bounds)
+        return ResolvedArtifact(parsed, wanted, source.revision, files, size_bytes, digest_of(files), given, bounds)
 
     return await in_thread(deadline, run)
 
 
 async def fetch(resolved: ResolvedArtifact, cache_root: Path, expected_digest: str | None = None) -> Path:
-    """The folder with the artifact's files; its name is the digest's hex. Raises ArtifactError."""
+    """The folder with the artifact's files, named by the hex digits of the digest. Raises ArtifactError."""
     if resolved.digest is not None:
         check_digest(resolved.digest, expected_digest, str(resolved.uri))
     known = resolved.digest or expected_digest
     if known is not None and (present := present_folder(cache_root, known)) is not None:
         return present
     key = (str(cache_root), known or f"{resolved.uri} {resolved.revision} {resolved.kind}")
-    path = await _flights.join(key, lambda: _fetch(resolved, cache_root, known))
+    path = await _downloads.join(key, lambda: _fetch(resolved, cache_root, known))
     check_digest(folder_digest(path), expected_digest, str(resolved.uri))
     return path
 
 
 def present_folder(cache_root: Path, digest: str) -> Path | None:
-    """The folder of a digest, when it is in the cache."""
+    """The folder of a digest, or None when it is not in the cache."""
     path = cache_root / digest.removeprefix("sha256:")
     return path if _FOLDER.match(path.name) and path.is_dir() else None
 
 
 def folder_digest(path: Path) -> str:
-    """The digest that a cache folder is named by."""
+    """The digest that the name of a cache folder stands for."""
     return f"sha256:{path.name}"
 
 
 def clean_leftovers(cache_root: Path) -> int:
-    """Removes what killed downloads left; one that runs in another process is left alone. Call at start. Blocks."""
+    """Removes the temporary folders of killed downloads and returns their number. Blocks.
+
+    Downloads that run in another process are not touched.
+    """
     removed = 0
     for lock in cache_root.glob(f"{TEMPORARY}*{LOCK}"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError), lock.open("rb") as file:
@@ -152,7 +155,7 @@ def _fetch_blocking(
 
 
 def _fetch_file(source: Source, file: RemoteFile, folder: Path, deadline: Deadline) -> RemoteFile:
-    """Writes one file and returns it with its hash; resumes a few times when the source breaks off."""
+    """Writes one file and returns it with its hash. Resumes up to three times when the source breaks off."""
     total, count, attempt = hashlib.sha256(), 0, 1
     with (folder / file.name).open("xb") as out:
         while True:
@@ -202,7 +205,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _publish(folder: Path, final: Path) -> Path:
-    """Renames the finished folder; when another was quicker, its folder has the same content."""
+    """Renames the finished folder. An existing folder of that name has the same content and is kept."""
     _sync_folder(folder)
     try:
         folder.rename(final)
@@ -215,7 +218,7 @@ def _publish(folder: Path, final: Path) -> Path:
 
 @contextlib.contextmanager
 def _temporary_folder(cache_root: Path) -> Iterator[Path]:
-    """A folder that `clean_leftovers` of any process knows as in use, by the lock beside it. Gone at the end."""
+    """A temporary folder, marked as in use by a locked file next to it. Removed when the context ends."""
     folder = cache_root / f"{TEMPORARY}{secrets.token_hex(8)}"
     lock = folder.with_name(folder.name + LOCK)
     with lock.open("xb") as held:
@@ -229,7 +232,7 @@ def _temporary_folder(cache_root: Path) -> Iterator[Path]:
 
 
 def check_room(cache_root: Path, size_bytes: int) -> None:
-    """Raises DiskFull when the files cannot fit."""
+    """Raises ArtifactError (DiskFull) when the disk has too little free space."""
     free_bytes = shutil.disk_usage(cache_root).free
     if free_bytes < size_bytes:
         raise _disk_full(f"{size_bytes} bytes are needed and {free_bytes} are free")
@@ -237,7 +240,7 @@ def check_room(cache_root: Path, size_bytes: int) -> None:
 
 @contextlib.contextmanager
 def disk_errors(cache_root: Path) -> Iterator[None]:
-    """A full disk is DiskFull; other trouble with our own disk is transient too."""
+    """Turns errors of the local disk into transient ArtifactErrors: DiskFull or LoadFailed."""
     try:
         yield
     except OSError as error:
@@ -251,30 +254,31 @@ def disk_errors(cache_root: Path) -> Iterator[None]:
 def _disk_full(what: str) -> ArtifactError:
     return ArtifactError(
         FailureReason.DISK_FULL,
-        f"The runtime's disk cache is full: {what}; enlarge it in the runtime profile or use fewer adapters.",
+        f"The runtime's disk cache is full: {what}; raise cacheSizeLimit of the runtime profile or use fewer adapters.",
     )
 
 
-class _Flights:
-    """One download per key in this process; it ends when nobody waits any more."""
+class _Downloads:
+    """At most one download per key in this process. A download that has no waiter left is cancelled."""
 
     def __init__(self) -> None:
         self._running: dict[tuple[asyncio.AbstractEventLoop, Any], tuple[asyncio.Task[Path], list[int]]] = {}
 
     async def join(self, key: Any, start: Callable[[], Coroutine[Any, Any, Path]]) -> Path:
-        place = (asyncio.get_running_loop(), key)
-        if place not in self._running:
-            self._running[place] = (asyncio.create_task(start()), [0])
-        task, waiters = self._running[place]
+        """The result of the download of that key, started if none runs."""
+        known = (asyncio.get_running_loop(), key)
+        if known not in self._running:
+            self._running[known] = (asyncio.create_task(start()), [0])
+        task, waiters = self._running[known]
         waiters[0] += 1
         try:
             return await asyncio.shield(task)
         finally:
             waiters[0] -= 1
             if not waiters[0]:
-                task.cancel()  # does nothing to one that is done
-                if self._running.get(place, (None,))[0] is task:
-                    del self._running[place]
+                task.cancel()  # has no effect on a finished task
+                if self._running.get(known, (None,))[0] is task:
+                    del self._running[known]
 
 
-_flights = _Flights()
+_downloads = _Downloads()

@@ -1,7 +1,7 @@
-"""Which files of a source are an artifact: a fixed list per kind, and nothing else is ever fetched.
+"""Selects the files of an artifact from a source's listing: a fixed list per kind; no other file is ever fetched.
 
-Called by `fetch` and `inspect` with a source's listing. Pure. Refuses sources that only hold pickles or
-archives, by name, before a byte of them is read; never selects a `*.py` or a file in a subfolder.
+Pure. Sources that only hold pickles or archives are refused by file name, before a byte of them is read. Python files
+and files in subfolders are never selected.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from lorapool_artifacts.errors import ArtifactError
 
 
 class ArtifactKind(StrEnum):
+    """What an artifact's files make up."""
+
     ADAPTER = "adapter"
     BASE = "base"
 
@@ -27,7 +29,7 @@ class RemoteFile:
     name: str
     size_bytes: int
     sha256: str | None = None
-    """Hex, where the source vouches for it without a download."""
+    """Hex digits, where the source lists them; None: only a download gives the hash."""
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,7 +64,7 @@ def select_files(kind: ArtifactKind, listing: Iterable[RemoteFile], *, where: st
 
 
 def digest_of(files: Sequence[RemoteFile]) -> str | None:
-    """The artifact's digest, or None while a file's hash is unknown."""
+    """The artifact's digest, or None when the hash of a file is unknown."""
     known = [FileDigest(file.name, file.size_bytes, file.sha256) for file in files if file.sha256 is not None]
     return artifact_digest(known) if files and len(known) == len(files) else None
 
@@ -102,7 +104,7 @@ def _check_shards(shards: set[str], by_name: dict[str, RemoteFile], where: str) 
     if len(totals) != 1 or len(shards) != count or {int(name[6:11]) for name in shards} != set(range(1, count + 1)):
         raise ArtifactError(
             FailureReason.CORRUPT_ARTIFACT,
-            f"{where} holds {len(shards)} weight shards that do not make one whole set; upload all files of one "
+            f"{where} holds {len(shards)} weight shards that are not one complete set; upload all files of one "
             "save_pretrained().",
         )
     if BASE_INDEX not in by_name:
@@ -112,7 +114,7 @@ def _check_shards(shards: set[str], by_name: dict[str, RemoteFile], where: str) 
 
 
 def _without_weights(by_name: dict[str, RemoteFile], where: str, wanted: str, noun: str) -> ArtifactError:
-    """Names the nearest thing the source does hold, so that the owner sees what to change."""
+    """The error of a source without weights; it names what the source holds instead and the remedy."""
     names = sorted(by_name)
     pickles = [name for name in names if _PICKLES.search(name)]
     pickles.sort(key=lambda name: not _WEIGHTLIKE_PICKLES.match(name))
@@ -131,13 +133,13 @@ def _without_weights(by_name: dict[str, RemoteFile], where: str, wanted: str, no
     if noun == "adapter" and (BASE_WEIGHTS in by_name or any(SHARD.match(name) for name in names)):
         return ArtifactError(
             FailureReason.UNSUPPORTED_FORMAT,
-            f"{where} holds a whole model ({BASE_WEIGHTS}), no LoRA adapter; save the peft model with "
+            f"{where} holds a whole model ({BASE_WEIGHTS}), not a LoRA adapter; save the peft model with "
             "save_pretrained() without merging it.",
         )
     if noun == "model" and ADAPTER_WEIGHTS in by_name:
         return ArtifactError(
             FailureReason.UNSUPPORTED_FORMAT,
-            f"{where} holds a LoRA adapter, no whole model; name it in a LoraAdapter, and the model it was trained "
+            f"{where} holds a LoRA adapter, not a whole model; name it in a LoraAdapter, and the model it was trained "
             "on in the BaseModel.",
         )
     if other := [name for name in names if name.endswith((".safetensors", ".gguf"))]:

@@ -1,8 +1,7 @@
-"""The header of a safetensors file, parsed from its first bytes and the file's size.
+"""Parses the header of a safetensors file from its first bytes and the file's size.
 
-Called by `inspect` (bytes read by range from a source) and by the runtime before it maps a file.
-Pure. Stricter than the safetensors library: bounded header, bounded count, known dtypes, no hole, no
-overlap, no trailing byte. Says nothing about values: NaN is found when the weights are loaded.
+Pure. Stricter than the safetensors library: bounded header, bounded count, known dtypes, no gaps, no overlaps and no
+trailing bytes. Values are not checked: NaN is found when the weights are loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ ADAPTER_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 @dataclass(frozen=True, slots=True)
 class HeaderBounds:
-    """What a header may be; `dtypes` None allows every known one."""
+    """Largest header that is accepted. `dtypes` None allows every known dtype."""
 
     max_header_bytes: int
     max_tensors: int
@@ -45,7 +44,7 @@ BASE_BOUNDS = HeaderBounds(max_header_bytes=32 * MIB, max_tensors=500_000)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies; offsets count from the file's start."""
+    """A tensor's dtype, shape and position. `start` and `end` are byte offsets from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,14 +54,16 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
+    """All tensors of a file, by name."""
+
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     size_bytes: int
-    """Of the whole file."""
+    """Size of the whole file."""
 
 
 def header_length(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: str) -> int:
-    """Bytes of the JSON header, read from the file's first eight. Raises ArtifactError when it cannot be one."""
+    """Bytes of the JSON header, read from the first eight bytes of the file. Raises ArtifactError when impossible."""
     if file_size < LENGTH_BYTES + 2 or len(prefix) < LENGTH_BYTES:
         raise _corrupt(name, f"it is {file_size} bytes long, too short for a safetensors file")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
@@ -80,7 +81,7 @@ def parse_header(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: s
     length = header_length(prefix, file_size, bounds, name=name)
     raw = prefix[LENGTH_BYTES : LENGTH_BYTES + length]
     if len(raw) != length:
-        raise _corrupt(name, f"only {len(raw)} of the header's {length} bytes are there")
+        raise _corrupt(name, f"only {len(raw)} of the header's {length} bytes were read")
     document = _load(raw, name)
     metadata = _metadata(document.pop("__metadata__", {}), name)
     if not document:
@@ -108,12 +109,12 @@ def _load(raw: bytes, name: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return result
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _metadata(value: Any, name: str) -> Mapping[str, str]:
@@ -148,13 +149,13 @@ def _naturals(value: Any) -> bool:
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], base: int, name: str) -> int:
-    """Tensors must follow each other without hole or overlap. Returns where the last one ends."""
+    """Checks that tensors follow each other without gaps or overlaps. Returns the end offset of the last one."""
     position = base
     for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != position:
             raise _corrupt(
                 name,
-                f"tensor {_short(key)} {'overlaps another' if tensor.start < position else 'leaves a hole before it'}",
+                f"tensor {_short(key)} {'overlaps another' if tensor.start < position else 'leaves a gap before it'}",
             )
         position = tensor.end
     return position

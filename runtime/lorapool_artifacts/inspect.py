@@ -1,9 +1,8 @@
-"""Looks at an adapter or a base where it lies, without downloading its weights.
+"""Inspects an adapter or a base at its source, without downloading its weights.
 
-Called by the operator for hf, oci and s3 sources, and by the runtime for pvc sources and for folders
-it has fetched. Reads the settings and the headers; hashes are taken from the source, and only a file
-that the source vouches for with no hash is streamed through one, bounded by the limits.
-Raises ArtifactError when the source or its files cannot be used; what does not fit the base is a verdict.
+Only settings and headers are read. Hashes come from the source's listing; a file listed without a hash is streamed
+and hashed, bounded by the limits. A source or a file that cannot be used raises ArtifactError; an adapter that does
+not fit its base is a result.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, Verdict, judge
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, CompatibilityResult, check_compatibility
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
@@ -37,39 +36,39 @@ from lorapool_artifacts.header import (
     header_length,
     parse_header,
 )
-from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB, FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB, AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range
 from lorapool_artifacts.sources.folder import FolderSource
 from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
 
 FIRST_READ_BYTES = 64 * 1024
-"""Holds the whole header of most adapters, so that one request is enough."""
+"""Contains the whole header of most adapters, so that one request is enough."""
 
 MAX_UNHASHED_BASE_BYTES = 64 * MIB
-"""Files of a base without a hash are streamed through one up to this sum; beyond it the first fetch tells the "
-"digest."""
+"""Files of a base that are listed without a hash are hashed up to this total size; beyond it the digest is only known
+after the first fetch."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterInspection:
-    """What an adapter is and whether it fits."""
+    """An adapter's properties and whether it fits its base."""
 
     revision: str
     digest: str | None
-    """None only when the verdict is not ok and the source gives no hashes."""
+    """None only when the adapter does not fit and the source lists no hashes."""
     rank: int
     target_modules: tuple[str, ...]
     size_bytes: int
-    verdict: Verdict
+    compatibility: CompatibilityResult
 
 
 @dataclass(frozen=True, slots=True)
 class BaseInspection:
-    """What a base is."""
+    """A base's properties."""
 
     revision: str
     digest: str | None
-    """None when the source gives no hashes: the first fetch tells it."""
+    """None when the source lists no hashes; the first fetch computes it."""
     facts: BaseFacts
     size_bytes: int
 
@@ -79,18 +78,18 @@ async def inspect_adapter(
     revision: str | None,
     expected_digest: str | None,
     base_facts: BaseFacts | None,
-    limits: JudgeLimits,
+    limits: AdapterLimits,
     settings: SourceSettings,
     *,
     fetch_limits: FetchLimits | None = None,
 ) -> AdapterInspection:
-    """Judges the adapter at `uri`. `base_facts` None judges it alone. Raises ArtifactError."""
-    place = parse_source(uri)
+    """Checks the adapter at `uri` against a base, or by itself when `base_facts` is None. Raises ArtifactError."""
+    parsed = parse_source(uri)
     bounds = replace(fetch_limits or FetchLimits(), max_total_bytes=limits.max_bytes)
-    deadline = Deadline(bounds, where=str(place))
+    deadline = Deadline(bounds, where=str(parsed))
 
     def run() -> AdapterInspection:
-        source = open_source(place, revision, settings, deadline)
+        source = open_source(parsed, revision, settings, deadline)
         try:
             return inspect_adapter_source(source, expected_digest, base_facts, limits)
         finally:
@@ -102,17 +101,17 @@ async def inspect_adapter(
 async def inspect_base(
     uri: str, revision: str | None, settings: SourceSettings, *, fetch_limits: FetchLimits | None = None
 ) -> BaseInspection:
-    """Reads what adapters need to know about the base at `uri`. Raises ArtifactError."""
-    place = parse_source(uri)
+    """Reads the properties of the base at `uri` that adapters depend on. Raises ArtifactError."""
+    parsed = parse_source(uri)
     bounds = fetch_limits or FetchLimits()
-    deadline = Deadline(bounds, where=str(place))
+    deadline = Deadline(bounds, where=str(parsed))
 
     def run() -> BaseInspection:
-        source = open_source(place, revision, settings, deadline)
+        source = open_source(parsed, revision, settings, deadline)
         try:
             files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
             check_total(files, bounds.max_total_bytes, source.where)
-            facts = _base_facts(source, files).with_names(*names_of(place))
+            facts = _base_facts(source, files).with_names(*names_of(parsed))
             unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
             if unhashed <= MAX_UNHASHED_BASE_BYTES:
                 files = _with_hashes(source, files)
@@ -123,19 +122,19 @@ async def inspect_base(
     return await in_thread(deadline, run)
 
 
-def inspect_adapter_folder(path: Path, base_facts: BaseFacts | None, limits: JudgeLimits) -> AdapterInspection:
-    """The same for a folder on this machine. Blocks. Raises ArtifactError."""
+def inspect_adapter_folder(path: Path, base_facts: BaseFacts | None, limits: AdapterLimits) -> AdapterInspection:
+    """`inspect_adapter` for a local folder. Blocks. Raises ArtifactError."""
     return inspect_adapter_source(FolderSource.open(path), None, base_facts, limits)
 
 
 def base_facts_from_folder(path: Path) -> BaseFacts:
-    """What adapters need to know about a base folder on this machine. Blocks. Raises ArtifactError."""
+    """The properties of a base in a local folder that adapters depend on. Blocks. Raises ArtifactError."""
     source = FolderSource.open(path)
     return _base_facts(source, select_files(ArtifactKind.BASE, source.list_files(), where=source.where))
 
 
 def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[RemoteFile]) -> None:
-    """What was fetched must parse, so that nothing damaged gets its final name. Blocks. Raises ArtifactError."""
+    """Parses the fetched files, so that a damaged artifact is never published. Blocks. Raises ArtifactError."""
     try:
         if kind is ArtifactKind.BASE:
             _base_facts(source, files)
@@ -151,9 +150,9 @@ def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[Remote
 
 
 def inspect_adapter_source(
-    source: Source, expected_digest: str | None, base_facts: BaseFacts | None, limits: JudgeLimits
+    source: Source, expected_digest: str | None, base_facts: BaseFacts | None, limits: AdapterLimits
 ) -> AdapterInspection:
-    """Judges first and hashes only what is worth it. Blocks. Raises ArtifactError."""
+    """Checks the adapter first and hashes its files only when it fits. Blocks. Raises ArtifactError."""
     files = select_files(ArtifactKind.ADAPTER, source.list_files(), where=source.where)
     check_total(files, limits.max_bytes, source.where)
     by_name = {file.name: file for file in files}
@@ -166,15 +165,15 @@ def inspect_adapter_source(
     header = read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
     size_bytes = sum(file.size_bytes for file in files)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    verdict = judge(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
-    if verdict.ok and digest is None:
+    result = check_compatibility(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
+    if result.ok and digest is None:
         digest = digest_of(_with_hashes(source, files))
         check_digest(digest, expected_digest, source.where)
-    return AdapterInspection(source.revision, digest, verdict.rank, verdict.target_modules, size_bytes, verdict)
+    return AdapterInspection(source.revision, digest, result.rank, result.target_modules, size_bytes, result)
 
 
 def read_header(source: Source, file: RemoteFile, bounds: HeaderBounds) -> SafetensorsHeader:
-    """The header of a safetensors file where it lies: one range read, or two when the header is long."""
+    """The header of a safetensors file at its source: one range read, or two when the header is long."""
     prefix = read_range(source, file.name, 0, min(file.size_bytes, FIRST_READ_BYTES))
     wanted = LENGTH_BYTES + header_length(prefix, file.size_bytes, bounds, name=file.name)
     if wanted > len(prefix):
@@ -183,7 +182,7 @@ def read_header(source: Source, file: RemoteFile, bounds: HeaderBounds) -> Safet
 
 
 def read_json(source: Source, file: RemoteFile) -> bytes:
-    """A small file, whole, checked against its hash where the source gives one."""
+    """The content of a small file, checked against its hash where the source lists one. Raises ArtifactError."""
     if file.size_bytes > MAX_JSON_BYTES:
         raise ArtifactError(
             FailureReason.CORRUPT_ARTIFACT,
@@ -192,13 +191,14 @@ def read_json(source: Source, file: RemoteFile) -> bytes:
     raw = read_range(source, file.name, 0, file.size_bytes)
     if file.sha256 is not None and hashlib.sha256(raw).hexdigest() != file.sha256:
         raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT, f"{source.where}: {file.name} is not what its hash says; upload it again."
+            FailureReason.CORRUPT_ARTIFACT,
+            f"{source.where}: {file.name} does not have the listed hash; upload it again.",
         )
     return raw
 
 
 def check_total(files: Sequence[RemoteFile], max_bytes: int, where: str) -> None:
-    """Raises TooLarge by the listing alone."""
+    """Raises ArtifactError (TooLarge) when the listed sizes exceed `max_bytes`."""
     total = sum(file.size_bytes for file in files)
     if total > max_bytes:
         raise ArtifactError(
@@ -208,17 +208,16 @@ def check_total(files: Sequence[RemoteFile], max_bytes: int, where: str) -> None
 
 
 def check_digest(digest: str | None, expected: str | None, where: str) -> None:
-    """Raises DigestMismatch when the object pins other content."""
+    """Raises ArtifactError (DigestMismatch) when the object pins other content."""
     if expected is not None and digest != expected:
         raise ArtifactError(
             FailureReason.DIGEST_MISMATCH,
-            f"{where} holds {digest}, not the {expected} that is asked for; correct spec.source.digest or pin the "
-            "revision.",
+            f"{where} holds {digest}, not the pinned {expected}; correct spec.source.digest or pin the revision.",
         )
 
 
 def parse_source(uri: str) -> ArtifactUri:
-    """`parse_uri`, as an ArtifactError."""
+    """`parse_uri`, but raises ArtifactError (InvalidSource)."""
     try:
         return parse_uri(uri)
     except ValueError as error:
@@ -226,7 +225,7 @@ def parse_source(uri: str) -> ArtifactUri:
 
 
 def names_of(uri: ArtifactUri) -> tuple[str, ...]:
-    """Names under which trainers may know this place."""
+    """Names under which training tools may record this source."""
     match uri:
         case HfUri(repo=repo) | OciUri(repo=repo):
             return (repo,)

@@ -1,8 +1,8 @@
-"""Which modules a setting of peft means: by name, by the end of a name, or by a regular expression.
+"""Matches modules with a setting of peft: a name, the end of a name, or a regular expression.
 
-`adapter_config` asks, for every module of a base, thousands in a large one; so names are looked up, never compared
-one by one, and expressions run in bounded time. A dot in a plain name is a dot. Where an expression is beyond
-`pattern`, the answer is None: the caller must not guess.
+A large base has thousands of modules, so names are looked up in a table and expressions run in bounded time. A dot in
+a plain name is a literal dot. The result is None for an expression that `pattern` cannot match: callers must not
+guess.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from lorapool_artifacts.pattern import Pattern, PatternError
 
 MAX_EXPRESSIONS = 64
-"""In one rank_pattern or alpha_pattern; plain names are not bounded."""
+"""Regular expressions in one rank_pattern or alpha_pattern; the number of plain names is not limited."""
 
 _PLAIN = re.compile(r"^\^?[A-Za-z0-9_.]{1,256}$")
 
 
 def endings(module: str) -> Iterator[str]:
-    """`a.b.c`, `b.c`, `c`."""
+    """The name and all its endings, such as `a.b.c`, `b.c` and `c`."""
     yield module
     while "." in module:
         module = module.partition(".")[2]
@@ -27,7 +27,7 @@ def endings(module: str) -> Iterator[str]:
 
 
 class Names:
-    """target_modules or exclude_modules: a list of names and ends of names, or one expression for whole names."""
+    """target_modules or exclude_modules: a list of names and endings, or one expression that matches whole names."""
 
     def __init__(self, given: Sequence[str] | str) -> None:
         self._names = frozenset(() if isinstance(given, str) else given)
@@ -40,10 +40,11 @@ class Names:
                 self._unknown = True
 
     def whole(self, module: str) -> bool:
-        """Named by its full name."""
+        """Whether the list contains the module's full name."""
         return module in self._names
 
     def match(self, module: str) -> bool | None:
+        """Whether the setting matches the module; None when that cannot be decided."""
         if self._unknown:
             return None
         if self._pattern is not None:
@@ -52,8 +53,11 @@ class Names:
 
 
 class PerModule:
-    """rank_pattern or alpha_pattern. peft's rule: the first key that is the module's name or its end, or matches
-    either as an expression; `^` anchors at the start. Raises PatternError for expressions that cannot be matched."""
+    """rank_pattern or alpha_pattern, by peft's rule: the first key that equals or matches the module's name or an
+    ending of it counts; `^` anchors a key at the start.
+
+    Raises PatternError for an expression that cannot be matched.
+    """
 
     def __init__(self, patterns: Mapping[str, float]) -> None:
         self._named: dict[str, tuple[int, float]] = {}
@@ -65,11 +69,11 @@ class PerModule:
                 continue
             if len(self._expressions) == MAX_EXPRESSIONS:
                 raise PatternError(f"there are more than {MAX_EXPRESSIONS} expressions")
-            Pattern(key)  # by itself: it must not close the group it is put into
+            Pattern(key)  # checked by itself: it must not close the group into which it is put
             self._expressions.append((order, Pattern(rf"(?:.*\.)?(?:{key})$\n?"), value))
 
     def value(self, module: str) -> float | None:
-        """None: no key matches. Raises PatternError when that cannot be told."""
+        """The module's value, or None when no key matches. Raises PatternError when that cannot be decided."""
         if not (self._named or self._anchored or self._expressions):
             return None
         found = [self._named[ending] for ending in endings(module) if ending in self._named]

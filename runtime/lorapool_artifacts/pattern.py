@@ -1,10 +1,10 @@
-"""Regular expressions that customers wrote, matched in bounded time.
+"""Matches regular expressions of users in bounded time.
 
-`adapter_config` asks with them which modules an adapter targets and which alpha a module has. Python's own
-matcher backtracks: one expression of twenty characters can hold a process for hours. Here the expression becomes
-a nondeterministic automaton whose states are walked all at once (K. Thompson, CACM 11(6), 1968), with the walked
-sets remembered. What such an automaton cannot express (look-around, back-references, flags) is refused, and
-past a budget of work the answer is None; the caller then goes by the adapter's tensors or refuses it.
+peft settings name modules by such expressions. Python's own matcher backtracks: one expression of twenty characters
+can occupy a process for hours. Here the expression becomes a nondeterministic finite automaton that is simulated with
+sets of states (K. Thompson, CACM 11(6), 1968), and the sets are cached. Look-around, back-references and flags are
+refused, because such an automaton cannot express them. Beyond a budget of work the result is None; the caller then
+relies on the adapter's tensors or refuses the adapter.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 MAX_CHARS = 512
 MAX_STATES = 4_000
 MAX_WORK = 2_000_000
-"""Steps over states, in all matches of one pattern together: below a second."""
+"""Visited states in all matches of one pattern together: less than a second of work."""
 
 _MAX_DEPTH = 50
 _CLASS_ESCAPES = frozenset("dDwWsS")
-_ASSERTIONS = {"b": "b", "A": "^", "Z": "Z"}  # not \B: what it means in an empty text depends on Python
+_ASSERTIONS = {"b": "b", "A": "^", "Z": "Z"}  # not \B: its meaning for empty text depends on the Python version
 _CONTROL_ESCAPES = frozenset("nrtfva")
 _REPEAT = re.compile(r"\{(\d*)(,?)(\d*)\}")
 
-_END, _FINAL_NEWLINE, _WORD, _OTHER = range(4)  # what comes after a position, as far as assertions look
+_END, _FINAL_NEWLINE, _WORD, _OTHER = range(4)  # the next character, as far as assertions depend on it
 
 
 class PatternError(ValueError):
-    """No regular expression, or one this matcher does not do."""
+    """The text is not a regular expression, or it uses syntax that is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Char:
 
 @dataclass(slots=True)
 class _Split:
-    ways: list[int]
+    branches: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ class _Match:
 
 _State = _Char | _Split | _Assert | _Match
 _Node = Callable[["_Builder", int], int]
-"""Given the state that follows, adds its own and returns the first of them."""
+"""Takes the number of the following state, adds its own states and returns the number of the first."""
 
 
 class Pattern:
-    """One expression. Raises PatternError when made of something it cannot match."""
+    """One compiled expression. Raises PatternError for syntax that is not supported."""
 
     def __init__(self, expression: str) -> None:
         if len(expression) > MAX_CHARS:
@@ -76,7 +76,7 @@ class Pattern:
         self._moves: dict[tuple[frozenset[int], str, int], frozenset[int]] = {}
 
     def fullmatch(self, text: str) -> bool | None:
-        """As re.fullmatch; None when this pattern has used up its budget."""
+        """Whether the whole text matches; None once this pattern has used up its budget of work."""
         if self._work > MAX_WORK:
             return None
         ahead = _kind(text, 0)
@@ -110,7 +110,7 @@ class Pattern:
             seen.add(number)
             state = self._builder.states[number]
             if isinstance(state, _Split):
-                pending += state.ways
+                pending += state.branches
             elif isinstance(state, _Assert) and _holds(state.kind, behind, ahead):
                 pending.append(state.next)
         self._work += len(seen) + 1
@@ -153,7 +153,7 @@ class _Builder:
 
 
 class _Parser:
-    """Recursive descent over the syntax that Python has already accepted."""
+    """Recursive descent parser of expressions that Python's `re` has already accepted."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
@@ -172,11 +172,11 @@ class _Parser:
     def _alternatives(self, depth: int) -> _Node:
         if depth > _MAX_DEPTH:
             raise PatternError("its groups are nested too deeply")
-        ways = [self._sequence(depth)]
+        branches = [self._sequence(depth)]
         while self._peek() == "|":
             self._at += 1
-            ways.append(self._sequence(depth))
-        return ways[0] if len(ways) == 1 else _either(ways)
+            branches.append(self._sequence(depth))
+        return branches[0] if len(branches) == 1 else _either(branches)
 
     def _sequence(self, depth: int) -> _Node:
         parts: list[_Node] = []
@@ -189,7 +189,7 @@ class _Parser:
             if self._peek() == "+":
                 raise PatternError("possessive repeats are not supported")
             if self._peek() == "?":
-                self._at += 1  # lazy: which match is found first, not whether there is one
+                self._at += 1  # lazy: changes which match is found first, not whether one exists
             node = _times(node, *bounds)
         return node
 
@@ -226,7 +226,7 @@ class _Parser:
                 raise PatternError("look-around, back-references and flags are not supported")
             self._at = found.end()
         node = self._alternatives(depth + 1)
-        self._at += 1  # the closing parenthesis, which Python has seen
+        self._at += 1  # the closing parenthesis, whose presence `re` has checked
         return node
 
     def _class(self) -> _Node:
@@ -268,8 +268,8 @@ def _in_a_row(parts: list[_Node]) -> _Node:
     return build
 
 
-def _either(ways: list[_Node]) -> _Node:
-    return lambda builder, following: builder.add(_Split([way(builder, following) for way in ways]))
+def _either(branches: list[_Node]) -> _Node:
+    return lambda builder, following: builder.add(_Split([branch(builder, following) for branch in branches]))
 
 
 def _times(node: _Node, least: int, most: int | None) -> _Node:
@@ -277,7 +277,7 @@ def _times(node: _Node, least: int, most: int | None) -> _Node:
         if most is None:
             loop = _Split([following])
             again = builder.add(loop)
-            loop.ways.append(node(builder, again))
+            loop.branches.append(node(builder, again))
             following = again
         for _ in range((most or least) - least):
             following = builder.add(_Split([following, node(builder, following)]))

@@ -1,8 +1,7 @@
-"""What each setting of peft's LoraConfig means for serving: computed exactly, harmless, or refused in its own words.
+"""Classifies each setting of peft's LoraConfig for serving: supported, harmless, or refused with reason and remedy.
 
-`adapter_config` reads adapters by these tables and nothing else decides; a test holds them to the fields, the
-initialisations and the adapter kinds of the installed peft, so that an upgrade with something new fails there
-and not on a customer's answers. Pure data; each refusal says what it would change and what its owner can do.
+Pure data. A test compares the tables with the fields, initializations and adapter types of the installed peft, so that
+an upgrade that adds one fails there, not in a user's responses.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ LORA = "LORA"
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """Why an adapter is refused, and what its owner can do."""
+
     why: str
-    """Completes "<setting> is set: ...": what the adapter would need."""
+    """Reason, as a part of a sentence about the setting."""
     remedy: str
 
 
@@ -25,22 +26,22 @@ def _again(without: str) -> str:
 
 HARMLESS = {
     "auto_mapping": "class names of the trainer's model; nothing is imported from them",
-    "corda_config": "how training started; init_lora_weights says whether the base was changed",
-    "ensure_weight_tying": "acts on tied embeddings, which are refused by themselves",
-    "eva_config": "how training started; the ranks it chose stand in rank_pattern",
-    "inference_mode": "acts in training only",
-    "loftq_config": "how training started; init_lora_weights says whether the base was changed",
-    "lora_dropout": "acts in training only",
-    "lora_ga_config": "how training started; init_lora_weights says whether the base was changed",
-    "megatron_core": "names a module for megatron_config, which is refused by itself",
+    "corda_config": "initialization of training; init_lora_weights tells whether it changed the base",
+    "ensure_weight_tying": "affects tied embeddings, which are refused anyway",
+    "eva_config": "initialization of training; the ranks that it chose are in rank_pattern",
+    "inference_mode": "affects training only",
+    "loftq_config": "initialization of training; init_lora_weights tells whether it changed the base",
+    "lora_dropout": "affects training only",
+    "lora_ga_config": "initialization of training; init_lora_weights tells whether it changed the base",
+    "megatron_core": "names a module for megatron_config, which is refused anyway",
     "peft_version": "information",
-    "qalora_group_size": "acts with use_qalora only, which is refused by itself",
+    "qalora_group_size": "affects use_qalora only, which is refused anyway",
     "revision": "information about the base it was trained on",
-    "runtime_config": "where training ran; peft does not save it",
-    "task_type": "which wrapper the trainer used; the modules themselves are compared with the base's",
-    "velora_config": "compresses what training remembers; serving computes plain LoRA",
+    "runtime_config": "machine of the training; peft does not save it",
+    "task_type": "wrapper of the training; the modules themselves are compared with the base's",
+    "velora_config": "compresses activations kept for training; serving computes plain LoRA",
 }
-"""Setting → why leaving it out changes nothing."""
+"""Setting → why ignoring it does not change results."""
 
 REFUSED = {
     "alora_invocation_tokens": Refusal(
@@ -50,10 +51,12 @@ REFUSED = {
         "Arrow routing, which mixes several adapters per token", "serve each of its adapters by itself"
     ),
     "fan_in_fan_out": Refusal(
-        "trained on Conv1D layers, whose weights lie transposed",
+        "trained on Conv1D layers, whose weights are stored transposed",
         "train it on a base with linear layers; if its base has them, set fan_in_fan_out to false",
     ),
-    "kasa_config": Refusal("KaSA, which cuts the smallest parts out of the base's weights", _again("without KaSA")),
+    "kasa_config": Refusal(
+        "KaSA, which removes the smallest singular values of the base's weights", _again("without KaSA")
+    ),
     "layer_replication": Refusal(
         "replicated layers of the base, so it belongs to a deeper model", _again("without layer_replication")
     ),
@@ -66,7 +69,7 @@ REFUSED = {
         "MonteCLoRA, which samples its weights at every step", _again("without monteclora_config")
     ),
     "target_parameters": Refusal(
-        "LoRA on bare parameters, such as the fused experts of a mixture", _again("with target_modules only")
+        "LoRA on single parameters, such as the fused experts of a mixture", _again("with target_modules only")
     ),
     "trainable_token_indices": Refusal(
         "embeddings of trained tokens, which all adapters share", _again("without trainable_token_indices")
@@ -75,23 +78,23 @@ REFUSED = {
     "use_dora": Refusal("DoRA, which rescales the base's own weights", _again("with use_dora=False")),
     "use_qalora": Refusal("QALoRA, which pools the inputs of a quantized base", _again("with use_qalora=False")),
 }
-"""Setting → why an adapter with it switched on is not what plain LoRA computes."""
+"""Setting → why an adapter that uses it does not compute plain LoRA."""
 
-STARTS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+INITIALIZATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 """Values of init_lora_weights, besides true and false, that leave the base as it is."""
 
-_CUT = Refusal(
-    "starts with a part of the base's weights moved into the adapter, so it is wrong on the true base",
+_MOVES_WEIGHTS = Refusal(
+    "moves a part of the base's weights into the adapter before training, so it is wrong on the original base",
     "convert the adapter with save_pretrained(path_initial_model_for_weight_conversion=...)",
 )
-REFUSED_STARTS = {
-    "pissa": _CUT,  # also pissa_niter_<n>
-    "olora": _CUT,
-    "corda": _CUT,
-    "lora_ga": _CUT,
+REFUSED_INITIALIZATIONS = {
+    "pissa": _MOVES_WEIGHTS,  # also pissa_niter_<n>
+    "olora": _MOVES_WEIGHTS,
+    "corda": _MOVES_WEIGHTS,
+    "lora_ga": _MOVES_WEIGHTS,
     "loftq": Refusal(
-        "trains against a quantized copy of the base's weights, so it is wrong on the true base",
-        _again("with init_lora_weights=True on the base as it is"),
+        "trains against a quantized copy of the base's weights, so it is wrong on the original base",
+        _again("with init_lora_weights=True on the original base"),
     ),
 }
 
@@ -100,7 +103,7 @@ _TRAIN = "train with peft's LoraConfig"
 _PROMPT = "puts trained vectors into the prompt or the attention's cache"
 
 KINDS = {
-    "ADALORA": Refusal("moves rank between layers and keeps singular values beside its matrices", _TRAIN),
+    "ADALORA": Refusal("redistributes rank between layers and stores singular values next to its matrices", _TRAIN),
     "ADAMSS": Refusal("trains in subspaces of the base's weights", _TRAIN),
     "ADAPTION_PROMPT": Refusal(_PROMPT, _TRAIN),
     "BEFT": Refusal("trains biases of the base", _TRAIN),
@@ -110,7 +113,7 @@ KINDS = {
     "CPT": Refusal(_PROMPT, _TRAIN),
     "DEFT": Refusal("projects the base's weights", _TRAIN),
     "DELORA": Refusal("normalises its matrices", _CONVERT),
-    "FOURIERFT": Refusal("keeps its change as frequencies", _CONVERT),
+    "FOURIERFT": Refusal("stores its change as frequencies", _CONVERT),
     "FROD": Refusal("trains in a basis shared by all layers", _TRAIN),
     "GLORA": Refusal("rescales the base's weights and biases", _TRAIN),
     "GRALORA": Refusal("splits each matrix into blocks", _CONVERT),
@@ -119,13 +122,13 @@ KINDS = {
     "IA3": Refusal("scales the base's activations", _TRAIN),
     "LILY": Refusal("shares its matrices between layers", _TRAIN),
     "LN_TUNING": Refusal("trains the base's normalisation layers", _TRAIN),
-    "LOHA": Refusal("multiplies two low-rank products by element", _CONVERT),
+    "LOHA": Refusal("multiplies two low-rank products element-wise", _CONVERT),
     "LOKR": Refusal("adds Kronecker products", _CONVERT),
     "MISS": Refusal("adds sums over shards of the input", _CONVERT),
     "MULTITASK_PROMPT_TUNING": Refusal(_PROMPT, _TRAIN),
     "OFT": Refusal("rotates the base's weights", _TRAIN),
     "OSF": Refusal("changes the base's weights in their singular directions", _TRAIN),
-    "PEANUT": Refusal("makes its change from the base's weights", _TRAIN),
+    "PEANUT": Refusal("derives its change from the base's weights", _TRAIN),
     "POLY": Refusal("mixes several adapters by task", _TRAIN),
     "PREFIX_TUNING": Refusal(_PROMPT, _TRAIN),
     "PROMPT_TUNING": Refusal(_PROMPT, _TRAIN),
@@ -134,21 +137,21 @@ KINDS = {
     "P_TUNING": Refusal(_PROMPT, _TRAIN),
     "RANDLORA": Refusal("trains in random bases shared by all layers", _CONVERT),
     "ROAD": Refusal("rotates the base's activations", _TRAIN),
-    "SHADOW": Refusal("runs a second, trained model beside the base", _TRAIN),
+    "SHADOW": Refusal("runs a second, trained model next to the base", _TRAIN),
     "SHIRA": Refusal("changes single weights of the base", _TRAIN),
     "SUPERTUNING": Refusal("changes single weights of the base", _TRAIN),
     "TINYLORA": Refusal("trains in random bases shared by all layers", _CONVERT),
     "TRAINABLE_TOKENS": Refusal("trains embeddings, which all adapters share", _TRAIN),
-    "UNILORA": Refusal("keeps one vector for all layers", _CONVERT),
-    "VBLORA": Refusal("keeps a bank of vectors for all layers", _CONVERT),
+    "UNILORA": Refusal("stores one vector for all layers", _CONVERT),
+    "VBLORA": Refusal("stores a bank of vectors for all layers", _CONVERT),
     "VERA": Refusal("trains in random bases shared by all layers", _CONVERT),
-    "WAVEFT": Refusal("keeps its change as wavelets", _CONVERT),
+    "WAVEFT": Refusal("stores its change as wavelets", _CONVERT),
     "XLORA": Refusal("mixes several adapters per token", _TRAIN),
 }
-"""peft_type → what such an adapter does that LoRA's matrices do not."""
+"""peft_type → how such an adapter differs from LoRA."""
 
 HARMLESS_TENSORS = ("lora_velora_embed",)
-"""Last parts of tensor names that only training reads."""
+"""Last parts of the names of tensors that only training uses."""
 
 TENSORS = (
     ("lora_magnitude_vector", "belongs to DoRA, which is not supported"),
@@ -161,4 +164,4 @@ TENSORS = (
     ("lm_head", "changes the output layer, which all adapters share"),
     (".experts.", "belongs to the experts of a mixture, which cannot be adapted"),
 )
-"""Parts of tensor names, the more telling first → why such a tensor cannot be left out."""
+"""(part of a tensor's name, why such a tensor cannot be ignored), the more specific parts first."""

@@ -20,7 +20,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 MAX_JSON_BYTES = 4 * MIB
-"""adapter_config.json, config.json: a longer one is refused unread."""
+"""A longer adapter_config.json or config.json is refused unread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +28,23 @@ class FetchLimits:
     """Bounds of one resolve, inspection or fetch."""
 
     max_total_bytes: int = 64 * GIB
-    """All files together, by the source's listing and counted again while they arrive."""
+    """Size of all files together, checked in the source's listing and again while downloading."""
     connect_timeout_s: float = 10.0
+    """One attempt to connect."""
     idle_timeout_s: float = 30.0
-    """No byte for so long: SourceTimeout."""
+    """A source that sends no byte for this long is given up with SourceTimeout."""
     total_timeout_s: float = 1800.0
-    """Everything together, retries included."""
+    """The whole operation, including retries."""
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeLimits:
-    """What a base allows of its adapters."""
+class AdapterLimits:
+    """The largest adapter that a base accepts."""
 
     max_rank: int
+    """Largest rank of any module."""
     max_bytes: int = 2 * GIB
+    """Size of all files together."""
 
 
 def _host_list(value: object) -> object:
@@ -96,6 +99,6 @@ class SourceSettings(SettingsGroup):
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> SourceSettings:
+    def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:
         """The settings of a command line tool, which ignores all other variables. Raises SettingsError."""
-        return read_group(cls, environ)
+        return read_group(cls, environ).model_copy(update={"pvc_root": pvc_root})

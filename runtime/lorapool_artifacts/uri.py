@@ -1,8 +1,8 @@
-"""Source URIs become values, strictly.
+"""Parses source URIs strictly, without resolving them.
 
-Called by everything that takes a `source.uri`. `hf://org/name[@rev]`, `oci://host[:port]/repo[:tag|@sha256:…]`,
-`s3://bucket/prefix`, `pvc://claim/path`. Refuses other schemes, user names, queries, fragments, dot segments,
-and characters that a client library might read otherwise than we do. Pure: resolves nothing.
+`hf://org/name[@rev]`, `oci://host[:port]/repo[:tag|@sha256:…]`, `s3://bucket/prefix` and `pvc://claim/path`. Other
+schemes, user names, queries, fragments and dot segments are refused, and so are characters that a client library
+might interpret differently. Pure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PVC_CLAIM = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[
 
 @dataclass(frozen=True, slots=True)
 class HfUri:
-    """A model repository of the hub that `HF_ENDPOINT` names."""
+    """A model repository of the hub at `HF_ENDPOINT`."""
 
     repo: str
     revision: str | None = None
@@ -38,7 +38,7 @@ class HfUri:
 
 @dataclass(frozen=True, slots=True)
 class OciUri:
-    """An artifact of an OCI registry; its layers are the files. `digest` wins over `tag`."""
+    """An artifact of an OCI registry, whose layers are the files. `digest` takes precedence over `tag`."""
 
     host: str
     """With the port, if any."""
@@ -48,6 +48,7 @@ class OciUri:
 
     @property
     def reference(self) -> str:
+        """The digest, else the tag, else `latest`."""
         return self.digest or self.tag or "latest"
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ class OciUri:
 
 @dataclass(frozen=True, slots=True)
 class S3Uri:
-    """A folder of a bucket; `prefix` has no slash at either end and may be empty."""
+    """A folder of a bucket. `prefix` has no slash at either end and may be empty."""
 
     bucket: str
     prefix: str
@@ -68,11 +69,11 @@ class S3Uri:
 
 @dataclass(frozen=True, slots=True)
 class PvcUri:
-    """A folder of a volume that the runtime mounts; only a runtime can read it."""
+    """A folder of a volume, which only a runtime that mounts it can read."""
 
     claim: str
     path: str
-    """Relative, without dot segments; may be empty."""
+    """Relative path without dot segments; may be empty."""
 
     def __str__(self) -> str:
         return f"pvc://{self.claim}/{self.path}"
@@ -82,7 +83,7 @@ ArtifactUri: TypeAlias = HfUri | OciUri | S3Uri | PvcUri
 
 
 def parse_uri(text: str) -> ArtifactUri:
-    """The value of a source URI. Raises ValueError with what to write instead."""
+    """Parses a source URI. Raises ValueError, whose message shows the expected form."""
     if len(text) > MAX_URI_CHARS:
         raise ValueError(f"source URI is longer than {MAX_URI_CHARS} characters")
     scheme, separator, rest = text.partition("://")
@@ -92,7 +93,7 @@ def parse_uri(text: str) -> ArtifactUri:
             "pvc://claim/path"
         )
     if bad := re.search(r"[\x00-\x1f\x7f\\?#%]|[^\x00-\x7f]", rest):
-        raise ValueError(f"source URI {text[:80]!r} holds the character {bad[0]!r}, which no source name may hold")
+        raise ValueError(f"source URI {text[:80]!r} contains {bad[0]!r}, which is not allowed in a source")
     return _PARSERS[scheme](rest)
 
 
@@ -102,7 +103,7 @@ def _parse_hf(rest: str) -> HfUri:
     if len(parts) != 2 or not all(_HF_PART.match(part) and ".." not in part and "--" not in part for part in parts):
         raise ValueError(f"hf://{rest[:80]}: write hf://organisation/name or hf://organisation/name@revision")
     if at and not is_revision(revision):
-        raise ValueError(f"hf://{rest[:80]}: {revision[:40]!r} is no branch, tag or commit")
+        raise ValueError(f"hf://{rest[:80]}: {revision[:40]!r} is not a branch, tag or commit")
     return HfUri(repo, revision or None)
 
 
@@ -116,18 +117,18 @@ def _parse_oci(rest: str) -> OciUri:
     host, _, name = rest.partition("/")
     if not _OCI_HOST.match(host) or ".." in host:
         raise ValueError(
-            f"oci://{rest[:80]}: {host[:60]!r} is no registry host; write oci://host[:port]/repository:tag"
+            f"oci://{rest[:80]}: {host[:60]!r} is not a registry host; write oci://host[:port]/repository:tag"
         )
     name, at, digest = name.partition("@")
     repo, colon, tag = name.partition(":")
     if not repo or not all(_OCI_REPO_PART.match(part) for part in repo.split("/")):
         raise ValueError(
-            f"oci://{rest[:80]}: {repo[:60]!r} is no repository name (lower case letters, digits, '.', '_', '-', '/')"
+            f"oci://{rest[:80]}: {repo[:60]!r} is not a repository name (lower case letters, digits and . _ - /)"
         )
     if colon and not _OCI_TAG.match(tag):
-        raise ValueError(f"oci://{rest[:80]}: {tag[:40]!r} is no tag")
+        raise ValueError(f"oci://{rest[:80]}: {tag[:40]!r} is not a tag")
     if at and not _OCI_DIGEST.match(digest):
-        raise ValueError(f"oci://{rest[:80]}: after '@' must stand sha256: and 64 hex digits")
+        raise ValueError(f"oci://{rest[:80]}: '@' must be followed by sha256: and 64 hex digits")
     port = host.rpartition("]")[2].partition(":")[2]
     if port and not 0 < int(port) < 65536:
         raise ValueError(f"oci://{rest[:80]}: port {port} is out of range")
@@ -137,21 +138,21 @@ def _parse_oci(rest: str) -> OciUri:
 def _parse_s3(rest: str) -> S3Uri:
     bucket, _, prefix = rest.partition("/")
     if not _S3_BUCKET.match(bucket) or ".." in bucket:
-        raise ValueError(f"s3://{rest[:80]}: {bucket[:70]!r} is no bucket name; write s3://bucket/prefix")
+        raise ValueError(f"s3://{rest[:80]}: {bucket[:70]!r} is not a bucket name; write s3://bucket/prefix")
     return S3Uri(bucket, _path(prefix, f"s3://{rest[:80]}"))
 
 
 def _parse_pvc(rest: str) -> PvcUri:
     claim, _, path = rest.partition("/")
     if len(claim) > 253 or not _PVC_CLAIM.match(claim):
-        raise ValueError(f"pvc://{rest[:80]}: {claim[:70]!r} is no claim name; write pvc://claim/path/in/the/volume")
+        raise ValueError(f"pvc://{rest[:80]}: {claim[:70]!r} is not a claim name; write pvc://claim/path/in/the/volume")
     return PvcUri(claim, _path(path, f"pvc://{rest[:80]}"))
 
 
 def _path(text: str, uri: str) -> str:
     text = text.rstrip("/")
     if text and not all(_PATH_PART.match(part) or re.match(r"^\.[A-Za-z0-9_-]+$", part) for part in text.split("/")):
-        raise ValueError(f"{uri}: the path holds an empty, '.' or '..' segment or a character no path may hold")
+        raise ValueError(f"{uri}: the path contains an empty, '.' or '..' segment or a character that is not allowed")
     return text
 
 

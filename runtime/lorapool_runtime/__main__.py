@@ -62,8 +62,6 @@ def _export(settings: RuntimeSettings) -> None:
     """Sets the variables that torch and the native kernels read when they are imported, which is later."""
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
     os.environ["LORAPOOL_NATIVE"] = settings.native
-    if settings.native_isa is not None:
-        os.environ["LORAPOOL_NATIVE_ISA"] = settings.native_isa
 
 
 async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple[int, bool]:

@@ -1,8 +1,8 @@
-"""How many CPU cores and how much memory this process may really use: what its container leaves it.
+"""How many CPU cores and how much memory the container of this process allows it to use.
 
-torch by default starts a thread for every core of the machine, which in a container with a quota of two makes each
-step wait for threads that are not scheduled; `engine` asks for the cores, `core` for the memory its KV cache may take.
-Reads cgroup v2 (one folder) and v1 (a folder per controller); inside a container either shows the container's own.
+By default torch starts a thread for every core of the machine. In a container with a quota of two cores each step
+would wait for threads that are not scheduled. Reads cgroup v2 (one folder) and v1 (a folder per controller), both of
+which show the container's own limits.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
+    """The cores of the process's affinity mask, or its CPU quota, whichever is less; at least 1."""
     allowed = len(os.sched_getaffinity(0))
     quota = _quota(cgroup)
     return max(1, allowed if quota is None else min(allowed, int(quota)))
 
 
 def usable_memory_bytes(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """What may still be allocated: the machine's available memory, or what the cgroup's limit leaves, if less."""
+    """Bytes that can still be allocated: the machine's available memory, or the rest of the cgroup's limit, if less."""
     lines = (line.split() for line in meminfo.read_text().splitlines())
     available = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
     left = _memory_left_bytes(cgroup)
@@ -28,7 +29,7 @@ def usable_memory_bytes(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/memin
 
 
 def _memory_left_bytes(cgroup: Path) -> int | None:
-    """None: no limit, or no cgroup. Version 1 says "unlimited" with a number larger than any machine's memory."""
+    """None without a limit or a cgroup. Version 1 reports "unlimited" as a number larger than any machine's memory."""
     for limit_file, used_file in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -40,7 +41,7 @@ def _memory_left_bytes(cgroup: Path) -> int | None:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Cores; None: no limit ("max" in version 2, -1 in version 1), or no cgroup."""
+    """The CPU quota in cores; None without a quota ("max" in version 2, -1 in version 1) or a cgroup."""
     quota, _, period = _read(cgroup / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(cgroup / "cpu/cpu.cfs_quota_us"), _read(cgroup / "cpu/cpu.cfs_period_us")

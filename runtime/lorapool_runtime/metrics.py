@@ -24,6 +24,7 @@ from prometheus_client.exposition import generate_latest
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import Tier, Usage
 from lorapool_runtime.clock import Clock
+from lorapool_runtime.engines.interface import DecodeProgramState
 from lorapool_runtime.usage import OTHER, AdapterUsage, Outcome, UsageTracker
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -51,6 +52,7 @@ class Gauges:
     draining: bool = False
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
+    decode_program: DecodeProgramState | None = None
 
 
 class Metrics:
@@ -185,6 +187,16 @@ class _GaugeCollector:
             counter = CounterMetricFamily(f"lorapool_runtime_{name}", help_text, labels=["base"])
             counter.add_metric([self._base], value)
             yield counter
+        if (program := now.decode_program) is not None:
+            labels = {
+                "base": self._base, "state": "active" if program.active else "fallback", "reason": program.reason,
+            }  # fmt: skip
+            yield _gauge(
+                "lorapool_runtime_decode_program",
+                "How decode steps on CPU run: as one native call (active) or by the model's own code (fallback).",
+                labels,
+                1,
+            )
 
     def _per_adapter(self) -> Iterator[Metric]:
         labelled, others, now_s = self._usage.labelled(), self._usage.others(), self._clock.now_s()

@@ -59,10 +59,8 @@ class RuntimeSettings(ProcessSettings):
     """Size of the KV cache; None: a share of the memory that is free after loading the base."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None: the cores this process may use."""
-    native: Annotated[Literal["auto", "0"], Env("LORAPOOL_NATIVE")] = "auto"
-    """The native CPU kernels. auto: where they were built; 0: torch's operators only."""
-    native_isa: Annotated[Literal["baseline", "avx2", "avx512"] | None, Env("LORAPOOL_NATIVE_ISA")] = None
-    """Best instruction set that the native kernels may use; None: the best of this CPU."""
+    native: Annotated[Literal["auto", "0", "baseline", "avx2", "avx512"], Env("LORAPOOL_NATIVE")] = "auto"
+    """Instruction set of the native CPU kernels. auto: the best of this CPU; 0: torch's operators only."""
 
     # --- the listener -------------------------------------------------------------------
     listen_host: str | None = None

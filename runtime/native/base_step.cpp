@@ -1,5 +1,4 @@
-// The entry points of the base's kernels for CPU: chooses the variant for this processor, once.
-#include <cstdlib>
+// The entry points of the base's kernels for CPU: chooses the variant for this processor.
 #include <cstring>
 #include <new>
 #include <vector>
@@ -16,21 +15,22 @@ extern const BaseVariant base_step_avx2, base_step_avx512;
 
 namespace {
 
-const BaseVariant* choose() {
+// The variant for `most` (auto, baseline, avx2 or avx512); null where there is none for it.
+const BaseVariant* variant_for(const char* most) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const char* most = getenv("LORAPOOL_NATIVE_ISA");  // tests ask for less than the CPU has
-    if (most && !strcmp(most, "baseline")) return nullptr;
-    const bool no_512 = most && !strcmp(most, "avx2");
-    if (!no_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool any = !strcmp(most, "auto");
+    if ((any || !strcmp(most, "avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
         return &base_step_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &base_step_avx2;
+    if ((any || !strcmp(most, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &base_step_avx2;
+#else
+    (void)most;
 #endif
     return nullptr;
 }
 
-const BaseVariant* const kVariant = choose();
 constexpr int64_t kChunk = 1 << 16;  // numbers looked at together
 constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking other threads costs more than they save
 
@@ -57,22 +57,32 @@ int with_scratch(int64_t each, int threads, const Share& share) {
 
 extern "C" {
 
-const BaseVariant* const base_step_variant = kVariant;
+const BaseVariant* base_step_variant = variant_for("auto");
 
-int base_step_version() { return 4; }
+int base_step_version() { return 5; }
+
+// Holds these kernels to an instruction set: auto, baseline, avx2 or avx512. Before anything is packed, as the panels'
+// width depends on it. 0 where the processor does not have it, and nothing is changed then. There is no baseline
+// variant: base_step_isa() is null after it.
+int base_step_select(const char* most) {
+    const BaseVariant* const chosen = variant_for(most);
+    if (!chosen && strcmp(most, "auto") && strcmp(most, "baseline")) return 0;
+    base_step_variant = chosen;
+    return 1;
+}
 
 // Null: this processor has none of the instruction sets these kernels are for; nothing else may be called then.
-const char* base_step_isa() { return kVariant ? kVariant->isa : nullptr; }
+const char* base_step_isa() { return base_step_variant ? base_step_variant->isa : nullptr; }
 
 int64_t base_step_panel_bytes(int64_t in_features, int64_t out_features, int bfloat16_panels) {
-    const int64_t width = 2 * kVariant->lanes;
+    const int64_t width = 2 * base_step_variant->lanes;
     return (out_features + width - 1) / width * width * in_features * (bfloat16_panels ? 2 : 4);
 }
 
 void base_step_pack(const BaseLinear* linear, const float* weight, void* panels) {
-    const int64_t count = panels_of(linear, kVariant);
+    const int64_t count = panels_of(linear, base_step_variant);
     with_scratch(0, threads_for(linear->in_features * linear->out_features), [=](float*, int me, int of) {
-        kVariant->pack(linear, weight, panels, count * me / of, count * (me + 1) / of);
+        base_step_variant->pack(linear, weight, panels, count * me / of, count * (me + 1) / of);
     });
 }
 
@@ -99,15 +109,15 @@ int64_t base_step_linear_scratch(const BaseLinear* l, int64_t rows) {
 int64_t base_step_decode_scratch(const BaseDecode* a) {
     int64_t longest = 0;
     for (int64_t i = 0; i < a->rows; i++) longest = a->lengths[i] > longest ? a->lengths[i] : longest;
-    return a->heads / a->kv_heads * (2 * a->head_dim + longest + kVariant->lanes + 2);
+    return a->heads / a->kv_heads * (2 * a->head_dim + longest + base_step_variant->lanes + 2);
 }
 
 // x: [rows][in], y: [rows][out], contiguous. Returns 1 where memory ran out; y is untouched then.
 int base_step_linear(const BaseLinear* linear, const void* x, void* y, int64_t rows) {
     const int threads = threads_for(rows * linear->in_features * linear->out_features);
     return with_scratch(base_step_linear_scratch(linear, rows), threads, [=](float* scratch, int me, int of) {
-        const int64_t panels = panels_of(linear, kVariant);
-        kVariant->linear(linear, x, y, rows, scratch, nullptr, panels * me / of, panels * (me + 1) / of, false);
+        const int64_t panels = panels_of(linear, base_step_variant);
+        base_step_variant->linear(linear, x, y, rows, scratch, nullptr, panels * me / of, panels * (me + 1) / of, false);
     });
 }
 
@@ -116,16 +126,16 @@ int base_step_decode(const BaseDecode* job) {
     for (int64_t i = 0; i < job->rows; i++) seen += job->lengths[i];
     const int threads = threads_for(seen * job->heads * job->head_dim * 2);
     return with_scratch(base_step_decode_scratch(job), threads,
-                        [=](float* scratch, int me, int of) { kVariant->decode(job, scratch, me, of); });
+                        [=](float* scratch, int me, int of) { base_step_variant->decode(job, scratch, me, of); });
 }
 
 void base_step_norm(const BaseNorm* norm, const void* x, void* y, int64_t rows) {
     with_scratch(0, threads_for(rows * norm->width),
-                 [=](float*, int me, int of) { kVariant->norm(norm, x, y, rows, me, of); });
+                 [=](float*, int me, int of) { base_step_variant->norm(norm, x, y, rows, me, of); });
 }
 
 void base_step_gate(const BaseGate* gate, const void* x, void* y, int64_t rows) {
     with_scratch(0, threads_for(4 * rows * gate->width),
-                 [=](float*, int me, int of) { kVariant->gate(gate, x, y, rows, me, of); });
+                 [=](float*, int me, int of) { base_step_variant->gate(gate, x, y, rows, me, of); });
 }
 }

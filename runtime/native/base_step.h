@@ -94,7 +94,7 @@ inline int64_t panels_of(const BaseLinear* l, const BaseVariant* v) {
     return (l->out_features + 2 * v->lanes - 1) / (2 * v->lanes);
 }
 
-extern const BaseVariant* const base_step_variant;  // null: none for this processor
+extern const BaseVariant* base_step_variant;  // null: none for this processor
 int64_t base_step_linear_scratch(const BaseLinear*, int64_t rows);
 int64_t base_step_decode_scratch(const BaseDecode*);
 }

@@ -1,6 +1,5 @@
 // The entry point of the row kernel: sorts a step's rows by slot, splits the work, and calls the variant for this CPU.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -23,20 +22,22 @@ struct Choice {
     const char* name;
 };
 
-Choice choose() {
+// The variant for `most` (auto, baseline, avx2 or avx512); a null one where the processor does not have it.
+Choice choice_for(const char* most) {
+    const bool any = !strcmp(most, "auto");
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const char* most = getenv("LORAPOOL_NATIVE_ISA");  // tests ask for less than the CPU has
-    const bool only_baseline = most && !strcmp(most, "baseline"), no_512 = only_baseline || (most && !strcmp(most, "avx2"));
-    if (!no_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    if ((any || !strcmp(most, "avx512")) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
         return {&lora_rows_avx512, "avx512"};
-    if (!only_baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {&lora_rows_avx2, "avx2"};
+    if ((any || !strcmp(most, "avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {&lora_rows_avx2, "avx2"};
 #endif
-    return {&lora_rows_baseline, "baseline"};
+    if (any || !strcmp(most, "baseline")) return {&lora_rows_baseline, "baseline"};
+    return {nullptr, nullptr};
 }
 
-const Choice kChoice = choose();
+Choice chosen = choice_for("auto");
 constexpr int64_t kSmallWork = 32768;  // multiplications below which waking other threads costs more than they save
 
 struct Scratch {
@@ -129,13 +130,23 @@ int64_t expanded_of(const LoraGroup* group, const LoraRun* runs, int64_t num_run
 
 extern "C" {
 
-int lora_rows_version() { return 3; }
+int lora_rows_version() { return 4; }
 
-const char* lora_rows_isa() { return kChoice.name; }
+// Holds the kernel to an instruction set: auto, baseline, avx2 or avx512. 0 where the processor does not have it, and
+// nothing is changed then.
+int lora_rows_select(const char* most) {
+    const Choice choice = choice_for(most);
+    if (!choice.variant) return 0;
+    chosen = choice;
+    return 1;
+}
 
+const char* lora_rows_isa() { return chosen.name; }
+
+// As chosen at the time of the call.
 const LoraCalls* lora_rows_calls() {
-    static const LoraCalls calls = {sort_rows, size_runs, slices_of, expanded_of, kChoice.variant->shrink,
-                                    kChoice.variant->expand};
+    static LoraCalls calls;
+    calls = {sort_rows, size_runs, slices_of, expanded_of, chosen.variant->shrink, chosen.variant->expand};
     return &calls;
 }
 
@@ -169,14 +180,14 @@ int lora_rows_add(const LoraGroup* group, void* y, const void* x, const int32_t*
             LoraJob mine = job;
             mine.me = omp_get_thread_num(), mine.of = omp_get_num_threads();
             if (wide) {
-                kChoice.variant->widen(&mine, rows, wide);
+                chosen.variant->widen(&mine, rows, wide);
 #pragma omp barrier
             }
             LoraSlice* const own = slices + most * mine.me;
             const int64_t count = slices_of(group, mine.runs, mine.num_runs, mine.me, mine.of, own);
-            for (int64_t i = 0; i < count; i++) kChoice.variant->shrink(&mine, own + i);
+            for (int64_t i = 0; i < count; i++) chosen.variant->shrink(&mine, own + i);
 #pragma omp barrier
-            kChoice.variant->expand(&mine);
+            chosen.variant->expand(&mine);
         }
         return 0;
     } catch (const std::bad_alloc&) {

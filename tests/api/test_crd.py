@@ -42,6 +42,12 @@ def test_every_string_and_list_is_bounded(model: type[BaseModel]) -> None:
             assert "maxLength" in node or "pattern" in node or node.get("format") == "date-time", node
 
 
+@pytest.mark.parametrize("model", [BaseModelSpec, LoraAdapterSpec, BaseModelStatus, LoraAdapterStatus])
+def test_every_field_is_documented(model: type[BaseModel]) -> None:
+    fields = [item for node in _nodes(structural(model)) for item in node.get("properties", {}).items()]
+    assert [name for name, field in fields if not field.get("description")] == []
+
+
 def test_a_construct_without_a_structural_form_is_refused() -> None:
     class Odd(BaseModel):
         either: int | str

@@ -1,9 +1,9 @@
 from lorapool_api.common import FailureReason
-from lorapool_api.openai import InvalidRequest, ModelNotFound, TooManyRequests, client_fault
+from lorapool_api.openai import InvalidRequestError, ModelNotFoundError, TooManyRequestsError, client_fault
 
 
 def test_an_error_has_the_four_fields_of_openai() -> None:
-    error = InvalidRequest("`n` must be at most 8, not 9.", param="n")
+    error = InvalidRequestError("`n` must be at most 8, not 9.", param="n")
     assert error.body() == {
         "error": {
             "message": "`n` must be at most 8, not 9.",
@@ -15,12 +15,12 @@ def test_an_error_has_the_four_fields_of_openai() -> None:
 
 
 def test_a_long_model_name_is_not_echoed_whole() -> None:
-    assert len(ModelNotFound("x" * 5000).message) < 250
+    assert len(ModelNotFoundError("x" * 5000).message) < 250
 
 
 def test_retry_after_is_a_whole_number_of_seconds_of_at_least_one() -> None:
-    assert TooManyRequests("busy", retry_after_s=0.2).headers() == {"Retry-After": "1"}
-    assert TooManyRequests("busy").headers() == {}
+    assert TooManyRequestsError("busy", retry_after_s=0.2).headers() == {"Retry-After": "1"}
+    assert TooManyRequestsError("busy").headers() == {}
 
 
 def test_a_terminal_failure_is_422_and_a_transient_one_503_with_retry_after() -> None:

@@ -23,5 +23,5 @@ def hf(hub: Hub) -> SourceSettings:
 
 @pytest.fixture
 def quick() -> FetchLimits:
-    """Bounds that let a test of slowness end soon."""
+    """Short timeouts for tests of slow sources."""
     return FetchLimits(max_total_bytes=1_000_000, connect_timeout_s=2.0, idle_timeout_s=0.4, total_timeout_s=2.0)

@@ -1,4 +1,4 @@
-"""adapter_config.json is read in one way for verdict and runtime: what is refused, which modules are named."""
+"""adapter_config.json: which settings are refused and which modules the others name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Q0 = "model.layers.0.self_attn.q_proj"
     [
         ({"use_dora": True}, ("DoRA", "use_dora=False")),
         ({"lora_bias": True}, ("biases", "lora_bias=False")),
-        ({"target_parameters": ["x"]}, ("bare parameters", "target_modules only")),
+        ({"target_parameters": ["x"]}, ("single parameters", "target_modules only")),
         ({"modules_to_save": ["lm_head"]}, ("again without modules_to_save",)),
         ({"layer_replication": [[0, 1]]}, ("again without layer_replication",)),
         ({"bias": None}, ('bias="none"',)),
-        ({"init_lora_weights": ["pissa"]}, ("init_lora_weights", "not known")),
-        ({"init_lora_weights": "pissa_niter_16"}, ("moved into the adapter", "convert")),
+        ({"init_lora_weights": ["pissa"]}, ("init_lora_weights", "is unknown")),
+        ({"init_lora_weights": "pissa_niter_16"}, ("into the adapter", "convert")),
         ({"init_lora_weights": "loftq"}, ("quantized copy", "init_lora_weights=True")),
         ({"init_lora_weights": "a_new_one"}, ("a_new_one", "init_lora_weights=True")),
         ({"peft_type": "LOHA"}, ("LOHA", "two low-rank products", "save_as_lora")),

@@ -1,4 +1,4 @@
-"""Which addresses a source may lead to."""
+"""Which addresses sources may and may not connect to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk cache: what is in use stays, the least recently used leaves, what a killed run left is cleared."""
+"""The disk cache: pinned folders stay, the least recently used are evicted, leftovers are removed."""
 
 from __future__ import annotations
 

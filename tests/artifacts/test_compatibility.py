@@ -1,4 +1,4 @@
-"""The verdict: what fits is accepted, what does not is told in words with a remedy."""
+"""Adapters that fit a base are accepted; others are refused with a reason and a remedy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, Verdict, judge
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, CompatibilityResult, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, parse_header
 from lorapool_artifacts.inspect import linear_modules
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.settings import AdapterLimits
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=100_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=100_000)
 
 
 def base(*, layers: int = zoo.LAYERS, hidden: int = zoo.HIDDEN) -> BaseFacts:
@@ -22,14 +22,14 @@ def base(*, layers: int = zoo.LAYERS, hidden: int = zoo.HIDDEN) -> BaseFacts:
     return BaseFacts(modules, frozenset({"tiny/llama"}), ("LlamaForCausalLM",))
 
 
-def verdict_of(
+def checked(
     *,
     tensors: zoo.Tensors | None = None,
     on: BaseFacts | None = None,
     alone: bool = False,
-    limits: JudgeLimits = LIMITS,
+    limits: AdapterLimits = LIMITS,
     **config: object,
-) -> Verdict:
+) -> CompatibilityResult:
     raw = zoo.safetensors(zoo.adapter_tensors() if tensors is None else tensors)
     header = parse_header(raw, len(raw), ADAPTER_BOUNDS, name="a")
     facts = AdapterFacts(
@@ -37,7 +37,7 @@ def verdict_of(
         {name: tensor.shape for name, tensor in header.tensors.items()},
         len(raw),
     )
-    return judge(facts, None if alone else on or base(), limits)
+    return check_compatibility(facts, None if alone else on or base(), limits)
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -48,9 +48,9 @@ def without(*names: str) -> zoo.Tensors:
 
 
 def test_what_peft_saves_is_accepted() -> None:
-    verdict = verdict_of()
-    assert verdict.ok
-    assert (verdict.reason, verdict.rank, verdict.target_modules) == (None, 4, ("q_proj", "v_proj"))
+    result = checked()
+    assert result.ok
+    assert (result.reason, result.rank, result.target_modules) == (None, 4, ("q_proj", "v_proj"))
 
 
 def renamed(old: str, new: str) -> zoo.Tensors:
@@ -76,9 +76,9 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (without(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), {}, INCOMPATIBLE, "targeted but has no weights"),
         (plus(f"{Q0}.lora_magnitude_vector", "F32", 16), {}, INCOMPATIBLE, "DoRA"),
         (plus(f"{Q0}.bias", "F32", 16), {}, INCOMPATIBLE, "bias"),
-        (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "not part of a LoRA"),
         (renamed("lora_A.weight", "lora_A.default.weight"), {}, INCOMPATIBLE, "adapter name"),
-        (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "no part of a LoRA"),
+        (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "not part of a LoRA"),
         (renamed("model.layers", "transformer.h"), {}, WRONG_BASE, "has no module"),
         (
             {**zoo.adapter_tensors(), **renamed("q_proj", "qq_proj")},
@@ -89,7 +89,7 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (zoo.adapter_tensors(targets=("q_proj", "v_proj", "o_proj")), {}, INCOMPATIBLE, "not in target_modules"),
         (zoo.adapter_tensors(), {"r": 8}, INCOMPATIBLE, "adapter_config.json says 8"),
         (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN, 2), {}, INCOMPATIBLE, "rank 4"),
-        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN * 4), {}, INCOMPATIBLE, "no full matrices"),
+        (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN * 4), {}, INCOMPATIBLE, "not two-dimensional matrices"),
         (plus(f"{Q0}.lora_B.weight", "BF16", zoo.HIDDEN + 1, 4), {}, WRONG_BASE, "17x16"),
         (zoo.adapter_tensors(rank=16), {"r": 16}, FailureReason.RANK_TOO_HIGH, "maxRank"),
         (zoo.adapter_tensors(layers=range(3)), {}, WRONG_BASE, "layers.2"),
@@ -101,35 +101,35 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
 def test_what_does_not_fit_has_its_reason_in_words(
     tensors: zoo.Tensors, config: dict[str, object], reason: FailureReason, words: str
 ) -> None:
-    verdict = verdict_of(tensors=tensors, **config)
-    assert not verdict.ok
-    assert (verdict.reason, words in verdict.message) == (reason, True), verdict
-    assert len(verdict.message) < 900
+    result = checked(tensors=tensors, **config)
+    assert not result.ok
+    assert (result.reason, words in result.message) == (reason, True), result
+    assert len(result.message) < 900
 
 
 def test_an_adapter_of_another_base_names_the_shapes_and_the_base_it_was_trained_on() -> None:
-    verdict = verdict_of(on=base(hidden=64), base_model_name_or_path="other/llama-7b")
-    assert verdict.reason is FailureReason.WRONG_BASE
-    assert "64x64 in the base but the adapter fits 16x16" in verdict.message
-    assert "other/llama-7b" in verdict.message
-    assert "and 1 more" in verdict.message
+    result = checked(on=base(hidden=64), base_model_name_or_path="other/llama-7b")
+    assert result.reason is FailureReason.WRONG_BASE
+    assert "64x64 in the base but the adapter fits 16x16" in result.message
+    assert "other/llama-7b" in result.message
+    assert "and 1 more" in result.message
 
 
 def test_another_name_of_a_base_with_the_same_shapes_is_only_a_hint() -> None:
-    verdict = verdict_of(base_model_name_or_path="/home/me/checkpoints/7")
-    assert verdict.ok
-    assert "/home/me/checkpoints/7" in verdict.message
-    assert verdict_of(base_model_name_or_path="/data/Llama/").message == verdict_of().message
+    result = checked(base_model_name_or_path="/home/me/checkpoints/7")
+    assert result.ok
+    assert "/home/me/checkpoints/7" in result.message
+    assert checked(base_model_name_or_path="/data/Llama/").message == checked().message
 
 
 def test_too_many_bytes_are_too_large() -> None:
-    assert verdict_of(limits=JudgeLimits(8, max_bytes=10)).reason is FailureReason.TOO_LARGE
+    assert checked(limits=AdapterLimits(8, max_bytes=10)).reason is FailureReason.TOO_LARGE
 
 
-def test_without_a_base_only_the_adapter_itself_is_judged() -> None:
-    assert verdict_of(alone=True).ok
-    assert verdict_of(alone=True, tensors=without(f"{Q0}.lora_A.weight")).reason is FailureReason.INCOMPATIBLE
-    assert verdict_of(alone=True, limits=JudgeLimits(2, 100_000)).reason is FailureReason.RANK_TOO_HIGH
+def test_without_a_base_only_the_adapter_itself_is_checked() -> None:
+    assert checked(alone=True).ok
+    assert checked(alone=True, tensors=without(f"{Q0}.lora_A.weight")).reason is FailureReason.INCOMPATIBLE
+    assert checked(alone=True, limits=AdapterLimits(2, 100_000)).reason is FailureReason.RANK_TOO_HIGH
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_without_a_base_only_the_adapter_itself_is_judged() -> None:
     ],
 )
 def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, config: dict[str, object]) -> None:
-    verdict = verdict_of(tensors=tensors, **config)
-    assert verdict.ok, verdict.message
+    result = checked(tensors=tensors, **config)
+    assert result.ok, result.message
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, 
         ({"lora_bias": True}, "biases"),
         ({"fan_in_fan_out": True}, "Conv1D"),
         ({"layer_replication": [[0, 1]]}, "replicated"),
-        ({"target_parameters": ["x"]}, "bare parameters"),
+        ({"target_parameters": ["x"]}, "single parameters"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"from_the_future": {"x": 1}}, "from_the_future"),
         ({"r": 0}, "r"),

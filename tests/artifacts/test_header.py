@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what the library writes is read, everything else is refused and nothing crashes."""
+"""Headers of safetensors files: those that the library writes are parsed, all others are refused without a crash."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
-from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 
 
 def digest_of(files: dict[str, bytes], names: list[str]) -> str:
@@ -26,23 +26,23 @@ def digest_of(files: dict[str, bytes], names: list[str]) -> str:
     )
 
 
-async def test_an_adapter_is_judged_from_its_header_without_its_weights(hub: Hub, hf: SourceSettings) -> None:
+async def test_an_adapter_is_checked_from_its_header_without_its_weights(hub: Hub, hf: SourceSettings) -> None:
     weights = zoo.safetensors(zoo.adapter_tensors(rank=4, dtype="F32"))
     hub.repos["acme/base"] = zoo.base_files()
     hub.repos["acme/lora"] = zoo.adapter_files(weights=weights)
     base = await inspect_base("hf://acme/base", None, hf)
     seen = await inspect_adapter("hf://acme/lora", None, None, base.facts, LIMITS, hf)
-    assert seen.verdict.ok, seen.verdict.message
+    assert seen.compatibility.ok, seen.compatibility.message
     assert (seen.rank, seen.target_modules) == (4, ("q_proj", "v_proj"))
     assert seen.revision == hub.commit_of("acme/lora")
     assert seen.digest == digest_of(hub.repos["acme/lora"], ["adapter_config.json", "adapter_model.safetensors"])
 
 
-async def test_a_large_adapter_is_not_downloaded_to_be_judged(hub: Hub, hf: SourceSettings) -> None:
+async def test_a_large_adapter_is_not_downloaded_to_be_checked(hub: Hub, hf: SourceSettings) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files(
         weights=zoo.safetensors({**zoo.adapter_tensors(), "base_model.model.x": ("F32", (500_000,))})
     )
-    await inspect_adapter("hf://acme/lora", None, None, None, JudgeLimits(8), hf)
+    await inspect_adapter("hf://acme/lora", None, None, None, AdapterLimits(8), hf)
     [(_, _, headers)] = [entry for entry in hub.requests if entry[1].endswith("adapter_model.safetensors")]
     assert headers["range"] == "bytes=0-65535"
 
@@ -147,7 +147,7 @@ async def test_a_private_repository_needs_the_token_and_the_message_says_where(h
     seen = await inspect_adapter(
         "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint=hub.url, hf_token="hf_secretsecret")
     )
-    assert seen.verdict.ok
+    assert seen.compatibility.ok
 
 
 async def test_settings_show_no_secret() -> None:
@@ -264,7 +264,7 @@ async def test_another_digest_than_the_object_pins_is_a_mismatch(hub: Hub, hf: S
 async def test_what_is_too_large_by_the_listing_is_never_requested(hub: Hub, hf: SourceSettings) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files()
     with pytest.raises(ArtifactError) as caught:
-        await inspect_adapter("hf://acme/lora", None, None, None, JudgeLimits(8, max_bytes=500), hf)
+        await inspect_adapter("hf://acme/lora", None, None, None, AdapterLimits(8, max_bytes=500), hf)
     assert caught.value.reason is FailureReason.TOO_LARGE
     assert not any("/resolve/" in path for _, path, _ in hub.requests)
 
@@ -285,7 +285,7 @@ async def test_a_redirect_to_another_host_loses_the_token(hub: Hub) -> None:
     hub.faults = [Fault("adapter_config.json", status=302, headers={"Location": f"{cdn}{path}"}, times=1)]
     settings = SourceSettings(hf_endpoint=hub.url, hf_token="hf_secretsecret")
     seen = await inspect_adapter("hf://acme/lora", None, None, None, LIMITS, settings)
-    assert seen.verdict.ok
+    assert seen.compatibility.ok
     first, second = [entry[2] for entry in hub.requests if entry[1].endswith("adapter_config.json")]
     assert first["authorization"] == "Bearer hf_secretsecret"
     assert "authorization" not in second
@@ -345,7 +345,7 @@ async def test_a_sharded_base_is_read_from_all_its_headers(hub: Hub, hf: SourceS
     assert caught.value.reason is FailureReason.CORRUPT_ARTIFACT
 
 
-async def test_a_pickle_beside_the_safetensors_is_neither_fetched_nor_loaded(
+async def test_a_pickle_next_to_the_safetensors_is_neither_fetched_nor_loaded(
     hub: Hub, hf: SourceSettings, tmp_path: Path
 ) -> None:
     canary = tmp_path / "ran"

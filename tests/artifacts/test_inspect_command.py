@@ -1,4 +1,4 @@
-"""The command for people: the operator's judgement, by hand."""
+"""The `inspect` command makes the operator's check from a shell."""
 
 from __future__ import annotations
 

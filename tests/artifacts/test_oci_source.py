@@ -22,10 +22,10 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
-from lorapool_artifacts.settings import JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, SourceSettings
 from lorapool_artifacts.sources.oci import is_insecure, parse_manifest
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 BINARY = shutil.which("docker-registry")
 USER, PASSWORD = "reader", "pass-word"
 HTPASSWD = f"{USER}:$2b$04$glindZfOHhqkEZlRks3d3uHlpusrKW4Mg03EbCXYPmqrjDB2ghS96\n"
@@ -85,14 +85,14 @@ def push(host: str, name: str, files: dict[str, bytes], folder: Path, *, login: 
 
 
 @needs_registry
-async def test_an_adapter_is_judged_by_range_and_fetched(registry: str, tmp_path: Path) -> None:
+async def test_an_adapter_is_checked_by_range_reads_and_fetched(registry: str, tmp_path: Path) -> None:
     files = zoo.adapter_files()
     push(registry, "team/lora:v1", files, tmp_path / "src")
     settings = SourceSettings()
     resolved = await resolve(f"oci://{registry}/team/lora:v1", settings=settings)
     assert resolved.digest is not None, "layers carry their hash"
     seen = await inspect_adapter(f"oci://{registry}/team/lora:v1", None, resolved.digest, None, LIMITS, settings)
-    assert seen.verdict.ok
+    assert seen.compatibility.ok
     assert seen.revision == resolved.revision
     assert seen.revision.startswith("sha256:")
     path = await fetch(resolved, tmp_path / "cache", seen.digest)
@@ -138,7 +138,7 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
         await resolve(uri, settings=SourceSettings())
     assert caught.value.reason is FailureReason.UNAUTHORIZED
     env = {"LORAPOOL_OCI_AUTH_HOST": locked, "LORAPOOL_OCI_USERNAME": USER, "LORAPOOL_OCI_PASSWORD": PASSWORD}
-    assert (await inspect_adapter(uri, None, None, None, LIMITS, SourceSettings.from_env(env))).verdict.ok
+    assert (await inspect_adapter(uri, None, None, None, LIMITS, SourceSettings.from_env(env))).compatibility.ok
     with pytest.raises(ArtifactError) as caught:
         await resolve(uri, settings=SourceSettings.from_env({**env, "LORAPOOL_OCI_PASSWORD": "wrong"}))
     assert caught.value.reason is FailureReason.UNAUTHORIZED
@@ -148,11 +148,11 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
     auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
     (tmp_path / "config.json").write_text(json.dumps({"auths": {locked: {"auth": auth}}}))
     docker = SourceSettings.from_env({"DOCKER_CONFIG": str(tmp_path)})
-    assert (await inspect_adapter(uri, None, None, None, LIMITS, docker)).verdict.ok
+    assert (await inspect_adapter(uri, None, None, None, LIMITS, docker)).compatibility.ok
 
 
 async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(hub: Hub) -> None:
-    """The token flow of public registries, with the hub's server as registry and token service."""
+    """The token flow of public registries; the hub's server acts as registry and token service."""
     files = zoo.adapter_files()
     blobs = {hashlib.sha256(data).hexdigest(): data for data in files.values()}
     manifest = manifest_of(files)
@@ -172,11 +172,11 @@ async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(
 
     hub.answer = answer  # type: ignore[method-assign]
     host = hub.url.removeprefix("http://")
-    assert (await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, SourceSettings())).verdict.ok
+    assert (await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, SourceSettings())).compatibility.ok
     env = {"LORAPOOL_OCI_AUTH_HOST": host, "LORAPOOL_OCI_USERNAME": USER, "LORAPOOL_OCI_PASSWORD": PASSWORD}
     assert (
         await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, SourceSettings.from_env(env))
-    ).verdict.ok
+    ).compatibility.ok
     assert [headers.get("authorization", "")[:5] for _, path, headers in hub.requests if path == "/token"] == [
         "",
         "Basic",

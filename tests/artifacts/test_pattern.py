@@ -1,4 +1,4 @@
-"""The bounded matcher gives what Python's own gives, and gives up instead of running for hours."""
+"""The bounded matcher agrees with Python's, and gives up where Python's would run for hours."""
 
 from __future__ import annotations
 

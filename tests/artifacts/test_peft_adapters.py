@@ -1,4 +1,4 @@
-"""Adapters that the real peft saves: its settings are all known, its files accepted, its scaling is ours."""
+"""Adapters saved by the real peft: all its settings are known, its files are accepted and its scaling equals ours."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.peft_settings import HARMLESS, KINDS, LORA, REFUSED, REFUSED_STARTS, STARTS
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
+from lorapool_artifacts.settings import AdapterLimits
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=100_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=100_000)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -37,7 +37,7 @@ def tiny_llama() -> Any:
 
 
 def test_every_setting_of_the_installed_peft_is_known() -> None:
-    """A new peft with new settings must be looked at before its adapters are trusted."""
+    """New settings of a new peft must be classified before its adapters are accepted."""
     decides = set(AdapterConfig.model_fields) | {"bias", "init_lora_weights"}
     assert not decides & (HARMLESS.keys() | REFUSED.keys())
     assert not HARMLESS.keys() & REFUSED.keys()
@@ -51,7 +51,7 @@ def test_every_kind_of_adapter_of_the_installed_peft_has_its_own_words() -> None
 def test_every_start_that_the_installed_peft_documents_is_known() -> None:
     hint = typing.get_type_hints(peft.LoraConfig)["init_lora_weights"]
     named = {value for part in typing.get_args(hint) for value in typing.get_args(part)}
-    assert named - {"pissa_niter_[number of iters]"} <= STARTS | REFUSED_STARTS.keys()
+    assert named - {"pissa_niter_[number of iters]"} <= INITIALIZATIONS | REFUSED_INITIALIZATIONS.keys()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_an_adapter_trained_with_the_real_peft_is_accepted_with_pefts_own_scalin
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
     wrapped.save_pretrained(folder / "lora")
     seen = inspect_adapter_folder(folder / "lora", base_facts_from_folder(folder / "base"), LIMITS)
-    assert seen.verdict.ok, seen.verdict.message
+    assert seen.compatibility.ok, seen.compatibility.message
     config = parse_adapter_config((folder / "lora" / "adapter_config.json").read_bytes())
     scalings = {
         name.removeprefix("base_model.model."): layer.scaling["default"]

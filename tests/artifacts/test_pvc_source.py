@@ -1,4 +1,4 @@
-"""pvc:// and local folders: nothing inside a volume leads out of it."""
+"""pvc:// and local folders: no path inside a volume leads out of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, SourceSettings
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -30,11 +30,11 @@ def mounted(tmp_path: Path) -> SourceSettings:
     return SourceSettings(pvc_root=tmp_path / "pvc")
 
 
-async def test_a_folder_of_a_claim_is_judged_fetched_and_named_by_its_digest(
+async def test_a_folder_of_a_claim_is_checked_fetched_and_named_by_its_digest(
     mounted: SourceSettings, tmp_path: Path
 ) -> None:
     seen = await inspect_adapter("pvc://models/team/lora", None, None, None, LIMITS, mounted)
-    assert seen.verdict.ok
+    assert seen.compatibility.ok
     assert seen.digest is not None
     path = await fetch(
         await resolve("pvc://models/team/lora", seen.revision, settings=mounted), tmp_path / "cache", seen.digest

@@ -18,14 +18,14 @@ from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
-from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import open_source
 from lorapool_artifacts.uri import parse_uri
 
 moto_server = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
 
-LIMITS = JudgeLimits(max_rank=8, max_bytes=1_000_000)
+LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 KEYS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
 
 
@@ -60,11 +60,11 @@ def put(bucket: S3Store, prefix: str, files: dict[str, bytes]) -> None:
         obstore.put(bucket, f"{prefix}/{name}", data)
 
 
-async def test_an_adapter_is_judged_hashed_and_fetched(bucket: S3Store, s3: SourceSettings, tmp_path: Path) -> None:
+async def test_an_adapter_is_checked_hashed_and_fetched(bucket: S3Store, s3: SourceSettings, tmp_path: Path) -> None:
     files = zoo.adapter_files()
     put(bucket, "a/lora", {**files, "sub/adapter_model.safetensors": b"other"})
     seen = await inspect_adapter("s3://models/a/lora/", None, None, None, LIMITS, s3)
-    assert seen.verdict.ok, seen.verdict.message
+    assert seen.compatibility.ok, seen.compatibility.message
     names = ("adapter_config.json", "adapter_model.safetensors")
     assert seen.digest == artifact_digest(
         FileDigest(name, len(files[name]), hashlib.sha256(files[name]).hexdigest()) for name in names

@@ -1,4 +1,4 @@
-"""Source URIs: four schemes, strictly."""
+"""Source URIs: four schemes are parsed strictly."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def helm(server: ApiServer, *args: str | Path) -> str:
 
 @contextmanager
 def release(server: ApiServer, chart: Path = CHART, *args: str | Path) -> Iterator[str]:
-    """Installed for a `with` block; what Helm printed. Afterwards not even the CRDs are left."""
+    """Installs the release for a `with` block and yields Helm's output; the CRDs are deleted afterwards."""
     try:
         yield helm(server, "install", "lorapool", chart, *args)
     finally:
@@ -72,8 +72,11 @@ def release(server: ApiServer, chart: Path = CHART, *args: str | Path) -> Iterat
 
 
 def delete_crds(server: ApiServer, timeout_s: float = 120.0) -> None:
-    """And waits until they are gone. An API server whose cleaning up of a CRD failed (its storage was just being made)
-    tries again after ever longer pauses, or at once when the CRD changes: so it is changed now and then."""
+    """Deletes the CRDs and waits until they are gone.
+
+    When the API server fails to clean up a CRD, because its storage was just being created, it retries after growing
+    pauses, or immediately when the CRD changes: so the CRDs are annotated now and then.
+    """
     server.kubectl("delete", "crd", *CRDS, "--ignore-not-found", "--wait=false")
     ends_s, rounds = time.monotonic() + timeout_s, 0
     while left := [crd for crd in get(server, "crd")["items"] if crd["metadata"]["name"] in CRDS]:
@@ -93,7 +96,7 @@ def example(kind: str) -> dict[str, Any]:
 
 
 def older_chart(folder: Path) -> Path:
-    """This chart as it was before `spec.suspend` was thought of."""
+    """This chart with CRDs that lack `spec.suspend`, as an older version."""
     chart = folder / "older"
     shutil.copytree(CHART, chart)
     file = chart / "files" / "crds" / "lorapool.dev_loraadapters.yaml"
@@ -213,7 +216,7 @@ DENIED = {
 
 
 def may(server: ApiServer, component: str, right: str, namespace: str) -> bool:
-    """Asks the API server's own authorizer, as the component's service account."""
+    """Whether the API server's authorizer allows a request of the component's service account."""
     verb, _, what = right.partition(" ")
     resource, _, rest = what.partition("/")
     name, group = resource.partition(".")[::2]
@@ -251,7 +254,7 @@ def test_the_authorizer_grants_what_is_needed_and_nothing_beyond(server: ApiServ
 
 
 def kubeconfig_of(server: ApiServer, component: str, folder: Path) -> Path:
-    """As the pod of a component reaches the server: with its service account's token and no other right."""
+    """A kubeconfig with the token of the component's service account, as its pod has it."""
     token = server.kubectl("create", "token", f"lorapool-{component}", "-n", NAMESPACE).strip()
     cluster = {"server": server.url, "certificate-authority": str(server.ca_file)}
     file = folder / f"{component}.kubeconfig"
@@ -272,7 +275,7 @@ def kubeconfig_of(server: ApiServer, component: str, folder: Path) -> Path:
 
 @contextmanager
 def process(component: str, kubeconfig: Path, env: dict[str, str], log: Path) -> Iterator[None]:
-    """The real program, outside a pod but with the pod's environment; ended by SIGTERM."""
+    """Runs the real program with the pod's environment but outside a pod; ends it with SIGTERM."""
     prefix = f"LORAPOOL_{component.upper()}_"
     own = {f"{prefix}KUBECONFIG": str(kubeconfig), f"{prefix}METRICS_PORT": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("LORAPOOL_", "KUBE"))}
@@ -292,7 +295,7 @@ def process(component: str, kubeconfig: Path, env: dict[str, str], log: Path) ->
 
 
 def refused(server: ApiServer) -> list[str]:
-    """What the server refused to the chart's service accounts, from its audit log."""
+    """Requests of the chart's service accounts that the server denied, from its audit log."""
     found = []
     for line in server.audit_log.read_text().splitlines():
         event = json.loads(line)
@@ -340,11 +343,11 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
             apply(server, example("basemodel"))
             apply(server, example("loraadapter"))
 
-            def judged() -> bool:
+            def checked() -> bool:
                 items = get(server, "bm,lora", "-n", NAMESPACE)["items"]
                 return all(item.get("status", {}).get("conditions") for item in items)
 
-            eventually("nothing was judged", judged, operator_log)
+            eventually("no object was checked", checked, operator_log)
             server.kubectl("scale", "bm/smollm2", "-n", NAMESPACE, "--replicas=1")
             ours = (
                 "deployments,services,poddisruptionbudgets",

@@ -1,4 +1,4 @@
-"""The example objects are valid: against the CRDs' schema, the models, and the gateway's reading of keys."""
+"""The example objects are valid for the CRDs' schema, the models and the gateway's parser of keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def schema_of(kind: str) -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """The API server's strict field validation: what the schema does not name is refused."""
+    """The schema under the API server's strict field validation, which refuses unknown fields."""
     if isinstance(schema, dict):
         result = {key: strict(value) for key, value in schema.items()}
         if "properties" in schema and schema.get("type") == "object":
@@ -61,7 +61,7 @@ def test_an_example_fits_its_crd_to_the_last_field(example: dict[str, Any]) -> N
     assert given == example["spec"], "the models read every field of it"
 
 
-def test_the_adapter_stands_on_the_base_beside_it() -> None:
+def test_the_example_adapter_refers_to_the_example_base() -> None:
     base, adapter = (yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text()) for kind in ("basemodel", "loraadapter"))
 
     assert adapter["spec"]["baseModelRef"] == {"name": base["metadata"]["name"]}

@@ -1,4 +1,4 @@
-"""The script of `helm test`, run against small gateways that behave and that do not."""
+"""The script of `helm test`, run against correct and faulty gateways."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gateway(*, open_to_all: bool = False) -> Iterator[str]:
 
 
 def helm_test(url: str, key: str = "") -> subprocess.CompletedProcess[str]:
-    """As the pod runs it: the text of the rendered pod, not the file."""
+    """Runs the script as it is in the rendered pod, not the file."""
     [pod] = of_kind(render(), "Pod").values()
     env = {"PATH": os.environ["PATH"], "GATEWAY_URL": url, **({"API_KEY": key} if key else {})}
     script = pod["spec"]["containers"][0]["args"][0]
@@ -76,7 +76,7 @@ def test_a_gateway_that_lets_strangers_in_fails_it() -> None:
     assert "FAILED  a call without a key gets 401" in result.stdout
 
 
-def test_the_pod_reads_its_key_from_the_secret_it_is_told() -> None:
+def test_the_pod_reads_its_key_from_the_configured_secret() -> None:
     [pod] = of_kind(render({"test": {"apiKeySecret": {"name": "test-key"}}}), "Pod").values()
     [item] = [item for item in pod["spec"]["containers"][0]["env"] if item["name"] == "API_KEY"]
 

@@ -1,4 +1,4 @@
-"""Dashboards and rules speak of metrics that the processes really export, in PromQL that Prometheus accepts."""
+"""Dashboards and rules use metrics that the processes export, in PromQL that Prometheus accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"
 
 TARGET_LABELS = {"instance", "job", "namespace", "pod", "node", "le"}
-"""What Prometheus adds, and the bound of a histogram's bucket."""
+"""Labels that Prometheus adds, and the bound of a histogram's bucket."""
 
 _SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 _NAME = re.compile(r"(?<![\w:.$])([a-z_]\w*(?::\w+)*)(?=\s*(\{|\[|\s|\)|$))")
@@ -34,7 +34,7 @@ _WORDS = {"sum", "max", "min", "by", "on", "or", "and", "unless", "group_left", 
 
 
 def exported() -> dict[str, set[str]]:
-    """Sample name → label names, over the registries of all three processes."""
+    """Label names of each sample that any of the three processes exports."""
     nothing = SimpleNamespace(
         bases=(),
         adapters=(),
@@ -71,7 +71,7 @@ def rules(files: Iterable[Path] = RULES) -> Iterator[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where it stands, and the expression."""
+    """Each expression and where it occurs."""
     yield from dashboard_expressions(base="ns/base", adapter="ns/a")
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"]

@@ -1,4 +1,4 @@
-"""What the chart renders, switch by switch, and what it refuses."""
+"""What the chart renders for each value, and which values it refuses."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_switched_off_parts_leave_nothing_behind() -> None:
     assert kinds == {"ConfigMap", "Deployment", "Pod", "Service"}
 
 
-def test_a_component_uses_the_service_account_it_is_told() -> None:
+def test_a_component_uses_the_configured_service_account() -> None:
     deployments = of_kind(render(ALL_OFF), "Deployment")
 
     assert deployments["lorapool-operator"]["spec"]["template"]["spec"]["serviceAccountName"] == "own-operator"
@@ -162,7 +162,7 @@ def test_every_long_lived_container_is_probed() -> None:
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}, name
 
 
-def test_pods_are_annotated_for_a_plain_prometheus_unless_told_otherwise() -> None:
+def test_pods_have_scrape_annotations_unless_switched_off() -> None:
     for values, scraped in (({}, True), (ALL_OFF, False)):
         for deployment in of_kind(render(values), "Deployment").values():
             annotations = deployment["spec"]["template"]["metadata"].get("annotations", {})
@@ -286,7 +286,7 @@ def test_the_notes_render_with_everything_on(values: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "named"),
     [
         ({"gatewayy": {}}, "gatewayy"),
         ({"gateway": {"replcas": 1}}, "replcas"),
@@ -309,8 +309,8 @@ def test_the_notes_render_with_everything_on(values: dict[str, Any], tmp_path: P
         ({"runtimeProfiles": {"default": None}}, "default"),
     ],
 )
-def test_a_misspelt_or_impossible_value_is_refused_by_name(values: dict[str, Any], told: str) -> None:
-    assert told in refusal(values)
+def test_a_misspelt_or_impossible_value_is_refused_by_name(values: dict[str, Any], named: str) -> None:
+    assert named in refusal(values)
 
 
 def test_values_of_a_parent_chart_are_allowed() -> None:

@@ -1,4 +1,4 @@
-"""Pod security, rights, secrets and networks of what the chart renders."""
+"""Pod security, permissions, secrets and network policies of the rendered objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLUSTER: dict[str, Any] = {"scope": "cluster", "apiKeys": {"namespace": "lorapoo
 
 
 def grants(manifests: list[Manifest]) -> dict[str, list[str]]:
-    """Component → one line per right: where, what, which verbs."""
+    """Component → one line per permission: namespace, resource and verbs."""
     roles = {
         (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]): manifest["rules"]
         for manifest in manifests
@@ -92,7 +92,7 @@ def test_every_pod_passes_pod_security_restricted(values: dict[str, Any]) -> Non
         assert restricted_violations(pod["spec"]) == [], name
 
 
-def test_the_judge_of_pod_security_finds_what_is_wrong() -> None:
+def test_the_check_of_pod_security_finds_violations() -> None:
     found = restricted_violations(
         {
             "hostNetwork": True,
@@ -211,7 +211,7 @@ def test_no_pod_reaches_the_credentials_of_its_node(values: dict[str, Any]) -> N
                     assert "169.254.0.0/16" in block["except"], name
 
 
-def test_cluster_mode_covers_the_namespaces_it_is_told() -> None:
+def test_cluster_mode_covers_the_configured_namespaces() -> None:
     policies = of_kind(render({**CLUSTER, "networkPolicy": {"runtimeNamespaces": ["one", "two"]}}), "NetworkPolicy")
 
     assert {name for name in policies if name.endswith("-runtimes")} == {

@@ -1,4 +1,4 @@
-"""The environment and files that the chart gives are read by the real settings models of the processes."""
+"""The environment and files from the chart are valid for the settings models of the processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import yaml
 from chart_kit import CHART, NAMESPACE, environment, of_kind, pod_of, render
 
 from lorapool_gateway import settings as gateway_settings
-from lorapool_operator import profiles as operator_profiles
 from lorapool_operator import settings as operator_settings
+from lorapool_operator.world import profiles as operator_profiles
 
 NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-b", "team-a"]}
 CLUSTER: dict[str, Any] = {"scope": "cluster"}
@@ -41,11 +41,11 @@ def test_gateway_and_operator_watch_the_same_namespaces(values: dict[str, Any], 
 
 
 def test_the_charts_defaults_are_the_codes_defaults() -> None:
-    """A value left alone must mean the same as a process started by hand."""
+    """The chart's defaults equal the defaults of a process that is started by hand."""
     manifests = render()
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))
-    # Tracked adapters: one bound for all processes, told apart by no one.
+    # Tracked adapters: the chart sets one bound for all processes.
     differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
     differs |= {"max_tracked_adapters"}
 

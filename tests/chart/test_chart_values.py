@@ -1,4 +1,4 @@
-"""values.yaml, its schema, and the README say the same."""
+"""values.yaml, its schema and the README agree."""
 
 from __future__ import annotations
 

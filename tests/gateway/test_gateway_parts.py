@@ -13,7 +13,7 @@ from gateway_world import KEY, api_key
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapool_api.openai import Unauthenticated
+from lorapool_api.openai import UnauthenticatedError
 from lorapool_api.protocol import Usage
 from lorapool_api.settings import SettingsError
 from lorapool_gateway.metrics import Metrics, RequestRecord
@@ -94,7 +94,7 @@ def test_a_secret_that_is_not_fully_right_gives_no_access_and_leaks_nothing(data
 def test_no_header_but_the_right_one_authenticates(header: str) -> None:
     table = KeyTable.of([api_key(KEY)])
     if header != f"Bearer {KEY}":
-        with pytest.raises(Unauthenticated):
+        with pytest.raises(UnauthenticatedError):
             authenticate(table, header)
     assert authenticate(table, f"bearer  {KEY} ").id == api_key(KEY).id
 

@@ -30,7 +30,7 @@ async def runtimes():
     """Five runtimes, by pod name in the placement order of demo/route."""
     async with AsyncExitStack() as stack:
         order = placement_order("uid-demo-route", [Replica(f"uid-pod-{letter}") for letter in "abcde"])
-        pods = [placed.pod_uid.removeprefix("uid-") for placed in order]
+        pods = [pod_uid.removeprefix("uid-") for pod_uid in order]
         yield {pod: await stack.enter_async_context(FakeRuntime().running()) for pod in pods}
 
 

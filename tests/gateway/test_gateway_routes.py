@@ -10,7 +10,7 @@ from gateway_world import adapter_object, api_key, base_object, condition, faile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapool_api.openai import ApiError, ModelNotFound
+from lorapool_api.openai import ApiError, ModelNotFoundError
 from lorapool_gateway.routing.objects import Endpoint, ObjectRef, RuntimeState, adapter_route, base_route, endpoints
 from lorapool_gateway.routing.pick import candidates
 from lorapool_gateway.routing.routes import Pending, RouteTable, RuntimeReplica, Target
@@ -36,7 +36,7 @@ def target(found: Target | Pending) -> Target:
 def test_a_name_shared_by_two_visible_objects_is_not_found_but_each_full_name_is() -> None:
     routes = table(adapter_object("x", "a", base_namespace="demo"), adapter_object("x", "b", base_namespace="demo"),
                    bases=[base_object(access={"namespaces": ["a", "b"]})])  # fmt: skip
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFoundError):
         routes.find("x", ALL)
     assert routes.find("a/x", ALL).ref == ("a", "x")
     assert routes.find("x", api_key("k", "b")).ref == ("b", "x")
@@ -64,13 +64,13 @@ def test_an_alias_of_an_unseen_tenant_takes_nothing_away() -> None:
 
 def test_an_adapter_named_as_its_base_is_ambiguous_and_never_answered_by_the_base() -> None:
     routes = table(adapter_object("tiny"))
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFoundError):
         routes.find("tiny", ALL)
 
 
 def test_a_base_of_another_namespace_must_list_ours() -> None:
     stranger = adapter_object("x", "b", base_namespace="demo")
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelNotFoundError):
         table(stranger).resolve("b/x", ALL, 0)
     granted = table(stranger, bases=[base_object(access={"namespaces": ["b"]})])
     assert target(granted.resolve("b/x", ALL, 0)).identity == f"b/x@{digest_of('x')}"

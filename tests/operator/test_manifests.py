@@ -1,4 +1,4 @@
-"""What a base's children look like: restricted pods, no secrets, nothing of a tenant's but settings."""
+"""The children of a base: restricted pods without secrets, in which a tenant decides only settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_runtime_reads_exactly_the_settings_that_the_operator_writes() -> No
     assert settings.drain_grace_s < 60
 
 
-def test_the_pod_holds_no_secret_of_ours_and_no_token() -> None:
+def test_the_pod_holds_neither_a_secret_nor_a_token() -> None:
     text = json.dumps(made())
     assert "secretKeyRef" not in text
     assert "serviceAccountName" not in text
@@ -91,7 +91,7 @@ def test_a_change_of_the_spec_changes_the_template_and_scaling_does_not() -> Non
     assert all(child["metadata"]["annotations"][ANNOTATION_SPEC_HASH] for child in made())
 
 
-def test_a_profile_decides_image_place_and_volumes_and_never_overrides_ours() -> None:
+def test_a_profile_decides_image_nodes_and_volumes_and_never_overrides_the_operators_settings() -> None:
     profile = parse_profiles(
         """
         profiles:
@@ -121,7 +121,7 @@ def test_a_profile_decides_image_place_and_volumes_and_never_overrides_ours() ->
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("profiles: {a: {imagee: x}}", "profiles.a.imagee"),
         ("profiles: {a: {cacheSizeLimit: much}}", "profiles.a.cacheSizeLimit"),
@@ -129,10 +129,10 @@ def test_a_profile_decides_image_place_and_volumes_and_never_overrides_ours() ->
         ("other: 1", "profiles"),
     ],
 )
-def test_a_bad_profiles_file_is_refused_with_the_field(text: str, told: str) -> None:
+def test_a_bad_profiles_file_is_refused_with_the_field(text: str, message: str) -> None:
     with pytest.raises(ProfilesError, match="values") as caught:
         parse_profiles(text, origin="values")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_pods_drain_before_the_kubelet_kills_them() -> None:
@@ -141,7 +141,7 @@ def test_pods_drain_before_the_kubelet_kills_them() -> None:
     assert float(env(profile)["LORAPOOL_RUNTIME_DRAIN_GRACE_S"]) == 85
 
 
-def test_one_uid_is_one_selector() -> None:
+def test_objects_with_different_uids_have_different_selectors() -> None:
     other = replace(base(), meta=replace(base().meta, uid="other"))
     one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
     two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]

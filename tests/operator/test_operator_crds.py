@@ -1,4 +1,4 @@
-"""What the API server itself refuses, by the committed CRDs: bounds, schemes, immutability."""
+"""The API server refuses bad objects by the committed CRDs: bounds, schemes, immutability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ async def refused(attempt: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ({"source": {"uri": "https://host/model"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
         ({"scaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed scaling.maxReplicas"),
@@ -30,12 +30,12 @@ async def refused(attempt: Any) -> str:
         ({"access": {"namespaces": ["*"]}}, "should match"),
     ],
 )
-async def test_a_bad_base_is_refused_with_the_field_and_the_bound(api: Api, spec: dict[str, Any], told: str) -> None:
-    assert told in await refused(api.base(**spec))
+async def test_a_bad_base_is_refused_with_the_field_and_the_bound(api: Api, spec: dict[str, Any], message: str) -> None:
+    assert message in await refused(api.base(**spec))
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ({"source": {"uri": "file:///etc/passwd"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
         ({"source": {"uri": "hf://org/a", "digest": "sha256:short"}}, "should match"),
@@ -44,17 +44,19 @@ async def test_a_bad_base_is_refused_with_the_field_and_the_bound(api: Api, spec
         ({"alias": "with space"}, "should match"),
     ],
 )
-async def test_a_bad_adapter_is_refused_with_the_field_and_the_bound(api: Api, spec: dict[str, Any], told: str) -> None:
-    assert told in await refused(api.adapter("a", **spec))
+async def test_a_bad_adapter_is_refused_with_the_field_and_the_bound(
+    api: Api, spec: dict[str, Any], message: str
+) -> None:
+    assert message in await refused(api.adapter("a", **spec))
 
 
-async def test_names_that_no_child_could_carry_are_refused(api: Api) -> None:
+async def test_names_that_no_child_could_have_are_refused(api: Api) -> None:
     await refused(api.base("b" * 41))
     await refused(api.adapter("with.dots"))
     await refused(api.adapter("a" * 64))
 
 
-async def test_what_must_not_change_cannot(api: Api) -> None:
+async def test_immutable_fields_cannot_be_changed(api: Api) -> None:
     await api.base()
     await api.adapter("a")
     change = {"spec": {"source": {"uri": "hf://org/other"}}}
@@ -62,7 +64,7 @@ async def test_what_must_not_change_cannot(api: Api) -> None:
     assert "baseModelRef is immutable" in await refused(
         api.patch("loraadapters", "a", {"spec": {"baseModelRef": {"name": "other"}}})
     )
-    await api.patch("loraadapters", "a", change)  # an adapter's source may: it rolls over
+    await api.patch("loraadapters", "a", change)  # an adapter's source may change: that is a rollout
 
 
 async def test_the_scale_subresource_reads_and_writes_replicas(api: Api) -> None:

@@ -1,4 +1,4 @@
-"""Two operators: one acts, the other takes over; a leader that lost the Lease writes nothing."""
+"""Leader election: of two operators one acts and the other takes over; a leader without the Lease writes nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from fakes_operator import FakeInspector
-from operator_world import Api, condition, running_operator, until
+from operator_world import TLS_GOODBYE_S, Api, condition, operator_settings, running_operator, until
 
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.effects.cluster import FencedError
+from lorapool_operator.process import Process
 
 pytestmark = pytest.mark.apiserver
 
@@ -21,7 +23,7 @@ LEASE: dict[str, Any] = {
     "lease_retry_s": 1.0,
 }
 LONG_LEASE: dict[str, Any] = LEASE | {"lease_duration_s": 120, "lease_renew_deadline_s": 60.0}
-"""Does not run out within a test: who takes over, takes over from one that gave up."""
+"""Does not expire within a test: a successor takes over only after a release."""
 
 
 async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ async def test_of_two_operators_one_acts_and_the_other_takes_over(api: Api, tmp_
         async def took_over() -> bool:
             return survivor.synced
 
-        await until(took_over)  # given up: it has two minutes yet to run
+        await until(took_over)  # it was released: it would expire only in two minutes
         await api.adapter("b")
         await until(lambda: state("b"), ("True", "Parked"))
 
@@ -68,27 +70,33 @@ async def _any(leaders: Any) -> bool:
 
 
 async def test_a_leader_whose_lease_was_taken_writes_nothing_and_ends(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector(), **LEASE) as process:
+    settings = operator_settings(api, tmp_path, **LEASE)
+    process = Process(settings, sources=SourceSettings(), inspector=FakeInspector())
+    running = asyncio.create_task(process.run())
 
-        async def leads() -> bool:
-            return process.synced
+    async def leads() -> bool:
+        return process.synced
 
+    async def fenced() -> bool:
+        return not process._leadership.may_write()
+
+    try:
         await until(leads)
-        body = {
-            "spec": {
-                "holderIdentity": "thief",
-                "leaseDurationSeconds": 3600,
-                "renewTime": "2099-01-01T00:00:00.000000Z",
-            }
+        taken = {
+            "holderIdentity": "thief",
+            "leaseDurationSeconds": 3600,
+            "renewTime": "2099-01-01T00:00:00.000000Z",
         }
-        await api.patch("leases", "lorapool-operator", body)
-
-        async def fenced() -> bool:
-            return not process._leadership.may_write()
-
-        await until(fenced)
+        await api.patch("leases", "lorapool-operator", {"spec": taken})
+        await until(fenced, every_s=0.01)
         base = await api.base()
         with pytest.raises(FencedError):
             await process.cluster.delete("Pod", api.namespace, "any", uid=base["metadata"]["uid"])
-        await asyncio.sleep(1.0)
+        await asyncio.wait_for(asyncio.shield(running), 30)
+        assert not process.stop_requested  # so the program exits with 1, and the kubelet starts it again
         assert "status" not in await api.get("basemodels", "tiny")
+        assert (await api.get("leases", "lorapool-operator"))["spec"]["holderIdentity"] == "thief"
+    finally:
+        process.stop()
+        await asyncio.wait_for(running, 20)
+        await asyncio.sleep(TLS_GOODBYE_S)

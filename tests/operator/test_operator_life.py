@@ -1,4 +1,4 @@
-"""The operator against a real API server: bases, adapters, and what their status says while things change."""
+"""The operator against a real API server: bases, adapters, and their status while things change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def key_of(adapter: dict[str, Any], text: str | None = None) -> AdapterKey:
     return AdapterKey(adapter["metadata"]["uid"], digest(text or adapter["spec"]["source"]["uri"]))
 
 
-async def test_a_base_gets_its_children_and_an_adapter_is_judged(api: Api, tmp_path: Path) -> None:
+async def test_a_base_gets_its_children_and_an_adapter_is_inspected(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         await api.base()
         await api.adapter("a")
@@ -91,7 +91,7 @@ async def test_a_terminal_failure_is_typed_and_not_tried_again(api: Api, tmp_pat
         assert inspector.asked.count("hf://org/bad") == 1
 
 
-async def test_the_retry_annotation_has_a_terminal_failure_judged_again(api: Api, tmp_path: Path) -> None:
+async def test_the_retry_annotation_has_a_terminal_failure_inspected_again(api: Api, tmp_path: Path) -> None:
     inspector = FakeInspector({"hf://org/a": ArtifactError(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")})
     async with running_operator(api, tmp_path, inspector):
         await api.base()
@@ -103,7 +103,7 @@ async def test_the_retry_annotation_has_a_terminal_failure_judged_again(api: Api
         assert "failure" not in (await api.get("loraadapters", "a"))["status"]
 
 
-async def test_a_source_that_is_down_is_tried_again_and_heals_by_itself(api: Api, tmp_path: Path) -> None:
+async def test_a_source_that_is_down_is_tried_again_until_it_is_up(api: Api, tmp_path: Path) -> None:
     inspector = FakeInspector({"hf://org/a": ArtifactError(FailureReason.SOURCE_UNAVAILABLE, "502 from the hub")})
     async with running_operator(api, tmp_path, inspector):
         await api.base()
@@ -132,7 +132,7 @@ async def test_a_rank_above_the_bound_is_refused_until_the_bound_is_raised(api: 
         assert inspector.asked == ["hf://org/a"]
 
 
-async def test_an_adapter_without_its_base_waits_and_comes_back_by_itself(api: Api, tmp_path: Path) -> None:
+async def test_an_adapter_without_its_base_waits_and_recovers_by_itself(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         await api.adapter("a")
         await until(lambda: ready(api, "a"), ("False", "BaseNotFound"))
@@ -144,7 +144,7 @@ async def test_an_adapter_without_its_base_waits_and_comes_back_by_itself(api: A
         await until(lambda: ready(api, "a"), ("True", "Parked"))
 
 
-async def test_a_recreated_base_with_other_weights_judges_its_adapters_anew(api: Api, tmp_path: Path) -> None:
+async def test_a_recreated_base_with_other_weights_has_its_adapters_inspected_again(api: Api, tmp_path: Path) -> None:
     inspector = FakeInspector()
     async with running_operator(api, tmp_path, inspector):
         await api.base()
@@ -174,8 +174,8 @@ async def test_a_suspended_adapter_leaves_the_runtime_and_comes_back(api: Api, t
             await until(lambda: ready(api, "a"), ("True", "Parked"))
 
 
-async def test_loaded_is_only_what_a_runtime_itself_reports_and_drops_with_its_pod(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):  # only the event can tell it
+async def test_loaded_is_only_what_a_runtime_reports_and_ends_with_its_pod(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):  # only the watch event can cause it
         base = await api.base()
         adapter = await api.adapter("a")
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
@@ -196,7 +196,7 @@ async def test_loaded_is_only_what_a_runtime_itself_reports_and_drops_with_its_p
             assert await ready(api, "a") == ("True", "Parked")
 
 
-async def test_a_terminating_pod_counts_for_nothing_though_it_still_answers(api: Api, tmp_path: Path) -> None:
+async def test_a_terminating_pod_does_not_count_though_it_still_answers(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         adapter = await api.adapter("a")
@@ -223,7 +223,7 @@ async def test_a_new_process_in_the_same_pod_takes_loaded_away(api: Api, tmp_pat
             await until(lambda: loaded(api, "a"), ("False", "Parked"))
 
 
-async def test_a_runtime_that_does_not_answer_is_not_believed(api: Api, tmp_path: Path) -> None:
+async def test_a_runtime_that_does_not_answer_no_longer_counts_as_having_the_adapter(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         adapter = await api.adapter("a")
@@ -235,12 +235,12 @@ async def test_a_runtime_that_does_not_answer_is_not_believed(api: Api, tmp_path
         await until(lambda: base_ready(api), ("False", "Starting"))
 
 
-async def test_a_runtime_that_fails_to_load_makes_the_failure_the_adapters(api: Api, tmp_path: Path) -> None:
+async def test_a_runtimes_failure_to_load_becomes_the_adapters_failure(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         adapter = await api.adapter("a")
         key = key_of(adapter)
-        await until(lambda: ready(api, "a"), ("True", "Parked"))  # a failure from before the judgement would not count
+        await until(lambda: ready(api, "a"), ("True", "Parked"))  # a failure from before the inspection would not count
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
             await api.runtime_pod(base, "tiny-0", runtime.port)
             runtime.have(key, f"{api.namespace}/a")
@@ -257,7 +257,7 @@ async def test_a_runtime_that_fails_to_load_makes_the_failure_the_adapters(api: 
             assert await ready(api, "a") == ("False", "NonFiniteWeights")
 
 
-async def test_a_pvc_source_awaits_a_runtime_which_then_judges_it(api: Api, tmp_path: Path) -> None:
+async def test_a_pvc_source_awaits_a_runtime_which_then_inspects_it(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         await api.adapter("a", source={"uri": "pvc://models/a"})
@@ -269,7 +269,7 @@ async def test_a_pvc_source_awaits_a_runtime_which_then_judges_it(api: Api, tmp_
             assert (await api.get("loraadapters", "a"))["status"]["digest"] == digest("p")
 
 
-async def test_a_warm_adapter_is_registered_and_pinned_at_home(api: Api, tmp_path: Path) -> None:
+async def test_a_warm_adapter_is_registered_and_pinned_on_its_preferred_replica(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
@@ -304,7 +304,7 @@ async def test_a_deleted_adapter_leaves_its_runtime(api: Api, tmp_path: Path) ->
             await until(gone)
 
 
-async def test_what_a_runtime_holds_for_no_object_is_taken_off_after_a_while(
+async def test_an_adapter_that_a_runtime_has_without_an_object_is_unregistered_after_a_while(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorapool_operator.decisions.plan_base.STRAY_GRACE_S", 1.0)
@@ -320,7 +320,7 @@ async def test_what_a_runtime_holds_for_no_object_is_taken_off_after_a_while(
             await until(gone)
 
 
-async def test_a_changed_source_is_loaded_beside_the_old_before_it_takes_over(api: Api, tmp_path: Path) -> None:
+async def test_a_changed_source_is_loaded_next_to_the_old_one_before_it_replaces_it(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         adapter = await api.adapter("a")
@@ -399,7 +399,7 @@ async def test_usage_stays_exact_over_an_operators_restart_and_a_pods_loss(api: 
             await until(tokens, 150)
             runtime.parts[uid] = UsagePart(boot_id="boot-1", requests=6, completion_tokens=170, loads=1)
             runtime.change()
-            await asyncio.sleep(0.5)  # seen, perhaps not written yet
+            await asyncio.sleep(0.5)  # polled, perhaps not written yet
             await api.delete("pods", "tiny-0")
             await until(tokens, 170)
             usage = (await api.get("loraadapters", "a"))["status"]["usage"]
@@ -414,7 +414,7 @@ async def test_usage_stays_exact_over_an_operators_restart_and_a_pods_loss(api: 
             assert await tokens() == 170
 
 
-async def test_an_idle_base_goes_to_zero_and_a_wake_brings_it_back(api: Api, tmp_path: Path) -> None:
+async def test_an_idle_base_scales_to_zero_and_a_wake_up_starts_it_again(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base(scaling={"idleAfter": "2s"})
         adapter = await api.adapter("a")
@@ -497,16 +497,10 @@ async def test_a_base_that_cannot_be_found_starts_no_pod(api: Api, tmp_path: Pat
         await until(lambda: replicas(), 0)
 
 
-async def test_a_child_that_someone_changes_or_deletes_comes_back(api: Api, tmp_path: Path) -> None:
-    async with running_operator(api, tmp_path, FakeInspector(), resync_s=1.0):
+async def test_a_deployment_that_someone_deletes_is_created_again(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):  # only the watch event can cause it
         await api.base()
-
-        async def image() -> str:
-            deployment = await api.find("deployments", "tiny-runtime")
-            return str(deployment["spec"]["template"]["spec"]["containers"][0]["image"]) if deployment else ""
-
-        await until(image, "registry.example/runtime:1")
-        uid = (await api.get("deployments", "tiny-runtime"))["metadata"]["uid"]
+        uid = (await until(lambda: api.find("deployments", "tiny-runtime")))["metadata"]["uid"]
         await api.delete("deployments", "tiny-runtime")
 
         async def another() -> bool:
@@ -516,7 +510,28 @@ async def test_a_child_that_someone_changes_or_deletes_comes_back(api: Api, tmp_
         await until(another)
 
 
-async def test_a_strangers_object_of_the_same_name_is_left_alone(api: Api, tmp_path: Path) -> None:
+async def test_children_that_someone_changes_or_deletes_are_restored_by_the_resync(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=1.0):
+        await api.base()
+        await until(lambda: api.find("poddisruptionbudgets", "tiny-runtime"))  # it is the last child to be applied
+
+        async def image() -> str:
+            deployment = await api.get("deployments", "tiny-runtime")
+            return str(deployment["spec"]["template"]["spec"]["containers"][0]["image"])
+
+        async def service_exists() -> bool:
+            return await api.find("services", "tiny-runtime") is not None
+
+        assert await image() == "registry.example/runtime:1"
+        container = {"name": "runtime", "image": "registry.example/other:1"}
+        change = {"spec": {"template": {"spec": {"containers": [container]}}}}
+        await api.patch("deployments", "tiny-runtime", change)
+        await until(image, "registry.example/runtime:1")
+        await api.delete("services", "tiny-runtime")  # Services are not watched
+        await until(service_exists)
+
+
+async def test_an_object_of_others_with_the_name_of_a_child_is_left_alone(api: Api, tmp_path: Path) -> None:
     service = {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "tiny-runtime"}, "spec": {"ports": [{"port": 1}]},
     }  # fmt: skip

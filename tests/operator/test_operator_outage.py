@@ -1,4 +1,4 @@
-"""The API server goes away and comes back; watches lose events. The operator gets over both by itself."""
+"""The API server stops and starts again, and watches lose events. The operator recovers from both by itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def ready(api: Api, name: str) -> tuple[str, str]:
     return condition(await api.get("loraadapters", name), "Ready")
 
 
-async def test_after_an_outage_of_the_api_server_everything_is_caught_up_with(api: Api, tmp_path: Path) -> None:
+async def test_after_an_outage_of_the_api_server_the_operator_catches_up(api: Api, tmp_path: Path) -> None:
     inspector = FakeInspector()
     async with running_operator(api, tmp_path, inspector) as process:
         base = await api.base()
@@ -30,10 +30,10 @@ async def test_after_an_outage_of_the_api_server_everything_is_caught_up_with(ap
             await asyncio.to_thread(api.server.interrupt)
             try:
                 key = AdapterKey(adapter["metadata"]["uid"], digest("hf://org/a"))
-                runtime.have(key, f"{api.namespace}/a")  # loads while nobody can be told
+                runtime.have(key, f"{api.namespace}/a")  # is loaded while no status can be written
                 polls = process.runtimes.polls
                 await asyncio.sleep(3.0)
-                assert process.runtimes.polls > polls  # runtimes are still listened to
+                assert process.runtimes.polls > polls  # runtimes are still polled
             finally:
                 await asyncio.to_thread(api.server.resume)
 
@@ -55,13 +55,13 @@ async def test_after_an_outage_of_the_api_server_everything_is_caught_up_with(ap
             assert time.monotonic() - began < 40.0
 
 
-async def test_events_that_a_watch_lost_are_made_up_for_by_the_resync(api: Api, tmp_path: Path) -> None:
+async def test_the_resync_repairs_events_that_a_watch_lost(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector(), resync_s=1.0) as process:
         await api.base()
         await api.adapter("kept")
         await until(lambda: ready(api, "kept"), ("True", "Parked"))
         adapters = process.cache.adapters
-        # as if neither the deletion nor the creation had ever been told
+        # as if the watch had delivered neither the deletion nor the creation
         ghost = adapters.get(api.namespace, "kept")
         assert ghost is not None
         await api.adapter("missed")

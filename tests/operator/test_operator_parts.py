@@ -1,4 +1,4 @@
-"""The small parts: queue, cache, settings, merge patch, retry times, metrics."""
+"""The small parts: queue, caches, settings, merge patch, retry times."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Clock:
 # --- queue
 
 
-async def test_a_key_is_handed_out_once_however_often_it_is_marked() -> None:
+async def test_a_key_is_handed_out_once_however_often_it_is_added() -> None:
     queue: WorkQueue[str] = WorkQueue()
     for _ in range(5):
         queue.add("a")
@@ -44,7 +44,7 @@ async def test_a_key_is_handed_out_once_however_often_it_is_marked() -> None:
     assert queue.ready_depth() == 0
 
 
-async def test_a_key_that_is_marked_while_it_is_worked_on_comes_again_afterwards() -> None:
+async def test_a_key_that_is_added_while_a_worker_has_it_is_handed_out_again_afterwards() -> None:
     queue: WorkQueue[str] = WorkQueue()
     queue.add("a")
     key = await queue.get()
@@ -109,7 +109,7 @@ def raw_adapter(
     }  # fmt: skip
 
 
-def test_a_late_echo_never_takes_back_what_a_newer_answer_said() -> None:
+def test_a_late_event_never_overwrites_a_newer_version() -> None:
     cache, queue = ClusterCache(), WorkQueue[Key]()
     intake = Intake(cache, queue.add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7))
@@ -119,7 +119,7 @@ def test_a_late_echo_never_takes_back_what_a_newer_answer_said() -> None:
     assert held.meta.resource_version == "7"
 
 
-def test_a_deletion_of_a_former_object_leaves_the_new_one() -> None:
+def test_the_deletion_of_an_older_object_leaves_the_new_one() -> None:
     cache = ClusterCache()
     intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     intake.adapter(raw_adapter("a", 7, uid="new"))
@@ -127,7 +127,7 @@ def test_a_deletion_of_a_former_object_leaves_the_new_one() -> None:
     assert cache.adapters.get("team", "a") is not None
 
 
-def test_an_object_that_cannot_be_read_is_left_out_and_breaks_nothing() -> None:
+def test_an_object_that_cannot_be_parsed_is_ignored() -> None:
     cache = ClusterCache()
     intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
     broken = raw_adapter("a", 7)
@@ -150,7 +150,7 @@ def test_an_alias_is_held_by_the_oldest_of_a_namespace() -> None:
     assert cache.alias_holder(young) is None
 
 
-def test_a_pod_tells_where_its_runtime_listens_and_why_it_does_not() -> None:
+def test_a_parsed_pod_has_the_runtimes_address_and_the_reason_why_it_does_not_run() -> None:
     pod = PodObject.parse(
         {
             "metadata": {"namespace": "team", "name": "p", "uid": "u", "labels": {f"{GROUP}/base": "tiny"}},
@@ -179,7 +179,7 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"LORAPOOL_OPERATOR_RESYNC": "5"}, "unknown setting LORAPOOL_OPERATOR_RESYNC"),
         ({"LORAPOOL_OPERATOR_RESYNC_S": "soon"}, "LORAPOOL_OPERATOR_RESYNC_S"),
@@ -188,10 +188,10 @@ def test_settings_come_from_the_environment_with_defaults() -> None:
         ({"LORAPOOL_OPERATOR_RUNTIME_IMAGE": ""}, "LORAPOOL_OPERATOR_RUNTIME_IMAGE"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], told: str) -> None:
+def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         read_settings({**NEEDED, **changes})
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 # --- merge patch, times
@@ -211,7 +211,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def applied(target: Any, patch: Any) -> Any:
-    """RFC 7386, as the API server does it."""
+    """Applies a merge patch by RFC 7386, as the API server does."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -239,11 +239,11 @@ def test_retry_times_double_within_their_bounds(attempt: int, jitter: float) -> 
     assert min(300.0, 5.0 * 2 ** (attempt - 1)) / 2 <= wait_s <= 300.0
 
 
-def test_a_source_that_names_a_time_is_obeyed_within_reason() -> None:
+def test_the_wait_that_a_source_asks_for_is_kept_up_to_the_longest_wait() -> None:
     assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=60.0) == 60.0
     assert retry_at_unix_s(0.0, 1, 0.5, first_s=5.0, longest_s=300.0, asked_s=86400.0) == 300.0
 
 
-def test_times_survive_their_way_through_the_object() -> None:
+def test_times_survive_a_round_trip_through_an_object() -> None:
     assert unix(iso(1_700_000_000.9)) == 1_700_000_000.0
     assert unix("nonsense") is None

@@ -1,4 +1,4 @@
-"""The program as it is started in a cluster: settings from the environment, probes, metrics, a clean end."""
+"""The program as a cluster starts it: settings from the environment, probes, metrics, a clean exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def scrape(port: int, path: str = "/metrics") -> tuple[int, str]:
         return response.status, await response.text()
 
 
-async def test_the_program_starts_leads_judges_and_ends_when_told_to(api: Api, tmp_path: Path) -> None:
+async def test_the_program_starts_leads_inspects_and_exits_after_a_signal(api: Api, tmp_path: Path) -> None:
     (tmp_path / "profiles.yaml").write_text(PROFILES)
     (tmp_path / "token").write_text(MASTER_TOKEN)
     own = {
@@ -63,19 +63,19 @@ async def test_the_program_starts_leads_judges_and_ends_when_told_to(api: Api, t
     assert '"message": "leading"' in log
 
 
-async def test_settings_that_cannot_be_used_end_it_with_a_sentence(tmp_path: Path) -> None:
+async def test_the_program_exits_with_a_message_for_invalid_settings(tmp_path: Path) -> None:
     environment = {**os.environ, "LORAPOOL_OPERATOR_RESYNC": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     program = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-m", "lorapool_operator", env=environment, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
     )
     assert program.stderr is not None
-    told = (await program.stderr.read()).decode()
+    message = (await program.stderr.read()).decode()
     assert await program.wait() == 2
-    assert "unknown setting LORAPOOL_OPERATOR_RESYNC" in told
-    assert "Traceback" not in told
+    assert "unknown setting LORAPOOL_OPERATOR_RESYNC" in message
+    assert "Traceback" not in message
 
 
-async def test_probes_and_metrics_tell_the_state_and_series_vanish_with_the_object(api: Api, tmp_path: Path) -> None:
+async def test_probes_and_metrics_show_the_state_and_series_disappear_with_the_object(api: Api, tmp_path: Path) -> None:
     async with running_operator(api, tmp_path, FakeInspector()) as process:
         base = await api.base()
         await api.adapter("a")
@@ -98,7 +98,7 @@ async def test_probes_and_metrics_tell_the_state_and_series_vanish_with_the_obje
                 "lorapool_operator_queue_depth",
                 "lorapool_operator_queue_oldest_age_seconds",
                 "lorapool_operator_adapters",
-                "lorapool_operator_judgements",
+                "lorapool_operator_judgements_waiting",
                 "lorapool_operator_base_condition",
                 "lorapool_operator_runtime_polls",
             ):

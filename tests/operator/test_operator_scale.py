@@ -1,4 +1,4 @@
-"""Many adapters at once: each judged, one status write each; the time is printed for the docs."""
+"""Many adapters at once: each is inspected with one status write; the time is printed for the docs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from operator_world import Api, condition, running_operator, until
 pytestmark = pytest.mark.apiserver
 
 ADAPTERS = int(os.environ.get("LORAPOOL_TEST_ADAPTERS", "200"))
-"""More by hand, to see how it grows."""
+"""More adapters show how the time grows."""
 
 
 async def test_many_adapters_at_once_cost_one_status_write_each(
@@ -31,13 +31,13 @@ async def test_many_adapters_at_once_cost_one_status_write_each(
             await asyncio.gather(*(api.adapter(f"a-{number}") for number in range(first, min(first + 100, ADAPTERS))))
         created_s = time.monotonic() - began
 
-        async def judged() -> bool:
+        async def all_ready() -> bool:
             items = await api.items("loraadapters")
             return sum(condition(item, "Ready") == ("True", "Parked") for item in items) == ADAPTERS
 
-        await until(judged, within_s=30.0 + ADAPTERS * 0.1, every_s=0.2 + ADAPTERS / 2000)
+        await until(all_ready, within_s=30.0 + ADAPTERS * 0.1, every_s=0.2 + ADAPTERS / 2000)
         took_s = time.monotonic() - began
-        await asyncio.sleep(3.0)  # echoes of our own writes must not cause more
+        await asyncio.sleep(3.0)  # watch events of the operator's own writes must not cause more
         writes = process.cluster.writes["status"] - before
         assert inspector.most_running <= 8
         assert sorted(inspector.asked) == sorted(f"hf://org/a-{number}" for number in range(ADAPTERS))
@@ -50,11 +50,11 @@ async def test_many_adapters_at_once_cost_one_status_write_each(
         assert {name: count for name, count in per_object.items() if name.startswith("a-") and count != 1} == {}
         assert writes - ADAPTERS <= 1 + took_s / 1.0 + 3  # the base's own, at most one a second
     with capsys.disabled():
-        print(f"\n{ADAPTERS} adapters: created in {created_s:.1f} s, all judged after {took_s:.1f} s, {writes} writes")
+        print(f"\n{ADAPTERS} adapters: created in {created_s:.1f} s, all ready after {took_s:.1f} s, {writes} writes")
 
 
 def _status_writes(api: Api) -> Counter[str]:
-    """Status patches of this namespace by object, as the API server's own audit log has them."""
+    """Counts the status patches of this namespace by object, from the API server's audit log."""
     found: Counter[str] = Counter()
     for line in api.server.audit_log.read_text().splitlines():
         event = json.loads(line)

@@ -1,4 +1,4 @@
-"""The adapter's plan as a table: a world in one literal, and what is decided about it."""
+"""Plans of adapters: each test states the whole world in one literal and asserts what is decided."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def report(state: AdapterState = AdapterState.LOADED, of: str = OLD, **more: Any
     return AdapterReport.model_validate({**known, "usage": UsagePart(boot_id="boot"), **more})
 
 
-def place(
+def replica(
     *reports: AdapterReport, pod: str = "pod-1", fresh: bool = True, terminating: bool = False
 ) -> AdapterOnReplica:
     snapshot = RuntimeSnapshot(
@@ -64,7 +64,7 @@ def place(
     )
 
 
-def judged(
+def inspected(
     outcome: SourceFacts | SourceFailure, of: AdapterObject, on: BaseObject, attempt: int = 1
 ) -> InspectionResult:
     return InspectionResult(adapter_fingerprint(of, on), attempt, outcome, NOW - 1, 0.5)
@@ -75,23 +75,23 @@ def good(of: str = OLD, rank: int = 8) -> SourceFacts:
 
 
 def settled(of: AdapterObject, on: BaseObject, facts: SourceFacts | None = None) -> AdapterObject:
-    """The same adapter after a good judgement was written."""
-    seen = ObservedAdapter(of, on, inspection=judged(facts or good(), of, on))
-    status = plan_adapter(seen, NOW - 100, SETTINGS).status
+    """Returns the same adapter after a successful inspection was written to its status."""
+    observed = ObservedAdapter(of, on, inspection=inspected(facts or good(), of, on))
+    status = plan_adapter(observed, NOW - 100, SETTINGS).status
     assert status is not None
     return replace(of, status=status)
 
 
-def plan(seen: ObservedAdapter, now: float = NOW) -> AdapterPlan:
-    return plan_adapter(seen, now, SETTINGS)
+def plan(observed: ObservedAdapter, now: float = NOW) -> AdapterPlan:
+    return plan_adapter(observed, now, SETTINGS)
 
 
-def told(made: AdapterPlan, kind: str) -> tuple[str, str]:
+def condition(made: AdapterPlan, kind: str) -> tuple[str, str]:
     assert made.status is not None
     return next((item.status, item.reason) for item in made.status.conditions if item.type == kind)
 
 
-def test_a_new_adapter_is_judged_and_nothing_is_written_meanwhile() -> None:
+def test_a_new_adapter_is_inspected_and_no_status_is_written_meanwhile() -> None:
     made = plan(ObservedAdapter(adapter(), base()))
     assert made.inspect is not None
     assert (made.inspect.uri, made.inspect.attempt) == ("hf://org/a", 1)
@@ -100,14 +100,14 @@ def test_a_new_adapter_is_judged_and_nothing_is_written_meanwhile() -> None:
 
 def test_an_inspection_that_takes_long_shows_as_pending() -> None:
     one = adapter()
-    seen = ObservedAdapter(one, base(), running=RunningInspection(adapter_fingerprint(one, base()), NOW - 4.0))
-    assert plan(seen).status is None
-    assert plan(seen).requeue_at == NOW + 1.0
-    made = plan(seen, NOW + 1.0)
-    assert told(made, "Ready") == ("Unknown", "Pending")
+    observed = ObservedAdapter(one, base(), running=RunningInspection(adapter_fingerprint(one, base()), NOW - 4.0))
+    assert plan(observed).status is None
+    assert plan(observed).requeue_at == NOW + 1.0
+    made = plan(observed, NOW + 1.0)
+    assert condition(made, "Ready") == ("Unknown", "Pending")
 
 
-def test_an_idle_adapter_is_ready_and_parked() -> None:
+def test_an_idle_adapter_is_ready_and_not_loaded() -> None:
     one = settled(adapter(), base())
     assert one.status.state == "Parked"
     assert {item.type: item.status for item in one.status.conditions} == {
@@ -118,22 +118,22 @@ def test_an_idle_adapter_is_ready_and_parked() -> None:
 def test_nothing_is_written_when_nothing_changed() -> None:
     one = settled(adapter(), base())
     assert plan(ObservedAdapter(one, base())) == AdapterPlan()
-    assert plan(ObservedAdapter(one, base(), replicas=(place(),))) == AdapterPlan()
+    assert plan(ObservedAdapter(one, base(), replicas=(replica(),))) == AdapterPlan()
 
 
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        (place(report()), ("True", "Loaded")),
-        (place(report(), terminating=True), ("False", "Parked")),
-        (place(report(AdapterState.LOADING)), ("False", "Loading")),
-        (place(report(AdapterState.REGISTERED)), ("False", "Parked")),
-        (place(report(AdapterState.DRAINING, tier=Tier.DEVICE)), ("False", "Parked")),
-        (place(report(), fresh=False), ("Unknown", "Unavailable")),
-        (place(report(of=NEW)), ("False", "Parked")),
+        (replica(report()), ("True", "Loaded")),
+        (replica(report(), terminating=True), ("False", "Parked")),
+        (replica(report(AdapterState.LOADING)), ("False", "Loading")),
+        (replica(report(AdapterState.REGISTERED)), ("False", "Parked")),
+        (replica(report(AdapterState.DRAINING, tier=Tier.DEVICE)), ("False", "Parked")),
+        (replica(report(), fresh=False), ("Unknown", "Unavailable")),
+        (replica(report(of=NEW)), ("False", "Parked")),
     ],
 )
-def test_loaded_is_true_only_for_this_digest_on_a_device_of_a_believed_runtime(
+def test_loaded_is_true_only_for_this_digest_on_a_device_of_a_runtime_that_answers(
     where: AdapterOnReplica, expected: tuple[str, str]
 ) -> None:
     one = settled(adapter(), base())
@@ -142,25 +142,25 @@ def test_loaded_is_true_only_for_this_digest_on_a_device_of_a_believed_runtime(
     assert held == expected
 
 
-def test_a_lost_runtime_is_told_until_another_serves() -> None:
+def test_a_lost_runtime_is_reported_until_another_serves() -> None:
     one = settled(adapter(), base())
-    loaded = plan(ObservedAdapter(one, base(), replicas=(place(report()),))).status
+    loaded = plan(ObservedAdapter(one, base(), replicas=(replica(report()),))).status
     assert loaded is not None
     lost = plan(ObservedAdapter(replace(one, status=loaded), base()))
-    assert told(lost, "Loaded") == ("False", "RuntimeRestarted")
+    assert condition(lost, "Loaded") == ("False", "RuntimeRestarted")
     assert lost.status is not None
     assert (lost.status.replicas, lost.status.loaded) == ([], "0/1")
-    back = plan(ObservedAdapter(replace(one, status=lost.status), base(), replicas=(place(pod="pod-2"),)))
-    assert told(back, "Loaded") == ("False", "Parked")
+    back = plan(ObservedAdapter(replace(one, status=lost.status), base(), replicas=(replica(pod="pod-2"),)))
+    assert condition(back, "Loaded") == ("False", "Parked")
     asleep = plan(ObservedAdapter(replace(one, status=loaded), base(replicas=0)))
-    assert told(asleep, "Loaded") == ("False", "Parked")
+    assert condition(asleep, "Loaded") == ("False", "Parked")
 
 
-def test_a_transient_failure_waits_with_back_off_and_is_asked_again() -> None:
+def test_a_transient_failure_is_inspected_again_after_a_back_off() -> None:
     one, on = adapter(), base()
-    down = judged(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502"), one, on)
+    down = inspected(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502"), one, on)
     made = plan(ObservedAdapter(one, on, inspection=down))
-    assert told(made, "Ready") == ("False", "SourceUnavailable")
+    assert condition(made, "Ready") == ("False", "SourceUnavailable")
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is not None
@@ -176,7 +176,7 @@ def test_a_transient_failure_waits_with_back_off_and_is_asked_again() -> None:
 def test_after_a_restart_the_recorded_wait_is_kept() -> None:
     one, on = adapter(), base()
     made = plan(
-        ObservedAdapter(one, on, inspection=judged(SourceFailure(FailureReason.RATE_LIMITED, "429", 60.0), one, on))
+        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.RATE_LIMITED, "429", 60.0), one, on))
     )
     assert made.status is not None
     assert made.requeue_at is not None
@@ -185,9 +185,11 @@ def test_after_a_restart_the_recorded_wait_is_kept() -> None:
     assert (after_restart.inspect, after_restart.requeue_at) == (None, made.requeue_at)
 
 
-def test_a_terminal_failure_is_not_asked_again_until_the_question_changes() -> None:
+def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change() -> None:
     one, on = adapter(), base()
-    made = plan(ObservedAdapter(one, on, inspection=judged(SourceFailure(FailureReason.UNAUTHORIZED, "401"), one, on)))
+    made = plan(
+        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401"), one, on))
+    )
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is None
@@ -201,59 +203,61 @@ def test_the_old_digest_serves_until_the_new_one_is_loaded() -> None:
     on = base()
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
-    judgement = judged(good(NEW), changed, on)
-    beside = plan(ObservedAdapter(changed, on, replicas=(place(report()),), inspection=judgement))
+    inspection = inspected(good(NEW), changed, on)
+    rollout = plan(ObservedAdapter(changed, on, replicas=(replica(report()),), inspection=inspection))
     assert [
-        (str(item.adapter.digest), item.descriptor.load) for item in beside.registers if item.adapter.digest == NEW
+        (str(item.adapter.digest), item.descriptor.load) for item in rollout.registers if item.adapter.digest == NEW
     ] == [(NEW, True)]
-    assert beside.unregisters == ()
-    assert told(beside, "Progressing") == ("True", "Loading")
-    assert beside.status is not None
-    assert beside.status.digest == OLD
-    both = (place(report(), report(of=NEW)),)
-    switched = plan(ObservedAdapter(replace(changed, status=beside.status), on, replicas=both, inspection=judgement))
+    assert rollout.unregisters == ()
+    assert condition(rollout, "Progressing") == ("True", "Loading")
+    assert rollout.status is not None
+    assert rollout.status.digest == OLD
+    both = (replica(report(), report(of=NEW)),)
+    switched = plan(ObservedAdapter(replace(changed, status=rollout.status), on, replicas=both, inspection=inspection))
     assert switched.status is not None
     assert (switched.status.digest, switched.status.source_uri) == (NEW, "hf://org/b")
     assert [note.reason for note in switched.events] == ["Switched"]
-    drained = plan(ObservedAdapter(replace(changed, status=switched.status), on, replicas=both, inspection=judgement))
+    drained = plan(ObservedAdapter(replace(changed, status=switched.status), on, replicas=both, inspection=inspection))
     assert [item.adapter.digest for item in drained.unregisters] == [OLD]
 
 
-def test_an_old_digest_in_use_is_not_taken_off() -> None:
+def test_an_old_digest_in_use_is_not_unregistered() -> None:
     on = base()
     one = settled(adapter(source={"uri": "hf://org/b"}), on, good(NEW))
-    busy = place(report(in_flight=1, last_used_unix_s=NOW - 60), report(of=NEW))
+    busy = replica(report(in_flight=1, last_used_unix_s=NOW - 60), report(of=NEW))
     made = plan(ObservedAdapter(one, on, replicas=(busy,)))
     assert made.unregisters == ()
     assert made.requeue_at == NOW + 1.0
 
 
-def test_a_sleeping_base_switches_at_once_since_nobody_is_served() -> None:
+def test_a_base_without_replicas_switches_to_the_new_files_at_once() -> None:
     on = base(replicas=0)
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
-    made = plan(ObservedAdapter(changed, on, inspection=judged(good(NEW), changed, on)))
+    made = plan(ObservedAdapter(changed, on, inspection=inspected(good(NEW), changed, on)))
     assert made.status is not None
     assert made.status.digest == NEW
 
 
-@pytest.mark.parametrize("how", ["judge", "runtime", "rank"])
+@pytest.mark.parametrize("how", ["inspection", "runtime", "rank"])
 def test_when_the_new_files_fail_the_old_keep_serving(how: str) -> None:
     on = base(lora={"maxRank": 8})
     one = settled(adapter(), on)
     changed = adapter(one.status, source={"uri": "hf://org/b"})
     outcome: SourceFacts | SourceFailure = good(NEW, rank=64 if how == "rank" else 8)
-    if how == "judge":
+    if how == "inspection":
         outcome = SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing")
     detail = ErrorDetail(reason="NonFiniteWeights", message="NaN")
     new = (report(AdapterState.FAILED, NEW, failure=detail),) if how == "runtime" else ()
-    seen = ObservedAdapter(changed, on, replicas=(place(report(), *new),), inspection=judged(outcome, changed, on))
-    made = plan(seen)
-    assert told(made, "Progressing") == ("False", "RolloutFailed")
-    assert told(made, "Ready") == ("True", "Loaded")
+    observed = ObservedAdapter(
+        changed, on, replicas=(replica(report(), *new),), inspection=inspected(outcome, changed, on)
+    )
+    made = plan(observed)
+    assert condition(made, "Progressing") == ("False", "RolloutFailed")
+    assert condition(made, "Ready") == ("True", "Loaded")
     assert made.status is not None
     assert (made.status.digest, made.status.state) == (OLD, "RolloutFailed")
-    later = plan(replace(seen, adapter=replace(changed, status=made.status)))
+    later = plan(replace(observed, adapter=replace(changed, status=made.status)))
     assert later.status is None
     assert later.inspect is None
 
@@ -265,7 +269,7 @@ def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
         adapter_fingerprint(one, other), 1, SourceFailure(FailureReason.WRONG_BASE, "shapes"), NOW, 0.5
     )
     made = plan(ObservedAdapter(one, other, inspection=wrong))
-    assert told(made, "Ready") == ("False", "WrongBase")
+    assert condition(made, "Ready") == ("False", "WrongBase")
     assert made.status is not None
     assert made.status.digest is None
 
@@ -281,72 +285,72 @@ def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
         ),
     ],
 )
-def test_what_must_not_be_served_is_taken_off_every_runtime(
+def test_an_adapter_that_must_not_be_served_is_unregistered_from_every_runtime(
     one: AdapterObject, on: BaseObject | None, reason: str
 ) -> None:
-    made = plan(ObservedAdapter(one, on, replicas=(place(report(in_flight=3)),)))
-    assert told(made, "Ready") == ("False", reason)
+    made = plan(ObservedAdapter(one, on, replicas=(replica(report(in_flight=3)),)))
+    assert condition(made, "Ready") == ("False", reason)
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
     assert made.registers == ()
     assert made.inspect is None
 
 
-def test_an_adapter_whose_base_is_not_there_says_so_and_touches_no_runtime() -> None:
+def test_an_adapter_without_its_base_reports_that_and_touches_no_runtime() -> None:
     one = settled(adapter(), base())
-    made = plan(ObservedAdapter(one, None, replicas=(place(report()),)))
-    assert told(made, "Ready") == ("False", "BaseNotFound")
-    assert told(made, "Resolved") == ("True", "Resolved")
+    made = plan(ObservedAdapter(one, None, replicas=(replica(report()),)))
+    assert condition(made, "Ready") == ("False", "BaseNotFound")
+    assert condition(made, "Resolved") == ("True", "Resolved")
     assert made.unregisters == ()
 
 
-def test_the_base_of_a_new_adapter_may_be_on_its_way() -> None:
+def test_the_missing_base_of_a_new_adapter_is_reported_only_after_a_moment() -> None:
     one = adapter()
     new = ObservedAdapter(replace(one, meta=replace(one.meta, created_unix_s=NOW - 1)), None)
     assert (plan(new).status, plan(new).requeue_at) == (None, NOW + 2)
-    assert told(plan(new, NOW + 2), "Ready") == ("False", "BaseNotFound")
+    assert condition(plan(new, NOW + 2), "Ready") == ("False", "BaseNotFound")
 
 
-def test_what_is_not_judged_yet_is_left_where_it_is() -> None:
-    assert plan(ObservedAdapter(adapter(), base(), replicas=(place(report()),))).unregisters == ()
+def test_an_adapter_that_is_not_inspected_yet_stays_registered() -> None:
+    assert plan(ObservedAdapter(adapter(), base(), replicas=(replica(report()),))).unregisters == ()
 
 
-def test_what_is_known_to_be_bad_is_taken_off() -> None:
+def test_an_adapter_whose_files_are_invalid_is_unregistered() -> None:
     one, on = adapter(), base()
-    wrong = judged(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
-    made = plan(ObservedAdapter(one, on, replicas=(place(report()),), inspection=wrong))
+    wrong = inspected(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
+    made = plan(ObservedAdapter(one, on, replicas=(replica(report()),), inspection=wrong))
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
 
 
-def test_a_warm_adapter_is_pinned_at_home_and_nowhere_else() -> None:
+def test_a_warm_adapter_is_pinned_on_its_preferred_replica_and_on_no_other() -> None:
     on = base()
     one = settled(adapter(minReplicas=1), on)
-    places = tuple(place(pod=f"pod-{number}") for number in range(4))
-    made = plan(ObservedAdapter(one, on, replicas=places))
+    replicas = tuple(replica(pod=f"pod-{number}") for number in range(4))
+    made = plan(ObservedAdapter(one, on, replicas=replicas))
     assert len(made.registers) == 1
     assert made.registers[0].descriptor.pinned
-    assert plan(ObservedAdapter(one, on, replicas=places[::-1])).registers[0].pod == made.registers[0].pod
+    assert plan(ObservedAdapter(one, on, replicas=replicas[::-1])).registers[0].pod == made.registers[0].pod
 
 
-def test_an_unchanged_descriptor_is_not_sent_twice() -> None:
+def test_an_unchanged_descriptor_is_not_registered_twice() -> None:
     on = base()
     one = settled(adapter(minReplicas=1), on)
-    seen = ObservedAdapter(one, on, replicas=(place(report(pinned=True)),))
-    first = plan(seen).registers
+    observed = ObservedAdapter(one, on, replicas=(replica(report(pinned=True)),))
+    first = plan(observed).registers
     assert len(first) == 1
-    assert plan(replace(seen, registered={("boot", OLD): first[0].descriptor})).registers == ()
+    assert plan(replace(observed, registered={("boot", OLD): first[0].descriptor})).registers == ()
 
 
-def test_usage_waits_for_its_time_unless_something_else_is_written() -> None:
+def test_usage_is_written_once_per_interval_unless_something_else_is_written() -> None:
     on = base()
     one = settled(adapter(), on)
     counted = UsagePart(boot_id="boot", requests=2, completion_tokens=50)
     used = report(usage=counted, last_used_unix_s=NOW - 2)
-    made = plan(ObservedAdapter(one, on, replicas=(place(used),)))
+    made = plan(ObservedAdapter(one, on, replicas=(replica(used),)))
     assert made.status is not None
     assert made.status.usage is not None
     assert (made.status.usage.completion_tokens, made.status.last_used) == (50, "2023-11-14T22:13:18Z")
     more = report(usage=counted.model_copy(update={"completion_tokens": 70}), last_used_unix_s=NOW)
-    held = ObservedAdapter(replace(one, status=made.status), on, replicas=(place(more),))
+    held = ObservedAdapter(replace(one, status=made.status), on, replicas=(replica(more),))
     assert (plan(held, NOW + 30).status, plan(held, NOW + 30).requeue_at) == (None, NOW + 60)
     due = plan(held, NOW + 61).status
     assert due is not None
@@ -354,7 +358,7 @@ def test_usage_waits_for_its_time_unless_something_else_is_written() -> None:
     assert due.usage.completion_tokens == 70
 
 
-def test_an_alias_belongs_to_the_older_and_the_younger_is_told() -> None:
+def test_an_alias_belongs_to_the_older_adapter_and_the_younger_reports_it() -> None:
     on = base()
     one = settled(adapter(alias="fast"), on)
     made = plan(ObservedAdapter(one, on, alias_holder=replace(one, meta=meta("older", "o")).key))

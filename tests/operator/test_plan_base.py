@@ -1,4 +1,4 @@
-"""The base's plan as a table: a world in one literal, and what is decided about it."""
+"""Plans of bases: each test states the whole world in one literal and asserts what is decided."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def deployment(owner: str = "base-uid") -> DeploymentObject:
     return DeploymentObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "")
 
 
-def judged(outcome: SourceFacts | SourceFailure) -> InspectionResult:
+def inspected(outcome: SourceFacts | SourceFailure) -> InspectionResult:
     return InspectionResult("base-uid/", 1, outcome, NOW - 1, 0.5)
 
 
-FOUND = judged(SourceFacts(digest("base"), "rev", size_bytes=9))
+FOUND = inspected(SourceFacts(digest("base"), "rev", size_bytes=9))
 
 
 def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
@@ -77,16 +77,16 @@ def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
     return ObservedBase(base=of or base(), **{**known, **more})
 
 
-def plan(seen: ObservedBase, now: float = NOW) -> BasePlan:
-    return plan_base(seen, now, SETTINGS)
+def plan(observed: ObservedBase, now: float = NOW) -> BasePlan:
+    return plan_base(observed, now, SETTINGS)
 
 
-def told(made: BasePlan, kind: str) -> tuple[str, str]:
+def condition(made: BasePlan, kind: str) -> tuple[str, str]:
     assert made.status is not None
     return next((item.status, item.reason) for item in made.status.conditions if item.type == kind)
 
 
-def test_a_new_base_is_looked_at_first_and_started_once() -> None:
+def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     first = plan(world(inspection=None))
     assert first.inspect is not None
     assert first.children == ()
@@ -94,40 +94,40 @@ def test_a_new_base_is_looked_at_first_and_started_once() -> None:
     made = plan(world())
     assert [child["kind"] for child in made.children] == ["Deployment", "Service", "PodDisruptionBudget"]
     assert made.scale_to == 1
-    assert told(made, "SourceResolved") == ("True", "Resolved")
-    assert told(made, "Ready") == ("False", "Starting")
+    assert condition(made, "SourceResolved") == ("True", "Resolved")
+    assert condition(made, "Ready") == ("False", "Starting")
 
 
-def test_children_are_applied_once_and_again_only_when_something_calls_for_it() -> None:
-    seen = world(base(replicas=1), deployment=deployment())
-    known = plan(seen).children_hash
-    assert plan(replace(seen, applied_hash=known)).children == ()
-    assert plan(replace(seen, applied_hash=known, apply_again=True)).children
-    assert plan(replace(seen, applied_hash=known, deployment=None)).children
-    assert plan(replace(seen, applied_hash=known, image=RuntimeImage("runtime:2", "Always"))).children
+def test_children_are_applied_once_and_again_only_for_a_reason() -> None:
+    observed = world(base(replicas=1), deployment=deployment())
+    known = plan(observed).children_hash
+    assert plan(replace(observed, applied_hash=known)).children == ()
+    assert plan(replace(observed, applied_hash=known, apply_again=True)).children
+    assert plan(replace(observed, applied_hash=known, deployment=None)).children
+    assert plan(replace(observed, applied_hash=known, image=RuntimeImage("runtime:2", "Always"))).children
 
 
 def test_a_serving_replica_makes_the_base_ready() -> None:
     made = plan(world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment()))
-    assert told(made, "RuntimeAvailable") == ("True", "Available")
-    assert told(made, "Ready") == ("True", "Ready")
-    assert told(made, "Progressing") == ("False", "Stable")
+    assert condition(made, "RuntimeAvailable") == ("True", "Available")
+    assert condition(made, "Ready") == ("True", "Ready")
+    assert condition(made, "Progressing") == ("False", "Stable")
     assert made.status is not None
     assert (made.status.replicas, made.status.ready_replicas, made.status.state) == (1, 1, "Ready")
     assert [(item.name, item.boot_id, item.ready) for item in made.status.pods] == [("pod", "boot-pod", True)]
 
 
-def test_asleep_is_ready_since_a_request_wakes_it() -> None:
+def test_a_base_at_zero_replicas_is_ready_since_a_request_starts_one() -> None:
     made = plan(world(base(replicas=0)))
-    assert told(made, "Ready") == ("True", "ScaledToZero")
-    assert told(made, "RuntimeAvailable") == ("False", "ScaledToZero")
+    assert condition(made, "Ready") == ("True", "ScaledToZero")
+    assert condition(made, "RuntimeAvailable") == ("False", "ScaledToZero")
     assert made.children[0]["spec"]["replicas"] == 0
 
 
 def test_a_pod_that_cannot_run_is_quoted() -> None:
     broken = pod(ready=False, problem="ImagePullBackOff: no such tag")
     made = plan(world(base(replicas=1), pods=(broken,), deployment=deployment()))
-    assert told(made, "Ready") == ("False", "Unavailable")
+    assert condition(made, "Ready") == ("False", "Unavailable")
     assert made.status is not None
     assert "ImagePullBackOff" in next(item.message for item in made.status.conditions if item.type == "Ready")
     assert [note.reason for note in made.events] == ["Unavailable"]
@@ -141,37 +141,37 @@ def test_one_of_two_is_degraded_but_available() -> None:
             runtimes=(runtime("a", in_flight=20),),
         )
     )
-    assert told(made, "RuntimeAvailable") == ("True", "Degraded")
-    assert told(made, "Ready") == ("True", "Ready")
+    assert condition(made, "RuntimeAvailable") == ("True", "Degraded")
+    assert condition(made, "Ready") == ("True", "Ready")
 
 
 def test_a_source_that_is_gone_starts_no_pod_but_stops_none_that_serves() -> None:
-    gone = judged(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri"))
+    gone = inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri"))
     made = plan(world(inspection=gone))
     assert made.children == ()
-    assert told(made, "Ready") == ("False", "SourceNotFound")
+    assert condition(made, "Ready") == ("False", "SourceNotFound")
     serving = plan(world(base(replicas=1), inspection=gone, pods=(pod(),), runtimes=(runtime(),)))
     assert serving.children
-    assert told(serving, "Ready") == ("True", "Ready")
+    assert condition(serving, "Ready") == ("True", "Ready")
 
 
-def test_a_source_that_is_down_is_asked_again_and_does_not_keep_the_runtime_from_trying() -> None:
-    seen = world(inspection=judged(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502")))
-    made = plan(seen)
+def test_a_source_that_is_down_is_inspected_again_and_the_runtime_starts_meanwhile() -> None:
+    observed = world(inspection=inspected(SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502")))
+    made = plan(observed)
     assert made.inspect is None
     assert made.children
     assert made.requeue_at is not None
-    again = plan(seen, NOW + 10).inspect
+    again = plan(observed, NOW + 10).inspect
     assert again is not None
     assert again.attempt == 2
 
 
-def test_a_claim_is_only_read_by_runtimes() -> None:
+def test_a_volume_is_read_only_by_runtimes() -> None:
     of = base(source={"uri": "pvc://models/base"}, replicas=1)
     made = plan(world(of, inspection=None))
     assert made.inspect is None
     assert made.children
-    assert told(made, "SourceResolved") == ("Unknown", "AwaitingRuntime")
+    assert condition(made, "SourceResolved") == ("Unknown", "AwaitingRuntime")
     report = BaseReport(served_name="t", max_model_len=64, dtype="f", digest=digest("claim"))
     loaded = plan(world(of, inspection=None, pods=(pod(),), runtimes=(runtime(base=report),)))
     assert loaded.status is not None
@@ -185,16 +185,16 @@ def test_warm_adapters_keep_a_replica_up() -> None:
     assert plan(idle, NOW + 10_000).scale_to is None
 
 
-def test_an_idle_base_goes_to_sleep_and_says_so() -> None:
-    seen = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
-    assert plan(seen, NOW + 599).requeue_at == NOW + 600
-    made = plan(seen, NOW + 600)
+def test_an_idle_base_scales_to_zero_and_an_event_says_so() -> None:
+    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    assert plan(observed, NOW + 599).requeue_at == NOW + 600
+    made = plan(observed, NOW + 600)
     assert made.scale_to == 0
     assert made.children[0]["spec"]["replicas"] == 0
     assert [note.reason for note in made.events] == ["Scaled"]
 
 
-def test_a_wake_seen_just_now_is_not_taken_back() -> None:
+def test_a_recent_wake_up_is_not_reverted() -> None:
     asked = world(base(replicas=1, scaling={"idleAfter": "2s"}), woken_unix_s=NOW + 5000)
     assert plan(asked, NOW + 5100).scale_to is None
 
@@ -210,20 +210,20 @@ def test_adapters_are_counted() -> None:
     assert status.adapters.model_dump() == {"total": 3, "ready": 2, "loaded": 1, "failed": 1}
 
 
-def test_the_deployment_of_a_former_object_goes_before_ours_comes() -> None:
+def test_the_deployment_of_a_deleted_base_is_removed_before_a_new_one_is_applied() -> None:
     made = plan(world(deployment=deployment(owner="former-uid")))
     assert made.remove_deployment_uid == "deployment-uid"
     assert made.children == ()
 
 
-def test_without_its_profile_nothing_is_made() -> None:
+def test_a_base_without_its_profile_gets_no_children() -> None:
     made = plan(world(profile=None))
     assert made.children == ()
-    assert told(made, "Ready") == ("False", "ProfileNotFound")
+    assert condition(made, "Ready") == ("False", "ProfileNotFound")
 
 
 @pytest.mark.parametrize(("age_s", "removed"), [(9.0, 0), (10.0, 1)])
-def test_a_stray_is_taken_off_only_after_a_while_and_only_when_asked_for(age_s: float, removed: int) -> None:
+def test_a_stray_is_unregistered_only_after_a_while_and_only_if_its_object_is_gone(age_s: float, removed: int) -> None:
     stray = StrayReport("pod-uid", "pod", AdapterKey("x", digest("x")), "team/x", NOW - age_s)
     made = plan(world(strays=(stray,)))
     assert len(made.unregisters) == removed
@@ -231,9 +231,9 @@ def test_a_stray_is_taken_off_only_after_a_while_and_only_when_asked_for(age_s: 
 
 
 def test_nothing_is_written_when_nothing_changed() -> None:
-    seen = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
-    first = plan(seen)
-    held = replace(seen, base=base(first.status, replicas=1), applied_hash=first.children_hash)
+    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    first = plan(observed)
+    held = replace(observed, base=base(first.status, replicas=1), applied_hash=first.children_hash)
     second = plan(held, NOW + 1)
     assert (second.status, second.children, second.scale_to, second.events) == (None, (), None, ())
 

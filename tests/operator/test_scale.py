@@ -1,4 +1,4 @@
-"""How many replicas: a ten-minute scale-down in a microsecond."""
+"""The number of replicas; time is an argument, so a ten-minute scale-down takes a microsecond."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ def load(in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float =
     return Load(in_flight=in_flight, silent=silent, ready=ready, last_activity_unix_s=NOW - idle_s)
 
 
-def answer(
-    current: int, seen: Load, *, floor: int = 0, memory: ScaleMemory | None = None, **fields: Any
+def decided(
+    current: int, observed: Load, *, floor: int = 0, memory: ScaleMemory | None = None, **fields: Any
 ) -> ScaleDecision:
     return decide(
-        current, scaling(**fields), seen, memory or ScaleMemory(), floor=floor, now=NOW, start_allowance_s=ALLOWANCE_S
+        current,
+        scaling(**fields),
+        observed,
+        memory or ScaleMemory(),
+        floor=floor,
+        now=NOW,
+        start_allowance_s=ALLOWANCE_S,
     )
 
 
@@ -36,55 +42,55 @@ def answer(
     ("current", "in_flight", "wanted"),
     [(1, 10, 1), (1, 11, 2), (1, 25, 3), (1, 1000, 4), (2, 15, 2)],
 )
-def test_load_above_the_target_is_followed_at_once_up_to_the_bound(current: int, in_flight: int, wanted: int) -> None:
-    assert answer(current, load(in_flight, ready=current)).replicas == wanted
+def test_load_above_the_target_scales_up_at_once_up_to_the_bound(current: int, in_flight: int, wanted: int) -> None:
+    assert decided(current, load(in_flight, ready=current)).replicas == wanted
 
 
 def test_an_idle_base_goes_to_zero_only_after_its_time() -> None:
-    early = answer(1, load(idle_s=599))
+    early = decided(1, load(idle_s=599))
     assert (early.replicas, early.recheck_unix_s) == (1, NOW + 1)
-    assert answer(1, load(idle_s=600)).replicas == 0
+    assert decided(1, load(idle_s=600)).replicas == 0
 
 
 def test_an_idle_base_keeps_its_minimum_and_what_warm_adapters_need() -> None:
-    assert answer(3, load(ready=3, idle_s=9999), minReplicas=1).replicas == 1
-    assert answer(3, load(ready=3, idle_s=9999), floor=2).replicas == 2
+    assert decided(3, load(ready=3, idle_s=9999), minReplicas=1).replicas == 1
+    assert decided(3, load(ready=3, idle_s=9999), floor=2).replicas == 2
 
 
-def test_nothing_goes_down_while_a_request_is_under_way_or_a_replica_is_silent() -> None:
-    assert answer(1, load(1, idle_s=9999)).replicas == 1
-    assert answer(1, load(0, silent=1, ready=0, idle_s=9999)).replicas == 1
-    assert answer(3, load(5, ready=2, silent=1)).replicas == 3
+def test_nothing_scales_down_while_a_request_is_in_flight_or_a_replica_does_not_answer() -> None:
+    assert decided(1, load(1, idle_s=9999)).replicas == 1
+    assert decided(1, load(0, silent=1, ready=0, idle_s=9999)).replicas == 1
+    assert decided(3, load(5, ready=2, silent=1)).replicas == 3
 
 
-def test_low_load_must_last_before_a_replica_goes() -> None:
-    first = answer(3, load(5, ready=3))
+def test_load_must_stay_low_before_a_replica_is_removed() -> None:
+    first = decided(3, load(5, ready=3))
     assert (first.replicas, first.memory.low_since_unix_s, first.recheck_unix_s) == (3, NOW, NOW + 120)
-    assert answer(3, load(5, ready=3), memory=ScaleMemory(NOW - 119)).replicas == 3
-    assert answer(3, load(5, ready=3), memory=ScaleMemory(NOW - 120)).replicas == 1
+    assert decided(3, load(5, ready=3), memory=ScaleMemory(NOW - 119)).replicas == 3
+    assert decided(3, load(5, ready=3), memory=ScaleMemory(NOW - 120)).replicas == 1
 
 
-def test_a_burst_in_between_starts_the_wait_anew() -> None:
-    assert answer(2, load(15, ready=2), memory=ScaleMemory(NOW - 100)).memory == ScaleMemory()
+def test_a_burst_in_between_restarts_the_wait() -> None:
+    assert decided(2, load(15, ready=2), memory=ScaleMemory(NOW - 100)).memory == ScaleMemory()
 
 
-def test_a_base_that_sleeps_stays_asleep_until_someone_wakes_it() -> None:
-    assert answer(0, load(ready=0)).replicas == 0
-    assert answer(0, load(ready=0), floor=1).replicas == 1
+def test_a_base_at_zero_replicas_stays_there_until_it_is_woken() -> None:
+    assert decided(0, load(ready=0)).replicas == 0
+    assert decided(0, load(ready=0), floor=1).replicas == 1
 
 
-def test_a_wake_is_not_taken_back_while_the_replica_starts() -> None:
-    starting = answer(1, load(ready=0, idle_s=900), idleAfter="1s")
+def test_a_wake_up_is_not_reverted_while_the_replica_starts() -> None:
+    starting = decided(1, load(ready=0, idle_s=900), idleAfter="1s")
     assert (starting.replicas, starting.reason) == (1, "starting")
-    assert answer(1, load(ready=0, idle_s=ALLOWANCE_S), idleAfter="1s").replicas == 0
+    assert decided(1, load(ready=0, idle_s=ALLOWANCE_S), idleAfter="1s").replicas == 0
 
 
-def test_bounds_that_change_are_kept() -> None:
-    assert answer(4, load(ready=4), maxReplicas=2).replicas == 2
-    assert answer(1, load(), minReplicas=2).replicas == 2
+def test_changed_bounds_are_enforced() -> None:
+    assert decided(4, load(ready=4), maxReplicas=2).replicas == 2
+    assert decided(1, load(), minReplicas=2).replicas == 2
 
 
-def test_a_new_base_starts_once_to_show_what_is_wrong_with_it() -> None:
+def test_a_new_base_starts_once_to_show_a_misconfiguration() -> None:
     assert initial_replicas(scaling(), 0) == 1
     assert initial_replicas(scaling(minReplicas=2), 0) == 2
     assert initial_replicas(scaling(), 3) == 3

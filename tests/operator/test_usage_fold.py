@@ -1,4 +1,4 @@
-"""Usage is exact however often reports come, and whoever restarts."""
+"""Usage is exact however often reports come and whichever process restarts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def part(boot: str, tokens: int, seconds: float = 0.0) -> UsagePart:
 
 
 def stored(status: UsageStatus) -> UsageStatus:
-    """As it comes back from the API server."""
+    """Returns the status after a round trip through the API server's JSON."""
     return UsageStatus.model_validate(status.dump())
 
 
@@ -32,7 +32,7 @@ def test_a_process_that_is_gone_keeps_its_counts_and_loses_its_share() -> None:
     assert (after.completion_tokens, [item.boot_id for item in after.parts]) == (7, ["b"])
 
 
-def test_last_counts_of_a_process_are_folded_as_it_goes() -> None:
+def test_the_last_counts_of_a_process_that_ends_are_folded() -> None:
     once = fold(None, [part("a", 5)], [], THEN)
     after = fold(once, [part("a", 8)], ["a"], THEN)
     assert (after.completion_tokens, after.parts) == (8, [])
@@ -42,7 +42,7 @@ def test_two_digests_of_one_adapter_report_the_same_counts() -> None:
     assert fold(None, [part("a", 5, 1.0), part("a", 5, 1.2)], [], THEN).completion_tokens == 5
 
 
-def test_a_count_that_fell_started_anew() -> None:
+def test_a_count_that_fell_has_restarted_from_zero() -> None:
     once = fold(None, [part("a", 5)], [], THEN)
     assert fold(once, [part("a", 2)], [], THEN).completion_tokens == 7
 
@@ -59,7 +59,7 @@ def test_an_adapter_that_was_never_used_writes_nothing() -> None:
 def test_totals_equal_what_all_processes_counted_whatever_is_missed_or_repeated(
     steps: list[tuple[str, int, float, bool]],
 ) -> None:
-    """Each step a process counts on; it is folded or not; at the end everything was folded once more."""
+    """In each step a process counts more and is folded or not; at the end all processes are folded once more."""
     truth: dict[str, tuple[int, float]] = {}
     status = UsageStatus()
     for boot, tokens, seconds, seen in steps:

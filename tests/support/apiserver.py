@@ -1,7 +1,7 @@
-"""A real API server for tests: etcd and kube-apiserver as ordinary processes on free ports of 127.0.0.1.
+"""A real API server for tests marked `apiserver`: etcd and kube-apiserver as processes on free ports of 127.0.0.1.
 
-Used by tests marked `apiserver`. Each call has its own state, ports and token, so tests may run side by side; the
-server ends with `stop()`, and by itself when the test process dies. The first call on a machine builds the programs.
+Each server has its own state, ports and token, so tests may run concurrently. It ends with `stop()`, and by itself
+when the test process dies. The first start on a machine builds the programs.
 """
 
 import json
@@ -27,33 +27,33 @@ class ApiServer:
     kubeconfig: Path
     ca_file: Path
     token: str  # of a cluster admin
-    bin_dir: Path  # kubectl lies there
+    bin_dir: Path  # contains kubectl
     audit_log: Path
     state: Path
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """Runs kubectl as admin; its output, or an AssertionError with what it said."""
+        """Runs kubectl as admin and returns its output. Raises AssertionError with its error output."""
         command = [str(self.bin_dir / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr}"
         return done.stdout
 
     def interrupt(self) -> None:
-        """Kills the API server's process; etcd stays. `resume` brings it back on the same address."""
+        """Stops the API server's process; etcd keeps running. `resume` starts it again on the same address."""
         _cluster("stop", "--state", str(self.state), "kube-apiserver")
 
     def resume(self) -> None:
-        """Starts it again; returns at once, not when it answers."""
+        """Starts it again; returns at once, before it answers."""
         _cluster("start", "--state", str(self.state), "kube-apiserver")
 
     def stop(self) -> None:
-        """Ends it and removes its files."""
+        """Ends the server and removes its files."""
         _cluster("down", "--state", str(self.state), "--purge")
 
 
 def start_apiserver(tmp_path: Path, *, controllers: bool = False) -> ApiServer:
-    """Starts one below `tmp_path`. With `controllers`, namespaces and owned objects are really garbage-collected."""
-    _cluster("build", "--only", "apiserver", timeout_s=_BUILD_TIMEOUT_S)
+    """Starts a server with its files below `tmp_path`. With `controllers`, owned objects are garbage-collected."""
+    _cluster("build", timeout_s=_BUILD_TIMEOUT_S)
     state = tmp_path / "apiserver"
     arguments = ["--apiserver-only", "--name", "test", "--state", str(state), "--while-pid", str(os.getpid()), "--json"]
     if not controllers:

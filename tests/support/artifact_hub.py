@@ -17,7 +17,7 @@ LFS_FROM_BYTES = 1000
 
 @dataclass
 class Fault:
-    """What happens instead to requests whose path contains `part`."""
+    """A fault that replaces the response to requests whose path contains `part`."""
 
     part: str
     status: int = 200
@@ -33,7 +33,7 @@ class Fault:
 
 
 class Hub:
-    """Serves `repos[name]` = files at one commit each. Use as a context manager."""
+    """Serves the files in `repos[name]`, each repository at one commit. A context manager."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}

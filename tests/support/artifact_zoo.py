@@ -1,4 +1,4 @@
-"""Adapters and bases made of plain bytes, good ones and all kinds of bad ones. No torch."""
+"""Adapters and bases made of plain bytes, valid ones and many kinds of invalid ones, without torch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def sharded_base_files() -> dict[str, bytes]:
 
 
 def adapter_config(**changes: Any) -> bytes:
-    """What peft 0.21 writes."""
+    """adapter_config.json as peft 0.21 writes it."""
     config: dict[str, Any] = {
         "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
         "base_model_name_or_path": "tiny/llama", "bias": "none", "corda_config": None, "ensure_weight_tying": False,

@@ -1,7 +1,7 @@
-"""Renders the chart with the real Helm and judges what comes out; used by every test in tests/chart.
+"""Renders the chart with the real Helm and checks the result.
 
-`python tests/support/chart_kit.py` rewrites the table of values in the chart's README. No cluster is
-needed; a test whose program `make binaries` has not built yet is skipped.
+`python tests/support/chart_kit.py` rewrites the table of values in the chart's README. No cluster is needed. A test is
+skipped when `make binaries` has not built the program that it runs.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ ALL_ON: dict[str, Any] = {
         "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: text\n",
     ],
 }
-"""Every switch on, every list filled."""
+"""Everything enabled, every list filled."""
 
 
 def find_tool(name: str) -> Path | None:
-    """A program that hack/cluster built, else one on the PATH."""
+    """A program that hack/cluster built, else one on the PATH, else None."""
     sys.path.append(str(REPOSITORY / "hack"))  # a script's package, not installed
     try:
         built = Path(importlib.import_module("cluster.build").bin_dir()) / name
@@ -101,7 +101,7 @@ def tool(name: str) -> Path:
 
 
 def run(name: str, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs a program with a home of its own, so that nothing of the user's is read or written."""
+    """Runs a program with a temporary HOME, so that no file of the user is read or written."""
     with tempfile.TemporaryDirectory() as home:
         env = {"PATH": os.environ["PATH"], "HOME": home, "KUBECONFIG": str(Path(home) / "none")}
         return subprocess.run(
@@ -120,21 +120,21 @@ def _template(values: str, release: str, namespace: str, nonce: int) -> subproce
 def render(
     values: Mapping[str, Any] | None = None, *, release: str = RELEASE, namespace: str = NAMESPACE, nonce: int = 0
 ) -> list[Manifest]:
-    """The release's objects, hooks included. Alike calls share one run of Helm; another nonce is another run."""
+    """The release's objects, hooks included. Equal calls share one run of Helm; a new nonce causes another run."""
     result = _template(yaml.safe_dump(dict(values or {})), release, namespace, nonce)
     assert result.returncode == 0, result.stderr
     return [document for document in yaml.safe_load_all(result.stdout) if document]
 
 
 def refusal(values: Mapping[str, Any]) -> str:
-    """What Helm says to values it must refuse."""
+    """Helm's error message for values that it must refuse."""
     result = _template(yaml.safe_dump(dict(values)), RELEASE, NAMESPACE, 0)
     assert result.returncode != 0, f"these values were accepted: {values}"
     return result.stderr
 
 
 def of_kind(manifests: Sequence[Manifest], kind: str) -> dict[str, Manifest]:
-    """By name; a namespace other than the release's is put in front."""
+    """The objects of one kind by name, prefixed with the namespace when it is not the release's."""
     found = {}
     for manifest in manifests:
         if manifest["kind"] == kind:
@@ -145,7 +145,7 @@ def of_kind(manifests: Sequence[Manifest], kind: str) -> dict[str, Manifest]:
 
 
 def pod_of(manifest: Manifest) -> Manifest | None:
-    """The pod in a manifest: {metadata, spec}."""
+    """The pod or pod template of a manifest, or None."""
     if manifest["kind"] == "Pod":
         return manifest
     pod = manifest.get("spec", {}).get("template") if manifest["kind"] in {"Deployment", "Job", "StatefulSet"} else None
@@ -153,7 +153,7 @@ def pod_of(manifest: Manifest) -> Manifest | None:
 
 
 def environment(manifests: Sequence[Manifest], component: str) -> dict[str, str]:
-    """The variables a component's container gets; what the kubelet fills in is given an example."""
+    """The environment of a component's container, with example values for what the kubelet fills in."""
     pod = pod_of(of_kind(manifests, "Deployment")[f"{RELEASE}-{component}"])
     assert pod is not None
     examples = {"metadata.namespace": NAMESPACE, "metadata.name": f"{RELEASE}-{component}-abc"}
@@ -182,7 +182,7 @@ _VOLUMES = {
 
 
 def restricted_violations(spec: Mapping[str, Any]) -> list[str]:
-    """Where a pod's spec misses pod security level `restricted`, plus our own: read-only root and resources."""
+    """How a pod's spec violates Pod Security `restricted` or our rules: read-only root file system, resources."""
     wrong = []
     pod_context = spec.get("securityContext", {})
     for field in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
@@ -235,7 +235,7 @@ def panels(file: Path) -> Iterator[dict[str, Any]]:
 def dashboard_expressions(
     *, base: str, adapter: str, window: str = "1m", span: str = "1h"
 ) -> Iterator[tuple[str, str]]:
-    """Where it stands and the PromQL, with the variables as Grafana would fill them in."""
+    """Each PromQL expression and where it occurs, with Grafana's variables replaced by values."""
     variables = {"$__rate_interval": window, "$__range": span, "$base": base, "$adapter": adapter}
     for file in DASHBOARDS:
         for panel in panels(file):
@@ -254,7 +254,7 @@ _TABLE = re.compile(r"(<!-- values -->\n).*(<!-- /values -->)", re.S)
 
 
 def documented_values() -> dict[str, str]:
-    """Dotted path → its `# --` comment, for every commented key of values.yaml."""
+    """The `# --` comment of every documented key of values.yaml, by dotted path."""
     found: dict[str, str] = {}
     path: list[str] = []
     comment: list[str] = []

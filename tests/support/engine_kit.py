@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import queue
 import threading
 import time
@@ -63,16 +64,16 @@ def tiny_model(architecture: str, **changes: Any) -> Any:
 
 @dataclass
 class PeftWorld:
-    """A base folder, adapters saved by peft beside it, and the models that made them as the reference."""
+    """A base folder, adapters saved by peft, and the models that made them as the reference."""
 
     base: Path
     adapters: dict[str, Path]
     models: dict[str | None, Any]
-    """None is the base alone."""
+    """By adapter; None is the base alone."""
     _answers: dict[tuple[str | None, tuple[int, ...], int], list[int]] = field(default_factory=dict)
 
     def answer(self, adapter: str | None, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """Greedy, by itself, by transformers' own generate."""
+        """The greedy answer of transformers' own generate, one prompt at a time."""
         key = (adapter, tuple(prompt), max_tokens)
         if key not in self._answers:
             ids = torch.tensor([list(prompt)])
@@ -105,7 +106,7 @@ def peft_world(folder: Path, model: Any, configs: dict[str, dict[str, Any]]) -> 
 
 
 def save_adapter(folder: Path, model: Any, **config: Any) -> Path:
-    """One adapter saved by peft, for tests that bend its files."""
+    """One adapter saved by peft, for tests that modify its files."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -118,10 +119,10 @@ def save_adapter(folder: Path, model: Any, **config: Any) -> Path:
 
 
 class Collector:
-    """A sink that gathers the outputs of many requests and lets a test wait for their ends."""
+    """A sink that collects the outputs of many requests and lets a test wait for their ends."""
 
     def __init__(self, *, pause_s: float = 0.0) -> None:
-        """pause_s: kept in the engine's thread at each output, so that a request lasts as long as a test needs."""
+        """pause_s: slept in the engine thread at each output, so that a request lasts as long as a test needs."""
         self.outputs: dict[str, list[TokenOutput]] = {}
         self._pause_s = pause_s
         self._queue: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
@@ -167,13 +168,18 @@ def request(
     slot: int = BASE_SLOT,
     salt: str | None = None,
 ) -> GenerationRequest:
-    """`salt` must be another for each adapter that sits in one slot in turn: what was computed is kept under it."""
+    """`salt` must differ between adapters that use the same slot in turn, because it identifies cached blocks."""
     cache_salt = salt or ("base" if slot == BASE_SLOT else f"slot-{slot}")
     return GenerationRequest(request_id, tuple(prompt), slot, cache_salt, sampling)
 
 
+THREADS = int(os.environ.get("LORAPOOL_TEST_THREADS", "1"))
+
+
 def started(base: Path, **changes: Any) -> TorchEngine:
-    settings: dict[str, Any] = {"max_rank": 16, "slots": 6, "max_batch": 24, "max_batch_tokens": 64, "threads": 1}
+    """In float32 unless `changes` says otherwise: what `auto` chooses depends on the processor."""
+    settings: dict[str, Any] = {"max_rank": 16, "slots": 6, "max_batch": 24, "max_batch_tokens": 64}
+    settings |= {"threads": THREADS, "dtype": "float32"}
     engine = TorchEngine(EngineConfig(model_dir=str(base), device="cpu", **settings | changes))
     engine.start()
     return engine

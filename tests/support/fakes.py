@@ -23,12 +23,12 @@ from lorapool_api.openai import (
     CODE_QUEUE_FULL,
     CODE_STARTING,
     ApiError,
-    Conflict,
-    InvalidRequest,
-    RuntimeNotRegistered,
-    TooManyRequests,
-    Unauthenticated,
-    Unavailable,
+    InvalidRequestError,
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    TooManyRequestsError,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from lorapool_api.protocol import (
     USAGE_COMMENT,
@@ -194,7 +194,7 @@ class FakeRuntime:
             if request.path not in ("/healthz", "/readyz"):
                 sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
                 if token_sha256(sent) != token_sha256(self.token):
-                    raise Unauthenticated("wrong token")
+                    raise UnauthenticatedError("wrong token")
             answer: web.StreamResponse = await handler(request)
             return answer
         except ApiError as error:
@@ -247,13 +247,13 @@ class FakeRuntime:
             self.faults.die_before_head -= 1
             await _cut(request)
         if self.faults.draining:
-            raise Unavailable("shutting down", code=CODE_DRAINING)
+            raise UnavailableError("shutting down", code=CODE_DRAINING)
         if not self.ready:
-            raise Unavailable("still loading", code=CODE_STARTING)
+            raise UnavailableError("still loading", code=CODE_STARTING)
         if self.faults.queue_full:
-            raise TooManyRequests("the queue is full", code=CODE_QUEUE_FULL, retry_after_s=1)
+            raise TooManyRequestsError("the queue is full", code=CODE_QUEUE_FULL, retry_after_s=1)
         if body.get("temperature", 0) < 0:
-            raise InvalidRequest("`temperature` must not be below 0.", param="temperature", code="invalid_value")
+            raise InvalidRequestError("`temperature` must not be below 0.", param="temperature", code="invalid_value")
         self._in_flight += 1
         try:
             identity, cold_ms = BASE_TARGET, 0
@@ -261,7 +261,7 @@ class FakeRuntime:
                 key = AdapterKey.parse(target)
                 adapter = self.adapters.get(key)
                 if adapter is None:
-                    raise RuntimeNotRegistered(f"{target} is not registered here")
+                    raise RuntimeNotRegisteredError(f"{target} is not registered here")
                 identity = f"{adapter.descriptor.display}@{key.digest}"
                 cold_ms = await self._load(key)
             return await self._answer(request, seen, body, identity, cold_ms)
@@ -277,7 +277,7 @@ class FakeRuntime:
         if adapter.loaded:
             return 0
         if self.faults.no_slot:
-            raise Conflict("every slot is in use")
+            raise NoFreeSlotError("every slot is in use")
         if self.faults.load_failure is not None:
             raise self.faults.load_failure
         began_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the operator's tests stand in for: sources, and runtimes whose reports a test writes by hand.
+"""Fakes of the operator's tests: sources, and runtimes whose reports a test writes by hand.
 
 `ScriptedRuntime` is the common FakeRuntime over a real socket; a test may replace any report and set the load.
 """
@@ -31,7 +31,7 @@ def found(text: str, *, rank: int = 8) -> SourceFacts:
 
 @dataclass
 class FakeInspector:
-    """Answers by uri; what it does not know it finds, with a digest made from the uri."""
+    """Returns the answer for a uri; an unknown uri is found, with a digest made from the uri."""
 
     answers: dict[str, SourceFacts | SourceFailure | ArtifactError] = field(default_factory=dict)
     delay_s: float = 0.0
@@ -69,7 +69,7 @@ class FakeInspector:
 
 @dataclass
 class ScriptedRuntime(FakeRuntime):
-    """Reports and load as the test says."""
+    """A fake runtime whose reports and load the test sets."""
 
     reports: dict[AdapterKey, dict[str, Any]] = field(default_factory=dict)
     load: dict[str, Any] = field(default_factory=dict)

@@ -32,7 +32,6 @@ from lorapool_runtime.adapters.disk_store import StoredAdapter
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
-    AdapterArtifactError,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -121,7 +120,7 @@ class FakeEngine:
     slots: int = 4
     max_model_len: int = 512
     healthy: bool = True
-    read_errors: dict[str, AdapterArtifactError] = field(default_factory=dict)
+    read_errors: dict[str, ArtifactError] = field(default_factory=dict)
     load_error: Exception | None = None
     fail_after: int | None = None
     """Sequences end with an engine error after this many tokens."""

@@ -1,4 +1,4 @@
-"""JSON schemas made at random, each of which every answer can satisfy in few tokens."""
+"""Random JSON schemas, each of which has a valid document of few tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _WORDS = ("id", "name", "count", "tags", "kind", "price", "näme", "a b", 'quo"t
 
 
 def random_schema(seed: int) -> dict[str, Any]:
-    """An object at the top, as `response_format` users write it; the same for the same seed."""
+    """A schema of an object, as in `response_format`; equal seeds give equal schemas."""
     rng = random.Random(seed)
     return _object(rng, 3) | {"title": f"schema {seed}", "$defs": {"leaf": _integer(rng, 0)}}
 

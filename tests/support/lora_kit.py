@@ -1,4 +1,4 @@
-"""Random adapters in the form that slots take, and what they add to a row by the formula."""
+"""Random packed adapters, and what they add to a row by the formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorapool_runtime.weights.targets import TargetGroup
 
 
 class RandomAdapter:
-    """ranks: per linear. dtype: the slab's; bfloat16 as its 16-bit patterns."""
+    """ranks: one per linear layer. dtype: the type of the slots; bfloat16 as its 16-bit patterns."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Architectures × kinds of adapters for the engine's equality tests: made and saved by peft, and peft's own answers.
 
 One base folder per architecture, one adapter folder per kind. The reference is peft reading the same folders on the
-same base: a forward pass over a prompt and an answer tells, at every position, the token that peft would have chosen.
+same base: a forward pass over a prompt and an answer gives, at every position, the token that peft would have chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "Phi3": (("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
-    # the experts of a mixture are no linear layers: adapters change its attention
+    # the experts of a mixture are not linear layers, so adapters target its attention
     "Qwen3Moe": (ATTENTION, ()),
     "Mixtral": (ATTENTION, ()),
 }
@@ -30,7 +30,7 @@ ARCHITECTURES = (
 
 
 def kinds(architecture: str) -> dict[str, dict[str, Any]]:
-    """Settings of peft's LoraConfig, by what is special about them."""
+    """Settings of peft's LoraConfig, by the feature that each one tests."""
     attention, mlp = PROJECTIONS.get(architecture, (ATTENTION, MLP))
     first, last, inner = attention[0], attention[-1], mlp or attention
     every: list[str] | str = "all-linear" if mlp else [*attention]  # peft counts a mixture's experts as linear
@@ -73,10 +73,10 @@ class World:
     base: Path
     adapters: dict[str, Path]
     model: Any
-    """A PeftModel with all of them."""
+    """A PeftModel with all adapters."""
 
     def choices(self, adapter: str | None, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-        """What peft chooses greedily after the prompt and after each token of the answer but the last."""
+        """The tokens that peft chooses greedily after the prompt and after each token of the answer but the last."""
         return [int(token) for token in self.logits(adapter, [*prompt, *answer][:-1])[len(prompt) - 1 :].argmax(-1)]
 
     def logits(self, adapter: str | None, token_ids: Sequence[int]) -> torch.Tensor:

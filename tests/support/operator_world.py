@@ -1,7 +1,7 @@
-"""A small world for the operator's tests: a real API server, namespaces of their own, pods without a kubelet.
+"""The operator's tests against a real API server: a namespace for each test, and pods without a kubelet.
 
-Pods are made by the test, with the runtime's address written into their status; the operator under test runs in
-the test's own event loop and cannot tell the difference.
+The test creates pods with the runtime's address in their status. The operator under test runs in the test's own event
+loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorapool_operator.settings import Settings
 
 MASTER_TOKEN = "m" * 64
 TLS_GOODBYE_S = 0.1
-"""aiohttp's close() of a TLS connection ends a moment later; a loop that is closed before warns of a leak."""
+"""aiohttp closes a TLS connection a moment after close(); an event loop that ends before warns of a leak."""
 PROFILES = "profiles:\n  default: {resources: {requests: {cpu: 100m}}}\n"
 OURS = f"/apis/{GROUP}/{VERSION}"
 ROOTS = {
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class Api:
-    """The API server as an administrator with JSON sees it."""
+    """A small client with an administrator's rights."""
 
     def __init__(self, server: ApiServer, session: aiohttp.ClientSession, namespace: str) -> None:
         self.server = server
@@ -132,7 +132,7 @@ class Api:
         return await self.create("loraadapters", body, namespace=namespace)
 
     async def runtime_pod(self, base: dict[str, Any], name: str, port: int) -> dict[str, Any]:
-        """A ready runtime pod of a base whose runtime listens on a port of this machine."""
+        """Creates a ready runtime pod of a base; its runtime listens on a port of this machine."""
         labels = {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
         container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": port}]}
         body = {
@@ -156,12 +156,12 @@ class Api:
 
 
 def token_of(base: dict[str, Any]) -> str:
-    """What a runtime of this base is to be spoken to with."""
+    """Returns the bearer token of the runtimes of this base."""
     return runtime_token(MASTER_TOKEN, base["metadata"]["uid"])
 
 
 def condition(item: dict[str, Any], kind: str) -> tuple[str, str]:
-    """(status, reason); ("", "") while there is none."""
+    """Returns (status, reason) of a condition; ("", "") if there is none."""
     for entry in (item.get("status") or {}).get("conditions") or ():
         if entry["type"] == kind:
             return entry["status"], entry["reason"]
@@ -171,7 +171,7 @@ def condition(item: dict[str, Any], kind: str) -> tuple[str, str]:
 async def until(
     check: Callable[[], Awaitable[Any]], wanted: Any = True, *, within_s: float = 40.0, every_s: float = 0.1
 ) -> Any:
-    """Waits until `check` answers `wanted` (or anything true), else fails with what it answered last."""
+    """Waits until `check` returns `wanted` (or anything true). Fails with the last value after `within_s`."""
     end = time.monotonic() + within_s
     while True:
         answer = await check()
@@ -183,13 +183,13 @@ async def until(
 
 @asynccontextmanager
 async def namespace_of(server: ApiServer) -> AsyncIterator[Api]:
-    """A fresh namespace; it stays when the test is over, like everything in it."""
+    """Creates a namespace, which stays after the test."""
     context = ssl.create_default_context(cafile=str(server.ca_file))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
         api = Api(server, session, f"t-{uuid.uuid4().hex[:8]}")
         body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": api.namespace}}
         await api.call("POST", "/api/v1/namespaces", body)
-        await api.create("serviceaccounts", {"metadata": {"name": "default"}})  # no controller here makes it
+        await api.create("serviceaccounts", {"metadata": {"name": "default"}})  # no controller creates it here
         yield api
     await asyncio.sleep(TLS_GOODBYE_S)
 

@@ -39,10 +39,14 @@ def runtime_process(folder: Path, base: Path, **settings: Any) -> Iterator[Runti
     port = free_port()
     values = {
         "model": str(base), "served_name": "tiny", "listen_host": "127.0.0.1", "listen_port": port,
-        "cache_dir": str(folder / "cache"), "kv_bytes": 8 * 2**20, "max_rank": 16, "slots": 2, "threads": 1,
-        "drain_notice_s": 0.2, "dtype": "float32",
+        "cache_dir": str(folder / "cache"), "kv_bytes": 8 * 2**20, "max_rank": 16, "slots": 2,
+        "drain_notice_s": 0.2, "dtype": "float32", "threads": os.environ.get("LORAPOOL_TEST_THREADS", "1"),
     } | settings  # fmt: skip
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAPOOL_")}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("LORAPOOL_") or name == "LORAPOOL_NATIVE"
+    }
     environ |= {f"LORAPOOL_RUNTIME_{name.upper()}": str(value) for name, value in values.items()}
     environ["LORAPOOL_TOKEN_SHA256"] = token_sha256(TOKEN)
     with (folder / "log").open("wb") as log:

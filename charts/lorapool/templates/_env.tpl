@@ -1,5 +1,5 @@
-{{/* Where artifacts come from: plain settings and credentials, alike for the operator, which judges sources, and for
-     the runtimes, which fetch them. A key that the Secret lacks is left out. */}}
+{{/* Settings and credentials of artifact sources, the same for the operator, which inspects sources, and the runtimes,
+     which fetch them. A key that the Secret lacks is omitted. */}}
 {{- define "lorapool.env.artifacts" -}}
 {{- $artifacts := .Values.artifacts -}}
 {{- $env := list -}}

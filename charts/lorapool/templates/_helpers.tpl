@@ -43,7 +43,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* `annotations:` with commonAnnotations and further ones, or nothing. Call with (list $ dict). */}}
+{{/* `annotations:` with commonAnnotations and additional ones, or nothing. Call with (list $ dict). */}}
 {{- define "lorapool.annotations" -}}
 {{- $root := index . 0 -}}
 {{- with mergeOverwrite (deepCopy $root.Values.commonAnnotations) (deepCopy (index . 1)) -}}
@@ -52,7 +52,7 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* Reference of an image; a digest wins over the tag. Call with (list $ $.Values.image.control). */}}
+{{/* Reference of an image; a digest takes precedence over the tag. Call with (list $ $.Values.image.control). */}}
 {{- define "lorapool.image" -}}
 {{- $root := index . 0 -}}{{- $image := index . 1 -}}
 {{- $registry := $root.Values.image.registry -}}
@@ -106,7 +106,7 @@ annotations:
 {{- printf "%s-operator" (include "lorapool.fullname" .) -}}
 {{- end -}}
 
-{{/* What pod security level `restricted` asks of a pod. */}}
+{{/* securityContext of a pod under Pod Security `restricted`. */}}
 {{- define "lorapool.podSecurityContext" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -116,7 +116,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{/* ... and of a container. */}}
+{{/* securityContext of a container under Pod Security `restricted`. */}}
 {{- define "lorapool.containerSecurityContext" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
@@ -126,7 +126,7 @@ capabilities:
     - ALL
 {{- end -}}
 
-{{/* Pod fields that every component lets the values set. Call with (list $ $.Values.gateway). */}}
+{{/* Pod fields that the values of every component can set. Call with (list $ $.Values.gateway). */}}
 {{- define "lorapool.podScheduling" -}}
 {{- $root := index . 0 -}}{{- $component := index . 1 -}}
 {{- with $root.Values.imagePullSecrets }}

@@ -6,7 +6,7 @@
     - {protocol: TCP, port: 53}
 {{- end -}}
 
-{{/* The API server has no pods to select: its addresses and ports. */}}
+{{/* Addresses and ports of the API server, which has no pods to select. */}}
 {{- define "lorapool.netpol.apiServer" -}}
 - to:
     {{- range .Values.networkPolicy.apiServer.blocks }}
@@ -19,7 +19,7 @@
     {{- end }}
 {{- end -}}
 
-{{/* Where artifacts come from: anywhere but the addresses that hand out the node's own credentials. */}}
+{{/* Addresses of artifact sources: all except those that serve the credentials of nodes. */}}
 {{- define "lorapool.netpol.sources" -}}
 - to:
     {{- range .Values.networkPolicy.sources.blocks }}

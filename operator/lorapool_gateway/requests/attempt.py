@@ -25,7 +25,7 @@ from lorapool_api.openai import (
     CODE_QUEUE_FULL,
     CODE_STARTING,
     ServerError,
-    Unavailable,
+    UnavailableError,
 )
 from lorapool_api.protocol import ROUTE_ADAPTER
 from lorapool_gateway.requests.http_client import (
@@ -178,7 +178,9 @@ class RuntimeClient:
                     raise LoadTimeoutError
                 await response.head()
         except ReadTimeoutError:
-            raise Unavailable("The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5) from None
+            raise UnavailableError(
+                "The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5
+            ) from None
         except ConnectionLostError:
             return Refusal.LOST
         except BaseException:

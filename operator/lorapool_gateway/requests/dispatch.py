@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from lorapool_api.common import BASE_TARGET
-from lorapool_api.openai import ApiError, Unavailable
+from lorapool_api.openai import ApiError, UnavailableError
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.attempt import Accepted, LoadTimeoutError, Passed, Refusal, RuntimeClient
 from lorapool_gateway.requests.hold import Hold
@@ -109,7 +109,7 @@ class Dispatcher:
                     max(MIN_PATIENCE_S, deadline_s - self._clock()),
                 )
             except LoadTimeoutError:
-                raise Unavailable(
+                raise UnavailableError(
                     f"`{target.identity}` was not loaded in time.",
                     param="model",
                     code="load_timeout",
@@ -177,7 +177,7 @@ def _pause(rounds: int) -> float:
 
 
 def _lost() -> ApiError:
-    return Unavailable(
+    return UnavailableError(
         "The runtime was lost twice before it began to answer.", code="upstream_lost", retry_after_s=RETRY_AFTER_S
     )
 
@@ -191,4 +191,4 @@ def _late(target: Target, refusal: Refusal | None) -> ApiError:
             message, code = f"Every replica of {base} is full.", "queue_full"
         case _:
             message, code = f"No replica of {base} became ready in time.", "cold_start_timeout"
-    return Unavailable(message, code=code, retry_after_s=RETRY_AFTER_S)
+    return UnavailableError(message, code=code, retry_after_s=RETRY_AFTER_S)

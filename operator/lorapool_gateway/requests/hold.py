@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lorapool_api.openai import TooManyRequests
+from lorapool_api.openai import TooManyRequestsError
 
 RETRY_AFTER_S = 2.0
 
@@ -28,10 +28,10 @@ class Hold:
     def slot(self, queue: str, base: str, bound: int, *, known: bool) -> Iterator[None]:
         """Occupies one slot of a queue. `known`: the request has waited before and is admitted beyond the bound.
 
-        Raises TooManyRequests with Retry-After when the queue is full.
+        Raises TooManyRequestsError with Retry-After when the queue is full.
         """
         if not known and self._waiting[queue] >= bound:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"Too many requests wait for {base} to start; at most {bound} are held.",
                 code="too_many_held_requests",
                 retry_after_s=RETRY_AFTER_S,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from lorapool_api.common import HEADER_USAGE
-from lorapool_api.openai import ApiError, Unavailable
+from lorapool_api.openai import ApiError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.http_client import HttpClientError
@@ -32,7 +32,7 @@ SSE = "text/event-stream"
 
 
 async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
-    """The body of the response. Raises Unavailable when the runtime is lost; the request is not sent again."""
+    """The body of the response. Raises UnavailableError when the runtime is lost; the request is not sent again."""
     response = accepted.response
     try:
         body = await response.read_all(RESPONSE_MAX_BYTES)
@@ -109,4 +109,4 @@ async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes,
 
 
 def _lost(what: str) -> ApiError:
-    return Unavailable(f"The runtime {what}.", code="upstream_lost", retry_after_s=1)
+    return UnavailableError(f"The runtime {what}.", code="upstream_lost", retry_after_s=1)

@@ -11,7 +11,7 @@ import re
 import secrets
 from dataclasses import dataclass
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 
 MODEL_NAME_MAX = 256
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -26,25 +26,27 @@ class InferenceRequest:
 
 
 def parse_request(route: str, body: bytes) -> InferenceRequest:
-    """Raises InvalidRequest naming what is wrong with the body."""
+    """Raises InvalidRequestError naming what is wrong with the body."""
     try:
         fields = json.loads(body)
     except RecursionError:
-        raise InvalidRequest("The request body is nested too deeply.", code="invalid_json") from None
+        raise InvalidRequestError("The request body is nested too deeply.", code="invalid_json") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {_where(error)}.", code="invalid_json") from None
+        raise InvalidRequestError(
+            f"The request body is not valid JSON: {_where(error)}.", code="invalid_json"
+        ) from None
     if not isinstance(fields, dict):
-        raise InvalidRequest("The request body must be a JSON object.", code="invalid_json")
+        raise InvalidRequestError("The request body must be a JSON object.", code="invalid_json")
     model = fields.get("model")
     if not isinstance(model, str) or not model:
-        raise InvalidRequest("`model` is required and must be a string.", param="model", code="invalid_value")
+        raise InvalidRequestError("`model` is required and must be a string.", param="model", code="invalid_value")
     if len(model) > MODEL_NAME_MAX:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`model` must not be longer than {MODEL_NAME_MAX} characters.", param="model", code="invalid_value"
         )
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
-        raise InvalidRequest("`stream` must be true or false.", param="stream", code="invalid_value")
+        raise InvalidRequestError("`stream` must be true or false.", param="stream", code="invalid_value")
     return InferenceRequest(route=route, model=model, stream=bool(stream), body=body)
 
 

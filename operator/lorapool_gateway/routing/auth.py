@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorapool_api.openai import Unauthenticated
+from lorapool_api.openai import UnauthenticatedError
 
 FIELD_SHA256 = "keySha256"
 FIELD_NAMESPACES = "namespaces"
@@ -74,14 +74,14 @@ NO_KEYS = KeyTable({})
 
 
 def authenticate(table: KeyTable, authorization: str | None) -> ApiKey:
-    """The key that an Authorization header presents. Raises Unauthenticated."""
+    """The key that an Authorization header presents. Raises UnauthenticatedError."""
     scheme, _, presented = (authorization or "").partition(" ")
     presented = presented.strip()
     if scheme.lower() != "bearer" or not presented:
-        raise Unauthenticated("No API key given. Send it as `Authorization: Bearer <key>`.")
+        raise UnauthenticatedError("No API key given. Send it as `Authorization: Bearer <key>`.")
     key = table.find(presented)
     if key is None:
-        raise Unauthenticated("The API key is not known or was revoked.")
+        raise UnauthenticatedError("The API key is not known or was revoked.")
     return key
 
 

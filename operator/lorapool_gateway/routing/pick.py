@@ -27,7 +27,7 @@ def candidates(
     if target.adapter is None:
         return sorted(usable, key=lambda item: (item.poll_failed, load(item), item.endpoint.pod_uid))
     order = placement.placement_order(target.adapter.uid, (placement.Replica(item.endpoint.pod_uid) for item in usable))
-    rank = {placed.pod_uid: position for position, placed in enumerate(order)}
+    rank = {pod_uid: position for position, pod_uid in enumerate(order)}
 
     def preference(replica: RuntimeReplica) -> tuple[bool, bool, int, int]:
         loaded = is_loaded(target, replica)

@@ -6,7 +6,7 @@ may see has it; an alias or a base's served name, which belongs to the oldest ob
 
     check -> Target    pinned to the base, or to the adapter's uid and digest
           -> Pending   no digest yet, or the source is being retried: hold the request
-          -> raises    Unprocessable, Unavailable
+          -> raises    UnprocessableError, UnavailableError
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from lorapool_api.common import BASE_TARGET, AdapterKey, FailureReason
-from lorapool_api.openai import ApiError, ModelNotFound, Unavailable, Unprocessable, client_fault
+from lorapool_api.openai import ApiError, ModelNotFoundError, UnavailableError, UnprocessableError, client_fault
 from lorapool_api.protocol import AdapterDescriptor, descriptor_of
 from lorapool_gateway.routing.auth import ApiKey
 from lorapool_gateway.routing.objects import AdapterRoute, BaseRoute, Endpoint, ObjectRef, RuntimeState
@@ -137,7 +137,7 @@ class RouteTable:
         )
 
     def find(self, model: str, key: ApiKey) -> Entry:
-        """The object with this model name. Raises ModelNotFound."""
+        """The object with this model name. Raises ModelNotFoundError."""
         for index, must_be_alone in ((self.canonical, False), (self.short, True), (self.extra, False)):
             visible = [entry for entry in index.get(model, ()) if key.sees(entry.ref.namespace)]
             if not visible:
@@ -148,19 +148,19 @@ class RouteTable:
             if isinstance(entry, AdapterRoute) and self._refused(entry):
                 break
             return entry
-        raise ModelNotFound(model)
+        raise ModelNotFoundError(model)
 
     def resolve(self, model: str, key: ApiKey, now_unix_s: float) -> Target | Pending:
         """`find` and `check` in one call."""
         return self.check(self.find(model, key), now_unix_s)
 
     def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
-        """The weights that a request for this object runs on now. Raises Unprocessable, Unavailable."""
+        """The weights that a request for this object runs on now. Raises UnprocessableError, UnavailableError."""
         if isinstance(entry, BaseRoute):
             return Target(entry)
         base = self.bases.get(entry.base_ref)
         if base is None:
-            raise Unavailable(
+            raise UnavailableError(
                 f"BaseModel {entry.base_ref} of `{entry.ref}` does not exist.",
                 param="model",
                 code="base_not_found",
@@ -196,17 +196,17 @@ class RouteTable:
 
 def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
     if adapter.spec.suspend:
-        raise Unprocessable(
+        raise UnprocessableError(
             f"`{adapter.ref}` is suspended. Set spec.suspend to false to serve it.",
             param="model",
             code="adapter_suspended",
         )
     failure = _failure(adapter, now_unix_s)
-    if failure is not None and isinstance(failure, Unprocessable):
+    if failure is not None and isinstance(failure, UnprocessableError):
         raise failure
     if adapter.digest is not None:
         return Target(base, adapter, adapter.digest)
-    late = failure or Unavailable(
+    late = failure or UnavailableError(
         f"`{adapter.ref}` is not ready yet{': ' + adapter.message if adapter.message else ''}.",
         param="model",
         code="adapter_not_ready",
@@ -226,8 +226,8 @@ def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
         reason = FailureReason(failure.reason)
     except ValueError:  # a reason of a newer operator
         if failure.retry_at is None:
-            return Unprocessable(message, param="model", code="adapter_failed")
-        return Unavailable(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)
+            return UnprocessableError(message, param="model", code="adapter_failed")
+        return UnavailableError(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)
     return client_fault(reason, message, retry_after_s)
 
 

@@ -11,7 +11,7 @@ import time
 
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.effects.cluster import (
-    Cluster,
+    ClusterWriter,
     FencedError,
     ForeignObjectError,
     ObjectConflictError,
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Applier:
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterWriter,
         cache: ClusterCache,
         intake: Intake,
         runtimes: RuntimeTracker,

@@ -18,7 +18,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
@@ -94,6 +94,20 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
         else:
             patch[name] = value
     return patch
+
+
+class ClusterWriter(Protocol):
+    """The writes that plans need; `make serve` implements them without an API server."""
+
+    async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    async def scale(self, base: BaseObject, replicas: int) -> None: ...
+
+    async def apply_child(self, manifest: Manifest) -> dict[str, Any]: ...
+
+    async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None: ...
+
+    async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None: ...
 
 
 class Cluster:

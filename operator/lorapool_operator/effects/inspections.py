@@ -20,7 +20,7 @@ from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES, ResolveRequest, Sou
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base
-from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
@@ -56,10 +56,10 @@ class ArtifactInspector:
     async def adapter(
         self, uri: str, revision: str | None, digest: str | None, base: BaseFacts | None, max_rank: int
     ) -> Outcome:
-        limits = JudgeLimits(max_rank=max_rank, max_bytes=DEFAULT_MAX_ADAPTER_BYTES)
+        limits = AdapterLimits(max_rank=max_rank, max_bytes=DEFAULT_MAX_ADAPTER_BYTES)
         found = await inspect_adapter(uri, revision, digest, base, limits, self._settings, fetch_limits=self._limits)
-        if not found.verdict.ok or found.digest is None:
-            return SourceFailure(found.verdict.reason or FailureReason.INCOMPATIBLE, found.verdict.message)
+        if not found.compatibility.ok or found.digest is None:
+            return SourceFailure(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
         return SourceFacts(found.digest, found.revision, found.rank, found.target_modules, found.size_bytes)
 
 

@@ -118,21 +118,21 @@ class RuntimeTracker:
         """Starts and stops polls so that they match the pods in the cache."""
         wanted = {pod.meta.uid: pod for pod in self._cache.pods if pod.ip and pod.port}
         for uid, pod in wanted.items():
-            held = self._polled.get(uid)
-            if held is None:
-                held = self._polled[uid] = _Polled(pod)
-                held.task = asyncio.create_task(self._poll(held), name=f"poll {pod.meta.namespace}/{pod.meta.name}")
-            elif held.pod != pod:
-                left = (pod.terminating and not held.pod.terminating) or (held.pod.ready and not pod.ready)
-                held.pod = pod
+            polled = self._polled.get(uid)
+            if polled is None:
+                polled = self._polled[uid] = _Polled(pod)
+                polled.task = asyncio.create_task(self._poll(polled), name=f"poll {pod.meta.namespace}/{pod.meta.name}")
+            elif polled.pod != pod:
+                left = (pod.terminating and not polled.pod.terminating) or (polled.pod.ready and not pod.ready)
+                polled.pod = pod
                 if left:
-                    self._changed(pod.base, list(held.reports), True)
+                    self._changed(pod.base, list(polled.reports), True)
         for uid in [uid for uid in self._polled if uid not in wanted]:
             self._forget(uid)
 
     async def close(self) -> None:
         """Stops all polls."""
-        tasks = [held.task for held in self._polled.values() if held.task is not None]
+        tasks = [polled.task for polled in self._polled.values() if polled.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -141,30 +141,30 @@ class RuntimeTracker:
             await self._session.close()
 
     def _forget(self, uid: str) -> None:
-        held = self._polled.pop(uid)
-        if held.task is not None:
-            held.task.cancel()
-        for adapter_uid, reports in held.reports.items():
+        polled = self._polled.pop(uid)
+        if polled.task is not None:
+            polled.task.cancel()
+        for adapter_uid, reports in polled.reports.items():
             self._keep_lost(adapter_uid, reports)
         self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
-        self._changed(held.pod.base, list(held.reports), True)
+        self._changed(polled.pod.base, list(polled.reports), True)
 
     # --- what runtimes report
 
     def views_of(self, base: BaseObject) -> list[RuntimeView]:
         """Returns the runtimes of this very object."""
-        return [self._view(held) for held in self._of(base)]
+        return [self._view(polled) for polled in self._of(base)]
 
     def replicas_of(self, base: BaseObject, adapter_uid: str) -> list[AdapterOnReplica]:
         """Returns the runtimes of this very object, each with its reports of one adapter."""
-        return [AdapterOnReplica(self._view(held), held.reports.get(adapter_uid, ())) for held in self._of(base)]
+        return [AdapterOnReplica(self._view(polled), polled.reports.get(adapter_uid, ())) for polled in self._of(base)]
 
     def holders_of(self, adapter_uid: str) -> list[AdapterOnReplica]:
         """Returns the runtimes of any base that report this adapter."""
         return [
-            AdapterOnReplica(self._view(held), held.reports[adapter_uid])
-            for held in self._polled.values()
-            if adapter_uid in held.reports
+            AdapterOnReplica(self._view(polled), polled.reports[adapter_uid])
+            for polled in self._polled.values()
+            if adapter_uid in polled.reports
         ]
 
     def lost_usage(self, adapter_uid: str) -> tuple[UsagePart, ...]:
@@ -187,26 +187,26 @@ class RuntimeTracker:
             return asked
         alive: set[str] = set()
         pods = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.ip}
-        for held in self._of(base):
-            if held.snapshot is None or held.failing_since is not None:
+        for polled in self._of(base):
+            if polled.snapshot is None or polled.failing_since is not None:
                 return frozenset()
-            alive.add(held.snapshot.boot_id)
-            pods.discard(held.pod.meta.uid)
+            alive.add(polled.snapshot.boot_id)
+            pods.discard(polled.pod.meta.uid)
         return asked - alive if not pods else frozenset()
 
     def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
         """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
         found = []
-        for held in self._of(base):
-            for uid, reports in held.reports.items():
+        for polled in self._of(base):
+            for uid, reports in polled.reports.items():
                 for report in reports:
                     key = AdapterKey(uid, report.digest)
-                    at = (held.pod.meta.uid, key)
+                    at = (polled.pod.meta.uid, key)
                     if known(uid):
                         self._strays.pop(at, None)
                         continue
                     since = self._strays.setdefault(at, now)
-                    found.append(StrayReport(held.pod.meta.uid, held.pod.meta.name, key, report.display, since))
+                    found.append(StrayReport(polled.pod.meta.uid, polled.pod.meta.name, key, report.display, since))
         return found
 
     def registered(self, adapter_uid: str) -> dict[tuple[str, str], AdapterDescriptor]:
@@ -220,34 +220,35 @@ class RuntimeTracker:
 
     def _of(self, base: BaseObject) -> list[_Polled]:
         return [
-            held for held in self._polled.values() if held.pod.base == base.key and held.pod.base_uid == base.meta.uid
+            polled
+            for polled in self._polled.values()
+            if polled.pod.base == base.key and polled.pod.base_uid == base.meta.uid
         ]
 
-    def _view(self, held: _Polled) -> RuntimeView:
-        silent_s = self._clock() - held.failing_since if held.failing_since is not None else 0.0
-        stale_s = self._settings.stale_s if held.pod.ready else 0.0
+    def _view(self, polled: _Polled) -> RuntimeView:
+        silent_s = self._clock() - polled.failing_since if polled.failing_since is not None else 0.0
+        stale_s = self._settings.stale_s if polled.pod.ready else 0.0
         return RuntimeView(
-            pod=held.pod.meta.name,
-            pod_uid=held.pod.meta.uid,
-            ready=held.pod.ready,
-            terminating=held.pod.terminating,
-            snapshot=held.snapshot,
-            fresh=held.snapshot is not None and (held.failing_since is None or silent_s < stale_s),
-            silent_s=silent_s,
+            pod=polled.pod.meta.name,
+            pod_uid=polled.pod.meta.uid,
+            ready=polled.pod.ready,
+            terminating=polled.pod.terminating,
+            snapshot=polled.snapshot,
+            fresh=polled.snapshot is not None and (polled.failing_since is None or silent_s < stale_s),
         )
 
     # --- polling
 
-    async def _poll(self, held: _Polled) -> None:
+    async def _poll(self, polled: _Polled) -> None:
         backoff_s = BACKOFF_MIN_S
         while True:
-            seq = held.snapshot.seq if held.snapshot is not None else None
+            seq = polled.snapshot.seq if polled.snapshot is not None else None
             query = {"wait": str(self._settings.wait_s)} | ({"after": str(seq)} if seq is not None else {})
-            if held.failing_since is not None:
+            if polled.failing_since is not None:
                 query = {"wait": "0"}  # a new process starts its sequence numbers again
             try:
                 raw = await self._call(
-                    held.pod,
+                    polled.pod,
                     "GET",
                     ROUTE_RUNTIME,
                     query=query,
@@ -256,49 +257,49 @@ class RuntimeTracker:
                 snapshot = RuntimeSnapshot.model_validate_json(raw)
             except (RuntimeCallError, ValidationError) as error:
                 self.poll_failures += 1
-                self._failed(held, error)
+                self._failed(polled, error)
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
                 continue
             self.polls += 1
             backoff_s = BACKOFF_MIN_S
-            self._arrived(held, snapshot)
+            self._arrived(polled, snapshot)
             await asyncio.sleep(self._settings.pause_s)
 
-    def _failed(self, held: _Polled, error: Exception) -> None:
+    def _failed(self, polled: _Polled, error: Exception) -> None:
         now = self._clock()
-        if held.failing_since is None:
-            held.failing_since = now
-            log.info("runtime does not answer", extra={"replica": held.pod.meta.name, "error": str(error)[:200]})
-        stale = now - held.failing_since >= self._settings.stale_s or not held.pod.ready
-        if stale and not held.stale_reported:
-            held.stale_reported = True
-            self._changed(held.pod.base, list(held.reports), True)
+        if polled.failing_since is None:
+            polled.failing_since = now
+            log.info("runtime does not answer", extra={"replica": polled.pod.meta.name, "error": str(error)[:200]})
+        stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
+        if stale and not polled.stale_reported:
+            polled.stale_reported = True
+            self._changed(polled.pod.base, list(polled.reports), True)
 
-    def _arrived(self, held: _Polled, snapshot: RuntimeSnapshot) -> None:
-        before, held.snapshot = held.snapshot, snapshot
-        recovered = held.failing_since is not None
-        held.failing_since, held.stale_reported = None, False
-        old = held.reports
+    def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
+        before, polled.snapshot = polled.snapshot, snapshot
+        recovered = polled.failing_since is not None
+        polled.failing_since, polled.stale_reported = None, False
+        old = polled.reports
         grouped: dict[str, list[AdapterReport]] = {}
         for report in snapshot.adapters:
             grouped.setdefault(report.uid, []).append(report)
-        held.reports = {uid: tuple(reports) for uid, reports in grouped.items()}
+        polled.reports = {uid: tuple(reports) for uid, reports in grouped.items()}
         restarted = before is not None and before.boot_id != snapshot.boot_id
         for uid, reports in old.items():
-            if restarted or uid not in held.reports:
+            if restarted or uid not in polled.reports:
                 self._keep_lost(uid, reports)
-        touched = {uid for uid in old.keys() | held.reports.keys() if old.get(uid) != held.reports.get(uid)}
+        touched = {uid for uid in old.keys() | polled.reports.keys() if old.get(uid) != polled.reports.get(uid)}
         if recovered or restarted or before is None:
-            touched |= old.keys() | held.reports.keys()
+            touched |= old.keys() | polled.reports.keys()
             urgent = touched
         else:
-            urgent = {uid for uid in touched if _shape(old.get(uid, ())) != _shape(held.reports.get(uid, ()))}
+            urgent = {uid for uid in touched if _shape(old.get(uid, ())) != _shape(polled.reports.get(uid, ()))}
         base_news = before is None or recovered or restarted or _base_shape(before) != _base_shape(snapshot)
         if urgent or base_news:
-            self._changed(held.pod.base, urgent, True)
+            self._changed(polled.pod.base, urgent, True)
         if touched - urgent or (before is not None and _load(before) != _load(snapshot)):
-            self._changed(held.pod.base, touched - urgent, False)
+            self._changed(polled.pod.base, touched - urgent, False)
 
     def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
         """Keeps the counts of a process that will not report them again until the status contains them."""
@@ -342,10 +343,10 @@ class RuntimeTracker:
         return _parse(ResolveAnswer, raw)
 
     def _pod(self, pod_uid: str) -> PodObject:
-        held = self._polled.get(pod_uid)
-        if held is None:
+        polled = self._polled.get(pod_uid)
+        if polled is None:
             raise RuntimeGoneError(f"pod {pod_uid} is gone")
-        return held.pod
+        return polled.pod
 
     async def _call(
         self,

@@ -158,7 +158,7 @@ class ObservedAdapter:
     def serving_pod_uids(self) -> tuple[str, ...]:
         """The replicas that serve, in the adapter's placement order: the preferred ones come first."""
         serving = [Replica(item.runtime.pod_uid) for item in self.replicas if item.runtime.serving]
-        return tuple(placed.pod_uid for placed in placement_order(self.adapter.meta.uid, serving))
+        return tuple(placement_order(self.adapter.meta.uid, serving))
 
     @cached_property
     def min_replicas(self) -> int:

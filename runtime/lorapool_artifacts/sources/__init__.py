@@ -1,4 +1,4 @@
-"""Opens the source that a URI names. One module per scheme; each is imported when first needed."""
+"""Opens the source of a URI. There is one module per scheme, imported when it is first needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ __all__ = ["Source", "download", "open_source", "read_range"]
 
 
 def open_source(uri: ArtifactUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> Source:
-    """The source at `revision` (else the URI's own, else the newest), resolved. Blocks. Raises ArtifactError."""
+    """Opens the source at `revision`, else at the URI's own revision, else at the newest.
+
+    Blocks. Raises ArtifactError.
+    """
     if revision is not None and not is_revision(revision):
         raise ArtifactError(
-            FailureReason.INVALID_SOURCE, f"{uri}: {revision[:80]!r} is no branch, tag, commit or digest."
+            FailureReason.INVALID_SOURCE, f"{uri}: {revision[:80]!r} is not a branch, tag, commit or digest."
         )
     if isinstance(uri, HfUri):
         from lorapool_artifacts.sources.hf import open_hf

@@ -1,9 +1,9 @@
-"""Which network addresses a source may lead to.
+"""Refuses connections of sources to addresses that tenants must not reach.
 
-Called by every source that opens a connection to a host named by a tenant or by a redirect. Hosts are
-taken as the URI says them, so an in-cluster registry works; refused are link-local and other addresses
-where clouds put their metadata, and redirects from a public host into the private network. The address
-that is checked is the one that was connected to, so a name that resolves differently a second time gains nothing.
+A tenant or a redirect names the host. A host in the URI may be private, so that an in-cluster registry works. Refused
+are link-local and other addresses of cloud metadata services, and redirects from a public host into the private
+network. The checked address is the one of the open connection, so a name that resolves differently the second time
+does not get around the check.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def parse_address(text: str) -> IpAddress:
-    """The address, unwrapped where IPv6 carries an IPv4 one."""
+    """Parses an address; an IPv4 address embedded in IPv6 is unwrapped. Raises ValueError."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -34,16 +34,17 @@ def parse_address(text: str) -> IpAddress:
 
 
 def is_forbidden(address: IpAddress) -> bool:
-    """Never connected to, whoever asks."""
+    """Whether connections to the address are always refused."""
     return address in _METADATA or address.is_link_local or address.is_multicast or address.is_unspecified
 
 
 def is_private(address: IpAddress) -> bool:
+    """Whether the address is not reachable on the public internet."""
     return not address.is_global
 
 
 class PeerGuard:
-    """Judges each connection of one source. The first host is the one that the URI names."""
+    """Checks each connection of one source. `host` is the host in the URI."""
 
     def __init__(self, host: str, *, where: str) -> None:
         self._host = host.lower().strip("[]")
@@ -51,37 +52,37 @@ class PeerGuard:
         self._starts_private: bool | None = None
 
     def check_literal(self, host: str) -> None:
-        """Refuses a host that is written as a forbidden address, before anything is sent towards it."""
+        """Raises ArtifactError when the host is written as a forbidden address, before a connection is opened."""
         try:
             address = parse_address(host.strip("[]"))
         except ValueError:
             return
         if is_forbidden(address):
-            raise _refused(self._where, f"{host} is an address no source may have")
+            raise _refused(self._where, f"{host} is an address that no source may have")
 
     def check(self, host: str, peer: str) -> None:
-        """Raises ArtifactError when `peer`, reached as `host`, must not be spoken to."""
+        """Raises ArtifactError when `host` is connected to the forbidden address `peer`."""
         address = parse_address(peer)
         if is_forbidden(address):
-            raise _refused(self._where, f"{host} is at {address}, an address no source may have")
+            raise _refused(self._where, f"{host} is at {address}, an address that no source may have")
         if host.lower().strip("[]") == self._host:
             self._starts_private = is_private(address)
         elif is_private(address) and not self._starts_private:
-            raise _refused(self._where, f"it sends its readers on to {host} inside the private network")
+            raise _refused(self._where, f"it redirects to {host} inside the private network")
 
 
 def check_host(host: str, *, where: str) -> None:
-    """For clients whose connections cannot be watched: every address of `host` must be allowed."""
+    """Raises ArtifactError unless all addresses of `host` are allowed. For clients that do not expose connections."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ArtifactError(
-            FailureReason.SOURCE_UNAVAILABLE, f"{where}: the host {host} is not found; it is tried again."
+            FailureReason.SOURCE_UNAVAILABLE, f"{where}: the host {host} is not found; it is retried."
         ) from error
     for entry in found:
         address = parse_address(str(entry[4][0]))
         if is_forbidden(address):
-            raise _refused(where, f"{host} is at {address}, an address no source may have")
+            raise _refused(where, f"{host} is at {address}, an address that no source may have")
 
 
 def _refused(where: str, what: str) -> ArtifactError:

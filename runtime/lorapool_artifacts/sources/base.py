@@ -1,7 +1,7 @@
-"""What every source can do, and the two readers built on it.
+"""The interface of sources, and functions that read from any of them.
 
-Implemented by one module per scheme; used by `fetch` and `inspect` inside a thread. A source is opened at
-an immutable revision: what it lists and streams belongs to that revision or it raises. All methods block.
+A source is opened at an immutable revision: everything that it lists and streams belongs to that revision, otherwise it
+raises ArtifactError. All methods block and are called in a thread.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ CHUNK_BYTES = 256 * 1024
 
 
 class Source(Protocol):
-    """Files at one revision of one place."""
+    """The files of one artifact at one revision."""
 
     @property
     def where(self) -> str:
-        """The place in words, without credentials."""
+        """The source for messages, without credentials."""
 
     @property
     def revision(self) -> str:
-        """Names this content and no other: a commit, a manifest digest, a hash of the listing."""
+        """An identifier of exactly this content: a commit, a manifest digest or a hash of the listing."""
 
     def list_files(self) -> Sequence[RemoteFile]:
-        """All files at the top of the place."""
+        """All files at the top level."""
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        """Bytes of a listed file from `start`; may end early when the other side does. Raises ArtifactError."""
+        """Bytes of a listed file from `start`; may end early when the connection does. Raises ArtifactError."""
 
     def close(self) -> None:
-        """Gives connections back."""
+        """Closes connections and files."""
 
 
 def read_range(source: Source, name: str, start: int, length: int) -> bytes:
-    """Exactly `length` bytes of a listed file. Raises ArtifactError, CorruptArtifact when they are not there."""
+    """Exactly `length` bytes of a listed file. Raises ArtifactError (CorruptArtifact) when the file is shorter."""
     parts: list[bytes] = []
     missing = length
     for chunk in source.stream(name, start, length):
@@ -64,7 +64,7 @@ def download(source: Source, name: str, into: BinaryIO) -> int:
 
 
 def changed(where: str, name: str) -> ArtifactError:
-    """The file is no longer the one that was listed."""
+    """The error of a file that changed after it was listed."""
     return ArtifactError(
         FailureReason.SOURCE_UNAVAILABLE, f"{where}: {name} changed while it was read; it is read again from the start."
     )

@@ -1,7 +1,7 @@
-"""A folder on this machine, read without following a single symbolic link.
+"""A local folder, read without following symbolic links: a mounted claim (`pvc://`) or a fetched artifact.
 
-Used for `pvc://` (below a mounted claim) and for folders that were fetched. Every part of the path is opened
-relative to the one before with O_NOFOLLOW, so nothing inside a volume can lead out of it.
+Every part of the path is opened relative to the one before it with O_NOFOLLOW, so that nothing inside a volume can
+lead out of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REVISION_PREFIX = "stat-"
 
 
 class FolderSource:
-    """The files of one folder; its revision is a hash over their names, sizes and times of change."""
+    """The files of one folder. The revision is a hash of their names, sizes and modification times."""
 
     def __init__(self, descriptor: int, where: str, deadline: Deadline | None) -> None:
         self._descriptor = descriptor
@@ -45,14 +45,14 @@ class FolderSource:
     def open(
         cls, root: Path, parts: Sequence[str] = (), *, where: str | None = None, deadline: Deadline | None = None
     ) -> FolderSource:
-        """The folder `root`/`parts`; `root` itself is trusted, `parts` are not. Raises ArtifactError."""
+        """Opens the folder `root`/`parts`. `root` is trusted, `parts` are not. Raises ArtifactError."""
         where = where or str(root)
         with translated(where, "the folder"):
             descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
             if part in ("", ".", "..") or "/" in part:
                 os.close(descriptor)
-                raise ArtifactError(FailureReason.INVALID_SOURCE, f"{where}: {part!r} is no folder name.")
+                raise ArtifactError(FailureReason.INVALID_SOURCE, f"{where}: {part!r} is not a folder name.")
             try:
                 with translated(where, f"the folder {part}"):
                     inner = os.open(part, _DIRECTORY, dir_fd=descriptor)
@@ -120,7 +120,7 @@ def _is_link(where: str, name: str) -> ArtifactError:
 
 @contextlib.contextmanager
 def translated(where: str, what: str) -> Iterator[None]:
-    """Turns the operating system's errors into ours, by number."""
+    """Turns OSErrors into ArtifactErrors, by error number."""
     try:
         yield
     except OSError as error:

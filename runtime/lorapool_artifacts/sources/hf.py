@@ -1,8 +1,8 @@
 """`hf://org/name[@revision]`: a model repository of a Hugging Face hub.
 
-huggingface_hub knows the hub's API, its URLs and where a token lies (HF_ENDPOINT, HF_TOKEN); the bytes
-go through our own session, so that they are bounded, resumable and cannot be redirected into the cluster.
-Large files carry their sha256 (LFS); small ones do not and are hashed while read.
+huggingface_hub provides the hub's API, its URLs and the token (HF_ENDPOINT, HF_TOKEN). Files are downloaded through
+our own session, so that they are bounded, resumable and cannot be redirected into the cluster. The hub lists the
+SHA-256 of large files (LFS) only; small files are hashed while they are read.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from lorapool_artifacts.uri import HfUri
 
 PUBLIC_HUB = "https://huggingface.co"
 ACCESS = (
-    "if the repository is private or gated, put a token that may read it into HF_TOKEN (the chart's secret with the "
-    "hub's "
-    "token); if it does not exist, correct its name"
+    "if the repository is private or gated, put a token that may read it into HF_TOKEN (in the chart's "
+    "artifacts.credentials Secret); if it does not exist, correct its name"
 )
 _COMMIT = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
@@ -68,7 +67,7 @@ class HfSource:
 
 
 def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> HfSource:
-    """Asks the hub for the commit behind the revision and its files. Raises ArtifactError."""
+    """Asks the hub for the commit of the revision and lists its files. Raises ArtifactError."""
     endpoint = settings.hf_endpoint or PUBLIC_HUB
     check_host(urlsplit(endpoint).hostname or "", where=str(uri))
     deadline.progress()
@@ -90,18 +89,18 @@ def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline
     except (httpx2.HTTPError, OSError) as error:
         raise ArtifactError(
             FailureReason.SOURCE_UNAVAILABLE,
-            f"{uri}: the hub at {endpoint} cannot be reached ({type(error).__name__}); it is tried again.",
+            f"{uri}: the hub at {endpoint} cannot be reached ({type(error).__name__}); it is retried.",
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _no_hub(uri, endpoint) from error
+        raise _not_a_hub(uri, endpoint) from error
     if not isinstance(info.sha, str) or not _COMMIT.match(info.sha):
-        raise _no_hub(uri, endpoint)
+        raise _not_a_hub(uri, endpoint)
     files = [_remote_file(item.rfilename, item.size, item.lfs) for item in info.siblings or ()]
     return HfSource(uri, info.sha, [file for file in files if file is not None], settings, deadline)
 
 
 def _remote_file(name: str, size: int | None, lfs: object) -> RemoteFile | None:
-    """A file as the hub lists it; one without a size cannot be bounded and is left out."""
+    """A file as the hub lists it; None for a file without a size, which could not be bounded."""
     sha256 = getattr(lfs, "sha256", None)
     size_bytes = getattr(lfs, "size", None) if lfs is not None else size
     if not isinstance(size_bytes, int) or size_bytes < 0:
@@ -109,7 +108,7 @@ def _remote_file(name: str, size: int | None, lfs: object) -> RemoteFile | None:
     return RemoteFile(name, size_bytes, sha256 if isinstance(sha256, str) and _SHA256.match(sha256) else None)
 
 
-def _no_hub(uri: HfUri, endpoint: str) -> ArtifactError:
+def _not_a_hub(uri: HfUri, endpoint: str) -> ArtifactError:
     return ArtifactError(
-        FailureReason.SOURCE_UNAVAILABLE, f"{uri}: {endpoint} does not answer as a hub does; check HF_ENDPOINT."
+        FailureReason.SOURCE_UNAVAILABLE, f"{uri}: {endpoint} does not respond like a model hub; check HF_ENDPOINT."
     )

@@ -1,8 +1,8 @@
-"""HTTP as the hf and oci sources need it: one guarded session, and statuses turned into errors.
+"""HTTP for the hf and oci sources: one guarded session, and errors for HTTP statuses.
 
-Every connection is judged by the address it really reached (`addresses.PeerGuard`), every request has
-timeouts, redirects are few and never leave https, and credentials do not follow to another host (requests
-drops them). Nothing is retried here: `fetch` resumes, the operator and the runtime back off.
+Every connection is checked by the address that it reached (`address_guard.PeerGuard`), every request has timeouts,
+redirects are limited and never go from https to http, and credentials are not sent to another host (requests drops
+them). There are no retries here: `fetch` resumes downloads, and the operator and the runtime back off.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ USER_AGENT = "lorapool"
 
 
 class GuardedSession(requests.Session):
-    """Speaks to one source's host and to where that host redirects. Used by one thread."""
+    """A session with one source's host and the hosts that it redirects to. Used by one thread."""
 
     def __init__(self, host: str, deadline: Deadline) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class GuardedSession(requests.Session):
         self.mount("http://", adapter)
 
     def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        """Called for every redirect: also refuses to fall back from https to http."""
+        """Refuses a redirect from https to http, in addition to dropping credentials for another host."""
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
         if response.url.startswith("https:") and not (prepared_request.url or "").startswith("https:"):
             raise ArtifactError(
@@ -55,7 +55,7 @@ class GuardedSession(requests.Session):
 
 
 class _GuardedAdapter(HTTPAdapter):
-    """Puts the guard into the connections and a timeout onto every request."""
+    """Checks the peer of every connection and sets the timeouts of every request."""
 
     def __init__(self, guard: PeerGuard, deadline: Deadline) -> None:
         self._guard = guard
@@ -94,7 +94,7 @@ def _guarded_pools(guard: PeerGuard) -> tuple[type[HTTPConnectionPool], type[HTT
 
 
 def _checked(guard: PeerGuard, connection: HTTPConnection, sock: Any) -> Any:
-    if connection.proxy is not None:  # the administrator's proxy decides where it connects
+    if connection.proxy is not None:  # the administrator's proxy chooses the peer
         return sock
     try:
         guard.check(connection.host, str(sock.getpeername()[0]))
@@ -109,7 +109,10 @@ def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 def iter_body(response: requests.Response, deadline: Deadline, *, skip: int, length: int | None) -> Iterator[bytes]:
-    """Bytes as they arrive, after `skip`, at most `length`; closes the response. Raises ArtifactError."""
+    """At most `length` bytes of the body after the first `skip`, as they arrive. Closes the response.
+
+    Raises ArtifactError.
+    """
     left = length
     with contextlib.closing(response), translated(deadline):
         while left is None or left > 0:
@@ -128,7 +131,7 @@ def iter_body(response: requests.Response, deadline: Deadline, *, skip: int, len
 
 
 def read_bounded(response: requests.Response, deadline: Deadline, max_bytes: int, what: str) -> bytes:
-    """A small body, whole. Raises ArtifactError when it is longer than `max_bytes`."""
+    """The whole body. Raises ArtifactError when it is longer than `max_bytes`."""
     body = b"".join(iter_body(response, deadline, skip=0, length=max_bytes + 1))
     if len(body) > max_bytes:
         raise ArtifactError(FailureReason.INVALID_SOURCE, f"{deadline.where}: {what} is longer than {max_bytes} bytes.")
@@ -136,6 +139,7 @@ def read_bounded(response: requests.Response, deadline: Deadline, max_bytes: int
 
 
 def range_header(start: int, length: int | None) -> dict[str, str]:
+    """The Range header of a request for a part of a file; empty for the whole file."""
     if start == 0 and length is None:
         return {}
     return {"Range": f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"}
@@ -143,7 +147,7 @@ def range_header(start: int, length: int | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def translated(deadline: Deadline) -> Iterator[None]:
-    """Turns the client's errors into ours, by type."""
+    """Turns errors of requests and urllib3 into ArtifactErrors, by type."""
     try:
         yield
     except (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError) as error:
@@ -154,18 +158,17 @@ def translated(deadline: Deadline) -> Iterator[None]:
         raise ArtifactError(
             FailureReason.SOURCE_UNAVAILABLE,
             f"{deadline.where}: no trusted TLS connection; check its certificate, or list the host as insecure if it "
-            "speaks "
-            "plain HTTP.",
+            "only supports plain HTTP.",
         ) from error
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise ArtifactError(
             FailureReason.SOURCE_UNAVAILABLE,
-            f"{deadline.where} cannot be reached or broke off ({type(error).__name__}); it is tried again.",
+            f"{deadline.where} cannot be reached or broke off ({type(error).__name__}); it is retried.",
         ) from error
 
 
 def error_of_status(status: int, headers: Mapping[str, str], *, where: str, what: str, access: str) -> ArtifactError:
-    """What an HTTP status other than success means. `access` says how to grant access."""
+    """The error of an HTTP status other than success. `access` tells the owner how to grant access."""
     if status in (404, 410):
         return ArtifactError(
             FailureReason.SOURCE_NOT_FOUND, f"{where}: {what} does not exist (HTTP {status}); check the source."
@@ -177,15 +180,15 @@ def error_of_status(status: int, headers: Mapping[str, str], *, where: str, what
     if status == 429:
         return ArtifactError(
             FailureReason.RATE_LIMITED,
-            f"{where} limits the rate of requests (HTTP 429); it is tried again later.",
+            f"{where} limits the rate of requests (HTTP 429); it is retried later.",
             retry_after_s=retry_after_s(headers),
         )
     if status in (408, 504):
-        return ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{where} timed out (HTTP {status}); it is tried again.")
+        return ArtifactError(FailureReason.SOURCE_TIMEOUT, f"{where} timed out (HTTP {status}); it is retried.")
     if status >= 500:
         return ArtifactError(
             FailureReason.SOURCE_UNAVAILABLE,
-            f"{where} fails (HTTP {status}); it is tried again.",
+            f"{where} fails (HTTP {status}); it is retried.",
             retry_after_s=retry_after_s(headers),
         )
     if status == 416:
@@ -198,7 +201,7 @@ def error_of_status(status: int, headers: Mapping[str, str], *, where: str, what
 
 
 def retry_after_s(headers: Mapping[str, str], *, now_s: float | None = None) -> float | None:
-    """Seconds of a Retry-After header, as a number or a date, within an hour."""
+    """Seconds of a Retry-After header given as a number or a date, at most an hour; None without a valid one."""
     value = next((value for key, value in headers.items() if key.lower() == "retry-after"), "").strip()
     if value.isascii() and value.isdigit():
         return min(float(value[:9]), MAX_RETRY_AFTER_S)

@@ -1,8 +1,8 @@
 """`oci://host/repository[:tag|@sha256:…]`: an artifact whose layers are the files.
 
-oras knows how registries authenticate and where Docker keeps credentials; requests go through our own
-session, without oras' retries (minutes of sleep) and with bounds. A layer's title annotation is its file
-name, its digest is the file's hash, the manifest's digest is the revision. Archives are never unpacked.
+oras implements the authentication of registries and finds Docker's credentials. Requests go through our own session,
+which is bounded and does not use oras' retries (minutes of sleep). A layer's title annotation is the file name, its
+digest is the file's hash, and the manifest's digest is the revision. Archives are never unpacked.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OciSource:
 
 
 class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries no types
-    """oras' view of one repository, over our session."""
+    """oras' client of one repository, on top of our session."""
 
     def __init__(self, uri: OciUri, settings: SourceSettings, deadline: Deadline) -> None:
         host = _DOCKER_HUB.get(uri.host, uri.host)
@@ -93,7 +93,7 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
             self.auth.load_configs(container, configs=[str(config)] if config and config.is_file() else None)
 
     def get(self, path: str, headers: Mapping[str, str]) -> requests.Response:
-        """One GET; when the registry challenges, once more with what it asks for. Raises ArtifactError."""
+        """One GET, repeated with credentials when the registry sends a challenge. Raises ArtifactError."""
         sent = dict(headers)
         if self.auth.token is not None:
             sent.update(self.auth.get_auth_header())
@@ -102,12 +102,12 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
             if response.status_code != 401:
                 return response
             with response:
-                granted = self._answer(response, dict(headers))
+                granted = self._authorized(response, dict(headers))
             if granted is None:
                 return response
             return self.session.get(self._url + path, headers=granted, stream=True)
 
-    def _answer(self, response: requests.Response, headers: dict[str, str]) -> dict[str, str] | None:
+    def _authorized(self, response: requests.Response, headers: dict[str, str]) -> dict[str, str] | None:
         challenge = response.headers.get("Www-Authenticate", "")
         basic: str | None = getattr(self.auth, "_basic_auth", None)
         if challenge[:5].lower() == "basic":
@@ -122,7 +122,7 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
 
 
 def open_oci(uri: OciUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> OciSource:
-    """Fetches the manifest; `revision` is a digest or a tag. Raises ArtifactError."""
+    """Fetches the manifest of `revision`, a digest or a tag. Raises ArtifactError."""
     reference = revision or uri.reference
     registry = _Registry(uri, settings, deadline)
     try:
@@ -134,7 +134,7 @@ def open_oci(uri: OciUri, revision: str | None, settings: SourceSettings, deadli
 
 
 def _manifest(registry: _Registry, where: str, reference: str) -> tuple[str, bytes]:
-    """(digest, content)."""
+    """The digest and the content of a manifest. Raises ArtifactError."""
     response = registry.get(f"manifests/{reference}", {"Accept": ", ".join(MANIFEST_TYPES + INDEX_TYPES)})
     if response.status_code != 200:
         response.close()
@@ -143,14 +143,12 @@ def _manifest(registry: _Registry, where: str, reference: str) -> tuple[str, byt
     raw = read_bounded(response, registry.deadline, MAX_MANIFEST_BYTES, "the manifest")
     digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
     if _DIGEST.match(reference) and digest != reference:
-        raise ArtifactError(
-            FailureReason.DIGEST_MISMATCH, f"{where}: the registry answered with another manifest, {digest}."
-        )
+        raise ArtifactError(FailureReason.DIGEST_MISMATCH, f"{where}: the registry sent another manifest, {digest}.")
     return digest, raw
 
 
 def parse_manifest(raw: bytes, *, where: str) -> dict[str, tuple[RemoteFile, str]]:
-    """File name → (file, blob digest). Raises ArtifactError."""
+    """The files of a manifest: file name → (file, blob digest). Raises ArtifactError."""
     try:
         manifest = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -184,7 +182,10 @@ def _layer(layer: Any, where: str) -> tuple[RemoteFile, str]:
 
 
 def _name(annotations: Any, media_type: Any, sha256: str) -> str:
-    """The title; oras gives plain files the type of a tar, so only packing beyond that makes an archive."""
+    """The file name of a layer: its title, with an archive's ending when the layer is packed.
+
+    oras gives plain files the media type of a tar, so only compression or its unpack annotation mark an archive.
+    """
     notes = annotations if isinstance(annotations, dict) else {}
     kinds = re.split(r"[.+]", media_type) if isinstance(media_type, str) else []
     title = notes.get(TITLE)
@@ -195,7 +196,7 @@ def _name(annotations: Any, media_type: Any, sha256: str) -> str:
 
 
 def is_insecure(host: str, listed: frozenset[str]) -> bool:
-    """Whether to speak plain HTTP: to hosts that are listed, and to this machine."""
+    """Whether to use plain HTTP: for listed hosts and for loopback."""
     name = _hostname(host)
     if host in listed or name in listed or name == "localhost" or name.endswith(".localhost"):
         return True

@@ -1,8 +1,8 @@
 """`s3://bucket/prefix`: a folder of an S3 bucket, over obstore.
 
-The endpoint and the keys are the process's own (AWS_*), never the tenant's. S3 lists no sha256, so the
-revision is a hash over names, sizes and ETags, and every read asks for the ETag that was listed. A process
-without any AWS identity reads anonymously instead of asking the machine's metadata service for one.
+Endpoint and keys belong to the process (AWS_*), never to the tenant. S3 lists no SHA-256, so the revision is a hash of
+names, sizes and ETags, and every read requires the listed ETag. A process without an AWS identity reads anonymously
+instead of asking the machine's metadata service for one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _AMBIENT = (
 
 
 class S3Source:
-    """The objects directly below one prefix, as they were listed."""
+    """The objects directly below one prefix, as listed when the source was opened."""
 
     def __init__(self, uri: S3Uri, store: Any, settings: SourceSettings, deadline: Deadline) -> None:
         self.where = str(uri)
@@ -88,8 +88,7 @@ def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline
     if revision is not None and not revision.startswith(REVISION_PREFIX):
         raise ArtifactError(
             FailureReason.INVALID_SOURCE,
-            f"{uri}: a bucket has no revisions by name; remove spec.source.revision and give spec.source.digest "
-            "instead.",
+            f"{uri}: a bucket has no named revisions; remove spec.source.revision and give spec.source.digest instead.",
         )
     if settings.s3_endpoint:
         check_host(urlsplit(settings.s3_endpoint).hostname or "", where=str(uri))
@@ -97,7 +96,7 @@ def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline
 
 
 def _list(uri: S3Uri, store: Any, prefix: str, settings: SourceSettings, deadline: Deadline) -> Sequence[Any]:
-    """obstore tells no statuses of a failed listing, so the bucket itself is asked once more for its own."""
+    """Lists the prefix. obstore reports no HTTP status of a failed listing, so the bucket is requested once more."""
     try:
         with translated(deadline, "the bucket or prefix"):
             return list(obstore.list_with_delimiter(store, prefix or None)["objects"])
@@ -108,7 +107,7 @@ def _list(uri: S3Uri, store: Any, prefix: str, settings: SourceSettings, deadlin
 
 
 def _status_of_bucket(uri: S3Uri, store: Any, settings: SourceSettings, deadline: Deadline) -> ArtifactError | None:
-    """What the bucket's own status means, or None when it answers."""
+    """The error for the bucket's own HTTP status, or None when the status is a success."""
     endpoint = settings.s3_endpoint or f"https://s3.{settings.s3_region or DEFAULT_REGION}.amazonaws.com"
     if _is_anonymous(settings):
         url = f"{endpoint.rstrip('/')}/{uri.bucket}/"
@@ -163,7 +162,7 @@ def _store(uri: S3Uri, settings: SourceSettings, deadline: Deadline) -> Any:
 
 @contextlib.contextmanager
 def translated(deadline: Deadline, what: str) -> Iterator[None]:
-    """Turns obstore's errors into ours, by type."""
+    """Turns obstore's errors into ArtifactErrors, by type."""
     try:
         yield
     except FileNotFoundError as error:
@@ -179,6 +178,5 @@ def translated(deadline: Deadline, what: str) -> Iterator[None]:
     except BaseError as error:
         raise ArtifactError(
             FailureReason.SOURCE_UNAVAILABLE,
-            f"{deadline.where}: the object store cannot be reached or fails ({type(error).__name__}); it is tried "
-            "again.",
+            f"{deadline.where}: the object store cannot be reached or fails ({type(error).__name__}); it is retried.",
         ) from error

@@ -30,7 +30,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
-from lorapool_artifacts.settings import FetchLimits, JudgeLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_runtime.background import lower_thread_priority
 
 MAX_INSPECTIONS = 2
@@ -111,15 +111,15 @@ class DiskStore:
             ) from error
         if self._inspected.get(digest) == (limit, signature):
             return
-        found = inspect_adapter_folder(folder, self._base, JudgeLimits(self._max_rank, max_bytes=limit))
+        found = inspect_adapter_folder(folder, self._base, AdapterLimits(self._max_rank, max_bytes=limit))
         if found.digest is not None and found.digest != digest:
             raise ArtifactError(
                 FailureReason.DIGEST_MISMATCH,
                 f"{uri} holds {found.digest}, not the requested {digest}; correct spec.source.digest "
                 "or pin the revision.",
             )
-        if not found.verdict.ok:
-            raise ArtifactError(found.verdict.reason or FailureReason.INCOMPATIBLE, found.verdict.message)
+        if not found.compatibility.ok:
+            raise ArtifactError(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
         if len(self._inspected) >= MAX_REMEMBERED:
             self._inspected.clear()
         self._inspected[digest] = (limit, signature)
@@ -138,16 +138,16 @@ class DiskStore:
                 request.source.revision,
                 request.digest,
                 self._base,
-                JudgeLimits(self._max_rank, max_bytes=limit),
+                AdapterLimits(self._max_rank, max_bytes=limit),
                 self._sources,
                 fetch_limits=FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s),
             )
         except ArtifactError as error:
             return ResolveAnswer(failure=ErrorDetail(reason=error.reason.value, message=error.message))
         failure = None
-        if not found.verdict.ok:
-            reason = found.verdict.reason or FailureReason.INCOMPATIBLE
-            failure = ErrorDetail(reason=reason.value, message=found.verdict.message)
+        if not found.compatibility.ok:
+            reason = found.compatibility.reason or FailureReason.INCOMPATIBLE
+            failure = ErrorDetail(reason=reason.value, message=found.compatibility.message)
         return ResolveAnswer(
             digest=found.digest,
             revision=found.revision,

@@ -14,14 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from lorapool_api.common import FailureReason
-from lorapool_api.openai import CODE_DRAINING, ApiError, Conflict, RuntimeNotRegistered, Unavailable, client_fault
+from lorapool_api.openai import (
+    CODE_DRAINING,
+    ApiError,
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    UnavailableError,
+    client_fault,
+)
 from lorapool_api.protocol import Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, LoadFailure
 from lorapool_runtime.adapters.registry import AdapterRegistry
 from lorapool_runtime.background import lower_thread_priority
-from lorapool_runtime.engines.interface import AdapterArtifactError, Engine, HostAdapter
+from lorapool_runtime.engines.interface import Engine, HostAdapter
 from lorapool_runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -84,12 +91,10 @@ class AdapterLoader:
             return no_slot()
         except asyncio.CancelledError:
             if entry.deleting is not None:
-                return RuntimeNotRegistered(f"Adapter {entry.key} was deleted while it loaded.")
-            return Unavailable("This replica is shutting down.", code=CODE_DRAINING, retry_after_s=1)
+                return RuntimeNotRegisteredError(f"Adapter {entry.key} was deleted while it loaded.")
+            return UnavailableError("This replica is shutting down.", code=CODE_DRAINING, retry_after_s=1)
         except ArtifactError as error:
             return self._failed(entry, error.reason, error.message, error.retry_after_s)
-        except AdapterArtifactError as error:
-            return self._failed(entry, FailureReason(error.reason), error.message)
         except Exception:
             log.exception("loading failed", extra={"adapter": entry.descriptor.display, "digest": entry.key.digest})
             message = "Loading the adapter failed in the runtime; see its log."
@@ -221,5 +226,5 @@ class _NoSlotError(Exception):
     """Every slot is in use, pinned, or of an adapter that requests wait for."""
 
 
-def no_slot() -> Conflict:
-    return Conflict(f"{_NO_SLOT}; try another replica.", retry_after_s=1)
+def no_slot() -> NoFreeSlotError:
+    return NoFreeSlotError(f"{_NO_SLOT}; try another replica.", retry_after_s=1)

@@ -12,7 +12,13 @@ import random
 from collections.abc import Iterable
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.openai import CODE_QUEUE_FULL, ApiError, Conflict, RuntimeNotRegistered, TooManyRequests
+from lorapool_api.openai import (
+    CODE_QUEUE_FULL,
+    ApiError,
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    TooManyRequestsError,
+)
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease
@@ -115,7 +121,7 @@ class AdapterManager:
         """Stops admitting, lets running requests finish, unloads and removes. Goes on when the caller leaves."""
         entry = self._registry.get(key)
         if entry is None:
-            raise RuntimeNotRegistered(f"No adapter {key} is registered here.")
+            raise RuntimeNotRegisteredError(f"No adapter {key} is registered here.")
         if entry.deleting is None:
             entry.begin_delete(asyncio.create_task(self._delete(entry), name=f"delete {key}"))
             self._changes.bump()
@@ -159,7 +165,7 @@ class AdapterManager:
         while True:
             entry = self._registry.get(key)
             if entry is None or entry.deleting is not None:
-                raise RuntimeNotRegistered(f"No adapter {key} is registered here; register it and repeat.")
+                raise RuntimeNotRegisteredError(f"No adapter {key} is registered here; register it and repeat.")
             if self._registry.usable(entry):
                 return self._registry.lease(entry, None if asked_s is None else self._clock.now_s() - asked_s)
             if asked_s is None:
@@ -181,7 +187,7 @@ class AdapterManager:
                 return no_slot()
             self._loader.start(entry)
         elif entry.waiting >= self._limits.max_load_waiting:
-            return TooManyRequests(
+            return TooManyRequestsError(
                 f"{entry.waiting} requests already wait for this adapter's load.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=2,
@@ -193,7 +199,7 @@ class AdapterManager:
                 error = await asyncio.shield(entry.loading)
         finally:
             self._changes.bump_soon()
-        if error is not None and entry.failure is not None and not isinstance(error, Conflict):
+        if error is not None and entry.failure is not None and not isinstance(error, NoFreeSlotError):
             entry.usage.count_failed_load()
         return error
 

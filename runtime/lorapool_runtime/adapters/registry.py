@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.openai import TooManyRequests
+from lorapool_api.openai import TooManyRequestsError
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
@@ -77,7 +77,7 @@ class AdapterRegistry:
     def add(self, key: AdapterKey, descriptor: AdapterDescriptor, *, on_disk: bool) -> AdapterEntry:
         """Registers an adapter. At the limit it first removes the longest unused one that is not loaded.
 
-        Raises TooManyRequests when every adapter is loaded, pinned or waited for.
+        Raises TooManyRequestsError when every adapter is loaded, pinned or waited for.
         """
         if len(self._entries) >= self.limits.max_adapters:
             self.remove(self._longest_unused())
@@ -96,7 +96,7 @@ class AdapterRegistry:
             and not entry.descriptor.pinned
         ]  # fmt: skip
         if not cold:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"{len(self)} adapters are registered, which is this runtime's maximum; delete one first.",
                 code="too_many_adapters",
             )

@@ -1,9 +1,7 @@
-"""What the server half of the runtime asks of an engine, and nothing more.
+"""The interface between an engine and the rest of the runtime.
 
-`server` and `adapters` call it from the event loop; `engine.TorchEngine` implements it, and another
-engine may take its place if it passes `tests/runtime/engine/test_engine_conformance.py`. Slots are plain
-integers here: which adapter sits in a slot, and that nobody re-uses a slot in use, is the caller's
-(`adapters`) business.
+Any engine that passes `tests/runtime/engine/test_engine_conformance.py` can serve. Slots are plain integers here: the
+caller (`adapters`) decides which adapter is in which slot, and never reuses a slot on which requests run.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Per request, independent of who shares the batch. temperature 0 is greedy."""
+    """The sampling parameters of one request, independent of the rest of the batch. Temperature 0 is greedy."""
 
     max_tokens: int
     """0 computes the prompt and generates nothing."""
@@ -41,36 +39,36 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
-    """None: no log-probabilities; n >= 0: the sampled token's and the n likeliest."""
+    """None: no log-probabilities; n >= 0: those of the sampled token and of the n likeliest tokens."""
     stop_token_ids: frozenset[int] = frozenset()
-    """End the sequence; the ending token is counted but delivered with `text_token=False`."""
+    """Tokens that end the sequence. The last one is counted but delivered with `text_token=False`."""
     ignore_eos: bool = False
 
 
 class ConstraintError(Exception):
-    """The constraint cannot say what may come next (it ran out of its own bounds); ends its own request only."""
+    """The constraint cannot compute the next mask (it exceeded its own limits). Ends its own request only."""
 
 
 class TokenConstraint(Protocol):
-    """What one sequence may say next. Made for one request; from `submit` on the engine's thread alone calls it.
+    """The tokens that one sequence may generate next. Belongs to one request; only the engine thread uses it.
 
-    Its state moves with the tokens the sequence has generated, so being pre-empted and recomputed does not touch it.
+    Its state advances with the generated tokens, so preemption and recomputation do not affect it.
     """
 
     def mask(self) -> bytes:
-        """One bit per token of the vocabulary, set where it may come next; lowest bit of the first byte is token 0.
+        """One bit per token of the vocabulary, set where the token is allowed next. Token 0 is bit 0 of byte 0.
 
-        A token beyond the last bit may not come. Raises ConstraintError.
+        Tokens beyond the last bit are not allowed. Raises ConstraintError.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """The sequence took this token. Raises ConstraintError."""
+        """Advances the state by a generated token. Raises ConstraintError."""
         ...
 
     @property
     def complete(self) -> bool:
-        """Nothing but the end may come: the engine ends the sequence with STOP."""
+        """Whether only the end may follow: the engine then finishes the sequence with STOP."""
         ...
 
 
@@ -81,11 +79,11 @@ class GenerationRequest:
     slot: int
     """Adapter slot, or BASE_SLOT."""
     cache_salt: str
-    """Identity of the weights (`base` or the adapter's digest): never two salts on one cached block."""
+    """Identity of the weights (`base` or the adapter's digest). Requests with different salts share no cached block."""
     sampling: SamplingParams
     prompt_logprobs: int | None = None
-    """n >= 0: each prompt token's log-probability after those before it, and the n likeliest. Such a prompt is always
-    computed whole: no part of it is taken from a prefix cache."""
+    """n >= 0: return the log-probability of each prompt token and of the n likeliest tokens in its place. Such a prompt
+    is computed entirely, without the prefix cache."""
     constraint: TokenConstraint | None = None
 
 
@@ -98,27 +96,27 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One sampled token of one request, or its end. Exactly one output per request has a finish_reason, the last."""
+    """One sampled token of a request, or its end, or both. Only the last output of a request has a finish_reason."""
 
     request_id: str
     token_id: int | None
-    """None for an end without a token (cancelled, error, `max_tokens` 0)."""
+    """None for an end without a token: cancelled, error, or `max_tokens` 0."""
     text_token: bool
-    """False for an end-of-sequence token, which is counted but not text."""
+    """False for an end-of-sequence token, which is counted but is not part of the text."""
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    """Of the prompt's, those that another request on the same weights had computed before."""
+    """Prompt tokens found in the prefix cache."""
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    """Of the prompt's tokens from the second on, with the first output of a request that asked for them."""
+    """Of the prompt's tokens from the second on. Only in the first output, and only if the request asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetShape:
-    """One linear layer of the base that LoRA may target: `module` is its full dotted name in the model."""
+    """A linear layer of the base that LoRA may target. `module` is its full dotted name in the model."""
 
     module: str
     in_features: int
@@ -126,8 +124,17 @@ class TargetShape:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeProgramState:
+    """Whether decode steps run as one native call, or by the model's own code and for what reason."""
+
+    active: bool
+    reason: str = ""
+    """Empty while active; else `no_kernels`, `untraceable` or `unverified`. The log has the details."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the server must know of the loaded base."""
+    """Facts about the loaded base that the rest of the runtime needs."""
 
     max_model_len: int
     vocab_size: int
@@ -135,13 +142,15 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     targets: tuple[TargetShape, ...]
     weight_bytes: int
+    decode_program: DecodeProgramState | None = None
+    """None for an engine that has no such program, as on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
     slot: int
     device_bytes: int
-    """Measured, not computed."""
+    """Bytes that the adapter occupies on the device, measured rather than computed."""
     seconds: float
 
 
@@ -156,28 +165,18 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     healthy: bool
-    """False when the engine thread has died; the process should end."""
+    """False when the engine thread has died; the process should then exit."""
     device_bytes: int
     prefix_queried_tokens: int = 0
-    """Tokens of prompts looked up in the prefix cache since the start."""
+    """Prompt tokens looked up in the prefix cache since the start."""
     prefix_hit_tokens: int = 0
-    """Of them, those that were not computed again."""
+    """Prompt tokens found in the prefix cache since the start."""
     preemptions: int = 0
-    """Sequences sent back to the queue since the start, for want of KV blocks."""
-
-
-class AdapterArtifactError(Exception):
-    """The files cannot become an adapter of this base. `reason` is a `lorapool_api.common.FailureReason` value."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
+    """Sequences preempted since the start because no KV block was free."""
 
 
 class HostAdapter(Protocol):
-    """An adapter read, checked and laid out in host memory, ready for a slot. It never changes any more: a slot
-    on CPU may be this very memory, for as long as it holds it."""
+    """An immutable adapter in host memory, validated and packed for a slot. A slot on a CPU may share its memory."""
 
     @property
     def rank(self) -> int: ...
@@ -188,44 +187,49 @@ class HostAdapter(Protocol):
 
 
 TokenSink = Callable[[TokenOutput], None]
-"""Called in the engine thread; must not block (use loop.call_soon_threadsafe)."""
+"""Receives the outputs of a request in the engine thread. Must not block (use loop.call_soon_threadsafe)."""
 
 
 class Engine(Protocol):
-    """Thread-safe; every method but start, stop and read_adapter returns at once. One thread inside owns torch."""
+    """Thread-safe. Every method but start, stop and read_adapter returns at once."""
 
     @property
     def facts(self) -> ModelFacts: ...
 
     def start(self) -> None:
-        """Returns when the base is loaded (blocking: call it in a worker thread); raises why it cannot be served."""
+        """Blocks until the base is loaded: call it in a worker thread. Raises where the base cannot be served."""
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """Ends every request with CANCELLED; blocks for at most `timeout_s`."""
+        """Ends every request with CANCELLED. Blocks for at most `timeout_s`."""
         ...
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
-        """Reads and checks a verified folder (blocking: call it in a worker thread). Raises AdapterArtifactError."""
+        """Reads and validates a folder. Blocks: call it in a worker thread. Raises ArtifactError."""
         ...
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
-        """Fills the slot; it counts from the next step on. The slot must hold no running request."""
+        """Puts an adapter into the slot, visible from the next step on. No request may run on the slot."""
         ...
 
     def unload(self, slot: int) -> Future[int]:
-        """Clears the slot between two steps; the bytes really given back to the device or operating system."""
+        """Empties the slot between two steps. The result is the number of bytes given back to the device or system."""
         ...
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
-        """Queues a request. Raises ValueError when it can never run: too long for the model or the KV cache, a bad
-        parameter, a slot that does not exist, an id that runs already. A request for a slot that holds no adapter, or
-        another `cache_salt` than the slot's requests so far, ends with ERROR: it never runs on other weights."""
+        """Queues a request.
+
+        Raises ValueError when it can never run: too long for the model or the KV cache, an invalid parameter, a slot
+        that does not exist, an id that is running already. A request for an empty slot, or with another `cache_salt`
+        than the slot's earlier requests, ends with ERROR: it never runs on other weights.
+        """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request after at most the step under way; its sink gets CANCELLED with the counts so far.
-        Unknown ids are ignored."""
+        """Ends a request after the current step at the latest. Its sink gets CANCELLED with the counts so far.
+
+        Unknown ids are ignored.
+        """
         ...
 
     def observe(self) -> EngineStats: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
 from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
@@ -34,7 +34,10 @@ class EncodedRequest:
 async def encode(
     request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, grammars: GrammarCompiler, facts: ModelFacts
 ) -> EncodedRequest:
-    """Encodes a request. Raises InvalidRequest beyond the base's bounds, Unavailable or TooManyRequests under load."""
+    """Encodes a request for the base.
+
+    Raises InvalidRequestError beyond the base's bounds, UnavailableError or TooManyRequestsError under load.
+    """
     prompts = await _prompts(request, tokenizer, facts)
     spec = _grammar_spec(request, tokenizer)
     grammar = None if spec is None else await grammars.compile(spec)
@@ -59,9 +62,9 @@ async def _prompts(
     for prompt in request.prompts:
         ids = await tokenizer.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
-            raise InvalidRequest("The prompt has no tokens.", param="prompt")
+            raise InvalidRequestError("The prompt has no tokens.", param="prompt")
         if max(ids) >= facts.vocab_size:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"The prompt names token {max(ids)}, but the vocabulary has {facts.vocab_size} tokens.",
                 param="prompt",
             )
@@ -88,7 +91,7 @@ def _sampling(
     given = request.sampling
     max_tokens = _max_tokens(request.max_tokens, prompt_param, prompt_tokens, sequences, facts.max_model_len)
     if given.logit_bias and max(given.logit_bias) >= facts.vocab_size:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`logit_bias` names token {max(given.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
             param="logit_bias",
         )
@@ -104,7 +107,7 @@ def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, seque
     """Completion tokens of one sequence: `wanted` if it fits, or as many as fit."""
     room = max_model_len - prompt_tokens
     if room < (0 if wanted == 0 else 1):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"This model's context is {max_model_len} tokens, but the prompt alone has {prompt_tokens}. Shorten it.",
             param=prompt_param,
             code="context_length_exceeded",
@@ -114,14 +117,14 @@ def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, seque
     if wanted is None:
         return min(room, share)
     if wanted > room:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"This model's context is {max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
             f"may be at most {room}, not {wanted}.",
             param="max_tokens",
             code="context_length_exceeded",
         )
     if wanted > share:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"{sequences} sequences of `max_tokens` {wanted} are {sequences * wanted} tokens; "
             f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
             param="max_tokens",

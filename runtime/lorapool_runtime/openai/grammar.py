@@ -16,7 +16,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequest, TooManyRequests, Unavailable
+from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequestError, TooManyRequestsError, UnavailableError
 from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
 from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
 
@@ -81,9 +81,12 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequest for an unsupported grammar, Unavailable or TooManyRequests under load."""
+        """Compiles a grammar, or returns it from the cache.
+
+        Raises InvalidRequestError for an unsupported one, UnavailableError or TooManyRequestsError under load.
+        """
         if self._pending >= _MAX_PENDING:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"{self._pending} grammars already wait to be compiled; the maximum is {_MAX_PENDING}.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=1,
@@ -93,7 +96,7 @@ class GrammarCompiler:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, self._compiled, spec)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The grammar of `{spec.param}` could not be compiled within {self._timeout_s:g} s. Try again.",
                 code="grammar_timeout",
                 retry_after_s=5,
@@ -119,21 +122,21 @@ class GrammarCompiler:
         try:
             tokenizer = self._tokenizer.result()
         except Exception as error:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "This base model's tokenizer does not support grammars: send neither `response_format` nor `tools`.",
                 code="unsupported_parameter",
             ) from error
         text = json_grammar(schema) if schema is not None else lark or ""
         return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
 
-    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequest:
+    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequestError:
         param = spec.param
         for part_param, schema in spec.parts:
             matcher = self._matcher(schema, None)
             if matcher.is_error():
                 param, message = part_param, matcher.get_error()
                 break
-        return InvalidRequest(
+        return InvalidRequestError(
             f"The schema in `{param}` cannot be used: {_first_line(message)}", param=param, code="unsupported_schema"
         )
 

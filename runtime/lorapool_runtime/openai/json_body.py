@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 
 MAX_JSON_DEPTH = 32
 
@@ -54,12 +54,14 @@ class Body:
         if name in _NEUTRAL:
             if self.fields[name] in _NEUTRAL[name]:
                 return
-            raise InvalidRequest(f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter")
+            raise InvalidRequestError(
+                f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter"
+            )
         shown = printable(name)
-        raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
 
     def refuse(self, name: str, why: str) -> NoReturn:
-        raise InvalidRequest(f"`{name}` {why}.", param=name)
+        raise InvalidRequestError(f"`{name}` {why}.", param=name)
 
     def text(self, name: str) -> str:
         value = self.fields.get(name)
@@ -97,21 +99,21 @@ class Body:
 
 
 def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:
-    """The body as an object of bounded depth. Raises InvalidRequest.
+    """The body as an object of bounded depth. Raises InvalidRequestError.
 
     `constants` lets NaN and Infinity through, which are not JSON, so that the caller can name their parameter.
     """
     try:
         value = json.loads(raw, parse_constant=None if constants else _no_constant)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from error
+        raise InvalidRequestError("The body is not valid JSON.", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
     _check_depth(value)
     for name, own in value.items():
         if isinstance(own, (dict, list)) and not _all_finite(own):
             shown = printable(name)
-            raise InvalidRequest(f"`{shown}` holds a number that is not finite.", param=shown)
+            raise InvalidRequestError(f"`{shown}` holds a number that is not finite.", param=shown)
     return value
 
 
@@ -138,7 +140,7 @@ def _check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise InvalidRequest(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
+    raise InvalidRequestError(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
 
 
 def clean_text(value: str, name: str) -> str:
@@ -146,7 +148,9 @@ def clean_text(value: str, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"`{name}` holds an unpaired surrogate, which is not valid text.", param=name) from error
+        raise InvalidRequestError(
+            f"`{name}` holds an unpaired surrogate, which is not valid text.", param=name
+        ) from error
     return value
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_NODES = 5000
@@ -22,9 +22,9 @@ _OF_THE_LIBRARY = "x-guidance"
 
 
 def checked_schema(value: Any, param: str) -> str:
-    """The schema as compact JSON text. Raises InvalidRequest naming `param` and the bound that is exceeded."""
+    """The schema as compact JSON text. Raises InvalidRequestError naming `param` and the bound that is exceeded."""
     if not isinstance(value, dict):
-        raise InvalidRequest(f"`{param}` must be a JSON schema: an object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a JSON schema: an object.", param=param)
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8", "surrogatepass")) > MAX_SCHEMA_BYTES:
         raise _too_large(param, f"is longer than {MAX_SCHEMA_BYTES} bytes")
@@ -38,8 +38,8 @@ def checked_schema(value: Any, param: str) -> str:
     return text
 
 
-def _too_large(param: str, why: str) -> InvalidRequest:
-    return InvalidRequest(f"The schema in `{param}` {why}.", param=param, code="schema_too_large")
+def _too_large(param: str, why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"The schema in `{param}` {why}.", param=param, code="schema_too_large")
 
 
 def _nodes(value: Any) -> Iterator[Any]:
@@ -50,12 +50,12 @@ def _nodes(value: Any) -> Iterator[Any]:
 
 def _check_keywords(node: dict[str, Any], param: str) -> None:
     if _OF_THE_LIBRARY in node:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{_OF_THE_LIBRARY}` in `{param}` is not supported.", param=param, code="unsupported_schema"
         )
     reference = node.get("$ref")
     if isinstance(reference, str) and not reference.startswith("#"):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`$ref` in `{param}` must point into the schema itself (`#/...`); other documents are not read.",
             param=param,
             code="unsupported_schema",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import SamplingParams
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
@@ -86,7 +86,7 @@ class CompletionRequest(ParsedRequest):
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
-    """Parses a chat request. Raises InvalidRequest naming the parameter at fault."""
+    """Parses a chat request. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
@@ -115,7 +115,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
 
 
 def parse_completion(raw: bytes) -> CompletionRequest:
-    """Parses a completion request. Raises InvalidRequest naming the parameter at fault."""
+    """Parses a completion request. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")
@@ -169,7 +169,7 @@ def _include_usage(body: Body) -> bool:
     for name, value in options.items():
         if name not in ("include_usage", "include_obfuscation"):
             shown = f"stream_options.{printable(name)}"
-            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
         if not isinstance(value, bool | None):
             body.refuse(f"stream_options.{name}", "must be true or false")
     if options.get("include_obfuscation"):
@@ -230,17 +230,19 @@ def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
 
 def _message(item: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(item, dict):
-        raise InvalidRequest(f"`{where}` must be an object.", param=where)
+        raise InvalidRequestError(f"`{where}` must be an object.", param=where)
     role = item.get("role")
     if role not in ROLES:
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
         )
     known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
     for name, value in item.items():
         if name not in known and value not in (None, [], ""):
             shown = f"{where}.{printable(name)}"
-            raise InvalidRequest(f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(
+                f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter"
+            )
     if role == "assistant" and item.get("tool_calls"):
         calls = parse_earlier_calls(item["tool_calls"], f"{where}.tool_calls")
         return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
@@ -248,7 +250,7 @@ def _message(item: Any, where: str) -> Mapping[str, Any]:
         answered = item.get("tool_call_id")
         if not isinstance(answered, str) or not answered:
             param = f"{where}.tool_call_id"
-            raise InvalidRequest(f"`{param}` must be the id of the call that this message answers.", param=param)
+            raise InvalidRequestError(f"`{param}` must be the id of the call that this message answers.", param=param)
         own = {"tool_call_id": clean_text(answered, where)}
         return {"role": role, "content": _content(item.get("content"), where), **own}
     # "developer" is OpenAI's newer name for "system", the role that templates of open models support
@@ -260,12 +262,12 @@ def _content(value: Any, where: str) -> str:
     if isinstance(value, str):
         return clean_text(value, param)
     if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"`{param}` must be a string or a list of text parts.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a string or a list of text parts.", param=param)
     texts = []
     for place, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f'`{param}[{place}]` must be a part of type "text"; this model accepts no other type.',
                 param=f"{param}[{place}]",
                 code="unsupported_content",

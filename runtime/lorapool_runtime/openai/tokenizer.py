@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
 from lorapool_runtime.openai.tool_format import PLAIN, infer_format, plain_messages
 
@@ -78,9 +78,12 @@ class Tokenizer:
     async def prompt_of_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
-        """Ids of a conversation, up to the beginning of the assistant's turn. Raises InvalidRequest or Unavailable."""
+        """Ids of a conversation, up to the beginning of the assistant's turn.
+
+        Raises InvalidRequestError for what the template refuses, UnavailableError after the timeout.
+        """
         if not self.has_chat_template:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 "This base model has no chat template: it is not made for chat. "
                 "Send a `prompt` to /v1/completions instead.",
                 param="messages",
@@ -89,11 +92,11 @@ class Tokenizer:
         return await self._within_limits(functools.partial(self._render, messages, tools))
 
     async def prompt_of_text(self, text: str) -> tuple[int, ...]:
-        """Ids of a prompt without a template, with the start token if the base has one. Raises Unavailable."""
+        """Ids of a prompt without a template, with the start token if the base has one. Raises UnavailableError."""
         return await self._within_limits(functools.partial(self._encode, text))
 
     async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
-        """The decoded prompt, for a response that begins with it. Raises Unavailable."""
+        """The decoded prompt, for a response that begins with it. Raises UnavailableError."""
         return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
@@ -109,7 +112,7 @@ class Tokenizer:
                 sanitize_control_tokens=True,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise InvalidRequest(
+            raise InvalidRequestError(
                 f"The base model's chat template refuses these messages: {str(error)[:300]}",
                 param="messages",
                 code="chat_template_refused",
@@ -125,7 +128,7 @@ class Tokenizer:
         if isinstance(value, Mapping):
             for key in value:
                 if any(token in key for token in self._control_tokens):
-                    raise InvalidRequest("A name in `tools` or `tool_calls` holds a control token.", param="tools")
+                    raise InvalidRequestError("A name in `tools` or `tool_calls` holds a control token.", param="tools")
         for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             self._refuse_control_keys(inner)
 
@@ -145,7 +148,7 @@ class Tokenizer:
             async with asyncio.timeout(self._timeout_s):
                 return await loop.run_in_executor(self._pool, work)
         except TimeoutError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"The prompt could not be prepared within {self._timeout_s:g} s. Shorten it or try again.",
                 code="prompt_timeout",
                 retry_after_s=5,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
 from lorapool_runtime.openai.json_schema import checked_schema
@@ -55,7 +55,7 @@ class ToolChoice:
 
 
 def parse_response_format(body: Body) -> GrammarSpec | None:
-    """None when the answer may be any text. Raises InvalidRequest."""
+    """None when the answer may be any text. Raises InvalidRequestError."""
     value = body.fields.get("response_format")
     if value is None or value == {"type": "text"}:
         return None
@@ -76,7 +76,7 @@ def parse_response_format(body: Body) -> GrammarSpec | None:
 
 
 def parse_tools(body: Body) -> ToolChoice:
-    """`tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequest."""
+    """`tools`, `tool_choice` and `parallel_tool_calls`. Raises InvalidRequestError."""
     value = body.fields.get("tools")
     tools: tuple[Tool, ...] = ()
     if value is not None:
@@ -117,7 +117,7 @@ def _tool_choice(body: Body, tools: tuple[Tool, ...], parallel: bool) -> ToolCho
 
 def _tool(item: Any, where: str) -> Tool:
     if not isinstance(item, dict) or item.get("type") != "function" or not isinstance(item.get("function"), dict):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f'`{where}` must be {{"type": "function", "function": {{...}}}}; other tools are not supported.',
             param=where,
         )
@@ -128,11 +128,11 @@ def _tool(item: Any, where: str) -> Tool:
     _check_strict(function, where)
     description = function.get("description") or ""
     if not isinstance(description, str):
-        raise InvalidRequest(f"`{where}.description` must be a string.", param=f"{where}.description")
+        raise InvalidRequestError(f"`{where}.description` must be a string.", param=f"{where}.description")
     parameters = dict(_NO_ARGUMENTS) if function.get("parameters") is None else function["parameters"]
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         param = f"{where}.parameters"
-        raise InvalidRequest(f"`{param}` must be a JSON schema of type object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be a JSON schema of type object.", param=param)
     definition = {
         "name": function["name"],
         "description": clean_text(description, f"{where}.description"),
@@ -147,14 +147,14 @@ def _tool(item: Any, where: str) -> Tool:
 def parse_earlier_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """`tool_calls` of an earlier assistant message, with the arguments as an object, as chat templates expect them."""
     if not isinstance(value, list) or len(value) > MAX_CALLS:
-        raise InvalidRequest(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
+        raise InvalidRequestError(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
     return [_earlier_call(call, f"{where}[{place}]") for place, call in enumerate(value)]
 
 
 def _earlier_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
     if not isinstance(function, dict) or not isinstance(call.get("id"), str):
-        raise InvalidRequest(
+        raise InvalidRequestError(
             f"`{where}` must hold `id`, `type` function and `function` with name and arguments.", param=where
         )
     _only(call, {"id", "type", "function", "index"}, where)
@@ -166,7 +166,7 @@ def _earlier_call(call: Any, where: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         param = f"{where}.function.arguments"
-        raise InvalidRequest(f"`{param}` must be the text of a JSON object.", param=param)
+        raise InvalidRequestError(f"`{param}` must be the text of a JSON object.", param=param)
     function = {"name": function["name"], "arguments": arguments}
     return {"id": clean_text(call["id"], where), "type": "function", "function": function}
 
@@ -177,20 +177,20 @@ def _no_constant(name: str) -> Any:
 
 def _check_name(value: Any, param: str) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise InvalidRequest(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
+        raise InvalidRequestError(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
 
 
 def _check_strict(value: Mapping[str, Any], where: str) -> None:
     """Checks the type only: every schema is enforced exactly, so `strict` has no effect."""
     if not isinstance(value.get("strict"), bool | None):
-        raise InvalidRequest(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
+        raise InvalidRequestError(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
 
 
 def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in value:
         if name not in known:
             shown = f"{where}.{printable(name)}"
-            raise InvalidRequest(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
 
 
 # --- grammars -----------------------------------------------------------------------------

@@ -21,13 +21,13 @@ from pydantic import BaseModel, ValidationError
 from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
 from lorapool_api.openai import (
     ApiError,
-    InvalidRequest,
-    MethodNotAllowed,
-    ModelNotFound,
-    NotFound,
-    PayloadTooLarge,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    ModelNotFoundError,
+    PayloadTooLargeError,
+    RouteNotFoundError,
     ServerError,
-    Unauthenticated,
+    UnauthenticatedError,
 )
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
@@ -132,7 +132,7 @@ class _Server:
         scheme, _, token = header.partition(" ")
         given = token_sha256(token.strip()) if token.isascii() else ""
         if scheme.lower() != "bearer" or not hmac.compare_digest(given, wanted):
-            raise Unauthenticated("Missing or wrong bearer token.")
+            raise UnauthenticatedError("Missing or wrong bearer token.")
 
     # --- health and state -----------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class _Server:
     async def model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
         if name != self._settings.base_name and name not in self._runtime.adapters.displays():
-            raise ModelNotFound(name)
+            raise ModelNotFoundError(name)
         return web.json_response(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -227,18 +227,20 @@ class _Server:
             async with asyncio.timeout(self._settings.body_timeout_s):
                 return await request.read()
         except TimeoutError as error:
-            raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from error
+            raise InvalidRequestError("The body did not arrive in time.", code="request_timeout") from error
 
 
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return PayloadTooLarge("The body is larger than this server accepts (4 MiB unless configured otherwise).")
+        return PayloadTooLargeError("The body is larger than this server accepts (4 MiB unless configured otherwise).")
     if isinstance(error, web.HTTPMethodNotAllowed):
-        return MethodNotAllowed(f"Method {error.method} is not allowed here.")
+        return MethodNotAllowedError(f"Method {error.method} is not allowed here.")
     if isinstance(error, web.HTTPException) and error.status < 500:
-        return NotFound("There is no such route.") if error.status == 404 else InvalidRequest(error.reason)
+        return (
+            RouteNotFoundError("There is no such route.") if error.status == 404 else InvalidRequestError(error.reason)
+        )
     return ServerError("An internal error occurred; the runtime's log has the details.")
 
 
@@ -256,20 +258,20 @@ def _parse(model: type[M], raw: bytes) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"`{where}`: {first['msg']}", param=where) from error
+        raise InvalidRequestError(f"`{where}`: {first['msg']}", param=where) from error
 
 
 def _key_of_path(match: Mapping[str, str]) -> AdapterKey:
     try:
         return AdapterKey.parse(f"{match['uid']}@{match['digest']}")
     except ValueError as error:
-        raise InvalidRequest(str(error), param="uid") from error
+        raise InvalidRequestError(str(error), param="uid") from error
 
 
 def _poll_params(query: Mapping[str, str]) -> tuple[int, float]:
     after, wait = query.get("after", "0"), query.get("wait", "0")
     if not (after.isascii() and after.isdecimal() and len(after) <= 18):
-        raise InvalidRequest("`after` must be a whole number.", param="after")
+        raise InvalidRequestError("`after` must be a whole number.", param="after")
     if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait, re.ASCII):
-        raise InvalidRequest("`wait` must be a number of seconds.", param="wait")
+        raise InvalidRequestError("`wait` must be a number of seconds.", param="wait")
     return int(after), min(float(wait), LONG_POLL_MAX_S)

@@ -19,10 +19,10 @@ from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_QUEUE_FULL,
     CODE_STARTING,
-    InvalidRequest,
-    ModelNotFound,
-    TooManyRequests,
-    Unavailable,
+    InvalidRequestError,
+    ModelNotFoundError,
+    TooManyRequestsError,
+    UnavailableError,
 )
 from lorapool_api.protocol import BaseReport, ResolveAnswer, ResolveRequest, RuntimeSnapshot, Usage
 from lorapool_runtime.adapters.disk_store import AdapterStore
@@ -186,7 +186,7 @@ class Runtime:
 
     @property
     def adapters(self) -> AdapterManager:
-        """Raises Unavailable until the base is loaded."""
+        """Raises UnavailableError until the base is loaded."""
         return self._need_serving().adapters
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
@@ -194,13 +194,13 @@ class Runtime:
 
     def _need_serving(self) -> _Serving:
         if self._serving is None:
-            raise Unavailable("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
+            raise UnavailableError("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
         return self._serving
 
     def target_of(self, header: str | None, model: str) -> AdapterKey | None:
         """The adapter a request is for, None for the base. Without the header the body's model decides.
 
-        Raises InvalidRequest for a malformed header, ModelNotFound for an unknown model.
+        Raises InvalidRequestError for a malformed header, ModelNotFoundError for an unknown model.
         """
         if header == BASE_TARGET:
             return None
@@ -208,12 +208,12 @@ class Runtime:
             try:
                 return AdapterKey.parse(header)
             except ValueError as error:
-                raise InvalidRequest(str(error), param=HEADER_ADAPTER) from error
+                raise InvalidRequestError(str(error), param=HEADER_ADAPTER) from error
         if model == self.settings.base_name:
             return None
         key = self._need_serving().adapters.key_of_name(model)
         if key is None:
-            raise ModelNotFound(model)
+            raise ModelNotFoundError(model)
         return key
 
     # --- requests -----------------------------------------------------------------------
@@ -281,19 +281,19 @@ class Runtime:
         try:
             generation.start()  # from here on `on_end` releases the lease and the queue slots
         except ValueError as error:
-            raise InvalidRequest(str(error), param=request.prompt_param, code="context_length_exceeded") from error
+            raise InvalidRequestError(str(error), param=request.prompt_param, code="context_length_exceeded") from error
         return generation
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
-            raise Unavailable(
+            raise UnavailableError(
                 "This replica is shutting down and accepts nothing new.", code=CODE_DRAINING, retry_after_s=1
             )
 
     def _enter_queue(self, sequences: int) -> None:
         bound = self.settings.max_batch + self.settings.max_waiting
         if self._sequences + sequences > bound:
-            raise TooManyRequests(
+            raise TooManyRequestsError(
                 f"This replica has {self._sequences} sequences queued or running; its maximum is {bound}.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=2,
@@ -381,6 +381,7 @@ class Runtime:
             draining=self.draining,
             running_adapters=running,
             waiting_adapters=waiting,
+            decode_program=serving.base.engine.facts.decode_program,
         )
 
     def _stats(self) -> EngineStats:

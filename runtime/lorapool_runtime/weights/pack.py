@@ -137,7 +137,7 @@ def _cast(values: np.ndarray, to: np.ndarray) -> bool:
 @cache
 def _native() -> ctypes.CDLL | None:
     try:
-        library = open_library(_NAME, _VERSION, uses_openmp=False)
+        library = open_library(_NAME, _VERSION, shares_openmp=False)
         one, file = library.lora_pack, library.lora_pack_file
     except (NativeUnavailableError, AttributeError):
         return None

@@ -17,11 +17,10 @@ import numpy as np
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, judge
+from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from lorapool_artifacts.settings import JudgeLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.layout import Layout
 from lorapool_runtime.weights.pack import UNTHROTTLED, Throttle, pack_file
@@ -59,7 +58,7 @@ class AdapterReader:
         self._plans = ReadPlanCache()
 
     def read(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> PackedAdapter:
-        """Blocks until the adapter is in memory. Raises AdapterArtifactError."""
+        """Blocks until the adapter is in memory. Raises ArtifactError."""
         try:
             config = _read_config(folder)
             with open_weights(_weights_of(folder)) as file:
@@ -69,8 +68,6 @@ class AdapterReader:
                 )
                 buffer = huge_page_zeros(plan.layout.elements, self._element)
                 first_non_finite = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, throttle)
-        except ArtifactError as error:
-            raise AdapterArtifactError(error.reason, error.message) from error
         except (OSError, EOFError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             _refuse(FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({why}); upload it again.")
@@ -85,8 +82,8 @@ class AdapterReader:
     def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
         header = file.header()
         shapes = {name: info.shape for name, info in header.tensors.items()}
-        limits = JudgeLimits(max_rank, max_bytes=file.size_bytes)  # the size was checked before
-        result = judge(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
+        limits = AdapterLimits(max_rank, max_bytes=file.size_bytes)  # the size was checked before
+        result = check_compatibility(AdapterFacts(config, shapes, file.size_bytes), self._base, limits)
         if not result.ok:
             raise ArtifactError(result.reason or FailureReason.INCOMPATIBLE, result.message)
         return plan_reading(
@@ -129,4 +126,4 @@ def _weights_of(folder: Path) -> Path:
 
 
 def _refuse(reason: FailureReason, message: str) -> NoReturn:
-    raise AdapterArtifactError(reason.value, message)
+    raise ArtifactError(reason, message)

@@ -25,10 +25,16 @@ from fakes_runtime import (
 )
 
 from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.openai import Conflict, RuntimeNotRegistered, TooManyRequests, Unavailable, Unprocessable
+from lorapool_api.openai import (
+    NoFreeSlotError,
+    RuntimeNotRegisteredError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnprocessableError,
+)
 from lorapool_api.protocol import AdapterState, EventType, ResolveAnswer, RuntimeSnapshot, Tier
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.manager import AdapterManager
-from lorapool_runtime.engines.interface import AdapterArtifactError
 from lorapool_runtime.events import COALESCE_S
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -115,7 +121,7 @@ async def test_the_least_recently_used_leaves_and_never_one_in_use_or_pinned(byt
         lease = await manager.acquire(key_of("new"))  # `busy` was used earlier, but is in use
         loaded = {item.display for item in manager.reports() if item.state is AdapterState.LOADED}
         assert loaded == {"team/busy", "team/pinned", "team/new"}
-        with pytest.raises(Conflict) as caught:
+        with pytest.raises(NoFreeSlotError) as caught:
             await manager.acquire(key_of("newer"))
         assert caught.value.code == "no_slot"
         assert report(manager, key_of("newer")).failure is None  # its own state is untouched
@@ -188,7 +194,7 @@ async def test_an_adapter_pinned_while_it_loads_is_not_evicted(byte_tokenizer: P
         await manager.register(key_of("vip"), descriptor("vip", pinned=True))
         await until(lambda: report(manager, key_of("vip")).state is AdapterState.LOADED)
         await manager.register(key_of("other"), descriptor("other"))
-        with pytest.raises(Conflict):
+        with pytest.raises(NoFreeSlotError):
             await manager.acquire(key_of("other"))
         assert report(manager, key_of("vip")).state is AdapterState.LOADED
 
@@ -237,13 +243,13 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
         await manager.register(key_of("poet"), descriptor("poet"))
         waits = []
         for attempt in (1, 2):
-            with pytest.raises(Unavailable) as caught:
+            with pytest.raises(UnavailableError) as caught:
                 await manager.acquire(key_of("poet"))
             assert caught.value.code == "source_unavailable"
             assert report(manager, key_of("poet")).failure.attempts == attempt
             waits.append(caught.value.retry_after_s)
             clock.pass_s(7.9 * attempt)
-            with pytest.raises(Unavailable):
+            with pytest.raises(UnavailableError):
                 await manager.acquire(key_of("poet"))  # too early: answered without a try
             assert store.fetches.total() == attempt
             clock.pass_s(2.2 * attempt)
@@ -257,14 +263,14 @@ async def test_a_source_with_another_digest_than_the_registered_one_is_a_failure
     store = FakeStore(digests={"s3://bucket/poet": digest_of_name("something else")})
     async with serving(byte_tokenizer, store=store) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
-        with pytest.raises(Unprocessable) as caught:
+        with pytest.raises(UnprocessableError) as caught:
             await served.runtime.adapters.acquire(key_of("poet"))
         assert caught.value.code == "digest_mismatch"
         assert served.engine.loads.total() == 0
 
 
 async def test_files_the_engine_refuses_are_a_terminal_failure_of_that_adapter_alone(byte_tokenizer: Path) -> None:
-    engine = FakeEngine(read_errors={"/fake/nan": AdapterArtifactError("NonFiniteWeights", "lora_A holds NaN")})
+    engine = FakeEngine(read_errors={"/fake/nan": ArtifactError(FailureReason.NON_FINITE_WEIGHTS, "lora_A holds NaN")})
     async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession() as session:
         for name in ("nan", "poet"):
             await served.runtime.adapters.register(key_of(name), descriptor(name))
@@ -278,7 +284,7 @@ async def test_an_unforeseen_failure_of_the_engine_frees_the_slot_and_is_transie
     engine = FakeEngine(load_error=RuntimeError("out of something"))
     async with serving(byte_tokenizer, engine=engine) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
-        with pytest.raises(Unavailable) as caught:
+        with pytest.raises(UnavailableError) as caught:
             await served.runtime.adapters.acquire(key_of("poet"))
         assert caught.value.code == "load_failed"
         assert served.runtime.adapters.slots_used == 0
@@ -291,7 +297,7 @@ async def test_requests_that_wait_for_a_load_are_bounded_and_leave_with_their_cl
         await manager.register(key_of("poet"), descriptor("poet"))
         waiting = [asyncio.create_task(manager.acquire(key_of("poet"))) for _ in range(2)]
         await until(lambda: manager.waiting == 2)
-        with pytest.raises(TooManyRequests) as caught:
+        with pytest.raises(TooManyRequestsError) as caught:
             await manager.acquire(key_of("poet"))
         assert caught.value.code == "queue_full"
         waiting[0].cancel()
@@ -367,7 +373,7 @@ async def test_delete_during_a_load_stops_it_and_answers_those_who_wait(byte_tok
         await until(lambda: manager.waiting == 1)
         async with asyncio.timeout(2):
             answer = await manager.delete(key_of("poet"))
-            with pytest.raises(RuntimeNotRegistered):
+            with pytest.raises(RuntimeNotRegisteredError):
                 await waiting
         assert (answer.freed_device_bytes, answer.freed_host_bytes) == (0, 0)
 

@@ -1,4 +1,4 @@
-"""Cores and memory are what the container may use, not what the machine has."""
+"""Cores and memory are the limits of the container, not of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine at rest lets requests that come together begin together, and keeps nobody waiting who is alone or late."""
+"""An idle engine starts requests that arrive together in one step, and does not delay a lone or a late one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorapool_runtime.engines.torch.engine import TorchEngine
 
 PROMPT = (5, 9, 17, 33)
 LONG_S = 5.0
-"""So long that no pause of the machine is taken for the end of the crowd; the tests do not wait for it."""
+"""So long that no pause of the machine ends the window by accident; the tests do not wait for its end."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PeftWorld:
 
 
 def steps(engine: TorchEngine, ids: list[str], max_tokens: int = 1) -> int:
-    """How many they took, submitted one after the other, each time after more than an engine at rest needs to begin."""
+    """The number of steps for requests submitted one by one, each after longer than an idle engine needs to begin."""
     got, before = Collector(), engine.observe().steps
     for request_id in ids:
         engine.submit(request(request_id, PROMPT, greedy(max_tokens)), got)
@@ -31,7 +31,7 @@ def steps(engine: TorchEngine, ids: list[str], max_tokens: int = 1) -> int:
     return engine.observe().steps - before
 
 
-def test_who_comes_while_the_first_one_waits_begins_with_it(world: PeftWorld) -> None:
+def test_a_request_that_arrives_within_the_window_begins_with_the_first_one(world: PeftWorld) -> None:
     engine = started(world.base, batching_window_s=LONG_S, max_batch=3)
     try:
         assert steps(engine, ["a", "b", "c"], max_tokens=5) == 5
@@ -39,7 +39,7 @@ def test_who_comes_while_the_first_one_waits_begins_with_it(world: PeftWorld) ->
         engine.stop(10)
 
 
-def test_the_wait_ends_when_nobody_comes(world: PeftWorld) -> None:
+def test_the_window_ends_when_no_other_request_arrives(world: PeftWorld) -> None:
     engine = started(world.base, batching_window_s=0.01, max_batch=3)
     try:
         assert steps(engine, ["alone"], max_tokens=5) == 5
@@ -47,7 +47,7 @@ def test_the_wait_ends_when_nobody_comes(world: PeftWorld) -> None:
         engine.stop(10)
 
 
-def test_who_comes_to_a_running_batch_is_not_waited_for(world: PeftWorld) -> None:
+def test_a_running_batch_does_not_wait_for_later_requests(world: PeftWorld) -> None:
     engine, got = started(world.base, batching_window_s=0.0, max_batch=3), Collector(pause_s=0.02)
     try:
         engine.submit(request("first", PROMPT, greedy(40)), got)
@@ -61,7 +61,7 @@ def test_who_comes_to_a_running_batch_is_not_waited_for(world: PeftWorld) -> Non
         engine.stop(10)
 
 
-def test_a_request_that_is_cancelled_meanwhile_ends(world: PeftWorld) -> None:
+def test_a_request_cancelled_within_the_window_ends(world: PeftWorld) -> None:
     engine, got = started(world.base, batching_window_s=0.3, max_batch=3), Collector()
     try:
         engine.submit(request("a", PROMPT, greedy(5)), got)
@@ -72,6 +72,6 @@ def test_a_request_that_is_cancelled_meanwhile_ends(world: PeftWorld) -> None:
         engine.stop(10)
 
 
-def test_a_negative_wait_is_refused(tmp_path: Path) -> None:
+def test_a_negative_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batching_window_s"):
         EngineConfig(str(tmp_path), batching_window_s=-0.001)

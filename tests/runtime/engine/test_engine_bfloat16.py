@@ -1,4 +1,4 @@
-"""In bfloat16 an engine cannot equal peft token for token; it must be as near as peft is to itself.
+"""In bfloat16 an engine cannot equal peft token for token; it must be as close as peft is to itself.
 
 peft's own answers depend on how many requests it computes at once: left padding and other products round otherwise.
 The engine's log-probabilities may differ from those of peft one by one, on average, by no more than peft's batch does,
@@ -27,7 +27,7 @@ LEAST = 1e-4
 """What Gemma 2's answers may differ by, since peft's batch of 16 changes none of them: its attention is computed
 operator by operator, and padding changes no sum. One logit rounded otherwise changes a log-probability by more."""
 Rows = list[tuple[list[int], list[int]]]
-"""Prompt and answer."""
+"""Prompts and answers."""
 
 
 def engine_answers(base: Path, adapter: Path) -> tuple[Rows, torch.Tensor]:
@@ -68,7 +68,7 @@ def peft_answers(model: Any, rows: Rows) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probabilities_are_as_near_to_pefts_as_pefts_batch_is(
+def test_log_probabilities_are_as_close_to_pefts_as_pefts_batch_is(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import PeftModel
@@ -82,13 +82,13 @@ def test_log_probabilities_are_as_near_to_pefts_as_pefts_batch_is(
         warnings.simplefilter("ignore")
         loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
         model = PeftModel.from_pretrained(loaded, adapter).eval()
-    for way in ("native", "torch"):
-        if way == "torch":
+    for kernels in ("native", "torch"):
+        if kernels == "torch":
             monkeypatch.setattr(basekernel, "base_kernel", lambda: None)
         rows, engine = engine_answers(tmp_path / "base", adapter)
         alone = torch.cat([peft_answers(model, [row]) for row in rows])
         together = peft_answers(model, rows)
         ours, own = float((engine - alone).abs().mean()), float((together - alone).abs().mean())
-        print(f"{architecture} by {way}: engine to peft {ours:.5f}, peft to itself {own:.5f}")
+        print(f"{architecture} by {kernels}: engine to peft {ours:.5f}, peft to itself {own:.5f}")
         assert own > 0 or architecture == "Gemma2"
-        assert ours <= max(own, LEAST if architecture == "Gemma2" else 0), way
+        assert ours <= max(own, LEAST if architecture == "Gemma2" else 0), kernels

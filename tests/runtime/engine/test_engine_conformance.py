@@ -1,4 +1,4 @@
-"""What every `interface.Engine` must do. Another engine joins by adding itself to the `engine` fixture."""
+"""The requirements of `interface.Engine`. A new engine is tested by adding it to the `engine` fixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from engine_kit import MAX_LEN, VOCAB, Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
 
-from lorapool_runtime.engines.interface import BASE_SLOT, AdapterArtifactError, Engine, FinishReason, SamplingParams
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_runtime.engines.interface import BASE_SLOT, Engine, FinishReason, SamplingParams
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -58,7 +59,7 @@ def test_a_request_streams_its_tokens_and_ends_once(engine: Engine, world: PeftW
     assert [o.finish_reason for o in outputs] == [None] * 5 + [FinishReason.LENGTH]
 
 
-def test_an_ending_token_is_counted_but_is_no_text(engine: Engine, world: PeftWorld) -> None:
+def test_an_ending_token_is_counted_but_is_not_text(engine: Engine, world: PeftWorld) -> None:
     tokens, got = world.answer(None, PROMPT, 6), Collector()
     stop = next(t for i, t in enumerate(tokens) if i and t not in tokens[:i])
     at = tokens.index(stop) + 1
@@ -92,7 +93,7 @@ def test_adapters_and_the_base_share_a_batch(engine: Engine, world: PeftWorld) -
     assert got.tokens("two") == world.answer("two", PROMPT, 8)
 
 
-def test_loading_and_unloading_need_nobody_to_finish(engine: Engine, world: PeftWorld) -> None:
+def test_loading_and_unloading_wait_for_no_request(engine: Engine, world: PeftWorld) -> None:
     got = Collector(pause_s=0.01)
     engine.submit(request("long", PROMPT, greedy(150)), got)
     got.next()
@@ -166,7 +167,7 @@ def test_a_waiting_request_can_be_cancelled(engine: Engine) -> None:
 
 
 def test_cancelling_the_unknown_is_ignored(engine: Engine) -> None:
-    engine.cancel("nobody")
+    engine.cancel("unknown")
     got = Collector()
     engine.submit(request("a", PROMPT, greedy(2)), got)
     got.wait(["a"])
@@ -185,14 +186,14 @@ def test_cancelling_the_unknown_is_ignored(engine: Engine) -> None:
         (PROMPT, greedy(1, logit_bias={VOCAB: 1.0}), BASE_SLOT, "logit_bias"),
     ],
 )
-def test_what_can_never_run_is_refused_at_the_door(
+def test_a_request_that_can_never_run_is_refused_at_submission(
     engine: Engine, prompt: tuple[int, ...], sampling: SamplingParams, slot: int, named: str
 ) -> None:
     with pytest.raises(ValueError, match=named):
         engine.submit(request("bad", prompt, sampling, slot=slot), Collector())
 
 
-def test_a_request_larger_than_the_whole_cache_is_refused_at_the_door(world: PeftWorld) -> None:
+def test_a_request_larger_than_the_whole_cache_is_refused_at_submission(world: PeftWorld) -> None:
     block_bytes = 2 * 2 * 2 * 16 * 8 * 4
     small = started(world.base, kv_bytes=4 * block_bytes, kv_block_tokens=8)
     try:
@@ -216,7 +217,7 @@ def test_one_id_runs_once(engine: Engine) -> None:
     got.wait(["a"])
 
 
-def test_the_same_seed_gives_the_same_text_alone_and_in_company(engine: Engine) -> None:
+def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) -> None:
     got, seeded = Collector(), SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
     engine.submit(request("alone", PROMPT, seeded), got)
     got.wait(["alone"])
@@ -230,7 +231,7 @@ def test_the_same_seed_gives_the_same_text_alone_and_in_company(engine: Engine) 
     assert got.tokens("other seed") != got.tokens("alone")
 
 
-def test_logprobs_come_when_asked_for(engine: Engine) -> None:
+def test_logprobs_are_returned_when_requested(engine: Engine) -> None:
     got = Collector()
     engine.submit(request("a", PROMPT, greedy(2, top_logprobs=3)), got)
     engine.submit(request("b", PROMPT, greedy(2)), got)
@@ -243,12 +244,12 @@ def test_logprobs_come_when_asked_for(engine: Engine) -> None:
 
 
 def test_a_refused_adapter_names_its_reason(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         engine.read_adapter(str(tmp_path), max_rank=8)
     assert caught.value.reason == "UnsupportedFormat"
 
 
-def test_observing_tells_what_runs_and_what_waits(engine: Engine) -> None:
+def test_observe_counts_running_and_waiting_requests(engine: Engine) -> None:
     before, got = engine.observe(), Collector()
     assert (before.running, before.waiting, before.kv_blocks_used, before.slots_total) == (0, 0, 0, 3)
     for i in range(6):

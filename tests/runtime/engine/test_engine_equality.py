@@ -100,6 +100,6 @@ def test_auto_keeps_a_bfloat16_base_only_where_the_cpu_multiplies_in_it(
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     tiny_model("Llama").to(torch.bfloat16).save_pretrained(tmp_path)
-    engine = started(tmp_path)
+    engine = started(tmp_path, dtype="auto")
     assert engine.facts.dtype == dtype
     engine.stop(5)

@@ -1,4 +1,4 @@
-"""One row's fault stays its own; the engine's own death is told to everybody."""
+"""A faulty row fails its own request only; every request learns of the death of the engine thread."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_nan_adapter_that_slips_past_the_check_ends_its_own_requests_only(worl
         engine.stop(10)
 
 
-def test_blocks_a_nan_request_left_harm_nobody_after_it(world: PeftWorld) -> None:
+def test_blocks_that_a_nan_request_left_harm_no_later_request(world: PeftWorld) -> None:
     block_bytes = 2 * 2 * 2 * 16 * 4 * 4
     engine, got = started(world.base, kv_block_tokens=4, kv_bytes=13 * block_bytes), Collector()
     try:
@@ -92,7 +92,7 @@ def test_a_sink_that_fails_ends_its_own_request_only(world: PeftWorld) -> None:
         engine.stop(10)
 
 
-def test_the_threads_death_ends_every_request_with_an_error_and_is_seen(
+def test_the_threads_death_ends_every_request_with_an_error_and_is_observed(
     world: PeftWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, got = started(world.base, max_batch=2), Collector()
@@ -128,14 +128,14 @@ def llama_with(**rope: Any) -> Callable[[], Any]:
     return lambda: tiny_model("Llama", rope_parameters={"rope_theta": 10000.0, **rope})
 
 
-def test_a_rope_that_depends_on_who_shares_the_batch_is_refused(tmp_path: Path) -> None:
+def test_a_rope_that_depends_on_the_rest_of_the_batch_is_refused(tmp_path: Path) -> None:
     llama_with(rope_type="dynamic", factor=2.0)().save_pretrained(tmp_path)
     engine = TorchEngine(EngineConfig(model_dir=str(tmp_path), device="cpu"))
     with pytest.raises(UnsupportedBaseError, match="dynamic"):
         engine.start()
 
 
-def test_attention_sinks_are_refused_in_words(tmp_path: Path) -> None:
+def test_attention_sinks_are_refused_with_a_reason(tmp_path: Path) -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(
@@ -156,7 +156,7 @@ def test_attention_sinks_are_refused_in_words(tmp_path: Path) -> None:
         engine.start()
 
 
-def test_a_fitted_model_that_differs_from_the_stock_one_is_not_served(
+def test_a_modified_model_that_differs_from_the_stock_one_is_not_served(
     world: PeftWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lorapool_runtime.engines.torch.model.attention as attention

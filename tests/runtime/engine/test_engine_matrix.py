@@ -11,20 +11,20 @@ from matrix_kit import ARCHITECTURES, World, matrix_world
 
 from lorapool_artifacts.adapter_config import AdapterConfig
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.engine import TorchEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SLOTS = 5
-"""Fewer than there are kinds, so that each is evicted, and loaded again into another slot."""
+"""Fewer than the kinds of adapters, so that each is evicted and loaded again into another slot."""
 SETTINGS: list[dict[str, Any]] = [
     {"max_batch_tokens": 64, "prefix_cache": True},
     {"max_batch_tokens": 24, "prefix_cache": False},
 ]
 PREFIX = [11, 45, 7, 203, 98, 150, 31, 64, 5, 277, 19, 88]
-"""Begins many prompts of all adapters and of the base: longer than every sliding window, and than two KV blocks."""
+"""The beginning of many prompts of all adapters and the base, longer than every sliding window and two KV blocks."""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -37,11 +37,11 @@ def test_all_kinds_in_one_changing_batch_equal_peft_one_by_one(world: World, set
     equal_peft(world, seed=settings["max_batch_tokens"], **settings)
 
 
-def test_what_runs_is_also_what_the_operator_accepts_from_the_headers_alone(world: World) -> None:
+def test_the_operator_accepts_from_the_headers_what_the_engine_runs(world: World) -> None:
     facts = base_facts_from_folder(world.base)
     for name, folder in world.adapters.items():
-        verdict = inspect_adapter_folder(folder, facts, JudgeLimits(max_rank=16)).verdict
-        assert verdict.ok, (name, verdict.message)
+        result = inspect_adapter_folder(folder, facts, AdapterLimits(max_rank=16)).compatibility
+        assert result.ok, (name, result.message)
 
 
 def test_the_adapters_of_all_kinds_differ_from_the_base_and_from_each_other(world: World) -> None:
@@ -53,7 +53,7 @@ def test_the_adapters_of_all_kinds_differ_from_the_base_and_from_each_other(worl
 
 
 @pytest.mark.parametrize("world", ["Llama"], indirect=True)
-def test_the_comparison_sees_a_scale_that_is_a_tenth_off(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_detects_a_scale_that_is_off_by_a_tenth(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     right = AdapterConfig.scaling_of
     monkeypatch.setattr(AdapterConfig, "scaling_of", lambda self, module: 1.1 * right(self, module))
     with pytest.raises(AssertionError, match="peft answers"):

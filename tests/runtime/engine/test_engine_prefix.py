@@ -1,4 +1,4 @@
-"""The prefix cache in the whole engine: what is given from it is what a fresh engine computes, and only to its own."""
+"""The prefix cache in the whole engine: cached prompts give what a fresh engine computes, for the same weights only."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(engine: TorchEngine, asked: list[GenerationRequest]) -> Collector:
 
 
 def submit_at_once(engine: TorchEngine, asked: list[GenerationRequest], got: Collector) -> None:
-    """All of them between the same two steps."""
+    """Submits all of them between the same two steps."""
     engine._run_on_engine_thread(lambda: [engine.submit(one, got) for one in asked]).result(10)
 
 
@@ -80,7 +80,7 @@ def ask(request_id: str, weights: str, *, max_tokens: int = 12, prompt: tuple[in
     return request(request_id, prompt, greedy(max_tokens, top_logprobs=2), slot=slot, salt=salt)
 
 
-def told(outputs: list[TokenOutput]) -> list[Any]:
+def summary(outputs: list[TokenOutput]) -> list[Any]:
     return [(o.token_id, o.logprob) for o in outputs]
 
 
@@ -98,7 +98,7 @@ def test_adapters_and_versions_of_one_name_share_a_prompt_and_nothing_else(
     assert stats.prefix_hit_tokens == 2 * len(WEIGHTS) * 36
 
 
-def test_what_comes_from_the_cache_is_what_a_fresh_engine_computes(engine: TorchEngine, world: PeftWorld) -> None:
+def test_a_cached_prompt_gives_what_a_fresh_engine_computes(engine: TorchEngine, world: PeftWorld) -> None:
     for turn in range(2):
         mixed = run(engine, [ask(f"{turn} {weights}", weights) for weights in WEIGHTS])
     for weights in WEIGHTS:
@@ -116,7 +116,7 @@ def test_what_comes_from_the_cache_is_what_a_fresh_engine_computes(engine: Torch
             assert here.logprob.logprob == pytest.approx(there.logprob.logprob, abs=1e-4)
 
 
-def test_a_slot_that_changes_hands_brings_nothing_of_its_last_adapter(engine: TorchEngine, world: PeftWorld) -> None:
+def test_a_reused_slot_finds_no_blocks_of_its_previous_adapter(engine: TorchEngine, world: PeftWorld) -> None:
     first = run(engine, [ask("first", "translator@1")])
     engine.unload(0).result(10)
     load(engine, world, "three", 0)
@@ -129,7 +129,9 @@ def test_a_slot_that_changes_hands_brings_nothing_of_its_last_adapter(engine: To
     assert again.tokens("again") == first.tokens("first") == world.answer("one", PROMPT, 12)
 
 
-def test_an_adapter_that_calls_itself_the_base_gets_nothing_of_the_base(engine: TorchEngine, world: PeftWorld) -> None:
+def test_an_adapter_with_the_salt_of_the_base_finds_no_blocks_of_the_base(
+    engine: TorchEngine, world: PeftWorld
+) -> None:
     run(engine, [ask("base", "base")])
     got = run(engine, [replace(ask("posing", "other"), cache_salt="base")])
     assert got.last("posing").cached_tokens == 0
@@ -142,7 +144,7 @@ def test_choices_of_one_prompt_compute_it_once(engine: TorchEngine, world: PeftW
     assert all(got.tokens(f"choice {i}") == world.answer("two", PROMPT, 12) for i in range(4))
 
 
-def test_a_prompt_whose_logits_are_wanted_is_computed_whole(engine: TorchEngine) -> None:
+def test_a_prompt_with_requested_logprobs_is_computed_entirely(engine: TorchEngine) -> None:
     run(engine, [ask("before", "other")])
     got = run(engine, [replace(ask("scored", "other"), prompt_logprobs=0)])
     first = got.outputs["scored"][0]
@@ -161,7 +163,7 @@ def test_switched_off_every_prompt_is_computed(world: PeftWorld) -> None:
         engine.stop(10)
 
 
-def test_preempted_requests_take_their_prompt_from_the_cache_and_give_the_same_text(world: PeftWorld) -> None:
+def test_preempted_requests_find_their_prompt_in_the_cache_and_give_the_same_text(world: PeftWorld) -> None:
     block_bytes = 2 * 2 * 2 * 16 * 4 * 4
     engine = fresh(world, kv_bytes=31 * block_bytes, max_batch_tokens=64)
     try:
@@ -176,9 +178,9 @@ def test_preempted_requests_take_their_prompt_from_the_cache_and_give_the_same_t
         engine.stop(10)
 
 
-def test_rows_beside_a_nan_adapter_are_bit_for_bit_what_they_are_beside_a_healthy_one(world: PeftWorld) -> None:
-    """Same batch, same shapes: the only difference is what is in the sick adapter's slot."""
-    seen: list[dict[str, list[Any]]] = []
+def test_rows_in_a_batch_with_a_nan_adapter_equal_those_with_a_healthy_one_bit_for_bit(world: PeftWorld) -> None:
+    """Same batch, same shapes: the only difference is the contents of the NaN adapter's slot."""
+    observed: list[dict[str, list[Any]]] = []
     for poison in (False, True):
         engine = fresh(world, max_batch=24, max_batch_tokens=600, max_prefill_tokens=600)
         try:
@@ -192,13 +194,15 @@ def test_rows_beside_a_nan_adapter_are_bit_for_bit_what_they_are_beside_a_health
             for one in sick:
                 expected = FinishReason.ERROR if poison else FinishReason.LENGTH
                 assert got.last(one.request_id).finish_reason is expected
-            seen.append({one.request_id: told(got.outputs[one.request_id]) for one in asked})
+            observed.append({one.request_id: summary(got.outputs[one.request_id]) for one in asked})
         finally:
             engine.stop(10)
-    assert seen[0] == seen[1]
+    assert observed[0] == observed[1]
 
 
-def test_rows_beside_a_nan_adapter_say_what_they_say_without_it(engine: TorchEngine, world: PeftWorld) -> None:
+def test_rows_in_a_batch_with_a_nan_adapter_give_the_same_text_as_without_it(
+    engine: TorchEngine, world: PeftWorld
+) -> None:
     engine.unload(1).result(10)
     load(engine, world, "two", 1, poison=True)
     healthy = [ask(f"{weights} {i}", weights) for i in range(3) for weights in ("base", "translator@1", "other")]
@@ -210,7 +214,7 @@ def test_rows_beside_a_nan_adapter_say_what_they_say_without_it(engine: TorchEng
         assert (got.last(f"sick {i}").finish_reason, got.tokens(f"sick {i}")) == (FinishReason.ERROR, [])
 
 
-def test_a_failed_requests_blocks_are_found_by_nobody(engine: TorchEngine, world: PeftWorld) -> None:
+def test_no_request_finds_the_blocks_of_a_failed_one(engine: TorchEngine, world: PeftWorld) -> None:
     engine.unload(1).result(10)
     load(engine, world, "two", 1, poison=True)
     assert engine._core is not None
@@ -238,7 +242,7 @@ def test_a_block_with_one_bad_number_is_not_finite() -> None:
     assert pool.are_finite([1, 2, 3, 4, 5]) == [True, False, False, False, True]
 
 
-def test_a_short_answer_is_not_held_up_by_a_long_prompt(world: PeftWorld, tmp_path: Path) -> None:
+def test_a_long_prompt_does_not_delay_a_short_answer(world: PeftWorld, tmp_path: Path) -> None:
     engine, got = fresh(world, max_batch_tokens=64, max_prefill_tokens=8), Collector()
     try:
         assert engine._core is not None

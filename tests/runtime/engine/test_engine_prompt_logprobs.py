@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts, constraints and seeds in the true engine, whatever shares the batch."""
+"""Log-probabilities of prompts, constraints and seeds in the real engine, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def engine(world: PeftWorld) -> Iterator[TorchEngine]:
 
 
 def wanted(world: PeftWorld, adapter: str | None, prompt: tuple[int, ...]) -> torch.Tensor:
-    """[tokens - 1]: what transformers, or peft, makes of each token after those before it."""
+    """[tokens - 1]: the log-probability that transformers, or peft, gives each token after its predecessors."""
     with torch.no_grad():
         logprobs = torch.log_softmax(world.models[adapter](torch.tensor([prompt])).logits[0], dim=-1)
     return logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
@@ -50,7 +50,7 @@ def scoring(
     return dataclasses.replace(request(request_id, prompt, greedy(max_tokens), **more), prompt_logprobs=count)
 
 
-def test_prompts_are_scored_as_transformers_and_peft_do_chunk_by_chunk_in_company(
+def test_prompts_are_scored_as_transformers_and_peft_do_chunk_by_chunk_in_a_batch(
     engine: TorchEngine, world: PeftWorld
 ) -> None:
     got = Collector()
@@ -86,7 +86,7 @@ def test_a_prompt_of_one_token_and_one_that_fills_the_context_are_scored(engine:
 
 
 class Alternating:
-    """Allows even tokens, then odd ones, and ends after some; fails after `fails_after`."""
+    """Allows even and odd tokens in turn and is complete after some; fails after `fails_after`."""
 
     def __init__(self, length: int, fails_after: int | None = None) -> None:
         self.taken: list[int] = []
@@ -110,7 +110,7 @@ def constrained(request_id: str, constraint: TokenConstraint, sampling: Sampling
     return dataclasses.replace(request(request_id, PROMPT[:7], sampling), constraint=constraint)
 
 
-def test_a_constrained_sequence_follows_its_constraint_through_pre_emption_and_changes_nobody(
+def test_a_constrained_sequence_follows_its_constraint_through_preemption_and_changes_no_other(
     world: PeftWorld,
 ) -> None:
     block_bytes = 2 * 2 * 2 * 16 * 4 * 4
@@ -137,7 +137,7 @@ def test_a_constrained_sequence_follows_its_constraint_through_pre_emption_and_c
         engine.stop(10)
 
 
-def test_one_seed_gives_one_text_in_any_company(engine: TorchEngine) -> None:
+def test_one_seed_gives_one_text_in_any_batch(engine: TorchEngine) -> None:
     params = SamplingParams(
         max_tokens=20, temperature=1.1, top_p=0.9, top_k=80, seed=77, ignore_eos=True, top_logprobs=2
     )

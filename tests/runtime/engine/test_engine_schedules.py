@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PeftWorld:
 
 
 class Solo:
-    """An engine of its own without a prefix cache, one request at a time: what every answer must equal."""
+    """A separate engine without a prefix cache that runs one request at a time, as the reference."""
 
     def __init__(self, world: PeftWorld) -> None:
         self.engine = started(world.base, prefix_cache=False)
@@ -77,7 +77,7 @@ PROMPTS = [
     [*_STEM[:shared], *range(10, 10 + own)]
     for shared, own in ((0, 1), (0, 3), (8, 0), (8, 3), (17, 0), (17, 5), (26, 0))
 ]
-"""Few, so that each is answered alone once only; several begin alike."""
+"""Few, so that the reference answers each only once; several have a common prefix."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ class Asked:
 
 
 class Walk:
-    """A seeded walk over everything a server may ask of an engine: two names whose adapters roll over, and the base."""
+    """A seeded random sequence of all calls to an engine: two names whose adapters are replaced, and the base."""
 
     def __init__(self, engine: TorchEngine, world: PeftWorld, seed: int, *, first: int = 0) -> None:
         self.engine, self.world, self.rng, self.got = engine, world, random.Random(seed), Collector()
         self.first = first
         self.slots: dict[int, str] = {}
-        """Which adapter is in a slot; its digest says the same."""
+        """The adapter in each slot."""
         self.sums: dict[int, bytes] = {}
         self.serving: dict[str, int] = {}
-        """Which slot a name's requests go to now; its last slot drains meanwhile."""
+        """The slot that each name's requests go to; its previous slot drains."""
         self.asked: dict[str, Asked] = {}
         self.rollovers = 0
 
@@ -133,7 +133,7 @@ class Walk:
             self.engine.cancel(self.rng.choice([*self.asked]))
 
     def roll_over(self, name: str) -> None:
-        """Another adapter for the name, in a slot beside the one that still answers."""
+        """Loads another adapter for the name into a second slot, while the first one still answers."""
         empty = [slot for slot in range(SLOTS) if slot not in self.slots]
         if not empty:
             return
@@ -154,7 +154,7 @@ class Walk:
         self.serving = {name: at for name, at in self.serving.items() if at != slot}
 
     def checked(self, solo: Solo) -> int:
-        """How many finished; each of them must equal its solo run."""
+        """The number of finished requests, each of which must equal its reference run."""
         finished = 0
         for request_id, asked in self.asked.items():
             last, tokens = self.got.last(request_id), self.got.tokens(request_id)
@@ -169,7 +169,7 @@ class Walk:
 
 
 def weights_in(engine: TorchEngine, slot: int) -> bytes:
-    """A checksum of what a slot holds, taken between two steps."""
+    """A checksum of a slot's weights, taken between two steps."""
 
     def look() -> bytes:
         assert engine._core is not None
@@ -180,7 +180,7 @@ def weights_in(engine: TorchEngine, slot: int) -> bytes:
 
 
 def tensors(engine: TorchEngine) -> int:
-    """How many there are in the process, after a last step that is always the same."""
+    """The number of tensors in the process, after a last step that is always the same."""
     got = Collector()
     engine.submit(request("last", [5], greedy(1)), got)
     got.wait(["last"])
@@ -193,7 +193,7 @@ def tensors(engine: TorchEngine) -> int:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_every_finished_request_equals_its_solo_run_and_nothing_is_left(
+def test_every_finished_request_equals_its_reference_run_and_nothing_is_left(
     world: PeftWorld, solo: Solo, seed: int
 ) -> None:
     engine = started(
@@ -231,7 +231,7 @@ def test_every_finished_request_equals_its_solo_run_and_nothing_is_left(
 def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
     world: PeftWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of the engine but the model, whose logits are made up."""
+    """The whole engine except for the model, whose logits are random."""
     engine = started(world.base, max_batch=24, max_batch_tokens=128, kv_block_tokens=4, kv_bytes=60 * BLOCK_BYTES)
     core, rng = engine._core, random.Random(9)
     assert core is not None

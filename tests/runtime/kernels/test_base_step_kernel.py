@@ -26,7 +26,7 @@ from lorapool_runtime.engines.torch.kernels.base_step import (
 )
 from lorapool_runtime.engines.torch.model.load import load_base
 from lorapool_runtime.engines.torch.model.native_modules import NativeMLP, NativeNorm
-from lorapool_runtime.native_library import NativeUnavailableError, open_library
+from lorapool_runtime.native_library import NativeSettingError, NativeUnavailableError, open_library
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +200,32 @@ def test_torch_serves_where_the_environment_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LORAPOOL_NATIVE", "0")
     with pytest.raises(NativeUnavailableError, match="LORAPOOL_NATIVE=0"):
         open_library("base_step", VERSION)
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPOOL_NATIVE", "sse9")
+    with pytest.raises(NativeSettingError, match="'sse9', not one of auto, 0, baseline, avx2, avx512"):
+        open_library("base_step", VERSION)
+
+
+@pytest.mark.parametrize("setting", ["auto", "baseline", "avx2", "avx512"])
+def test_the_kernels_keep_to_the_instruction_set_of_the_environment(
+    setting: str, tmp_path: Path, kernel: BaseKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(kernel.library._name, tmp_path / "libbase_step.so")  # a copy is loaded once more
+    monkeypatch.setenv("LORAPOOL_NATIVE", setting)
+    has = torch.cpu.get_capabilities()
+    has_avx512 = bool(has.get("avx512_f") and has.get("avx512_bw") and has.get("avx512_vl"))
+    if setting == "avx512" and not has_avx512:
+        with pytest.raises(NativeSettingError, match="this processor does not have"):
+            open_library("base_step", VERSION, tmp_path)
+        return
+    if setting == "baseline":
+        with pytest.raises(NativeUnavailableError, match="LORAPOOL_NATIVE=baseline"):
+            BaseKernel(open_library("base_step", VERSION, tmp_path))
+        return
+    best = "avx512" if has_avx512 else "avx2"
+    assert BaseKernel(open_library("base_step", VERSION, tmp_path)).isa == (best if setting == "auto" else setting)
 
 
 @pytest.mark.parametrize("width", [64, 37, 576])

@@ -22,6 +22,7 @@ from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.lora.kernel_cpu import NativeRowKernel, add_lora_rows, load_row_kernel
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
+from lorapool_runtime.native_library import NativeSettingError, open_library
 from lorapool_runtime.weights.targets import TargetGroup
 
 CPU = torch.device("cpu")
@@ -49,13 +50,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="session", params=["avx2", "baseline"])
+@pytest.fixture(scope="session", params=["baseline", "avx2", "avx512"])
 def kernel(library: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> NativeRowKernel:
-    copy = tmp_path_factory.mktemp(request.param) / library.name  # under its own name it is loaded and chooses anew
-    shutil.copyfile(library, copy)
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copyfile(library, folder / library.name)  # under a path of its own it is loaded once more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAPOOL_NATIVE_ISA", request.param)
-        return NativeRowKernel(ctypes.CDLL(str(copy)))
+        patch.setenv("LORAPOOL_NATIVE", request.param)
+        try:
+            kernel = NativeRowKernel(open_library(rowkernel.NAME, rowkernel.VERSION, folder))
+        except NativeSettingError as error:
+            pytest.skip(str(error))
+    assert kernel.isa == request.param
+    return kernel
 
 
 class World:

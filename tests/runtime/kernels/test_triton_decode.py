@@ -125,14 +125,14 @@ def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
 
 
 def meta_graphs(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
-    """A base without values: its weights, slabs and KV cache lie on the meta device."""
+    """A base without values: its weights, adapter slots and KV cache are on the meta device."""
     tiny_model(architecture).save_pretrained(folder)
     with monkeypatch.context() as patch:
         # the stock model's probe looks for packed sequences among its positions; the fitted one never asks
         patch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
         base: Base = load_base(str(folder), dtype="bfloat16", device=META)
-    slabs = AdapterSlots(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META, in_host_memory=False)
-    base.lora.slots, base.lora.kernel = slabs, TritonKernel(slabs)
+    slots = AdapterSlots(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META, in_host_memory=False)
+    base.lora.slots, base.lora.kernel = slots, TritonKernel(slots)
     layer = base.layers[0]
     pool = KVPool(
         layers=len(base.layers),

@@ -10,7 +10,7 @@ import pytest
 from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.prefix import next_key, root_key
-from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan, share_out
+from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan, split_prefill_budget
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 
 SIZE = 4
@@ -168,8 +168,8 @@ def test_reviving_a_kept_block_takes_it_from_the_free_ones() -> None:
     allocator.register(block, b"k")
     allocator.release([block])
     assert allocator.can_allocate(2)
-    assert allocator.can_allocate(1, beside=[block])
-    assert not allocator.can_allocate(2, beside=[block])
+    assert allocator.can_allocate(1, once_shared=[block])
+    assert not allocator.can_allocate(2, once_shared=[block])
 
 
 def test_a_forgotten_block_is_found_by_nobody_and_stays_its_holders() -> None:
@@ -345,7 +345,7 @@ def test_blocks_shared_count_once_at_admission() -> None:
 def test_half_of_a_step_is_the_oldest_prompts_and_half_goes_to_shorter_ones_first(
     left: list[int], budget: int, given: list[int]
 ) -> None:
-    assert share_out(left, budget) == given
+    assert split_prefill_budget(left, budget) == given
 
 
 def test_the_longest_prefill_between_two_decode_steps_is_bounded() -> None:

@@ -1,4 +1,4 @@
-"""Who computes what in a step, without a model."""
+"""Which sequences compute how much in a step, without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, Sequenc
 
 
 def make(arrival: int, prompt_tokens: int, slot: int = -1, max_tokens: int = 8) -> Sequence:
-    """Of a prompt that begins like no other's."""
+    """A sequence whose prompt shares no prefix with any other."""
     prompt = tuple(range(arrival * 1000, arrival * 1000 + prompt_tokens))
     params = SamplingParams(max_tokens=max_tokens)
     return Sequence(GenerationRequest(f"r{arrival}", prompt, slot, "s", params), arrival=arrival, seed=0)
@@ -24,7 +24,7 @@ def scheduler(blocks: int = 100, block_size: int = 4, max_batch: int = 8, max_ba
 
 
 def spend(plan: StepPlan) -> None:
-    """What the engine does with a plan, with a made-up token."""
+    """Applies a plan as the engine does, with a made-up token."""
     for chunk in plan.chunks:
         samples = chunk.samples
         chunk.sequence.advance(chunk.num_tokens)
@@ -102,7 +102,7 @@ def test_the_youngest_is_preempted_when_a_decoding_row_finds_no_block() -> None:
     assert [c.sequence for c in plan.decodes] == [old]
 
 
-def test_the_preempted_comes_back_before_the_later_ones_and_recomputes_its_text() -> None:
+def test_a_preempted_sequence_returns_before_the_later_ones_and_recomputes_its_text() -> None:
     s = scheduler(blocks=5, block_size=4, max_batch_tokens=64)
     old, young = make(0, 8), make(1, 4)
     s.add(old)
@@ -118,7 +118,7 @@ def test_the_preempted_comes_back_before_the_later_ones_and_recomputes_its_text(
     assert chunk.samples
 
 
-def test_every_block_that_changes_hands_is_told() -> None:
+def test_the_plan_lists_every_newly_allocated_block() -> None:
     s = scheduler(block_size=4)
     sequence = make(0, 6)
     s.add(sequence)
@@ -128,7 +128,7 @@ def test_every_block_that_changes_hands_is_told() -> None:
     assert s.schedule().fresh_blocks == ()
 
 
-def test_what_can_never_fit_is_known_before() -> None:
+def test_a_request_that_can_never_fit_is_detected_before_it_is_added() -> None:
     s = scheduler(blocks=3, block_size=4)
     assert s.could_ever_fit(8, 5)  # the last sampled token needs no place
     assert not s.could_ever_fit(8, 6)
@@ -140,7 +140,7 @@ def test_a_batch_larger_than_the_token_budget_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_thousands_of_random_moves_leave_nothing_behind_and_starve_nobody(seed: int) -> None:
+def test_thousands_of_random_moves_leave_nothing_behind_and_starve_no_sequence(seed: int) -> None:
     rng = random.Random(seed)
     s = scheduler(blocks=12, block_size=4, max_batch=5, max_batch_tokens=9)
     alive: list[Sequence] = []

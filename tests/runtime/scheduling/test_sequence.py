@@ -1,4 +1,4 @@
-"""A sequence's status moves only where it may."""
+"""A sequence allows only legal transitions of its status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def make(prompt_tokens: int = 3) -> Sequence:
     return Sequence(request, arrival=0, seed=0)
 
 
-def test_a_life_from_prompt_to_text() -> None:
+def test_a_sequence_goes_from_prompt_to_text() -> None:
     sequence = make(3)
     sequence.admit([4, 9])
     assert sequence.pending == 3

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RuntimeProcess]:
     base, folder = real_base(), tmp_path_factory.mktemp("process")
     shutil.copytree(ROUTING, folder / "pvc" / "tunes" / "routing")
-    with runtime_process(folder, base, pvc_root=folder / "pvc", kv_bytes=256 * 2**20, threads=2) as running:
+    with runtime_process(folder, base, pvc_root=folder / "pvc", kv_bytes=256 * 2**20) as running:
         source = {"uri": "pvc://tunes/routing"}
         digest = call(running, "POST", "/v1/resolve", {"source": source})["digest"]
         call(

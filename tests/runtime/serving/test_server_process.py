@@ -29,7 +29,7 @@ from fakes_runtime import (
     until,
 )
 
-from lorapool_api.openai import InvalidRequest, Unavailable
+from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_api.protocol import token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
@@ -145,7 +145,7 @@ async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_e
     slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
     folder = save_byte_tokenizer(tmp_path, chat_template=slow)
     tokenizer = Tokenizer(folder, threads=2, timeout_s=0.2)
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(UnavailableError) as caught:
         await tokenizer.prompt_of_messages(HI)
     assert caught.value.code == "prompt_timeout"
     assert await tokenizer.prompt_of_text("ab") == (97, 98)
@@ -155,7 +155,7 @@ async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_e
 async def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokenizer = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(InvalidRequestError) as caught:
         await tokenizer.prompt_of_messages(HI)
     assert caught.value.code == "chat_template_refused"
     tokenizer.close()

@@ -12,7 +12,7 @@ import openai
 import pytest
 from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
 
-from lorapool_api.openai import InvalidRequest
+from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.request import parse_chat
 from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
 from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, infer_format, plain_messages
@@ -261,7 +261,7 @@ def test_the_format_of_calls_is_inferred_from_the_template(tmp_path: Path, byte_
 
 async def test_a_control_token_in_a_property_name_is_refused_and_in_a_value_is_text(tmp_path: Path) -> None:
     codec = tokenizer_of(save_byte_tokenizer(tmp_path, chat_template=HERMES))
-    with pytest.raises(InvalidRequest, match="control token"):
+    with pytest.raises(InvalidRequestError, match="control token"):
         await codec.prompt_of_messages(HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}])
     forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}])
     honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}])

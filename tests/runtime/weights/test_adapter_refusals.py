@@ -15,8 +15,7 @@ from engine_kit import tiny_model
 
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
-from lorapool_artifacts.settings import JudgeLimits
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
 from lorapool_runtime.weights.reader import AdapterReader
 from lorapool_runtime.weights.targets import TargetGroup
@@ -27,7 +26,7 @@ QV = ["q_proj", "v_proj"]
 
 
 class Base:
-    """A tiny model with its folder and the layers that adapters can change."""
+    """A tiny model with its folder and the layers that LoRA may target."""
 
     def __init__(self, folder: Path, architecture: str, **changes: Any) -> None:
         self.model, self.folder = tiny_model(architecture, **changes), folder / "base"
@@ -37,15 +36,17 @@ class Base:
         ).groups
 
     def words_about(self, folder: Path) -> tuple[str, str]:
-        """Why the runtime, and who only sees the headers, refuse it."""
-        with pytest.raises(AdapterArtifactError) as runtime:
+        """The refusals of the runtime and of the operator, which only reads the headers."""
+        with pytest.raises(ArtifactError) as runtime:
             AdapterReader(self.groups, "float32").read(folder, max_rank=16)
         try:
-            verdict = inspect_adapter_folder(folder, base_facts_from_folder(self.folder), JudgeLimits(16)).verdict
+            result = inspect_adapter_folder(
+                folder, base_facts_from_folder(self.folder), AdapterLimits(16)
+            ).compatibility
         except ArtifactError as error:
             return runtime.value.message, error.message
-        assert not verdict.ok, "accepted from the headers"
-        return runtime.value.message, verdict.message
+        assert not result.ok, "accepted from the headers"
+        return runtime.value.message, result.message
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,14 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"bias": "lora_only"}, ("biases of the base", 'bias="none"')),
         ({"modules_to_save": ["lm_head"]}, ("fully trained modules", "without modules_to_save")),
         ({"trainable_token_indices": [1, 2]}, ("trained tokens", "without trainable_token_indices")),
-        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("bare parameters", "target_modules only")),
+        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("single parameters", "target_modules only")),
         ({"kasa_config": {}}, ("KaSA", "base's weights", "without KaSA")),
         ({"monteclora_config": {}}, ("samples its weights", "without monteclora_config")),
         ({"use_bdlora": {"target_modules_bd_b": QV, "nblocks": 2}}, ("block-diagonal", "without use_bdlora")),
         ({"alora_invocation_tokens": [1, 2]}, ("after its invocation", "without alora_invocation_tokens")),
         ({"layer_replication": [[0, 2], [1, 2]]}, ("replicated layers", "without layer_replication")),
-        ({"init_lora_weights": "pissa"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
-        ({"init_lora_weights": "olora"}, ("moved into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"init_lora_weights": "pissa"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
+        ({"init_lora_weights": "olora"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
         ({"target_modules": ["q_proj", "embed_tokens"]}, ("embed_tokens", "all adapters share", "without these")),
         ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "all adapters share", "without these")),
     ],
@@ -118,7 +119,7 @@ OTHERS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_each_other_kind_says_what_it_does_that_lora_does_not(kind: str, llama: Base, tmp_path: Path) -> None:
+def test_the_refusal_of_each_other_kind_says_how_it_differs_from_lora(kind: str, llama: Base, tmp_path: Path) -> None:
     import peft
 
     make, word = OTHERS[kind]
@@ -128,7 +129,7 @@ def test_each_other_kind_says_what_it_does_that_lora_does_not(kind: str, llama: 
         assert "LoraConfig" in message
 
 
-def test_adapters_that_change_the_experts_of_a_mixture_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+def test_adapters_that_change_the_experts_of_a_mixture_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -137,7 +138,7 @@ def test_adapters_that_change_the_experts_of_a_mixture_are_refused_in_words(mixt
         assert "target_modules only" in message
 
 
-def test_experts_named_as_older_trainers_did_are_refused_in_words(mixture: Base, tmp_path: Path) -> None:
+def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
@@ -153,11 +154,11 @@ def test_experts_named_as_older_trainers_did_are_refused_in_words(mixture: Base,
         assert "train without these modules" in message
 
 
-def test_a_base_without_layers_that_adapters_could_change_is_refused(tmp_path: Path) -> None:
+def test_a_base_without_layers_that_lora_could_target_is_refused(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     config.bos_token_id = config.eos_token_id = 2
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedBaseError, match="no linear layers that adapters could change"):
+    with pytest.raises(UnsupportedBaseError, match="no linear layers that LoRA could target"):
         load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))

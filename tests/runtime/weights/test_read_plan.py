@@ -1,4 +1,4 @@
-"""Adapters of one make are matched with the base once; what differs in what they compute is never taken for equal."""
+"""Adapters of the same config and shapes are validated once; any difference that matters is validated again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.weights import reader as adapter_file
 from lorapool_runtime.weights.layout import Layout
 from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache
@@ -30,18 +30,18 @@ A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 class Counted:
-    """A reader, and how often it judged a file."""
+    """A reader, and how often it validated a file."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.judged = 0
+        self.validated = 0
         self._reader = AdapterReader(GROUPS, "float32")
-        judge = adapter_file.judge
+        check = adapter_file.check_compatibility
 
         def counted(*given: Any) -> Any:
-            self.judged += 1
-            return judge(*given)
+            self.validated += 1
+            return check(*given)
 
-        patch.setattr(adapter_file, "judge", counted)
+        patch.setattr(adapter_file, "check_compatibility", counted)
 
     def read(self, folder: Path, max_rank: int = 8) -> PackedAdapter:
         return self._reader.read(folder, max_rank=max_rank)
@@ -79,7 +79,7 @@ def shift(folder: Path, by: float) -> None:
     save_file({name: tensor + by for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
-def test_a_second_adapter_of_the_same_make_is_not_matched_again_and_has_its_own_weights(
+def test_a_second_adapter_of_the_same_config_and_shapes_is_not_validated_again_and_has_its_own_weights(
     folder: Path, tmp_path: Path, reader: Counted
 ) -> None:
     shift(folder, 0.0)
@@ -87,58 +87,58 @@ def test_a_second_adapter_of_the_same_make_is_not_matched_again_and_has_its_own_
     shift(other, 1.0)
     configure(other, target_modules=["v_proj", "q_proj"], base_model_name_or_path="some/where")
     one, two = reader.read(folder), reader.read(other)
-    assert reader.judged == 1
+    assert reader.validated == 1
     assert two.layout is one.layout
     piece = one.layout.linears[0]
     np.testing.assert_array_equal(piece.a(two.buffer), load_file(other / "adapter_model.safetensors")[A0].numpy())
     assert not np.array_equal(one.buffer, two.buffer)
 
 
-def test_a_sick_weight_in_a_known_make_is_refused_by_its_module(folder: Path, reader: Counted) -> None:
+def test_a_non_finite_weight_under_a_cached_plan_is_refused_by_its_module(folder: Path, reader: Counted) -> None:
     shift(folder, 0.0)
     reader.read(folder)
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     tensors[A0][3, 60] = torch.nan
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(AdapterArtifactError, match=r"layers\.0\.self_attn\.q_proj are not finite"):
+    with pytest.raises(ArtifactError, match=r"layers\.0\.self_attn\.q_proj are not finite"):
         reader.read(folder)
-    assert reader.judged == 1
+    assert reader.validated == 1
 
 
 @pytest.mark.parametrize("changes", [{"lora_alpha": 16}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}])
-def test_another_setting_is_another_make(folder: Path, reader: Counted, changes: dict[str, Any]) -> None:
+def test_another_setting_is_validated_again(folder: Path, reader: Counted, changes: dict[str, Any]) -> None:
     before = reader.read(folder)
     configure(folder, **changes)
     after = reader.read(folder)
-    assert reader.judged == 2
+    assert reader.validated == 2
     assert not np.array_equal(before.buffer, after.buffer)
 
 
-def test_what_was_refused_is_judged_again_and_told_again(folder: Path, reader: Counted) -> None:
+def test_a_refused_adapter_is_validated_and_refused_again(folder: Path, reader: Counted) -> None:
     configure(folder, target_modules=["q_proj"])
     for _ in range(2):
-        with pytest.raises(AdapterArtifactError, match="v_proj has weights but is not in target_modules"):
+        with pytest.raises(ArtifactError, match="v_proj has weights but is not in target_modules"):
             reader.read(folder)
-    assert reader.judged == 2
+    assert reader.validated == 2
 
 
-def test_a_lower_rank_limit_is_judged_for_itself(folder: Path, reader: Counted) -> None:
+def test_a_lower_rank_limit_is_validated_again(folder: Path, reader: Counted) -> None:
     reader.read(folder, max_rank=4)
-    with pytest.raises(AdapterArtifactError, match="rank is 4"):
+    with pytest.raises(ArtifactError, match="rank is 4"):
         reader.read(folder, max_rank=3)
 
 
 @pytest.mark.parametrize("cut", [1, 64])
-def test_a_known_make_in_a_file_of_another_length_is_corrupt(folder: Path, reader: Counted, cut: int) -> None:
+def test_a_known_header_in_a_file_of_another_length_is_corrupt(folder: Path, reader: Counted, cut: int) -> None:
     reader.read(folder)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(AdapterArtifactError, match="upload it again"):
+    with pytest.raises(ArtifactError, match="upload it again"):
         reader.read(folder)
 
 
-def test_the_plans_used_last_are_kept_and_no_more() -> None:
+def test_only_the_plans_used_last_are_kept() -> None:
     def plan() -> ReadPlan:
         return ReadPlan(
             1, (), Layout((), 0, np.zeros((3, 0), np.int64)), np.zeros((0, 6), np.int64), np.zeros(0, np.float32), ()

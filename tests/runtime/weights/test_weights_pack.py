@@ -1,4 +1,4 @@
-"""Packing a matrix gives the same bits with the native library and without, and sees whatever is not finite."""
+"""Packing gives the same bits with the native library and without, and detects values that are not finite."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def test_native_code_and_numpy_give_the_same_bits(
 
 
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("sick", [np.nan, np.inf, -np.inf, np.uint32(0x7FFFFFFF).view(np.float32)])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, np.uint32(0x7FFFFFFF).view(np.float32)])
 @pytest.mark.parametrize("kind", TYPES)
-def test_one_number_that_is_not_finite_is_seen_wherever_it_stands(kind: str, sick: float, native: bool) -> None:
+def test_a_single_non_finite_value_is_detected_anywhere(kind: str, bad: float, native: bool) -> None:
     for place in ((0, 0), (16, 3), (36, 6)):
         values = np.ones((37, 7), np.float32)
-        values[place] = sick
+        values[place] = bad
         for transposed in (False, True):
             assert not packed(values, kind, native=native, scale=1.0, transposed=transposed)[1]
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_what_rounds_or_scales_to_infinity_is_seen(native: bool) -> None:
+def test_values_that_round_or_scale_to_infinity_are_detected(native: bool) -> None:
     largest = np.full((3, 3), np.finfo(np.float32).max, np.float32)
     assert packed(largest, "float32", native=native, scale=1.0, transposed=True)[1]
     assert not packed(largest, "bfloat16", native=native, scale=1.0, transposed=True)[1]
@@ -76,7 +76,7 @@ def test_what_rounds_or_scales_to_infinity_is_seen(native: bool) -> None:
     assert not packed(largest, "float32", native=native, scale=2.0, transposed=True)[1]
 
 
-def test_a_place_of_another_shape_is_refused() -> None:
+def test_a_target_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot put"):
         pack(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32), scale=1.0, transposed=True)
 
@@ -85,12 +85,12 @@ def test_a_place_of_another_shape_is_refused() -> None:
 
 FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LEAD = 24
-"""Bytes before the first matrix, as a header would be."""
+"""Bytes before the first matrix, in place of a header."""
 
 
 @contextmanager
 def written(path: Path, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(descriptor, matrices one after the other, every other one to be transposed; elements of the buffer)"""
+    """A descriptor, the table of the matrices (every other one transposed), and the elements of the buffer."""
     rows, offset, to = [], LEAD, 0
     kinds = {dtype: FILE_TYPES.index(name) for name, dtype in FILE_DTYPES.items()}
     for number, tensor in enumerate(tensors):
@@ -152,16 +152,16 @@ def test_all_numbers_of_a_16_bit_type_are_widened_exactly(tmp_path: Path, stored
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("stored", FILE_DTYPES)
-@pytest.mark.parametrize("sick", [0, 1, 4, 5])
-def test_the_first_sick_matrix_of_a_file_is_named_by_its_number(
-    tmp_path: Path, stored: str, sick: int, native: bool
+@pytest.mark.parametrize("bad", [0, 1, 4, 5])
+def test_the_first_non_finite_matrix_of_a_file_is_returned_by_its_number(
+    tmp_path: Path, stored: str, bad: int, native: bool
 ) -> None:
     tensors = drawn([(33, 60)] * 6, stored)
-    for number in {sick, 5}:
+    for number in {bad, 5}:
         tensors[number][32, 59] = float("nan" if number % 2 else "inf")
     with written(tmp_path / "file", tensors) as (file, matrices, elements):
         for throttle in (UNTHROTTLED, DURING_A_BATCH):
-            assert packed_file(file, matrices, elements, "float32", throttle, native=native)[1] == sick
+            assert packed_file(file, matrices, elements, "float32", throttle, native=native)[1] == bad
 
 
 @pytest.mark.parametrize("native", [True, False])

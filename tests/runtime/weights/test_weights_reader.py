@@ -16,7 +16,7 @@ from engine_kit import save_adapter, tiny_model
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.common import FailureReason
-from lorapool_runtime.engines.interface import AdapterArtifactError
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -53,7 +53,7 @@ def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapt
 
 
 def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder, **settings)
     assert caught.value.reason == reason
     for word in words:
@@ -75,7 +75,7 @@ def reweight(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 QKV0 = range(3)  # the numbers of layer 0's first three linears
 
 
-def test_what_peft_saved_is_laid_out_with_its_scale(folder: Path) -> None:
+def test_an_adapter_saved_by_peft_is_packed_with_its_scale(folder: Path) -> None:
     adapter = read(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     assert (adapter.rank, adapter.target_modules) == (4, ("q_proj", "v_proj"))
@@ -145,7 +145,7 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
         ({"a_future_option": 3}, ("a_future_option",)),
     ],
 )
-def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
+def test_each_kind_that_is_not_plain_lora_is_refused_with_its_own_reason(
     folder: Path, changes: dict[str, Any], words: tuple[str, ...]
 ) -> None:
     configure(folder, **changes)
@@ -158,7 +158,7 @@ def test_each_kind_that_is_not_plain_lora_is_refused_in_its_own_words(
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
         ("base_model.model.lm_head.weight", "output layer"),
-        (f"{Q0}.something", "no part of a LoRA"),
+        (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
 def test_each_tensor_that_is_no_lora_weight_is_refused(folder: Path, name: str, words: str) -> None:
@@ -183,7 +183,7 @@ def test_no_config_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"peft_type": "LORA"}', '{"peft_type":"LORA","r":0}'])
 def test_a_broken_config_is_corrupt(folder: Path, text: str) -> None:
     (folder / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterArtifactError) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read(folder)
     assert caught.value.reason in {FailureReason.CORRUPT_ARTIFACT, FailureReason.INCOMPATIBLE}
 
@@ -239,7 +239,7 @@ def test_weights_the_config_does_not_target_are_named(folder: Path) -> None:
     refused(folder, FailureReason.INCOMPATIBLE, "v_proj has weights but is not in target_modules")
 
 
-def test_of_layers_the_base_lacks_the_first_three_are_told_in_words(tmp_path: Path) -> None:
+def test_the_first_three_layers_that_the_base_lacks_are_named(tmp_path: Path) -> None:
     made = save_adapter(tmp_path, tiny_model("Llama", num_hidden_layers=6), r=2, target_modules=["q_proj"])
     refused(
         made,
@@ -251,7 +251,7 @@ def test_of_layers_the_base_lacks_the_first_three_are_told_in_words(tmp_path: Pa
     )
 
 
-def test_modules_the_base_lacks_are_told_with_what_it_has_there(tmp_path: Path) -> None:
+def test_modules_the_base_lacks_are_named_with_the_modules_it_has(tmp_path: Path) -> None:
     made = save_adapter(tmp_path, tiny_model("Phi3"), r=2, target_modules=["qkv_proj", "gate_up_proj"])
     refused(
         made,
@@ -262,7 +262,7 @@ def test_modules_the_base_lacks_are_told_with_what_it_has_there(tmp_path: Path) 
     )
 
 
-def test_of_another_bases_shapes_the_first_three_are_told_in_words(tmp_path: Path) -> None:
+def test_the_first_three_shapes_of_another_base_are_named(tmp_path: Path) -> None:
     made = save_adapter(
         tmp_path, tiny_model("Llama", hidden_size=32), r=2, target_modules=["q_proj", "down_proj", "up_proj"]
     )
@@ -284,7 +284,7 @@ def test_numbers_that_are_not_finite_are_refused(folder: Path, bad: float) -> No
     refused(folder, FailureReason.NON_FINITE_WEIGHTS, "q_proj")
 
 
-def test_what_overflows_in_the_bases_type_is_refused(folder: Path) -> None:
+def test_values_that_overflow_in_the_bases_type_are_refused(folder: Path) -> None:
     def enlarge(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{Q0}.lora_B.weight"][0, 0] = 60_000.0  # times the scale of 2: above float16's largest
 

@@ -1,5 +1,5 @@
-"""The engine that owns torch: one thread, one base, one continuous batch of many adapters.
+"""The engine on torch: one thread, one base, one continuous batch of many adapters.
 
-Belongs here: the step loop, sampling, and what binds scheduler, model and LoRA together. No HTTP, no OpenAI JSON,
-no files of adapters (`weights` reads those).
+Belongs here: the step loop, sampling, and the code that connects scheduler, model and LoRA. Does not: HTTP, OpenAI
+JSON, and the files of adapters, which `weights` reads.
 """

@@ -16,6 +16,7 @@ from lorapool_runtime.cgroup import usable_memory_bytes
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
     ConstraintError,
+    DecodeProgramState,
     EngineStats,
     FinishReason,
     GenerationRequest,
@@ -25,7 +26,7 @@ from lorapool_runtime.engines.interface import (
     TokenOutput,
 )
 from lorapool_runtime.engines.torch.config import EngineConfig
-from lorapool_runtime.engines.torch.decode_program.step_program import load_step_program
+from lorapool_runtime.engines.torch.decode_program.load import load_decode_program
 from lorapool_runtime.engines.torch.lora.kernel_cpu import load_row_kernel
 from lorapool_runtime.engines.torch.lora.slot_state import WrongWeightsError
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
@@ -75,12 +76,15 @@ class Core:
             log.warning("max_model_len %d exceeds the model's limit: using %d", config.max_model_len, max_model_len)
         self.pool = _make_pool(config, self.base, max_model_len)
         self.runner = Runner(self.base, self.pool)
+        decode_program: DecodeProgramState | None = None
         with torch.inference_mode():
             if device.type == "cuda":
                 self._prepare_gpu(config.max_batch, max_model_len)
             self.runner.self_check()
             if device.type == "cpu":
-                self.runner.decode_path = load_step_program(self.base, self.pool, max_batch=config.max_batch)
+                self.runner.decode_path, decode_program = load_decode_program(
+                    self.base, self.pool, max_batch=config.max_batch, max_model_len=max_model_len
+                )
         blocks = self.pool.data.shape[2] - 1
         self.scheduler = Scheduler(
             BlockAllocator(blocks, config.kv_block_tokens),
@@ -96,6 +100,7 @@ class Core:
             eos_token_ids=self.base.eos_token_ids,
             targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
             weight_bytes=self.base.weight_bytes,
+            decode_program=decode_program,
         )
         self.batching_window_s = _batching_window_s(config, device)
         self.reader = AdapterReader(self.base.groups, self.facts.dtype)

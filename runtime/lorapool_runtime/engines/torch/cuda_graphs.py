@@ -1,9 +1,9 @@
-"""A decode step as one captured launch: what the host adds to a step on a GPU is two small copies.
+"""A decode step on a GPU as one captured CUDA graph; the host only adds two small copies.
 
-`core` makes one where the device is CUDA, `runner` hands it the steps that only decode. The batch is padded to one
-of a few sizes; each size, with and without LoRA, is captured once at start over tensors that stay where they are, and
-replayed. A padding row has slot -1, context 0 and the null block: it reads and writes nothing. Whatever is captured
-must not look at a value on the host nor have a shape that follows from one (the tests hold it to that on a CPU).
+The batch is padded to one of a few sizes. Each size, with and without LoRA, is captured once at start over tensors at
+fixed addresses, and replayed. A padding row has slot -1, context 0 and the null block: it reads and writes nothing.
+Captured code must neither read a tensor's value on the host nor have a shape that depends on one; the tests check this
+on a CPU.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Step = Callable[[], Tensor]
 
 
 class Capture(Protocol):
-    """Turns a step into its replay, which computes the same tensor from what its inputs hold then."""
+    """Turns a step into its replay, which computes the same tensor from the current contents of its inputs."""
 
     def __call__(self, step: Step) -> Step: ...
 
 
 class CudaCapture:
-    """CUDA graphs of one memory pool. The tensor a replay returns is overwritten by the next replay."""
+    """CUDA graphs that share one memory pool. The next replay overwrites the tensor that a replay returned."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -46,7 +46,7 @@ class CudaCapture:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch declares no types here
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()  # compiles the kernels and makes the libraries' workspaces: neither is allowed in a capture
+            step()  # compiles the kernels and allocates the libraries' workspaces, which a capture does not allow
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -60,13 +60,13 @@ class CudaCapture:
 
 
 def batch_sizes(max_batch: int) -> tuple[int, ...]:
-    """The sizes a batch is padded to: powers of two, and the largest there can be."""
+    """The sizes that a batch is padded to: powers of two, and `max_batch`."""
     powers = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
     return (*powers, max_batch)
 
 
 class DecodeAttention:
-    """`attention.Attention` for one token per row."""
+    """`model.attention.Attention` for one token per row."""
 
     def __init__(self, decode: TritonDecode) -> None:
         self._decode = decode
@@ -77,7 +77,7 @@ class DecodeAttention:
 
 
 class _Staging:
-    """A step's rows on the host, in memory the device reads by itself; it must not change while a copy is under way."""
+    """The rows of a step in pinned host memory, which must not change while a copy to the device is running."""
 
     def __init__(self, max_batch: int, width: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
@@ -88,14 +88,14 @@ class _Staging:
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
 
     def fill(self, chunks: tuple[Chunk, ...], size: int, block_size: int) -> None:
-        """Waits for the last copy from here, which was two steps ago."""
+        """Waits for the last copy from this buffer, which began two steps ago."""
         if self._copied is not None:
             self._copied.synchronize()
         rows = [_row(chunk, block_size) for chunk in chunks] + [_PADDING] * (size - len(chunks))
         self._fields[:, :size] = np.array(rows, np.int32).T
         for row in range(size):
             table = chunks[row].sequence.block_table if row < len(chunks) else []
-            if table != self._held[row]:  # most steps change no table
+            if table != self._held[row]:  # most steps change no block table
                 self._tables[row] = NULL_BLOCK
                 self._tables[row, : len(table)] = table
                 self._held[row] = list(table)
@@ -115,7 +115,7 @@ def _row(chunk: Chunk, block_size: int) -> tuple[int, int, int, int, int]:
 
 class DecodeGraphs:
     def __init__(self, base: Base, pool: KVPool, *, max_batch: int, max_model_len: int, capture: Capture) -> None:
-        """Needs the batch's row kernel and slabs in place (`lora.LoraBatch`)."""
+        """The kernel and the slots of the base's `LoraBatch` must be set before."""
         self._base, self._pool, self._capture = base, pool, capture
         self.sizes = batch_sizes(max_batch)
         width, device = -(-max_model_len // pool.block_size), base.device
@@ -126,18 +126,18 @@ class DecodeGraphs:
         self._replays: dict[tuple[int, bool], Step] = {}
 
     def capture_all(self) -> None:
-        """Every size, the largest first: its memory serves the smaller ones."""
+        """Captures every size, the largest first, so that the smaller ones reuse its memory."""
         for size in reversed(self.sizes):
             self._copy_in((), size)
             for with_lora in (True, False):
                 self._replays[size, with_lora] = self._capture(partial(self.step, size, with_lora))
 
     def can_run(self, plan: StepPlan) -> bool:
-        """Whether the step is nothing but decoding, of a size that was captured."""
+        """Whether the step only decodes, with at most as many rows as the largest captured size."""
         return not plan.prefills and 0 < len(plan.decodes) <= self.sizes[-1]
 
     def run(self, plan: StepPlan) -> Tensor:
-        """-> [decoding rows, vocabulary], to be used before the next `run`."""
+        """Returns [decoding rows, vocabulary], which the next `run` overwrites."""
         count = len(plan.decodes)
         size = next(size for size in self.sizes if size >= count)
         self._copy_in(plan.decodes, size)
@@ -145,7 +145,7 @@ class DecodeGraphs:
         return self._replays[size, with_lora]()[:count]
 
     def step(self, size: int, with_lora: bool) -> Tensor:
-        """What is captured: [size, vocabulary] from what the tensors on the device hold."""
+        """The captured code: returns [size, vocabulary] from the contents of the tensors on the device."""
         fields = self._fields[:, :size]
         if with_lora:
             self._base.lora.use(fields[_SLOT])

@@ -1,7 +1,7 @@
-"""Log-probabilities of prompts: what the rows that a prompt has already say about the token that follows each.
+"""Log-probabilities of prompt tokens, from the logits of the rows before them.
 
-`core` calls it between the runner and the sampling. The runner keeps every row of a chunk of such a request, at most
-`max_batch_tokens` of them a step; they are worked through in pieces, so that no second tensor of that size is made.
+The runner returns the logits of every row of such a chunk, at most `max_batch_tokens` per step. They are processed in
+parts, so that no second tensor of that size is allocated.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _ROWS_AT_ONCE = 32
 
 
 def score_prompts(plan: StepPlan, logits: Tensor) -> Tensor:
-    """Tells every sequence of the plan that asked what its prompt's tokens were worth.
+    """Stores the log-probabilities of the step's prompt tokens in the sequences that requested them.
 
-    logits: [rows, vocabulary] of all chunks' `logit_rows` -> [rows, vocabulary] of the chunks that sample.
+    logits: [rows, vocabulary] of all chunks' `logit_rows`. Returns [rows, vocabulary] of the chunks that sample.
     """
     if not any(chunk.sequence.scores_prompt for chunk in plan.chunks):
         return logits

@@ -1,7 +1,7 @@
-"""One step's tensors: from the scheduler's plan to the logits of the rows that are asked for.
+"""Runs the model for one step: from the scheduler's plan to the logits of the requested rows.
 
-The engine thread calls `run`; the runner holds no request's state. `self_check` proves at start that the fitted
-model (packed layers, paged attention, chunks, decoding) still computes what the stock one does.
+The runner keeps no state of requests. `self_check` verifies at start that the modified model (packed layers, paged
+attention, chunks, decoding) computes what the stock model does.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Of the largest logit: rounding stays far below, a wrong mask or weight does not."""
+"""Relative to the largest logit. Rounding stays far below it; a wrong mask or weight does not."""
 
 
 class DecodePath(Protocol):
-    """A faster way for steps that only decode: `decode_graph` on a GPU."""
+    """A faster implementation of steps that only decode: CUDA graphs on a GPU, the decode program on a CPU."""
 
     def can_run(self, plan: StepPlan) -> bool: ...
 
@@ -62,7 +62,7 @@ class Runner:
         return logits[: len(keep)]
 
     def self_check(self) -> None:
-        """Raises UnsupportedBaseError when a prompt in two chunks and a decode do not give the stock model's logits."""
+        """Raises UnsupportedBaseError unless a prompt in two chunks and a decode give the stock model's logits."""
         probe = self.base.probe
         sequence = Sequence(
             GenerationRequest("self-check", probe.token_ids, BASE_SLOT, "base", SamplingParams(max_tokens=1)),
@@ -81,5 +81,7 @@ class Runner:
             stock = probe.logits[sequence.computed - 1]
             error = float((logits - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
             if not error <= _TOLERANCE[self.base.dtype]:
-                raise UnsupportedBaseError(f"the fitted model differs from the stock one (relative error {error:.2g})")
+                raise UnsupportedBaseError(
+                    f"the modified model differs from the stock one (relative error {error:.2g})"
+                )
         self.pool.wipe(tuple(sequence.block_table))

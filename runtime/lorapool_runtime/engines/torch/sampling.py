@@ -1,9 +1,9 @@
-"""From logits to tokens, each request by its own parameters and by nothing else.
+"""Samples the tokens of a step, each row by the parameters of its own request only.
 
-The last act of a step. Greedy rows share one batched maximum. The others go through operators that treat each row by
-itself (batched on a GPU), and are drawn by a uniform number made of (seed, position): the same seed gives the same
-text whoever shares the batch, to the bit. Penalties, biases and constraints touch only the rows that have them. A row
-whose logits are not finite, or whose constraint fails, gets no token: the engine ends that request with an error.
+Greedy rows share one batched maximum. The other rows go through operators that treat each row separately (batched on
+a GPU) and are drawn with a uniform number derived from (seed, position), so the same seed gives the same text whatever
+else is in the batch. Penalties, biases and constraints change only the rows that have them. A row whose logits are not
+finite, or whose constraint fails, gets no token, and the engine ends that request with an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from lorapool_runtime.engines.interface import ConstraintError, SamplingParams, TokenConstraint, TokenLogprob
 
 _GREEDY_BELOW = 1e-5
-"""A lower temperature is greedy: dividing by it would overflow."""
+"""A temperature below this is greedy, because dividing by it would overflow."""
 _NOT_FINITE = "the model's output is not finite"
 
 
@@ -28,7 +28,7 @@ class SampleRow:
     params: SamplingParams
     seed: int
     position: int
-    """How many tokens this request has generated so far."""
+    """The number of tokens that the request has generated so far."""
     prompt_ids: Sequence[int]
     generated_counts: Mapping[int, int]
     constraint: TokenConstraint | None = None
@@ -39,11 +39,11 @@ class Sampled:
     token_id: int | None
     logprob: TokenLogprob | None = None
     error: str | None = None
-    """Why there is no token."""
+    """Why there is no token; None where there is one."""
 
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raises ValueError naming the field and its bound."""
+    """Raises ValueError that names the field and its bound."""
     for name, value, low, high in (
         ("temperature", params.temperature, 0.0, math.inf),
         ("top_p", params.top_p, 0.0, 1.0),
@@ -63,21 +63,21 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
         raise ValueError(f"top_logprobs must be within [0, {vocab_size}], not {params.top_logprobs}")
     for token, bias in params.logit_bias.items():
         if not 0 <= token < vocab_size:
-            raise ValueError(f"logit_bias names token {token}; the vocabulary ends at {vocab_size - 1}")
+            raise ValueError(f"logit_bias has token {token}, but the last token of the vocabulary is {vocab_size - 1}")
         if not math.isfinite(bias):
             raise ValueError(f"logit_bias of token {token} must be finite, not {bias}")
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """logits: [rows, vocabulary], any floating type."""
+    """One result per row. logits: [rows, vocabulary], any floating type."""
     logits = logits.float()  # a bf16 maximum is slower than the cast and an fp32 one
     peaks, likeliest = logits.max(dim=-1)  # [rows]; the maximum of a row with NaN is NaN
     finite, tokens = torch.isfinite(peaks).tolist(), likeliest.tolist()
-    errors = {i: _NOT_FINITE for i, whole in enumerate(finite) if not whole}
+    errors = {i: _NOT_FINITE for i, is_finite in enumerate(finite) if not is_finite}
     shaped = logits
     special = [i for i, row in enumerate(rows) if i not in errors and _is_shaped(row)]
     if special:
-        own = logits[special]  # a copy: log-probabilities are told of the model's own logits
+        own = logits[special]  # a copy: log-probabilities are computed from the model's own logits
         errors |= _shape(own, special, rows)
         shaped = logits.index_copy(0, torch.tensor(special, device=logits.device), own)
         for i, token in zip(special, own.argmax(dim=-1).tolist(), strict=True):
@@ -104,12 +104,15 @@ def _is_shaped(row: SampleRow) -> bool:
 
 
 def _shape(own: Tensor, special: Sequence[int], rows: Sequence[SampleRow]) -> dict[int, str]:
-    """Changes own: [special rows, vocabulary] in place; which rows can have no token, and why."""
+    """Applies penalties, biases and constraints to own: [special rows, vocabulary] in place.
+
+    Returns the error of each row that can have no token.
+    """
     errors: dict[int, str] = {}
     masks: list[bytes] = []
-    masked: list[int] = []  # places within `own`
-    for place, i in enumerate(special):
-        _penalize(own[place], rows[i])
+    masked: list[int] = []  # row numbers within `own`
+    for number, i in enumerate(special):
+        _penalize(own[number], rows[i])
         constraint = rows[i].constraint
         if constraint is not None:
             try:
@@ -117,26 +120,27 @@ def _shape(own: Tensor, special: Sequence[int], rows: Sequence[SampleRow]) -> di
             except ConstraintError as error:
                 errors[i] = str(error)
             else:
-                masked.append(place)
+                masked.append(number)
     if masks:
         allowed = _unpacked(masks, own.shape[1], own.device)
         own[masked] = own[masked].masked_fill_(~allowed, float("-inf"))
-        for place, some in zip(masked, allowed.any(dim=-1).tolist(), strict=True):
-            if not some:
-                errors[special[place]] = "no token may follow what was generated"
+        for number, any_allowed in zip(masked, allowed.any(dim=-1).tolist(), strict=True):
+            if not any_allowed:
+                errors[special[number]] = "the constraint allows no further token"
     return errors
 
 
 def _penalize(logits: Tensor, row: SampleRow) -> None:
-    """Bias, then repetition (prompt and text, as transformers does), then presence and frequency (text only)."""
+    """Applies the bias, then the repetition penalty (on prompt and text, as transformers does), then the presence and
+    frequency penalties (on the generated text only)."""
     params, device = row.params, logits.device
     if params.logit_bias:
         tokens = torch.tensor(list(params.logit_bias), device=device)
         logits[tokens] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=device)
     if params.repetition_penalty != 1:
         tokens = torch.tensor(sorted({*row.prompt_ids, *row.generated_counts}), device=device)
-        seen = logits[tokens]
-        logits[tokens] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+        before = logits[tokens]
+        logits[tokens] = torch.where(before > 0, before / params.repetition_penalty, before * params.repetition_penalty)
     if row.generated_counts and (params.presence_penalty or params.frequency_penalty):
         tokens = torch.tensor(list(row.generated_counts), device=device)
         counts = torch.tensor(list(row.generated_counts.values()), dtype=logits.dtype, device=device)
@@ -144,7 +148,7 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
 
 
 def _unpacked(masks: Sequence[bytes], vocabulary: int, device: torch.device) -> Tensor:
-    """[rows, vocabulary] of bool from one bit per token, lowest bit first."""
+    """Unpacks one bit per token, lowest bit first, into bool [rows, vocabulary]."""
     width = -(-vocabulary // 8)
     packed = bytearray(b"".join(mask[:width].ljust(width, b"\0") for mask in masks))
     octets = torch.frombuffer(packed, dtype=torch.uint8).to(device).view(len(masks), width, 1)
@@ -156,25 +160,25 @@ def _unpacked(masks: Sequence[bytes], vocabulary: int, device: torch.device) -> 
 
 
 def _draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """logits: [rows, vocabulary] -> the token at fraction `u` of the cumulated probabilities, in order of ids."""
-    if logits.device.type == "cpu" and len(rows) > 1:  # a row at a time stays in the cache; a batch is fresh memory
+    """Draws a token per row: the one at fraction `u` of the cumulative probabilities. logits: [rows, vocabulary]."""
+    if logits.device.type == "cpu" and len(rows) > 1:  # one row at a time stays in the processor's cache
         return [_draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
     probabilities = _filtered(logits, [row.params for row in rows])
     cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
     u = _column([uniform(row.seed, row.position) for row in rows], logits.device)
     total = cumulated[:, -1:]
-    target = torch.minimum(total * u, total.nextafter(torch.zeros_like(total)))  # rounding must not pass the last
+    target = torch.minimum(total * u, total.nextafter(torch.zeros_like(total)))  # rounding must not exceed the last
     return torch.searchsorted(cumulated, target, right=True)[:, 0].tolist()
 
 
 def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[rows, vocabulary] probabilities after temperature, top-k, min-p and top-p; not normalized.
+    """Probabilities [rows, vocabulary] after temperature, top-k, min-p and top-p; not normalized.
 
-    Tokens as likely as the last one kept are kept too: what is kept never depends on an order among equals.
+    Tokens that are as likely as the last one kept are kept too, so that the result never depends on the order of ties.
     """
     device = logits.device
     temperatures = _column([one.temperature for one in params], device).to(logits.dtype)
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the likeliest stands at 0
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the likeliest token is at 0
     floor = _top_k_floor(scaled, params)
     if any(one.min_p for one in params):
         least = _column([math.log(one.min_p) if one.min_p else -math.inf for one in params], device).to(scaled.dtype)
@@ -192,20 +196,20 @@ def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _top_k_floor(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
-    """[rows, 1]: the k-th largest value of rows with a top-k, -inf of the others; None when no row has one."""
+    """[rows, 1]: the k-th largest value of rows with a top-k, -inf for the others; None when no row has one."""
     vocabulary = scaled.shape[1]
     ks = [one.top_k if 0 < one.top_k < vocabulary else 0 for one in params]
     if not any(ks):
         return None
     largest = scaled.topk(max(ks), dim=-1).values
     at = torch.tensor([[max(k - 1, 0)] for k in ks], device=scaled.device)
-    some = torch.tensor([[k > 0] for k in ks], device=scaled.device)
-    return largest.gather(1, at).masked_fill(~some, float("-inf"))
+    has_top_k = torch.tensor([[k > 0] for k in ks], device=scaled.device)
+    return largest.gather(1, at).masked_fill(~has_top_k, float("-inf"))
 
 
 def _nucleus_floor(probabilities: Tensor, shares: Tensor) -> Tensor:
-    """[rows, 1]: the least likely token of the smallest set that reaches the row's share of the probability."""
-    if len(probabilities) == 1:  # what has less than (1 - share) / vocabulary is never needed to reach the share
+    """[rows, 1]: the least probability in the smallest set of tokens that reaches the row's share."""
+    if len(probabilities) == 1:  # tokens below (1 - share) / vocabulary are never needed to reach the share
         least = (1 - shares[0, 0]) / probabilities.shape[1]
         probabilities = probabilities[probabilities >= least][None]
     ordered = probabilities.sort(dim=-1, descending=True).values
@@ -220,7 +224,7 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments, on any machine."""
+    """A pseudo-random number in [0, 1) that depends only on the arguments, equal on every machine."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
@@ -231,20 +235,23 @@ def uniform(seed: int, position: int) -> float:
 def _wanted_logprobs(
     logits: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int], errors: Mapping[int, str]
 ) -> dict[int, TokenLogprob]:
-    """Of the model's own distribution, before bias, penalties and temperature."""
-    wanted: dict[int, list[int]] = {}  # rows by how many of the likeliest they ask for
+    """By row, from the model's own distribution: before bias, penalties and temperature."""
+    wanted: dict[int, list[int]] = {}  # rows by the number of likeliest tokens they request
     for i, row in enumerate(rows):
         if row.params.top_logprobs is not None and i not in errors:
             wanted.setdefault(row.params.top_logprobs, []).append(i)
     return {
         i: one
-        for count, places in wanted.items()
-        for i, one in zip(places, token_logprobs(logits[places], [tokens[i] for i in places], count), strict=True)
+        for count, group in wanted.items()
+        for i, one in zip(group, token_logprobs(logits[group], [tokens[i] for i in group], count), strict=True)
     }
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """Of each row's token, and of its `count` likeliest ones. logits: [at least len(tokens), vocabulary]."""
+    """Log-probabilities of each row's token and of its `count` likeliest ones.
+
+    logits: [at least len(tokens), vocabulary].
+    """
     logprobs = torch.log_softmax(logits[: len(tokens)].float(), dim=-1)
     ids = torch.tensor(tokens, device=logits.device)[:, None]
     own = logprobs.gather(1, ids)[:, 0].tolist()

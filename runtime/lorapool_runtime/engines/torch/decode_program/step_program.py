@@ -1,15 +1,12 @@
-"""A decode step on CPU as one native call: what transformers' Python and torch's small operators cost is gone.
+"""Replays an op graph as one native call per decode step, without transformers' Python and torch's small operators.
 
-`core` makes one at start, `runner` hands it the steps that only decode. `step_recording` learns the list of kernels
-from one run; here it gets buffers and becomes C structures (step_program.h), and is proved on other rows: logits, keys
-and values must equal the model's own run bit for bit, since a request may be computed by either from step to step.
-A model that cannot be followed is served as before, and the log says why.
+The graph's operators get buffers and become C structures (step_program.h). `load` makes one program at start, and
+`runner` gives it the steps that only decode.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
@@ -19,28 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
-from lorapool_runtime.engines.torch.decode_program.ops import Add, Attend, Gate, Linear, Norm, Op, Place, Recipe, Turn
-from lorapool_runtime.engines.torch.decode_program.recorder import NotFollowedError, learn
-from lorapool_runtime.engines.torch.kernels.base_step import BaseKernel, Decode, PagedDecode, base_kernel
+from lorapool_runtime.engines.interface import BASE_SLOT
+from lorapool_runtime.engines.torch.decode_program.ops import (
+    Add,
+    Attend,
+    BufferSlice,
+    DecodeGraph,
+    GatedActivation,
+    Linear,
+    Norm,
+    Op,
+    RotaryEmbedding,
+)
+from lorapool_runtime.engines.torch.kernels.base_step import BaseKernel, Decode
 from lorapool_runtime.engines.torch.lora.kernel_cpu import NativeRowKernel
-from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base
 from lorapool_runtime.engines.torch.scheduling.blocks import NULL_BLOCK
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
-from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
-
-log = logging.getLogger(__name__)
 
 KINDS = ("norm", "linear", "lora", "rotary", "attention", "activation", "residual")
 """`StepKind` of step_program.h, in its order."""
-_NORM, _LINEAR, _LORA, _TURN, _ATTEND, _GATE, _ADD = range(len(KINDS))
-_CROWD = 64
-"""Rows of one adapter beyond which its plain products win by more than the Python around them costs."""
+_NORM, _LINEAR, _LORA, _ROTARY, _ATTEND, _ACTIVATION, _ADD = range(len(KINDS))
+MAX_ROWS_PER_ADAPTER = 64
+"""Beyond it the plain products of one adapter win by more than the Python around them costs."""
 _USUAL_CACHE_BYTES = 8 << 20
-_LEARNED_AT, _PROVED_AT = (1, 5, 11), (9, 0)
-"""Positions of the rows that are learned from, and of those that prove it."""
 
 
 class _Op(ctypes.Structure):
@@ -56,21 +56,21 @@ class _Op(ctypes.Structure):
     )
 
 
-class _Turn(ctypes.Structure):
-    """`StepTurn` of base_step.h."""
+class _RotaryEmbedding(ctypes.Structure):
+    """`StepRotaryEmbedding` of base_step.h."""
 
     _fields_ = (
         ("vectors", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
-        ("cosines", ctypes.c_int32),
+        ("table", ctypes.c_int32),
         ("bfloat16", ctypes.c_int32),
     )
 
 
-class _Cosines(ctypes.Structure):
-    """`StepCosines` of base_step.h."""
+class _RotaryTable(ctypes.Structure):
+    """`StepRotaryTable` of base_step.h."""
 
-    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("turned", ctypes.c_int64))
+    _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("width", ctypes.c_int64))
 
 
 class _Add(ctypes.Structure):
@@ -89,7 +89,7 @@ class _Program(ctypes.Structure):
         ("tables", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("width", ctypes.c_int64),
-        ("cosines", ctypes.c_void_p),
+        ("rotary_tables", ctypes.c_void_p),
         ("row_slots", ctypes.c_void_p),
         ("slots", ctypes.c_int64),
         ("lora", ctypes.c_void_p),
@@ -103,41 +103,48 @@ class StepProgram:
     """`runner.DecodePath` for CPU. The tensor `run` returns is overwritten by the next `run`."""
 
     def __init__(
-        self, recipe: Recipe, base: Base, pool: KVPool, kernel: BaseKernel, lora: NativeRowKernel, *, max_batch: int
+        self, graph: DecodeGraph, base: Base, pool: KVPool, kernel: BaseKernel, lora: NativeRowKernel, *, max_batch: int
     ) -> None:
-        slabs = base.lora.slots
-        assert slabs is not None
-        self._recipe, self._base, self._pool, self._slabs, self._max_batch = recipe, base, pool, slabs, max_batch
+        adapters = base.lora.slots
+        assert adapters is not None
+        self._graph, self._base, self._pool, self._adapters, self._max_batch = graph, base, pool, adapters, max_batch
         self._run = kernel.library.base_step_run
         self._run.argtypes = [ctypes.c_void_p]
-        self._buffers = _buffers(recipe, max_batch, base.dtype)
+        self._buffers = _buffers(graph, max_batch, base.dtype)
         self._kept: list[Any] = [kernel, lora]
         self._groups = {id(group.base.product): group.number for group in base.lora.groups}
-        ops = [made for op in recipe.ops for made in self._made(op, lora)]
+        ops = [made for op in graph.ops for made in self._made(op, lora)]
         self._ops = (_Op * len(ops))(*ops)
-        self._cosines = (_Cosines * max(1, len(recipe.rotaries)))()
+        self._rotary_tables = (_RotaryTable * max(1, len(graph.rotary_tables)))()
         self._spent = np.zeros(len(KINDS), np.int64)
         self._lengths, self._slots = np.zeros(max_batch, np.int32), np.zeros(max_batch, np.int32)
-        self._tables = np.full((max_batch, 1), NULL_BLOCK, np.int32)
+        self._block_tables = np.full((max_batch, 1), NULL_BLOCK, np.int32)
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
         job = self._job = _Program()
-        job.ops, job.count, job.cosines = ctypes.addressof(self._ops), len(ops), ctypes.addressof(self._cosines)
-        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, slabs.count, lora.calls
-        widest = max(len(group.out_features) for group in slabs.groups)
-        self._u = np.zeros(max_batch * widest * slabs.max_rank, np.float32)
+        job.ops, job.count = ctypes.addressof(self._ops), len(ops)
+        job.rotary_tables = ctypes.addressof(self._rotary_tables)
+        job.lengths, job.slots, job.lora = self._lengths.ctypes.data, adapters.count, lora.calls
+        widest = max(len(group.out_features) for group in adapters.groups)
+        self._u = np.zeros(max_batch * widest * adapters.max_rank, np.float32)
         job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2
 
     def can_run(self, plan: StepPlan) -> bool:
-        """Whether the step is nothing but decoding, without a crowd of rows on one adapter."""
+        """Whether the step only decodes, with at most MAX_ROWS_PER_ADAPTER rows of each adapter."""
         if plan.prefills or not 0 < len(plan.decodes) <= self._max_batch:
             return False
         rows_of = Counter(chunk.sequence.slot for chunk in plan.decodes)
         del rows_of[BASE_SLOT]
-        return max(rows_of.values(), default=0) <= _CROWD
+        return max(rows_of.values(), default=0) <= MAX_ROWS_PER_ADAPTER
 
     def run(self, plan: StepPlan) -> Tensor:
         """As `runner.DecodePath.run`."""
-        chunks, job = plan.decodes, self._job
+        return self.replay(plan.decodes, torch.tensor([chunk.start for chunk in plan.decodes]))
+
+    def replay(self, chunks: SequenceOf[Chunk], positions: Tensor) -> Tensor:
+        """One row per chunk, at these positions (int64 [rows]) -> logits [rows, vocabulary], valid until the next call.
+
+        Raises MemoryError, and ValueError for a slot that does not exist; nothing was computed then."""
+        job = self._job
         rows = job.rows = len(chunks)
         self._base.lora.set(())  # what the last step of the model's own code left there
         self._fill_tables(chunks)
@@ -145,13 +152,10 @@ class StepProgram:
         slots = [chunk.sequence.slot for chunk in chunks]
         self._slots[:rows] = slots
         job.row_slots = self._slots.ctypes.data if any(slot != BASE_SLOT for slot in slots) else None
-        self._enter(
-            torch.tensor([chunk.sequence.tokens[chunk.start] for chunk in chunks]),
-            torch.tensor([chunk.start for chunk in chunks]),
-        )
+        self._enter(torch.tensor([chunk.sequence.tokens[chunk.start] for chunk in chunks]), positions)
         if failed := self._run(ctypes.addressof(job)):
             raise MemoryError("a step's scratch memory") if failed == 2 else ValueError("a row names no slot")
-        return self._recipe.finish(self._view(self._recipe.logits)[:rows])
+        return self._graph.finish(self._view(self._graph.logits)[:rows])
 
     def spent_ms(self) -> dict[str, float]:
         """Milliseconds by kind of operator since the last call; the first call starts the clock."""
@@ -165,49 +169,49 @@ class StepProgram:
 
     def _enter(self, token_ids: Tensor, positions: Tensor) -> None:
         """token_ids, positions: int64 [rows]"""
-        recipe = self._recipe
-        stream = recipe.embedding(token_ids)
-        if recipe.embedding_factor != 1:
-            stream = stream * recipe.embedding_factor
-        self._view(recipe.stream)[: len(token_ids)] = stream.view(len(token_ids), -1)
-        turning = []
-        for number, rotary in enumerate(recipe.rotaries):
-            cos, sin = (t.contiguous() for t in rotary(positions))
-            turning += [cos, sin]
-            self._cosines[number] = _Cosines(cos.data_ptr(), sin.data_ptr(), cos.shape[1])
-        self._turning = turning  # alive until the next step
+        graph = self._graph
+        stream = graph.embedding(token_ids)
+        if graph.embedding_factor != 1:
+            stream = stream * graph.embedding_factor
+        self._view(graph.stream)[: len(token_ids)] = stream.view(len(token_ids), -1)
+        tables = []
+        for number, rotary_tables in enumerate(graph.rotary_tables):
+            cos, sin = (t.contiguous() for t in rotary_tables(positions))
+            tables += [cos, sin]
+            self._rotary_tables[number] = _RotaryTable(cos.data_ptr(), sin.data_ptr(), cos.shape[1])
+        self._tables_in_use = tables  # alive until the next step
 
     def _fill_tables(self, chunks: SequenceOf[Chunk]) -> None:
         width = max(len(chunk.sequence.block_table) for chunk in chunks)
-        if width > self._tables.shape[1]:
-            self._tables = np.full((self._max_batch, 2 * width), NULL_BLOCK, np.int32)
+        if width > self._block_tables.shape[1]:
+            self._block_tables = np.full((self._max_batch, 2 * width), NULL_BLOCK, np.int32)
             self._held = [[] for _ in range(self._max_batch)]
         for row, chunk in enumerate(chunks):
             table = chunk.sequence.block_table
             if table != self._held[row]:  # most steps change no table
-                self._tables[row, : len(table)] = table
+                self._block_tables[row, : len(table)] = table
                 self._held[row] = list(table)
-        self._job.tables, self._job.width = self._tables.ctypes.data, self._tables.shape[1]
+        self._job.tables, self._job.width = self._block_tables.ctypes.data, self._block_tables.shape[1]
 
-    # --- from the recipe to structures ---
+    # --- from the graph to C structures ---
 
     def _made(self, op: Op, lora: NativeRowKernel) -> list[_Op]:
         match op:
             case Norm():
-                parts, row_bytes = op.source.width // op.op.width, op.source.of * self._base.dtype.itemsize
+                parts, row_bytes = op.source.width // op.op.width, op.source.buffer_width * self._base.dtype.itemsize
                 return [_Op(_NORM, parts, op.op.address, self._at(op.source), self._at(op.to), row_bytes)]
             case Linear():
                 linear = _Op(_LINEAR, 0, op.op.address, self._at(op.source), self._at(op.to), 0)
                 group = self._groups.get(id(op.op))
                 if group is None:
                     return [linear]
-                address = lora.address_of(self._slabs.groups[group])
+                address = lora.address_of(self._adapters.groups[group])
                 return [linear, _Op(_LORA, 0, address, self._at(op.source), self._at(op.to), 0)]
-            case Gate():
-                return [_Op(_GATE, 0, op.op.address, self._at(op.source), self._at(op.to), 0)]
-            case Turn():
-                turn = _Turn(op.vectors, op.place.width // op.vectors, op.rotary, self._is_bfloat16)
-                return [_Op(_TURN, 0, self._address(turn), None, self._at(op.place), op.place.of)]
+            case GatedActivation():
+                return [_Op(_ACTIVATION, 0, op.op.address, self._at(op.source), self._at(op.to), 0)]
+            case RotaryEmbedding():
+                rotary = _RotaryEmbedding(op.vectors, op.to.width // op.vectors, op.table, self._is_bfloat16)
+                return [_Op(_ROTARY, 0, self._address(rotary), None, self._at(op.to), op.to.buffer_width)]
             case Attend():
                 return [_Op(_ATTEND, 0, self._address(self._decode(op)), None, None, 0)]
             case Add():
@@ -217,8 +221,8 @@ class StepProgram:
     def _decode(self, op: Attend) -> Decode:
         keys, values = self._pool.rows(op.layer)
         dim, job = op.wants.head_dim, Decode()
-        job.q, job.k, job.v, job.out = (self._at(place) for place in (op.q, op.k, op.v, op.to))
-        job.q_row, job.k_row, job.v_row = op.q.of, op.k.of, op.v.of
+        job.q, job.k, job.v, job.out = (self._at(columns) for columns in (op.q, op.k, op.v, op.to))
+        job.q_row, job.k_row, job.v_row = op.q.buffer_width, op.k.buffer_width, op.v.buffer_width
         job.q_head = job.k_head = job.v_head = job.head_dim = dim
         job.keys, job.values = keys.data_ptr(), values.data_ptr()
         job.heads, job.kv_heads, job.block_size = op.heads, op.wants.kv_heads, self._pool.block_size
@@ -234,30 +238,30 @@ class StepProgram:
         self._kept.append(structure)
         return ctypes.addressof(structure)
 
-    def _at(self, place: Place) -> int:
-        return self._buffers[place.buffer].data_ptr() + place.column * self._base.dtype.itemsize
+    def _at(self, columns: BufferSlice) -> int:
+        return self._buffers[columns.buffer].data_ptr() + columns.column * self._base.dtype.itemsize
 
-    def _view(self, place: Place) -> Tensor:
-        return self._buffers[place.buffer][:, : place.of]
+    def _view(self, columns: BufferSlice) -> Tensor:
+        return self._buffers[columns.buffer][:, : columns.buffer_width]
 
 
 def _shared_cache_bytes() -> int:
-    """Of the cache that all cores share; a guess where the system does not tell."""
+    """The size of the cache that all cores share; a usual size where the system does not report it."""
     try:
         return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), _USUAL_CACHE_BYTES)
     except (OSError, ValueError):
         return _USUAL_CACHE_BYTES
 
 
-def _buffers(recipe: Recipe, rows: int, dtype: torch.dtype) -> list[Tensor]:
+def _buffers(graph: DecodeGraph, rows: int, dtype: torch.dtype) -> list[Tensor]:
     """[rows, width] each; buffers share memory when none is read after another is written."""
     last: dict[int, int] = {}
-    for number, op in enumerate(recipe.ops):
-        last |= {place.buffer: number for place in _touched(op)}
-    last |= {recipe.logits.buffer: len(recipe.ops), recipe.stream.buffer: len(recipe.ops)}
-    widths = {recipe.stream.buffer: recipe.stream.of}
-    for op in recipe.ops:
-        widths |= {place.buffer: place.of for place in _touched(op)}
+    for number, op in enumerate(graph.ops):
+        last |= {columns.buffer: number for columns in _touched(op)}
+    last |= {graph.logits.buffer: len(graph.ops), graph.stream.buffer: len(graph.ops)}
+    widths = {graph.stream.buffer: graph.stream.buffer_width}
+    for op in graph.ops:
+        widths |= {columns.buffer: columns.buffer_width for columns in _touched(op)}
     memory: list[tuple[Tensor, int]] = []  # and until which operator it is taken
     buffers: dict[int, Tensor] = {}
 
@@ -270,94 +274,19 @@ def _buffers(recipe: Recipe, rows: int, dtype: torch.dtype) -> list[Tensor]:
         memory[number] = (memory[number][0], last[buffer])
         buffers[buffer] = memory[number][0][:count].view(rows, widths[buffer])
 
-    take(recipe.stream.buffer, 0)
-    for number, op in enumerate(recipe.ops):
-        for place in _touched(op):
-            if place.buffer not in buffers:
-                take(place.buffer, number)
+    take(graph.stream.buffer, 0)
+    for number, op in enumerate(graph.ops):
+        for columns in _touched(op):
+            if columns.buffer not in buffers:
+                take(columns.buffer, number)
     return [buffers[number] for number in sorted(buffers)]
 
 
-def _touched(op: Op) -> tuple[Place, ...]:
+def _touched(op: Op) -> tuple[BufferSlice, ...]:
     match op:
-        case Turn():
-            return (op.place,)
+        case RotaryEmbedding():
+            return (op.to,)
         case Attend():
             return (op.q, op.k, op.v, op.to)
         case _:
             return (op.source, op.to)
-
-
-def load_step_program(base: Base, pool: KVPool, *, max_batch: int) -> StepProgram | None:
-    """None where the model's own Python must serve; the log says why. The pool must be empty, and is left so."""
-    kernel, lora = base_kernel(), base.lora.kernel
-    if kernel is None or not isinstance(lora, NativeRowKernel) or not PagedDecode.serves(pool.data, pool.head_dim):
-        log.info("no decode program: the native kernels do not serve this base")
-        return None
-    try:
-        recipe = _learned(base, pool)
-        program = StepProgram(recipe, base, pool, kernel, lora, max_batch=max_batch)
-        _prove(program, base, pool, _PROVED_AT[:max_batch])
-    except NotFollowedError as error:
-        log.info("no decode program, the model's own code serves: %s", error)
-        return None
-    log.info("decode program", extra={"operators": len(recipe.ops)})
-    return program
-
-
-def _learned(base: Base, pool: KVPool) -> Recipe:
-    plan = _plan(pool, _LEARNED_AT, base.vocab_size)
-    token_ids = torch.tensor([chunk.sequence.tokens[chunk.start] for chunk in plan.decodes])
-    positions = torch.tensor([chunk.start for chunk in plan.decodes])
-    base.lora.set(())
-    attention = PagedAttention(pool, plan)
-    try:
-        return learn(
-            base.model,
-            lambda recording: base.logits(token_ids, positions, torch.arange(len(token_ids)), recording),
-            attention,
-            positions,
-            token_ids,
-        )
-    finally:
-        pool.wipe(_held(plan))
-
-
-def _prove(program: StepProgram, base: Base, pool: KVPool, positions_of_rows: SequenceOf[int]) -> None:
-    """Raises NotFollowedError unless program and model agree on rows that nothing was learned from."""
-    plan = _plan(pool, positions_of_rows, base.vocab_size)
-    if not program.can_run(plan):
-        raise NotFollowedError("the pool holds no block")
-    base.lora.set(())
-    token_ids = torch.tensor([chunk.sequence.tokens[chunk.start] for chunk in plan.decodes])
-    positions = torch.tensor([chunk.start for chunk in plan.decodes])
-    held = _held(plan)
-    blocks = torch.tensor(held)
-    want = base.logits(token_ids, positions, torch.arange(len(token_ids)), PagedAttention(pool, plan))
-    cached = pool.data.index_select(2, blocks)
-    pool.wipe(held)
-    got = program.run(plan)
-    same = torch.equal(got, want) and torch.equal(pool.data.index_select(2, blocks), cached)
-    pool.wipe(held)
-    if not same:
-        raise NotFollowedError("what was learned from one run does not compute another")
-
-
-def _plan(pool: KVPool, starts: SequenceOf[int], vocab_size: int) -> StepPlan:
-    """One row each at these positions, as many as the pool has blocks for, over keys and values of zero."""
-    chunks, free = [], 1
-    for number, start in enumerate(starts):
-        blocks = -(-(start + 1) // pool.block_size)
-        if free + blocks > pool.data.shape[2]:
-            break
-        prompt = tuple((11 + 17 * number + 7 * i) % vocab_size for i in range(start + 1))
-        request = GenerationRequest(f"program-{number}", prompt, BASE_SLOT, "base", SamplingParams(max_tokens=1))
-        sequence = Sequence(request, arrival=number, seed=0)
-        sequence.admit(list(range(free, free + blocks)))
-        free += blocks
-        chunks.append(Chunk(sequence, start, 1))
-    return StepPlan(tuple(chunks), (), (), ())
-
-
-def _held(plan: StepPlan) -> tuple[int, ...]:
-    return tuple(block for chunk in plan.decodes for block in chunk.sequence.block_table)

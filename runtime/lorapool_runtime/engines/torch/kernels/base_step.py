@@ -24,32 +24,32 @@ from lorapool_runtime.native_library import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the library's interface: base_step_version
+VERSION = 5  # of the library's interface: base_step_version
 _LINE = 64  # panels start on a cache line
 _STRETCH_BYTES = 32 << 20
 _WIDTH = 16  # head sizes are whole vectors of any variant
 _TYPES = (torch.float32, torch.bfloat16)
 
 
-Note = Callable[[object, Tensor, Tensor], None]
-"""Told after a call of one of the operators below: the operator, what went in, what came out."""
+Observer = Callable[[object, Tensor, Tensor], None]
+"""Receives the operator, its input and its output, after each call of one of the operators below."""
 
 
-class _Watch(threading.local):
-    note: Note | None = None
+class _Observed(threading.local):
+    observer: Observer | None = None
 
 
-_watch = _Watch()
+_observed = _Observed()
 
 
 @contextmanager
-def watched(note: Note) -> Iterator[None]:
-    """`note` is told of every linear layer, norm and gate that this thread calls meanwhile."""
-    _watch.note = note
+def observed(observer: Observer) -> Iterator[None]:
+    """Passes every linear layer, norm and gate that this thread calls meanwhile to `observer`."""
+    _observed.observer = observer
     try:
         yield
     finally:
-        _watch.note = None
+        _observed.observer = None
 
 
 class _Linear(ctypes.Structure):
@@ -104,7 +104,7 @@ class BaseKernel:
         library.base_step_isa.restype = ctypes.c_char_p
         isa = library.base_step_isa()
         if isa is None:
-            raise NativeUnavailableError("this processor has neither AVX2 nor AVX-512")
+            raise NativeUnavailableError("this processor has neither AVX2 nor AVX-512, or LORAPOOL_NATIVE=baseline")
         self.isa: str = isa.decode()
         library.base_step_panel_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
         library.base_step_panel_bytes.restype = ctypes.c_int64
@@ -174,8 +174,8 @@ class PanelLinear:
         y = torch.empty((x.shape[0], self.out_features), dtype=self.dtype)
         if self._run(self.address, x.data_ptr(), y.data_ptr(), x.shape[0]):
             raise MemoryError("a linear layer's scratch memory")
-        if _watch.note is not None:
-            _watch.note(self, x, y)
+        if _observed.observer is not None:
+            _observed.observer(self, x, y)
         return y
 
 
@@ -273,6 +273,16 @@ class RowNorm:
         self._job = _Norm(self._weight.data_ptr(), self.width, epsilon, bfloat16, bfloat16 and round_first)
         self.address, self._run = ctypes.addressof(self._job), kernel.library.base_step_norm
 
+    @contextmanager
+    def scaled(self, factor: float) -> Iterator[None]:
+        """Multiplies the weight meanwhile, for every caller that reads it by `address` too."""
+        weight = self._weight.clone()
+        self._weight.mul_(factor)
+        try:
+            yield
+        finally:
+            self._weight.copy_(weight)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., width] -> the same, contiguous"""
         if x.dtype != self.dtype or x.shape[-1] != self.width:
@@ -280,8 +290,8 @@ class RowNorm:
         x = x.contiguous()
         y = torch.empty_like(x)
         self._run(self.address, x.data_ptr(), y.data_ptr(), x.numel() // self.width)
-        if _watch.note is not None:
-            _watch.note(self, x, y)
+        if _observed.observer is not None:
+            _observed.observer(self, x, y)
         return y
 
 
@@ -309,6 +319,6 @@ class RowGate:
         both = both.contiguous()
         y = torch.empty((both.shape[0], self.width), dtype=self.dtype)
         self._run(self.address, both.data_ptr(), y.data_ptr(), both.shape[0])
-        if _watch.note is not None:
-            _watch.note(self, both, y)
+        if _observed.observer is not None:
+            _observed.observer(self, both, y)
         return y

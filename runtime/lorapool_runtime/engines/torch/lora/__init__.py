@@ -1,1 +1,5 @@
-"""The LoRA layer and its slots: where each adapter's matrices are stored and which kernel adds them to which rows."""
+"""The LoRA layer and the adapter slots.
+
+Belongs here: where the matrices of each adapter are stored on the device, and the kernels that add them to rows. Does
+not: which adapter gets which slot (`adapters` decides), and the base model.
+"""

@@ -20,7 +20,7 @@ from lorapool_runtime.native_library import FOLDER, NativeUnavailableError, open
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "lora_rows", 3  # of the library and its interface
+NAME, VERSION = "lora_rows", 4  # of the library and its interface
 
 
 def load_row_kernel(dtype: torch.dtype, device: torch.device, folder: Path = FOLDER) -> NativeRowKernel | None:

@@ -1,4 +1,4 @@
-"""The base model loaded by transformers and adapted for shared use: paged attention, KV pool, native replacements.
+"""The base model, loaded by transformers and adapted for shared use: paged attention, KV pool, native replacements.
 
-The only room that knows transformers' structural names. LoRA is added by `lora`.
+The only package that knows the structural names of transformers. LoRA is in `lora`, scheduling in `scheduling`.
 """

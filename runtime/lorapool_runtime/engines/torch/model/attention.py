@@ -1,8 +1,7 @@
-"""Attention of a mixed batch over each request's own paged keys and values.
+"""Attention of a mixed batch over the paged keys and values of each request.
 
-`model` hands every layer's queries here, as transformers calls its attention, and refuses architectures that ask for
-more (sinks, biases); `runner` makes one batch per step. Grouped queries, sliding windows and logit soft caps are
-computed, never ignored.
+transformers calls it in place of its own attention, for every layer. Grouped queries, sliding windows and logit soft
+caps are computed; `load` refuses architectures that need more (sinks, biases). The runner makes one batch per step.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 
 
 class UnsupportedAttentionError(ValueError):
-    """The base asks for a kind of attention that this engine does not compute."""
+    """The base needs a kind of attention that this engine does not compute."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What one layer wants, as seen in the probe."""
+    """The attention parameters of one layer, as observed by the probe."""
 
     kv_heads: int
     head_dim: int
@@ -35,7 +34,7 @@ class LayerAttention:
 
 
 class Attention(Protocol):
-    """Where a layer's queries find their keys: the paged batch, or the probe that looks at the model."""
+    """Computes the attention of a layer: over a paged batch, or for the probe that inspects the model."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         """q: [1, heads, tokens, head_dim]; k, v: [1, kv_heads, tokens, head_dim] -> [1, tokens, heads, head_dim]."""
@@ -43,14 +42,14 @@ class Attention(Protocol):
 
 
 class ProbeAttention:
-    """Plain causal attention of one fresh sequence that writes down what every layer wants."""
+    """Causal attention of one new sequence that records the parameters of every layer."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerAttention] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         if layer in self.layers:
-            raise UnsupportedAttentionError(f"two attention modules call themselves layer {layer}")
+            raise UnsupportedAttentionError(f"two attention modules have the index {layer}")
         if v.shape != k.shape:
             raise UnsupportedAttentionError(f"layer {layer} has keys {tuple(k.shape)} but values {tuple(v.shape)}")
         self.layers[layer] = wants
@@ -58,17 +57,17 @@ class ProbeAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
-    """A prefill chunk: rows [begin, end) of the batch, the sequence's tokens from `start` on."""
+class _PrefillRows:
+    """A prefill chunk: rows [begin, end) of the batch, which are the sequence's tokens from position `start` on."""
 
     begin: int
     end: int
     start: int
-    blocks: Tensor  # [n]; of the whole sequence up to the chunk's end
+    blocks: Tensor  # [n], of the whole sequence up to the end of the chunk
 
 
 class PagedAttention:
-    """One step: the decoding rows first, all at once; then each prefill chunk by itself."""
+    """The attention of one step: all decoding rows at once, then each prefill chunk separately."""
 
     def __init__(self, pool: KVPool, plan: StepPlan) -> None:
         self.pool = pool
@@ -78,16 +77,16 @@ class PagedAttention:
         )  # [tokens]
         self.decoding = len(plan.decodes)
         self._decoder = self._decoder_of(plan) if plan.decodes else None
-        self.segments: list[_Segment] = []
+        self.prefills: list[_PrefillRows] = []
         begin = self.decoding
         for chunk in plan.prefills:
             end = begin + chunk.num_tokens
             held = chunk.sequence.block_table[: -(-(chunk.start + chunk.num_tokens) // size)]
-            self.segments.append(_Segment(begin, end, chunk.start, torch.tensor(held, device=device)))
+            self.prefills.append(_PrefillRows(begin, end, chunk.start, torch.tensor(held, device=device)))
             begin = end
 
     def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode | _TritonDecode:
-        """What the decoding rows go through; a table of blocks per row, padded to the longest."""
+        """The implementation for the decoding rows, with one block table per row, padded to the longest."""
         pool = self.pool
         width = max(-(-(c.start + 1) // pool.block_size) for c in plan.decodes)
         tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
@@ -100,29 +99,29 @@ class PagedAttention:
         decoder, parts = self._decoder, []
         if decoder is not None and not decoder.writes:
             self.pool.write(layer, self.positions, k[0].transpose(0, 1), v[0].transpose(0, 1))
-        elif self.segments:
+        elif self.prefills:
             begin = self.decoding
             self.pool.write(
                 layer, self.positions[begin:], k[0, :, begin:].transpose(0, 1), v[0, :, begin:].transpose(0, 1)
             )
         if decoder is not None:
             parts.append(decoder.attend(layer, q[0], k[0], v[0], scale, wants))
-        parts += [self._segment(segment, layer, q, k, v, scale, wants) for segment in self.segments]
+        parts += [self._prefill(rows, layer, q, k, v, scale, wants) for rows in self.prefills]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
-    def _segment(
-        self, s: _Segment, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention
+    def _prefill(
+        self, rows: _PrefillRows, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention
     ) -> Tensor:
-        queries, keys, values = q[:, :, s.begin : s.end], k[:, :, s.begin : s.end], v[:, :, s.begin : s.end]
-        if s.start:
-            keys, values = self.pool.gather(layer, s.blocks, 1)
-            length = s.start + s.end - s.begin
+        queries, keys, values = (t[:, :, rows.begin : rows.end] for t in (q, k, v))
+        if rows.start:
+            keys, values = self.pool.gather(layer, rows.blocks, 1)
+            length = rows.start + rows.end - rows.begin
             keys, values = keys[:, :, :length], values[:, :, :length]
-        return _prefill(queries, keys, values, s.start, scale, wants)[0].transpose(0, 1)
+        return _prefill(queries, keys, values, rows.start, scale, wants)[0].transpose(0, 1)
 
 
 class _NativeDecode:
-    """The decoding rows by the native kernel: each over exactly its own tokens, its new one written on the way."""
+    """Decoding rows by the native kernel: each over exactly its own tokens. It also stores the new token."""
 
     writes = True
 
@@ -143,19 +142,20 @@ class _NativeDecode:
 
 
 class _TritonDecode:
-    """The same on a GPU, by Triton."""
+    """Decoding rows on a GPU by Triton. It also stores the new token."""
 
     writes = True
 
-    def __init__(self, pool: KVPool, places: Tensor, tables: list[list[int]], last: list[int]) -> None:
-        from lorapool_runtime.engines.torch.model.attention_gpu import (
-            TritonDecode,
-        )  # Triton comes with builds for CUDA only
+    def __init__(self, pool: KVPool, positions: Tensor, tables: list[list[int]], last: list[int]) -> None:
+        # imported here because only torch's builds for CUDA install Triton
+        from lorapool_runtime.engines.torch.model.attention_gpu import TritonDecode
 
         device = pool.data.device
         contexts = torch.tensor(last, dtype=torch.int32, device=device) + 1
         self._rows = len(last)
-        self._job = TritonDecode(pool, places.int(), contexts, torch.tensor(tables, dtype=torch.int32, device=device))
+        self._job = TritonDecode(
+            pool, positions.int(), contexts, torch.tensor(tables, dtype=torch.int32, device=device)
+        )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
@@ -164,10 +164,11 @@ class _TritonDecode:
 
 
 class _TorchDecode:
-    """The decoding rows by torch: each over the blocks of the longest, masked to its own tokens.
+    """Decoding rows by torch: each over as many blocks as the longest has, masked to its own tokens.
 
-    In 16 bits each by itself over exactly its own tokens: torch's attention takes another exponential behind the last
-    whole vector of keys, and which keys those are shows once the weights are rounded."""
+    In 16-bit types each row is computed separately over exactly its own tokens. torch's attention computes the
+    exponentials of an incomplete last vector of keys differently, and in 16 bits the difference changes the result.
+    """
 
     writes = False
 
@@ -181,19 +182,19 @@ class _TorchDecode:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
-        """q: [heads, tokens, head_dim]; k and v are in the cache already -> [decoding, heads, head_dim]."""
+        """q: [heads, tokens, head_dim] -> [decoding, heads, head_dim]. Keys and values are in the cache already."""
         n, heads, dim = self._rows, q.shape[0], q.shape[2]
         keys, values = self._pool.gather(layer, self._blocks, n)
         if q.dtype != torch.float32:
             own = [(i, slice(0 if wants.window is None else max(0, m - wants.window), m)) for i, m in self._lengths]
-            return torch.cat([_alone(q[:, i], keys[i, :, seen], values[i, :, seen], scale, wants) for i, seen in own])
-        # the heads that share a key head become its queries: [n, kv_heads, group, head_dim]
+            return torch.cat([_one_row(q[:, i], keys[i, :, at], values[i, :, at], scale, wants) for i, at in own])
+        # heads that share a key head become its queries: [n, kv_heads, group, head_dim]
         grouped = q[:, :n].transpose(0, 1).reshape(n, wants.kv_heads, -1, dim)
         out = _attend(grouped, keys, values, self._mask(wants.window, q.dtype), scale, wants.softcap)
         return out.reshape(n, heads, dim)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[decoding, 1, 1, context]; the same for all layers of one window."""
+        """[decoding, 1, 1, context]; layers with the same window share it."""
         mask = self._masks.get(window)
         if mask is None:
             mask = _additive(_visible(self._last, self._context, window), dtype)[:, None, None]
@@ -213,9 +214,9 @@ def _padded(table: list[int], width: int) -> list[int]:
 
 
 def _visible(at: Tensor, context: Tensor, window: int | None) -> Tensor:
-    """at: [rows, 1], context: [length] -> [rows, length]: what the token at a position may see."""
-    seen = context <= at
-    return seen if window is None else seen & (context > at - window)
+    """Whether the token of each row may attend to each position. at: [rows, 1], context: [length] -> [rows, length]."""
+    visible = context <= at
+    return visible if window is None else visible & (context > at - window)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,7 +235,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float, wants: L
     return _attend(folded, k, v, mask.repeat(group, 1), scale, wants.softcap).reshape(q.shape)
 
 
-def _alone(q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
+def _one_row(q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
     """q: [heads, head_dim] of one token that sees all of k, v: [kv_heads, length, head_dim] -> [1, heads, head_dim]."""
     if wants.softcap is None:
         grouped = q.shape[0] != k.shape[0]
@@ -249,6 +250,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap
     """q: [rows, kv_heads, queries, head_dim], k, v: [rows, kv_heads, length, head_dim]; mask broadcasts over heads."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    # operator by operator as transformers does it: in bfloat16 each of them rounds
+    # the operators of transformers in the same order, because in bfloat16 each of them rounds
     scores = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / softcap) * softcap + mask
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)

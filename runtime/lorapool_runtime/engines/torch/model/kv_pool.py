@@ -1,6 +1,6 @@
-"""The paged memory for keys and values; who holds which block is `blocks.BlockAllocator`'s business.
+"""The paged memory of keys and values. `scheduling.blocks` decides which sequence holds which block.
 
-One tensor for everything, so that wiping blocks is one operation over all layers. The engine thread owns it.
+It is one tensor, so that wiping blocks is one operation over all layers. Only the engine thread uses it.
 """
 
 from __future__ import annotations
@@ -43,32 +43,38 @@ class KVPool:
         return self.data.nbytes
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """positions: [tokens] flat (block * block_size + offset); keys, values: [tokens, kv_heads, head_dim]."""
+        """Stores new tokens.
+
+        positions: [tokens], block * block_size + offset; keys, values: [tokens, kv_heads, head_dim].
+        """
         self._key_rows[layer].index_copy_(0, positions, keys)
         self._value_rows[layer].index_copy_(0, positions, values)
 
     def gather(self, layer: int, blocks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """blocks: [rows * n] block numbers -> keys and values [rows, kv_heads, n * block_size, head_dim] (strided)."""
+        """Reads whole blocks. blocks: [rows * n] block numbers.
+
+        Returns keys and values [rows, kv_heads, n * block_size, head_dim], strided.
+        """
         shape = (rows, -1, self.kv_heads, self.head_dim)
         keys = self._keys[layer].index_select(0, blocks).view(shape).transpose(1, 2)
         values = self._values[layer].index_select(0, blocks).view(shape).transpose(1, 2)
         return keys, values
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of all keys and values, [blocks * block_size, kv_heads, head_dim]: what a paged kernel reads."""
+        """Views of all keys and values, [blocks * block_size, kv_heads, head_dim], for a paged kernel."""
         return self._key_rows[layer], self._value_rows[layer]
 
     def wipe(self, blocks: tuple[int, ...]) -> None:
-        """Zeroes blocks in all layers, so that nothing of their last holder is ever read, not even NaN times zero."""
+        """Zeroes blocks in all layers, so that no value of their last holder is read, not even as NaN times zero."""
         if NULL_BLOCK in blocks:
-            raise ValueError("the null block is never given out")
+            raise ValueError("the null block is never allocated and must stay zero")
         if blocks:
             self.data.index_fill_(2, torch.tensor(blocks, device=self.data.device), 0)
 
     def are_finite(self, blocks: list[int]) -> list[bool]:
-        """Whether no key and no value in each of these blocks, in any layer, is NaN or infinite."""
+        """For each block, whether all its keys and values in all layers are finite."""
         if not blocks:
             return []
         held = self.data.index_select(2, torch.tensor(blocks, device=self.data.device))
-        # a sum is the cheapest look at every number: NaN and infinity survive it, and a false alarm costs one re-use
+        # NaN and infinity survive a sum, which is the cheapest check; an overflow only loses one reuse of a block
         return torch.isfinite(held.sum(dim=(0, 1, 3), dtype=torch.float32)).tolist()

@@ -1,9 +1,9 @@
-"""Loads the base and fits it for shared use: the one place that knows transformers' private and structural names.
+"""Loads the base and prepares it for shared use: the one module that knows transformers' private names.
 
-The engine thread calls `load_base` once. Nothing is found by an architecture's name: a probe run of the stock
-model shows which linear layers see which input and what every attention layer wants; the layers are then
-replaced, and the engine proves the result equal to the stock logits before it serves. Read from a local folder
-only, safetensors only, no code from the folder. What cannot be computed exactly is refused here, in words.
+No architecture is recognized by its name. A probe run of the stock model shows which linear layers share an input and
+which parameters every attention layer has; the layers are then replaced, and the engine compares the result with the
+stock logits before it serves. Reads safetensors from a local folder only, and runs no code from it. Bases that cannot
+be computed exactly are refused with a message that says why.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lorapool_runtime.engines.torch.model.attention import (
     ProbeAttention,
     UnsupportedAttentionError,
 )
-from lorapool_runtime.engines.torch.model.native_modules import fit_between
+from lorapool_runtime.engines.torch.model.native_modules import replace_with_native
 from lorapool_runtime.weights.targets import TargetGroup
 
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 12
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MOVING_ROPES = frozenset({"dynamic", "longrope"})
+_BATCH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
 _ATTENTION_NAME = "lorapool_paged"
 _ATTENTION_KWARG = "lorapool_attention"
@@ -49,7 +49,7 @@ _HARMLESS_KWARGS = frozenset(
         "output_router_logits",
     }
 )
-"""What architectures hand on to their attention without meaning it to change the result."""
+"""Arguments that architectures pass to their attention although they do not change the result."""
 
 
 class UnsupportedBaseError(ValueError):
@@ -58,7 +58,7 @@ class UnsupportedBaseError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The stock model's answer to a fixed prompt, to compare the fitted one with."""
+    """The logits of the stock model for a fixed prompt, to compare the modified model with."""
 
     token_ids: tuple[int, ...]
     logits: Tensor  # [tokens, vocabulary]
@@ -79,7 +79,7 @@ class Base:
     weight_bytes: int
 
     def logits(self, token_ids: Tensor, positions: Tensor, keep: Tensor, attend: Attention) -> Tensor:
-        """token_ids, positions: [tokens] of all sequences one after the other; keep: [rows] -> [rows, vocabulary]."""
+        """Runs the model. token_ids, positions: [tokens] of all sequences; keep: [rows] -> [rows, vocabulary]."""
         out = self.model(
             input_ids=token_ids[None],
             position_ids=positions[None],
@@ -92,7 +92,7 @@ class Base:
 
 
 def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
-    """Raises UnsupportedBaseError, and OSError or ValueError of a broken folder."""
+    """Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
     config = _checked_config(folder)
     element = _element_type(config, dtype, device)
     AttentionInterface.register(_ATTENTION_NAME, _attention)
@@ -105,10 +105,10 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     names = {module: name for name, module in model.named_modules()}
     found = _grouped(calls, names, model.get_output_embeddings())
     if not found:
-        raise UnsupportedBaseError("the base has no linear layers that adapters could change")
+        raise UnsupportedBaseError("the base has no linear layers that LoRA could target")
     lora = LoraBatch()
-    groups, fused_bytes = _fit_linears(model, found, names, lora)
-    fit_between(model)
+    groups, fused_bytes = _replace_linears(model, found, names, lora)
+    replace_with_native(model)
     model.set_attn_implementation(_ATTENTION_NAME)
     text = config.get_text_config()
     base = Base(
@@ -129,16 +129,19 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
 
 def _checked_config(folder: str) -> Any:
     if not any(Path(folder).glob("*.safetensors")):
-        raise UnsupportedBaseError(f"{folder} holds no *.safetensors: only safetensors weights are read")
+        raise UnsupportedBaseError(
+            f"{folder} has no *.safetensors: save the base as safetensors, no other format is read"
+        )
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedBaseError("the base is quantized; serve it in float32, bfloat16 or float16")
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
     kinds = {r.get("rope_type") for r in (ropes, *ropes.values()) if isinstance(r, dict)}
-    if kinds & _MOVING_ROPES:
+    if kinds & _BATCH_DEPENDENT_ROPES:
         raise UnsupportedBaseError(
-            f"rope type {(kinds & _MOVING_ROPES).pop()} depends on the longest sequence in the batch; not supported"
+            f"rope type {(kinds & _BATCH_DEPENDENT_ROPES).pop()} depends on the longest sequence in the batch; "
+            "not supported"
         )
     unknown = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
@@ -147,7 +150,7 @@ def _checked_config(folder: str) -> Any:
 
 
 def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: as stored, but float32 on a CPU that would only emulate the 16-bit type."""
+    """The torch type for `dtype`. auto: as stored, but float32 on a CPU that could only emulate the stored type."""
     if dtype != "auto":
         return _DTYPES[dtype]
     stored = getattr(config.get_text_config(), "dtype", None) or config.dtype
@@ -168,7 +171,7 @@ _CPU_INSTRUCTIONS = {
 def cpu_computes_in(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool:
     """Whether the CPU has multiply instructions for a 16-bit type.
 
-    oneDNN's own answer does not serve: it is true wherever oneDNN can emulate the type with AVX-512.
+    oneDNN's own check cannot be used: it is also true where oneDNN emulates the type with AVX-512.
     """
     return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS.get(dtype, ()))
 
@@ -176,7 +179,7 @@ def cpu_computes_in(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool
 @dataclass(frozen=True, slots=True)
 class _Call:
     linear: nn.Linear
-    x: Tensor  # kept alive, so that the same object means the same input
+    x: Tensor  # referenced, so that the same object means the same input
 
 
 def _run_stock(model: Any, device: torch.device) -> tuple[ProbeResult, list[_Call]]:
@@ -203,15 +206,15 @@ def _recording(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
 
 
 def _grouped(calls: list[_Call], names: dict[nn.Module, str], output: nn.Module | None) -> list[list[nn.Linear]]:
-    """Runs of linears of one parent called one after the other with the very same input of one row per token."""
-    times = {call.linear: sum(other.linear is call.linear for other in calls) for call in calls}
+    """Groups the linear layers of one parent that were called in sequence with the same input, one row per token."""
+    call_counts = {call.linear: sum(other.linear is call.linear for other in calls) for call in calls}
     groups: list[list[nn.Linear]] = []
     last: _Call | None = None
     for call in calls:
         one_row_per_token = call.x.shape[:-1].numel() == PROBE_TOKENS
         if (
             call.linear is output
-            or times[call.linear] != 1
+            or call_counts[call.linear] != 1
             or not one_row_per_token
             or type(call.linear) is not nn.Linear
         ):
@@ -225,10 +228,13 @@ def _grouped(calls: list[_Call], names: dict[nn.Module, str], output: nn.Module 
     return groups
 
 
-def _fit_linears(
+def _replace_linears(
     model: Any, found: list[list[nn.Linear]], names: dict[nn.Module, str], lora: LoraBatch
 ) -> tuple[tuple[TargetGroup, ...], int]:
-    """Puts the LoRA layers and the packed output layer in place; the groups and the bytes outside parameters."""
+    """Replaces linear layers by LoRA layers and packs the output layer.
+
+    Returns the groups and the bytes of weights that are no longer parameters of the model.
+    """
     groups: list[TargetGroup] = []
     fused_bytes = 0
     for linears in found:
@@ -257,19 +263,23 @@ def _parent(name: str) -> str:
 
 
 def _with_layers(base: Base, text: Any) -> Base:
-    """Runs the fitted model once to see what its attention layers want, and refuses what does not add up."""
-    seen = ProbeAttention()
+    """Runs the modified model once to record the parameters of its attention layers. Raises UnsupportedBaseError."""
+    observed = ProbeAttention()
     ids = torch.tensor(base.probe.token_ids, device=base.device)
-    base.logits(ids, torch.arange(len(ids), device=base.device), torch.tensor([0], device=base.device), seen)
+    base.logits(ids, torch.arange(len(ids), device=base.device), torch.tensor([0], device=base.device), observed)
     count = int(text.num_hidden_layers)
-    if seen.layers.keys() != set(range(count)):
-        raise UnsupportedBaseError(f"{len(seen.layers)} of {count} layers use attention that this engine can replace")
-    layers = tuple(seen.layers[i] for i in range(count))
+    if observed.layers.keys() != set(range(count)):
+        raise UnsupportedBaseError(
+            f"{len(observed.layers)} of {count} layers use attention that this engine can replace"
+        )
+    layers = tuple(observed.layers[i] for i in range(count))
     if len({(layer.kv_heads, layer.head_dim) for layer in layers}) != 1:
         raise UnsupportedBaseError("layers with different numbers of key heads or head sizes are not supported")
     for number, kind in enumerate(getattr(text, "layer_types", None) or ()):
         if kind == "sliding_attention" and layers[number].window is None:
-            raise UnsupportedBaseError(f"layer {number} slides its window in a way this engine does not see")
+            raise UnsupportedBaseError(
+                f"the sliding window of layer {number} is not passed to its attention; not supported"
+            )
     return replace(base, layers=layers)
 
 
@@ -285,15 +295,17 @@ def _attention(
     softcap: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """The signature transformers calls every attention function with; the batch comes in with the keyword arguments,
-    so there is no global state."""
+    """The attention function registered with transformers, which calls it for every layer.
+
+    The batch is passed through the model's keyword arguments, so there is no global state.
+    """
     attention: Attention | None = rest.pop(_ATTENTION_KWARG, None)
     if attention is None:
-        raise UnsupportedAttentionError(f"{type(module).__name__} does not hand keyword arguments on to its attention")
+        raise UnsupportedAttentionError(f"{type(module).__name__} does not pass keyword arguments to its attention")
     unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS_KWARGS)
     if unknown or attention_mask is not None or dropout:
         named = ", ".join(unknown) or ("attention_mask" if attention_mask is not None else "dropout")
-        raise UnsupportedAttentionError(f"{type(module).__name__} asks for {named}, which this engine does not compute")
+        raise UnsupportedAttentionError(f"{type(module).__name__} needs {named}, which this engine does not compute")
     layer: int = module.layer_idx  # type: ignore[assignment]  # set by every transformers attention module
     wants = LayerAttention(kv_heads=k.shape[1], head_dim=k.shape[3], window=sliding_window, softcap=softcap)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling

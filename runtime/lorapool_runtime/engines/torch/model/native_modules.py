@@ -1,8 +1,8 @@
-"""Replaces the model's norms and gated products by native ones, where each is proved to compute the same.
+"""Replaces the model's norms and gated MLPs by native modules that are verified to compute the same.
 
-`model` calls it once, after the linear layers are in place. Nothing is matched by an architecture's name: a module is
-replaced only if it has the parts of one (`_norm_of`, `_mlp_of`) and answers a random input as the native form does;
-every other stays as it is. The engine's self-check compares the whole model afterwards.
+No module is matched by the name of an architecture. A module is replaced only if it has the right parts (`_norm_of`,
+`_mlp_of`) and gives the same result for a random input; all others stay. The engine's self-check compares the whole
+model afterwards.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lorapool_runtime.engines.torch.kernels.base_step import RowGate, RowNorm
 from lorapool_runtime.engines.torch.lora.layer import LoraGroup, LoraLinear
 
 _ROWS = 5
-_CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-"""Of the largest answer: summed in another order, in bfloat16 one rounding apart; other maths is far above."""
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+"""Relative to the largest result: another order of summation, or one rounding in bfloat16. Other maths is far above."""
 
 
 class NativeNorm(nn.Module):
@@ -26,12 +26,12 @@ class NativeNorm(nn.Module):
         self._norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width] -> the same"""
+        """x: [..., width] -> the same shape"""
         return self._norm(x)
 
 
 class NativeMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), gate and up being one product."""
+    """down(act(gate(x)) * up(x)), where gate and up are one product."""
 
     def __init__(self, both: LoraGroup, gate: RowGate, down: LoraLinear) -> None:
         super().__init__()
@@ -44,22 +44,22 @@ class NativeMLP(nn.Module):
         return down.view(*x.shape[:-1], -1)
 
 
-def fit_between(model: nn.Module) -> int:
-    """Replaces what can be proved equal; how many modules that were."""
-    fitted: list[tuple[str, nn.Module]] = []
+def replace_with_native(model: nn.Module) -> int:
+    """Replaces the modules that a native one equals, and returns their number. LoRA layers must be in place."""
+    replacements: list[tuple[str, nn.Module]] = []
     with torch.no_grad():
         for name, module in model.named_modules():
             native = _norm_of(module) or _mlp_of(module)
             if native is not None:
-                fitted.append((name, native))
-    for name, replacement in fitted:
+                replacements.append((name, native))
+    for name, replacement in replacements:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement)
-    return len(fitted)
+    return len(replacements)
 
 
 def _norm_of(module: nn.Module) -> NativeNorm | None:
-    """A module of one vector and an epsilon, if it divides by the root mean square."""
+    """The native form of an RMS norm: a module of one vector and an epsilon."""
     parameters = dict(module.named_parameters())
     epsilon = next((v for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), None)
     if parameters.keys() != {"weight"} or any(module.children()) or epsilon is None:
@@ -78,7 +78,7 @@ def _norm_of(module: nn.Module) -> NativeNorm | None:
 
 
 def _mlp_of(module: Any) -> NativeMLP | None:
-    """A module of one fused pair of linear layers, one more, and an activation without parameters."""
+    """The native form of a gated MLP: a fused pair of linear layers, one more, and an activation without parameters."""
     linears = [child for child in module.children() if isinstance(child, LoraLinear)]
     others = [child for child in module.children() if not isinstance(child, LoraLinear)]
     if len(linears) != 3 or len(others) != 1 or any(others[0].parameters()) or any(others[0].children()):
@@ -107,7 +107,8 @@ def _random(width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether both have the same shape and type, and values within the tolerance."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     off = float((ours.float() - theirs.float()).abs().max())
-    return off <= _CLOSE[theirs.dtype] * float(theirs.float().abs().max())
+    return off <= _TOLERANCE[theirs.dtype] * float(theirs.float().abs().max())

@@ -1,11 +1,12 @@
-"""Which sequences compute how many tokens in the next step. Pure: no torch, no clock, no I/O.
+"""Decides which sequences compute how many tokens in the next step. Pure: no torch, no clock, no I/O.
 
-The engine calls `schedule()` once per step and spends the plan it returns. Every decoding row is in every step; beside
-them at most `max_prefill_tokens` of prompts are computed: half of it is the oldest prompt's, the other half first goes
-to prompts with less left than that one, so that neither a long prompt nor a stream of short ones waits for the others.
-A sequence is admitted, first come first served, when blocks for all its tokens are free (those it shares count once).
-When a decoding row finds no block, the youngest running sequence goes back to the queue and is recomputed later. The
-oldest sequence always advances, so nothing starves.
+`schedule()` returns the plan of one step. Every decoding sequence is in every step. In addition at most
+`max_prefill_tokens` of prompts are computed. Half of them belong to the oldest prompt; the other half first goes to
+prompts with fewer tokens left, so that neither a long prompt nor a series of short ones waits for the others.
+
+Sequences are admitted first come, first served, when blocks for all their tokens are free; shared blocks count once.
+When a decoding sequence finds no free block, the youngest running sequence is preempted and recomputed later. The
+oldest sequence always advances, so no sequence starves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, Sequenc
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `num_tokens` of a sequence, from `start` on."""
+    """The next `num_tokens` tokens of a sequence, from position `start` on."""
 
     sequence: Sequence
     start: int
@@ -28,12 +29,12 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the sequence's last token is in it, so that a new one is sampled."""
+        """Whether the chunk holds the sequence's last token, so that a new one is sampled."""
         return self.start + self.num_tokens == len(self.sequence.tokens)
 
     @property
     def logit_rows(self) -> range:
-        """Of the chunk's tokens, those whose logits are wanted: the last when it samples, all when it scores."""
+        """The tokens whose logits are needed: the last to sample from, or all for prompt log-probabilities."""
         if self.sequence.scores_prompt:
             return range(self.num_tokens)
         return range(self.num_tokens - 1, self.num_tokens) if self.samples else range(0)
@@ -44,9 +45,9 @@ class StepPlan:
     decodes: tuple[Chunk, ...]
     """One token each, ordered by slot."""
     prefills: tuple[Chunk, ...]
-    """Ordered by slot; may hold chunks of one token."""
+    """Ordered by slot; a chunk may have a single token."""
     fresh_blocks: tuple[int, ...]
-    """Blocks that change hands with this plan: what their last holder left must not be read."""
+    """Blocks allocated by this plan. Their previous contents must be wiped before the step."""
     preempted: tuple[Sequence, ...]
 
     @property
@@ -76,7 +77,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # by arrival
         self.waiting: list[Sequence] = []  # by arrival
         self.queried_tokens = 0
-        """Of prompts that were looked up in the prefix cache; `hit_tokens` of them were there."""
+        """Prompt tokens looked up in the prefix cache; `hit_tokens` of them were found."""
         self.hit_tokens = 0
         self._fresh: list[int] = []
 
@@ -85,14 +86,14 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def could_ever_fit(self, prompt_tokens: int, max_tokens: int) -> bool:
-        """Whether the whole KV cache holds this request alone (the last token sampled needs no place)."""
+        """Whether the whole KV cache can hold this request alone. The last sampled token needs no block."""
         return self.allocator.blocks_for(prompt_tokens + max(max_tokens, 1) - 1) <= self.allocator.total
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_arrival)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence wherever it stands and takes its blocks back. Nobody finds those of a failed one again."""
+        """Ends a waiting or running sequence and releases its blocks. Those of a failed one leave the prefix cache."""
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
         blocks = sequence.finish(reason)
         if reason is FinishReason.ERROR:
@@ -106,7 +107,7 @@ class Scheduler:
             self._admit()
         decodes = [Chunk(s, s.computed, 1) for s in self.running if s.pending == 1]
         prefilling = self._prefilling()
-        sizes = share_out([s.pending for s in prefilling], self._prefill_budget(len(decodes)))
+        sizes = split_prefill_budget([s.pending for s in prefilling], self._prefill_budget(len(decodes)))
         prefills = [Chunk(s, s.computed, size) for s, size in zip(prefilling, sizes, strict=True) if size]
         return StepPlan(
             decodes=tuple(sorted(decodes, key=_by_slot)),
@@ -116,7 +117,7 @@ class Scheduler:
         )
 
     def completed(self, plan: StepPlan) -> list[tuple[int, bytes]]:
-        """The blocks that this step filled, with the keys under which the next ones may find them."""
+        """The blocks that this step filled, with their keys in the prefix cache."""
         if not self.prefix_cache:
             return []
         size = self.allocator.block_size
@@ -127,7 +128,10 @@ class Scheduler:
         ]
 
     def _grow_decodes(self) -> list[Sequence]:
-        """A block for the next token of every decoding sequence, oldest first, from the youngest if need be."""
+        """Allocates blocks for the next token of every decoding sequence, oldest first.
+
+        Preempts the youngest sequences where blocks are missing, and returns them.
+        """
         preempted: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.status is not SequenceStatus.RUNNING or sequence.pending != 1:
@@ -152,36 +156,36 @@ class Scheduler:
         return min(left, self.max_prefill_tokens) if decodes else left
 
     def _admit(self) -> None:
-        """Takes in who waits and would get tokens in this step; nobody takes the blocks of one before him."""
+        """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one."""
         prefilling = self._prefilling()
         budget = self._prefill_budget(sum(s.pending == 1 for s in self.running))
         for sequence in self.waiting[: self.max_batch]:
             if len(self.running) >= self.max_batch:
                 return
-            found = self._find(sequence)
-            if self._is_coming(sequence, len(found), prefilling):
+            found = self._cached_blocks(sequence)
+            if self._is_being_computed(sequence, len(found), prefilling):
                 continue
             older = bisect(prefilling, sequence.arrival, key=_by_arrival)
             left = [s.pending for s in prefilling]
             left.insert(older, len(sequence.tokens) - len(found) * self.allocator.block_size)
-            if not share_out(left, budget)[older]:
+            if not split_prefill_budget(left, budget)[older]:
                 continue
             if not self._can_admit(sequence, found):
                 return
-            self._take_in(sequence, found)
+            self._start(sequence, found)
             if sequence.pending > 1:
                 prefilling.insert(older, sequence)
 
-    def _find(self, sequence: Sequence) -> list[int]:
-        """Computed blocks of the beginning of its tokens; never of the last one, which gives the next token."""
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Cached blocks for the longest prefix of its tokens, except the last token, whose logits are needed."""
         if not (self.prefix_cache and sequence.reads_cache):
             return []
         size = self.allocator.block_size
         full = (len(sequence.tokens) - 1) // size
         return self.allocator.find(sequence.block_key(index, size) for index in range(full))
 
-    def _is_coming(self, sequence: Sequence, index: int, prefilling: list[Sequence]) -> bool:
-        """Whether the first block it misses is being computed for another: better to wait than to compute it twice."""
+    def _is_being_computed(self, sequence: Sequence, index: int, prefilling: list[Sequence]) -> bool:
+        """Whether another sequence is computing the first block that this one misses. Waiting for it saves work."""
         size = self.allocator.block_size
         if not (self.prefix_cache and sequence.reads_cache) or index >= (len(sequence.tokens) - 1) // size:
             return False
@@ -192,11 +196,11 @@ class Scheduler:
         )
 
     def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
-        """Blocks for all its tokens, and one spare for each that runs already, so that it does not push them out."""
+        """Whether blocks are free for all its tokens and one more per running sequence, which avoids preemption."""
         needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
-        return self.allocator.can_allocate(needed + len(self.running), beside=found)
+        return self.allocator.can_allocate(needed + len(self.running), once_shared=found)
 
-    def _take_in(self, sequence: Sequence, found: list[int]) -> None:
+    def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.allocator.share(found)
         own = self._allocate(self.allocator.blocks_for(len(sequence.tokens)) - len(found))
         if self.prefix_cache and sequence.reads_cache and not sequence.preemptions:
@@ -212,21 +216,21 @@ class Scheduler:
         return blocks
 
 
-def share_out(left: list[int], budget: int) -> list[int]:
-    """Tokens for each prompt, given what is left of each, oldest first.
+def split_prefill_budget(left: list[int], budget: int) -> list[int]:
+    """Tokens to compute of each prompt. left: the tokens that each prompt has left, oldest prompt first.
 
-    Half of the budget is the oldest's. The other half first goes to those with less left than the oldest, least first;
-    what they do not need goes to the oldest, then to the rest.
+    Half of the budget is reserved for the oldest prompt. The other half first goes to prompts with fewer tokens left
+    than the oldest, shortest first. What they do not need goes to the oldest, then to the remaining prompts.
     """
     given = [0] * len(left)
     if not left:
         return given
     shorter = sorted((i for i in range(1, len(left)) if left[i] < left[0]), key=lambda i: left[i])
     rest = [i for i in range(len(left)) if i == 0 or left[i] >= left[0]]
-    beside = budget - min(left[0], -(-budget // 2))
+    for_shorter = budget - min(left[0], -(-budget // 2))
     for i in shorter:
-        given[i] = min(left[i], beside)
-        beside -= given[i]
+        given[i] = min(left[i], for_shorter)
+        for_shorter -= given[i]
     budget -= sum(given)
     for i in rest:
         given[i] = min(left[i], budget)

@@ -1,11 +1,10 @@
-"""One request's life inside the engine: its tokens, how far they are computed, and its status.
+"""One request inside the engine: its tokens, how many of them are computed, and its status.
 
-The scheduler and the engine call it; it alone changes a sequence's status, and an illegal move raises.
-No torch, no clock, no I/O.
+No other module changes the status, and an illegal transition raises. No torch, no clock, no I/O.
 
     WAITING --admit--> RUNNING --finish--> FINISHED
        ^                  |                   ^
-       +-----preempt------+      finish ------+ (from WAITING too: cancelled before its turn)
+       +-----preempt------+      finish ------+ (also from WAITING, when cancelled)
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class SequenceStatus(StrEnum):
 
 
 class IllegalMoveError(RuntimeError):
-    """A sequence was asked to do what its status does not allow: a fault of the caller, never of a client."""
+    """A transition that the status of the sequence does not allow: a fault of the caller, never of a client."""
 
 
 class Sequence:
@@ -59,7 +58,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.computed = 0
         self.cached_tokens = 0
-        """Prompt tokens that others had computed. What it takes back after a pre-emption is its own and not counted."""
+        """Prompt tokens found in the prefix cache at the first admission, not at later ones after a preemption."""
         self.preemptions = 0
         self.block_table: list[int] = []
         self._keys: list[bytes] = []
@@ -76,7 +75,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens whose keys and values are still missing: 1 is a decode, more is a prefill."""
+        """Tokens whose keys and values are not computed yet: 1 for a decode, more for a prefill."""
         return len(self.tokens) - self.computed
 
     @property
@@ -85,28 +84,28 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """The log-probabilities of its prompt are wanted and not yet told."""
+        """Whether the log-probabilities of its prompt were requested and are not reported yet."""
         return self.request.prompt_logprobs is not None and not self.generated
 
     def score(self, start: int, logprobs: Iterable[TokenLogprob]) -> None:
-        """Log-probabilities of the prompt's tokens behind `start`; a recomputed chunk takes the place of its first."""
+        """Stores log-probabilities of the prompt tokens after position `start`. A recomputed chunk replaces them."""
         del self.prompt_logprobs[start:]
         self.prompt_logprobs += logprobs
 
     @property
     def fault(self) -> str | None:
-        """What makes its results unfit to be told."""
+        """Why its results must not be reported, None where they may be."""
         if self.scores_prompt and not all(math.isfinite(one.logprob) for one in self.prompt_logprobs):
             return "the model's output is not finite"
         return None
 
     @property
     def reads_cache(self) -> bool:
-        """Whether blocks that others computed may stand for its own: whoever wants its logits computes a prompt."""
+        """Whether it may use cached blocks. A request for prompt log-probabilities must compute the whole prompt."""
         return not self.scores_prompt
 
     def block_key(self, index: int, block_size: int) -> bytes:
-        """The name of its full block `index` in the prefix cache: same weights, same tokens, same key."""
+        """The prefix cache key of its full block `index`. Raises IllegalMoveError for a block that is not full."""
         while len(self._keys) <= index:
             begin = len(self._keys) * block_size
             if begin + block_size > len(self.tokens):
@@ -119,7 +118,7 @@ class Sequence:
         return root_key(self.request.cache_salt, is_base=self.slot == BASE_SLOT)
 
     def admit(self, block_table: list[int], *, cached_tokens: int = 0) -> None:
-        """Its first `cached_tokens` stand in the blocks already; at least one token is left to compute."""
+        """WAITING to RUNNING. Its first `cached_tokens` are in the blocks already; at least one token must be left."""
         self._must_be(SequenceStatus.WAITING, "admit")
         if not 0 <= cached_tokens < len(self.tokens):
             raise IllegalMoveError(f"{self.request_id} cannot take {cached_tokens} of {len(self.tokens)} tokens")
@@ -130,14 +129,14 @@ class Sequence:
         self.status = SequenceStatus.RUNNING
 
     def preempt(self) -> list[int]:
-        """Back to the queue; everything is recomputed later. Returns the blocks it held."""
+        """RUNNING to WAITING. Everything is recomputed later. Returns the blocks it held."""
         self._must_be(SequenceStatus.RUNNING, "preempt")
         self.status = SequenceStatus.WAITING
         self.preemptions += 1
         return self._give_back()
 
     def finish(self, reason: FinishReason) -> list[int]:
-        """Ends it. Returns the blocks it held."""
+        """WAITING or RUNNING to FINISHED. Returns the blocks it held."""
         if self.status is SequenceStatus.FINISHED:
             raise IllegalMoveError(f"{self.request_id} is finished already ({self.finish_reason})")
         self.status = SequenceStatus.FINISHED
@@ -145,14 +144,14 @@ class Sequence:
         return self._give_back()
 
     def advance(self, num_tokens: int) -> None:
-        """`num_tokens` more have been computed."""
+        """Records that `num_tokens` more tokens have been computed."""
         self._must_be(SequenceStatus.RUNNING, "advance")
         if not 0 < num_tokens <= self.pending:
             raise IllegalMoveError(f"{self.request_id} cannot advance by {num_tokens}: {self.pending} pending")
         self.computed += num_tokens
 
     def append(self, token_id: int) -> None:
-        """One sampled token: only when everything before it is computed."""
+        """Adds one sampled token. All tokens before it must be computed."""
         self._must_be(SequenceStatus.RUNNING, "append to")
         if self.pending:
             raise IllegalMoveError(f"{self.request_id} cannot take a token: {self.pending} pending")

@@ -1,0 +1,165 @@
+"""What each condition type and each reason means, and what to do about it.
+
+The reference page of the conditions is generated from these texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason
+
+
+class Explanation(NamedTuple):
+    meaning: str
+    remedy: str = ""
+    """Empty where there is nothing to do."""
+
+
+BASE_CONDITIONS: Mapping[BaseCondition, str] = {
+    BaseCondition.SOURCE_RESOLVED: "The files of the base were found; the message names their digest once it is known.",
+    BaseCondition.RUNTIME_AVAILABLE: "At least one replica answers requests now.",
+    BaseCondition.READY: "A request would be answered: at once, or after a replica has been started for it.",
+    BaseCondition.PROGRESSING: "The pods that exist and are ready are not yet as many as are wanted.",
+}
+
+ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
+    AdapterCondition.RESOLVED: "The files of the adapter were found and are known by their digest.",
+    AdapterCondition.COMPATIBLE: "The adapter can be served on its base, as far as the headers of its files show.",
+    AdapterCondition.LOADED: "A runtime reports, in its present process, that this digest is in a slot on its device.",
+    AdapterCondition.READY: "A request would be answered. An unloaded adapter is ready too: a request loads it.",
+    AdapterCondition.PROGRESSING: "A changed source is being checked or loaded while the previous files keep serving.",
+}
+
+REASONS: Mapping[Reason, Explanation] = {
+    Reason.RESOLVED: Explanation("The source was read."),
+    Reason.COMPATIBLE: Explanation("The adapter fits its base."),
+    Reason.PENDING: Explanation(
+        "The source is being checked.",
+        "Wait some seconds. If it stays, read the operator's log; the operator may not reach the source.",
+    ),
+    Reason.AWAITING_RUNTIME: Explanation(
+        "Only a runtime can read this source (pvc://), and none is running.",
+        "Send a request to the model: it starts a replica of the base, which then reads the source.",
+    ),
+    Reason.BASE_NOT_FOUND: Explanation(
+        "The BaseModel in spec.baseModelRef does not exist.", "Create the BaseModel, or delete the adapter."
+    ),
+    Reason.BASE_NOT_READY: Explanation(
+        "The source of the adapter's BaseModel cannot be used.",
+        "Correct the BaseModel: its condition SourceResolved says what is wrong.",
+    ),
+    Reason.NOT_PERMITTED: Explanation(
+        "The BaseModel is in another namespace and does not list the adapter's.",
+        "Ask the owner of the BaseModel to add the namespace to spec.access.namespaces.",
+    ),
+    Reason.NAME_CONFLICT: Explanation(
+        "An object that the operator has to create exists already and belongs to something else.",
+        "Delete the object that the message names, or give the BaseModel another name.",
+    ),
+    Reason.SUSPENDED: Explanation("spec.suspend is true: requests are refused.", "Set spec.suspend to false."),
+    Reason.PARKED: Explanation("The adapter is not on a device. The next request loads it."),
+    Reason.LOADING: Explanation("A runtime is loading the adapter."),
+    Reason.LOADED: Explanation("The adapter is on the device of at least one replica."),
+    Reason.RUNTIME_RESTARTED: Explanation(
+        "The runtime process that had the adapter loaded is gone. The next request loads it again.",
+        "If it recurs, look for OOMKilled or failed probes in `kubectl describe pod` of the base's pods.",
+    ),
+    Reason.ROLLOUT_FAILED: Explanation(
+        "The changed source cannot be served; the previous files keep serving.",
+        "Correct spec.source: the message says what is wrong with the new files.",
+    ),
+    Reason.SCALED_TO_ZERO: Explanation("No replica runs. The next request starts one."),
+    Reason.STARTING: Explanation(
+        "Pods are being started and none serves yet, or fewer than are wanted.",
+        "If it lasts, look at the pods' events and logs: image, scheduling, memory, weights.",
+    ),
+    Reason.AVAILABLE: Explanation("All wanted replicas serve."),
+    Reason.DEGRADED: Explanation(
+        "Fewer replicas serve than are wanted.", "Look at the pod that the message names, if it names one."
+    ),
+    Reason.UNAVAILABLE: Explanation(
+        "No replica serves because of the problem in the message; of an adapter: the runtime that had it loaded does "
+        "not answer.",
+        "Look at the pod that the message names: `kubectl describe pod` and its log.",
+    ),
+    Reason.READY: Explanation("At least one replica answers requests."),
+    Reason.STABLE: Explanation("Nothing is changing."),
+    Reason.PROFILE_NOT_FOUND: Explanation(
+        "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
+        "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",
+    ),
+}
+
+FAILURES: Mapping[FailureReason, Explanation] = {
+    FailureReason.SOURCE_NOT_FOUND: Explanation(
+        "The repository, tag, bucket, folder or one of its required files does not exist.",
+        "Correct spec.source.uri or spec.source.revision, or upload the missing files.",
+    ),
+    FailureReason.UNAUTHORIZED: Explanation(
+        "The source refuses access.",
+        "Correct the Secret of the chart's value artifacts.credentials.existingSecret, restart the operator and the "
+        "base's pods, then change the annotation lorapool.dev/retry. On a volume: make the files readable (fsGroup).",
+    ),
+    FailureReason.INVALID_SOURCE: Explanation(
+        "The address, the revision or a file in the source is of a kind that is never read.",
+        "Correct spec.source as the message says.",
+    ),
+    FailureReason.UNSUPPORTED_FORMAT: Explanation(
+        "The files are not a LoRA adapter in safetensors, or not a model for a BaseModel: a pickle, an archive, an "
+        "index of images.",
+        "Save the adapter with peft's save_pretrained() and upload adapter_config.json and adapter_model.safetensors.",
+    ),
+    FailureReason.TOO_LARGE: Explanation(
+        "The files are larger than is allowed.",
+        "Save the adapter in bf16, or train it with a smaller rank or fewer target modules.",
+    ),
+    FailureReason.CORRUPT_ARTIFACT: Explanation(
+        "A file is damaged or does not match its listed size or hash.", "Upload the files again."
+    ),
+    FailureReason.DIGEST_MISMATCH: Explanation(
+        "The source holds other files than the digest that is asked for.",
+        "Correct spec.source.digest, or pin spec.source.revision to the files you mean.",
+    ),
+    FailureReason.INCOMPATIBLE: Explanation(
+        "The adapter uses a setting or a module that is not served on this base.",
+        "Train it again without what the message names.",
+    ),
+    FailureReason.WRONG_BASE: Explanation(
+        "The shapes of the adapter's matrices do not fit the base's layers.",
+        "Name the base the adapter was trained on. spec.baseModelRef is immutable: create the adapter again.",
+    ),
+    FailureReason.RANK_TOO_HIGH: Explanation(
+        "The adapter's rank is higher than spec.lora.maxRank of its BaseModel.",
+        "Train it with a smaller rank, or raise spec.lora.maxRank.",
+    ),
+    FailureReason.NON_FINITE_WEIGHTS: Explanation(
+        "Some weights are NaN or infinite in the base's dtype.",
+        "Train the adapter again, or use a wider dtype for the base.",
+    ),
+    FailureReason.SOURCE_UNAVAILABLE: Explanation(
+        "The source cannot be reached or answers with an error. It is tried again.",
+        "If it lasts, check the address, DNS, the certificate and the network policy (networkPolicy.sources).",
+    ),
+    FailureReason.SOURCE_TIMEOUT: Explanation(
+        "The source sent nothing for too long, or the whole took too long. It is tried again.",
+        "If it lasts, check the network between the cluster and the source.",
+    ),
+    FailureReason.RATE_LIMITED: Explanation(
+        "The source limits the rate of requests. It is tried again at the time it names.",
+        "If it recurs, use credentials with a higher limit or a mirror (HF_ENDPOINT).",
+    ),
+    FailureReason.NO_CAPACITY: Explanation(
+        "All slots of the replica are in use or pinned. It is tried again.",
+        "Raise spec.lora.slots or spec.scaling.maxReplicas of the BaseModel, or lower minReplicas of other adapters.",
+    ),
+    FailureReason.DISK_FULL: Explanation(
+        "The runtime's disk cache has no room for the adapter. It is tried again.",
+        "Raise cacheSizeLimit in the runtime profile.",
+    ),
+    FailureReason.LOAD_FAILED: Explanation(
+        "Loading the adapter failed inside the runtime. It is tried again.",
+        "If it recurs, read the runtime's log and report it.",
+    ),
+}

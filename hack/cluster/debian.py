@@ -1,0 +1,59 @@
+"""Takes single programs out of Debian packages without installing them, so that no service of theirs is started."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster import install
+from cluster.errors import MissingTool
+from cluster.say import say
+
+
+def take_programs(packages: Mapping[str, Sequence[str]], target: Path) -> None:
+    """Gives `target` every named program: a link to the machine's own, else the file from its package.
+
+    Raises MissingTool when a package cannot be had.
+    """
+    for package, programs in packages.items():
+        own = [install.find(program) for program in programs]
+        if all(own):
+            for program, path in zip(programs, own, strict=True):
+                (target / program).symlink_to(str(path))
+        else:
+            _unpack(package, programs, target)
+
+
+def _unpack(package: str, programs: Sequence[str], target: Path) -> None:
+    say(f"fetching Debian's package {package}")
+    with tempfile.TemporaryDirectory(prefix=".package-", dir=target.parent) as name:
+        folder = Path(name)
+        archive = _download(package, folder)
+        _run(["dpkg", "--extract", str(archive), str(folder / "root")], package)
+        for program in programs:
+            (folder / "root" / "usr" / "bin" / program).rename(target / program)
+
+
+def _download(package: str, folder: Path) -> Path:
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]
+    try:
+        _run(command, package, folder)
+    except MissingTool:  # apt's lists may be absent or old
+        _run(["apt-get", "-q", "update"], package)
+        _run(command, package, folder)
+    return next(folder.glob("*.deb"))
+
+
+def _run(command: list[str], package: str, cwd: Path | None = None) -> None:
+    remedy = f"install {package} by hand; its programs are then found on PATH"
+    env = dict(os.environ, PATH=install.SEARCH_PATH)
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise MissingTool(f"this machine has neither {package} nor {command[0]}", remedy=remedy) from None
+    if done.returncode:
+        what = f"`{' '.join(command)}` ended with {done.returncode}"
+        raise MissingTool(f"cannot fetch {package}: {what}", log_tail=done.stderr[-2000:], remedy=remedy)

@@ -1,0 +1,192 @@
+"""What the code does not say about itself: the introductions, and a text for each route, parameter and error code.
+
+The generator fails where a text is missing, and where one is left over.
+"""
+
+from __future__ import annotations
+
+from lorapool_api import common, protocol
+from lorapool_runtime.openai import encoding, request, tools
+
+PATTERNS = {
+    common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
+    common.QUANTITY_PATTERN: "a quantity such as `512Mi` or `2Gi`",
+    common.DIGEST_PATTERN: "`sha256:` and 64 hex digits",
+}
+
+OBJECTS = """# Objects
+
+The custom resources of the group `lorapool.dev`. `kubectl explain lora.spec` shows the same.
+"""
+
+CONDITIONS = """# Conditions and reasons
+
+`kubectl describe` shows them. The column `STATE` of `kubectl get` is the reason that says most.
+"""
+
+FAILURES = f"""
+## Reasons of failures
+
+The message of the condition has the details. A transient failure is tried again at `status.failure.retryAt`. A terminal
+one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value. A request is
+answered with 503 for a transient and 422 for a terminal failure, and with the error code.
+
+"""
+
+METRICS = """# Metrics
+
+All three processes also export the Python client's `process_` and `python_` metrics.
+"""
+
+SETTINGS = """# Settings
+
+Each process reads its settings from the environment at start; the chart sets them from its values. A variable that
+begins with `LORAPOOL_` and is not a setting of the process stops it. Each setting of the runtime is also a flag:
+`LORAPOOL_RUNTIME_MAX_RANK=64` is `--max-rank 64`, and the flag wins.
+"""
+
+RUNTIME_PROTOCOL = f"""# Runtime protocol
+
+What gateway and operator send to a runtime. Every route needs the bearer token of its base unless it says otherwise.
+The port is {protocol.RUNTIME_PORT}.
+
+"""
+
+HEADERS = {
+    common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
+    "`model` is. Answer: what answered.",
+    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
+    common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
+    common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
+    common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
+}
+
+GATEWAY_API = f"""# Gateway API
+
+OpenAI's API with an API key as bearer token: `POST {protocol.ROUTE_CHAT}`, `POST {protocol.ROUTE_COMPLETIONS}`,
+`GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`. No parameter is ignored silently: one that is
+not listed here is refused by name.
+
+## Supported parameters
+
+"""
+
+REFUSED = """
+## Refused
+
+Only a value that asks for nothing is accepted; `null` counts as absent.
+
+"""
+
+ERRORS = """
+## Errors
+
+The body is `{"error": {"message", "type", "param", "code"}}`. A failed adapter is answered with the error code of its
+failure, see [conditions.md](conditions.md).
+
+"""
+
+RUNTIME_ROUTES: dict[tuple[str, str], str] = {
+    ("GET", protocol.ROUTE_HEALTH): "200 while the engine lives. No token.",
+    ("GET", protocol.ROUTE_READY): "200 once the base is loaded and until the process drains, else 503. No token.",
+    ("GET", protocol.ROUTE_METRICS): "Prometheus text: the metrics of [metrics.md](metrics.md), and the `vllm:` names.",
+    ("GET", protocol.ROUTE_RUNTIME): (
+        "Long poll of the state: answers `RuntimeSnapshot` at once when its `seq` is above the query's `after`, else "
+        f"after a change or `wait` seconds (at most {protocol.LONG_POLL_MAX_S:g})."
+    ),
+    ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
+    (
+        "PUT",
+        protocol.ROUTE_ADAPTER,
+    ): "Registers `AdapterDescriptor` under uid and digest; idempotent. Answers `PutAnswer`.",
+    (
+        "DELETE",
+        protocol.ROUTE_ADAPTER,
+    ): "Lets running requests of the adapter end, then removes it. Answers `DeleteAnswer`.",
+    ("POST", protocol.ROUTE_RESOLVE): "Checks a source without loading it: `ResolveRequest` to `ResolveAnswer`.",
+    ("GET", protocol.ROUTE_MODELS): "The base and the registered adapters, as OpenAI lists models.",
+    ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
+    ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
+    ("POST", protocol.ROUTE_COMPLETIONS): "OpenAI's completions, see [gateway-api.md](gateway-api.md).",
+}
+
+PARAMETERS: dict[str, str] = {
+    "model": "A name as `GET /v1/models` lists it; an adapter also by its short name where that is unambiguous.",
+    "messages": f"1 to {request.MAX_MESSAGES} messages of the roles {', '.join(request.ROLES)}; content is text "
+    "or a list of text parts. `developer` is read as `system`.",
+    "prompt": f"A string, a list of token ids, or a list of at most {request.MAX_SEQUENCES} of these. Prompts times "
+    f"`n` are at most {request.MAX_SEQUENCES}.",
+    "stream": "Server-sent events, one chunk for each piece of text.",
+    "stream_options": "`include_usage` only, and only with `stream`.",
+    "max_tokens": "With `n` choices they share a budget of "
+    f"{encoding.MAX_REQUEST_TOKENS} tokens or one context, whichever is larger; prompt and completion fit the context. "
+    f"Default: all that fits for chat, {request.DEFAULT_COMPLETION_TOKENS} for completions. 0 is allowed with `echo`.",
+    "max_completion_tokens": "The same; it wins over `max_tokens`.",
+    "n": "Choices for each prompt. They share the computed prompt.",
+    "temperature": "0 takes the most likely token.",
+    "top_p": "Nucleus sampling.",
+    "top_k": "0 and -1: off. Not OpenAI's.",
+    "min_p": "Least probability relative to the most likely token. Not OpenAI's.",
+    "seed": "Makes sampling repeatable for the same request on the same weights.",
+    "stop": f"A string or at most {request.MAX_STOPS} strings of 1 to {request.MAX_STOP_CHARS} characters.",
+    "logprobs": f"Chat: true or false. Completions: the number of most likely tokens, 0 to {request.MAX_TOP_LOGPROBS}.",
+    "top_logprobs": "Needs `logprobs`.",
+    "presence_penalty": "Subtracted once for a token that occurred.",
+    "frequency_penalty": "Subtracted for each occurrence of a token.",
+    "repetition_penalty": "Divides the logits of tokens that occurred. Not OpenAI's.",
+    "logit_bias": f"At most {request.MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100.",
+    "user": "Accepted without effect.",
+    "ignore_eos": "Generates up to `max_tokens`. Cannot be combined with a grammar. Not OpenAI's.",
+    "response_format": "`text`, `json_object`, or `json_schema` with `name` and `schema`. A grammar enforces the "
+    "schema, with `strict` or without it.",
+    "tools": f"At most {tools.MAX_TOOLS} functions; a grammar enforces their `parameters`. An answer has at "
+    f"most {tools.MAX_CALLS} calls.",
+    "tool_choice": "`none`, `auto`, `required`, or one function by name.",
+    "parallel_tool_calls": "Whether an answer may hold more than one call. Default: true.",
+    "echo": "Returns the prompt before the completion, with `logprobs` also its log-probabilities.",
+}
+
+ERROR_CODES: dict[str, str] = {
+    "": "The parameter in `param` is missing or out of bounds; the message says which values are accepted.",
+    "adapter_failed": "The adapter cannot be served, for a reason of a newer version; see the message.",
+    "adapter_not_ready": "The adapter's source is still being checked. Try again after `Retry-After`.",
+    "adapter_not_registered": "Runtime only: register the adapter with `PUT` and repeat. The gateway does so itself.",
+    "adapter_suspended": "The adapter's spec.suspend is true.",
+    "bad_upstream": "A runtime sent an answer that the gateway does not understand. Compare their versions.",
+    "base_not_found": "The adapter's BaseModel does not exist.",
+    "body_timeout": "The client sent its body too slowly.",
+    "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
+    "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",
+    "context_length_exceeded": "The prompt, or prompt and `max_tokens`, are longer than the context. Shorten either.",
+    "draining": "This runtime is shutting down. The gateway tries another replica.",
+    "grammar_timeout": "Compiling the schema took too long. Simplify it.",
+    "internal_error": "A fault of Lorapool: its log has the `x-request-id`.",
+    "invalid_api_key": "The key is missing, unknown or deleted.",
+    "invalid_body": "The body's encoding cannot be decoded.",
+    "invalid_json": "The body is not a JSON object, or is nested too deeply.",
+    "invalid_value": "`model` or `stream` is missing or of the wrong type.",
+    "key_in_flight_exceeded": "This API key has as many requests under way as its `maxInFlight` allows.",
+    "load_timeout": "The adapter's load did not end in time. Try again after `Retry-After`.",
+    "method_not_allowed": "The route exists, the method does not; see the header `Allow`.",
+    "model_not_found": "There is no such model, or the key may not use it.",
+    "no_chat_template": "The base has no chat template. Use `/v1/completions`.",
+    "no_slot": "All slots of the base are in use or pinned. Raise spec.lora.slots or spec.scaling.maxReplicas.",
+    "not_found": "There is no such route.",
+    "payload_too_large": "The body is larger than `gateway.maxBodyBytes`.",
+    "prompt_timeout": "Rendering or tokenizing the prompt took too long. Shorten it.",
+    "queue_full": "The runtime's queue is full. Try again after `Retry-After`.",
+    "rate_limit_exceeded": "The gateway has as many requests under way as it accepts.",
+    "request_timeout": "The body did not reach the runtime in time.",
+    "schema_too_large": "The schema is larger than a grammar may be. Simplify it.",
+    "starting": "The runtime's base is still loading. The gateway waits or tries another replica.",
+    "too_many_adapters": "The runtime knows as many adapters as `LORAPOOL_RUNTIME_MAX_ADAPTERS` allows, all in use.",
+    "too_many_held_requests": "As many requests wait for this base as spec.coldStart.maxQueued allows.",
+    "unknown_parameter": "There is no such parameter.",
+    "unsupported_content": "Only text can be read: no images, audio or files.",
+    "unsupported_parameter": "OpenAI's parameter is not supported with this value.",
+    "unsupported_role": "The role of a message is unknown.",
+    "unsupported_schema": "The schema uses a keyword that cannot be enforced; the message names it.",
+    "upstream_lost": "The runtime was lost before or during its answer. Try again.",
+    "upstream_timeout": "The runtime sent nothing for `gateway.requestTimeoutSeconds`.",
+    "wrong_adapter": "A runtime answered for other weights than were asked for; the answer was withheld.",
+}

@@ -1,0 +1,33 @@
+"""FakeRuntime as a process with the settings of a real one: `python tests/support/fake_runtime_process.py`.
+
+It accepts any bearer token, and resolves each source to the digest of its URI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import fakes
+from aiohttp import web
+
+from lorapool_api.protocol import ResolveAnswer, ResolveRequest
+
+
+class ResolvingRuntime(fakes.FakeRuntime):
+    async def _resolve(self, request: web.Request) -> web.Response:
+        uri = ResolveRequest.model_validate(await request.json()).source.uri
+        return web.json_response(ResolveAnswer(digest=fakes.digest_of(uri), rank=8, size_bytes=1).dump())
+
+
+async def main() -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    async with ResolvingRuntime().running(int(os.environ["LORAPOOL_RUNTIME_LISTEN_PORT"])):
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    fakes.token_sha256 = lambda text: "any"
+    asyncio.run(main())
