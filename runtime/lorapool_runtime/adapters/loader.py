@@ -85,10 +85,10 @@ class AdapterLoader:
         try:
             host, tier = await self._host_copy(entry)
             await self._into_slot(entry, host, started_s, tier)
-        except _NoSlotError:
+        except NoFreeSlotError as error:
             if entry.descriptor.pinned:
                 self._registry.set_failed(entry, self._no_capacity(entry), emit=False)
-            return no_slot()
+            return error
         except asyncio.CancelledError:
             if entry.deleting is not None:
                 return RuntimeNotRegisteredError(f"Adapter {entry.key} was deleted while it loaded.")
@@ -142,11 +142,11 @@ class AdapterLoader:
         )
 
     async def _free_slot(self) -> int:
-        """A free slot, after evicting the least recently used adapter if need be. Raises _NoSlotError."""
+        """A free slot, after evicting the least recently used adapter if need be. Raises NoFreeSlotError."""
         while True:
             admission = self._registry.can_admit()
             if admission is None:
-                raise _NoSlotError
+                raise no_free_slot()
             if admission.victim is None:
                 return admission.slot
             await self.unload(self._registry[admission.victim])
@@ -222,9 +222,5 @@ class AdapterLoader:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-class _NoSlotError(Exception):
-    """Every slot is in use, pinned, or of an adapter that requests wait for."""
-
-
-def no_slot() -> NoFreeSlotError:
+def no_free_slot() -> NoFreeSlotError:
     return NoFreeSlotError(f"{_NO_SLOT}; try another replica.", retry_after_s=1)
