@@ -1,1 +1,1 @@
-"""One base model, many adapters, one continuous batch. Speaks torch and HTTP, never Kubernetes."""
+"""Serves one base model and many adapters in one continuous batch. Knows torch and HTTP, not Kubernetes."""

@@ -113,7 +113,7 @@ class UsageTracker:
         self._registered: dict[str, int] = {}  # uid → registered digests
 
     def register(self, uid: str, display: str) -> AdapterUsage:
-        """Notes one more registered digest of `uid`."""
+        """Counts one more registered digest of `uid`."""
         usage = self._by_uid.setdefault(uid, AdapterUsage(uid, display))
         usage.rename(display)
         self._registered[uid] = self._registered.get(uid, 0) + 1
@@ -122,16 +122,16 @@ class UsageTracker:
         return usage
 
     def unregister(self, uid: str) -> None:
-        """Notes one registered digest fewer; with the last one the adapter's series vanish."""
+        """Counts one registered digest fewer. The adapter's metric series vanish with the last one."""
         self._registered[uid] -= 1
         if self._registered[uid] == 0:
             del self._registered[uid]
             self._labelled.discard(uid)
 
     def labelled(self) -> list[AdapterUsage]:
-        """Registered adapters with series of their own: those that were registered first."""
+        """Registered adapters with metric series of their own: those that were registered first."""
         return [self._by_uid[uid] for uid in self._registered if uid in self._labelled]
 
     def others(self) -> list[AdapterUsage]:
-        """Registered adapters that share the series of `__other__`."""
+        """Registered adapters that share the metric series `__other__`."""
         return [self._by_uid[uid] for uid in self._registered if uid not in self._labelled]

@@ -58,7 +58,7 @@ class AdapterEntry:
     descriptor: AdapterDescriptor
     usage: AdapterUsage
     since_unix_s: float
-    """When it came into its present tier."""
+    """When it entered its present tier."""
     used_s: float
     """When it was last used, or registered."""
     used_unix_s: float | None = None
@@ -69,7 +69,7 @@ class AdapterEntry:
     failure: LoadFailure | None = None
     loading: asyncio.Task[ApiError | None] | None = None
     fetching: bool = False
-    """The load is in its long part, which may be cancelled."""
+    """True while the load fetches and reads files, which takes long and may be cancelled."""
     unloading: asyncio.Task[int] | None = None
     deleting: asyncio.Task[DeleteAnswer] | None = None
     leases: set[Lease] = field(default_factory=set)
@@ -82,7 +82,7 @@ class AdapterEntry:
         self.unused.set()
 
     def describe(self, descriptor: AdapterDescriptor) -> None:
-        """Takes a new descriptor. A failure is forgotten if the files to load may be others than before."""
+        """Replaces the descriptor. Forgets the last failure if the new one may lead to other files."""
         before = self.descriptor
         if (before.source, before.max_bytes) != (descriptor.source, descriptor.max_bytes):
             self.failure = None
@@ -93,7 +93,7 @@ class AdapterEntry:
         self.failure = failure
 
     def touch(self, now_s: float, unix_s: float) -> None:
-        """Notes that a request used it now."""
+        """Records that a request used it now."""
         self.used_s, self.used_unix_s = now_s, unix_s
 
     def set_tier_since(self, unix_s: float) -> None:
@@ -187,7 +187,7 @@ class Lease:
         return self._entry.usage
 
     def attach(self, work: Abortable) -> None:
-        """Sets the work that `abort` ends."""
+        """Sets the work that `abort` aborts."""
         self._work = work
 
     def abort(self, message: str) -> None:

@@ -80,15 +80,15 @@ class AdapterLoader:
         self._changes.bump()
 
     async def _load(self, entry: AdapterEntry) -> ApiError | None:
-        """One try. Never raises: the result is the error of every request that waits."""
+        """Tries once to load. Never raises: the result is the error of every request that waits."""
         started_s = self._clock.now_s()
         try:
             host, tier = await self._host_copy(entry)
             await self._into_slot(entry, host, started_s, tier)
-        except _NoSlotError:
+        except NoFreeSlotError as error:
             if entry.descriptor.pinned:
                 self._registry.set_failed(entry, self._no_capacity(entry), emit=False)
-            return no_slot()
+            return error
         except asyncio.CancelledError:
             if entry.deleting is not None:
                 return RuntimeNotRegisteredError(f"Adapter {entry.key} was deleted while it loaded.")
@@ -142,11 +142,11 @@ class AdapterLoader:
         )
 
     async def _free_slot(self) -> int:
-        """A free slot, after evicting the least recently used adapter if need be. Raises _NoSlotError."""
+        """A free slot, after evicting the least recently used adapter if need be. Raises NoFreeSlotError."""
         while True:
             admission = self._registry.can_admit()
             if admission is None:
-                raise _NoSlotError
+                raise no_free_slot()
             if admission.victim is None:
                 return admission.slot
             await self.unload(self._registry[admission.victim])
@@ -172,7 +172,7 @@ class AdapterLoader:
     def _failure(
         self, entry: AdapterEntry, reason: FailureReason, message: str, retry_after_s: float | None = None
     ) -> LoadFailure:
-        """One attempt more than the last failure; a transient one with exponential backoff and jitter."""
+        """The failure of one more attempt. A transient one is retried with exponential backoff and jitter."""
         attempts = 1 + (entry.failure.attempts if entry.failure is not None else 0)
         failure = LoadFailure(reason, message, attempts)
         if not reason.transient:
@@ -222,9 +222,5 @@ class AdapterLoader:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-class _NoSlotError(Exception):
-    """Every slot is in use, pinned, or of an adapter that requests wait for."""
-
-
-def no_slot() -> NoFreeSlotError:
+def no_free_slot() -> NoFreeSlotError:
     return NoFreeSlotError(f"{_NO_SLOT}; try another replica.", retry_after_s=1)

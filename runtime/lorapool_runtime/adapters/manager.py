@@ -22,7 +22,7 @@ from lorapool_api.openai import (
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease
-from lorapool_runtime.adapters.loader import AdapterLoader, no_slot
+from lorapool_runtime.adapters.loader import AdapterLoader, no_free_slot
 from lorapool_runtime.adapters.registry import AdapterLimits, AdapterRegistry
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import Engine
@@ -184,7 +184,7 @@ class AdapterManager:
                 entry.usage.count_failed_load()
                 return refusal
             if self._registry.can_admit() is None:
-                return no_slot()
+                return no_free_slot()
             self._loader.start(entry)
         elif entry.waiting >= self._limits.max_load_waiting:
             return TooManyRequestsError(

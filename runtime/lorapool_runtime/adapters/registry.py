@@ -75,9 +75,9 @@ class AdapterRegistry:
     # --- registration -------------------------------------------------------------------
 
     def add(self, key: AdapterKey, descriptor: AdapterDescriptor, *, on_disk: bool) -> AdapterEntry:
-        """Registers an adapter. At the limit it forgets the longest unused unloaded one.
+        """Registers an adapter. At the limit it first removes the longest unused one that is not loaded.
 
-        Raises TooManyRequestsError when all are loaded or in use.
+        Raises TooManyRequestsError when every adapter is loaded, pinned or waited for.
         """
         if len(self._entries) >= self.limits.max_adapters:
             self.remove(self._longest_unused())
@@ -124,17 +124,20 @@ class AdapterRegistry:
         self._on_disk.add(digest)
 
     def add_host_copy(self, digest: str, adapter: HostAdapter) -> None:
-        """Keeps the copy; the least recently used ones make room for it."""
+        """Keeps the copy, and evicts the least recently used ones beyond the bound."""
         self._dropped_from_host(self._host.put(digest, adapter, self.clock.now_s()))
 
     def drop_host_copy(self, entry: AdapterEntry) -> int:
-        """Bytes freed: 0 while another registered adapter has the same files, or a slot is the same memory."""
+        """Drops the host copy and returns the bytes freed.
+
+        0 while another registered adapter has the same files, or a slot uses the same memory.
+        """
         if self._is_registered(entry.key.digest, except_for=entry):
             return 0
         return self._host.drop(entry.key.digest)
 
     def drop_idle_host_copies(self) -> bool:
-        """Drops those that no slot was loaded from for `host_idle_s`. True when one was dropped."""
+        """Drops the host copies that were not used for `host_idle_s`. True when there was one."""
         in_use = {entry.key.digest for entry in self if self.slot_of(entry) is not None or entry.loading}
         dropped = self._host.sweep(self.clock.now_s(), self.limits.host_idle_s, keep=in_use)
         self._dropped_from_host(dropped)
@@ -163,7 +166,7 @@ class AdapterRegistry:
         return self._slots.usable(entry.key)
 
     def can_admit(self) -> Admission | None:
-        """The slot that an adapter to load would get. Pinned adapters and those with waiting requests stay."""
+        """The slot for the next load. Pinned adapters and those that requests wait for are not evicted."""
         return self._slots.can_admit(self._may_evict)
 
     def _may_evict(self, key: AdapterKey) -> bool:
@@ -200,7 +203,7 @@ class AdapterRegistry:
         self._emit(EventType.UNLOADED, entry, seconds=seconds, device_bytes=device_bytes)
 
     def set_failed(self, entry: AdapterEntry, failure: LoadFailure, *, emit: bool = True) -> None:
-        """Notes the failed load; `emit` False for an adapter that no load was started for."""
+        """Records why the load failed. `emit` is False when no load was started."""
         entry.fail(failure)
         if emit:
             self._emit(EventType.LOAD_FAILED, entry, device_bytes=entry.device_bytes, reason=failure.reason.value)
@@ -245,12 +248,12 @@ class AdapterRegistry:
     # --- reports ------------------------------------------------------------------------
 
     def report(self, entry: AdapterEntry) -> AdapterReport:
-        """Made again only when one of its values has changed: a snapshot holds thousands, most of them unchanged."""
+        """Its report, rebuilt only when a value has changed: a snapshot holds thousands of them, most unchanged."""
         now_s = self.clock.now_s()
         return entry.report(self._values(entry, now_s), lambda: self._report(entry, now_s))
 
     def _values(self, entry: AdapterEntry, now_s: float) -> tuple[Any, ...]:
-        """Every value of a report, except for the names that never change."""
+        """Every value of a report, except for the names, which never change."""
         return (
             entry.descriptor.display,
             self._state(entry),

@@ -34,9 +34,9 @@ class EncodedRequest:
 async def encode(
     request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, grammars: GrammarCompiler, facts: ModelFacts
 ) -> EncodedRequest:
-    """Raises InvalidRequestError beyond the base's bounds.
+    """Encodes a request for the base.
 
-    Raises UnavailableError or TooManyRequestsError where encoding takes too long.
+    Raises InvalidRequestError beyond the base's bounds, UnavailableError or TooManyRequestsError under load.
     """
     prompts = await _prompts(request, tokenizer, facts)
     spec = _grammar_spec(request, tokenizer)

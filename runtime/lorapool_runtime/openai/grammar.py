@@ -81,7 +81,10 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequestError (unsupported grammar), UnavailableError (timeout) or TooManyRequestsError."""
+        """Compiles a grammar, or returns it from the cache.
+
+        Raises InvalidRequestError for an unsupported one, UnavailableError or TooManyRequestsError under load.
+        """
         if self._pending >= _MAX_PENDING:
             raise TooManyRequestsError(
                 f"{self._pending} grammars already wait to be compiled; the maximum is {_MAX_PENDING}.",

@@ -86,7 +86,7 @@ class CompletionRequest(ParsedRequest):
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
-    """Raises InvalidRequestError with the `param` at fault."""
+    """Parses a chat request. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
@@ -115,7 +115,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
 
 
 def parse_completion(raw: bytes) -> CompletionRequest:
-    """Raises InvalidRequestError with the `param` at fault."""
+    """Parses a completion request. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")

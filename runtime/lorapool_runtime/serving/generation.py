@@ -140,14 +140,14 @@ class Generation:
         return self._deltas.popleft()
 
     def cancel(self) -> None:
-        """Ends what still runs, because the reader left. Does nothing after the end."""
+        """Ends the running sequences, because the reader left. Does nothing after the end."""
         self._left = True
         if not self._all_finished and self._outcome is Outcome.COMPLETED:
             self._outcome = Outcome.CANCELLED
         self._end_all()
 
     def abort(self, message: str) -> None:
-        """Ends what still runs with the error `message` for the reader."""
+        """Ends the running sequences; the reader gets the error `message`."""
         if self._all_finished:
             return
         self._outcome = Outcome.FAILED

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -167,6 +168,11 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 # --- starting, draining, dying --------------------------------------------------------------
+
+
+def test_neither_torch_nor_transformers_is_imported_before_the_process_listens() -> None:
+    program = "import sys, lorapool_runtime.__main__; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_get_503() -> None:
