@@ -49,8 +49,8 @@ def code(value: object) -> str:
     return f"`{value}`"
 
 
-def one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- JSON schemas ------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[list[str]]:
             unit = "seconds" if name.endswith("_s") else "bytes" if name.endswith("bytes") else ""
             default = default_of(node, name in whole.get("required", []))
             shown = " or ".join(code(variable) for variable in variables)
-            yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node.get("description"))]
+            yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node["description"])]
 
 
 # --- the runtime's protocol --------------------------------------------------------------
@@ -243,12 +243,9 @@ def runtime_protocol() -> str:
         ["route", ""], [[code(f"{method} {path}"), what] for (method, path), what in texts.RUNTIME_ROUTES.items()]
     )
     text += "\n## Headers\n\n" + table(["header", ""], [[code(header), what] for header, what in texts.HEADERS.items()])
-    messages = [
-        model for model in vars(protocol).values() if isinstance(model, type) and issubclass(model, common.ApiModel)
-    ]
-    return text + "".join(
-        _message(model) for model in messages if model.__module__ == protocol.__name__ or model is UsagePart
-    )
+    models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
+    own = [model for model in models if model.__module__ == protocol.__name__]
+    return text + "".join(_message(model) for model in [*own, UsagePart])
 
 
 def _message(model: type[BaseModel]) -> str:
