@@ -70,6 +70,7 @@ class SourceRef(ApiModel):
     """A source at one revision."""
 
     uri: str = Field(min_length=7, max_length=512)
+    """`hf://`, `oci://`, `s3://` or `pvc://`, as in `spec.source.uri`."""
     revision: str | None = Field(default=None, max_length=256)
     """The resolved, immutable revision where the source has one."""
 
@@ -82,7 +83,9 @@ class AdapterDescriptor(ApiModel):
     names: list[str] = Field(default_factory=list, max_length=8)
     """Further model names, used only when a request carries no adapter header."""
     source: SourceRef
+    """Where a replica fetches the files."""
     max_bytes: int | None = Field(default=None, ge=1)
+    """Larger files are refused."""
     idle_after_s: float = Field(default=300.0, ge=0)
     """The adapter is unloaded from the device after this long without requests."""
     pinned: bool = False
@@ -97,29 +100,44 @@ class ErrorDetail(ApiModel):
     reason: str = Field(max_length=64)
     """A `FailureReason` value."""
     message: str = Field(max_length=1024)
+    """What is wrong and what to do."""
     retry_at_unix_s: float | None = None
     """Time of the next attempt; absent when the failure is terminal for this digest."""
     attempts: int = 1
+    """Attempts that failed so far."""
 
 
 class AdapterReport(ApiModel):
     """One registered adapter of a runtime."""
 
     uid: str
+    """Uid of the LoraAdapter."""
     digest: str
+    """Digest of its files."""
     display: str
+    """`namespace/name`."""
     state: AdapterState
+    """What the runtime does with the adapter."""
     tier: Tier
+    """Where the fastest copy is."""
     in_flight: int = 0
+    """Requests that are being computed."""
     waiting: int = 0
+    """Requests that wait for the load or for the engine."""
     pinned: bool = False
+    """Whether it is never evicted."""
     rank: int | None = None
+    """Largest rank; absent until the files were read."""
     device_bytes: int = 0
+    """Bytes on the device."""
     host_bytes: int = 0
+    """Bytes in the host cache; on a CPU the same memory as the slot's."""
     since_unix_s: float
     """When the adapter entered this tier."""
     last_used_unix_s: float | None = None
+    """End of its last request."""
     failure: ErrorDetail | None = None
+    """Why the last load failed."""
     usage: UsagePart
     """Usage of this uid with any digest, counted by this process since its start."""
 
@@ -128,9 +146,13 @@ class BaseReport(ApiModel):
     """The base that a runtime serves."""
 
     served_name: str
+    """Model name of the base."""
     digest: str | None = None
+    """Digest of its files."""
     max_model_len: int
+    """Tokens of prompt and completion together."""
     dtype: str
+    """Type of the weights."""
 
 
 class RuntimeSnapshot(ApiModel):
@@ -141,20 +163,33 @@ class RuntimeSnapshot(ApiModel):
     boot_id: str
     """Identifier of the runtime process."""
     started_unix_s: float
+    """Start of the process."""
     base: BaseReport
+    """What is served."""
     ready: bool
+    """Whether requests are accepted."""
     draining: bool = False
+    """Whether the process is about to end."""
     slots_total: int
+    """Adapters that fit on the device at one time."""
     slots_used: int
+    """Slots that are taken."""
     max_rank: int
+    """Largest rank that is served."""
     device_bytes: int = 0
+    """Bytes that the engine holds on the device."""
     host_bytes: int = 0
+    """Bytes of the host cache."""
     in_flight: int = 0
+    """Requests that are being computed."""
     waiting: int = 0
+    """Requests that wait for a load or for the engine."""
     kv_usage: float = Field(default=0.0, ge=0, le=1)
+    """Used share of the KV cache."""
     last_request_unix_s: float | None = None
     """When a request for the base or any adapter was last accepted or ended."""
     adapters: list[AdapterReport] = Field(default_factory=list)
+    """All registered adapters."""
 
     def adapter(self, uid: str, digest: str) -> AdapterReport | None:
         """The report of one adapter, or None when it is not registered."""
@@ -165,35 +200,50 @@ class PutAnswer(ApiModel):
     """Response of `PUT /v1/adapters/{uid}/{digest}`."""
 
     boot_id: str
+    """Identifier of the runtime process."""
     adapter: AdapterReport
+    """Its state after the registration."""
 
 
 class DeleteAnswer(ApiModel):
     """Response of `DELETE /v1/adapters/{uid}/{digest}`."""
 
     boot_id: str
+    """Identifier of the runtime process."""
     freed_device_bytes: int
+    """Bytes freed on the device."""
     freed_host_bytes: int
+    """Bytes freed in the host cache."""
     usage: UsagePart
+    """The last usage of this uid in this process."""
 
 
 class ResolveRequest(ApiModel):
     """Body of `POST /v1/resolve`: checks a source that only a runtime can read (pvc://) without loading it."""
 
     source: SourceRef
+    """The source to check."""
     digest: str | None = Field(default=None, pattern=DIGEST_PATTERN)
+    """Expected digest; other files are a failure."""
     max_bytes: int | None = None
+    """Larger files are refused."""
 
 
 class ResolveAnswer(ApiModel):
     """Response of `POST /v1/resolve`; `failure` is set when the source cannot be used."""
 
     digest: str | None = None
+    """Digest of the files."""
     revision: str | None = None
+    """The resolved, immutable revision."""
     rank: int | None = None
+    """Largest rank."""
     target_modules: list[str] = Field(default_factory=list)
+    """Modules that the adapter changes."""
     size_bytes: int | None = None
+    """Size of the files."""
     failure: ErrorDetail | None = None
+    """Why the source cannot be used."""
 
 
 class EventType(StrEnum):
@@ -208,26 +258,36 @@ class RuntimeEvent(ApiModel):
     """A change of an adapter's residency. `boot_id:seq` identifies it, so that double delivery is harmless."""
 
     seq: int
+    """Number within this process."""
     type: EventType
+    """What happened."""
     uid: str
+    """Uid of the LoraAdapter."""
     digest: str
+    """Digest of its files."""
     display: str
+    """`namespace/name`."""
     at_unix_s: float
+    """When it happened."""
     seconds: float = 0.0
     """Duration of the load, or of the residency that ended."""
     device_bytes: int = 0
+    """Bytes loaded or freed on the device."""
     reason: str | None = None
+    """Why the load failed."""
 
 
 class EventsAnswer(ApiModel):
     """Response of `GET /v1/events?after=SEQ&wait=S`."""
 
     boot_id: str
+    """Identifier of the runtime process."""
     first_seq: int
     """Oldest event still kept. A reader whose SEQ is older has missed events."""
     next_seq: int
     """SEQ for the next request."""
     events: list[RuntimeEvent]
+    """The events after the requested one, oldest first."""
 
 
 class Usage(ApiModel):
@@ -236,8 +296,11 @@ class Usage(ApiModel):
     model_config = ConfigDict(alias_generator=None)
 
     prompt_tokens: int
+    """Tokens of the prompt, cached ones included."""
     completion_tokens: int
+    """Generated tokens."""
     cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again."""
 
 
 DEFAULT_MAX_ADAPTER_BYTES = 4 * 2**30

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from lorapool_api import common, openai, protocol, reasons
 from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
+from lorapool_api.loraadapter import UsagePart
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
@@ -48,8 +49,8 @@ def code(value: object) -> str:
     return f"`{value}`"
 
 
-def one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 # --- JSON schemas ------------------------------------------------------------------------
@@ -78,6 +79,8 @@ def fields(node: Schema, defs: Mapping[str, Schema], path: str = "") -> Iterator
 def type_of(node: Schema, defs: Mapping[str, Schema]) -> str:
     if node.get("type") == "array":
         return f"list of {type_of(flat(node['items'], defs), defs)}"
+    if node.get("type") == "object" and "title" in node:  # a message of its own
+        return f"[{node['title']}](#{node['title'].lower()})"
     kind = str(node.get("type", "string"))
     return kind if node.get("format") in (None, "int64") else f"{kind} ({node['format']})"
 
@@ -114,16 +117,11 @@ def default_of(node: Schema, required: bool) -> str:
     return "" if default is None or isinstance(default, dict) else code(json.dumps(default))
 
 
-def field_table(node: Schema, defs: Mapping[str, Schema], path: str = "") -> str:
+def field_table(found: Iterable[tuple[str, Schema, bool]], defs: Mapping[str, Schema]) -> str:
+    """Raises KeyError for a field without a description."""
     rows = [
-        [
-            code(name),
-            type_of(field, defs),
-            default_of(field, required),
-            bounds(field),
-            one_line(field.get("description")),
-        ]
-        for name, field, required in fields(node, defs, path)
+        [code(name), type_of(node, defs), default_of(node, required), bounds(node), one_line(node["description"])]
+        for name, node, required in found
     ]
     return table(["field", "type", "default", "bounds", "description"], rows)
 
@@ -140,7 +138,7 @@ def _object(kind: Kind) -> str:
     text = f"\n## {kind.kind}\n\n{kind.description} `apiVersion: {common.API_VERSION}`, short name `{kind.short}`. "
     text += f"Columns of `kubectl get`: {', '.join(column[0] for column in kind.columns)}.\n"
     for part in ("spec", "status"):
-        text += f"\n### {kind.kind} {part}\n\n" + field_table(whole["properties"][part], {}, f"{part}.")
+        text += f"\n### {kind.kind} {part}\n\n" + field_table(fields(whole["properties"][part], {}, f"{part}."), {})
     rules = [rule["message"] for rule in _rules(whole)]
     return text + "\nThe API server also checks:\n\n" + "".join(f"- {message}\n" for message in rules)
 
@@ -231,7 +229,7 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[list[str]]:
             unit = "seconds" if name.endswith("_s") else "bytes" if name.endswith("bytes") else ""
             default = default_of(node, name in whole.get("required", []))
             shown = " or ".join(code(variable) for variable in variables)
-            yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node.get("description"))]
+            yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node["description"])]
 
 
 # --- the runtime's protocol --------------------------------------------------------------
@@ -245,16 +243,16 @@ def runtime_protocol() -> str:
         ["route", ""], [[code(f"{method} {path}"), what] for (method, path), what in texts.RUNTIME_ROUTES.items()]
     )
     text += "\n## Headers\n\n" + table(["header", ""], [[code(header), what] for header, what in texts.HEADERS.items()])
-    for model in vars(protocol).values():
-        if isinstance(model, type) and issubclass(model, common.ApiModel) and model.__module__ == protocol.__name__:
-            text += _message(model)
-    return text
+    models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
+    own = [model for model in models if model.__module__ == protocol.__name__]
+    return text + "".join(_message(model) for model in [*own, UsagePart])
 
 
 def _message(model: type[BaseModel]) -> str:
     whole = model.model_json_schema(by_alias=True)
-    about = one_line(whole.get("description"))
-    return f"\n## {model.__name__}\n\n" + (f"{about}\n\n" if about else "") + field_table(whole, whole.get("$defs", {}))
+    defs, required = whole.get("$defs", {}), whole.get("required", [])
+    own = [(name, flat(raw, defs), name in required) for name, raw in whole["properties"].items()]
+    return f"\n## {model.__name__}\n\n{one_line(whole['description'])}\n\n" + field_table(own, defs)
 
 
 def _runtime() -> Runtime:
