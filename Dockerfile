@@ -8,10 +8,10 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS wheel
-# The compiler of the runtime's CPU kernel stays in this stage.
+# The compiler of the runtime's CPU kernels stays in this stage.
 RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++
 COPY requirements-build.lock /build/
-RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir --require-hashes -r /build/requirements-build.lock
+RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir --no-compile --require-hashes -r /build/requirements-build.lock
 COPY pyproject.toml README.md LICENSE /build/
 COPY crds /build/crds
 COPY operator /build/operator
@@ -29,11 +29,17 @@ ENV PATH=/opt/lorapool/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache
 WORKDIR /tmp
+COPY hack/bootstrap.lock /opt/lorapool/
 
 FROM python AS control-dependencies
+# hack/images names the cache that `make install` filled: no wheel is fetched again.
+ARG UV_CACHE_DIR=/root/.cache/uv
 COPY requirements-control.lock /opt/lorapool/
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --cache-dir /root/.cache/pip --require-hashes -r /opt/lorapool/requirements-control.lock
+RUN --mount=type=cache,target=/root/.cache/uv \
+    pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
+ && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --compile-bytecode --require-hashes \
+      -r /opt/lorapool/requirements-control.lock \
+ && pip --no-cache-dir uninstall -qy uv
 
 FROM control-dependencies AS control
 ARG VERSION=0.1.0
@@ -48,11 +54,17 @@ CMD ["lorapool-operator"]
 
 FROM python AS runtime-dependencies
 ARG CPU_ONLY=0
+# hack/images names the cache that `make install` filled: no wheel is fetched again.
+ARG UV_CACHE_DIR=/root/.cache/uv
 COPY requirements-runtime.lock hack/images/trim_cpu.py /opt/lorapool/
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --cache-dir /root/.cache/pip --require-hashes -r /opt/lorapool/requirements-runtime.lock \
+# The import proves that nothing needed was removed, and compiles the modules that the runtime imports: compiling all of
+# torch and transformers would take a minute and be of no use.
+RUN --mount=type=cache,target=/root/.cache/uv \
+    pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
+ && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
+ && pip --no-cache-dir uninstall -qy uv \
  && if [ "${CPU_ONLY}" = 1 ]; then python /opt/lorapool/trim_cpu.py; fi \
- && python -c "import torch, transformers; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
+ && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
 
 FROM runtime-dependencies AS runtime
 ARG VERSION=0.1.0
@@ -60,8 +72,10 @@ LABEL org.opencontainers.image.title="lorapool-runtime" \
       org.opencontainers.image.description="Lorapool's runtime: one base model, many adapters in one batch" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
+# Compiles what the runtime imports in addition to the packages above.
 COPY --from=wheel /dist /dist
-RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl
+RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
+ && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null
 USER 65532:65532
 EXPOSE 8000
 ENTRYPOINT ["lorapool-runtime"]

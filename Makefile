@@ -10,7 +10,7 @@ PY     := $(VENV)/bin/python
 UV     := $(VENV)/bin/uv
 CLUSTER := $(PYTHON) hack/cluster
 export LORAPOOL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorapool
-# Compiled modules lie beside the environment: torch's and transformers' thousands are compiled once, not by each process.
+# Bytecode is stored next to the environment: the modules of torch and transformers are compiled once, not by each process.
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/pycache
 unexport PYTHONDONTWRITEBYTECODE
 # Tests need no hub and must not wait for one.
@@ -45,7 +45,7 @@ $(VENV)/.installed: requirements.lock hack/bootstrap.lock pyproject.toml
 LOCK := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header -q
 
 .PHONY: lock
-lock: ## resolve the dependencies of pyproject.toml anew into the lock files
+lock: ## resolve the dependencies of pyproject.toml again and write the lock files
 	$(LOCK) --all-extras -o requirements.lock pyproject.toml
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
@@ -114,13 +114,13 @@ test-deep: install lm-eval ## the numeric tests under every instruction set this
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	$(PY) -m pytest -v -rs -m deep tests/runtime/test_instruction_sets.py
 
-# Where tests of these marks are (tests/test_layout.py sees to it): nothing else is imported to look for them.
+# The folders that have tests of these marks (tests/test_layout.py checks it); the others need not be imported.
 WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
 WITH_CLUSTER := tests/cluster tests/e2e
 
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
-	# Each worker has its own: they mostly wait, one fills the other's pauses.
+	# Each worker has its own; they mostly wait, so two share the cores well.
 	$(PY) -m pytest -q -m apiserver -n 2 --dist loadfile $(WITH_APISERVER)
 
 .PHONY: e2e
@@ -152,12 +152,12 @@ serve: install ## serve the YAML files of DIR (examples) on 127.0.0.1:PORT (8080
 # --- the demo ----------------------------------------------------------------------------
 
 .PHONY: demo
-demo: install ## the whole of it on a real one-node cluster; CONTEXT=name uses an existing one
-	$(PY) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
+demo: ## everything on a real one-node cluster; CONTEXT=name uses an existing one
+	@exec $(PYTHON) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: demo-down
 demo-down: ## end the demo's cluster and everything it started
-	$(PY) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
+	$(PYTHON) hack/demo down $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: image
 image: install ## build the two images and push them: REGISTRY=127.0.0.1:PORT of a local cluster (`hack/cluster status`)

@@ -2,9 +2,9 @@
 
     python runtime/native_build.py
 
-One object per instruction set from the same source, so that the wheel runs on any CPU of its architecture and each
-uses what it has. Without a compiler the wheel is pure Python and the runtime uses plain torch products, unless
-LORAPOOL_NATIVE=require (the images), where that is an error; LORAPOOL_NATIVE=0 leaves it out.
+Each source is compiled once per instruction set, so that the wheel runs on any CPU of its architecture and uses the
+best instructions it has. Without a compiler the wheel is pure Python and the runtime uses plain torch products, except
+with LORAPOOL_NATIVE=require (the images), where that is an error; LORAPOOL_NATIVE=0 builds no library.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "native"
 BUILT = ROOT / "lorapool_runtime" / "native"
 LIBRARIES = {"lora_rows": True, "base_step": False}
-"""Each from NAME.cpp and NAME_variant.cpp; whether there is a variant for a processor without any of VARIANTS."""
+"""Each is built from NAME.cpp and NAME_variant.cpp; True: it has a variant for processors without any of VARIANTS."""
 MORE = {"base_step": ("base_step_program",)}
-"""Further sources of a library, for any processor of the architecture."""
+"""Further sources of a library, compiled for any processor of the architecture."""
 SINGLE = ("lora_pack",)
-"""Each from NAME.cpp alone, for any processor of the architecture, without OpenMP."""
+"""Each is built from NAME.cpp alone, for any processor of the architecture, without OpenMP."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 VARIANTS = {
     "x86_64": {
@@ -34,7 +34,7 @@ VARIANTS = {
         "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     },
 }
-"""By machine, what NAME.cpp may choose from when it runs."""
+"""Instruction sets by machine; NAME.cpp chooses among them at run time."""
 
 BUILD_SETTINGS = ("auto", "0", "require", "baseline", "avx2", "avx512")
 """Of LORAPOOL_NATIVE. The instruction sets choose among the variants at run time (`lorapool_runtime.native_library`);
@@ -80,7 +80,7 @@ def compile_library(to: Path) -> Path:
 
 
 def compile_all() -> list[Path]:
-    """As `compile_library`, each into the package."""
+    """Compiles every library into the package. Raises as `compile_library`."""
     return [compile_library(BUILT / f"lib{name}.so") for name in (*LIBRARIES, *SINGLE)]
 
 

@@ -26,7 +26,9 @@ WORDS = {
     r"gather_s\b": "batching_window_s",
     r"(nobody|somebody|whoever|anew)\b": "no caller, any, again",
     r"(rival|contestant)s?\b": "baseline, engine under test",
-    r"(verdict|judge[sd]?|judging|judge?ment)s?\b": "checked / validated, result",
+    r"(?<!status\.)(verdict|judge[sd]?|judging|judge?ment)s?\b(?!(?<=judged)[:=`])": (
+        "checked / validated, result (the status field judged is API)"
+    ),
 }
 
 

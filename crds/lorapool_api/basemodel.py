@@ -197,7 +197,7 @@ class AdapterCounts(ApiModel):
     """Numbers of LoraAdapters that refer to this base."""
 
     total: int = 0
-    """All of them."""
+    """Adapters in any state."""
     ready: int = 0
     """Adapters that requests may use, loaded or not."""
     loaded: int = 0

@@ -38,7 +38,7 @@ _KEPT = (
 
 
 def structural(model: type[PydanticModel]) -> Schema:
-    """The structural schema of a model. Raises ValueError for a construct it cannot express."""
+    """The structural schema of a model. Raises ValueError for a construct that it cannot express."""
     raw = model.model_json_schema(mode="validation", by_alias=True)
     return _convert(raw, raw.get("$defs", {}), path=model.__name__)
 

@@ -1,4 +1,4 @@
-"""The runtime protocol: JSON over HTTP, served by a runtime and called by gateway and operator.
+"""The runtime protocol: JSON over HTTP, between a runtime as server and gateway and operator as clients.
 
 All three parse with these models, so that each field is defined once. Every route except `/healthz` and `/readyz`
 requires the bearer token.
@@ -38,7 +38,7 @@ ENV_TOKEN_SHA256 = "LORAPOOL_TOKEN_SHA256"
 
 
 def runtime_token(master: str, base_uid: str) -> str:
-    """The bearer token of one base's runtimes: hex HMAC-SHA256 of the base's uid under the release's master token."""
+    """The bearer token of one base's runtimes: hex HMAC-SHA256 of the base's uid, keyed with the master token."""
     return hmac.new(master.encode(), f"lorapool-runtime/{base_uid}".encode(), hashlib.sha256).hexdigest()
 
 

@@ -87,9 +87,8 @@ def _compile(go: str, target: Path, temporary: Path) -> None:
     log = bin_dir().parent / "build.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=GO_SOURCES, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=GO_SOURCES, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
         try:
             code = _wait(process, log)
         except BaseException:
@@ -121,11 +120,11 @@ def _progress(log: Path) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Interrupts the Go command, which then removes its work folder; kills it where it does not end in time."""
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     try:
         process.wait(timeout=INTERRUPT_GRACE_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 

@@ -1,7 +1,4 @@
-"""The one thing of a cluster that outlives its processes: a cgroup per tree, under a name of its own.
-
-`lifecycle` makes it before the kubelet starts (which wants it to be there) and removes it after everything in it died.
-"""
+"""The cluster's cgroups, which outlive its processes: one per hierarchy, made first and removed last."""
 
 import contextlib
 import hashlib
@@ -16,19 +13,19 @@ TREES = Path("/sys/fs/cgroup")
 
 
 def root(state: Path) -> str:
-    """Named by the folder, so that two checkouts with a cluster of one name do not meet."""
+    """The cgroup's name, derived from the folder: clusters of one name in two checkouts do not collide."""
     return f"/lorapool-{hashlib.sha256(str(state).encode()).hexdigest()[:10]}"
 
 
 def _hierarchies() -> list[Path]:
-    """Version 1 has one tree per controller, version 2 one for all."""
+    """The mounted hierarchies: version 1 has one per controller, version 2 one for all."""
     if (TREES / "cgroup.controllers").exists():
         return [TREES]
     return [p for p in TREES.iterdir() if p.is_dir() and not p.is_symlink() and (p / "cgroup.procs").exists()]
 
 
 def make(name: str) -> None:
-    """The kubelet wants its root to be there in every tree, with the controllers it uses."""
+    """Makes the kubelet's root cgroup in every hierarchy, with its controllers. Raises StartFailed."""
     for tree in _hierarchies():
         folder = tree / name.strip("/")
         try:
@@ -38,7 +35,9 @@ def make(name: str) -> None:
                 f"cannot make the cgroup {folder}: {error.strerror}",
                 remedy="root must be allowed to write to /sys/fs/cgroup (in a container: run it privileged)",
             ) from None
-        if (tree / "cgroup.controllers").exists():  # version 2: a child has what its parent hands down
+        if (
+            tree / "cgroup.controllers"
+        ).exists():  # version 2: a child has only the controllers that its parent enables
             for controller in (tree / "cgroup.controllers").read_text().split():
                 with contextlib.suppress(OSError):
                     (tree / "cgroup.subtree_control").write_text(f"+{controller}")
@@ -61,6 +60,6 @@ def remove(name: str) -> None:
                     continue  # its last process is still ending
             if top.exists():
                 if time.monotonic() > deadline:
-                    say(f"left behind: {top}, which still has processes")
+                    say(f"could not remove {top}: it still has processes")
                     break
                 time.sleep(0.05)

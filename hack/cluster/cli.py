@@ -1,4 +1,4 @@
-"""Reads the command line of `python3 hack/cluster` and prints; every decision is made elsewhere."""
+"""The command line of `python3 hack/cluster`."""
 
 import argparse
 import json
@@ -45,11 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-controllers", action="store_true", help="with --apiserver-only: no controller manager")
     sub.add_argument("--prometheus-rules", action="append", default=[], metavar="FILE", help="a rule file to load")
     sub.add_argument("--while-pid", type=int, default=0, metavar="PID", help="end by itself when this process ends")
-    sub.add_argument("--fresh", action="store_true", help="forget the cluster's earlier objects")
+    sub.add_argument("--fresh", action="store_true", help="delete the cluster's earlier objects")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub = command("down", _down, "end the cluster and leave nothing running")
     sub.add_argument("--purge", action="store_true", help="also remove its folder")
-    sub = command("status", _status, "say whether it is up, and what each component does")
+    sub = command("status", _status, "show whether it is up, and the state of each component")
     sub.add_argument("--json", action="store_true")
     command("env", _env, 'print `export` lines for a shell: eval "$(python3 hack/cluster env)"')
     sub = command("forward", _forward, "reach something in the cluster at 127.0.0.1, until `down`")

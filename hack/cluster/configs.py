@@ -1,4 +1,4 @@
-"""The text of every configuration file; pure, called by `plan`."""
+"""The text of every configuration file. Pure."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def _kubeconfig(name: str, server: str, ca_file: str, user: dict[str, str]) -> s
 
 
 def registry(storage: Path, port: int) -> str:
-    """The blobs lie in the shared cache: an image pushed to one cluster costs the next nothing."""
+    """The blobs are stored in the shared cache: an image pushed to one cluster need not be pushed to the next."""
     return f"""\
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
@@ -49,7 +49,7 @@ http: {{addr: "0.0.0.0:{port}"}}
 
 
 def containerd(state: Path, cni_folder: str, sandbox_image: str) -> str:
-    """A layer is dropped from the content store once unpacked: the registry still has it."""
+    """A layer is removed from the content store once it is unpacked: the registry still has it."""
     return f"""\
 version = 2
 root = "{state}/containerd"
@@ -70,7 +70,7 @@ state = "/run/containerd"
 
 
 def cni(pod_cidr: str) -> str:
-    """One bridge, addresses handed out from files that vanish with the cluster."""
+    """One bridge; addresses are allocated from files that disappear with the cluster."""
     bridge = {
         "type": "bridge",
         "bridge": "cni0",
@@ -84,7 +84,7 @@ def cni(pod_cidr: str) -> str:
 
 
 def kubelet(state: Path, node_ip: str, cgroup_root: str) -> str:
-    """Evicts and collects nothing because of a full disk: the disk is the developer's, not the node's."""
+    """Evicts no pod and removes no image because the disk is nearly full: it is the developer's disk."""
     return f"""\
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -128,7 +128,7 @@ iptables: {{minSyncPeriod: 100ms}}
 
 
 def corefile(state: Path, node_ip: str) -> str:
-    """Names of the cluster only; any other name does not exist, at once, since no packet leaves the machine."""
+    """Resolves names of the cluster. Any other name is answered NXDOMAIN at once: no packet leaves the machine."""
     return f"""\
 cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
   bind {node_ip}
@@ -150,58 +150,15 @@ cluster.local:53 in-addr.arpa:53 ip6.arpa:53 {{
 
 
 def prometheus(state: Path, rule_files: Sequence[str]) -> str:
-    """Scrapes pods that ask for it by annotation, with the labels a PodMonitor would give."""
+    """Scrapes the pods that `targets` lists."""
     rules = [f"{state}/rules/*.yml", f"{state}/rules/*.yaml", *rule_files]
-    annotation, label = "__meta_kubernetes_pod_annotation_prometheus_io", "__meta_kubernetes_pod_label"
-    relabel = [
-        {"action": "keep", "source_labels": [f"{annotation}_scrape"], "regex": "true"},
-        {"action": "drop", "source_labels": ["__meta_kubernetes_pod_phase"], "regex": "Pending|Succeeded|Failed"},
-        {
-            "action": "replace",
-            "source_labels": [f"{annotation}_scheme"],
-            "regex": "(https?)",
-            "target_label": "__scheme__",
-        },
-        {
-            "action": "replace",
-            "source_labels": [f"{annotation}_path"],
-            "regex": "(.+)",
-            "target_label": "__metrics_path__",
-        },
-        {
-            "action": "replace",
-            "source_labels": ["__meta_kubernetes_pod_ip", f"{annotation}_port"],
-            "regex": "(.+);([0-9]+)",
-            "replacement": "$1:$2",
-            "target_label": "__address__",
-        },
-        *(
-            {"action": "replace", "source_labels": [source], "target_label": target}
-            for source, target in (
-                ("__meta_kubernetes_namespace", "namespace"),
-                ("__meta_kubernetes_pod_name", "pod"),
-                ("__meta_kubernetes_pod_node_name", "node"),
-            )
-        ),
-        {
-            "action": "replace",
-            "source_labels": ["__meta_kubernetes_namespace", f"{label}_app_kubernetes_io_component"],
-            "separator": "/",
-            "regex": "(.+/.+)",
-            "target_label": "job",
-        },
-    ]
-    scrape = {
-        "job_name": "pods",
-        "kubernetes_sd_configs": [{"role": "pod", "kubeconfig_file": f"{state}/conf/discovery.kubeconfig"}],
-        "relabel_configs": relabel,
-    }
+    scrape = {"job_name": "pods", "file_sd_configs": [{"files": [f"{state}/targets.json"]}]}
     settings = {"scrape_interval": "5s", "scrape_timeout": "4s", "evaluation_interval": "5s"}
     return json.dumps({"global": settings, "rule_files": rules, "scrape_configs": [scrape]}, indent=1)
 
 
 def bootstrap(node_ip: str, registry_port: int) -> str:
-    """What a cluster has from its first second: the discovery role, and the registry under a name pods can resolve."""
+    """The first objects of a cluster: the discovery role, and the registry under a name that pods can resolve."""
     rbac = "rbac.authorization.k8s.io"
     labels = {"app.kubernetes.io/managed-by": "local-cluster"}
     resources = ["pods", "services", "endpoints", "namespaces", "nodes"]

@@ -1,7 +1,7 @@
-"""The line between the command line and a running supervisor: a Unix socket, one JSON object each way.
+"""The protocol between the command line and a running supervisor: a Unix socket, one JSON object in each direction.
 
-A listening TCP socket may travel with the request: that is how the host's port 127.0.0.1:N comes to be served from
-inside the cluster's network namespace.
+A listening TCP socket may be sent with the request: this is how a port of the host's 127.0.0.1 is served from inside
+the cluster's network namespace.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Handler = Callable[[dict[str, Any], list[int]], dict[str, Any]]
 
 
 def serve(state: Path, handle: Handler) -> None:
-    """Answers requests from a daemon thread for as long as the process lives."""
+    """Answers requests in a daemon thread until the process ends."""
     os.chdir(state)  # bound by a relative name: a state folder's path may be longer than a socket's name may be
     with contextlib.suppress(FileNotFoundError):
         os.unlink(SOCKET)
@@ -49,7 +49,7 @@ def _accept(listener: socket.socket, handle: Handler) -> None:
 
 
 def ask(state: Path, request: dict[str, Any], listener: socket.socket | None = None) -> dict[str, Any]:
-    """Sends one request to the cluster of this state folder."""
+    """Sends one request to the cluster of this state folder. Raises NotRunning."""
     try:
         folder = os.open(state, os.O_PATH | os.O_DIRECTORY)
     except FileNotFoundError:

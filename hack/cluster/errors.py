@@ -1,4 +1,4 @@
-"""What can go wrong, for a person to read: which part, why, and what to do. `cli` prints it; nothing else catches it.
+"""Errors for people to read: which part failed, why, and what to do. `cli` prints them.
 
 ClusterError
 ├── MissingTool      a program that the machine must have is not there

@@ -1,8 +1,7 @@
 """Carries TCP connections from a listening socket to an address, byte for byte.
 
-Used by `supervisor`. The trick that makes a cluster reachable without touching the host's network: the listening
-socket was made in the host's network namespace, the connection is made in the cluster's. No address, route or
-iptables rule of the host is involved.
+This makes a cluster reachable without a change of the host's network: the listening socket was made in the host's
+network namespace, the connection is made in the cluster's. No address, route or iptables rule of the host is involved.
 """
 
 import asyncio
@@ -14,7 +13,7 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 class Forward:
-    """One listening socket and where it leads (`host:port`; the host may be a Service's name in the cluster)."""
+    """One listening socket and its target (`host:port`; the host may be the name of a Service in the cluster)."""
 
     def __init__(self, listener: socket.socket, target: str) -> None:
         self.port = listener.getsockname()[1]
@@ -45,7 +44,7 @@ class Forward:
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    """One direction; passes a half-close on, and a broken side as a reset of the other."""
+    """Copies one direction; passes on a half-close, and resets one side when the other breaks."""
     try:
         while data := await source.read(_CHUNK_BYTES):
             sink.write(data)

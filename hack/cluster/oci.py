@@ -1,6 +1,6 @@
 """Packs one static program as an OCI image archive, without an image builder.
 
-Used by `lifecycle` for the sandbox image, so that a cluster starts on a machine that never built an image.
+The sandbox image is made this way, so that a cluster starts on a machine that never built an image.
 """
 
 import gzip
@@ -16,7 +16,7 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def write_archive(program: Path, image: str, archive: Path) -> None:
-    """`image` whose only file is `/<program's name>`, which it runs."""
+    """Writes the image named `image`, whose only file is the program in `/`, which is its entrypoint."""
     blobs: dict[str, bytes] = {}
 
     def add(data: bytes, media_type: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The cluster's own certificate authority and what it signs; made once per state folder by openssl.
+"""The cluster's own certificate authority and the certificates it signs; made once per state folder by openssl.
 
-Used by `lifecycle`. One authority signs the API server's certificate (for every address it is reached by) and one
-client certificate per component, so that each component has just its built-in RBAC role.
+The authority signs the API server's certificate (for all its addresses) and one client certificate per component, so
+that each component has only its built-in RBAC role.
 """
 
 import os
@@ -26,7 +26,7 @@ CLIENTS = {
 
 
 def ensure(folder: Path, addresses: Sequence[str]) -> None:
-    """Makes what is not there. A folder with its `complete` mark is left as it is."""
+    """Makes keys and certificates unless the folder has its `complete` mark. Raises StartFailed."""
     if (folder / "complete").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,4 @@
-"""Where things lie: the cache that all clusters share, and the state folder of one cluster.
-
-Used by every other module. Reads the environment once per call and creates nothing by itself.
-"""
+"""Paths: the cache that all clusters share, and the state folder of one cluster. Creates nothing."""
 
 import os
 import re
@@ -22,7 +19,7 @@ def cache_dir() -> Path:
 
 
 def state_dir(name: str, override: str | None = None) -> Path:
-    """The folder that holds all of one cluster; `down --purge` removes it."""
+    """The folder of one cluster; `down --purge` removes it."""
     if override:
         return Path(override).resolve()
     root = os.environ.get("LORAPOOL_CLUSTERS")
@@ -30,7 +27,7 @@ def state_dir(name: str, override: str | None = None) -> Path:
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log, or nothing."""
+    """The last lines of a log; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)

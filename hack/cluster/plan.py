@@ -1,7 +1,7 @@
 """Decides what runs: every component's command line, order, readiness probe and configuration files. Pure.
 
-`lifecycle` writes the files of a Plan and hands it to `supervisor`, which spends it. Inside its own network namespace
-every whole cluster has the same addresses and ports; only what the host reaches differs from cluster to cluster.
+Inside its own network namespace every whole cluster has the same addresses and ports; only the ports on the host differ
+from cluster to cluster.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import configs
+from cluster.places import HACK
 
 NODE_IP = "10.245.0.1"
 POD_CIDR = "10.244.0.0/24"
@@ -22,7 +23,7 @@ REGISTRY_IN_CLUSTER = "registry.kube-system.svc.cluster.local:5000"
 
 @dataclass(frozen=True)
 class Ports:
-    """What this cluster has on the host's 127.0.0.1. etcd's two are only used without a namespace of its own."""
+    """The cluster's ports on the host's 127.0.0.1. etcd's two are used only without a network namespace."""
 
     api: int
     registry: int = 0
@@ -34,7 +35,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Spec:
-    """All that decides a Plan."""
+    """Everything that a Plan depends on."""
 
     name: str
     whole: bool  # False: only etcd and the API server, as an ordinary user, in the host's namespaces
@@ -44,7 +45,7 @@ class Spec:
     token: str
     controllers: bool = True  # the controller manager, in the API-server mode
     registry_storage: Path = Path("/nonexistent")
-    tools: dict[str, str] = field(default_factory=dict)  # containerd, ctr, docker-registry: full paths
+    tools: dict[str, str] = field(default_factory=dict)  # containerd, ctr, docker-registry, python3: full paths
     cni_folder: str = ""
     cgroup_root: str = ""
     rule_files: tuple[str, ...] = ()
@@ -218,6 +219,12 @@ def _node(spec: Spec) -> Iterator[Component]:
         "coredns", (f"{programs}/coredns", "-conf", f"{conf}/Corefile"), ("bootstrap",), f"http://{NODE_IP}:8181/ready"
     )
     yield Component(
+        "scrape-targets",
+        (spec.tools["python3"], "-I", str(HACK / "cluster" / "targets.py"), f"{conf}/discovery.kubeconfig",
+         f"{state}/targets.json"),
+        ("bootstrap",),
+    )  # fmt: skip
+    yield Component(
         "prometheus",
         (
             f"{programs}/prometheus",
@@ -237,7 +244,7 @@ def _node(spec: Spec) -> Iterator[Component]:
         remedy="read log/kubelet.log and log/containerd.log in the state folder",
     )
     yield Component(
-        "accounts-ready",  # a bare Pod is refused until its namespace's account has been made
+        "accounts-ready",  # a Pod is refused until its namespace has its service account
         (*kubectl, "get", "serviceaccount", "default", "--namespace=default"),
         ("kube-controller-manager",),
         task=True,

@@ -1,8 +1,8 @@
 """Runs one cluster: process 1 of its own process, network and mount namespaces, so that its end ends everything.
 
-Started by `lifecycle` only. Starts the components of `plan.json` in order, waits for each to be ready, buries the
-dead, restarts what fell, carries the forwarded ports and answers on `control.sock`. Touches nothing of the host: when
-this process is killed, the kernel removes every process, mount, link and iptables rule it made.
+Starts the components of `plan.json` in order, waits for each to be ready, reaps ended processes, restarts components
+that ended, serves the forwarded ports and answers on `control.sock`. Changes nothing of the host: when this process is
+killed, the kernel removes every process, mount, link and iptables rule that it made.
 In the API-server mode there are no namespaces; the components then die with this process (PR_SET_PDEATHSIG).
 """
 
@@ -39,7 +39,7 @@ SYSCTLS = {  # the kubelet insists on these values and would set them for the wh
 
 
 class ComponentFailed(Exception):
-    """A component that did not get ready; carries what `lifecycle` shows."""
+    """A component did not become ready."""
 
     def __init__(self, component: Component, why: str) -> None:
         super().__init__(why)
@@ -48,7 +48,7 @@ class ComponentFailed(Exception):
 
 @dataclass
 class Running:
-    """What is known of one component; the supervisor alone changes it."""
+    """The state of one component; only the supervisor changes it."""
 
     component: Component
     pid: int = 0
@@ -70,14 +70,14 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def report(self, **message: Any) -> None:
-        """One line to whoever started us; nobody may be listening any more."""
+        """Writes one line to the process that started this one, if it still reads."""
         with contextlib.suppress(OSError):
             os.write(self._report_fd, json.dumps(message).encode() + b"\n")
 
     async def run(self, listeners: list[tuple[socket.socket, str]], while_pidfd: int | None) -> int:
         loop = self._loop = asyncio.get_running_loop()
         stop = asyncio.Event()
-        loop.add_signal_handler(signal.SIGCHLD, self._bury)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         if while_pidfd is not None:  # readable once that process has ended
@@ -153,7 +153,7 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=None if os.getpid() == 1 else kernel.die_with_parent,
             )  # fmt: skip
-        process.returncode = 0  # `_bury` reaps it; this object must neither wait nor warn
+        process.returncode = 0  # `_reap` waits for it; this object must neither wait nor warn
         self._exits[process.pid] = asyncio.get_running_loop().create_future()
         return process.pid
 
@@ -167,7 +167,7 @@ class Supervisor:
         item.pid = self._execute(item.component)
         self._by_pid[item.pid] = item
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Reaps every dead child; as process 1 also the orphans of others (containerd's shims)."""
         while True:
             try:
@@ -199,7 +199,7 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
     async def _end_all(self) -> None:
-        """At once, as a crash would: what is written is in the kernel's hands, so etcd and the rest lose nothing."""
+        """Kills all components at once. What they have written is in the page cache, so nothing is lost."""
         for item in self._running.values():
             item.wanted = False
         for item in self._running.values():
@@ -211,7 +211,7 @@ class Supervisor:
                 os.kill(item.pid, signal.SIGKILL)
             await asyncio.sleep(POLL_S)
 
-    # --- control (called in the control thread, carried out on the loop) ---
+    # --- control (requests arrive in the control thread and run on the event loop) ---
 
     def _control(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         sockets = [socket.socket(fileno=fd) for fd in descriptors]
@@ -262,7 +262,7 @@ class Supervisor:
 
 
 def _answers(url: str) -> bool:
-    """Whether a health endpoint says yes; certificates are our own, fresh ones."""
+    """Whether a health endpoint answers 200; certificates are not verified, they are the cluster's own."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -278,7 +278,7 @@ def _answers(url: str) -> bool:
 
 
 def enter_namespaces(state: Path) -> None:
-    """From here on nothing this process mounts, links or routes is seen outside."""
+    """Moves this process into new namespaces: mounts, links and routes made from now on are invisible outside."""
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SHARED)  # pods' mounts propagate among themselves
@@ -306,14 +306,14 @@ def _shadow_file(source: Path, text: str, target: Path) -> None:
 
 
 def _show(source: Path, target: Path) -> None:
-    """Shows a folder of the state at the place where a program insists on it."""
+    """Mounts a folder of the state where a program has its path compiled in."""
     source.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     kernel.mount(str(source), str(target), None, kernel.MS_BIND | kernel.MS_REC)
 
 
 def _network() -> None:
-    """The node's own address on a bridge without ports, and a route for Services, which kube-proxy rewrites."""
+    """Gives the node's address to a bridge without ports, and adds a route for Services, which kube-proxy rewrites."""
     for arguments in (
         "link set lo up",
         "link add node0 type bridge",
@@ -327,7 +327,7 @@ def _network() -> None:
 
 
 def _become_first_process(state: Path) -> None:
-    """Forks into a new process namespace; the parent writes down who the child is, then lets it go on."""
+    """Forks into a new process namespace; the parent records the child's identity before the child continues."""
     kernel.unshare(kernel.CLONE_NEWPID)
     go_read, go_write = os.pipe()
     child = os.fork()
@@ -337,13 +337,13 @@ def _become_first_process(state: Path) -> None:
         os.write(go_write, b"g")
         os._exit(0)
     os.close(go_write)
-    if os.read(go_read, 1) != b"g":  # the parent died before it had written us down
+    if os.read(go_read, 1) != b"g":  # the parent died before it had recorded this process
         os._exit(1)
     os.close(go_read)
 
 
 def record(state: Path, pid: int) -> None:
-    """Writes down the process that `down` may kill."""
+    """Records the identity of the process that `down` may kill."""
     identity = kernel.ProcessId.of(pid)
     temporary = state / ".process.json"
     temporary.write_text(json.dumps(identity.__dict__))

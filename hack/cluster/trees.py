@@ -1,7 +1,6 @@
 """Removes folders of tens of thousands of files, which is what containerd leaves of an image.
 
-Called by `lifecycle`. On a disk that frees blocks one file at a time each removal waits for the disk, on a busy machine
-also for its turn: many at once wait together. Follows no link, and refuses nothing: whoever wrote there has ended.
+Each removal waits for the disk, so many run concurrently. Links are removed and never followed.
 """
 
 import os
@@ -12,7 +11,7 @@ AT_ONCE = 16
 
 
 def remove(root: Path) -> None:
-    """The folder and everything below it."""
+    """Removes the folder and everything below it."""
     files: list[str] = []
     levels: dict[int, list[str]] = {}
     for folder, folders, names in os.walk(root):

@@ -1,6 +1,6 @@
-"""`make demo` and `make demo-down`: parses the command line, runs the steps, says what failed and what to do.
+"""`make demo` and `make demo-down`: parses the command line, runs the steps, reports what failed and what to do.
 
-Run with the project's virtual environment: `python hack/demo up|down`.
+Run as `python3 hack/demo up|down`; standard library only.
 """
 
 import argparse
@@ -11,7 +11,7 @@ if not __package__:  # run by path: make the folder importable as the package it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from demo.run import Options, down, up
-from demo.steps import StepError
+from demo.schedule import StepError
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         print(f"\n\033[31mThe step '{error.step}' failed.\033[0m\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. `make demo-down` ends what was started; `make demo` goes on where it stopped.")
+        print("\nInterrupted; nothing that this run started is left running. `make demo` goes on where it stopped.")
         return 130
     return 0
 

@@ -1,94 +1,33 @@
-"""One question for each fine-tune, to the base and to the fine-tune, with an unmodified OpenAI client.
+"""Asks base and fine-tunes the committed questions with an unmodified OpenAI client; prints the answers as JSON.
 
-Called by `run`. The first call to a parked fine-tune is its cold time (the load is in it), the second its warm time.
-Refuses to report an answer whose `x-lorapool-adapter` header is not the adapter that was asked.
+Run in the Python environment, with an object of `url`, `api_key`, `namespace` and `base` on standard input. The first
+call to an unloaded fine-tune is its cold time (which includes the load), the second its warm time. An answer whose
+`x-lorapool-adapter` header does not name the adapter that was asked is an error.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from openai import APIStatusError, OpenAI
 
-from demo.steps import StepError
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run by path: hack/ holds the package
 
-QUESTIONS = Path(__file__).resolve().parents[2] / "examples" / "finetunes" / "demo.json"
+from demo.questions import Answer, Question, questions  # noqa: E402  (needs the path above)
+
+TIMEOUT_S = 400
 
 
-@dataclass(frozen=True)
-class Question:
-    task: str
-    adapter: str
-    messages: list[dict[str, str]]
-    max_tokens: int
-
-    @property
-    def text(self) -> str:
-        return self.messages[-1]["content"]
+class AskError(Exception):
+    """A wrong or failed answer; the text says why."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One line of the table and of summary.json."""
-
-    task: str
-    adapter: str
-    header: str
-    question: str
-    base_answer: str
-    answer: str
-    prompt_tokens: int
-    completion_tokens: int
-    cold_s: float
-    warm_s: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def questions(namespace: str) -> list[Question]:
-    """The committed questions; adapters are named after their task."""
-    return [
-        Question(item["task"], f"{namespace}/{item['task']}", item["messages"], int(item.get("max_tokens", 64)))
-        for item in json.loads(QUESTIONS.read_text())
-    ]
-
-
-def ask_all(client: OpenAI, base: str, asked: list[Question]) -> list[Answer]:
-    """Base first (it may have to start), then each fine-tune twice. Raises StepError for a wrong or failed answer."""
-    plain = {question.task: _ask(client, base, question) for question in asked}
-    answers = []
-    for question in asked:
-        cold = _ask(client, question.adapter, question)
-        warm = _ask(client, question.adapter, question)
-        if not cold.header.startswith(f"{question.adapter}@sha256:") or warm.header != cold.header:
-            raise StepError(
-                f"{question.adapter} answered as '{cold.header}', then as '{warm.header}': please report it"
-            )
-        answers.append(
-            Answer(
-                task=question.task,
-                adapter=question.adapter,
-                header=cold.header,
-                question=question.text,
-                base_answer=plain[question.task].text,
-                answer=cold.text,
-                prompt_tokens=cold.prompt_tokens,
-                completion_tokens=cold.completion_tokens,
-                cold_s=round(cold.seconds, 3),
-                warm_s=round(warm.seconds, 3),
-            )
-        )
-        print(f"      {question.task}: cold {cold.seconds:.2f} s, warm {warm.seconds:.2f} s", flush=True)
-    return answers
-
-
-@dataclass(frozen=True)
-class _Reply:
+class Reply:
     text: str
     header: str
     prompt_tokens: int
@@ -96,7 +35,35 @@ class _Reply:
     seconds: float
 
 
-def _ask(client: OpenAI, model: str, question: Question) -> _Reply:
+def ask_all(client: OpenAI, base: str, asked: list[Question]) -> list[Answer]:
+    """Asks the base first (it may have to start), then each fine-tune twice. Raises AskError."""
+    of_base = {question.task: ask(client, base, question) for question in asked}
+    answers = []
+    for question in asked:
+        cold = ask(client, question.adapter, question)
+        warm = ask(client, question.adapter, question)
+        if not cold.header.startswith(f"{question.adapter}@sha256:") or warm.header != cold.header:
+            raise AskError(f"{question.adapter} answered as '{cold.header}', then as '{warm.header}': please report it")
+        answers.append(
+            Answer(
+                task=question.task,
+                adapter=question.adapter,
+                header=cold.header,
+                question=question.text,
+                base_answer=of_base[question.task].text,
+                answer=cold.text,
+                prompt_tokens=cold.prompt_tokens,
+                completion_tokens=cold.completion_tokens,
+                cold_s=round(cold.seconds, 3),
+                warm_s=round(warm.seconds, 3),
+            )
+        )
+        print(f"{question.task}: cold {cold.seconds:.2f} s, warm {warm.seconds:.2f} s", file=sys.stderr, flush=True)
+    return answers
+
+
+def ask(client: OpenAI, model: str, question: Question) -> Reply:
+    """One chat completion at temperature 0. Raises AskError."""
     started = time.monotonic()
     try:
         raw = client.chat.completions.with_raw_response.create(
@@ -106,17 +73,33 @@ def _ask(client: OpenAI, model: str, question: Question) -> _Reply:
             temperature=0,
         )
     except APIStatusError as error:
-        raise StepError(
+        raise AskError(
             f"{model} answered {error.status_code}: {error.message}\n"
             "`kubectl describe lora` and the logs of gateway and runtime say more."
         ) from error
     seconds = time.monotonic() - started
     reply = raw.parse()
     assert reply.usage is not None
-    return _Reply(
+    return Reply(
         text=(reply.choices[0].message.content or "").strip(),
         header=raw.headers.get("x-lorapool-adapter", ""),
         prompt_tokens=reply.usage.prompt_tokens,
         completion_tokens=reply.usage.completion_tokens,
         seconds=seconds,
     )
+
+
+def main() -> int:
+    given = json.load(sys.stdin)
+    client = OpenAI(base_url=given["url"], api_key=given["api_key"], timeout=TIMEOUT_S, max_retries=0)
+    try:
+        answers = ask_all(client, f"{given['namespace']}/{given['base']}", questions(given["namespace"]))
+    except AskError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps([asdict(answer) for answer in answers]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,4 @@
-"""The objects the demo applies: namespace, API key, base and fine-tunes. Pure: values in, manifests out.
-
-Called by `run` and by the cluster tests, which apply the same objects.
-"""
+"""The objects that the demo applies: namespace, API key, base and fine-tunes. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ Manifest = dict[str, Any]
 
 
 def namespace(name: str = NAMESPACE) -> Manifest:
-    """A namespace that only admits pods of the strictest standard."""
+    """A namespace that admits only pods of the restricted pod security standard."""
     labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
 def api_key(key: str, *, name: str = KEY_SECRET, keys_namespace: str = NAMESPACE, namespaces: str = "*") -> Manifest:
-    """The Secret of an API key: only its hash reaches the cluster."""
+    """The Secret of an API key: it holds only the key's hash."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -37,7 +34,7 @@ def api_key(key: str, *, name: str = KEY_SECRET, keys_namespace: str = NAMESPACE
 
 
 def base_model(uri: str, *, idle_after: str = "10m", namespace: str = NAMESPACE) -> Manifest:
-    """SmolLM2-135M, at zero pods until somebody asks."""
+    """SmolLM2-135M, at zero pods until the first request."""
     return {
         "apiVersion": "lorapool.dev/v1alpha1",
         "kind": "BaseModel",

@@ -1,17 +1,11 @@
-"""What a person sees at the end, and the same for programs in summary.json.
-
-Called by `run`. The summary holds the demo's API key, so it is written for its owner's eyes only (mode 0600).
-"""
+"""The tables that the demo prints at its end."""
 
 from __future__ import annotations
 
-import json
-import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from demo.ask import Answer
+from demo.questions import Answer
 
 
 def table(answers: list[Answer]) -> str:
@@ -36,16 +30,6 @@ def _row(label: str, text: str) -> str:
 
 def _clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Atomically, readable by its owner only."""
-    partial = path.with_suffix(".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(summary, file, indent=2)
-        file.write("\n")
-    partial.replace(path)
 
 
 def usage_table(adapters: list[dict[str, Any]]) -> str:

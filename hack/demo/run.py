@@ -1,6 +1,7 @@
-"""`up` and `down`: the steps of the demo in order; read it top to bottom to see what the demo does.
+"""The demo: its steps, what each depends on, and what they do; read `_plan` to see all of it.
 
-Every step can be repeated: a second `up` finds everything in place and is quick.
+Every step can be repeated: a second `up` finds everything in place and is quick. Standard library only, because it also
+makes the Python environment; what needs that environment runs as a command of its own.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
-
-from demo import objects
-from demo.ask import Answer, ask_all, questions
-from demo.ground import REPOSITORY, Ground, check_machine, existing, local
-from demo.report import table, usage_table, write_summary
-from demo.steps import StepError, Steps, until
+from cluster.places import cache_dir
+from demo import objects, preflight
+from demo.ground import REPOSITORY, Ground, existing, of_local
+from demo.questions import Answer, questions
+from demo.report import table, usage_table
+from demo.schedule import Step, StepError, run_all
+from demo.steps import Commands, Console, write_json
 from images.build import TARGETS, Image
 
 VALUES = Path(__file__).resolve().parent / "values.yaml"
 FINETUNES = REPOSITORY / "examples" / "finetunes"
+PYTHON = REPOSITORY / ".venv" / "bin" / "python"
+HACK = REPOSITORY / "hack"
+AT_MOST = 2
+"""Steps at a time: the Go compiler has the cores, and one other step waits for network and disk."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,47 @@ class Options:
         return self.out or REPOSITORY / (".demo" if self.name == "demo" else f".demo/{self.name}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Demo:
-    """What every step after the ground needs."""
+    """One run. The fields without a value are set by the step that the comment names, for the steps after it."""
 
-    steps: Steps
-    ground: Ground
-    folder: Path
+    options: Options
+    commands: Commands
+    show: Callable[[str, str], None]
+    ground: Ground = field(init=False)  # cluster
+    base_folder: Path = field(init=False)  # base
+    base_uri: str = field(init=False)  # push
+    adapter_uris: dict[str, str] = field(init=False)  # push
+    tag: str = field(init=False)  # push
+    url: str = field(init=False)  # gateway
+    key: str = field(init=False)  # objects
+    answers: list[Answer] = field(init=False)  # ask
+    had_cluster: bool = True
+
+    @property
+    def folder(self) -> Path:
+        return self.options.folder
+
+    def run(self, step: str, *argv: str | Path, remedy: str, timeout_s: float, stdin: str | None = None) -> str:
+        """Runs a command of a step and shows its progress; its standard output."""
+        return self.commands.run(
+            argv, remedy=remedy, timeout_s=timeout_s, stdin=stdin, show=lambda line: self.show(step, line)
+        )
+
+    def tool(self, step: str, script: str, *argv: str, timeout_s: float, stdin: str | None = None) -> str:
+        """Runs a script of hack/ in the Python environment."""
+        remedy = f"Run `{PYTHON} hack/{script}` alone to see more."
+        return self.run(step, PYTHON, HACK / script, *argv, remedy=remedy, timeout_s=timeout_s, stdin=stdin)
+
+    def cluster(self, step: str, *argv: str, remedy: str, timeout_s: float) -> str:
+        return self.run(step, sys.executable, HACK / "cluster", *argv, remedy=remedy, timeout_s=timeout_s)
 
     def kubectl(self, *argv: str, stdin: str | None = None, timeout_s: float = 120) -> str:
-        return self.steps.command(
+        return self.commands.run(
             [*self.ground.kubectl_argv(), *argv],
-            remedy="The cluster may be unwell: `make demo-down`, then `make demo`.",
+            remedy="The cluster may be unhealthy: `make demo-down`, then `make demo`.",
             timeout_s=timeout_s,
             stdin=stdin,
-            show=False,
         )
 
     def apply(self, *manifests: dict[str, Any]) -> None:
@@ -69,74 +103,199 @@ class Demo:
     def get(self, *argv: str) -> Any:
         return json.loads(self.kubectl("get", *argv, "-o", "json"))
 
+    def until(self, step: str, check: Callable[[], str | None], *, timeout_s: float, remedy: str) -> None:
+        self.commands.until(check, show=lambda text: self.show(step, text), timeout_s=timeout_s, remedy=remedy)
+
 
 def up(options: Options) -> None:
-    """From whatever is there to a table of answers. Raises StepError."""
+    """From whatever is there to a table of answers. Raises StepError; ends what it started when interrupted."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    steps = Steps(total=12 if options.context is None else 9, log=options.folder / "demo.log")
-    started = time.monotonic()
+    console = Console()
+    demo = Demo(options, Commands(options.folder / "demo.log"), console.line)
     if options.context is None:
-        check_machine()
-        ground = local(steps, options.name)
+        _preflight()
+        demo.had_cluster = _cluster_is_up(demo)
     else:
-        ground = existing(options.context, options.registry)
-    demo = Demo(steps, ground, options.folder)
+        demo.ground = existing(options.context, options.registry)
+    steps = plan(demo)
+    console.total = len(steps)
+    console.last = preflight.last_times()
+    started = time.monotonic()
+    try:
+        run_all(steps, at_most=AT_MOST, reporter=console, stop=demo.commands.stop)
+    except KeyboardInterrupt:
+        _clear(demo)
+        raise
+    seconds = {**console.seconds, "total": round(time.monotonic() - started, 1)}
+    if options.context is None:
+        write_json(cache_dir() / preflight.TIMES, seconds)
+    _report(demo, seconds)
 
-    with steps.step("Make the base model, SmolLM2-135M-Instruct"):
-        base_folder = _last_line(_tool(steps, "models/base.py", timeout_s=900))
-    with steps.step("Build the two images (first time: a few minutes, torch is 6 GB)"):
-        tag = _build_images(demo)
-    with steps.step("Push base and fine-tunes to the registry as OCI artifacts"):
-        base_uri, adapter_uris = _push_artifacts(demo, base_folder)
-    with steps.step("helm install"):
-        _helm(demo, tag)
-    with steps.step("kubectl apply: an API key, the base, five fine-tunes"):
-        key = _api_key(demo.folder)
-        demo.apply(objects.api_key(key), objects.base_model(base_uri))
-        demo.apply(*(objects.adapter(task, uri) for task, uri in adapter_uris.items()))
-    with steps.step("Wait until every fine-tune is judged Ready"):
-        _wait_ready(demo, list(adapter_uris))
-    with steps.step("Find the way to the gateway"):
-        url = _gateway_url(demo)
-    with steps.step("Ask base and fine-tunes (the first question also starts the base)"):
-        _park(demo)
-        client = OpenAI(base_url=f"{url}/v1", api_key=key, timeout=400, max_retries=0)
-        answers = ask_all(client, f"{objects.NAMESPACE}/{objects.BASE}", questions(objects.NAMESPACE))
-    with steps.step("Wait for the usage in the objects' status"):
-        _wait_usage(demo)
-    _report(demo, answers, url, key, started)
+
+def plan(demo: Demo) -> list[Step]:
+    """The steps in order of preference; each starts as soon as those that it needs have ended."""
+    environment = Step("environment", "make the Python environment, .venv", lambda: _environment(demo))
+    base = Step("base", "make the base model, SmolLM2-135M", lambda: _base(demo), ("environment",))
+    if demo.options.context is None:
+        before = [
+            Step("tools", "install what a node needs (containerd, runc, buildah, …)", lambda: _tools(demo)),
+            environment,
+            Step("programs", "compile Kubernetes, etcd, CoreDNS, Helm", lambda: _programs(demo), ("tools",)),
+            Step("images", "build the two images", lambda: _images(demo), ("tools", "environment")),
+            base,
+            Step("cluster", "start the one-node cluster", lambda: _cluster(demo), ("programs",)),
+        ]
+    else:
+        before = [
+            environment,
+            base,
+            Step("images", "build the two images with docker or podman", lambda: _docker_build(demo)),
+        ]
+    pushed = tuple(step.name for step in before)
+    return [
+        *before,
+        Step("push", "push images, base and fine-tunes to the registry", lambda: _push(demo), pushed),
+        Step("install", "helm install", lambda: _helm(demo), ("push",)),
+        Step("objects", "kubectl apply: an API key, the base, five fine-tunes", lambda: _objects(demo), ("install",)),
+        Step("ready", "wait until every fine-tune is Ready", lambda: _wait_ready(demo), ("objects",)),
+        Step("gateway", "find the gateway's address", lambda: _gateway(demo), ("ready",)),
+        Step("ask", "ask base and fine-tunes; the first question starts the base", lambda: _ask(demo), ("gateway",)),
+        Step("usage", "wait for the usage in the objects' status", lambda: _wait_usage(demo), ("ask",)),
+    ]
+
+
+def _preflight() -> None:
+    machine = preflight.observe()
+    print(preflight.summary(machine, preflight.last_times().get("total")), flush=True)
+    if found := preflight.problems(machine):
+        raise StepError("\n".join(found), step="preflight")
+
+
+def _cluster_is_up(demo: Demo) -> bool:
+    argv = [sys.executable, str(HACK / "cluster"), "status", "--name", demo.options.name, "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    return done.returncode == 0
+
+
+def _clear(demo: Demo) -> None:
+    """Ends the cluster that an interrupted run started; one that was up before stays."""
+    if demo.options.context is None and not demo.had_cluster:
+        print("ending the cluster …", flush=True)
+        argv = [sys.executable, str(HACK / "cluster"), "down", "--name", demo.options.name]
+        subprocess.run(argv, stdin=subprocess.DEVNULL, start_new_session=True, check=False)
 
 
 def down(options: Options) -> None:
-    """Ends the port-forward and the cluster, or takes the demo's objects out of the user's cluster."""
+    """Ends the port-forward and the cluster, or removes the demo's objects from the user's cluster."""
     options.folder.mkdir(parents=True, exist_ok=True)
-    steps = Steps(total=1, log=options.folder / "demo.log")
+    console = Console()
+    demo = Demo(options, Commands(options.folder / "demo.log"), console.line)
     _end_port_forward(options.folder)
-    if options.context is not None:
-        demo = Demo(steps, existing(options.context, options.registry or "unused"), options.folder)
-        with steps.step("helm uninstall, delete the namespace"):
-            steps.command(
-                [*demo.ground.helm_argv(), "uninstall", objects.RELEASE, "-n", objects.NAMESPACE, "--ignore-not-found"],
-                remedy="`helm list -A` shows what is left.",
-                timeout_s=180,
-            )
-            demo.kubectl("delete", "namespace", objects.NAMESPACE, "--ignore-not-found", timeout_s=300)
-        return
-    with steps.step("End the local cluster"):
-        argv = [sys.executable, str(REPOSITORY / "hack" / "cluster"), "down", "--name", options.name]
-        steps.command(
-            [*argv, *(["--purge"] if options.purge else [])],
-            remedy="Run it once more; what it names may be held by another program.",
-            timeout_s=180,
-        )
+    if options.context is None:
+        step = Step("down", "end the local cluster", lambda: _end_cluster(demo))
+    else:
+        demo.ground = existing(options.context, options.registry or "unused")
+        step = Step("down", "helm uninstall, delete the namespace", lambda: _uninstall(demo))
+    run_all([step], at_most=1, reporter=console, stop=demo.commands.stop)
 
 
-def _tool(steps: Steps, script: str, *argv: str, timeout_s: float) -> str:
-    return steps.command(
-        [sys.executable, str(REPOSITORY / "hack" / script), *argv],
-        remedy=f"Run `{sys.executable} hack/{script}` alone to see more.",
-        timeout_s=timeout_s,
-    )
+def _end_cluster(demo: Demo) -> None:
+    purge = ["--purge"] if demo.options.purge else []
+    remedy = "Run it once more; what it names may be in use by another program."
+    demo.cluster("down", "down", "--name", demo.options.name, *purge, remedy=remedy, timeout_s=180)
+
+
+def _uninstall(demo: Demo) -> None:
+    argv = [*demo.ground.helm_argv(), "uninstall", objects.RELEASE, "-n", objects.NAMESPACE, "--ignore-not-found"]
+    demo.run("down", *argv, remedy="`helm list -A` shows what is left.", timeout_s=180)
+    demo.kubectl("delete", "namespace", objects.NAMESPACE, "--ignore-not-found", timeout_s=300)
+
+
+def _tools(demo: Demo) -> None:
+    demo.cluster("tools", "install", remedy="The line above names the package.", timeout_s=900)
+
+
+def _environment(demo: Demo) -> None:
+    argv = ("make", "--no-print-directory", "-C", REPOSITORY, "install", f"PYTHON={sys.executable}")
+    demo.run("environment", *argv, remedy="Run `make install` to see it alone.", timeout_s=1800)
+
+
+def _programs(demo: Demo) -> None:
+    demo.cluster("programs", "build", remedy="Run `make binaries` to see it alone.", timeout_s=3000)
+
+
+def _cluster(demo: Demo) -> None:
+    remedy = "`make demo-down` clears what was started; then try again."
+    out = demo.cluster("cluster", "up", "--name", demo.options.name, "--json", remedy=remedy, timeout_s=300)
+    demo.ground = of_local(json.loads(out))
+
+
+def _base(demo: Demo) -> None:
+    demo.base_folder = Path(_last_line(demo.tool("base", "models/base.py", timeout_s=900)))
+
+
+def _images(demo: Demo) -> None:
+    """Builds what changed into the local store; no registry runs yet."""
+    remedy = "Run `python3 hack/images build` to see it alone."
+    demo.run("images", sys.executable, HACK / "images", "build", remedy=remedy, timeout_s=2400)
+
+
+def _tag() -> str:
+    """Names the content, so that a changed image is a changed pod."""
+    content = "".join(Image(target, cpu_only=True).key() for target in TARGETS)
+    return f"demo-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _docker() -> str:
+    docker = shutil.which("docker") or shutil.which("podman")
+    if docker is None:
+        raise StepError("With CONTEXT= the images are built and pushed by docker or podman: put one on the PATH.")
+    return docker
+
+
+def _docker_names(demo: Demo) -> dict[str, str]:
+    return {target: f"{demo.ground.push_registry}/lorapool-{target}:{_tag()}" for target in TARGETS}
+
+
+def _docker_build(demo: Demo) -> None:
+    for target, name in _docker_names(demo).items():
+        argv = (_docker(), "build", "--target", target, "-t", name, REPOSITORY)
+        demo.run("images", *argv, remedy="Its last lines name the step of the Dockerfile.", timeout_s=3600)
+
+
+def _push(demo: Demo) -> None:
+    demo.tag = _tag()
+    where = demo.ground.push_registry
+    if demo.ground.cluster:
+        argv = (sys.executable, HACK / "images", "build", "--registry", where, "--tag", demo.tag)
+        demo.run("push", *argv, remedy="Run `make image` to see it alone.", timeout_s=2400)
+    else:
+        for name in _docker_names(demo).values():
+            demo.run("push", _docker(), "push", name, remedy=f"Try `docker login` for {where}.", timeout_s=3600)
+    demo.base_uri = _push_artifact(demo, demo.base_folder, "models/smollm2-135m-instruct")
+    tasks = [question.task for question in questions(objects.NAMESPACE)]
+    demo.adapter_uris = {task: _push_artifact(demo, FINETUNES / task, f"adapters/{task}") for task in tasks}
+
+
+def _push_artifact(demo: Demo, folder: Path, repository: str) -> str:
+    """Pushes a folder as an OCI artifact; its address with digest, as pods reach it."""
+    insecure = ["--insecure"] if demo.ground.insecure else []
+    target = f"{demo.ground.push_registry}/{repository}:1"
+    digest = _last_line(demo.tool("push", "models/push.py", *insecure, str(folder), target, timeout_s=600))
+    return f"oci://{demo.ground.artifact_registry}/{repository}@{digest}"
+
+
+def _objects(demo: Demo) -> None:
+    demo.key = _api_key(demo.folder)
+    demo.apply(objects.api_key(demo.key), objects.base_model(demo.base_uri))
+    demo.apply(*(objects.adapter(task, uri) for task, uri in demo.adapter_uris.items()))
+
+
+def _ask(demo: Demo) -> None:
+    _unload(demo)
+    asked = {"url": f"{demo.url}/v1", "api_key": demo.key, "namespace": objects.NAMESPACE, "base": objects.BASE}
+    out = demo.tool("ask", "demo/ask.py", timeout_s=900, stdin=json.dumps(asked))
+    demo.answers = [Answer(**item) for item in json.loads(_last_line(out))]
 
 
 def _last_line(out: str) -> str:
@@ -146,48 +305,16 @@ def _last_line(out: str) -> str:
     return lines[-1].strip()
 
 
-def _build_images(demo: Demo) -> str:
-    """Builds what changed and pushes it; the tag names the content, so that a changed image is a changed pod."""
-    content = "".join(Image(target, cpu_only=True).key() for target in TARGETS)
-    tag = f"demo-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    where = demo.ground.push_registry
-    if demo.ground.cluster:
-        _tool(demo.steps, "images", "build", "--registry", where, "--tag", tag, timeout_s=2400)
-        return tag
-    docker = shutil.which("docker") or shutil.which("podman")
-    if docker is None:
-        raise StepError("With CONTEXT= the images are built and pushed by docker or podman: put one on the PATH.")
-    for target in TARGETS:
-        name = f"{where}/lorapool-{target}:{tag}"
-        for argv in ([docker, "build", "--target", target, "-t", name, str(REPOSITORY)], [docker, "push", name]):
-            demo.steps.command(argv, remedy=f"Try `{docker} login` for {where}.", timeout_s=3600)
-    return tag
-
-
-def _push_artifacts(demo: Demo, base_folder: str) -> tuple[str, dict[str, str]]:
-    insecure = ["--insecure"] if demo.ground.insecure else []
-
-    def push(folder: Path, repository: str) -> str:
-        target = f"{demo.ground.push_registry}/{repository}:1"
-        out = _tool(demo.steps, "models/push.py", *insecure, str(folder), target, timeout_s=600)
-        digest = _last_line(out)
-        return f"oci://{demo.ground.artifact_registry}/{repository}@{digest}"
-
-    base = push(Path(base_folder), "models/smollm2-135m-instruct")
-    tasks = [question.task for question in questions(objects.NAMESPACE)]
-    return base, {task: push(FINETUNES / task, f"adapters/{task}") for task in tasks}
-
-
-def _helm(demo: Demo, tag: str) -> None:
+def _helm(demo: Demo) -> None:
     demo.apply(objects.namespace())
     argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, str(REPOSITORY / "charts" / "lorapool")]
     argv += ["-n", objects.NAMESPACE, "-f", str(VALUES), "--wait", "--timeout", "5m"]
-    argv += ["--set-string", f"image.tag={tag}"]
+    argv += ["--set-string", f"image.tag={demo.tag}"]
     argv += ["--set", f"image.registry={demo.ground.pull_registry}"]
     if demo.ground.insecure:
         argv += ["--set", f"artifacts.insecureRegistries={{{demo.ground.artifact_registry}}}"]
     remedy = f"`kubectl -n {objects.NAMESPACE} get pods,events` shows what a pod waits for."
-    demo.steps.command(argv, remedy=remedy, timeout_s=400)
+    demo.run("install", *argv, remedy=remedy, timeout_s=400)
 
 
 def _api_key(folder: Path) -> str:
@@ -203,26 +330,28 @@ def _api_key(folder: Path) -> str:
 
 def _condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
     found = [c for c in item.get("status", {}).get("conditions", []) if c["type"] == kind]
-    return found[0] if found else {"status": "Unknown", "reason": "NotJudgedYet", "message": ""}
+    return found[0] if found else {"status": "Unknown", "reason": "NotCheckedYet", "message": ""}
 
 
-def _wait_ready(demo: Demo, tasks: list[str]) -> None:
+def _wait_ready(demo: Demo) -> None:
+    tasks = list(demo.adapter_uris)
+
     def missing() -> str | None:
         items = {item["metadata"]["name"]: item for item in demo.get("lora", "-n", objects.NAMESPACE)["items"]}
         late = []
         for task in tasks:
-            ready = _condition(items[task], "Ready") if task in items else {"status": "Unknown", "reason": "NotThere"}
+            ready = _condition(items[task], "Ready") if task in items else {"status": "Unknown", "reason": "NotFound"}
             if ready["status"] == "False":
                 raise StepError(f"{task} is not Ready: {ready['reason']}: {ready.get('message', '')}")
             if ready["status"] != "True":
                 late.append(f"{task} ({ready['reason']})")
         return f"waiting for {', '.join(late)}" if late else None
 
-    until("fine-tunes", missing, timeout_s=240, remedy="The operator's log says what it waits for.")
+    demo.until("ready", missing, timeout_s=240, remedy="The operator's log says what it waits for.")
 
 
-def _park(demo: Demo) -> None:
-    """Takes loaded fine-tunes off the device, so that the first call of a second demo is a cold one as well."""
+def _unload(demo: Demo) -> None:
+    """Unloads loaded fine-tunes, so that the first call of a second demo is a cold one as well."""
     items = demo.get("lora", "-n", objects.NAMESPACE)["items"]
     loaded = [i["metadata"]["name"] for i in items if _condition(i, "Loaded")["status"] == "True"]
     for suspend in ("true", "false") if loaded else ():
@@ -238,9 +367,9 @@ def _park(demo: Demo) -> None:
                 if item["metadata"]["name"] in loaded
                 and (_condition(item, "Ready")["status"] != wanted or _condition(item, "Loaded")["status"] != "False")
             ]
-            return f"{', '.join(late)} not parked" if late else None
+            return f"{', '.join(late)} not unloaded" if late else None
 
-        until("parking", missing, timeout_s=90, remedy="The operator's log says what it waits for.", every_s=1)
+        demo.until("ask", missing, timeout_s=90, remedy="The operator's log says what it waits for.")
 
 
 def _wait_usage(demo: Demo) -> None:
@@ -251,34 +380,29 @@ def _wait_usage(demo: Demo) -> None:
         late = [i["metadata"]["name"] for i in items if not (i.get("status", {}).get("usage") or {}).get("requests")]
         return f"no usage yet of {', '.join(late)} (written at most once a minute)" if late else None
 
-    until("usage", missing, timeout_s=180, remedy="The operator's log says what it waits for.")
+    demo.until("usage", missing, timeout_s=180, remedy="The operator's log says what it waits for.")
 
 
-def _gateway_url(demo: Demo) -> str:
-    url = _forward(demo) if demo.ground.cluster else _port_forward(demo)
+def _gateway(demo: Demo) -> None:
+    demo.url = _forward(demo) if demo.ground.cluster else _port_forward(demo)
 
     def missing() -> str | None:
-        import urllib.error
-        import urllib.request
-
         try:
-            urllib.request.urlopen(f"{url}/v1/models", timeout=3)
+            urllib.request.urlopen(f"{demo.url}/v1/models", timeout=3)
         except urllib.error.HTTPError as error:
             return None if error.code == 401 else f"status {error.code}"
         except OSError as error:
             return f"{error}"
         return "an answer without a key"
 
-    until(f"gateway at {url}", missing, timeout_s=60, remedy="`kubectl -n lorapool logs deploy/lorapool-gateway`")
-    return url
+    demo.until("gateway", missing, timeout_s=60, remedy="`kubectl -n lorapool logs deploy/lorapool-gateway`")
 
 
 def _forward(demo: Demo) -> str:
-    """The local cluster keeps a way from 127.0.0.1 to the Service, whatever pod is behind it."""
-    assert demo.ground.cluster is not None
+    """The local cluster forwards a port of 127.0.0.1 to the Service, whatever pod is behind it."""
     target = f"{objects.RELEASE}-gateway.{objects.NAMESPACE}.svc.cluster.local:80"
-    out = _tool(demo.steps, "cluster", "forward", "--name", demo.ground.cluster, "--to", target, timeout_s=30)
-    return f"http://{_last_line(out)}"
+    argv = ("forward", "--name", demo.options.name, "--to", target)
+    return f"http://{_last_line(demo.cluster('gateway', *argv, remedy='`make demo-down`, then again.', timeout_s=30))}"
 
 
 def _port_forward(demo: Demo) -> str:
@@ -306,9 +430,9 @@ def _end_port_forward(folder: Path) -> None:
     path.unlink()
 
 
-def _report(demo: Demo, answers: list[Answer], url: str, key: str, started: float) -> None:
-    ground = demo.ground
-    print(table(answers))
+def _report(demo: Demo, seconds: dict[str, float]) -> None:
+    ground, url, key = demo.ground, demo.url, demo.key
+    print(table(demo.answers))
     print("\n" + demo.kubectl("get", "bm,lora", "-n", objects.NAMESPACE))
     print(usage_table(demo.get("lora", "-n", objects.NAMESPACE)["items"]))
     summary = {
@@ -323,10 +447,10 @@ def _report(demo: Demo, answers: list[Answer], url: str, key: str, started: floa
         "audit_log": str(ground.audit_log) if ground.audit_log else None,
         "registry": ground.push_registry,
         "artifact_registry": ground.artifact_registry,
-        "seconds": {**demo.steps.seconds, "total": round(time.monotonic() - started, 1)},
-        "answers": [answer.as_json() for answer in answers],
+        "seconds": seconds,
+        "answers": [asdict(answer) for answer in demo.answers],
     }
-    write_summary(demo.folder / "summary.json", summary)
+    write_json(demo.folder / "summary.json", summary, mode=0o600)  # it holds the key
     shown = demo.folder.relative_to(REPOSITORY) if demo.folder.is_relative_to(REPOSITORY) else demo.folder
     print(
         f"""
@@ -337,8 +461,8 @@ kubectl     export KUBECONFIG={ground.kubeconfig} PATH={ground.kubectl.parent}:$
 
 Try next
   curl {url}/v1/models -H "Authorization: Bearer {key}"
-  kubectl -n {objects.NAMESPACE} get lora -w          # an idle fine-tune parks after two minutes, the base later
+  kubectl -n {objects.NAMESPACE} get lora -w          # an idle fine-tune is unloaded after two minutes, the base later
   kubectl -n {objects.NAMESPACE} describe lora routing
   make demo-down                            # ends all of it
-Everything above is also in {shown}/summary.json. It took {time.monotonic() - started:.0f} s."""
+Everything above is also in {shown}/summary.json. It took {preflight.duration(seconds["total"])}."""
     )

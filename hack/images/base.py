@@ -1,6 +1,6 @@
 """The base image: the official one where an image registry is reachable, else Debian's own Python by debootstrap.
 
-Called by `build`. The mirror is the one that the machine's own apt sources name, so that no address is written here.
+The mirror is the one that the machine's own apt sources name, so that no address is written here.
 """
 
 import os
@@ -26,7 +26,7 @@ UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man"
 
 
 def ensure() -> str:
-    """The name of a base image that is in the store."""
+    """Makes sure that the store has a base image, and returns its name. Raises ClusterError."""
     for name in (OWN, OFFICIAL):
         if buildah.has_image(name):
             return name

@@ -1,7 +1,7 @@
-"""Builds the two images and pushes them, skipping whatever the registry already has.
+"""Builds the two images and pushes them, skipping what the registry already has.
 
-Called by `cli`. An image is known by a key over everything that goes into it; the registry keeps it under that key,
-so an unchanged image costs one request and needs no local store at all.
+An image is identified by a key: a digest of everything that goes into it. The registry stores it under that key, so an
+unchanged image costs one request and needs no local store.
 """
 
 import hashlib
@@ -17,8 +17,10 @@ from images import base, buildah, registry
 
 SOURCES = ("crds", "operator", "runtime")
 FILES = ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "requirements-build.lock")
+FILES_OF_HACK = ("hack/bootstrap.lock", "hack/images/trim_cpu.py", "hack/images/base.py")
 TARGETS = ("control", "runtime")
-_PIP_KEYS = ("index-url", "extra-index-url", "trusted-host")
+_PIP_KEYS = ("index-url", "extra-index-url")
+_UV_CACHE = "/uv-cache"
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Image:
         return f"lorapool-{self.target}"
 
     def key(self) -> str:
-        """Names the content: sources, locks and options."""
+        """A digest of sources, lock files and options."""
         digest = hashlib.sha256(repr((self.target, self.cpu_only and self.target == "runtime")).encode())
-        names = [*FILES, f"requirements-{self.target}.lock", "hack/images/trim_cpu.py", "hack/images/base.py"]
+        names = [*FILES, *FILES_OF_HACK, f"requirements-{self.target}.lock"]
         paths = [REPOSITORY / name for name in names]
         for folder in SOURCES:
             paths += (p for p in sorted((REPOSITORY / folder).rglob("*")) if _counts(p))
@@ -43,25 +45,39 @@ class Image:
             digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
         return f"k-{digest.hexdigest()[:16]}"
 
+    def local_name(self) -> str:
+        """Its name in buildah's store."""
+        return f"localhost/{self.repository}:{self.key()}"
+
 
 def _counts(path: Path) -> bool:
     return path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".so"}
 
 
+def prepare(targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> None:
+    """Builds, without any registry running, what the registry of the local clusters does not have yet."""
+    images = [Image(target, cpu_only) for target in targets]
+    missing = [image for image in images if not registry.is_stored(image.repository, image.key())]
+    if missing:
+        with buildah.exclusive():
+            for image in missing:
+                _build(image)
+
+
 def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> dict[str, str]:
-    """target -> image reference in that registry."""
+    """Pushes the images to the registry at `where` under `tag`, building what it lacks; target -> image reference."""
     registry.check(where)
     references = {}
     for target in targets:
         image = Image(target, cpu_only)
-        key = image.key()
-        content = registry.manifest(where, image.repository, key)
+        content = registry.manifest(where, image.repository, image.key())
         if content is None:
             with buildah.exclusive():
-                if registry.manifest(where, image.repository, key) is None:
-                    _build_and_push(image, where, key)
-            content = registry.manifest(where, image.repository, key)
-            assert content is not None, "buildah said it pushed the image"
+                if registry.manifest(where, image.repository, image.key()) is None:
+                    _build(image)
+                    _push(image, where)
+            content = registry.manifest(where, image.repository, image.key())
+            assert content is not None, "buildah reported success"
         else:
             say(f"{image.repository}: unchanged")
         registry.tag(where, image.repository, content, tag)
@@ -69,42 +85,81 @@ def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only:
     return references
 
 
-def _build_and_push(image: Image, where: str, key: str) -> None:
+def _build(image: Image) -> None:
+    """Builds the image into buildah's store if it is not there."""
+    if buildah.has_image(image.local_name()):
+        return
     began = time.monotonic()
-    name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
-    say(f"{image.repository}: building" + (" (torch is fetched once: minutes)" if image.target == "runtime" else ""))
-    # The stage of the wheel by a name of its own: no image stands on its layers, and without a name they would go with
-    # what is pruned below, compiler and all.
-    for target, tag in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)):
+    say(f"{image.repository}: building")
+    # The stage `wheel` gets a name of its own: no image is based on its layers, and layers without a name are removed
+    # by `rmi --prune`.
+    for target, name in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, image.local_name())):
         buildah.run(
-            "bud", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
+            "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
             *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
-            *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
+            *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"),
+            *("--target", target, "--tag", name, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
         )  # fmt: skip
-    say(f"{image.repository}: pushing")
+    say(f"{image.repository}: built in {time.monotonic() - began:.0f} s")
+
+
+def _push(image: Image, where: str) -> None:
+    began = time.monotonic()
     fast = ("--compression-format", "zstd", "--compression-level", "1")
-    buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, f"docker://{where}/{image.repository}:{key}")
-    buildah.run("rmi", "--prune", quiet=True)  # layers of earlier builds that nothing is on top of
-    buildah.drop_download_cache()  # kept only while a build may have to be repeated
-    say(f"{image.repository}: built and pushed in {time.monotonic() - began:.0f} s")
+    target = f"docker://{where}/{image.repository}:{image.key()}"
+    buildah.run("push", "--quiet", "--tls-verify=false", *fast, image.local_name(), target)
+    buildah.run("tag", image.local_name(), f"localhost/{image.repository}:latest")
+    buildah.run("untag", image.local_name(), image.local_name())
+    buildah.run("rmi", "--prune", quiet=True)  # earlier builds, which no image is based on
+    say(f"{image.repository}: pushed in {time.monotonic() - began:.0f} s")
 
 
 def _mounts() -> list[str]:
-    """What a build borrows from the machine: its certificate authorities, and where its pip looks for packages."""
-    mounts = ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]
+    """What a build borrows from the machine: certificate authorities, uv's cache, and the package index of its pip."""
+    pip, uv = cache_dir() / "pip.conf", cache_dir() / "uv.toml"
+    options = _pip_options()
+    _write_private(pip, "[global]\n" + "".join(f"{key} = {value}\n" for key, value in options.items()))
+    _write_private(uv, _uv_settings(options))
+    return [
+        *("--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"),
+        *("--volume", f"{pip}:/etc/pip.conf:ro", "--volume", f"{uv}:/etc/uv/uv.toml:ro"),
+        *("--volume", f"{_uv_cache()}:{_UV_CACHE}"),
+    ]
+
+
+def _uv_cache() -> Path:
+    """The cache in which `make install` left the unpacked wheels; made if it is absent."""
+    uv = REPOSITORY / ".venv" / "bin" / "uv"
+    if uv.exists():
+        found = Path(subprocess.run([uv, "cache", "dir"], capture_output=True, text=True, check=True).stdout.strip())
+    else:
+        found = cache_dir() / "uv"
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _pip_options() -> dict[str, str]:
+    """Where the machine's pip looks for packages, if it was configured."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
-    lines = []
-    for line in listed.splitlines():
-        name, _, value = line.partition("=")
-        option = name.rpartition(".")[2]
-        if option in _PIP_KEYS:
-            lines.append(f"{option} = {value.strip().strip(chr(39))}")
-    if lines:
-        file = cache_dir() / "pip.conf"
-        file.write_text("[global]\n" + "\n".join(lines) + "\n")
-        file.chmod(0o600)
-        mounts += ["--volume", f"{file}:/etc/pip.conf:ro"]
-    return mounts
+    pairs = (line.partition("=") for line in listed.splitlines())
+    options = {name.rpartition(".")[2]: value.strip().strip("'") for name, _, value in pairs}
+    return {key: options[key] for key in _PIP_KEYS if key in options}
+
+
+def _uv_settings(options: dict[str, str]) -> str:
+    """The same for uv, as TOML."""
+    lines = ["system-certs = true"]
+    if index := options.get("index-url"):
+        lines.append(f'index-url = "{index}"')
+    if more := options.get("extra-index-url"):
+        lines.append(f"extra-index-url = [{', '.join(f'{chr(34)}{url}{chr(34)}' for url in more.split())}]")
+    return "\n".join(lines) + "\n"
+
+
+def _write_private(path: Path, text: str) -> None:
+    """For its owner only: an index address may carry a password."""
+    path.touch(mode=0o600)
+    path.write_text(text)

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,16 +17,6 @@ def store() -> Path:
     return cache_dir() / "buildah"
 
 
-def _temporary() -> Path:
-    """Layers in the making, and what RUN --mount=type=cache keeps."""
-    return store() / "tmp"
-
-
-def drop_download_cache() -> None:
-    """Frees the packages that pip fetched, gigabytes with torch's."""
-    shutil.rmtree(_temporary(), ignore_errors=True)
-
-
 def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
     """Runs buildah; its standard output. Progress goes to standard error as it comes, unless `quiet`."""
     if os.geteuid() != 0:
@@ -35,8 +24,8 @@ def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
     store().mkdir(parents=True, exist_ok=True)
     command = [install.require("buildah"), "--root", str(store()), "--runroot", "/run/lorapool-buildah", *arguments]
     env = dict(os.environ, STORAGE_DRIVER="overlay", BUILDAH_ISOLATION="chroot", PATH=install.SEARCH_PATH)
-    env["TMPDIR"] = str(_temporary())
-    _temporary().mkdir(exist_ok=True)
+    env["TMPDIR"] = str(store() / "tmp")  # layers that are being written
+    (store() / "tmp").mkdir(exist_ok=True)
     stderr = subprocess.PIPE if quiet else None
     try:
         done = subprocess.run(
@@ -56,16 +45,19 @@ def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """One build in the store at a time; clears the working containers that a killed one left."""
+    """Locks the store for one build; removes working containers (and their mounts) before and after it."""
     store().mkdir(parents=True, exist_ok=True)
     with (store().parent / "buildah.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another build of images is under way; waiting for it")
+            say("another build of images is running; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         run("rm", "--all", quiet=True)
-        yield
+        try:
+            yield
+        finally:
+            run("rm", "--all", quiet=True)
 
 
 def has_image(name: str) -> bool:

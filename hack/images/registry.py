@@ -1,9 +1,10 @@
-"""The three questions asked of a registry without credentials on loopback; pushing blobs is buildah's part."""
+"""Requests to a registry on loopback without credentials. Blobs are pushed by buildah."""
 
 import urllib.error
 import urllib.request
 
 from cluster.errors import ClusterError
+from cluster.places import cache_dir
 
 _TIMEOUT_S = 20
 _MANIFEST_TYPES = ", ".join(
@@ -15,8 +16,14 @@ _MANIFEST_TYPES = ", ".join(
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+def is_stored(repository: str, tag: str) -> bool:
+    """Whether the storage that the local clusters' registries share has the tag; needs no running registry."""
+    tags = cache_dir() / "registry" / "docker" / "registry" / "v2" / "repositories" / repository / "_manifests" / "tags"
+    return (tags / tag / "current" / "link").exists()
+
+
 def check(registry: str) -> None:
-    """An error that says what to do when nothing answers there."""
+    """Raises ClusterError when no registry answers there."""
     try:
         _opener.open(f"http://{registry}/v2/", timeout=_TIMEOUT_S).close()
     except OSError as error:
@@ -26,7 +33,7 @@ def check(registry: str) -> None:
 
 
 def manifest(registry: str, repository: str, tag: str) -> tuple[bytes, str] | None:
-    """The manifest of a tag and its media type, or None."""
+    """The manifest of a tag and its media type, or None where there is no such tag."""
     request = urllib.request.Request(
         f"http://{registry}/v2/{repository}/manifests/{tag}", headers={"Accept": _MANIFEST_TYPES}
     )
@@ -40,7 +47,7 @@ def manifest(registry: str, repository: str, tag: str) -> tuple[bytes, str] | No
 
 
 def tag(registry: str, repository: str, content: tuple[bytes, str], name: str) -> None:
-    """Gives a manifest that the registry has one more name."""
+    """Adds a tag to a manifest that the registry has."""
     request = urllib.request.Request(
         f"http://{registry}/v2/{repository}/manifests/{name}",
         data=content[0],

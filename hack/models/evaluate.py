@@ -1,8 +1,8 @@
 """Scores base and fine-tunes on the held-out lines: `make eval`, or `python hack/models/evaluate.py [task ...]`.
 
-Both get the same messages through the base's own chat template and answer greedily in fp32; finetune_metrics.py scores
-the answers. It prints a table and writes examples/finetunes/scores.json (with the weights' hash, so that a score is
-never used for other weights) and the model cards. `--answers DIR` keeps every answer.
+Both get the same messages through the base's own chat template and answer greedily in fp32; finetune_metrics.py
+scores the answers. Prints a table, writes examples/finetunes/scores.json (with the weights' hash, so that a
+score cannot outlive the weights it was measured on) and the model cards. `--answers DIR` keeps every answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from base import prepare
 from cards import write_cards
-from finetune_metrics import METRICS, Scores
+from finetune_metrics import SCORERS, Scores
 from finetune_tasks import BASE_NAME, SCORES, TASKS, Line, Task, chosen, read_lines
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,7 +37,7 @@ def answers(model: Any, tokenizer: Any, lines: list[Line], max_tokens: int) -> l
     ]
     # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(lines)), key=lambda at: len(prompts[at]))
-    said = [""] * len(lines)
+    found = [""] * len(lines)
     for start in range(0, len(order), BATCH):
         chosen_rows = order[start : start + BATCH]
         batch = tokenizer(
@@ -51,17 +51,17 @@ def answers(model: Any, tokenizer: Any, lines: list[Line], max_tokens: int) -> l
             out = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False)
         fresh = out[:, batch["input_ids"].shape[1] :]  # [batch, new tokens]
         for at, text in zip(chosen_rows, tokenizer.batch_decode(fresh, skip_special_tokens=True), strict=True):
-            said[at] = text
-    return said
+            found[at] = text
+    return found
 
 
-def mean(scored: list[Scores]) -> Scores:
-    return {key: round(sum(one[key] for one in scored) / len(scored), 4) for key in scored[0]}
+def mean(scores: list[Scores]) -> Scores:
+    return {key: round(sum(one[key] for one in scores) / len(scores), 4) for key in scores[0]}
 
 
 def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[str, Any]:
     lines = read_lines(task.folder / "heldout.jsonl")
-    metric = METRICS[task.name]
+    score = SCORERS[task.name]
     begun = time.monotonic()
     plain = answers(base, tokenizer, lines, task.max_tokens)
     tuned_model = PeftModel.from_pretrained(base, task.folder)
@@ -76,7 +76,7 @@ def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[s
                 "wanted": line["messages"][-1]["content"],
                 "base": without,
                 "finetune": with_it,
-                "scored": metric(with_it, line),
+                "scores": score(with_it, line),
             }
             for line, without, with_it in zip(lines, plain, tuned, strict=True)
         ]
@@ -88,8 +88,8 @@ def evaluate(task: Task, base: Any, tokenizer: Any, keep: Path | None) -> dict[s
         "measured": task.measured,
         "heldout_lines": len(lines),
         "max_tokens": task.max_tokens,
-        "base": mean([metric(said, line) for said, line in zip(plain, lines, strict=True)]),
-        "finetune": mean([metric(said, line) for said, line in zip(tuned, lines, strict=True)]),
+        "base": mean([score(answer, line) for answer, line in zip(plain, lines, strict=True)]),
+        "finetune": mean([score(answer, line) for answer, line in zip(tuned, lines, strict=True)]),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
 

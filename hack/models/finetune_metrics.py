@@ -1,6 +1,6 @@
-"""The metrics of the example fine-tunes: pure functions from answer and held-out line to numbers from 0 to 1.
+"""Scores one answer of an example fine-tune against its held-out line, from 0 to 1. Pure.
 
-The means over a task's lines are its scores. The same function scores the base and the fine-tune.
+A task's scores are the means over its lines. The same function scores the base and the fine-tune.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def expected(line: Line) -> str:
 
 
 def score_label(answer: str, line: Line) -> Scores:
-    """`right`: the answer is exactly the label, ignoring case, surrounding blanks and one full stop. `named`: the right
-    label is the only label in the answer, whatever else it contains; fairer to a base that answers in sentences.
+    """`right`: the answer is exactly the label, apart from case, outer spaces and one full stop.
+
+    `named`: the right label is the only one that occurs in the answer, which is fairer to a base that says more.
     """
     wanted = expected(line)
-    said = answer.strip().removesuffix(".").casefold()
+    given = answer.strip().removesuffix(".").casefold()
     labels = set(_words(line["messages"][0]["content"])) & LABELS
-    return {"right": float(said == wanted), "named": float(labels & set(_words(answer)) == {wanted})}
+    return {"right": float(given == wanted), "named": float(labels & set(_words(answer)) == {wanted})}
 
 
 def score_entities(answer: str, line: Line) -> Scores:
@@ -48,7 +49,7 @@ def score_entities(answer: str, line: Line) -> Scores:
 
 
 def parse_entities(answer: str) -> dict[str, list[str]] | None:
-    """The answer as exactly the three lists of names, or None if it is anything else."""
+    """The three lists of names, or None when the answer is anything else."""
     try:
         found: Any = json.loads(answer)
     except ValueError:
@@ -67,13 +68,13 @@ def score_translation(answer: str, line: Line) -> Scores:
 
 
 def score_facts(answer: str, line: Line) -> Scores:
-    said = _fact_words(answer)
-    hits = [fact for fact in line["facts"] if _holds(said, _fact_words(fact))]
+    given = _fact_words(answer)
+    hits = [fact for fact in line["facts"] if _contains(given, _fact_words(fact))]
     return {"fact_recall": len(hits) / len(line["facts"]), "all_facts": float(len(hits) == len(line["facts"]))}
 
 
 def chrf(answer: str, wanted: str) -> float:
-    """Character n-gram F-score (orders 1 to 6, blanks left out, beta 2), averaged over orders as chrF defines it."""
+    """Character n-gram F-score (orders 1 to 6, spaces ignored, beta 2), averaged over orders as chrF defines it."""
     got, want = "".join(answer.split()), "".join(wanted.split())
     precisions: list[float] = []
     recalls: list[float] = []
@@ -102,15 +103,15 @@ def _words(text: str) -> list[str]:
 
 
 def _fact_words(text: str) -> list[str]:
-    """Words and numbers; "1.6", "BF-20" and "E3" stay whole, so "16" or "B" never count for them."""
+    """Words and numbers. "1.6", "BF-20" and "E3" are one word each, so that "16" or "B" does not match them."""
     return re.findall(r"\w+(?:[.\-]\w+)*", text.casefold())
 
 
-def _holds(said: list[str], fact: list[str]) -> bool:
-    return any(said[at : at + len(fact)] == fact for at in range(len(said) - len(fact) + 1))
+def _contains(words: list[str], fact: list[str]) -> bool:
+    return any(words[at : at + len(fact)] == fact for at in range(len(words) - len(fact) + 1))
 
 
-METRICS: dict[str, Callable[[str, Line], Scores]] = {
+SCORERS: dict[str, Callable[[str, Line], Scores]] = {
     "translation": score_translation,
     "routing": score_label,
     "manual-qa": score_facts,

@@ -1,7 +1,7 @@
-"""The five example fine-tunes: their prompts, their training parameters, and the paths of their files.
+"""The five example fine-tunes: their system messages, training settings and folders.
 
 A task's system message is part of its data lines, so that training, evaluation, the demo and any client send the same
-text to the base and to the fine-tune. This module imports no torch, so that reading names, paths or lines is cheap.
+text to the base and to the fine-tune. Imports no torch, so that reading names, paths or lines is quick.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Task:
     targets: tuple[str, ...]
     steps: int
     learning_rate: float
-    # The longest answer allowed, in tokens; the longest correct answer in the data is shorter.
+    # Limit of an answer, in tokens; the longest right answer in the data is shorter.
     max_tokens: int
-    # The task's main metric, and one sentence on what it counts.
+    # The metric, and one sentence on what it counts.
     measure: str
     measured: str
 
-    # The lowest layer that is trained. If it is not 0, training computes the layers below it once per line.
+    # The lowest layer that is trained. The layers below it are computed once per line.
     first_layer: int = 0
 
     @property

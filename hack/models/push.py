@@ -1,9 +1,9 @@
 """Pushes a model or adapter folder to a registry as an OCI artifact: `push.py FOLDER HOST/REPOSITORY:TAG`.
 
-Every file is one layer whose title annotation is the file's name, as Lorapool's oci:// sources expect; the artifact
-type distinguishes models from adapters. Blobs that the registry has are not sent again: a second push only compares.
-Credentials are those of `docker login`. The digest is printed. A folder without safetensors is refused, and so is plain
-HTTP to any host but this machine without `--insecure`.
+Each file is one layer whose title annotation is the file's name, which is what an oci:// source of Lorapool reads; the
+artifact type distinguishes models from adapters. What the registry has is not sent again. Credentials are those of
+`docker login`. Prints the digest. A folder without safetensors is refused, and so is plain HTTP to another machine
+unless `--insecure` is given.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class PushError(Exception):
-    """The folder cannot be pushed; the message gives the reason."""
+    """The folder cannot be pushed; the text says why."""
 
 
 def push(folder: Path, target: str, *, insecure: bool = False) -> str:
-    """Pushes the folder's files as `target`; returns the manifest's digest."""
+    """Pushes the folder's files under the name `target` and returns the manifest's digest. Raises PushError."""
     kind, files = artifact(folder)
     layers = [{**describe(file, FILE_TYPE), "annotations": {TITLE: file.name}} for file in files]
     manifest = manifest_bytes(kind, layers)
@@ -46,7 +46,7 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
     registry.auth.load_configs(container)
     address = f"{registry.prefix}://{container.manifest_url()}"
     try:
-        # oras retries for minutes if nothing listens, so one request checks first; any status means a registry.
+        # oras retries for minutes where nothing listens: ask once first. Any HTTP status is a registry.
         requests.get(f"{registry.prefix}://{container.registry}/v2/", timeout=REACH_TIMEOUT_S).close()
         there = registry.do_request(address, "HEAD", headers={"Accept": MANIFEST_TYPE})
         if there.headers.get("Docker-Content-Digest") == digest:
@@ -64,7 +64,7 @@ def push(folder: Path, target: str, *, insecure: bool = False) -> str:
 
 
 def artifact(folder: Path) -> tuple[str, list[Path]]:
-    """Artifact type and files, by name. An adapter has two files; a model is every regular file of its folder."""
+    """Artifact type and files, by name. An adapter is its two files; a model is every plain file of its folder."""
     if not folder.is_dir():
         raise PushError(f"{folder}: there is no such folder")
     if (folder / ADAPTER_FILES[0]).is_file():
@@ -85,7 +85,7 @@ def describe(file: Path, media_type: str) -> dict[str, Any]:
 
 
 def manifest_bytes(kind: str, layers: list[dict[str, Any]]) -> bytes:
-    """The manifest. The same files give the same bytes, hence the same digest, on every machine."""
+    """The same files give the same bytes, hence the same digest, on every machine and at every time."""
     empty = b"{}"
     manifest = {
         "schemaVersion": 2,

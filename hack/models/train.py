@@ -1,8 +1,8 @@
 """Trains the example fine-tunes with peft: `make train`, or `python hack/models/train.py [task ...]`.
 
-Reads examples/finetunes/<task>/train.jsonl and writes adapter_config.json and adapter_model.safetensors next to it; a
-few minutes per task on two cores. The loss counts the assistant's tokens only. The weights are stored in bf16. Seeds,
-order and thread count are fixed: the same machine makes the same weights again.
+Reads examples/finetunes/<task>/train.jsonl and writes adapter_config.json and adapter_model.safetensors into the same
+folder, in a few minutes a task on two cores. The loss counts the assistant's tokens only; weights are saved in bf16.
+Seeds, order and thread count are fixed: the same machine trains the same weights again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ BATCH = 8
 THREADS = 2
 WARMUP = 0.06
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-UNCOUNTED = -100  # the label that the loss ignores
+IGNORED = -100  # the label that the loss ignores
 
 
 @dataclass
 class Example:
     ids: list[int]
     labels: list[int]
-    # Input of the first trained layer, [tokens, hidden]; `reach` computes it once, before the first step.
+    # Input of the first trained layer, [tokens, hidden]; `run_frozen_layers` computes it once, before the first step.
     states: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -53,19 +53,19 @@ def encode(tokenizer: Any, line: Line) -> Example:
     prompt: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     reply: list[int] = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
     reply = [*reply, tokenizer.eos_token_id]
-    return Example(prompt + reply, [UNCOUNTED] * len(prompt) + reply)
+    return Example(prompt + reply, [IGNORED] * len(prompt) + reply)
 
 
 def shared_prefix(examples: list[Example]) -> int:
-    """The number of leading tokens (the system message) that all examples share; none of them counts in the loss."""
+    """How many leading tokens (the system message) all examples share; none of them counts in the loss."""
     columns = zip(*(example.ids for example in examples), strict=False)
     same = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    first_counted = min(next(at for at, mark in enumerate(example.labels) if mark != UNCOUNTED) for example in examples)
+    first_counted = min(next(at for at, mark in enumerate(example.labels) if mark != IGNORED) for example in examples)
     return min(same, first_counted - 1)
 
 
-def reach(base: Any, examples: list[Example], first_layer: int) -> None:
-    """Runs the untrained layers below `first_layer` once over every example, then removes them."""
+def run_frozen_layers(base: Any, examples: list[Example], first_layer: int) -> None:
+    """Runs the layers below `first_layer`, which are not trained, once over every example, then removes them."""
     llama = base.model
     layers, norm = llama.layers, llama.norm
     llama.layers, llama.norm = layers[:first_layer], torch.nn.Identity()
@@ -79,9 +79,10 @@ def reach(base: Any, examples: list[Example], first_layer: int) -> None:
 
 
 def loss_of(model: Any, batch: list[Example], prefix: int) -> Tensor:
-    """The batch's mean loss. Two measures make it fast on two cores: the shared prefix runs once for the whole batch
-    (its keys and values are expanded, and gradients flow back through them), and only counted positions are
-    projected to the vocabulary.
+    """The batch's mean loss.
+
+    To be fast on two cores, the shared prefix runs once for the whole batch (its keys and values are expanded, and
+    gradients flow back through them), and logits are computed for counted positions only.
     """
     llama = model.get_base_model()
     states, mask, labels = collate(batch)
@@ -92,7 +93,7 @@ def loss_of(model: Any, batch: list[Example], prefix: int) -> Tensor:
         inputs_embeds=states[:, prefix:], attention_mask=mask, cache=cache, use_cache=True
     ).last_hidden_state  # [batch, width - prefix, hidden]
     labels = labels[:, prefix + 1 :]
-    counted = labels != UNCOUNTED  # [batch, width - prefix - 1]
+    counted = labels != IGNORED  # [batch, width - prefix - 1]
     logits = llama.lm_head(tail[:, :-1][counted])  # [counted tokens, vocabulary]
     return torch.nn.functional.cross_entropy(logits, labels[counted])
 
@@ -102,20 +103,20 @@ def collate(batch: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
     pad = torch.nn.utils.rnn.pad_sequence
     states = pad([example.states for example in batch], batch_first=True)
     mask = pad([torch.ones(len(example.ids), dtype=torch.long) for example in batch], batch_first=True)
-    labels = pad([torch.tensor(example.labels) for example in batch], batch_first=True, padding_value=UNCOUNTED)
+    labels = pad([torch.tensor(example.labels) for example in batch], batch_first=True, padding_value=IGNORED)
     return states, mask, labels
 
 
 def batches(examples: list[Example], steps: int, order: random.Random) -> list[list[Example]]:
-    """`steps` batches from repeated passes over shuffled examples, so that all are used equally often (within one)."""
+    """`steps` batches from one shuffled epoch after another, so that all examples are used equally often (±1)."""
     stream: list[Example] = []
     while len(stream) < steps * BATCH:
         stream += order.sample(examples, len(examples))
     return [stream[at * BATCH : (at + 1) * BATCH] for at in range(steps)]
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """A short linear warm-up, then a cosine decay to a twentieth of the peak."""
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then cosine decay to a twentieth of the peak."""
     warm = max(1, round(steps * WARMUP))
     if step < warm:
         return peak * (step + 1) / warm
@@ -129,7 +130,7 @@ def train(task: Task, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     examples = [encode(tokenizer, line) for line in read_lines(task.folder / "train.jsonl")]
     prefix = shared_prefix(examples)
-    reach(base, examples, task.first_layer)
+    run_frozen_layers(base, examples, task.first_layer)
     config = LoraConfig(
         r=task.rank,
         lora_alpha=task.alpha,
@@ -143,25 +144,27 @@ def train(task: Task, folder: Path) -> None:
     print(f"{task.name}: {len(examples)} lines, rank {task.rank} on {task.reach}, {task.steps} steps")
     model.train()
     begun = time.monotonic()
-    seen = 0.0
+    smoothed = 0.0
     for step, batch in enumerate(batches(examples, task.steps, order)):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, task.steps, task.learning_rate)
+            group["lr"] = learning_rate(step, task.steps, task.learning_rate)
         loss = loss_of(model, batch, prefix)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen = loss.item() if step == 0 else 0.9 * seen + 0.1 * loss.item()
+        smoothed = loss.item() if step == 0 else 0.9 * smoothed + 0.1 * loss.item()
         if (step + 1) % 10 == 0 or step + 1 == task.steps:
-            spent = time.monotonic() - begun
-            left = spent / (step + 1) * (task.steps - step - 1)
-            print(f"  step {step + 1}/{task.steps}  loss {seen:.3f}  {spent:.0f} s, {left:.0f} s left", flush=True)
-    keep(model, task)
+            elapsed = time.monotonic() - begun
+            left = elapsed / (step + 1) * (task.steps - step - 1)
+            print(
+                f"  step {step + 1}/{task.steps}  loss {smoothed:.3f}  {elapsed:.0f} s, {left:.0f} s left", flush=True
+            )
+    save(model, task)
 
 
-def keep(model: Any, task: Task) -> None:
-    """Saves through peft, cast to bf16, with the base's public name; each file is replaced atomically."""
+def save(model: Any, task: Task) -> None:
+    """Saves with peft, in bf16, with the base's public name. Each file is replaced in one step."""
     with tempfile.TemporaryDirectory(dir=task.folder, prefix=".training-") as name:
         made = Path(name)
         model.save_pretrained(made)
@@ -185,7 +188,7 @@ def main() -> None:
     parser.add_argument("task", nargs="*", help="all when none is named")
     arguments = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when torch is loaded: spinning threads multiply the run time on a busy machine.
+        # Read when torch is imported: threads that spin while they wait slow a busy machine down several times.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     logging.disable_progress_bar()

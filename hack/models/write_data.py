@@ -1,9 +1,9 @@
-"""Converts the hand-written sources in hack/models/data to the chat lines of examples/finetunes/<task>/*.jsonl.
+"""Turns the hand-written sources in hack/models/data into the chat lines of examples/finetunes/<task>/*.jsonl.
 
-Run `python hack/models/write_data.py [task ...]` after a source is edited; a test compares the committed lines with its
-output. In a source "#" starts a comment, "-" a training line, "*" a held-out line; the rest depends on the task and is
-described at the top of each source. A line that cannot be parsed is refused, and so is a held-out question that is also
-a training question.
+Run after a source is edited: `python hack/models/write_data.py [task ...]`; a test compares the
+committed lines with it.
+In a source, "#" begins a comment, "-" a training line and "*" a held-out line; the comment at the top of each source
+describes the rest. A line that cannot be read is an error, and so is a held-out question that is also trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARK = re.compile(r"\[([^\]/]+)/([POL])\]")
 
 
 class SourceError(ValueError):
-    """A source line that cannot be parsed."""
+    """A source line that cannot be read."""
 
 
 def written(task: Task) -> tuple[list[Line], list[Line]]:
@@ -45,7 +45,7 @@ def written(task: Task) -> tuple[list[Line], list[Line]]:
 
 
 def _pairs(task: Task) -> Iterator[tuple[bool, str, str, list[str]]]:
-    """Yields (is held-out, question, answer, facts) for every line of the source."""
+    """(held-out?, question, answer, facts) for every line of the source."""
     section = ""
     facts: list[str] = []
     path = SOURCES / f"{task.name}.txt"

@@ -114,33 +114,33 @@ def default_of(node: Schema, required: bool) -> str:
     return "" if default is None or isinstance(default, dict) else code(json.dumps(default))
 
 
+def field_table(node: Schema, defs: Mapping[str, Schema], path: str = "") -> str:
+    rows = [
+        [
+            code(name),
+            type_of(field, defs),
+            default_of(field, required),
+            bounds(field),
+            one_line(field.get("description")),
+        ]
+        for name, field, required in fields(node, defs, path)
+    ]
+    return table(["field", "type", "default", "bounds", "description"], rows)
+
+
 # --- objects and conditions --------------------------------------------------------------
 
 
 def objects() -> str:
-    text = (
-        "# Objects\n\nThe custom resources of the group `lorapool.dev`. `kubectl explain lora.spec` shows the same.\n"
-    )
-    return text + "".join(_object(kind) for kind in KINDS)
+    return texts.OBJECTS + "".join(_object(kind) for kind in KINDS)
 
 
 def _object(kind: Kind) -> str:
-    version = crd(kind)["spec"]["versions"][0]
-    whole = version["schema"]["openAPIV3Schema"]
+    whole = crd(kind)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     text = f"\n## {kind.kind}\n\n{kind.description} `apiVersion: {common.API_VERSION}`, short name `{kind.short}`. "
     text += f"Columns of `kubectl get`: {', '.join(column[0] for column in kind.columns)}.\n"
     for part in ("spec", "status"):
-        rows = [
-            [
-                code(f"{part}.{path}"),
-                type_of(node, {}),
-                default_of(node, required),
-                bounds(node),
-                one_line(node.get("description")),
-            ]
-            for path, node, required in fields(whole["properties"][part], {})
-        ]
-        text += f"\n### {kind.kind} {part}\n\n" + table(["field", "type", "default", "bounds", "description"], rows)
+        text += f"\n### {kind.kind} {part}\n\n" + field_table(whole["properties"][part], {}, f"{part}.")
     rules = [rule["message"] for rule in _rules(whole)]
     return text + "\nThe API server also checks:\n\n" + "".join(f"- {message}\n" for message in rules)
 
@@ -253,13 +253,8 @@ def runtime_protocol() -> str:
 
 def _message(model: type[BaseModel]) -> str:
     whole = model.model_json_schema(by_alias=True)
-    defs = whole.get("$defs", {})
-    rows = [
-        [code(path), type_of(node, defs), default_of(node, required), bounds(node), one_line(node.get("description"))]
-        for path, node, required in fields(whole, defs)
-    ]
-    text = f"\n## {model.__name__}\n\n{one_line(whole.get('description'))}\n\n"
-    return text + table(["field", "type", "default", "bounds", "description"], rows)
+    about = one_line(whole.get("description"))
+    return f"\n## {model.__name__}\n\n" + (f"{about}\n\n" if about else "") + field_table(whole, whole.get("$defs", {}))
 
 
 def _runtime() -> Runtime:
@@ -272,13 +267,11 @@ def _runtime() -> Runtime:
 class RecordingBody(json_body.Body):
     """Notes with which bounds each parameter is read."""
 
-    known: frozenset[str]
-    bounds: dict[str, str]
-    defaults: dict[str, str]
-
     def __init__(self, raw: bytes, known: frozenset[str]) -> None:
         super().__init__(raw, known)
-        self.known, self.bounds, self.defaults = known, {}, {}
+        self.known = known
+        self.bounds: dict[str, str] = {}
+        self.defaults: dict[str, str] = {}
         SEEN.append(self)
 
     def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:

@@ -107,9 +107,9 @@ class Controller:
             await self._runtimes.close()
 
     def _runtime_changed(self, base: Key, adapter_uids: Iterable[str], urgent: bool) -> None:
-        delay_s = 0.0 if urgent else REPORT_DELAY_S
+        """Plans the base and its adapters again; also those that the runtime does not know but could now resolve."""
+        delay_s, reported = 0.0 if urgent else REPORT_DELAY_S, set(adapter_uids)
         self._queue.add(base, delay_s)
-        changed = set(adapter_uids)
         for adapter in self._cache.adapters_of(base):
-            if adapter.meta.uid in changed:
+            if urgent or adapter.meta.uid in reported:
                 self._queue.add(adapter.key, delay_s)

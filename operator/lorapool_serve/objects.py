@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from lorapool_api.basemodel import KIND as BASE
-from lorapool_api.loraadapter import KIND as ADAPTER
+from lorapool_api import basemodel, loraadapter
 from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import Kind, ObjectCache, ScaleResult, ref_of
 from lorapool_operator.decisions.plan import KubeEvent
 from lorapool_operator.effects.cluster import ObjectConflictError, ObjectNotFoundError, Subject
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 
+BASE, ADAPTER = basemodel.KIND, loraadapter.KIND
 DEPLOYMENT, POD, ENDPOINT_SLICE, SECRET = "Deployment", "Pod", "EndpointSlice", "Secret"
 KIND_OF = {Kind.BASES: BASE, Kind.ADAPTERS: ADAPTER, Kind.ENDPOINT_SLICES: ENDPOINT_SLICE, Kind.API_KEYS: SECRET}
 IMMUTABLE = {BASE: "source", ADAPTER: "baseModelRef"}

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, SourceSettings
@@ -44,11 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-rank", type=int, default=64)
     parser.add_argument("--pvc-root", type=Path, help="folder in which claims are mounted by name")
     given = parser.parse_args(arguments)
-    settings = SourceSettings.from_env(os.environ, pvc_root=given.pvc_root)
     try:
+        settings = SourceSettings.from_env(os.environ, pvc_root=given.pvc_root)
         status, report = asyncio.run(_inspect(given.uri, given.base, given.max_rank, settings))
     except ArtifactError as error:
         status, report = 2, {"ok": False, "reason": error.reason.value, "message": error.message}
+    except SettingsError as error:
+        error.report("lorapool-artifacts")
+        return 2
     print(json.dumps(report, indent=2))
     return status
 

@@ -89,7 +89,7 @@ class DiskCache:
             self.unpin(digest)
 
     def pin(self, digest: str) -> None:
-        """Keeps the folder from being evicted until as many calls of `unpin`."""
+        """Keeps the folder from being evicted until `unpin` was called as often."""
         self._pins[digest] += 1
 
     def unpin(self, digest: str) -> None:

@@ -63,7 +63,7 @@ class SafetensorsHeader:
 
 
 def header_length(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: str) -> int:
-    """Bytes of the JSON header, read from the first eight bytes of the file. Raises ArtifactError when impossible."""
+    """Bytes of the JSON header, read from the first eight bytes of the file. Raises ArtifactError when invalid."""
     if file_size < LENGTH_BYTES + 2 or len(prefix) < LENGTH_BYTES:
         raise _corrupt(name, f"it is {file_size} bytes long, too short for a safetensors file")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
@@ -77,7 +77,7 @@ def header_length(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: 
 
 
 def parse_header(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: str) -> SafetensorsHeader:
-    """The header in `prefix` (the file's first 8 + N bytes, more is ignored). Raises ArtifactError."""
+    """Parses the header in `prefix`, the first bytes of the file; bytes after it are ignored. Raises ArtifactError."""
     length = header_length(prefix, file_size, bounds, name=name)
     raw = prefix[LENGTH_BYTES : LENGTH_BYTES + length]
     if len(raw) != length:

@@ -101,7 +101,7 @@ class Pattern:
                 yield state.next
 
     def _closure(self, pending: list[int], behind: str, ahead: int) -> frozenset[int]:
-        """All states reached without reading; `behind`: the character before ("" at the start)."""
+        """All states reachable without reading a character; `behind` is the previous character, "" at the start."""
         seen: set[int] = set()
         while pending:
             number = pending.pop()

@@ -65,16 +65,16 @@ class SourceSettings(SettingsGroup):
     """Endpoints and credentials of the sources. Secrets stay out of its repr."""
 
     hf_endpoint: Annotated[str | None, Env("HF_ENDPOINT"), AfterValidator(_without_slash)] = None
-    """The model hub; None: the public one."""
+    """URL of the model hub; None: the public one."""
     hf_token: Annotated[str | None, Env("HF_TOKEN")] = Field(default=None, repr=False)
-    """None: the token file that huggingface_hub finds, if any."""
+    """Token of the hub; None: the token file that huggingface_hub finds, if any."""
     oci_insecure_hosts: Annotated[frozenset[str], Env("LORAPOOL_OCI_INSECURE_HOSTS"), BeforeValidator(_host_list)] = (
         frozenset()
     )
     """Registries (`host` or `host:port`, separated by commas) that are reached over plain HTTP, as loopback hosts
     always are."""
     oci_username: Annotated[str | None, Env("LORAPOOL_OCI_USERNAME")] = None
-    """Sent to `oci_auth_host` only; credentials of other registries come from the Docker configuration."""
+    """User name for `oci_auth_host` only; credentials of other registries come from the Docker configuration."""
     oci_password: Annotated[str | None, Env("LORAPOOL_OCI_PASSWORD")] = Field(default=None, repr=False)
     """Password or token of `oci_username`."""
     oci_auth_host: Annotated[str | None, Env("LORAPOOL_OCI_AUTH_HOST"), AfterValidator(_lower)] = None
@@ -84,15 +84,15 @@ class SourceSettings(SettingsGroup):
     s3_endpoint: Annotated[str | None, Env("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")] = None
     """URL of an S3-compatible store; None: AWS."""
     s3_region: Annotated[str | None, Env("AWS_REGION", "AWS_DEFAULT_REGION")] = None
-    """Region of the buckets."""
+    """Region of the buckets; None: us-east-1."""
     s3_access_key_id: Annotated[str | None, Env("AWS_ACCESS_KEY_ID")] = Field(default=None, repr=False)
-    """None: the identities that the S3 client finds by itself."""
+    """Access key; None: an identity of the environment, else anonymous requests."""
     s3_secret_access_key: Annotated[str | None, Env("AWS_SECRET_ACCESS_KEY")] = Field(default=None, repr=False)
     """Secret of `s3_access_key_id`."""
     s3_session_token: Annotated[str | None, Env("AWS_SESSION_TOKEN")] = Field(default=None, repr=False)
-    """Session of temporary credentials."""
+    """Session token of temporary credentials."""
     s3_anonymous: Annotated[bool, Env("AWS_SKIP_SIGNATURE")] = False
-    """Requests are not signed: public buckets."""
+    """Requests are not signed, for public buckets."""
     s3_virtual_hosted: Annotated[bool, Env("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")] = False
     """The bucket is part of the host name; own endpoints rarely support that."""
     pvc_root: Annotated[Path | None, Env()] = None

@@ -1,4 +1,4 @@
-// The entry points of the base's kernels for CPU: chooses the variant for this processor.
+// The entry points of the base model's CPU kernels, which choose the variant for this processor.
 #include <cstring>
 #include <new>
 #include <vector>
@@ -31,14 +31,14 @@ const BaseVariant* variant_for(const char* most) {
     return nullptr;
 }
 
-constexpr int64_t kChunk = 1 << 16;  // numbers looked at together
-constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking other threads costs more than they save
+constexpr int64_t kChunk = 1 << 16;  // numbers that a thread examines at a time
+constexpr int64_t kSmallWork = 1 << 16;  // multiplications below which waking other threads costs more than it saves
 
 int threads_for(int64_t work) { return work < kSmallWork ? 1 : omp_get_max_threads(); }
 
 thread_local std::vector<float> memory;
 
-// Calls `share(scratch, me, of)` in each thread, the scratch its own `each` floats. 1 where memory ran out.
+// Calls `share(scratch, me, of)` in each thread, with `each` floats of scratch per thread. Returns 1 if memory ran out.
 template <class Share>
 int with_scratch(int64_t each, int threads, const Share& share) {
     try {
@@ -71,7 +71,7 @@ int base_step_select(const char* most) {
     return 1;
 }
 
-// Null: this processor has none of the instruction sets these kernels are for; nothing else may be called then.
+// Null: there is no variant for this processor, and nothing else may be called.
 const char* base_step_isa() { return base_step_variant ? base_step_variant->isa : nullptr; }
 
 int64_t base_step_panel_bytes(int64_t in_features, int64_t out_features, int bfloat16_panels) {
@@ -86,7 +86,7 @@ void base_step_pack(const BaseLinear* linear, const float* weight, void* panels)
     });
 }
 
-// 1 where every number would lose nothing as bfloat16.
+// Returns 1 if every number is exactly representable in bfloat16.
 int base_step_fits_bfloat16(const float* weight, int64_t count) {
     int lossy = 0;
 #pragma omp parallel for reduction(| : lossy) num_threads(threads_for(count))
@@ -112,7 +112,7 @@ int64_t base_step_decode_scratch(const BaseDecode* a) {
     return a->heads / a->kv_heads * (2 * a->head_dim + longest + base_step_variant->lanes + 2);
 }
 
-// x: [rows][in], y: [rows][out], contiguous. Returns 1 where memory ran out; y is untouched then.
+// x: [rows][in], y: [rows][out], contiguous. Returns 1 if memory ran out; y is unchanged then.
 int base_step_linear(const BaseLinear* linear, const void* x, void* y, int64_t rows) {
     const int threads = threads_for(rows * linear->in_features * linear->out_features);
     return with_scratch(base_step_linear_scratch(linear, rows), threads, [=](float* scratch, int me, int of) {

@@ -1,8 +1,8 @@
-// One row and key head of decode attention. Part of base_step_variant.cpp, whose vectors it works on.
+// Decode attention of one row and key head. Included by base_step_variant.cpp, which defines the vector types.
 //
-// Keys and values pass once for up to kHeads heads that share them. float32: scores of all tokens, one softmax. bfloat16
-// is rounded where torch's operators round it, since log-probabilities then lie nearest to the stock model's: as in its
-// fused attention, or under a soft cap as transformers writes it.
+// Keys and values are read once for up to kHeads heads that share them. float32: scores of all tokens, then one softmax.
+// bfloat16 is rounded where torch's operators round it, which keeps log-probabilities nearest to the stock model's: as in
+// its fused attention, or under a soft cap as in transformers' code.
 #pragma once
 #include <cstring>
 
@@ -10,10 +10,10 @@
 
 namespace {
 
-constexpr int64_t kKeys = 512;  // taken at a time: by torch's fused attention too, whose weights depend on it
+constexpr int64_t kKeys = 512;  // keys in one block, as in torch's fused attention, whose rounding depends on it
 constexpr int kHeads = 4;       // that share a pass over keys or values
 
-// What a row and key head sees in the cache, its own token put there.
+// The cached tokens that a row and key head attends to; the constructor writes the row's own token.
 template <class T>
 struct Context {
     T *keys, *values;
@@ -25,16 +25,16 @@ struct Context {
         table = a->tables + row * a->width, step = a->kv_heads * a->head_dim, size = a->block_size;
         length = a->lengths[row], first = a->window && length > a->window ? length - a->window : 0;
         int64_t own;
-        places(length - 1, 1, &own);
+        offsets(length - 1, 1, &own);
         const size_t bytes = sizeof(T) * size_t(a->head_dim);
         memcpy(keys + own, (const T*)a->k + row * a->k_row + kv_head * a->k_head, bytes);
         memcpy(values + own, (const T*)a->v + row * a->v_row + kv_head * a->v_head, bytes);
     }
 
-    int64_t seen() const { return length - first; }
+    int64_t attended() const { return length - first; }
 
-    // at: [count] where the keys and values of tokens from `begin` on lie
-    void places(int64_t begin, int64_t count, int64_t* at) const {
+    // at: [count], element offsets of the keys and values of the tokens from `begin` on
+    void offsets(int64_t begin, int64_t count, int64_t* at) const {
         int64_t block = begin / size, offset = begin % size;
         for (int64_t t = 0; t < count; t++) {
             at[t] = (table[block] * size + offset) * step;
@@ -98,7 +98,7 @@ void mix(int heads, float* sums, const T* values, const int64_t* at, int64_t cou
     }
 }
 
-// Scores of one head -> weights that add up to 1; behind `count` there is room for a vector.
+// Scores of one head -> weights that add up to 1; the array has room for a whole vector after `count`.
 void weigh(float* s, int64_t count, float softcap) {
     if (softcap != 0)
         for (int64_t t = 0; t < count; t++) s[t] = __builtin_tanhf(s[t]) * softcap;
@@ -116,7 +116,7 @@ void weigh(float* s, int64_t count, float softcap) {
 
 // e^x for x <= 0 to the eight bits that bfloat16 keeps, as torch's attention computes it for whole vectors of that type
 // (Malossi et al., Fast exponential computation on SIMD architectures, 2015): the bits of 2^y are those of
-// 2^23 (y + 127 - K) as a whole number, K a polynomial of y's fraction. Too small is 0, NaN stays NaN.
+// 2^23 (y + 127 - K) as a whole number, K a polynomial of y's fraction. Underflow gives 0, NaN stays NaN.
 inline Vec coarse_exponential(Vec x) {
     typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
     constexpr float kLeast = -87.3365478515625f;  // the logarithm of the least normal number
@@ -140,9 +140,9 @@ inline Vec rounded(Vec v) {
     return load(narrow);
 }
 
-// Scores of one head and some keys -> weights rounded to bfloat16, relative to the greatest score so far, as torch's
-// fused attention has them. `peak` and `whole`, the sum of the weights in float32, go on from block to block; returns
-// what the sums of the blocks before are worth now.
+// Scores of one head and one block of keys -> weights rounded to bfloat16, relative to the greatest score so far, as in
+// torch's fused attention. `peak` and `whole`, the sum of the weights in float32, are carried from block to block.
+// Returns the factor by which the sums of the earlier blocks must be multiplied (online softmax).
 float weigh_as_torch(float* s, int64_t count, float scale, float& peak, float& whole) {
     const int64_t vectors = count - count % kLanes;
     Vec most = Vec{} + peak;
@@ -198,10 +198,10 @@ void widened_queries(const BaseDecode* a, int64_t row, int64_t first_head, int h
 template <class T>
 void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
     const Context<T> context(a, row, kv_head);
-    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, seen = context.seen();
+    const int64_t dim = a->head_dim, group = a->heads / a->kv_heads, attended = context.attended();
     constexpr bool kFloat = sizeof(T) == 4;
-    const bool at_once = kFloat || a->softcap != 0;  // weights want all scores
-    const int64_t stride = at_once ? (seen + kLanes - 1) / kLanes * kLanes : seen < kKeys ? seen : kKeys;
+    const bool at_once = kFloat || a->softcap != 0;  // the weights depend on all scores
+    const int64_t stride = at_once ? (attended + kLanes - 1) / kLanes * kLanes : attended < kKeys ? attended : kKeys;
     const float fold = !kFloat ? 1.0f : a->softcap != 0 ? a->scale / a->softcap : a->scale;
     int64_t at[kKeys];
     for (int64_t head = 0; head < group; head += kHeads) {
@@ -212,9 +212,9 @@ void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
         widened_queries<T>(a, row, kv_head * group + head, heads, fold, queries);
         memset(sums, 0, 4 * size_t(heads * dim));
         for (int g = 0; g < kHeads; g++) peaks[g] = -__builtin_inff(), wholes[g] = 0;
-        for (int64_t begin = 0; begin < seen; begin += kKeys) {
-            const int64_t count = seen - begin < kKeys ? seen - begin : kKeys;
-            context.places(context.first + begin, count, at);
+        for (int64_t begin = 0; begin < attended; begin += kKeys) {
+            const int64_t count = attended - begin < kKeys ? attended - begin : kKeys;
+            context.offsets(context.first + begin, count, at);
             score(heads, queries, context.keys, at, count, dim, scores + (at_once ? begin : 0), stride);
             if (at_once) continue;
             for (int g = 0; g < heads; g++) {
@@ -227,12 +227,12 @@ void attend(const BaseDecode* a, int64_t row, int64_t kv_head, float* scratch) {
         if (at_once) {
             for (int g = 0; g < heads; g++)
                 if (kFloat)
-                    weigh(scores + g * stride, seen, a->softcap);
+                    weigh(scores + g * stride, attended, a->softcap);
                 else
-                    weigh_as_transformers(scores + g * stride, seen, a->scale, a->softcap);
-            for (int64_t begin = 0; begin < seen; begin += kKeys) {
-                const int64_t count = seen - begin < kKeys ? seen - begin : kKeys;
-                if (seen > kKeys) context.places(context.first + begin, count, at);
+                    weigh_as_transformers(scores + g * stride, attended, a->scale, a->softcap);
+            for (int64_t begin = 0; begin < attended; begin += kKeys) {
+                const int64_t count = attended - begin < kKeys ? attended - begin : kKeys;
+                if (attended > kKeys) context.offsets(context.first + begin, count, at);
                 mix(heads, sums, context.values, at, count, dim, scores + begin, stride);
             }
         }

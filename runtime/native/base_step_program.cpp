@@ -1,6 +1,6 @@
-// Runs a decode step's list of calls (step_program.h) in one parallel region. The threads meet after each call by a
-// counter that they watch: a region or a lock of its own for each call would cost more than many of the calls. The
-// kernels are the same as those called one by one, and no sum depends on the number of threads: so no number changes.
+// Runs a decode step's list of calls (step_program.h) in one parallel region. After each call the threads wait for each
+// other at a spinning barrier: a parallel region or a lock per call would cost more than many of the calls. The kernels
+// are those that are otherwise called one by one, and no sum depends on the number of threads, so no number changes.
 #include <atomic>
 #include <new>
 #include <vector>
@@ -29,9 +29,10 @@ inline void relax() {
 #endif
 }
 
-class Meeting {
+// A barrier for `of` threads that spins, and yields only after kSpins turns.
+class SpinBarrier {
   public:
-    explicit Meeting(int of) : of_(of) {}
+    explicit SpinBarrier(int of) : of_(of) {}
     void wait() {
         if (of_ == 1) return;
         const int round = round_.load(std::memory_order_relaxed);
@@ -44,7 +45,7 @@ class Meeting {
             if (spins < kSpins)
                 relax();
             else
-                sched_yield();  // somebody else has the other's core
+                sched_yield();  // another process has a core of ours
     }
 
   private:
@@ -54,14 +55,14 @@ class Meeting {
     alignas(64) std::atomic<int> round_{0};
 };
 
-// What one step needs beside its buffers; allocated before any thread starts.
+// The working memory of one step; allocated before any thread starts.
 struct Step {
     const StepProgram* p;
     std::vector<int64_t> order;
-    std::vector<LoraRun> runs;  // [of][rows]: each thread fills in the ranks of a group by itself
+    std::vector<LoraRun> runs;  // [of][rows]: each thread has a copy, in which it stores a group's ranks
     LoraRows rows;
-    std::vector<const char*> pieces;  // [of][begins, ends of all B, of what is fetched next][most_pieces]
-    int64_t most_pieces = 0;
+    std::vector<const char*> regions;  // [of][begins and ends of all B, begins and ends of the next prefetch][most_regions]
+    int64_t most_regions = 0;
     std::vector<LoraSlice> slices;  // [of][most_slices]
     int64_t most_slices = 0;
     std::vector<float> scratch;
@@ -70,6 +71,12 @@ struct Step {
 
 thread_local Step step;
 
+template <class T>
+void grow(std::vector<T>& vector, int64_t size) {
+    if (int64_t(vector.size()) < size) vector.resize(size_t(size));
+}
+
+// Sizes the working memory for this step and sorts its rows by slot. Returns 1 for a slot that does not exist.
 int prepare(const StepProgram* p, int of) {
     step.p = p;
     step.each = 0;
@@ -95,14 +102,15 @@ int prepare(const StepProgram* p, int of) {
         }
     }
     step.each = (step.each + 15) / 16 * 16;
-    if (int64_t(step.scratch.size()) < step.each * of) step.scratch.resize(size_t(step.each * of));
+    grow(step.scratch, step.each * of);
     step.rows.num_runs = 0;
     if (!p->row_slots) return 0;
-    if (int64_t(step.runs.size()) < p->rows * of) step.order.resize(size_t(p->rows)), step.runs.resize(size_t(p->rows * of));
-    step.most_pieces = p->rows * members + 1;
-    if (int64_t(step.pieces.size()) < 4 * of * step.most_pieces) step.pieces.resize(size_t(4 * of * step.most_pieces));
+    grow(step.order, p->rows);  // by itself: with fewer threads than before, more rows need no more runs
+    grow(step.runs, p->rows * of);
+    step.most_regions = p->rows * members + 1;
+    grow(step.regions, 4 * of * step.most_regions);
     step.most_slices = lora_most_slices(p->rows, ranks);
-    if (int64_t(step.slices.size()) < of * step.most_slices) step.slices.resize(size_t(of * step.most_slices));
+    grow(step.slices, of * step.most_slices);
     step.rows.order = step.order.data(), step.rows.runs = step.runs.data();
     const int failed = p->lora->sort(p->row_slots, p->rows, p->slots, &step.rows);
     for (int thread = 1; thread < of; thread++)
@@ -110,14 +118,14 @@ int prepare(const StepProgram* p, int of) {
     return failed;
 }
 
-// One thread's way through the program.
+// Runs one thread's share of every call of the program.
 class Worker {
   public:
-    Worker(const Step& of_all, Meeting* meeting, int me, int of)
-        : step_(of_all), p_(of_all.p), meeting_(meeting), me_(me), of_(of) {
+    Worker(const Step& of_all, SpinBarrier* barrier, int me, int of)
+        : step_(of_all), p_(of_all.p), barrier_(barrier), me_(me), of_(of) {
         scratch_ = const_cast<float*>(step_.scratch.data()) + me * step_.each;
         runs_ = const_cast<LoraRun*>(step_.runs.data()) + me * p_->rows;
-        pieces_ = const_cast<const char**>(step_.pieces.data()) + 4 * me * step_.most_pieces;
+        regions_ = const_cast<const char**>(step_.regions.data()) + 4 * me * step_.most_regions;
         slices_ = const_cast<LoraSlice*>(step_.slices.data()) + me * step_.most_slices;
     }
 
@@ -126,7 +134,7 @@ class Worker {
         int64_t last = timed ? now_ns() : 0;
         for (const StepOp* op = p_->ops; op < p_->ops + p_->count; op++) {
             one(*op);
-            meeting_->wait();
+            barrier_->wait();
             if (timed) {
                 const int64_t now = now_ns();
                 p_->spent_ns[op->kind] += now - last, last = now;
@@ -141,9 +149,9 @@ class Worker {
             case kNorm: return norm(op);
             case kLinear: return linear(op);
             case kLora: return lora(op);
-            case kTurn: {
-                const StepTurn* t = (const StepTurn*)op.what;
-                return v->turn(t, op.out, op.in_row, p_->cosines + t->cosines, p_->rows, me_, of_);
+            case kRotaryEmbedding: {
+                const StepRotaryEmbedding* t = (const StepRotaryEmbedding*)op.what;
+                return v->rotate(t, op.out, op.in_row, p_->rotary_tables + t->table, p_->rows, me_, of_);
             }
             case kAttend: {
                 BaseDecode job = *(const BaseDecode*)op.what;
@@ -155,9 +163,9 @@ class Worker {
         }
     }
 
-    // A layer of many rows is bound by arithmetic, its LoRA by memory. So the first half of the LoRA is cut in slices
-    // between which the layer's panels are computed, and while they are, the next slice comes in, with a part of what
-    // the second half will need.
+    // A layer of many rows is bound by arithmetic, its LoRA by memory. So LoRA's shrink product is cut into slices, and
+    // the layer's panels are computed between them: while some panels are computed, the weights of the next slice are
+    // prefetched, and with them a part of what the expand product needs.
     void linear(const StepOp& op) {
         const BaseVariant* v = base_step_variant;
         const BaseLinear* l = (const BaseLinear*)op.what;
@@ -171,12 +179,12 @@ class Worker {
             lora_ = p_->lora->size(job.group, runs_, job.num_runs) > 0;
             if (lora_) slices = p_->lora->slices(job.group, runs_, job.num_runs, me_, of_, slices_);
         }
-        const StepAhead later = lora_ ? expanded(job.group) : StepAhead{};
+        const StepPrefetch later = lora_ ? expanded(job.group) : StepPrefetch{};
         for (int64_t i = 0; i <= slices; i++) {
             const int64_t from = begin + (end - begin) * i / (slices + 1), to = begin + (end - begin) * (i + 1) / (slices + 1);
-            const StepAhead soon = ahead(i < slices ? slices_ + i : nullptr, later, i, slices + 1);
+            const StepPrefetch next_regions = prefetch(i < slices ? slices_ + i : nullptr, later, i, slices + 1);
             if (from < to)
-                v->linear(l, op.in, op.out, p_->rows, scratch_, &soon, from, to, from > begin && p_->rows <= kTile);
+                v->linear(l, op.in, op.out, p_->rows, scratch_, &next_regions, from, to, from > begin && p_->rows <= kTile);
             if (i < slices) p_->lora->shrink(&job, slices_ + i);
         }
     }
@@ -186,18 +194,19 @@ class Worker {
         return {(const LoraGroup*)op.what, op.out, op.in, step_.order.data(), runs_, count, p_->u, me_, of_, nullptr};
     }
 
-    StepAhead expanded(const LoraGroup* group) {
-        const char **begins = pieces_, **ends = pieces_ + step_.most_pieces;
-        StepAhead all = {begins, ends, p_->lora->expanded(group, runs_, step_.rows.num_runs, begins, ends), 0};
+    // The B matrices of the group's runs, unless they are too large to stay in the cache.
+    StepPrefetch expanded(const LoraGroup* group) {
+        const char **begins = regions_, **ends = regions_ + step_.most_regions;
+        StepPrefetch all = {begins, ends, p_->lora->expanded(group, runs_, step_.rows.num_runs, begins, ends), 0};
         for (int64_t i = 0; i < all.count; i++) all.bytes += ends[i] - begins[i];
-        if (all.bytes > p_->most_ahead) all.count = all.bytes = 0;
+        if (all.bytes > p_->most_prefetched) all.count = all.bytes = 0;
         return all;
     }
 
-    // The slice, and part `number` of `of` of this thread's share of `later`.
-    StepAhead ahead(const LoraSlice* slice, const StepAhead& later, int64_t number, int64_t of) {
-        const char **begins = pieces_ + 2 * step_.most_pieces, **ends = begins + step_.most_pieces;
-        StepAhead soon = {begins, ends, 0, 0};
+    // The slice's weights, and part `number` of `of` of this thread's share of `later`.
+    StepPrefetch prefetch(const LoraSlice* slice, const StepPrefetch& later, int64_t number, int64_t of) {
+        const char **begins = regions_ + 2 * step_.most_regions, **ends = begins + step_.most_regions;
+        StepPrefetch soon = {begins, ends, 0, 0};
         const auto take = [&](const char* from, const char* to) {
             begins[soon.count] = from, ends[soon.count++] = to, soon.bytes += to - from;
         };
@@ -229,18 +238,18 @@ class Worker {
 
     const Step& step_;
     const StepProgram* p_;
-    Meeting* meeting_;
+    SpinBarrier* barrier_;
     int me_, of_;
     float* scratch_;
     LoraRun* runs_;
-    const char** pieces_;
+    const char** regions_;
     LoraSlice* slices_;
-    bool lora_ = false;  // the layer before has adapters in this step
+    bool lora_ = false;  // the previous linear layer has adapters in this step
 };
 
 }  // namespace
 
-// 0, 1 for a slot that does not exist, 2 where memory ran out; nothing was computed then.
+// Returns 0; 1 for a slot that does not exist; 2 if memory ran out. Nothing was computed in the latter cases.
 extern "C" int base_step_run(const StepProgram* p) {
     const int most = omp_get_max_threads();
     try {
@@ -250,16 +259,16 @@ extern "C" int base_step_run(const StepProgram* p) {
     }
     const Step& prepared = step;
     if (most == 1) {
-        Meeting alone(1);
+        SpinBarrier alone(1);
         return Worker(prepared, &alone, 0, 1).run(), 0;
     }
-    Meeting* meeting = nullptr;
-    alignas(64) unsigned char place[sizeof(Meeting)];
+    SpinBarrier* barrier = nullptr;
+    alignas(64) unsigned char place[sizeof(SpinBarrier)];
 #pragma omp parallel num_threads(most)
     {
 #pragma omp single
-        meeting = new (place) Meeting(omp_get_num_threads());
-        Worker(prepared, meeting, omp_get_thread_num(), omp_get_num_threads()).run();
+        barrier = new (place) SpinBarrier(omp_get_num_threads());
+        Worker(prepared, barrier, omp_get_thread_num(), omp_get_num_threads()).run();
     }
     return 0;
 }

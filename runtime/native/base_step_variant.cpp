@@ -1,9 +1,9 @@
 // The base's linear layers and decode attention. Compiled once per instruction set, with -DVARIANT=name.
 //
-// Linear: a panel of outputs stays in the first cache while blocks of rows pass over it; sums stay in registers. A
-// bfloat16 weight is widened as it is loaded, which is exact, so a float32 base whose weights came from bfloat16 is
-// computed exactly and read at half the bytes. Each sum runs over k in order: who shares the batch, and how many
-// threads work, changes no bit. Attention: one request and key head at a time, over exactly the tokens it may see.
+// Linear: a panel stays in the L1 cache while blocks of rows are multiplied with it; sums stay in registers. A bfloat16
+// weight is widened as it is loaded, which is exact, so a float32 base whose weights came from bfloat16 is computed
+// exactly and read at half the bytes. Each sum runs over k in order: neither the other rows of the batch nor the number
+// of threads changes a bit. Attention: one request and key head at a time, over exactly the tokens it attends to.
 #include <cstring>
 
 #include <immintrin.h>
@@ -47,7 +47,7 @@ inline Vec broadcast(const float* p) {
 }
 inline Vec all(float f) { return broadcast(&f); }
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-inline uint16_t narrowed(float v) {  // to nearest even; what is not a number stays so
+inline uint16_t narrowed(float v) {  // rounds to nearest even; NaN stays NaN
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
     return v != v ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -80,7 +80,7 @@ inline float sum(Vec v) {
 
 // --- linear ---
 
-// to: [count][2 * kLanes], of which the weight's row fills one column; a block stays in the first cache for all rows
+// Weight rows are packed kPacked inputs at a time: the block of the panel stays in the L1 cache meanwhile.
 constexpr int64_t kPacked = 64;
 
 void pack(const BaseLinear* linear, const float* weight, void* panels, int64_t begin, int64_t end) {
@@ -101,36 +101,36 @@ void pack(const BaseLinear* linear, const float* weight, void* panels, int64_t b
             }
 }
 
-// What is needed soon, spread evenly over all runs along k, and there over all steps.
-class Fetching {
+// Spreads the prefetches evenly over all runs along k, and within a run over all steps of k.
+class Prefetcher {
   public:
-    struct Piece {
+    struct Region {
         const char* at;
         const char* end;
-        int64_t step;  // bytes further with every k, until the end
+        int64_t step;  // bytes prefetched per k, until the end
     };
 
-    Fetching(const StepAhead* soon, int64_t runs, int64_t in)
-        : soon_(soon), piece_{nullptr, nullptr, 0}, bytes_(soon ? soon->bytes : 0), runs_(runs), in_(in) {}
+    Prefetcher(const StepPrefetch* regions, int64_t runs, int64_t in)
+        : regions_(regions), region_{nullptr, nullptr, 0}, bytes_(regions ? regions->bytes : 0), runs_(runs), in_(in) {}
 
-    // What the next run along k fetches; `here` is at hand already. A piece takes whole runs, as many of those left as it
-    // has of the bytes left: were its pace everybody's, the rest of its last run would fetch nothing.
-    Piece& next(const void* here) {
-        if (piece_.at < piece_.end) return piece_;
-        piece_ = {(const char*)here, (const char*)here, 0};
-        if (!soon_ || number_ == soon_->count) return piece_;
-        const char *begin = soon_->begins[number_], *end = soon_->ends[number_];
+    // What the next run along k prefetches; `here` is in the cache already. A region takes whole runs, its share of the
+    // remaining runs being its share of the remaining bytes, so that no part of a run prefetches nothing.
+    Region& next(const void* here) {
+        if (region_.at < region_.end) return region_;
+        region_ = {(const char*)here, (const char*)here, 0};
+        if (!regions_ || number_ == regions_->count) return region_;
+        const char *begin = regions_->begins[number_], *end = regions_->ends[number_];
         const int64_t size = end - begin;
         const int64_t share = size < bytes_ ? size * runs_ / bytes_ : runs_, runs = share > 1 ? share : 1;
         const int64_t step = size / (runs * in_) + 1;
-        piece_ = {begin, end, step < 64 ? step : 64};
+        region_ = {begin, end, step < 64 ? step : 64};
         number_++, bytes_ -= size, runs_ -= runs;
-        return piece_;
+        return region_;
     }
 
   private:
-    const StepAhead* soon_;
-    Piece piece_;
+    const StepPrefetch* regions_;
+    Region region_;
     int64_t bytes_, runs_, in_, number_ = 0;  // bytes and runs that are left
 };
 
@@ -141,14 +141,14 @@ inline const float* widened(const uint16_t* from, float* to, int64_t count) {
     return to;
 }
 
-struct Ahead {
+struct PanelPrefetch {
     const char* at;
-    int64_t step;  // bytes further with every k
+    int64_t step;  // bytes prefetched per k
 };
 
 template <int R, bool kHalf>
 __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t in, const void* panel,
-                                                         Ahead ahead, Fetching::Piece& more, Vec (&sums)[kBlock][2]) {
+                                                         PanelPrefetch ahead, Prefetcher::Region& more, Vec (&sums)[kBlock][2]) {
     const char *at = more.at, *const end = more.end;
     const int64_t step = more.step;
     Vec s[R][2];
@@ -177,7 +177,7 @@ __attribute__((always_inline)) inline void rows_of_panel(const float* x, int64_t
 }
 
 template <bool kHalf>
-void block_of_panel(int rows, const float* x, int64_t in, const void* panel, Ahead ahead, Fetching::Piece& more,
+void block_of_panel(int rows, const float* x, int64_t in, const void* panel, PanelPrefetch ahead, Prefetcher::Region& more,
                     Vec (&sums)[kBlock][2]) {
     switch (rows) {
         case 1: return rows_of_panel<1, kHalf>(x, in, panel, ahead, more, sums);
@@ -195,7 +195,7 @@ void block_of_panel(int rows, const float* x, int64_t in, const void* panel, Ahe
 
 template <bool kHalf, class T>
 void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int64_t begin, int64_t end,
-                    Fetching& fetching) {
+                    Prefetcher& prefetcher) {
     const int64_t in = l->in_features, out = l->out_features, width = 2 * kLanes;
     const int64_t bytes = in * width * (kHalf ? 2 : 4), blocks = (rows + kBlock - 1) / kBlock;
     const int64_t panels = (out + width - 1) / width;
@@ -212,10 +212,10 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
         for (int64_t b = 0, row = 0; b < blocks; b++) {
             const int64_t take = (rows - row + blocks - b - 1) / (blocks - b);
             Vec sums[kBlock][2];
-            // each block of rows fetches its part of the next panel, which may belong to this thread's next call
-            const Ahead ahead = p + 1 < panels ? Ahead{panel + bytes + bytes * b / blocks, bytes / blocks / in + 1}
-                                               : Ahead{panel, 0};
-            block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, fetching.next(panel), sums);
+            // each block of rows prefetches its part of the next panel, which may belong to this thread's next call
+            const PanelPrefetch ahead = p + 1 < panels ? PanelPrefetch{panel + bytes + bytes * b / blocks, bytes / blocks / in + 1}
+                                               : PanelPrefetch{panel, 0};
+            block_of_panel<kHalf>(int(take), x + row * in, in, panel, ahead, prefetcher.next(panel), sums);
             for (int64_t r = 0; r < take; r++) {
                 const Vec low = sums[r][0] + bias[0], high = sums[r][1] + bias[1];
                 T* to = y + (row + r) * out + column;
@@ -233,27 +233,27 @@ void panels_of_tile(const BaseLinear* l, const float* x, T* y, int64_t rows, int
 }
 
 template <class T>
-void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepAhead* soon,
+void linear_of(const BaseLinear* l, const void* x, T* y, int64_t rows, float* scratch, const StepPrefetch* regions,
                int64_t begin, int64_t end, bool kept) {
     const int64_t in = l->in_features, out = l->out_features;
-    Fetching fetching(soon, (end - begin) * ((rows + kBlock - 1) / kBlock), in);
+    Prefetcher prefetcher(regions, (end - begin) * ((rows + kBlock - 1) / kBlock), in);
     for (int64_t row = 0; row < rows; row += kTile) {
         const int64_t take = rows - row < kTile ? rows - row : kTile;
         const float* tile = (const float*)x + row * in;
         if (l->bfloat16_rows) tile = kept ? scratch : widened((const uint16_t*)x + row * in, scratch, take * in);
         if (l->bfloat16_panels)
-            panels_of_tile<true>(l, tile, y + row * out, take, begin, end, fetching);
+            panels_of_tile<true>(l, tile, y + row * out, take, begin, end, prefetcher);
         else
-            panels_of_tile<false>(l, tile, y + row * out, take, begin, end, fetching);
+            panels_of_tile<false>(l, tile, y + row * out, take, begin, end, prefetcher);
     }
 }
 
-void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, float* scratch, const StepAhead* soon,
+void linear(const BaseLinear* l, const void* x, void* y, int64_t rows, float* scratch, const StepPrefetch* regions,
             int64_t begin, int64_t end, bool kept) {
     if (l->bfloat16_rows)
-        linear_of(l, x, (uint16_t*)y, rows, scratch, soon, begin, end, kept);
+        linear_of(l, x, (uint16_t*)y, rows, scratch, regions, begin, end, kept);
     else
-        linear_of(l, x, (float*)y, rows, scratch, soon, begin, end, kept);
+        linear_of(l, x, (float*)y, rows, scratch, regions, begin, end, kept);
 }
 
 // --- decode attention ---
@@ -264,8 +264,8 @@ inline Vec exponential(Vec x) {
     const Ints tiny = x < -87.0f;
     const Ints usual = x >= -87.0f;
     const Vec safe = (Vec)((Ints)x & usual);
-    const Vec turns = safe * 1.44269504088896341f + 12582912.0f;  // rounds to the nearest whole number
-    const Vec n = turns - 12582912.0f;
+    const Vec shifted = safe * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest whole number
+    const Vec n = shifted - 12582912.0f;
     const Vec r = (safe - n * 0.693359375f) + n * 2.12194440e-4f;
     Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -285,9 +285,9 @@ inline Vec exponential(Vec x) {
 
 namespace {
 
-// The requests are shared out by the tokens they see: a long one among short ones keeps nobody waiting for nothing.
+// Work is divided among threads by the tokens that each request attends to, so that a long one delays no thread.
 void decode(const BaseDecode* a, float* scratch, int me, int of) {
-    constexpr double kEach = 16;  // what a job costs beside its tokens, in tokens
+    constexpr double kEach = 16;  // fixed cost of a request and key head, in tokens
     double all = 0, before = 0;
     for (int64_t row = 0; row < a->rows; row++) all += (a->lengths[row] + kEach) * double(a->kv_heads);
     for (int64_t row = 0; row < a->rows; row++)
@@ -302,7 +302,7 @@ void decode(const BaseDecode* a, float* scratch, int me, int of) {
         }
 }
 
-// --- what lies between the linear layers ---
+// --- norms and gated activations ---
 
 template <class T>
 void norm_row(const BaseNorm* n, const T* x, T* y) {
@@ -355,8 +355,8 @@ inline Vec logistic(Vec x) {
     return top / (e + 1.0f);
 }
 
-// GELU by tanh is x times the logistic function of twice the tanh's argument. In bfloat16 the steps of torch's own form,
-// (1 + tanh) / 2, are taken: where the tanh is nearly -1, what float32 loses there shows in the answer.
+// GELU by tanh is x times the logistic function of twice the tanh's argument. In bfloat16 torch's own form, (1 + tanh) / 2,
+// is computed: where the tanh is nearly -1, its float32 rounding is visible in the result.
 inline Vec gelu(Vec x, bool as_torch) {
     Vec share = logistic((x + x * x * x * 0.044715f) * 1.5957691216057308f);
     if (as_torch) {
@@ -376,7 +376,7 @@ void gate_row(const BaseGate* job, const T* x, T* y) {
             for (int64_t j = i; j < width; j++) gates[j - i] = widen(x[j]), ups[j - i] = widen(x[width + j]);
         const Vec g = full ? load(x + i) : load(gates), up = full ? load(x + width + i) : load(ups);
         Vec v = job->activation ? gelu(g, job->bfloat16) : g * logistic(g);
-        if (job->bfloat16) {  // the activation is rounded before it is multiplied, as by two operators
+        if (job->bfloat16) {  // rounded before it is multiplied, as two separate operators do
             uint16_t narrow[kLanes];
             store(narrow, v);
             v = load(narrow);
@@ -407,17 +407,17 @@ void gate(const BaseGate* job, const void* x, void* y, int64_t rows, int me, int
 namespace {
 
 template <class T>
-void turn_of(const StepTurn* t, T* x, int64_t x_row, const StepCosines* by, int64_t begin, int64_t end) {
-    const int64_t at = begin * by->turned;
-    rotate(x + begin * x_row, x_row, t->vectors, t->head_dim, (const T*)by->cos + at, (const T*)by->sin + at, by->turned,
+void rotary_of(const StepRotaryEmbedding* t, T* x, int64_t x_row, const StepRotaryTable* by, int64_t begin, int64_t end) {
+    const int64_t at = begin * by->width;
+    rotate(x + begin * x_row, x_row, t->vectors, t->head_dim, (const T*)by->cos + at, (const T*)by->sin + at, by->width,
            end - begin);
 }
 
-void turn(const StepTurn* t, void* x, int64_t x_row, const StepCosines* by, int64_t rows, int me, int of) {
+void rotary(const StepRotaryEmbedding* t, void* x, int64_t x_row, const StepRotaryTable* by, int64_t rows, int me, int of) {
     if (t->bfloat16)
-        turn_of(t, (uint16_t*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
+        rotary_of(t, (uint16_t*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
     else
-        turn_of(t, (float*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
+        rotary_of(t, (float*)x, x_row, by, rows * me / of, rows * (me + 1) / of);
 }
 
 void add(const StepAdd* a, void* to, const void* from, int64_t rows, int me, int of) {
@@ -436,5 +436,5 @@ void add(const StepAdd* a, void* to, const void* from, int64_t rows, int me, int
 #define TEXT(name) TEXT2(name)
 extern "C" {
 extern const BaseVariant NAME(VARIANT);
-const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode, norm, gate, turn, add};
+const BaseVariant NAME(VARIANT) = {TEXT(VARIANT), kLanes, pack, linear, decode, norm, gate, rotary, add};
 }

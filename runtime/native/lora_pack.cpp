@@ -1,7 +1,7 @@
-// An adapter's file to its place in the adapter's buffer in one pass over memory: read through a small window that
-// stays in the cache, widened, transposed if need be, scaled, rounded to nearest even, and looked at for numbers that
-// are not finite. And the plain copy of such a buffer into a slot. No OpenMP: it runs beside a busy engine, and rests
-// between pieces when it is told to, so that the engine keeps its cores and most of the memory's bandwidth.
+// Reads an adapter's file into the adapter's buffer in one pass over memory: through a small window that stays in the
+// cache, widened, transposed if necessary, scaled, rounded to nearest even, and checked for numbers that are not finite.
+// Also copies such a buffer into a slot. It uses no OpenMP: it runs concurrently with the engine, and can pause between
+// chunks, so that the engine keeps its cores and most of the memory bandwidth.
 #include <errno.h>
 #include <time.h>
 #include <unistd.h>
@@ -20,8 +20,8 @@ typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(8)));
 
 constexpr int64_t kBlock = 16;             // outputs written together: a cache line of float32
-constexpr int64_t kWindow = 128 << 10;     // bytes read at one go: they, and what is made of them, stay in L2
-constexpr double kShortestRest_s = 200e-6;  // shorter rests are put together
+constexpr int64_t kWindow = 128 << 10;     // bytes read at a time: they and the numbers made of them stay in the L2 cache
+constexpr double kShortestPause_s = 200e-6;  // shorter pauses are added up
 
 // --- numbers ---
 
@@ -36,28 +36,28 @@ inline float float_of(uint32_t bits) {
     return v;
 }
 // All exponent bits set: infinite or not a number.
-inline uint32_t sick(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
+inline uint32_t not_finite(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
 
 inline uint32_t put(float* to, float v) {
     *to = v;
-    return sick(bits_of(v));
+    return not_finite(bits_of(v));
 }
 inline uint32_t put(uint16_t* to, float v) {
     const uint32_t bits = bits_of(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     *to = uint16_t(rounded >> 16);
-    return sick(bits) | sick(rounded);  // the largest float32 numbers round to infinity
+    return not_finite(bits) | not_finite(rounded);  // the largest float32 numbers round to infinity
 }
 
-inline Words sick(Words bits) { return Words((bits & 0x7f800000u) == 0x7f800000u); }
+inline Words not_finite(Words bits) { return Words((bits & 0x7f800000u) == 0x7f800000u); }
 inline Words put(float* to, Floats v) {
     memcpy(to, &v, sizeof v);
-    return sick(Words(v));
+    return not_finite(Words(v));
 }
 inline Words put(uint16_t* to, Floats v) {
     const Words bits = Words(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Halves high = __builtin_convertvector(rounded >> 16, Halves);
     memcpy(to, &high, sizeof high);
-    return sick(bits) | sick(rounded);
+    return not_finite(bits) | not_finite(rounded);
 }
 
 enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
@@ -65,8 +65,8 @@ enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 void widen_bfloat16(float* to, const uint16_t* from, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = float_of(uint32_t(from[i]) << 16);
 }
-// Exponent and fraction moved to their places, then multiplied by 2 to the difference of the biases: exact, subnormals
-// included.
+// Shifts exponent and fraction into place and multiplies by 2 to the difference of the exponent biases: exact, also for
+// subnormal numbers.
 void widen_float16(float* to, const uint16_t* from, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         const uint32_t h = from[i], special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
@@ -116,7 +116,7 @@ uint32_t transpose(T* to, const float* from, int64_t rows, int64_t cols, int64_t
     return bad | many[0] | many[1] | many[2] | many[3];
 }
 
-// `rows` rows of a matrix of `stride` rows in all, from row `first` on; to: where the whole matrix begins
+// Packs `rows` rows, from row `first` on, of a matrix of `stride` rows; to: the start of the whole matrix.
 template <class T>
 bool pack(T* to, const float* from, int64_t first, int64_t rows, int64_t cols, int64_t stride, bool transposed,
           float scale) {
@@ -125,7 +125,7 @@ bool pack(T* to, const float* from, int64_t first, int64_t rows, int64_t cols, i
     return bad == 0;
 }
 
-// --- resting ---
+// --- pausing ---
 
 double thread_time_s() {
     timespec now;
@@ -133,16 +133,16 @@ double thread_time_s() {
     return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
 }
 
-// After each piece of work a rest `ratio` times as long as the work was; 0: none.
-class Pace {
+// Pauses after each chunk of work, `ratio` times as long as the work took; 0: never.
+class Pause {
    public:
-    explicit Pace(double ratio) : ratio_(ratio), last_s_(ratio > 0 ? thread_time_s() : 0) {}
-    void rest() {
+    explicit Pause(double ratio) : ratio_(ratio), last_s_(ratio > 0 ? thread_time_s() : 0) {}
+    void after_chunk() {
         if (ratio_ <= 0) return;
         const double now_s = thread_time_s();
         owed_s_ += (now_s - last_s_) * ratio_;
         last_s_ = now_s;
-        if (owed_s_ < kShortestRest_s) return;
+        if (owed_s_ < kShortestPause_s) return;
         const timespec pause = {time_t(owed_s_), long((owed_s_ - double(time_t(owed_s_))) * 1e9)};
         nanosleep(&pause, nullptr);
         owed_s_ = 0;
@@ -154,15 +154,15 @@ class Pace {
 
 // --- files ---
 
-struct Matrix {  // as Python lays it out
+struct Matrix {  // a row of `weights.pack.MATRIX_FIELDS`
     int64_t offset;       // of its first byte in the file
-    int64_t type;         // of its numbers there
-    int64_t rows, cols;   // there
+    int64_t type;         // of its numbers in the file
+    int64_t rows, cols;   // its shape in the file
     int64_t transposed;
-    int64_t to;           // element of the buffer where it begins
+    int64_t to;           // its first element in the buffer
 };
 
-// 0, or an errno; ENODATA where the file ends too early
+// Returns 0 or an errno; ENODATA if the file ends too early.
 int read_all(int file, char* to, int64_t size, int64_t offset) {
     while (size > 0) {
         const ssize_t count = pread(file, to, size_t(size), off_t(offset));
@@ -175,10 +175,10 @@ int read_all(int file, char* to, int64_t size, int64_t offset) {
 
 constexpr int64_t kNotFinite = int64_t(1) << 32;
 
-// 0, or an errno, or kNotFinite + its number for a matrix with a number that is not finite
+// Returns 0, an errno, or kNotFinite + `number` for a matrix with a number that is not finite.
 template <class T>
 int64_t pack_matrix(int file, T* buffer, const Matrix& m, float scale, int64_t number, std::vector<char>& window,
-                    std::vector<float>& wide, Pace& pace) {
+                    std::vector<float>& wide, Pause& pause) {
     const int64_t size = m.type == kFloat32 ? 4 : 2, width = m.cols * size;
     int64_t step = width > kWindow / kBlock ? kBlock : kWindow / width / kBlock * kBlock;
     if (!m.transposed && width > kWindow / kBlock) step = width > kWindow ? 1 : kWindow / width;
@@ -196,20 +196,20 @@ int64_t pack_matrix(int file, T* buffer, const Matrix& m, float scale, int64_t n
         }
         if (!pack(buffer + m.to, values, first, rows, m.cols, m.rows, m.transposed != 0, scale))
             return kNotFinite + number;
-        pace.rest();
+        pause.after_chunk();
     }
     return 0;
 }
 
 template <class T>
 int64_t pack_some(int file, T* buffer, const Matrix* matrices, const float* scales, int64_t from, int64_t until,
-                  double rest) {
+                  double pause_ratio) {
     try {
         std::vector<char> window;
         std::vector<float> wide;
-        Pace pace(rest);
+        Pause pause(pause_ratio);
         for (int64_t i = from; i < until; i++)
-            if (const int64_t failed = pack_matrix(file, buffer, matrices[i], scales[i], i, window, wide, pace))
+            if (const int64_t failed = pack_matrix(file, buffer, matrices[i], scales[i], i, window, wide, pause))
                 return failed;
         return 0;
     } catch (const std::bad_alloc&) {
@@ -217,22 +217,22 @@ int64_t pack_some(int file, T* buffer, const Matrix* matrices, const float* scal
     }
 }
 
-// The same in two threads, each with half of the bytes: the first failure in the order of the matrices.
+// The same in two threads, each with half of the bytes. Returns the first failure in the order of the matrices.
 template <class T>
 int64_t pack_file(int file, T* buffer, const Matrix* matrices, const float* scales, int64_t count, int threads,
-                  double rest) {
+                  double pause_ratio) {
     int64_t whole = 0, half = 0, middle = 0;
     for (int64_t i = 0; i < count; i++) whole += matrices[i].rows * matrices[i].cols;
     while (middle < count && half < whole / 2) half += matrices[middle].rows * matrices[middle].cols, middle++;
-    if (threads < 2 || middle == count) return pack_some(file, buffer, matrices, scales, 0, count, rest);
+    if (threads < 2 || middle == count) return pack_some(file, buffer, matrices, scales, 0, count, pause_ratio);
     int64_t second = 0;
     std::thread other;
     try {
-        other = std::thread([&] { second = pack_some(file, buffer, matrices, scales, middle, count, rest); });
-    } catch (const std::exception&) {  // no thread to be had
-        return pack_some(file, buffer, matrices, scales, 0, count, rest);
+        other = std::thread([&] { second = pack_some(file, buffer, matrices, scales, middle, count, pause_ratio); });
+    } catch (const std::exception&) {  // no thread could be started
+        return pack_some(file, buffer, matrices, scales, 0, count, pause_ratio);
     }
-    const int64_t first = pack_some(file, buffer, matrices, scales, 0, middle, rest);
+    const int64_t first = pack_some(file, buffer, matrices, scales, 0, middle, pause_ratio);
     other.join();
     return first ? first : second;
 }
@@ -243,17 +243,17 @@ extern "C" {
 
 int lora_pack_version() { return 2; }
 
-// from: float32 [rows][cols]; to: the same shape, or [cols][rows]. 0 where every number is finite before and after.
+// from: float32 [rows][cols]; to: the same shape, or [cols][rows]. Returns 0 if every number is finite before and after.
 int lora_pack(void* to, const float* from, int64_t rows, int64_t cols, int transposed, float scale, int bfloat16) {
     return bfloat16 ? !pack((uint16_t*)to, from, 0, rows, cols, rows, transposed != 0, scale)
                     : !pack((float*)to, from, 0, rows, cols, rows, transposed != 0, scale);
 }
 
-// matrices: [count] of six int64; buffer: float32, or bfloat16's patterns. 0; an errno; 2^32 + the number of the first
-// matrix with a number that is not finite before or after.
+// matrices: [count] of six int64; buffer: float32, or bfloat16's bit patterns. Returns 0; an errno; 2^32 + the index of
+// the first matrix with a number that is not finite before or after.
 int64_t lora_pack_file(int file, void* buffer, const void* matrices, const float* scales, int64_t count, int bfloat16,
-                       int threads, double rest) {
-    return bfloat16 ? pack_file(file, (uint16_t*)buffer, (const Matrix*)matrices, scales, count, threads, rest)
-                    : pack_file(file, (float*)buffer, (const Matrix*)matrices, scales, count, threads, rest);
+                       int threads, double pause_ratio) {
+    return bfloat16 ? pack_file(file, (uint16_t*)buffer, (const Matrix*)matrices, scales, count, threads, pause_ratio)
+                    : pack_file(file, (float*)buffer, (const Matrix*)matrices, scales, count, threads, pause_ratio);
 }
 }

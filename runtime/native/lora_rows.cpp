@@ -1,4 +1,4 @@
-// The entry point of the row kernel: sorts a step's rows by slot, splits the work, and calls the variant for this CPU.
+// The entry points of the LoRA row kernel: sort a step's rows by slot, divide the work, and call the chosen variant.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -38,7 +38,7 @@ Choice choice_for(const char* most) {
 }
 
 Choice chosen = choice_for("auto");
-constexpr int64_t kSmallWork = 32768;  // multiplications below which waking other threads costs more than they save
+constexpr int64_t kSmallWork = 32768;  // multiplications below which waking other threads costs more than it saves
 
 struct Scratch {
     std::vector<int64_t> order;
@@ -114,16 +114,16 @@ int64_t slices_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs,
 int64_t expanded_of(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
                     const char** ends) {
     const int64_t size = group->bfloat16 ? 2 : 4;
-    int64_t pieces = 0;
+    int64_t count = 0;
     for (const LoraRun* run = runs; run < runs + num_runs; run++)
         for (int member = 0; member < group->members; member++) {
             const int64_t at = member * group->slots + run->slot;
             if (group->ranks[at] == 0) continue;
-            begins[pieces] = (const char*)group->memory + group->b_at[at] * size;
-            ends[pieces] = begins[pieces] + group->ranks[at] * (group->columns[member + 1] - group->columns[member]) * size;
-            pieces++;
+            begins[count] = (const char*)group->memory + group->b_at[at] * size;
+            ends[count] = begins[count] + group->ranks[at] * (group->columns[member + 1] - group->columns[member]) * size;
+            count++;
         }
-    return pieces;
+    return count;
 }
 
 }  // namespace
@@ -150,8 +150,8 @@ const LoraCalls* lora_rows_calls() {
     return &calls;
 }
 
-// Adds to y in place. row_slots: [rows], in any order; slots below 0 or without ranks are left alone. Returns 0, or 1
-// for a slot that does not exist, 2 where memory ran out; y is untouched then.
+// Adds to y in place. row_slots: [rows], in any order; rows of slots below 0 or without ranks are unchanged. Returns 0; 1
+// for a slot that does not exist; 2 if memory ran out. y is unchanged in the latter cases.
 int lora_rows_add(const LoraGroup* group, void* y, const void* x, const int32_t* row_slots, int64_t rows) {
     try {
         if (int64_t(scratch.order.size()) < rows) scratch.order.resize(size_t(rows)), scratch.runs.resize(size_t(rows));

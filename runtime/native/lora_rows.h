@@ -1,4 +1,4 @@
-// What the row kernel is asked, and how one call is split: shared by the entry point and its variants per instruction set.
+// Arguments of the LoRA row kernel and the division of one call, shared by the entry point and the variants.
 #pragma once
 #include <cstdint>
 
@@ -17,16 +17,16 @@ struct LoraGroup {
     int32_t bfloat16;  // elements of memory, x and y: 1 bfloat16, 0 float32
 };
 
-// Rows of one slot. order[first .. first+count) are their numbers in x and y.
+// The rows of one slot: order[first .. first + count) are their indices in x and y.
 struct LoraRun {
     int64_t slot, first, count;
     int64_t ranks;     // of all members together
-    int64_t u_at;      // where its shrink products [count][ranks] lie in u
+    int64_t u_at;      // offset of its shrink products [count][ranks] in u
     double shrink_to;  // work up to and including this run, for splitting among threads
     double expand_to;
 };
 
-// The rows of a step, sorted by slot: the same for all groups, but for a run's ranks and what follows from them.
+// The rows of a step, sorted by slot: the same for all groups, except a run's ranks and what is derived from them.
 struct LoraRows {
     int64_t* order;  // [rows]
     LoraRun* runs;   // [rows]
@@ -47,8 +47,8 @@ struct LoraJob {
     const LoraRun* runs;
     int64_t num_runs;
     float* u;
-    int me, of;  // the thread, and how many there are
-    const float* wide;  // x in float32, where it is not and that pays: for prompts; else null
+    int me, of;  // index of the thread, and number of threads
+    const float* wide;  // x widened to float32, for prompts in bfloat16; else null
 };
 
 struct LoraVariant {
@@ -57,38 +57,38 @@ struct LoraVariant {
     void (*expand)(const LoraJob*);
 };
 
-// What a caller with threads of its own needs of this library.
+// For a caller that has threads of its own.
 struct LoraCalls {
-    // Fills `rows`, whose memory is the caller's. 0, or 1 for a slot that does not exist.
+    // Fills `rows`, whose memory belongs to the caller. Returns 0, or 1 for a slot that does not exist.
     int (*sort)(const int32_t* row_slots, int64_t count, int64_t slots, LoraRows* rows);
-    // The group's ranks into the runs [num_runs]; the multiplications that all of it takes.
+    // Stores the group's ranks in the runs [num_runs]. Returns the number of multiplications.
     int64_t (*size)(const LoraGroup* group, LoraRun* runs, int64_t num_runs);
-    // Cuts thread `me`'s part of the shrink products into slices of some ten KiB of weights, at most
-    // lora_most_slices; how many there are.
+    // Cuts thread `me`'s part of the shrink products into slices of kSliceBytes of weights. Returns their number, at most
+    // lora_most_slices.
     int64_t (*slices)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, int me, int of, LoraSlice* slices);
-    // Where the B of the runs lie, as pieces of memory [num_runs * members]; how many pieces there are.
+    // Stores the memory regions of the runs' B matrices [num_runs * members]. Returns their number.
     int64_t (*expanded)(const LoraGroup* group, const LoraRun* runs, int64_t num_runs, const char** begins,
                         const char** ends);
     void (*shrink)(const LoraJob* job, const LoraSlice* slice);
-    // The share of thread job->me, once all slices of all threads are done; adds to y.
+    // The share of thread job->me, after all slices of all threads; adds to y.
     void (*expand)(const LoraJob* job);
 };
 }
 
-// Reading weights costs this many times what multiplying one row with them costs (splits the work, decides nothing).
+// Cost of reading weights relative to multiplying one row with them; it only divides the work among threads.
 constexpr double kReadCost = 4.0;
 constexpr int64_t kRankBlock = 4;     // rows of A taken together: one read of x for four products
-constexpr int64_t kColumnBlock = 64;  // columns of B given to a thread together: whole cache lines
+constexpr int64_t kColumnBlock = 64;  // columns of B that one thread computes together: whole cache lines
 
 constexpr int64_t kPromptLeast = 8;   // rows of one slot that count as a prompt's
 
-constexpr int64_t kSliceBytes = 81920;  // of A: a thread's second cache holds several
+constexpr int64_t kSliceBytes = 81920;  // of A: a thread's L2 cache holds several slices
 
 inline int64_t lora_most_slices(int64_t runs, int64_t ranks_of_all_members) {
     return runs * (ranks_of_all_members / kRankBlock + 2);
 }
 
-// The part of `units` of a run that ends at `to` of the whole work and holds `work` of it, for the share [from, until).
+// How many of a run's `units` belong to the work before `share`; the run's work is [to - work, to). Whole blocks.
 inline int64_t lora_part(double share, double to, double work, int64_t units, int64_t block) {
     if (share >= to) return units;
     if (share <= to - work) return 0;

@@ -1,10 +1,10 @@
 // y[i] += B_s (A_s x[i]) for every row i and its slot s. Compiled once per instruction set, with -DVARIANT=name.
 //
-// Two phases with a barrier between: u = A x split by rows of A, then y += u B split by columns of B, both by the work
-// there is, so that one adapter of rank 64 among fifteen of rank 4 keeps no thread waiting. The weights stream from
-// memory once, whatever number of rows they serve. Each result is summed in an order that depends on nothing but its
-// own row and weights: who shares the batch, and how many threads work, changes no bit. bfloat16 is widened to
-// float32, summed there and rounded once at the end.
+// Two phases with a barrier between: u = A x divided by rows of A, then y += u B divided by columns of B, both in equal
+// shares of work, so that one adapter of rank 64 among fifteen of rank 4 delays no thread. The weights are read from
+// memory once for all rows that use them. The order of each sum depends only on its own row and weights: neither the
+// other rows of the batch nor the number of threads changes a bit. bfloat16 is widened to float32, summed there and
+// rounded once at the end.
 #include <cstring>
 
 #include "lora_rows.h"
@@ -25,12 +25,12 @@ typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
 // Not std::min: a shared inline function compiled for one instruction set could end up in the others.
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t kTile = 512;  // columns worked on at a time: their sums stay in the first cache
-constexpr int kRows = 4;        // rows of one slot that share a pass over its weights
-// Of a prompt, whose weights are in the cache for all but the first: as many as leave their sums in registers.
+constexpr int64_t kTile = 512;  // columns computed at a time: their sums stay in the L1 cache
+constexpr int kRows = 4;        // rows of one slot that are computed in one pass over its weights
+// The same for a prompt, whose weights are in the cache after the first rows: as many as have their sums in registers.
 constexpr int kPromptRows = kLanes == 16 ? 4 : 3;
-constexpr int kExpandRows = 4;       // of them, those that are expanded together
-constexpr int64_t kWideIn = 8192;  // up to such an x a block of A is widened once for all rows of a prompt
+constexpr int kExpandRows = 4;       // rows of a prompt that are expanded together
+constexpr int64_t kWideIn = 8192;  // inputs up to which a block of A is widened once for all rows of a prompt
 
 inline Vec load(const float* p) {
     Vec v;
@@ -51,7 +51,7 @@ inline float widen(uint16_t v) {
     return f;
 }
 inline void narrow(float* p, float v) { *p = v; }
-inline void narrow(uint16_t* p, float v) {  // to nearest even; what is not a number stays so
+inline void narrow(uint16_t* p, float v) {  // rounds to nearest even; NaN stays NaN
     uint32_t bits;
     memcpy(&bits, &v, sizeof bits);
     *p = v != v ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -74,8 +74,8 @@ inline void dots(const T* a, const X* const* x, int64_t in, float* const* u) {
         Vec xs[NX];
         for (int n = 0; n < NX; n++) xs[n] = load(x[n] + i);
         for (int k = 0; k < NA; k++) {
-            // the same place in the next block: widening leaves the hardware's own prefetch too little lead (measured:
-            // a fifth faster in bfloat16, nothing gained in float32)
+            // The same element of the next block: while widening, the hardware prefetcher does not run far enough ahead
+            // (measured: a fifth faster in bfloat16, no gain in float32).
             if constexpr (sizeof(T) == 2) __builtin_prefetch(a + k * in + i + NA * in, 0, 3);
             const Vec as = load(a + k * in + i);
             for (int n = 0; n < NX; n++) acc[k][n] += as * xs[n];
@@ -119,8 +119,8 @@ inline void widen_all(float* to, const uint16_t* from, int64_t count) {
     for (; i < count; i++) to[i] = widen(from[i]);
 }
 
-// `shrink` for the rows of a prompt, x: float32 [rows of the step][in]. Every block of A is taken, and widened where it
-// is not float32, once for all of them.
+// `shrink` for the rows of a prompt, x: float32 [rows of the step][in]. Every block of A is read, and widened if it is
+// bfloat16, once for all rows.
 template <class T>
 void shrink_prompt(const LoraJob& job, const LoraRun& run, const float* x, int64_t begin, int64_t end) {
     const LoraGroup& group = *job.group;
@@ -158,7 +158,7 @@ void shrink_prompt(const LoraJob& job, const LoraRun& run, const float* x, int64
     }
 }
 
-// u of rows [begin, end) of the run's A, for all rows of the run.
+// Computes u for rows [begin, end) of A and all rows of the run.
 template <class T>
 void shrink(const LoraJob& job, const LoraRun& run, int64_t begin, int64_t end) {
     if (run.count >= kPromptLeast) {
@@ -212,7 +212,7 @@ inline void add_tile(float* acc, const float* u, const T* b, int64_t rank, int64
     for (; k < rank; k++) add_ranks<1>(acc, u + k, b + k * stride, stride, width);
 }
 
-// The same for kExpandRows rows of one slot, each with its sums and its u: what is read of B is read once for them.
+// The same for kExpandRows rows of one slot, each with its own sums and u: B is read once for all of them.
 template <class T>
 inline void add_tile_of_rows(float* const* acc, const float* u, int64_t u_row, const T* b, int64_t rank, int64_t stride,
                              int64_t width) {
@@ -230,7 +230,7 @@ inline void add_tile_of_rows(float* const* acc, const float* u, int64_t u_row, c
         for (int n = 0; n < kExpandRows; n++) add_tile(acc[n] + c, u + n * u_row, b + c, rank, stride, width - c);
 }
 
-// Columns [begin, end) of one member, for all rows of the run. u starts at the member's own ranks.
+// Adds to columns [begin, end) of one member, for all rows of the run. u starts at the member's own ranks.
 template <class T>
 void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, int64_t begin, int64_t end) {
     const LoraGroup& group = *job.group;
@@ -263,7 +263,7 @@ void expand(const LoraJob& job, const LoraRun& run, int member, const float* u, 
             if constexpr (sizeof(T) == 4) {
                 add_tile((float*)y, u + r * run.ranks, b + c, rank, out, n);
             } else {
-                float acc[kTile] = {};  // summed by itself and added once, as peft does: the same roundings but few
+                float acc[kTile] = {};  // summed separately and added once, as peft does
                 add_tile(acc, u + r * run.ranks, b + c, rank, out, n);
                 for (int64_t i = 0; i < n; i++) narrow(y + i, widen(y[i]) + acc[i]);
             }

@@ -16,7 +16,7 @@ from cluster.errors import ClusterError  # noqa: E402
 from cluster.kernel import ProcessId  # noqa: E402
 from images.base import debian_mirror  # noqa: E402
 
-TOOLS = {"containerd": "/usr/bin/containerd", "ctr": "/usr/bin/ctr", "docker-registry": "/usr/bin/docker-registry"}
+TOOLS = {tool: f"/usr/bin/{tool}" for tool in ("containerd", "ctr", "docker-registry", "python3")}
 
 
 def spec(*, whole: bool, state: str = "/s/demo") -> plan.Spec:

@@ -70,7 +70,7 @@ def test_an_edited_file_changes_its_models_and_a_deleted_one_removes_them(served
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("kind: [", "bad.yaml: not YAML: while parsing a flow sequence"),
+        ("kind: [", "bad.yaml: not YAML: while parsing"),
         ("hello", "bad.yaml: not a Kubernetes object: it needs kind and metadata.name."),
         ("{kind: Pod, metadata: {name: a}}", "bad.yaml: Pod a: only BaseModel, LoraAdapter and Secret can be served"),
         (
@@ -105,11 +105,13 @@ def test_an_adapter_of_an_unknown_base_is_one_line_with_its_name(served: Served)
     assert answers_with(served, "route", "pvc://adapters/route")
 
 
-def test_an_idle_base_stops_its_process_and_a_request_starts_it_again(served: Served) -> None:
-    served.write("nap.yaml", base("nap", scaling={"idleAfter": "1s"}), adapter("dreamer", base="nap"))
+def test_an_idle_base_stops_its_process_until_the_next_request_and_a_deleted_one_for_good(served: Served) -> None:
+    served.write("nap.yaml", base("nap", scaling={"idleAfter": "3s"}), adapter("dreamer", base="nap"))
     served.until(lambda: answers_with(served, "dreamer", "pvc://adapters/dreamer"))
     served.until(lambda: len(served.children()) == 1)
     assert answers_with(served, "dreamer", "pvc://adapters/dreamer")
+    assert len(served.children()) == 2
+    (served.folder / "nap.yaml").unlink()
     served.until(lambda: len(served.children()) == 1)
 
 

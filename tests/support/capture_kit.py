@@ -1,7 +1,7 @@
-"""A mode that lets through only what a CUDA graph can capture, for tests without a GPU.
+"""A dispatch mode that allows only what a CUDA graph can capture, for tests without a GPU.
 
-Tensors of the step lie on the meta device: they have shapes and no values, so whatever looks at a value fails by
-itself; `CaptureGuard` says so in words, and refuses what the meta device would let through.
+The step's tensors are on the meta device, which has shapes and no values, so reading a value fails there anyway;
+`CaptureGuard` fails with an explanation, and refuses what the meta device would allow.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _COPIES = ("_to_copy", "to", "copy_")
 
 
 class NotCapturableError(AssertionError):
-    """The step does what a capture forbids, or what a replay would not repeat."""
+    """The step does something that a capture forbids or that a replay would not repeat."""
 
 
 class CaptureGuard(TorchDispatchMode):
-    """Every operator between `with` and its end; `ran` names them in order."""
+    """Checks every operator inside the `with` block; `ran` lists their names in order."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

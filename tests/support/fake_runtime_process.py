@@ -8,14 +8,24 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import fakes
 from aiohttp import web
 
-from lorapool_api.protocol import ResolveAnswer, ResolveRequest
+from lorapool_api.protocol import ResolveAnswer, ResolveRequest, RuntimeSnapshot
 
 
 class ResolvingRuntime(fakes.FakeRuntime):
+    last_request_unix_s: float | None = None
+
+    def snapshot(self) -> RuntimeSnapshot:
+        return super().snapshot().model_copy(update={"last_request_unix_s": self.last_request_unix_s})
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        self.last_request_unix_s = time.time()
+        return await super()._infer(request)
+
     async def _resolve(self, request: web.Request) -> web.Response:
         uri = ResolveRequest.model_validate(await request.json()).source.uri
         return web.json_response(ResolveAnswer(digest=fakes.digest_of(uri), rank=8, size_bytes=1).dump())

@@ -1,4 +1,4 @@
-"""What Triton is asked to launch, without a GPU: grids and arguments written down, kernels compiled for a card.
+"""Triton launches without a GPU: grids and arguments are recorded, and kernels are compiled for a given GPU.
 
     python tests/support/triton_kit.py 90 bfloat16      compiles every kernel for compute capability 9.0 and reports
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 KERNELS = {
-    "kernels_lora": ("_shrink_rows", "_expand_rows", "_shrink_segments", "_expand_segments"),
-    "kernels_attention": ("_write", "_attend", "_join"),
+    "triton_lora": ("_shrink_rows", "_expand_rows", "_shrink_segments", "_expand_segments"),
+    "triton_attention": ("_write", "_attend", "_join"),
 }
 _TYPES = {
     torch.float32: "*fp32",
@@ -39,14 +39,14 @@ class Launch:
     keywords: dict[str, Any]
 
     def shape(self) -> tuple[Any, ...]:
-        """Everything about the launch but the data behind its pointers."""
-        seen = [(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in self.arguments]
-        return (self.kernel, self.grid, *seen, *sorted(self.keywords.items()))
+        """Everything about the launch except the data that its pointers refer to."""
+        arguments = [(tuple(a.shape), a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in self.arguments]
+        return (self.kernel, self.grid, *arguments, *sorted(self.keywords.items()))
 
 
 @dataclass
 class Launches:
-    """Stands where the kernels stand and launches nothing."""
+    """Replaces the kernels: records each launch and launches nothing."""
 
     made: list[Launch] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ def recorded(*modules: ModuleType) -> Iterator[Launches]:
 
 
 def compiled(kernel: Any, launch: Launch, capability: int) -> Any:
-    """The launch's kernel as a binary for a card of this compute capability, specialized as Triton does at a launch."""
+    """The launch's kernel as a binary for a GPU of this compute capability, specialized as Triton does at a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,9 +104,8 @@ def compiled(kernel: Any, launch: Launch, capability: int) -> Any:
 
 
 def llama_8b_launches(dtype: torch.dtype) -> Launches:
-    """One decode step's and one prefill's operators at the widths of an 8B Llama; nothing lies behind the pointers."""
-    from lorapool_runtime.engines.torch.kernels import triton_attention as kernels_attention
-    from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
+    """One decode step's and one prefill's operators at the widths of an 8B Llama; the tensors hold no real data."""
+    from lorapool_runtime.engines.torch.kernels import triton_attention, triton_lora
 
     def i32(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
@@ -115,16 +114,16 @@ def llama_8b_launches(dtype: torch.dtype) -> Launches:
     outs = (4096, 1024, 1024)
     x, y = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(rows, sum(outs), dtype=dtype)
     at = torch.zeros(3, slots, dtype=torch.int64)
-    tiles = torch.tensor(kernels_lora.output_tiles(outs))
-    with recorded(kernels_lora, kernels_attention) as launches:
-        kernels_lora.lora_rows(x, i32(rows), memory, i32(3, slots), at, at, tiles, 64, 16, y)
-        kernels_lora.lora_segments(x, i32(rows), i32(4, 3), memory, i32(3, slots), at, at, tiles, 64, 16, y)
+    tiles = torch.tensor(triton_lora.output_tiles(outs))
+    with recorded(triton_lora, triton_attention) as launches:
+        triton_lora.lora_rows(x, i32(rows), memory, i32(3, slots), at, at, tiles, 64, 16, y)
+        triton_lora.lora_segments(x, i32(rows), i32(4, 3), memory, i32(3, slots), at, at, tiles, 64, 16, y)
         keys, values = (torch.zeros(64, 8, 128, dtype=dtype) for _ in range(2))
         new = torch.zeros(rows, 8, 128, dtype=dtype)
-        kernels_attention.paged_write(keys, values, i32(rows), new, new)
+        triton_attention.paged_write(keys, values, i32(rows), new, new)
         q = torch.zeros(rows, 32, 128, dtype=dtype)
-        kernels_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 0, 0.0)
-        kernels_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 4096, 50.0)
+        triton_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 0, 0.0)
+        triton_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 4096, 50.0)
     return launches
 
 
@@ -134,7 +133,8 @@ def main() -> None:
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     for name, launch in {launch.kernel: launch for launch in llama_8b_launches(dtype).made}.items():
         module = next(m for m, names in KERNELS.items() if name in names)
-        binary = compiled(getattr(importlib.import_module(f"lorapool_runtime.{module}"), name), launch, capability)
+        kernels = importlib.import_module(f"lorapool_runtime.engines.torch.kernels.{module}")
+        binary = compiled(getattr(kernels, name), launch, capability)
         ptx = binary.asm["ptx"]
         wide = ptx.count("ld.global.v4") + ptx.count("cp.async.cg")
         dots = ptx.count("mma.sync") + ptx.count("wgmma.mma_async")

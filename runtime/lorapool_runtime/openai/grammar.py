@@ -81,7 +81,7 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """Raises InvalidRequestError for an unsupported grammar, UnavailableError or TooManyRequestsError when compiling takes too long."""
+        """Raises InvalidRequestError (unsupported grammar), UnavailableError (timeout) or TooManyRequestsError."""
         if self._pending >= _MAX_PENDING:
             raise TooManyRequestsError(
                 f"{self._pending} grammars already wait to be compiled; the maximum is {_MAX_PENDING}.",

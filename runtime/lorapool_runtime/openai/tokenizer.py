@@ -78,7 +78,7 @@ class Tokenizer:
     async def prompt_of_messages(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[int, ...]:
-        """Ids of a conversation, up to the beginning of the assistant's turn. Raises InvalidRequestError or UnavailableError."""
+        """Ids up to the beginning of the assistant's turn. Raises InvalidRequestError or UnavailableError."""
         if not self.has_chat_template:
             raise InvalidRequestError(
                 "This base model has no chat template: it is not made for chat. "

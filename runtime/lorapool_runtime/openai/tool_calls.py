@@ -61,7 +61,7 @@ class ToolCallReader:
             parts.append(text)
 
     def _call(self) -> tuple[ToolCall | None, int] | None:
-        """(call, length) of the call that `_held` begins with; (None, length) of text that is no call; None if incomplete."""
+        """(call, length) if `_held` begins with a call, (None, length) if with other text, None if incomplete."""
         style, held = self._style, self._held
         not_a_call = (None, len(style.trigger))
         if not held.startswith(style.opening):

@@ -1,4 +1,4 @@
-"""The base's native kernels: equal to torch's products and attention, and to themselves whatever shares the batch."""
+"""The base's native kernels equal torch's products and attention, and do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from engine_kit import tiny_model
 from torch import Tensor
 
-from lorapool_runtime import native_library as nativelib
-from lorapool_runtime.engines.torch.kernels import base_step as basekernel
+from lorapool_runtime import native_library
+from lorapool_runtime.engines.torch.kernels import base_step
 from lorapool_runtime.engines.torch.kernels.base_step import (
     VERSION,
     BaseKernel,
@@ -30,8 +30,8 @@ from lorapool_runtime.native_library import NativeSettingError, NativeUnavailabl
 
 @pytest.fixture(autouse=True)
 def kernel(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> BaseKernel:
-    """The built library if it is as new as its sources, else one made here."""
-    built = nativelib.FOLDER / "libbase_step.so"
+    """The built library if it is as new as its sources, else one that is built here."""
+    built = native_library.FOLDER / "libbase_step.so"
     root = Path(__file__).parents[3] / "runtime"
     sources = [*(root / "native").glob("base_step*"), root / "native_build.py"]
     if not built.is_file() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
@@ -51,7 +51,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
         made = BaseKernel(open_library("base_step", VERSION, built.parent))
     except NativeUnavailableError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(basekernel, "base_kernel", lambda: made)
+    monkeypatch.setattr(base_step, "base_kernel", lambda: made)
     return made
 
 
@@ -84,7 +84,7 @@ def test_a_bfloat16_layer_sums_in_float32_and_rounds_once() -> None:
     assert float(((y.double() - exact).abs() / exact.abs().clamp_min(1e-3)).max()) <= 2**-8
 
 
-def test_a_row_is_the_same_bit_for_bit_whoever_shares_the_batch() -> None:
+def test_a_row_is_the_same_bit_for_bit_in_any_batch() -> None:
     layer, x = PanelLinear(random(200, 144, coarse=True), None), random(100, 144, seed=4)
     together = layer(x)
     for row in (0, 47, 48, 99):
@@ -195,7 +195,7 @@ def test_a_library_that_was_not_built_is_refused_in_words(tmp_path: Path) -> Non
         open_library("base_step", VERSION, tmp_path)
 
 
-def test_torch_serves_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_library_is_opened_where_the_environment_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPOOL_NATIVE", "0")
     with pytest.raises(NativeUnavailableError, match="LORAPOOL_NATIVE=0"):
         open_library("base_step", VERSION)

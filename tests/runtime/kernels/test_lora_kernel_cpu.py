@@ -1,4 +1,4 @@
-"""The native row kernel: equal to the formula, and to itself whatever else is in the batch."""
+"""The native row kernel equals the formula and does not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from lora_kit import RandomAdapter
 from torch import Tensor
 
-from lorapool_runtime import native_library as nativelib
-from lorapool_runtime.engines.torch.lora import kernel_cpu as rowkernel
+from lorapool_runtime import native_library
+from lorapool_runtime.engines.torch.lora import kernel_cpu
 from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.lora.kernel_cpu import NativeRowKernel, add_lora_rows, load_row_kernel
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch
@@ -33,10 +33,10 @@ RANKS = ((4, 4, 4, 4), (8, 0, 3, 1), (64, 64, 64, 64), (0, 0, 0, 9), (1, 2, 3, 0
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built one if it is as new as its sources, else one made here."""
+    """The built library if it is as new as its sources, else one that is built here."""
     root = Path(__file__).parents[3] / "runtime"
     sources = [*(root / "native").iterdir(), root / "native_build.py"]
-    built = nativelib.FOLDER / "liblora_rows.so"
+    built = native_library.FOLDER / "liblora_rows.so"
     if built.is_file() and built.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
         return built
     if shutil.which("g++") is None:
@@ -57,7 +57,7 @@ def kernel(library: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAPOOL_NATIVE", request.param)
         try:
-            kernel = NativeRowKernel(open_library(rowkernel.NAME, rowkernel.VERSION, folder))
+            kernel = NativeRowKernel(open_library(kernel_cpu.NAME, kernel_cpu.VERSION, folder))
         except NativeSettingError as error:
             pytest.skip(str(error))
     assert kernel.isa == request.param
@@ -126,7 +126,7 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once(kernel: NativeRowKernel,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [8, 9, 11, 33])
 def test_a_prompts_rows_are_bit_for_bit_as_one_by_one(kernel: NativeRowKernel, dtype: torch.dtype, rows: int) -> None:
-    """They are taken together, in blocks; others of the step are not."""
+    """They are computed together, in blocks; other rows of the step are not."""
     world = World(dtype)
     slots = [-1, 0, *[5] * rows, 2, *[1] * rows, 3]
     for group in (0, 1):
@@ -140,7 +140,7 @@ def test_a_prompts_rows_are_bit_for_bit_as_one_by_one(kernel: NativeRowKernel, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_who_shares_the_batch_changes_no_bit_of_a_row(kernel: NativeRowKernel, dtype: torch.dtype) -> None:
+def test_the_rest_of_the_batch_changes_no_bit_of_a_row(kernel: NativeRowKernel, dtype: torch.dtype) -> None:
     world = World(dtype)
     slots = [5, -1, 0, 2, 2, 0, 6, 3, 4, 1, 1, 5, 5, 5, 5, 2]
     for group in (0, 1):
@@ -242,7 +242,7 @@ def test_a_step_with_the_kernel_equals_one_by_torch(kernel: NativeRowKernel) -> 
 
 
 def test_the_traced_operator_is_the_kernel(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowkernel, "open_library", lambda name, version: ctypes.CDLL(str(library)))
+    monkeypatch.setattr(kernel_cpu, "open_library", lambda name, version: ctypes.CDLL(str(library)))
     world = World()
     x, y = batch(0, 4)
     slots, group = torch.tensor([0, 5, -1, 2], dtype=torch.int32), world.slots.groups[0]
@@ -254,7 +254,7 @@ def test_the_traced_operator_is_the_kernel(library: Path, monkeypatch: pytest.Mo
     torch.library.opcheck(add_lora_rows, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_without_a_fitting_library_the_log_says_why(
+def test_without_a_usable_library_the_log_gives_the_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
@@ -272,4 +272,4 @@ def test_without_a_fitting_library_the_log_says_why(
 def test_the_library_shares_torchs_openmp(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
     assert load_row_kernel(torch.float32, CPU, library.parent) is not None
-    assert len(nativelib._openmp_runtimes()) == 1
+    assert len(native_library._openmp_runtimes()) == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from lorapool_runtime.engines.interface import BASE_SLOT, DecodeProgramState, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core
-from lorapool_runtime.engines.torch.decode_program.step_program import KINDS, StepProgram
+from lorapool_runtime.engines.torch.decode_program.step_program import KINDS, StepProgram, _Program
 from lorapool_runtime.engines.torch.decode_program.verify import bound_positions, conditions
 from lorapool_runtime.engines.torch.kernels.base_step import base_kernel
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
@@ -22,7 +24,7 @@ from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 
 TRACED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
 UNTRACEABLE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]
-"""What they compute between their layers is no list of native kernels (OLMo 2 rotates bfloat16 heads in float32)."""
+"""What they compute between their layers is not a list of native kernels (OLMo 2 rotates bfloat16 heads in float32)."""
 RANKS = (4, 16, 3)
 UNVERIFIED, ACTIVE = DecodeProgramState(active=False, reason="unverified"), DecodeProgramState(active=True)
 
@@ -139,11 +141,7 @@ def doubled_in_large_batches(q: Tensor) -> Tensor:
     return q * 2 if q.shape[2] == 8 else q
 
 
-def doubled_alone(q: Tensor) -> Tensor:
-    return q * 2 if q.shape[2] == 1 else q
-
-
-@pytest.mark.parametrize("change", [clamped, doubled_in_large_batches, doubled_alone])
+@pytest.mark.parametrize("change", [clamped, doubled_in_large_batches])
 def test_what_is_the_identity_while_tracing_is_noticed(
     change: Callable[[Tensor], Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +160,7 @@ def test_what_is_the_identity_while_tracing_is_noticed(
 
 def test_a_soft_cap_far_above_the_usual_logits_is_noticed(tmp_path: Path) -> None:
     """In bfloat16 it changes no bit of small logits."""
-    model = tiny_model("Gemma2", final_logit_softcapping=3000.0)
+    model = tiny_model("Gemma2", final_logit_softcapping=4096.0)
     with torch.inference_mode():
         assert core_of(tmp_path, "Gemma2", model, dtype="bfloat16").facts.decode_program == UNVERIFIED
 
@@ -175,18 +173,13 @@ def test_a_layer_of_zeros_does_not_lose_its_adapter(tmp_path: Path) -> None:
         assert core_of(tmp_path, "Llama", model).facts.decode_program == UNVERIFIED
 
 
-def test_keys_that_equal_the_values_do_not_take_the_values_adapter(tmp_path: Path) -> None:
-    """Equal numbers in two places are told apart by adapters that change one of them."""
+def test_values_that_equal_the_keys_are_not_confused_with_them(tmp_path: Path) -> None:
+    """The trace finds values by their numbers: where two are equal, it may take the wrong one."""
     model = tiny_model("Llama")
     for layer in model.model.layers:
-        layer.mlp.up_proj.weight.data.copy_(layer.mlp.gate_proj.weight.data)
         layer.self_attn.v_proj.weight.data.copy_(layer.self_attn.k_proj.weight.data)
     with torch.inference_mode():
-        core = core_of(tmp_path, "Llama", model, prefix_cache=False)
-        program = core.runner.decode_path
-        assert isinstance(program, StepProgram)
-        want, got = logits_of_decodes(core, None), logits_of_decodes(core, program)
-    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+        assert core_of(tmp_path, "Llama", model).facts.decode_program == UNVERIFIED
 
 
 def test_verification_leaves_pool_slots_and_weights_as_they_were(tmp_path: Path) -> None:
@@ -251,7 +244,39 @@ def test_without_the_kernels_there_is_no_program(tmp_path: Path, monkeypatch: py
     assert core.facts.decode_program == DecodeProgramState(active=False, reason="no_kernels")
 
 
-def test_the_clock_tells_the_kinds_of_operators_apart(tmp_path: Path) -> None:
+class LoraRows(ctypes.Structure):
+    """`LoraRows` of lora_rows.h."""
+
+    _fields_ = (("order", ctypes.c_void_p), ("runs", ctypes.c_void_p), ("num_runs", ctypes.c_int64))
+
+
+def bytes_for_the_order_of_rows(threads: int, rows: int) -> int:
+    """What the native step allocated for it in this thread; it computes nothing, as the step has no operator."""
+    kernel, libc, found = base_kernel(), ctypes.CDLL(None), []
+    assert kernel is not None
+    libc.malloc_usable_size.argtypes, libc.malloc_usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
+    kernel.library.omp_set_num_threads(threads)
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(LoraRows))
+    def sort(row_slots: int, count: int, slots: int, to: Any) -> int:
+        found.append(int(libc.malloc_usable_size(to.contents.order)))
+        return 0
+
+    calls, row_slots = (ctypes.c_void_p * 6)(ctypes.cast(sort, ctypes.c_void_p)), (ctypes.c_int32 * rows)()
+    job = _Program(rows=rows, slots=1, row_slots=ctypes.addressof(row_slots), lora=ctypes.addressof(calls))
+    kernel.library.base_step_run.argtypes = [ctypes.c_void_p]
+    assert kernel.library.base_step_run(ctypes.addressof(job)) == 0
+    return found[0]
+
+
+def test_more_rows_on_fewer_threads_get_the_memory_they_need() -> None:
+    """The second step needs no more memory for the runs of its threads, but more for the order of its rows."""
+    with ThreadPoolExecutor(max_workers=1) as fresh_thread:
+        fresh_thread.submit(bytes_for_the_order_of_rows, threads=16, rows=4).result()
+        assert fresh_thread.submit(bytes_for_the_order_of_rows, threads=1, rows=64).result() >= 64 * 8
+
+
+def test_time_is_measured_by_kind_of_operator(tmp_path: Path) -> None:
     with torch.inference_mode():
         core = core_of(tmp_path, "Llama")
         program = core.runner.decode_path

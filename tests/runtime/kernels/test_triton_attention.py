@@ -1,4 +1,4 @@
-"""The GPU's decode attention equals `attention`'s own: interpreted on a CPU, compiled where there is a GPU."""
+"""The GPU's decode attention equals the CPU's: interpreted on a CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton_kit
 from engine_kit import greedy, request
 from torch import Tensor
 
-from lorapool_runtime.engines.torch.kernels import triton_attention as kernels_attention
+from lorapool_runtime.engines.torch.kernels import triton_attention
 from lorapool_runtime.engines.torch.kernels.triton_attention import paged_attend, paged_write
 from lorapool_runtime.engines.torch.model.attention import LayerAttention, PagedAttention, _TritonDecode
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_attention, "_PARTS", 2)  # each is a program, and the interpreter is slow
+    monkeypatch.setattr(triton_attention, "_PARTS", 2)  # each part is a program, and the interpreter is slow
 
 
 @dataclass
@@ -101,8 +101,8 @@ def test_decode_equals_the_reference(dtype: torch.dtype, window: int, softcap: f
 
 
 def test_contexts_cut_into_parts_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_attention, "_PARTS", 8)  # most of them empty
-    monkeypatch.setattr(kernels_attention, "_BLOCK_TOKENS", 16)
+    monkeypatch.setattr(triton_attention, "_PARTS", 8)  # most of them empty
+    monkeypatch.setattr(triton_attention, "_BLOCK_TOKENS", 16)
     world = World()
     want = world.reference(LayerAttention(KV_HEADS, DIM, None, None))
     torch.testing.assert_close(world.attend(), want, rtol=2e-6, atol=2e-6)
@@ -158,7 +158,7 @@ def test_what_is_not_finite_in_one_context_reaches_no_other_row() -> None:
 def test_the_launch_is_the_same_whatever_the_contexts_are() -> None:
     world, launched = World(), []
     for contexts in (CONTEXTS, [0] * 5, [40] * 5):
-        with triton_kit.recorded(kernels_attention) as launches:
+        with triton_kit.recorded(triton_attention) as launches:
             world.write()
             world.attend(contexts=contexts, window=7)
         launched.append(launches.shapes())

@@ -1,4 +1,4 @@
-"""The decode step of a GPU: equal to the eager one, and nothing in it that a CUDA graph could not hold."""
+"""The decode step of a GPU equals the eager one and does nothing that a CUDA graph cannot hold."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from lorapool_runtime.engines.interface import TokenOutput
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core
 from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs, Step, batch_sizes
-from lorapool_runtime.engines.torch.kernels import triton_attention as kernels_attention
-from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
+from lorapool_runtime.engines.torch.kernels import triton_attention, triton_lora
 from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
@@ -35,7 +34,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 class NoCapture:
-    """Stands where CudaCapture stands: a replay runs the step again."""
+    """Replaces CudaCapture: a replay runs the step again."""
 
     def __init__(self) -> None:
         self.captured = 0
@@ -46,7 +45,7 @@ class NoCapture:
 
 
 class Compared:
-    """A decode path that computes every step twice and holds the graphs' answer to the eager one."""
+    """A decode path that computes every step twice and compares the graphs' result with the eager one."""
 
     def __init__(self, core: Core, graphs: DecodeGraphs) -> None:
         self.core, self.graphs, self.sizes = core, graphs, Counter[int]()
@@ -80,7 +79,7 @@ def test_every_decode_step_equals_the_eager_one(
     for slot, name in ((0, "everything"), (2, "qv")):
         core.load(slot, read(core, world.adapters[name]))
     capture = NoCapture()
-    monkeypatch.setattr(kernels_attention, "_PARTS", 1)  # each is a program, and the interpreter is slow
+    monkeypatch.setattr(triton_attention, "_PARTS", 1)  # each part is a program, and the interpreter is slow
     core.base.lora.kernel = kernel = TritonKernel(core.slots)
     kernel.warm_up(core.slots)
     graphs = DecodeGraphs(core.base, core.pool, max_batch=5, max_model_len=32, capture=capture)
@@ -187,17 +186,17 @@ def test_the_guard_sees_what_a_capture_forbids(step: Callable[[Tensor], Any]) ->
 
 
 def test_the_operators_themselves_only_make_room_and_launch() -> None:
-    """What runs inside them, seen with the launches written down instead of made."""
+    """The operators run with their launches recorded instead of made."""
     i32, i64 = ({"dtype": t, "device": META} for t in (torch.int32, torch.int64))
     x, y, memory = (torch.empty(shape, device=META) for shape in ((4, 64), (4, 96), (1000,)))
     slots, ranks, at = torch.empty(4, **i32), torch.empty(2, 3, **i32), torch.empty(2, 3, **i64)
     keys, new, q = (torch.empty(shape, device=META) for shape in ((80, 2, 16), (4, 2, 16), (4, 6, 16)))
     tiles, tables, segments = torch.empty(2, 4, **i64), torch.empty(4, 9, **i32), torch.empty(5, 3, **i32)
-    with triton_kit.recorded(kernels_lora, kernels_attention) as launches, CaptureGuard(META) as guard:
-        inside(kernels_lora.lora_rows)(x, slots, memory, ranks, at, at, tiles, 16, 16, y)
-        inside(kernels_lora.lora_segments)(x, slots, segments, memory, ranks, at, at, tiles, 16, 16, y)
-        inside(kernels_attention.paged_write)(keys, keys, slots, new, new)
-        inside(kernels_attention.paged_attend)(q, keys, keys, tables, slots, 4, 0.1, 0, 0.0)
+    with triton_kit.recorded(triton_lora, triton_attention) as launches, CaptureGuard(META) as guard:
+        inside(triton_lora.lora_rows)(x, slots, memory, ranks, at, at, tiles, 16, 16, y)
+        inside(triton_lora.lora_segments)(x, slots, segments, memory, ranks, at, at, tiles, 16, 16, y)
+        inside(triton_attention.paged_write)(keys, keys, slots, new, new)
+        inside(triton_attention.paged_attend)(q, keys, keys, tables, slots, 4, 0.1, 0, 0.0)
     assert set(guard.ran) == {"aten::empty.memory_format"}
     assert len(launches.made) == 7
 

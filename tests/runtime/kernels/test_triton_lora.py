@@ -1,4 +1,4 @@
-"""The GPU kernels for LoRA give what the formula gives: interpreted on a CPU, compiled where there is a GPU."""
+"""The GPU kernels for LoRA equal the formula: interpreted on a CPU, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_kit import RandomAdapter
 from torch import Tensor
 
 from lorapool_runtime.engines.interface import BASE_SLOT
-from lorapool_runtime.engines.torch.kernels import triton_lora as kernels_lora
+from lorapool_runtime.engines.torch.kernels import triton_lora
 from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel, row_tiles
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
@@ -39,7 +39,7 @@ class World:
         self.slots = AdapterSlots(
             GROUPS, slots=SLOTS, max_rank=MAX_RANK, dtype=dtype, device=DEVICE, in_host_memory=False
         )
-        self.slots.memory.fill_(float("nan"))  # whatever lies between and behind adapters is never read
+        self.slots.memory.fill_(float("nan"))  # memory between and after the adapters is never read
         rng = np.random.default_rng(0)
         self.adapters = [RandomAdapter(GROUPS, ranks, rng, dtype) for ranks in RANKS]
         for slot, adapter in enumerate(self.adapters):
@@ -98,8 +98,8 @@ def test_tiles_of_many_rows_equal_the_formula(dtype: torch.dtype) -> None:
 
 
 def test_an_input_wider_than_one_program_sums_is_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_lora, "_ROWS_IN", 16)
-    monkeypatch.setattr(kernels_lora, "_SEGMENTS_IN", 16)
+    monkeypatch.setattr(triton_lora, "_ROWS_IN", 16)
+    monkeypatch.setattr(triton_lora, "_SEGMENTS_IN", 16)
     world, slots = World(), [2] * 9 + MIXED
     x, y = world.inputs(len(slots))
     want = world.expected(slots, x, y)
@@ -118,7 +118,7 @@ def test_rows_of_the_base_and_of_empty_slots_stay_bit_for_bit() -> None:
         world.by_step([*slots, *[1] * 9], *(t[[0, 1, 2, 3, 4, *[4] * 9]] for t in (x, y))),
     ):
         assert torch.equal(got[[0, 1, 2, 4]], y[[0, 1, 2, 4]])
-        assert torch.equal(got[3, :300], y[3, :300])  # this adapter leaves the first member alone
+        assert torch.equal(got[3, :300], y[3, :300])  # this adapter does not change the first member
         assert not torch.equal(got[3, 300:], y[3, 300:])
 
 
@@ -140,7 +140,7 @@ def test_a_row_or_a_slot_full_of_nan_reaches_no_other_row(many: int) -> None:
     assert bool(got[mine, :300].isnan().all())
 
 
-def test_a_row_does_not_depend_on_who_shares_the_batch() -> None:
+def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
     world = World()
     x, y = world.inputs(len(MIXED))
     together = world.by_rows(MIXED, x, y)
@@ -152,7 +152,7 @@ def test_the_launch_is_the_same_whatever_the_data_are() -> None:
     world, launched = World(), []
     for slots in (MIXED, [BASE_SLOT] * len(MIXED), [0] * len(MIXED)):
         x, y = world.inputs(len(MIXED))
-        with triton_kit.recorded(kernels_lora) as launches:
+        with triton_kit.recorded(triton_lora) as launches:
             world.by_rows(slots, x * len(slots), y)
         launched.append(launches.shapes())
         world.slots.withdraw(2) if world.slots.is_published(2) else None  # other ranks for the next round
@@ -166,7 +166,7 @@ def test_row_tiles_hold_each_adapter_row_once_and_always_fit() -> None:
         row_slots = rng.integers(-1, SLOTS, rows).astype(np.int32)
         order, segments = row_tiles(row_slots, SLOTS)
         assert len(order) == rows
-        assert len(segments) == rows // kernels_lora.SEGMENT_ROWS + min(SLOTS, rows)
+        assert len(segments) == rows // triton_lora.SEGMENT_ROWS + min(SLOTS, rows)
         seen: list[int] = []
         for slot, begin, count in segments.tolist():
             mine = order[begin : begin + count].tolist() if slot >= 0 else []

@@ -18,16 +18,6 @@ from lorapool_runtime.native_library import FOLDER
 from lorapool_runtime.weights import pack as packing
 from lorapool_runtime.weights.pack import DURING_A_BATCH, FILE_TYPES, UNTHROTTLED, Throttle, pack, pack_file
 
-
-@pytest.mark.skipif(not (FOLDER / "liblora_pack.so").is_file(), reason="the library is not built (make native)")
-def test_the_native_library_is_used_where_it_is_built_and_not_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = packing._native.__wrapped__  # without the cache
-    monkeypatch.setenv("LORAPOOL_NATIVE", "auto")
-    assert find() is not None
-    monkeypatch.setenv("LORAPOOL_NATIVE", "0")
-    assert find() is None
-
-
 TYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
@@ -184,3 +174,12 @@ def test_matrices_outside_of_the_buffer_are_refused_before_a_byte_is_written(tmp
             packed_file(file, matrices, elements, "float32", UNTHROTTLED, native=True)
         with pytest.raises(ValueError, match="int32"):
             packed_file(file, matrices.astype(np.int32), elements, "float32", UNTHROTTLED, native=True)
+
+
+@pytest.mark.skipif(not (FOLDER / "liblora_pack.so").is_file(), reason="the native library is not built")
+@pytest.mark.parametrize(("setting", "native"), [("auto", True), ("avx2", True), ("0", False)])
+def test_the_built_library_packs_unless_the_environment_forbids_it(
+    setting: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPOOL_NATIVE", setting)
+    assert (packing._native.__wrapped__() is not None) == native

@@ -1,10 +1,12 @@
-"""The base's native kernels on CPU: linear layers in panels, and decode attention over paged keys and values.
+"""The base's native kernels on CPU: packed linear layers, decode attention over paged keys and values, norms and gates.
 
-`linear` and `attention` ask `base_kernel()` once they hold CPU tensors; None, with the reason in the log, where the
-library was not built or does not fit the processor, and oneDNN and torch serve then. A weight whose values all come
-from bfloat16 is kept as bfloat16 and widened as it is read, which is exact: half the bytes for the same float32
-result. Every row is summed in an order of its own: who shares the batch changes no bit. bfloat16 is summed in float32
-and rounded where torch's operators round it (decision 9).
+`base_kernel()` is None, with the reason in the log, where the library was not built or does not support the processor;
+oneDNN and torch compute then. A weight whose values are all exact in bfloat16 is kept as bfloat16 and widened as it is
+read: half the bytes for the same float32 result. The order of a row's sums does not depend on the batch, so no bit
+does. bfloat16 is summed in float32 and rounded where torch's operators round it (decision 9).
+
+A panel is the packed weight of neighbouring outputs, twice as many as a vector has lanes: [in][outputs]. See BaseLinear
+in base_step.h.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from lorapool_runtime.native_library import NativeUnavailableError, open_library
 
 log = logging.getLogger(__name__)
 
-VERSION = 5  # of the library's interface: base_step_version
-_LINE = 64  # panels start on a cache line
-_STRETCH_BYTES = 32 << 20
-_WIDTH = 16  # head sizes are whole vectors of any variant
+VERSION = 5  # must equal base_step_version of the library
+_CACHE_LINE = 64  # panels start on one
+_REGION_BYTES = 32 << 20
+_HEAD_UNIT = 16  # a head must be whole vectors of any variant
 _TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -113,19 +115,19 @@ class BaseKernel:
         library.base_step_fits_bfloat16.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         library.base_step_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
         library.base_step_decode.argtypes = [ctypes.c_void_p]
-        for between in (library.base_step_norm, library.base_step_gate):
-            between.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
-            between.restype = None
+        for function in (library.base_step_norm, library.base_step_gate):
+            function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
+            function.restype = None
         self.library = library
 
 
 @cache
 def base_kernel() -> BaseKernel | None:
-    """None where torch's own products must serve; the log says why."""
+    """None where torch must compute instead; the log gives the reason."""
     try:
         kernel = BaseKernel(open_library("base_step", VERSION))
     except NativeUnavailableError as error:
-        log.info("no native kernels for the base, torch's own serve: %s", error)
+        log.info("no native kernels for the base, torch computes instead: %s", error)
         return None
     log.info("native kernels for the base", extra={"isa": kernel.isa})
     return kernel
@@ -139,28 +141,28 @@ class PanelLinear:
         return weight.device.type == "cpu" and weight.dtype in _TYPES and base_kernel() is not None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight: [out, in]; both are copied into the kernel's own form."""
+        """weight: [out, in]; bias: [out]. Both are copied."""
         kernel = base_kernel()
         assert kernel is not None
         self.dtype, (self.out_features, self.in_features) = weight.dtype, weight.shape
-        wide = weight.detach().float().contiguous()
-        exact = weight.dtype == torch.bfloat16 or bool(
-            kernel.library.base_step_fits_bfloat16(wide.data_ptr(), wide.numel())
+        float_weight = weight.detach().float().contiguous()
+        as_bfloat16 = weight.dtype == torch.bfloat16 or bool(
+            kernel.library.base_step_fits_bfloat16(float_weight.data_ptr(), float_weight.numel())
         )
-        size = kernel.library.base_step_panel_bytes(self.in_features, self.out_features, exact)
+        size = kernel.library.base_step_panel_bytes(self.in_features, self.out_features, as_bfloat16)
         self._panels = _panel_memory.take(size)
-        assert self._panels.data_ptr() % _LINE == 0
+        assert self._panels.data_ptr() % _CACHE_LINE == 0
         self._bias = None if bias is None else bias.float().contiguous()
         self._job = _Linear(
             self._panels.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
             self.in_features,
             self.out_features,
-            exact,
+            as_bfloat16,
             weight.dtype == torch.bfloat16,
         )
         self.address = ctypes.addressof(self._job)
-        kernel.library.base_step_pack(self.address, wide.data_ptr(), self._panels.data_ptr())
+        kernel.library.base_step_pack(self.address, float_weight.data_ptr(), self._panels.data_ptr())
         self._run = kernel.library.base_step_linear
         self.nbytes = self._panels.nbytes
 
@@ -180,18 +182,18 @@ class PanelLinear:
 
 
 class _PanelMemory:
-    """Panels side by side in huge pages: a step streams through all of them, and a small page is a miss each time."""
+    """Panels next to each other in huge pages: a step reads all of them, and each small page would cost a TLB miss."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def take(self, size_bytes: int) -> Tensor:
-        """[size_bytes], on a cache line; its memory is free when all that share the stretch are gone."""
-        rounded = -(-size_bytes // _LINE) * _LINE
+        """uint8 [size_bytes], aligned to a cache line; the region is freed with the last panel in it."""
+        rounded = -(-size_bytes // _CACHE_LINE) * _CACHE_LINE
         with self._lock:
             if rounded > len(self._left):
-                self._left = huge_page_region(max(rounded, _STRETCH_BYTES))
+                self._left = huge_page_region(max(rounded, _REGION_BYTES))
             taken, self._left = self._left[:size_bytes], self._left[rounded:]
         return taken
 
@@ -200,16 +202,16 @@ _panel_memory = _PanelMemory()
 
 
 class PagedDecode:
-    """One step's decoding rows: their block tables and lengths, for every layer."""
+    """Decode attention of one step: its rows' block tables and lengths, used by every layer."""
 
     @staticmethod
     def serves(pool: Tensor, head_dim: int) -> bool:
-        if pool.device.type != "cpu" or pool.dtype not in _TYPES or head_dim % _WIDTH:
+        if pool.device.type != "cpu" or pool.dtype not in _TYPES or head_dim % _HEAD_UNIT:
             return False
         return base_kernel() is not None
 
     def __init__(self, tables: Tensor, lengths: Tensor, *, kv_heads: int, head_dim: int, block_size: int) -> None:
-        """tables: int32 [rows, width] of block numbers; lengths: int32 [rows], the row's own token included."""
+        """tables: int32 [rows, width], block numbers; lengths: int32 [rows], with the row's own token."""
         kernel = base_kernel()
         assert kernel is not None
         assert tables.dtype == lengths.dtype == torch.int32
@@ -232,8 +234,9 @@ class PagedDecode:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim], the decoding rows first among the tokens;
-        keys, values: a layer's [blocks * block_size, kv_heads, head_dim], written -> [rows, heads, head_dim]."""
+        """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim], the decoding rows before all other tokens;
+        keys, values: [blocks * block_size, kv_heads, head_dim] of one layer, where k and v are
+        written -> [rows, heads, head_dim]."""
         if (
             not (q.dtype == k.dtype == v.dtype == keys.dtype)
             or q.stride(2) != 1
@@ -264,7 +267,7 @@ class RowNorm:
         return weight.device.type == "cpu" and weight.dtype in _TYPES and base_kernel() is not None
 
     def __init__(self, weight: Tensor, epsilon: float, *, plus_one: bool, round_first: bool) -> None:
-        """weight: [width]. plus_one: 1 + weight is multiplied; round_first: bfloat16 rows are rounded before it too."""
+        """weight: [width]. plus_one: the factor is 1 + weight; round_first: bfloat16 is rounded before it too."""
         kernel = base_kernel()
         assert kernel is not None
         self.dtype, self.width = weight.dtype, weight.shape[0]
@@ -296,7 +299,7 @@ class RowNorm:
 
 
 class RowGate:
-    """y = act(gate) * up by the native kernel, of rows that hold gate and up side by side."""
+    """y = act(gate) * up by the native kernel; each input row is gate followed by up."""
 
     ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -305,7 +308,7 @@ class RowGate:
         return device.type == "cpu" and dtype in _TYPES and base_kernel() is not None
 
     def __init__(self, width: int, dtype: torch.dtype, activation: str) -> None:
-        """width: of gate alone; activation: one of ACTIVATIONS."""
+        """width: of gate, and of up; activation: one of ACTIVATIONS."""
         kernel = base_kernel()
         assert kernel is not None
         self.dtype, self.width = dtype, width

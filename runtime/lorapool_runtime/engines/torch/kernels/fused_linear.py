@@ -1,8 +1,8 @@
-"""The base's own linear layers, several with one input fused into one product, packed where the CPU can.
+"""The base's linear layers: several with the same input are fused into one product, and packed where the CPU allows it.
 
-`lora` builds one per group. Packed by the native kernel (`basekernel`) where it serves, else in oneDNN's blocked
-layout where oneDNN computes in the weight's own type, else the plain product. `model` proves the packed model equal to
-the stock one when it loads.
+The native kernel (`base_step`) packs the weight where it supports it; else oneDNN does, in its blocked layout, where it
+computes in the weight's own type; else the product is torch's. The engine's self-check compares the packed model with
+the stock one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lorapool_runtime.engines.torch.kernels.base_step import PanelLinear
 
-_PACK_ROWS = 16  # the batch the blocked layout is chosen for: a decode step's rows
+_PACK_ROWS = 16  # the batch size that the blocked layout is chosen for: the rows of a decode step
 
 
 def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN packs and multiplies in this weight's type."""
     if weight.device.type != "cpu":
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch declares no types here
@@ -31,7 +32,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class FusedLinear:
-    """y = x W^T + b of several nn.Linear with the same input, their outputs side by side."""
+    """y = x W^T + b of several nn.Linear with the same input; their outputs are concatenated."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         self.out_features = tuple(linear.out_features for linear in linears)
@@ -48,7 +49,7 @@ class FusedLinear:
             self.nbytes = panels.nbytes
             self.product = panels
         elif can_pack(weight):
-            # an own copy: packing rewrites what it is given, and a tied embedding still reads the original
+            # a copy: packing rewrites its argument, and a tied embedding still reads the original
             own = weight.clone() if len(linears) == 1 else weight
             self.product = _onednn(torch.ops.mkldnn._reorder_linear_weight(own, _PACK_ROWS), bias)
         else:

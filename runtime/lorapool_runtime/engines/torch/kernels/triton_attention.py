@@ -1,9 +1,9 @@
-"""Triton kernels of a decode step's attention over paged keys and values, and the torch operators that launch them.
+"""Triton kernels for decode attention over paged keys and values, and the torch operators that launch them.
 
-One query per row, in the way of FlashDecoding (Dao et al., 2023) over the block tables of PagedAttention (Kwon et
-al., 2023, arXiv:2309.06180): each row's context is cut into a fixed number of parts, which one program per key head
-computes for all query heads that share it, and a second kernel joins. The grid follows from shapes only: a CUDA graph
-may hold a launch while contexts grow. A row of context 0 writes zeros; nothing behind a row's context is ever read.
+One query per row, as in FlashDecoding (Dao et al., 2023), over the block tables of PagedAttention (Kwon et al., 2023,
+arXiv:2309.06180): each row's context is divided into a fixed number of parts; one program per part and key head
+computes all query heads that share it, and a second kernel joins the parts. The grid depends on shapes only, so a CUDA
+graph can hold a launch while contexts grow. A row of context 0 writes zeros. Nothing beyond a row's context is read.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 _BLOCK_TOKENS = 64
 _BLOCK_BYTES = 512 * _BLOCK_TOKENS
-"""Of keys, and as many of values, that a program holds in shared memory: wider heads are read by fewer tokens."""
+"""Shared memory per program for keys, and again for values: with wider heads, fewer tokens are read at a time."""
 _PARTS = 8
-"""The same for every batch and every table, so that a row's result does not depend on them and no kernel is compiled
-while requests wait."""
-_FEWEST_QUERIES = 16  # what tensor cores multiply at least
+"""The same for all batches and tables, so that a row's result does not depend on them and no kernel is compiled while
+requests wait."""
+_FEWEST_QUERIES = 16  # the smallest tile that tensor cores multiply
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _join(
 
 @torch.library.custom_op("lorapool::paged_write", mutates_args=("keys", "values"))
 def paged_write(keys: Tensor, values: Tensor, at: Tensor, k: Tensor, v: Tensor) -> None:
-    """keys[at[i]], values[at[i]] = k[i], v[i]; a row with a negative place is not written.
+    """keys[at[i]], values[at[i]] = k[i], v[i]; a row with a negative index is not written.
 
     keys, values: [tokens of the pool, kv_heads, head_dim] of equal strides; at: int32 [rows]; k, v: [rows, kv_heads,
     head_dim] of equal strides; all of one type, the last dimension contiguous.
@@ -132,8 +132,8 @@ def paged_attend(
     """Attention of one new token per row over its own context, itself included -> [rows, heads, head_dim].
 
     q: [rows, heads, head_dim]; keys, values: [tokens of the pool, kv_heads, head_dim] of equal strides; tables: int32
-    [rows, blocks], contexts: int32 [rows], tokens; window: tokens a row may see, 0: all; softcap: 0: none. q, keys,
-    values of one type, the last dimension contiguous. Query head h reads key head h * kv_heads // heads.
+    [rows, blocks], contexts: int32 [rows], tokens; window: tokens that a row attends to, 0 for all; softcap: 0 for
+    none. q, keys, values of one type, the last dimension contiguous. Query head h reads key head h * kv_heads // heads.
     """
     (rows, heads, dim), kv_heads = q.shape, keys.shape[1]
     parts = _PARTS
@@ -159,7 +159,7 @@ def paged_attend(
 
 
 def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """With equal strides and a contiguous last dimension: q, k and v of one fused product are views of other shapes."""
+    """k and v with equal strides and a contiguous last dimension: as views of a fused product they may differ."""
     if k.stride() == v.stride() and k.stride(2) == 1:
         return k, v
     return k.contiguous(), v.contiguous()

@@ -2,9 +2,9 @@
 
 `lora_rows` is for decoding: one program per row, as in BGMV of Punica (Chen et al., 2023, arXiv:2310.18547).
 `lora_segments` is for prefill: tiles of rows of one slot through tensor cores, as in SGMV of Punica and the
-mixed-rank kernels of S-LoRA (Sheng et al., 2023, arXiv:2311.03285). The grid follows from shapes only, never from
-data, so that a CUDA graph can hold a launch; what differs (slot, rank, place) is read on the device. Sums have a
-fixed order and no atomics: a row's result does not depend on who shares the batch.
+mixed-rank kernels of S-LoRA (Sheng et al., 2023, arXiv:2311.03285). The grid depends on shapes only, never on data, so
+that a CUDA graph can hold a launch; slots, ranks and offsets are read on the device. Sums have a fixed order and use no
+atomics, so a row's result does not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_RANK = 16
-"""Ranks one program computes; an adapter of rank r does ceil(r / 16) blocks of work, whatever max_rank is."""
+"""Ranks that one program computes; an adapter of rank r costs ceil(r / 16) blocks of work, whatever max_rank is."""
 BLOCK_OUT = 256
-"""Output columns one program of the expand step writes."""
+"""Output columns that one program of the expand step writes."""
 SEGMENT_ROWS = 32
 """Rows of one slot in a tile of the prefill kernels."""
 SEGMENT_FIELDS = 3
-"""Columns of the table of row tiles: slot (-1: nothing), first place in `order`, how many."""
+"""Columns of the table of row tiles: slot (-1: none), first index into `order`, number of rows."""
 TILE_FIELDS = 4
-"""Columns of the table of output tiles: member, its width, the tile's first column in it, the member's first in y."""
+"""Columns of the table of output tiles: member, its width, the tile's first column in the member, the member's in y."""
 ALIGNED = 16
-"""Widths that all divide by this many elements are read in whole vectors."""
+"""Where all widths are multiples of this many elements, they are read in whole vectors."""
 
 _ROWS_IN, _SEGMENTS_IN = 1024, 4096
-"""Input features one program sums: the rest goes to other programs, whose parts the expand step adds up."""
+"""Input features that one program sums; other programs sum the rest, and the expand step adds the parts."""
 _BY_ROWS = ("p_split", "p_member")
-"""Arguments that follow from the number of rows: no kernel is compiled anew for them while requests wait."""
+"""Arguments that depend on the number of rows: no kernel is compiled again for them while requests wait."""
 
 
 def output_tiles(out_features: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -108,7 +108,7 @@ def _shrink_segments(
     RANK_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     PER_SPLIT: tl.constexpr, SEGMENT: tl.constexpr, ALIGN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """What _shrink_rows computes, for a tile of rows of one slot at once."""
+    """Computes what _shrink_rows does, for a tile of rows of one slot at once."""
     segment, block, split = segments + tl.program_id(0) * SEGMENT, tl.program_id(1), tl.program_id(2)
     slot = tl.load(segment)
     if slot >= 0:
@@ -180,10 +180,10 @@ def lora_rows(
 ) -> None:  # fmt: skip
     """y[i] += (x[i] A_s^T) B_s with s = row_slots[i], in place; a row of slot -1 reads and writes nothing.
 
-    x: [rows, in]; row_slots: int32 [rows]; memory: [elements], where the group's A [rank, in] and B [rank, out] lie at
-    a_at and b_at, int64 [members, slots]; ranks: int32 [members, slots]; tiles: int64 [tiles, TILE_FIELDS]; align:
-    ALIGNED where `in` and all outs divide by it, else 1; y: [rows, out of all members]. x, memory, y of one type, the
-    last dimension of each contiguous.
+    x: [rows, in]; row_slots: int32 [rows]; memory: [elements], with the group's A [rank, in] and B [rank, out] at
+    the offsets a_at and b_at, int64 [members, slots]; ranks: int32 [members, slots]; tiles: int64 [tiles,
+    TILE_FIELDS]; align: ALIGNED where `in` and all outs are multiples of it, else 1; y: [rows, out of all members]. x,
+    memory, y of one type, the last dimension of each contiguous.
     """
     rows, in_features, (members, slots) = x.shape[0], x.shape[1], ranks.shape
     splits, block_in = -(-in_features // _ROWS_IN), min(256, triton.next_power_of_2(min(in_features, _ROWS_IN)))
@@ -209,8 +209,8 @@ def lora_segments(
     x: Tensor, order: Tensor, segments: Tensor, memory: Tensor, ranks: Tensor, a_at: Tensor, b_at: Tensor,
     tiles: Tensor, max_rank: int, align: int, y: Tensor,
 ) -> None:  # fmt: skip
-    """`lora_rows` for many rows per slot. order: int32 [rows], the rows of adapters, those of one slot side by side;
-    segments: int32 [segments, SEGMENT_FIELDS], each at most SEGMENT_ROWS rows of one slot; the rest as there."""
+    """`lora_rows` for many rows per slot. order: int32 [rows], the rows of adapters, those of one slot adjacent;
+    segments: int32 [segments, SEGMENT_FIELDS], each at most SEGMENT_ROWS rows of one slot; the rest is the same."""
     rows, in_features, (members, slots) = x.shape[0], x.shape[1], ranks.shape
     splits = -(-in_features // _SEGMENTS_IN)
     block_in = max(16, min(64, triton.next_power_of_2(min(in_features, _SEGMENTS_IN))))
