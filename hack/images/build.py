@@ -110,7 +110,7 @@ def _push(image: Image, where: str) -> None:
     target = f"docker://{where}/{image.repository}:{image.key()}"
     buildah.run("push", "--quiet", "--tls-verify=false", *fast, image.local_name(), target)
     buildah.run("tag", image.local_name(), f"localhost/{image.repository}:latest")
-    buildah.run("untag", image.local_name(), image.local_name())
+    buildah.run("rmi", image.local_name(), quiet=True)  # only the name: `latest` keeps its layers for the next build
     buildah.run("rmi", "--prune", quiet=True)  # earlier builds, which no image is based on
     say(f"{image.repository}: pushed in {time.monotonic() - began:.0f} s")
 
