@@ -13,6 +13,7 @@ import torch
 from engine_kit import _COMMON, save_adapter, tiny_model
 from torch import Tensor
 
+from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import BASE_SLOT, DecodeProgramState, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core
@@ -21,6 +22,8 @@ from lorapool_runtime.engines.torch.decode_program.verify import bound_positions
 from lorapool_runtime.engines.torch.kernels.base_step import base_kernel
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
+from lorapool_runtime.metrics import Gauges, Metrics
+from lorapool_runtime.usage import Accounts
 
 TRACED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
 UNTRACEABLE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]
@@ -125,6 +128,26 @@ def test_what_begins_behind_a_bound_of_the_config_is_noticed(tmp_path: Path, cap
         tokens = [out.token_id for _ in range(60) for out in core.step()]
         want = model.generate(prompt, max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert tokens == want[0, 20:].tolist()
+
+
+def test_a_program_that_fails_under_verification_does_not_fail_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Tensor:
+        raise RuntimeError("a rotary module takes three rows only")
+
+    monkeypatch.setattr(StepProgram, "replay", failing)
+    with torch.inference_mode():
+        assert core_of(tmp_path, "Llama").facts.decode_program == UNVERIFIED
+    assert "three rows only" in caplog.text
+
+
+def test_the_metric_reports_a_fallback_and_its_reason() -> None:
+    metrics = Metrics("ns/base", Accounts(tracked=1), Clock())
+    metrics.gauges = lambda: Gauges(decode_program=UNVERIFIED)
+    assert (
+        b'lorapool_runtime_decode_program{base="ns/base",reason="unverified",state="fallback"} 1.0' in metrics.render()
+    )
 
 
 def test_a_bound_that_no_request_can_reach_costs_no_program(tmp_path: Path) -> None:

@@ -47,8 +47,7 @@ _MAX_POSITIONS = 32
 _MAX_CONTEXT = 64
 """Tokens that a row attends to, except the last row: attention is one kernel in both runs, whatever the length."""
 _NORM_FACTORS = (-16.0, 4096.0)
-"""Powers of two, so that no weight loses a bit. The first leaves attention's softmax graded, so that a change of the
-queries alone shows; the second is beyond any clamp or cap of a known architecture."""
+"""Powers of two, so that no weight loses a bit; the second is beyond any clamp or cap of a known architecture."""
 _ADAPTER_RANK = 4
 
 
@@ -148,6 +147,8 @@ def _verify_under(condition: Condition, program: StepProgram, graph: DecodeGraph
             raise VerificationError("the program's keys or values differ from the model's")
     except VerificationError as error:
         raise VerificationError(f"{error}; {condition}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # of a module that takes no other rows
+        raise VerificationError(f"the graph cannot be computed: {error}; {condition}") from error
     finally:
         pool.wipe(tuple(blocks))
         base.lora.set(())
