@@ -34,6 +34,7 @@ TOOL_VARIABLES = frozenset(
         "LORAPOOL_LM_EVAL",
         "LORAPOOL_TEST_ADAPTERS",
         "LORAPOOL_TEST_BASE",
+        "LORAPOOL_TEST_THREADS",
     }
 )
 """Variables of the repository's tools and tests, which a developer's shell exports. Processes ignore them."""
