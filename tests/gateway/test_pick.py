@@ -24,7 +24,7 @@ ADAPTER = adapter_route(
     }
 )
 ON_BASE, ON_ADAPTER = Target(BASE), Target(BASE, ADAPTER, DIGEST)
-ORDER = [placed.pod_uid for placed in placement_order("a", [Placeable(f"pod-{letter}") for letter in "abcd"])]
+ORDER = placement_order("a", [Placeable(f"pod-{letter}") for letter in "abcd"])
 
 
 def replica(pod: str, *, in_flight: int = 0, loaded: bool = False, failed: bool = False) -> RuntimeReplica:
