@@ -38,13 +38,13 @@ def _kubeconfig(name: str, server: str, ca_file: str, user: dict[str, str]) -> s
     return json.dumps(config, indent=1)  # YAML enough for every reader
 
 
-def registry(storage: Path, port: int) -> str:
+def registry(storage: Path, port: int, host: str = "0.0.0.0") -> str:
     """The blobs are stored in the shared cache: an image pushed to one cluster need not be pushed to the next."""
     return f"""\
 version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: "{storage}"}}, delete: {{enabled: true}}}}
-http: {{addr: "0.0.0.0:{port}"}}
+http: {{addr: "{host}:{port}"}}
 """
 
 

@@ -8,4 +8,4 @@ _START = time.monotonic()
 
 def say(text: str) -> None:
     """One line, with the seconds since the command began."""
-    print(f"[cluster {time.monotonic() - _START:6.1f}s] {text}", file=sys.stderr, flush=True)
+    print(f"[{time.monotonic() - _START:6.1f} s] {text}", file=sys.stderr, flush=True)

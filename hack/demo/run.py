@@ -151,15 +151,28 @@ def plan(demo: Demo) -> list[Step]:
             base,
             Step("images", "build the two images with docker or podman", lambda: _docker_build(demo)),
         ]
-    pushed = tuple(step.name for step in before)
+    push = Step(
+        "push",
+        "push base and fine-tunes to the registry, tag the images",
+        lambda: _push(demo),
+        tuple(step.name for step in before),
+    )
+    pull = Step("pull", "unpack the runtime image on the node", lambda: _pull(demo), ("push",))
+    pulled = [pull] if demo.options.context is None else []
     return [
         *before,
-        Step("push", "push images, base and fine-tunes to the registry", lambda: _push(demo), pushed),
+        push,
+        *pulled,
         Step("install", "helm install", lambda: _helm(demo), ("push",)),
         Step("objects", "kubectl apply: an API key, the base, five fine-tunes", lambda: _objects(demo), ("install",)),
         Step("ready", "wait until every fine-tune is Ready", lambda: _wait_ready(demo), ("objects",)),
         Step("gateway", "find the gateway's address", lambda: _gateway(demo), ("ready",)),
-        Step("ask", "ask base and fine-tunes; the first question starts the base", lambda: _ask(demo), ("gateway",)),
+        Step(
+            "ask",
+            "ask base and fine-tunes; the first question starts the base",
+            lambda: _ask(demo),
+            ("gateway", *(step.name for step in pulled)),
+        ),
         Step("usage", "wait for the usage in the objects' status", lambda: _wait_usage(demo), ("ask",)),
     ]
 
@@ -235,7 +248,7 @@ def _base(demo: Demo) -> None:
 
 
 def _images(demo: Demo) -> None:
-    """Builds what changed into the local store; no registry runs yet."""
+    """Builds what changed and pushes it into the registry's storage; no cluster is up yet."""
     remedy = "Run `python3 hack/images build` to see it alone."
     demo.run("images", sys.executable, HACK / "images", "build", remedy=remedy, timeout_s=2400)
 
@@ -275,6 +288,13 @@ def _push(demo: Demo) -> None:
     demo.base_uri = _push_artifact(demo, demo.base_folder, "models/smollm2-135m-instruct")
     tasks = [question.task for question in questions(objects.NAMESPACE)]
     demo.adapter_uris = {task: _push_artifact(demo, FINETUNES / task, f"adapters/{task}") for task in tasks}
+
+
+def _pull(demo: Demo) -> None:
+    """Unpacks the runtime image while the chart is installed; else the first question would wait for it."""
+    image = f"{demo.ground.pull_registry}/{Image('runtime', cpu_only=True).repository}:{demo.tag}"
+    argv = ("exec", "--name", demo.options.name, "--", "ctr", "images", "pull", "--plain-http", image)
+    demo.cluster("pull", *argv, remedy="`make demo-down`, then again.", timeout_s=600)
 
 
 def _push_artifact(demo: Demo, folder: Path, repository: str) -> str:

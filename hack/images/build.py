@@ -45,23 +45,9 @@ class Image:
             digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
         return f"k-{digest.hexdigest()[:16]}"
 
-    def local_name(self) -> str:
-        """Its name in buildah's store."""
-        return f"localhost/{self.repository}:{self.key()}"
-
 
 def _counts(path: Path) -> bool:
     return path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".so"}
-
-
-def prepare(targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> None:
-    """Builds, without any registry running, what the registry of the local clusters does not have yet."""
-    images = [Image(target, cpu_only) for target in targets]
-    missing = [image for image in images if not registry.is_stored(image.repository, image.key())]
-    if missing:
-        with buildah.exclusive():
-            for image in missing:
-                _build(image)
 
 
 def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> dict[str, str]:
@@ -74,8 +60,7 @@ def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only:
         if content is None:
             with buildah.exclusive():
                 if registry.manifest(where, image.repository, image.key()) is None:
-                    _build(image)
-                    _push(image, where)
+                    _build_and_push(image, where)
             content = registry.manifest(where, image.repository, image.key())
             assert content is not None, "buildah reported success"
         else:
@@ -85,34 +70,26 @@ def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only:
     return references
 
 
-def _build(image: Image) -> None:
-    """Builds the image into buildah's store if it is not there."""
-    if buildah.has_image(image.local_name()):
-        return
+def _build_and_push(image: Image, where: str) -> None:
     began = time.monotonic()
+    name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
     say(f"{image.repository}: building")
     # The stage `wheel` gets a name of its own: no image is based on its layers, and layers without a name are removed
     # by `rmi --prune`.
-    for target, name in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, image.local_name())):
+    for target, tag in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)):
         buildah.run(
             "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
             *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
             *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"),
-            *("--target", target, "--tag", name, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
+            *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
         )  # fmt: skip
-    say(f"{image.repository}: built in {time.monotonic() - began:.0f} s")
-
-
-def _push(image: Image, where: str) -> None:
-    began = time.monotonic()
+    say(f"{image.repository}: built in {time.monotonic() - began:.0f} s, pushing")
     fast = ("--compression-format", "zstd", "--compression-level", "1")
     target = f"docker://{where}/{image.repository}:{image.key()}"
-    buildah.run("push", "--quiet", "--tls-verify=false", *fast, image.local_name(), target)
-    buildah.run("tag", image.local_name(), f"localhost/{image.repository}:latest")
-    buildah.run("untag", image.local_name(), image.local_name())
-    buildah.run("rmi", "--prune", quiet=True)  # earlier builds, which no image is based on
-    say(f"{image.repository}: pushed in {time.monotonic() - began:.0f} s")
+    buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, target)
+    buildah.run("rmi", "--prune", quiet=True)  # layers of earlier builds, which no image is based on
+    say(f"{image.repository}: built and pushed in {time.monotonic() - began:.0f} s")
 
 
 def _mounts() -> list[str]:

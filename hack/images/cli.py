@@ -4,16 +4,19 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
 from cluster.errors import ClusterError
-from images import build, buildah
+from images import build, buildah, registry
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="hack/images", description="The project's images, built without Docker.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     sub = commands.add_parser("build", help="build what changed and push it to a registry on loopback")
-    sub.add_argument("--registry", metavar="HOST:PORT", help="without it: build into the local store only")
+    sub.add_argument(
+        "--registry", metavar="HOST:PORT", help="without it: into the storage that the local clusters share"
+    )
     sub.add_argument("--tag", default="dev")
     sub.add_argument("--only", choices=build.TARGETS, action="append", help="just this image")
     sub.add_argument("--gpu", action="store_true", help="keep what only a GPU uses (doubles the runtime image)")
@@ -24,10 +27,8 @@ def main(argv: list[str]) -> int:
     try:
         if options.command == "build":
             targets = tuple(options.only or build.TARGETS)
-            if options.registry:
-                print(json.dumps(build.build(options.registry, options.tag, targets, cpu_only=not options.gpu)))
-            else:
-                build.prepare(targets, cpu_only=not options.gpu)
+            with nullcontext(options.registry) if options.registry else registry.serving() as where:
+                print(json.dumps(build.build(where, options.tag, targets, cpu_only=not options.gpu)))
         if empty_afterwards:
             prune()
     except ClusterError as error:

@@ -1,12 +1,20 @@
 """Requests to a registry on loopback without credentials. Blobs are pushed by buildah."""
 
+import subprocess
+import tempfile
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from cluster import configs, forward, install
 from cluster.errors import ClusterError
 from cluster.places import cache_dir
 
 _TIMEOUT_S = 20
+_START_TIMEOUT_S = 30
 _MANIFEST_TYPES = ", ".join(
     [
         "application/vnd.oci.image.manifest.v1+json",
@@ -16,10 +24,40 @@ _MANIFEST_TYPES = ", ".join(
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def is_stored(repository: str, tag: str) -> bool:
-    """Whether the storage that the local clusters' registries share has the tag; needs no running registry."""
-    tags = cache_dir() / "registry" / "docker" / "registry" / "v2" / "repositories" / repository / "_manifests" / "tags"
-    return (tags / tag / "current" / "link").exists()
+@contextmanager
+def serving() -> Iterator[str]:
+    """Runs a registry on the storage that the local clusters' registries share, for a build before any cluster is up.
+
+    Yields its address. Raises ClusterError if it does not answer.
+    """
+    storage = cache_dir() / "registry"
+    storage.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, forward.listen(0) as free:
+        port = free.getsockname()[1]
+        config = Path(folder, "registry.yaml")
+        config.write_text(configs.registry(storage, port, host="127.0.0.1"))
+        free.close()
+        process = subprocess.Popen(
+            [install.require("docker-registry"), "serve", str(config)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            _wait_until_it_answers(f"127.0.0.1:{port}")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_it_answers(registry: str) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        try:
+            return check(registry)
+        except ClusterError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def check(registry: str) -> None:
