@@ -1,6 +1,6 @@
 """The objects in memory, with the few rules of an API server that operator and gateway rely on.
 
-It is the gateway's `ObjectSource` and `ScaleClient`, and the operator's `ClusterWriter`.
+It is the gateway's `ObjectSource` and `ScaleClient`, and the operator's `PlanTarget`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,13 @@ class Objects:
         self._change(BASE, ref, raw["metadata"]["uid"], {"spec": {**raw["spec"], "replicas": 1}})
         return ScaleResult.WOKEN
 
-    # --- the operator's ClusterWriter
+    # --- the operator's PlanTarget
+
+    async def get(self, kind: str, namespace: str, name: str) -> Raw:
+        raw = self._objects.get(kind, {}).get(ObjectRef(namespace, name))
+        if raw is None:
+            raise ObjectNotFoundError(f"{kind} {namespace}/{name} does not exist", 404)
+        return raw
 
     async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> Raw:
         ref = ObjectRef(item.meta.namespace, item.meta.name)

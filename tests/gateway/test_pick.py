@@ -24,7 +24,7 @@ ADAPTER = adapter_route(
     }
 )
 ON_BASE, ON_ADAPTER = Target(BASE), Target(BASE, ADAPTER, DIGEST)
-ORDER = [placed.pod_uid for placed in placement_order("a", [Placeable(f"pod-{letter}") for letter in "abcd"])]
+ORDER = placement_order("a", [Placeable(f"pod-{letter}") for letter in "abcd"])
 
 
 def replica(pod: str, *, in_flight: int = 0, loaded: bool = False, failed: bool = False) -> RuntimeReplica:
@@ -80,11 +80,12 @@ def test_the_larger_of_the_own_and_the_reported_count_is_the_load() -> None:
     replicas = [replica("pod-a", in_flight=1), replica("pod-b", in_flight=3), replica("pod-c")]
     assert order(ON_BASE, *replicas, pod_a=2, pod_b=1) == ["pod-c", "pod-a", "pod-b"]
     assert order(ON_BASE, *replicas, pod_a=4, pod_c=5) == ["pod-b", "pod-a", "pod-c"]
+    assert order(ON_BASE, replica("pod-a", in_flight=1), replica("pod-b")) == ["pod-b", "pod-a"]
 
 
 def test_a_replica_without_a_report_counts_as_idle_and_without_the_adapter() -> None:
     unknown = replace(replica("pod-a"), state=None)
-    assert order(ON_BASE, replica("pod-b", in_flight=1), unknown) == ["pod-a", "pod-b"]
+    assert order(ON_BASE, replica("pod-b"), unknown) == ["pod-a", "pod-b"]
     assert not is_loaded(ON_ADAPTER, unknown)
     assert order(ON_BASE, replica("pod-b", in_flight=1), unknown, pod_a=2) == ["pod-b", "pod-a"]
 

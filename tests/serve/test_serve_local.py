@@ -106,7 +106,7 @@ def test_an_adapter_of_an_unknown_base_is_one_line_with_its_name(served: Served)
 
 
 def test_an_idle_base_stops_its_process_until_the_next_request_and_a_deleted_one_for_good(served: Served) -> None:
-    served.write("nap.yaml", base("nap", scaling={"idleAfter": "3s"}), adapter("dreamer", base="nap"))
+    served.write("nap.yaml", base("nap", scaling={"idleAfter": "5s"}), adapter("dreamer", base="nap"))
     served.until(lambda: answers_with(served, "dreamer", "pvc://adapters/dreamer"))
     served.until(lambda: len(served.children()) == 1)
     assert answers_with(served, "dreamer", "pvc://adapters/dreamer")

@@ -15,6 +15,9 @@ from aiohttp import web
 
 from lorapool_api.protocol import ResolveAnswer, ResolveRequest, RuntimeSnapshot
 
+DRAIN_S = 0.5
+"""Requests that arrive after SIGTERM are refused as draining for this long, as a real runtime does."""
+
 
 class ResolvingRuntime(fakes.FakeRuntime):
     last_request_unix_s: float | None = None
@@ -34,8 +37,12 @@ class ResolvingRuntime(fakes.FakeRuntime):
 async def main() -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with ResolvingRuntime().running(int(os.environ["LORAPOOL_RUNTIME_LISTEN_PORT"])):
+    runtime = ResolvingRuntime()
+    async with runtime.running(int(os.environ["LORAPOOL_RUNTIME_LISTEN_PORT"])):
         await stop.wait()
+        runtime.faults.draining = True
+        runtime.change()
+        await asyncio.sleep(DRAIN_S)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import time
 
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.effects.cluster import (
-    ClusterWriter,
     FencedError,
     ForeignObjectError,
     ObjectConflictError,
     ObjectNotFoundError,
+    PlanTarget,
     Subject,
 )
 from lorapool_operator.effects.inspections import InspectionTracker
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Applier:
     def __init__(
         self,
-        cluster: ClusterWriter,
+        cluster: PlanTarget,
         cache: ClusterCache,
         intake: Intake,
         runtimes: RuntimeTracker,

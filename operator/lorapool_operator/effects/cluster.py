@@ -96,8 +96,10 @@ def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
     return patch
 
 
-class ClusterWriter(Protocol):
-    """The writes that plans need; `make serve` implements them without an API server."""
+class PlanTarget(Protocol):
+    """The requests that applying a plan makes; `make serve` answers them without an API server."""
+
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]: ...
 
     async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]: ...
 
