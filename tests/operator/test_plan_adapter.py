@@ -9,10 +9,10 @@ import pytest
 from fakes_operator import digest
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
-from lorapool_api.common import FailureReason
+from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
-from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, Tier
-from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings
+from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, SourceRef, Tier
+from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
 from lorapool_operator.decisions.plan_adapter import plan_adapter
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
 from lorapool_operator.world.observed import (
@@ -366,3 +366,142 @@ def test_an_alias_belongs_to_the_older_adapter_and_the_younger_reports_it() -> N
     ready = next(item for item in made.status.conditions if item.type == "Ready")
     assert ready.status == "True"
     assert "team/older" in ready.message
+
+
+def test_a_registration_names_the_pod_the_files_and_their_source() -> None:
+    on = base()
+    (made,) = plan(ObservedAdapter(settled(adapter(minReplicas=1), on), on, replicas=(replica(),))).registers
+    assert (made.pod, made.pod_uid, made.adapter) == ("pod-1", "pod-1-uid", AdapterKey("a-uid", OLD))
+    assert made.descriptor.display == "team/a"
+    assert made.descriptor.source == SourceRef(uri="hf://org/a", revision="rev")
+
+
+def test_a_replica_that_does_not_answer_is_skipped_and_loaded_ones_are_updated() -> None:
+    on = base()
+    silent, loaded = replica(report(), fresh=False), replica(report(), pod="pod-2")
+    registered_only = replica(report(AdapterState.REGISTERED), pod="pod-3")
+    made = plan(ObservedAdapter(settled(adapter(), on), on, replicas=(silent, registered_only, loaded)))
+    assert [(item.pod, item.descriptor.load) for item in made.registers] == [("pod-2", False)]
+
+
+def test_each_report_of_each_replica_is_decided_on_its_own() -> None:
+    one, draining = adapter(suspend=True), report(AdapterState.DRAINING)
+    replicas = (replica(report(), fresh=False), replica(draining, report(of=NEW), pod="pod-2"))
+    made = plan(ObservedAdapter(one, base(), replicas=replicas))
+    assert made.unregisters == (Unregister("pod-2-uid", "pod-2", AdapterKey("a-uid", NEW), "team/a"),)
+    assert made.requeue_at == NOW + 5.0
+
+
+@pytest.mark.parametrize(
+    ("use", "again_at"),
+    [
+        ({"last_used_unix_s": NOW - 5}, None),
+        ({"last_used_unix_s": NOW - 4}, NOW + 1),
+        ({"last_used_unix_s": NOW - 1}, NOW + 4),
+        ({"waiting": 1}, NOW + 1),
+        ({"in_flight": 1}, NOW + 1),
+        ({}, None),
+    ],
+)
+def test_an_old_digest_is_unregistered_once_it_was_unused_for_a_while(
+    use: dict[str, Any], again_at: float | None
+) -> None:
+    on = base()
+    one = settled(adapter(), on, good(NEW))
+    made = plan(ObservedAdapter(one, on, replicas=(replica(report(of=NEW), report(**use)),)))
+    assert [item.adapter.digest for item in made.unregisters] == ([OLD] if again_at is None else [])
+    assert made.requeue_at == again_at
+
+
+@pytest.mark.parametrize(("age_s", "outdated"), [(9.0, True), (0.5, False)])
+def test_a_runtimes_failure_from_before_a_repeated_inspection_is_cleared(age_s: float, outdated: bool) -> None:
+    on = base()
+    one = settled(adapter(), on)
+    again = replace(one, meta=replace(one.meta, retry="1"))
+    failure = ErrorDetail(reason="NonFiniteWeights", message="NaN")
+    failed = report(AdapterState.FAILED, failure=failure, since_unix_s=NOW - age_s)
+    observed = ObservedAdapter(again, on, replicas=(replica(failed),), inspection=inspected(good(), again, on))
+    assert [item.adapter.digest for item in plan(observed).unregisters] == ([OLD] if outdated else [])
+    assert plan(replace(observed, inspection=None)).unregisters == ()
+
+
+def test_a_failure_causes_one_event_and_a_failed_rollout_is_named_so() -> None:
+    one, on = adapter(), base()
+    wrong = inspected(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
+    made = plan(ObservedAdapter(one, on, inspection=wrong))
+    assert [(str(item.type), item.reason, item.message) for item in made.events] == [("Warning", "WrongBase", "shapes")]
+    assert made.status is not None
+    changed = replace(one, status=made.status.model_copy(update={"loaded_replicas": 1}))
+    assert plan(ObservedAdapter(changed, on)).status is not None
+    assert plan(ObservedAdapter(changed, on)).events == ()
+    served = adapter(settled(one, on).status, source={"uri": "hf://org/b"})
+    bad = inspected(SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing"), served, on)
+    rollout = plan(ObservedAdapter(served, on, inspection=bad))
+    assert [(item.reason, item.message) for item in rollout.events] == [("RolloutFailed", "lora_B is missing")]
+
+
+def test_a_missing_base_causes_one_event() -> None:
+    one = settled(adapter(), base())
+    made = plan(ObservedAdapter(one, None))
+    assert [(str(item.type), item.reason) for item in made.events] == [("Warning", "BaseNotFound")]
+    assert made.status is not None
+    again = replace(one, status=made.status.model_copy(update={"loaded_replicas": 1}))
+    assert plan(ObservedAdapter(again, None)).events == ()
+
+
+def test_a_changed_bound_of_the_rank_needs_no_inspection() -> None:
+    one = settled(adapter(), base(lora={"maxRank": 16}))
+    lowered = plan(ObservedAdapter(one, base(lora={"maxRank": 4})))
+    assert condition(lowered, "Ready") == ("False", "RankTooHigh")
+    assert condition(lowered, "Resolved") == ("True", "Resolved")
+    assert lowered.inspect is None
+    assert lowered.status is not None
+    raised = plan(ObservedAdapter(replace(one, status=lowered.status), base(lora={"maxRank": 8})))
+    assert (condition(raised, "Ready"), raised.inspect) == (("True", "Parked"), None)
+
+
+def test_the_rank_of_new_files_is_checked_and_shown() -> None:
+    one, on = adapter(minReplicas=1), base(lora={"maxRank": 4})
+    made = plan(ObservedAdapter(one, on, replicas=(replica(),), inspection=inspected(good(), one, on)))
+    assert condition(made, "Ready") == ("False", "RankTooHigh")
+    assert made.registers == ()
+    assert made.status is not None
+    assert (made.status.digest, made.status.rank) == (OLD, 8)
+
+
+@pytest.mark.parametrize(
+    ("reason", "served"), [("NonFiniteWeights", False), ("NoCapacity", True), ("of a later version", True)]
+)
+def test_a_runtimes_failure_to_load_counts_until_another_runtime_has_it_loaded(reason: str, served: bool) -> None:
+    on = base()
+    one = settled(adapter(minReplicas=1), on)
+    failed = replica(report(AdapterState.FAILED, failure=ErrorDetail(reason=reason, message="it failed", attempts=2)))
+    made = plan(ObservedAdapter(one, on, replicas=(failed,)))
+    assert condition(made, "Ready") == ("False", reason)
+    assert bool(made.registers) is served
+    assert made.status is not None
+    assert made.status.failure is not None
+    assert (made.status.failure.attempts, made.status.failure.retry_at is not None) == (2, served)
+    both = plan(ObservedAdapter(one, on, replicas=(failed, replica(report(), pod="pod-2"))))
+    assert condition(both, "Ready") == ("True", "Loaded")
+
+
+def test_the_source_with_its_revision_is_recorded_and_not_inspected_again() -> None:
+    on = base()
+    one = settled(adapter(source={"uri": "hf://org/a", "revision": "v1"}), on)
+    assert (one.status.source_uri, one.status.source_revision, one.status.revision) == ("hf://org/a", "v1", "rev")
+    assert plan(ObservedAdapter(one, on)) == AdapterPlan()
+
+
+def test_an_inspection_job_has_the_whole_question() -> None:
+    source = {"uri": "hf://org/a", "revision": "v1", "digest": OLD}
+    one, on = adapter(source=source), base()
+    job = plan(ObservedAdapter(one, on)).inspect
+    assert job is not None
+    assert (job.key, job.uid, job.base_uid, job.via_pod_uid) == (one.key, "a-uid", "base-uid", None)
+    assert (job.uri, job.revision, job.digest, job.max_rank) == ("hf://org/a", "v1", OLD, 256)
+    volume = adapter(source={"uri": "pvc://models/a"})
+    via = plan(ObservedAdapter(volume, on, replicas=(replica(fresh=False), replica(pod="pod-2")))).inspect
+    assert via is not None
+    assert via.via_pod_uid == "pod-2-uid"
+    assert plan(ObservedAdapter(volume, on, replicas=(replica(fresh=False),))).inspect is None

@@ -19,6 +19,7 @@ from lorapool_operator.world.observed import (
     AdapterSummary,
     InspectionResult,
     ObservedBase,
+    RunningInspection,
     RuntimeView,
     SourceFacts,
     SourceFailure,
@@ -241,3 +242,80 @@ def test_nothing_is_written_when_nothing_changed() -> None:
 def test_the_plan_applies_what_the_manifests_make() -> None:
     wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256="ab" * 32)
     assert list(plan(world()).children) == wanted
+
+
+@pytest.mark.parametrize("uri", ["hf://org/base", "pvc://models/base"])
+def test_after_a_restart_a_resolved_source_is_not_inspected_again(uri: str) -> None:
+    of = base(source={"uri": uri}, replicas=1)
+    report = BaseReport(served_name="t", max_model_len=64, dtype="f", digest=digest("base"))
+    resolved = plan(world(of, pods=(pod(),), runtimes=(runtime(base=report),), deployment=deployment())).status
+    assert resolved is not None
+    stopped = world(replace(of, status=resolved), inspection=None, deployment=deployment())
+    made = plan(stopped)
+    assert made.inspect is None
+    assert condition(made, "SourceResolved") == ("True", "Resolved")
+    assert made.status is not None
+    assert made.status.digest == digest("base")
+
+
+def test_an_inspection_job_has_the_whole_question_and_one_runs_at_a_time() -> None:
+    of = base(source={"uri": "hf://org/base", "revision": "v1"})
+    job = plan(world(of, inspection=None)).inspect
+    assert job is not None
+    assert (job.key, job.uid, job.fingerprint, job.attempt) == (KEY, "base-uid", "base-uid/", 1)
+    assert (job.uri, job.revision, job.digest, job.base_uid) == ("hf://org/base", "v1", None, None)
+    assert plan(world(of, inspection=None, running=RunningInspection("base-uid/", None))).inspect is None
+
+
+def test_the_retry_annotation_starts_another_first_attempt() -> None:
+    gone = inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404"))
+    assert plan(world(inspection=gone), NOW + 10_000).inspect is None
+    of = replace(base(), meta=replace(base().meta, retry="1"))
+    job = plan(world(of, inspection=gone)).inspect
+    assert job is not None
+    assert (job.attempt, job.fingerprint) == (1, "base-uid/1")
+
+
+def test_the_wait_that_the_source_asks_for_is_kept() -> None:
+    limited = world(inspection=inspected(SourceFailure(FailureReason.RATE_LIMITED, "429", 60.0)))
+    assert plan(limited).requeue_at == NOW + 59
+    assert plan(limited, NOW + 58.9).inspect is None
+    assert plan(limited, NOW + 59).inspect is not None
+
+
+def test_a_deployment_that_cannot_create_pods_is_quoted() -> None:
+    refused = replace(deployment(), problem="FailedCreate: quota exceeded")
+    made = plan(world(base(replicas=1), deployment=refused, pods=(pod(ready=False, terminating=True, problem="old"),)))
+    assert made.status is not None
+    messages = {item.type: item.message for item in made.status.conditions}
+    assert messages["Ready"] == "FailedCreate: quota exceeded"
+
+
+def test_the_load_of_a_base_counts_every_runtime_that_answers() -> None:
+    of = base(replicas=2, scaling={"maxReplicas": 9, "targetInFlight": 4})
+    busy = (runtime("a", in_flight=5, waiting=4), runtime("b", in_flight=3), runtime("c", fresh=False, in_flight=50))
+    made = plan(world(of, pods=(pod("a"), pod("b")), runtimes=busy))
+    assert made.scale_to == 3
+    assert made.events[0].message == "From 2 to 3: 12 requests in flight."
+
+
+def test_a_base_with_a_recent_request_on_any_replica_is_not_idle() -> None:
+    of = base(replicas=1)
+    used = (runtime(last_request_unix_s=NOW + 500.0),)
+    observed = world(of, pods=(pod(),), runtimes=used, deployment=deployment())
+    assert plan(observed, NOW + 1099).scale_to is None
+    assert plan(observed, NOW + 1100).scale_to == 0
+
+
+def test_the_last_use_is_written_once_per_interval() -> None:
+    of = base(replicas=1)
+    known = {"pods": (pod(),), "deployment": deployment()}
+    first = plan(world(of, runtimes=(runtime(last_request_unix_s=NOW),), **known))
+    assert first.status is not None
+    assert first.status.last_used == "2023-11-14T22:13:20Z"
+    held = replace(of, status=first.status)
+    soon = plan(world(held, runtimes=(runtime(last_request_unix_s=NOW + 30.0),), **known), NOW + 30)
+    assert (soon.status, soon.requeue_at) == (None, NOW + 60)
+    due = plan(world(held, runtimes=(runtime(last_request_unix_s=NOW + 60.0),), **known), NOW + 61)
+    assert due.status is not None
+    assert due.status.last_used == "2023-11-14T22:14:20Z"

@@ -94,3 +94,38 @@ def test_a_new_base_starts_once_to_show_a_misconfiguration() -> None:
     assert initial_replicas(scaling(), 0) == 1
     assert initial_replicas(scaling(minReplicas=2), 0) == 2
     assert initial_replicas(scaling(), 3) == 3
+
+
+def test_replicas_that_do_not_start_are_given_up_after_idle_after_once_one_serves() -> None:
+    assert decided(2, load(ready=1, idle_s=599)).replicas == 2
+    waiting = decided(2, load(ready=1, idle_s=599))
+    assert (waiting.reason, waiting.recheck_unix_s, waiting.memory) == ("starting", NOW + 1, ScaleMemory())
+    assert decided(2, load(ready=1, idle_s=600)).replicas == 0
+    assert decided(1, load(ready=0, idle_s=600)).replicas == 1
+
+
+def test_a_start_at_the_lower_bound_needs_no_recheck() -> None:
+    assert decided(1, load(ready=0), minReplicas=1).recheck_unix_s is None
+    assert decided(1, load(ready=0)).recheck_unix_s == NOW + ALLOWANCE_S
+
+
+@pytest.mark.parametrize(
+    ("current", "observed", "reason"),
+    [
+        (0, load(ready=0), "scaled to zero"),
+        (1, load(11), "11 requests in flight"),
+        (3, load(5, ready=2, silent=1), "1 replicas do not answer"),
+        (3, load(5, ready=3), "5 requests in flight"),
+        (1, load(idle_s=600), "no request for 10m"),
+        (1, load(5), "5 requests in flight"),
+        (2, load(ready=2), "no request in flight"),
+        (9, load(ready=9), "bounds are 0 to 4"),
+        (1, load(ready=0, idle_s=ALLOWANCE_S), "not started within 1800s"),
+    ],
+)
+def test_every_decision_names_its_reason(current: int, observed: Load, reason: str) -> None:
+    assert decided(current, observed).reason == reason
+
+
+def test_a_scale_down_names_how_long_the_load_was_low() -> None:
+    assert decided(3, load(5, ready=3), memory=ScaleMemory(NOW - 120)).reason == "5 requests in flight for 2m"

@@ -61,7 +61,7 @@ def runtime_process(folder: Path, base: Path, **settings: Any) -> Iterator[Runti
 
 
 def _wait_until_ready(process: RuntimeProcess) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # seconds; minutes only on a machine with other work
     while True:
         assert process.popen.poll() is None, process.log.read_text()
         assert time.monotonic() < deadline, process.log.read_text()

@@ -1,7 +1,7 @@
 """All requests of the operator to the API server.
 
-Writes are fenced: a process that has lost the Lease writes nothing. Deletes and status patches carry the uid of the
-object that they were decided for, so that they never affect a recreated object of the same name.
+Writes are fenced: a process that has lost the Lease writes nothing. Deletes carry the uid of the object that they were
+decided for, status patches and scales its version, so that they never affect a recreated object of the same name.
 
     ClusterError
     ├─ ObjectNotFoundError (404)
@@ -149,9 +149,16 @@ class Cluster:
     # --- writes
 
     async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]:
-        """Patches what differs in /status and returns the new object. Raises ObjectConflictError for another uid."""
+        """Patches what differs in /status and returns the new object.
+
+        Raises ObjectConflictError if the object has another version by now. The uid would be no precondition here: the
+        API server ignores it in a patch of /status.
+        """
         kind = ObjectKind.BASE if isinstance(item, BaseObject) else ObjectKind.ADAPTER
-        body = {"metadata": {"uid": item.meta.uid}, "status": merge_patch(item.status.dump(), status)}
+        body = {
+            "metadata": {"resourceVersion": item.meta.resource_version},
+            "status": merge_patch(item.status.dump(), status),
+        }
         path = _path(kind, item.meta.namespace, item.meta.name) + "/status"
         return await self._write("status", "PATCH", path, body, content=MERGE, query=_MANAGER)
 

@@ -80,7 +80,7 @@ def test_a_file_changed_on_disk_is_detected_even_with_the_same_size_and_mtime(wo
     weights.write_bytes(data)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     for _ in range(2):
-        with pytest.raises(ArtifactError, match="not the sha256") as refused:
+        with pytest.raises(ArtifactError, match="not the requested sha256") as refused:
             world.fetch(digest)
         assert refused.value.reason is FailureReason.DIGEST_MISMATCH
     assert world.inspected == 3
