@@ -247,7 +247,7 @@ def runtime_protocol() -> str:
     )
     text += "\n## Headers\n\n" + table(["header", ""], [[code(header), what] for header, what in texts.HEADERS.items()])
     models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
-    own = [model for model in models if model.__module__ == protocol.__name__]
+    own: list[type[BaseModel]] = [model for model in models if model.__module__ == protocol.__name__]
     return text + "".join(_message(model) for model in [*own, UsagePart])
 
 
