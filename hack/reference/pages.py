@@ -248,7 +248,8 @@ def runtime_protocol() -> str:
     text += "\n## Headers\n\n" + table(["header", ""], [[code(header), what] for header, what in texts.HEADERS.items()])
     models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
     own: list[type[BaseModel]] = [model for model in models if model.__module__ == protocol.__name__]
-    return text + "".join(_message(model) for model in [*own, UsagePart])
+    own.append(UsagePart)
+    return text + "".join(_message(model) for model in own)
 
 
 def _message(model: type[BaseModel]) -> str:
