@@ -24,6 +24,8 @@ from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
 from lorapool_operator import metrics as operator_metrics
 from lorapool_operator.settings import Settings as OperatorSettings
+from lorapool_runtime.engines.interface import DecodeProgramState
+from lorapool_runtime.metrics import Gauges
 from lorapool_runtime.openai import json_body, request
 from lorapool_runtime.serving import server
 from lorapool_runtime.serving.service import Runtime
@@ -168,6 +170,7 @@ def conditions() -> str:
 
 def metrics() -> str:
     runtime = _runtime().metrics
+    runtime.gauges = lambda: Gauges(decode_program=DecodeProgramState(active=True))  # the series of a CPU, too
     parts: dict[str, CollectorRegistry] = {
         "Operator": _operator_registry(),
         "Gateway": gateway_metrics.Metrics().registry,
@@ -245,7 +248,8 @@ def runtime_protocol() -> str:
     text += "\n## Headers\n\n" + table(["header", ""], [[code(header), what] for header, what in texts.HEADERS.items()])
     models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
     own: list[type[BaseModel]] = [model for model in models if model.__module__ == protocol.__name__]
-    return text + "".join(_message(model) for model in [*own, UsagePart])
+    own.append(UsagePart)
+    return text + "".join(_message(model) for model in own)
 
 
 def _message(model: type[BaseModel]) -> str:
