@@ -162,7 +162,7 @@ def test_a_shared_block_counts_once_and_is_free_when_its_last_holder_leaves() ->
         allocator.release([block])
 
 
-def test_reviving_a_kept_block_takes_it_from_the_free_ones() -> None:
+def test_sharing_a_cached_block_takes_it_from_the_free_ones() -> None:
     allocator = BlockAllocator(2, SIZE)
     [block] = allocator.allocate(1)
     allocator.register(block, b"k")
@@ -172,7 +172,7 @@ def test_reviving_a_kept_block_takes_it_from_the_free_ones() -> None:
     assert not allocator.can_allocate(2, once_shared=[block])
 
 
-def test_a_forgotten_block_is_found_by_nobody_and_stays_its_holders() -> None:
+def test_a_forgotten_block_is_not_found_and_stays_with_its_holders() -> None:
     allocator = BlockAllocator(2, SIZE)
     held, kept = allocator.allocate(2)
     allocator.register(held, b"held")
@@ -213,6 +213,19 @@ def test_a_second_prompt_computes_only_what_the_first_did_not() -> None:
     assert again.cached_tokens == 16
     assert longer.cached_tokens == 8
     assert (world.scheduler.queried_tokens, world.scheduler.hit_tokens) == (17 + 17 + 12, 24)
+
+
+def test_a_step_completes_only_the_blocks_that_it_filled_itself() -> None:
+    s = Scheduler(BlockAllocator(9, SIZE), max_batch=2, max_batch_tokens=2 * SIZE + 1)
+    sequence = make(0, list(range(100, 100 + 4 * SIZE)))
+    s.add(sequence)
+    completed = []
+    for _ in range(2):
+        plan = s.schedule()
+        completed.append([block for block, _ in s.completed(plan)])
+        for chunk in plan.chunks:
+            chunk.sequence.advance(chunk.num_tokens)
+    assert completed == [sequence.block_table[:2], sequence.block_table[2:4]]
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
@@ -260,7 +273,7 @@ def test_prompts_that_arrive_together_compute_their_common_beginning_once() -> N
     assert world.computed_tokens == 34 + 4 * 2 + 5 * 7  # the last token generated is never computed
 
 
-def test_waiting_for_anothers_prompt_holds_nobody_else_back() -> None:
+def test_waiting_for_anothers_prompt_delays_no_other() -> None:
     world = World(max_batch_tokens=8)
     leader, follower, other = make(0, list(range(40))), make(1, list(range(40))), make(2, [90, 91])
     for sequence in (leader, follower, other):
@@ -294,7 +307,7 @@ def test_a_cancelled_prompt_leaves_what_was_computed_of_it() -> None:
     assert again.cached_tokens == 8  # ten tokens were computed: two blocks are full
 
 
-def test_switched_off_nothing_is_named_and_nothing_is_found() -> None:
+def test_switched_off_nothing_is_registered_and_nothing_is_found() -> None:
     world, prompt = World(prefix_cache=False), list(range(100, 117))
     world.run([make(0, prompt)])
     again = make(1, prompt)
@@ -302,7 +315,7 @@ def test_switched_off_nothing_is_named_and_nothing_is_found() -> None:
     assert (again.cached_tokens, world.scheduler.queried_tokens, world.allocator.registered) == (0, 0, 0)
 
 
-def test_the_preempted_take_back_what_nobody_has_overwritten_and_it_is_not_counted_as_cached() -> None:
+def test_the_preempted_reuse_blocks_that_are_not_overwritten_and_it_is_not_counted_as_cached() -> None:
     world = World(blocks=8, max_batch_tokens=64)
     old, young = make(0, list(range(100, 112)), max_tokens=12), make(1, list(range(200, 208)), max_tokens=12)
     world.run([old, young])

@@ -23,7 +23,7 @@ def scheduler(blocks: int = 100, block_size: int = 4, max_batch: int = 8, max_ba
     return Scheduler(BlockAllocator(blocks, block_size), max_batch=max_batch, max_batch_tokens=max_batch_tokens)
 
 
-def spend(plan: StepPlan) -> None:
+def apply(plan: StepPlan) -> None:
     """Applies a plan as the engine does, with a made-up token."""
     for chunk in plan.chunks:
         samples = chunk.samples
@@ -35,14 +35,14 @@ def spend(plan: StepPlan) -> None:
 def test_a_long_prompt_is_computed_in_chunks_and_decoding_rows_never_wait_for_it() -> None:
     s = scheduler(max_batch_tokens=8)
     s.add(make(0, 3))
-    spend(s.schedule())
+    apply(s.schedule())
     s.add(make(1, 20))
     sizes = []
     for _ in range(3):
         plan = s.schedule()
         assert [c.sequence.arrival for c in plan.decodes] == [0]
         sizes += [c.num_tokens for c in plan.prefills]
-        spend(plan)
+        apply(plan)
     assert sizes == [7, 7, 6]
 
 
@@ -51,7 +51,7 @@ def test_only_the_last_chunk_of_a_prompt_samples() -> None:
     s.add(make(0, 12))
     first = s.schedule()
     assert [c.samples for c in first.prefills] == [False]
-    spend(first)
+    apply(first)
     assert [c.samples for c in s.schedule().prefills] == [True]
 
 
@@ -63,7 +63,7 @@ def test_the_token_budget_and_the_batch_size_are_never_exceeded() -> None:
         plan = s.schedule()
         assert sum(c.num_tokens for c in plan.chunks) <= 10
         assert len(s.running) <= 3
-        spend(plan)
+        apply(plan)
 
 
 def test_rows_come_ordered_by_slot() -> None:
@@ -72,7 +72,7 @@ def test_rows_come_ordered_by_slot() -> None:
         s.add(make(i, 2, slot))
     plan = s.schedule()
     assert [c.sequence.slot for c in plan.prefills] == [-1, -1, 0, 3, 3]
-    spend(plan)
+    apply(plan)
     assert [c.sequence.slot for c in s.schedule().decodes] == [-1, -1, 0, 3, 3]
 
 
@@ -90,11 +90,11 @@ def test_the_youngest_is_preempted_when_a_decoding_row_finds_no_block() -> None:
     old, young = make(0, 8), make(1, 4)
     s.add(old)
     s.add(young)
-    spend(s.schedule())
+    apply(s.schedule())
     plan = s.schedule()
     assert [c.sequence.arrival for c in plan.decodes] == [0, 1]
     for _ in range(4):
-        spend(plan)
+        apply(plan)
         plan = s.schedule()
     assert plan.preempted == (young,)
     assert young.status is SequenceStatus.WAITING
@@ -108,7 +108,7 @@ def test_a_preempted_sequence_returns_before_the_later_ones_and_recomputes_its_t
     s.add(old)
     s.add(young)
     while young.status is not SequenceStatus.WAITING or not young.generated:
-        spend(s.schedule())
+        apply(s.schedule())
     s.add(make(2, 1))
     assert s.waiting[0] is young
     s.finish(old, FinishReason.STOP)
@@ -124,14 +124,17 @@ def test_the_plan_lists_every_newly_allocated_block() -> None:
     s.add(sequence)
     plan = s.schedule()
     assert set(plan.fresh_blocks) == set(sequence.block_table)
-    spend(plan)
+    apply(plan)
     assert s.schedule().fresh_blocks == ()
 
 
 def test_a_request_that_can_never_fit_is_detected_before_it_is_added() -> None:
     s = scheduler(blocks=3, block_size=4)
-    assert s.could_ever_fit(8, 5)  # the last sampled token needs no place
+    assert s.could_ever_fit(8, 5)  # the last sampled token needs no block
     assert not s.could_ever_fit(8, 6)
+    assert s.could_ever_fit(12, 0)
+    assert s.could_ever_fit(12, 1)
+    assert not s.could_ever_fit(12, 2)
 
 
 def test_a_batch_larger_than_the_token_budget_is_refused() -> None:
@@ -156,7 +159,7 @@ def test_thousands_of_random_moves_leave_nothing_behind_and_starve_no_sequence(s
             s.finish(alive.pop(rng.randrange(len(alive))), FinishReason.CANCELLED)
         plan = s.schedule()
         assert plan.chunks or not alive
-        spend(plan)
+        apply(plan)
         for sequence in [q for q in alive if q.generated >= q.request.sampling.max_tokens]:
             alive.remove(sequence)
             s.finish(sequence, FinishReason.LENGTH)
