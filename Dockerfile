@@ -9,7 +9,7 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS wheel
 # The compiler of the runtime's CPU kernels stays in this stage.
-RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++
+RUN apt-get update && DPKG_FORCE=unsafe-io DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++
 COPY requirements-build.lock /build/
 RUN python3 -m venv /opt/build && /opt/build/bin/pip install --no-cache-dir --no-compile --require-hashes -r /build/requirements-build.lock
 COPY pyproject.toml README.md LICENSE /build/

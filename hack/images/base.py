@@ -61,10 +61,11 @@ def _debootstrap() -> None:
             install.require("debootstrap"), "--variant=minbase", f"--include={PACKAGES}", SUITE, str(root), mirror,
         ]  # fmt: skip
         with log.open("wb") as output:
+            # unsafe-io: no fsync for each file; what is killed is made again from nothing.
+            quick = {"PATH": install.SEARCH_PATH, "DEBIAN_FRONTEND": "noninteractive", "DPKG_FORCE": "unsafe-io"}
             done = subprocess.run(
-                command, stdout=output, stderr=output, check=False, timeout=1200,
-                env=dict(os.environ, PATH=install.SEARCH_PATH, DEBIAN_FRONTEND="noninteractive"),
-            )  # fmt: skip
+                command, stdout=output, stderr=output, check=False, timeout=1200, env={**os.environ, **quick}
+            )
         if done.returncode:
             raise ClusterError("debootstrap failed", log_tail=log.read_text()[-2000:], remedy=f"read {log}")
         for unused in UNUSED:
