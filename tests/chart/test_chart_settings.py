@@ -10,8 +10,8 @@ import yaml
 from chart_kit import CHART, NAMESPACE, environment, of_kind, pod_of, render
 
 from lorapool_gateway import settings as gateway_settings
-from lorapool_operator import profiles as operator_profiles
 from lorapool_operator import settings as operator_settings
+from lorapool_operator.world import profiles as operator_profiles
 
 NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-b", "team-a"]}
 CLUSTER: dict[str, Any] = {"scope": "cluster"}
