@@ -10,7 +10,7 @@ from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """Why an adapter may not be served."""
+    """A reason why an adapter may not be served."""
 
     reason: Reason
     message: str

@@ -85,7 +85,7 @@ class KubeEvent:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """What is to be done about one LoraAdapter."""
+    """The actions that one LoraAdapter needs now."""
 
     status: LoraAdapterStatus | None = None
     """The status to be written; None if it is unchanged."""
@@ -98,7 +98,7 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True)
 class BasePlan:
-    """What is to be done about one BaseModel."""
+    """The actions that one BaseModel needs now."""
 
     status: BaseModelStatus | None = None
     """The status to be written; None if it is unchanged."""

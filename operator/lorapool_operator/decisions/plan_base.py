@@ -35,7 +35,7 @@ SCALED = "Scaled"
 
 @dataclass(frozen=True, slots=True)
 class BaseSource:
-    """What is known of the base's files."""
+    """The state of the base's files: facts if they were found, else why not."""
 
     facts: SourceFacts | None
     condition: ConditionValue

@@ -25,7 +25,7 @@ new inspection."""
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """Which files are served, and whether they may be."""
+    """The files that an adapter is served from, and whether they are valid."""
 
     facts: SourceFacts | None = None
     """The files that requests get, or would get if they were valid; None if none are known."""

@@ -122,7 +122,7 @@ class Intake:
 
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
-    """Returns the part of a base that its adapters' plans depend on; its counts are not, since they change often."""
+    """Returns the part of a base that its adapters' plans depend on; its counts, which change often, are no part."""
     resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED)
     value = (resolved.status, resolved.reason) if resolved is not None else None
     return base.meta.uid, base.meta.generation, base.meta.deleting, value

@@ -50,7 +50,7 @@ class RuntimeView:
 
 @dataclass(frozen=True, slots=True)
 class AdapterOnReplica:
-    """What one runtime reports of one adapter: a report per digest, usually one."""
+    """The reports of one runtime about one adapter: one for each digest, usually one."""
 
     runtime: RuntimeView
     reports: tuple[AdapterReport, ...]
@@ -87,7 +87,7 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class SourceFailure:
-    """Why a source cannot be used."""
+    """The reason why a source cannot be used."""
 
     reason: FailureReason
     message: str
@@ -122,7 +122,7 @@ class RunningInspection:
 
 @dataclass(frozen=True)  # no slots: they leave no room for cached properties
 class ObservedAdapter:
-    """A LoraAdapter with all that is known of it."""
+    """A LoraAdapter and everything that is known of it."""
 
     adapter: AdapterObject
     base: BaseObject | None
@@ -191,7 +191,7 @@ def min_replicas(spec: LoraAdapterSpec, base: BaseModelSpec) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """What a base's plan depends on of one of its adapters."""
+    """The part of an adapter's state that its base's plan depends on."""
 
     ready: bool
     loaded: bool
@@ -202,7 +202,7 @@ class AdapterSummary:
 
 @dataclass(frozen=True, slots=True)
 class ScaleMemory:
-    """What one scaling decision hands on to the next."""
+    """The state that one scaling decision passes to the next."""
 
     low_since_unix_s: float | None = None
     """Since when fewer replicas than now would have been enough."""
@@ -210,7 +210,7 @@ class ScaleMemory:
 
 @dataclass
 class BaseMemory:
-    """What this process remembers of a base between two plans. Losing it only delays a scale-down."""
+    """The state that this process keeps of a base between two plans. Its loss only delays a scale-down."""
 
     uid: str
     replicas: int | None
@@ -240,7 +240,7 @@ class BaseMemory:
 
 @dataclass(frozen=True, slots=True)
 class ObservedBase:
-    """A BaseModel with all that is known of it."""
+    """A BaseModel and everything that is known of it."""
 
     base: BaseObject
     profile: RuntimeProfile | None
