@@ -220,7 +220,7 @@ def test_a_constraint_that_fails_or_allows_nothing_ends_its_own_row_only() -> No
     got = sample(LOGITS.repeat(4, 1), rows)
     assert [s.token_id for s in got] == [0, None, None, 0]
     assert got[1].error == "too deep"
-    assert got[2].error == "no token may follow what was generated"
+    assert got[2].error == "the constraint allows no further token"
 
 
 def test_a_bias_cannot_break_a_constraint() -> None:
