@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".md", ".cpp", ".h", ".yaml", ".tpl", ".txt", ".toml", ".sh", ".go", ""}
 DATA = ("hack/models/data/", "examples/finetunes/", "tests/test_words.py", "LICENSE")
 WORDS = {
-    r"called by\b": "delete it: tools know the callers",
+    r"((?-i:Called by)|[;,] called by)\b": "delete it: tools know the callers",
     r"told\b": "reported, emitted",
     r"beside\b": "concurrently, next to, in addition to",
     r"where (it|they|each|every\w*) lies?\b": "where it is stored",
