@@ -23,7 +23,7 @@ from lorapool_runtime.engines.torch.kernels.base_step import base_kernel
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 from lorapool_runtime.metrics import Gauges, Metrics
-from lorapool_runtime.usage import Accounts
+from lorapool_runtime.usage import UsageTracker
 
 TRACED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
 UNTRACEABLE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]
@@ -143,7 +143,7 @@ def test_a_program_that_fails_under_verification_does_not_fail_the_start(
 
 
 def test_the_metric_reports_a_fallback_and_its_reason() -> None:
-    metrics = Metrics("ns/base", Accounts(tracked=1), Clock())
+    metrics = Metrics("ns/base", UsageTracker(tracked=1), Clock())
     metrics.gauges = lambda: Gauges(decode_program=UNVERIFIED)
     assert (
         b'lorapool_runtime_decode_program{base="ns/base",reason="unverified",state="fallback"} 1.0' in metrics.render()
