@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -226,6 +226,37 @@ def test_a_step_completes_only_the_blocks_that_it_filled_itself() -> None:
         for chunk in plan.chunks:
             chunk.sequence.advance(chunk.num_tokens)
     assert completed == [sequence.block_table[:2], sequence.block_table[2:4]]
+
+
+def test_a_prompt_counts_for_its_share_of_a_step_without_its_cached_blocks() -> None:
+    world, prompt = World(max_prefill_tokens=4), list(range(100, 124))
+    world.run([make(0, prompt)])
+    decoding = make(1, [7])
+    world.scheduler.add(decoding)
+    world.step()
+    world.scheduler.add(make(2, list(range(200, 214))))
+    world.scheduler.add(make(3, [*prompt[:20], 5, 6]))  # only two tokens are not cached: shorter than the oldest
+    plan = world.step()
+    assert [(c.sequence.arrival, c.num_tokens) for c in plan.prefills] == [(2, 2), (3, 2)]
+
+
+def test_a_prompt_with_requested_log_probabilities_uses_no_cached_block() -> None:
+    world, prompt = World(), list(range(100, 117))
+    world.run([make(0, prompt)])
+    scored = make(1, prompt)
+    scored.request = replace(scored.request, prompt_logprobs=0)
+    world.scheduler.add(scored)
+    [chunk] = world.scheduler.schedule().prefills
+    assert (chunk.start, chunk.num_tokens) == (0, 17)
+
+
+def test_a_prompt_waits_for_a_block_that_is_half_computed_for_another() -> None:
+    world, prompt = World(max_batch_tokens=6), list(range(100, 117))
+    world.scheduler.add(make(0, prompt))
+    world.step()  # one block and a half
+    world.scheduler.add(make(1, prompt))
+    plan = world.step()
+    assert [c.sequence.arrival for c in plan.chunks] == [0]
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:

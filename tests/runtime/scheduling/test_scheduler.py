@@ -120,10 +120,11 @@ def test_a_preempted_sequence_returns_before_the_later_ones_and_recomputes_its_t
 
 def test_the_plan_lists_every_newly_allocated_block() -> None:
     s = scheduler(block_size=4)
-    sequence = make(0, 6)
-    s.add(sequence)
+    sequences = [make(0, 6), make(1, 5)]
+    for sequence in sequences:
+        s.add(sequence)
     plan = s.schedule()
-    assert set(plan.fresh_blocks) == set(sequence.block_table)
+    assert sorted(plan.fresh_blocks) == sorted(sequences[0].block_table + sequences[1].block_table)
     apply(plan)
     assert s.schedule().fresh_blocks == ()
 
@@ -135,6 +136,43 @@ def test_a_request_that_can_never_fit_is_detected_before_it_is_added() -> None:
     assert s.could_ever_fit(12, 0)
     assert s.could_ever_fit(12, 1)
     assert not s.could_ever_fit(12, 2)
+
+
+def test_the_smallest_batch_and_prefill_budget_are_one_token_and_the_cache_is_on_by_default() -> None:
+    smallest = Scheduler(BlockAllocator(4, 4), max_batch=1, max_batch_tokens=1, max_prefill_tokens=1)
+    assert smallest.prefix_cache
+    with pytest.raises(ValueError, match="max_prefill_tokens must be at least 1, not 0"):
+        Scheduler(BlockAllocator(4, 4), max_batch=1, max_batch_tokens=1, max_prefill_tokens=0)
+    with pytest.raises(ValueError, match="1 <= max_batch"):
+        Scheduler(BlockAllocator(4, 4), max_batch=0, max_batch_tokens=1)
+
+
+def decoding_and_prefilling() -> Scheduler:
+    """One sequence decodes, and a prompt with 20 tokens left is being computed, four prompt tokens a step."""
+    s = Scheduler(BlockAllocator(100, 4), max_batch=8, max_batch_tokens=16, max_prefill_tokens=4)
+    s.add(make(0, 1))
+    apply(s.schedule())
+    s.add(make(1, 24))
+    apply(s.schedule())
+    return s
+
+
+def test_with_decodes_a_prompt_without_a_share_of_the_prefill_budget_waits() -> None:
+    s = decoding_and_prefilling()
+    for arrival in (2, 3):
+        s.add(make(arrival, 2))
+    plan = s.schedule()
+    assert [(c.sequence.arrival, c.num_tokens) for c in plan.prefills] == [(1, 2), (2, 2)]
+    assert [waiting.arrival for waiting in s.waiting] == [3]
+
+
+def test_a_short_prompt_is_admitted_before_a_longer_one_that_would_get_no_tokens() -> None:
+    s = decoding_and_prefilling()
+    s.add(make(2, 40))
+    s.add(make(3, 2))
+    plan = s.schedule()
+    assert [(c.sequence.arrival, c.num_tokens) for c in plan.prefills] == [(1, 2), (3, 2)]
+    assert [waiting.arrival for waiting in s.waiting] == [2]
 
 
 def test_a_batch_larger_than_the_token_budget_is_refused() -> None:
