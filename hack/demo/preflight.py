@@ -33,13 +33,15 @@ class Machine:
     has_apt: bool
     built: bool
     """Whether the programs of this version are in the cache, which then holds most of what the demo needs."""
+    running: bool
+    """Whether the demo's cluster is up, and has the memory that it needs."""
 
     @property
     def disk_needed(self) -> int:
         return DISK_NEEDED_AGAIN_GIB if self.built else DISK_NEEDED_GIB
 
 
-def observe() -> Machine:
+def observe(*, running: bool) -> Machine:
     """Reads the machine; changes nothing."""
     cache = cache_dir()
     while not cache.exists():
@@ -53,6 +55,7 @@ def observe() -> Machine:
         missing_packages=tuple(install.missing_packages()),
         has_apt=install.find("apt-get") is not None,
         built=build.bin_dir().exists(),
+        running=running,
     )
 
 
@@ -77,7 +80,7 @@ def problems(machine: Machine) -> list[str]:
             f"{machine.disk_needed} GiB of disk are needed, {machine.disk_free:.0f} are free: free some, or move the "
             "cache with LORAPOOL_CACHE=<folder on another disk>"
         )
-    if machine.memory_available < MEMORY_NEEDED_GIB:
+    if machine.memory_available < MEMORY_NEEDED_GIB and not machine.running:
         found.append(
             f"{MEMORY_NEEDED_GIB} GiB of memory are needed, {machine.memory_available:.1f} are available: "
             "end other programs"

@@ -113,8 +113,8 @@ def up(options: Options) -> None:
     console = Console()
     demo = Demo(options, Commands(options.folder / "demo.log"), console.line)
     if options.context is None:
-        _preflight()
         demo.had_cluster = _cluster_is_up(demo)
+        _preflight(running=demo.had_cluster)
     else:
         demo.ground = existing(options.context, options.registry)
     steps = plan(demo)
@@ -177,8 +177,8 @@ def plan(demo: Demo) -> list[Step]:
     ]
 
 
-def _preflight() -> None:
-    machine = preflight.observe()
+def _preflight(*, running: bool) -> None:
+    machine = preflight.observe(running=running)
     print(preflight.summary(machine, preflight.last_times().get("total")), flush=True)
     if found := preflight.problems(machine):
         raise StepError("\n".join(found), step="preflight")

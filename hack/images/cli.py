@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     except ClusterError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -210,6 +210,8 @@ def main() -> int:
     except BaseModelError as error:
         print(f"base model: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

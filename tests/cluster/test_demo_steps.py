@@ -179,7 +179,7 @@ def test_while_the_programs_are_compiled_the_images_are_built(tmp_path: Path) ->
     assert then[:2] == ["programs", "images"]
 
 
-READY = Machine("linux", (3, 11), True, 80.0, 20.0, (), True, built=False)
+READY = Machine("linux", (3, 11), True, 80.0, 20.0, (), True, built=False, running=False)
 
 
 def test_a_machine_that_has_all_is_accepted() -> None:
@@ -204,6 +204,10 @@ def test_what_a_machine_lacks_is_named_with_a_remedy(changed: dict[str, object],
 
 def test_a_machine_that_has_built_all_needs_little_disk() -> None:
     assert problems(replace(READY, disk_free=4.0, built=True)) == []
+
+
+def test_a_demo_that_is_up_needs_no_more_memory() -> None:
+    assert problems(replace(READY, memory_available=1.0, running=True)) == []
 
 
 def test_the_summary_tells_the_time_of_the_last_run() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
@@ -223,6 +223,7 @@ def applied(target: Any, patch: Any) -> Any:
     return result
 
 
+@settings(deadline=None)
 @given(documents, documents)
 def test_a_merge_patch_turns_one_status_into_the_other(before: dict[str, Any], after: dict[str, Any]) -> None:
     before, after = without_nulls(before), without_nulls(after)
@@ -233,6 +234,7 @@ def test_equal_statuses_need_no_patch() -> None:
     assert merge_patch({"a": {"b": 1}}, {"a": {"b": 1}}) == {}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.floats(0, 0.999))
 def test_retry_times_double_within_their_bounds(attempt: int, jitter: float) -> None:
     wait_s = retry_at_unix_s(0.0, attempt, jitter, first_s=5.0, longest_s=300.0)

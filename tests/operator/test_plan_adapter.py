@@ -260,6 +260,8 @@ def test_when_the_new_files_fail_the_old_keep_serving(how: str) -> None:
     later = plan(replace(observed, adapter=replace(changed, status=made.status)))
     assert later.status is None
     assert later.inspect is None
+    restarted = ObservedAdapter(replace(changed, status=made.status), on, replicas=observed.replicas)
+    assert plan(restarted).inspect is None
 
 
 def test_a_base_with_other_weights_gives_up_the_old_digest() -> None:
@@ -500,8 +502,45 @@ def test_an_inspection_job_has_the_whole_question() -> None:
     assert job is not None
     assert (job.key, job.uid, job.base_uid, job.via_pod_uid) == (one.key, "a-uid", "base-uid", None)
     assert (job.uri, job.revision, job.digest, job.max_rank) == ("hf://org/a", "v1", OLD, 256)
+    assert job.fingerprint == adapter_fingerprint(one, on)
     volume = adapter(source={"uri": "pvc://models/a"})
     via = plan(ObservedAdapter(volume, on, replicas=(replica(fresh=False), replica(pod="pod-2")))).inspect
     assert via is not None
     assert via.via_pod_uid == "pod-2-uid"
     assert plan(ObservedAdapter(volume, on, replicas=(replica(fresh=False),))).inspect is None
+
+
+def test_a_rollout_is_tried_on_one_preferred_replica_and_each_digest_keeps_its_source() -> None:
+    on = base()
+    changed = adapter(settled(adapter(), on).status, source={"uri": "hf://org/b"})
+    result = inspected(good(NEW), changed, on)
+    pods = ("pod-1", "pod-2", "pod-3")
+    observed = ObservedAdapter(
+        changed, on, replicas=tuple(replica(report(), pod=pod) for pod in pods), inspection=result
+    )
+    made = plan(observed).registers
+    sources = {(item.adapter.digest, item.descriptor.source.uri) for item in made}
+    assert sources == {(OLD, "hf://org/a"), (NEW, "hf://org/b")}
+    (trial,) = [item for item in made if item.adapter.digest == NEW]
+    assert (trial.descriptor.load, trial.descriptor.pinned) == (True, False)
+    loaded = tuple(replica(report(), *([report(of=NEW)] if pod == trial.pod else []), pod=pod) for pod in pods)
+    switched = plan(replace(observed, replicas=loaded)).status
+    assert switched is not None
+    assert switched.digest == NEW
+
+
+@pytest.mark.parametrize(
+    ("reason", "after"),
+    [("NonFiniteWeights", ("False", "NonFiniteWeights")), ("NoCapacity", ("True", "Parked"))],
+)
+def test_only_a_terminal_failure_to_load_outlasts_its_runtime(reason: str, after: tuple[str, str]) -> None:
+    on = base()
+    one = settled(adapter(), on)
+    failure = ErrorDetail(reason=reason, message="it failed", retry_at_unix_s=NOW + 30)
+    failed = plan(ObservedAdapter(one, on, replicas=(replica(report(AdapterState.FAILED, failure=failure)),))).status
+    assert failed is not None
+    assert failed.failure is not None
+    assert failed.failure.retry_at == (None if after[0] == "False" else "2023-11-14T22:13:50Z")
+    gone = plan(ObservedAdapter(replace(one, status=failed), on))
+    status = gone.status or failed
+    assert next((item.status, item.reason) for item in status.conditions if item.type == "Ready") == after

@@ -27,7 +27,7 @@ def load(in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float =
 def decided(
     current: int, observed: Load, *, floor: int = 0, memory: ScaleMemory | None = None, **fields: Any
 ) -> ScaleDecision:
-    return decide(
+    made = decide(
         current,
         scaling(**fields),
         observed,
@@ -36,6 +36,8 @@ def decided(
         now=NOW,
         start_allowance_s=ALLOWANCE_S,
     )
+    assert isinstance(made.memory, ScaleMemory)  # the next decision needs it
+    return made
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapool_api.loraadapter import UsagePart, UsageStatus
@@ -51,6 +51,7 @@ def test_an_adapter_that_was_never_used_writes_nothing() -> None:
     assert not differs(None, fold(None, [part("a", 0)], [], THEN))
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(0, 50), st.floats(0, 10), st.booleans()), max_size=30

@@ -37,7 +37,7 @@ def test_the_five_finetunes_of_the_examples_answer_and_are_unloaded_when_idle(
 ) -> None:
     folder = tmp_path / "objects"
     folder.mkdir()
-    (folder / "finetunes").symlink_to(EXAMPLES / "finetunes")
+    shutil.copytree(EXAMPLES / "finetunes", folder / "finetunes")
     base = (EXAMPLES / "basemodel.yaml").read_text()
     (folder / "basemodel.yaml").write_text(base.replace("  adapterDefaults:\n    idleAfter: 5m", IDLE))
     shutil.copy(EXAMPLES / "finetunes.yaml", folder)

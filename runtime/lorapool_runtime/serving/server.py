@@ -104,7 +104,7 @@ class _Server:
         started_s = self._runtime.clock.now_s()
         try:
             response = await handler(request)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionResetError):  # the client has left, so that no response can be sent
             raise
         except Exception as error:
             api_error = _api_error(error)

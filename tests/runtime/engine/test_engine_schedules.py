@@ -42,7 +42,7 @@ class Solo:
         self.engine = started(world.base, prefix_cache=False)
         self.slots: dict[str | None, int] = {None: BASE_SLOT}
         for slot, (name, folder) in enumerate(world.adapters.items()):
-            self.engine.load(slot, self.engine.read_adapter(str(folder), max_rank=16)).result(10)
+            self.engine.load(slot, self.engine.read_adapter(str(folder), max_rank=16)).result(60)
             self.slots[name] = slot
         self._answers: dict[tuple[str | None, tuple[int, ...], int | None], list[int]] = {}
 
@@ -138,7 +138,7 @@ class Walk:
         if not empty:
             return
         slot, adapter = self.rng.choice(empty), self.rng.choice([*self.world.adapters])
-        self.engine.load(slot, self.engine.read_adapter(str(self.world.adapters[adapter]), max_rank=16)).result(10)
+        self.engine.load(slot, self.engine.read_adapter(str(self.world.adapters[adapter]), max_rank=16)).result(60)
         self.slots[slot] = adapter
         self.sums[slot] = weights_in(self.engine, slot)
         self.rollovers += name in self.serving
@@ -146,7 +146,7 @@ class Walk:
 
     def unload(self, slot: int) -> None:
         try:
-            self.engine.unload(slot).result(10)
+            self.engine.unload(slot).result(60)
         except SlotInUseError:
             return
         self.slots.pop(slot, None)
@@ -176,7 +176,7 @@ def weights_in(engine: TorchEngine, slot: int) -> bytes:
         held = engine._core.slots._states[slot].contents.placement.buffer
         return hashlib.sha256(held.view(torch.uint8).numpy().tobytes()).digest()
 
-    return engine._run_on_engine_thread(look).result(10)
+    return engine._run_on_engine_thread(look).result(60)
 
 
 def tensors(engine: TorchEngine) -> int:
@@ -189,7 +189,7 @@ def tensors(engine: TorchEngine) -> int:
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    return engine._run_on_engine_thread(count).result(10)
+    return engine._run_on_engine_thread(count).result(60)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -220,7 +220,7 @@ def test_every_finished_request_equals_its_reference_run_and_nothing_is_left(
         assert stats.preemptions > 0
         assert stats.prefix_hit_tokens > 100
         for slot in list(walk.slots):
-            assert engine.unload(slot).result(10) > 0
+            assert engine.unload(slot).result(60) > 0
         assert engine.observe().device_bytes == engine.facts.weight_bytes + 19 * BLOCK_BYTES
         assert tensors(engine) <= before
         assert walk.checked(solo) > 30
@@ -237,7 +237,7 @@ def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
     assert core is not None
     logits = torch.eye(256, VOCAB)
     monkeypatch.setattr(core.runner, "run", lambda plan: logits[: sum(len(c.logit_rows) for c in plan.chunks)])
-    engine.load(0, engine.read_adapter(str(world.adapters["a"]), max_rank=16)).result(10)
+    engine.load(0, engine.read_adapter(str(world.adapters["a"]), max_rank=16)).result(60)
 
     def thousand(first: int) -> None:
         got, ids = Collector(), [f"r{first + i}" for i in range(1000)]
@@ -260,7 +260,7 @@ def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
         assert core.scheduler.allocator.free == core.scheduler.allocator.total
         assert (core._sequences, engine._sinks) == ({}, {})
         assert stats.prefix_hit_tokens > 0
-        assert engine.unload(0).result(10) > 0
+        assert engine.unload(0).result(60) > 0
         assert engine.observe().device_bytes == engine.facts.weight_bytes + 60 * BLOCK_BYTES
         assert tensors(engine) <= before
     finally:

@@ -12,7 +12,7 @@ RUNTIME = Path(__file__).parents[3] / "runtime" / "lorapool_runtime"
 MODEL = "engines/torch/model/load.py"
 PUBLIC = {
     "openai/tokenizer.py": {"transformers.AutoTokenizer"},
-    "startup.py": {"transformers.utils.logging"},
+    "engines/choose.py": {"transformers.utils.logging"},
     MODEL: {
         "transformers.AttentionInterface",
         "transformers.AutoConfig",

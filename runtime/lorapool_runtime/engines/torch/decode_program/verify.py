@@ -37,7 +37,7 @@ from lorapool_runtime.engines.torch.decode_program.step_program import StepProgr
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
-from lorapool_runtime.engines.torch.model.load import Base
+from lorapool_runtime.engines.torch.model.load import Base, text_settings
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 from lorapool_runtime.weights.layout import Layout, lay_out
@@ -118,8 +118,7 @@ def verify(program: StepProgram, graph: DecodeGraph, base: Base, pool: KVPool, *
     last: the last position that is ever served. The pool must be unused, and is left so; no slot may be occupied."""
     adapters = base.lora.slots
     assert adapters is not None
-    config: Any = base.model.config
-    positions = bound_positions(config.get_text_config().to_dict(), last)
+    positions = bound_positions(text_settings(base), last)
     window = max((layer.window or 0 for layer in base.layers), default=0)
     rows = min(max_batch, pool.data.shape[2] - 1)
     count = 0

@@ -313,6 +313,12 @@ def _attention(
     return attention.attend(layer, q, k, v, scale, wants), None
 
 
+def text_settings(base: Base) -> dict[str, Any]:
+    """The (nested) configuration of the base's language model."""
+    config: Any = base.model.config
+    return dict(config.get_text_config().to_dict())
+
+
 def _eos_token_ids(folder: str, config: Any) -> frozenset[int]:
     value = config.get_text_config().eos_token_id
     if (Path(folder) / "generation_config.json").is_file():
