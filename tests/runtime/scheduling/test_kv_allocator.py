@@ -52,3 +52,21 @@ def test_no_block_is_held_twice_or_lost(moves: list[int]) -> None:
     for blocks in held:
         allocator.release(blocks)
     assert allocator.free == 12
+
+
+@pytest.mark.parametrize(("total", "block_size"), [(0, 4), (4, 0)])
+def test_an_allocator_without_blocks_or_tokens_is_refused(total: int, block_size: int) -> None:
+    with pytest.raises(ValueError, match=f"got {total} and {block_size}"):
+        BlockAllocator(total, block_size)
+
+
+def test_one_block_of_one_token_is_enough() -> None:
+    assert BlockAllocator(1, 1).allocate(1) == [1]
+
+
+def test_a_block_that_was_never_allocated_is_neither_released_nor_registered() -> None:
+    allocator = BlockAllocator(2, 4)
+    with pytest.raises(ValueError, match="block 2 is not held"):
+        allocator.release([2])
+    with pytest.raises(ValueError, match="block 2 is not held"):
+        allocator.register(2, b"key")
