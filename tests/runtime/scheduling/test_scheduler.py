@@ -157,6 +157,17 @@ def decoding_and_prefilling() -> Scheduler:
     return s
 
 
+def test_the_prefill_budget_is_bounded_by_decodes_before_any_prompt_is_admitted() -> None:
+    s = Scheduler(BlockAllocator(100, 4), max_batch=8, max_batch_tokens=16, max_prefill_tokens=4)
+    s.add(make(0, 1))
+    apply(s.schedule())
+    for arrival in (1, 2):
+        s.add(make(arrival, 4))
+    plan = s.schedule()
+    assert [(c.sequence.arrival, c.num_tokens) for c in plan.prefills] == [(1, 4)]
+    assert [waiting.arrival for waiting in s.waiting] == [2]
+
+
 def test_with_decodes_a_prompt_without_a_share_of_the_prefill_budget_waits() -> None:
     s = decoding_and_prefilling()
     for arrival in (2, 3):
