@@ -249,8 +249,10 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from cluster.kernel import end_like_interrupt
 from demo.schedule import Step, run_all
 from demo.steps import Commands, Console
+end_like_interrupt()
 commands, console = Commands(Path(sys.argv[2], "log")), Console()
 argv = [sys.executable, "-c", sys.argv[3], sys.argv[2] + "/artifact"]
 show = lambda line: console.line("long", line)
@@ -262,13 +264,14 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_ends_the_running_step_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_running_step_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     argv = [sys.executable, "-c", INTERRUPTED, str(REPOSITORY / "hack"), str(tmp_path), CHILD]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "started" in line:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, number)
     assert process.wait(20) == 130
     assert not (tmp_path / "artifact").exists()
     process.stdout.close()
