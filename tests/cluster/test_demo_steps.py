@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_two_steps_run_at_once_and_a_third_waits() -> None:
     steps = [Step("a", "", meet), Step("b", "", meet), Step("c", "", third.set)]
     run_all(steps, at_most=2, reporter=events, stop=nothing)
     assert events.seen[:2] == ["+a", "+b"]
+    assert events.seen[2] in ("-a", "-b")
     assert at_once == [False, False]
     assert third.is_set()
 
@@ -139,7 +141,9 @@ def test_what_does_not_end_when_it_is_asked_is_killed_with_its_children() -> Non
     assert process.stdout is not None
     assert process.stdout.readline() == "both run\n"
     end([process], grace_s=0.2)
-    assert process.stdout.read() == ""  # the child holds the pipe's other end: this returns only once it is dead
+    # The child holds the other end of the pipe, which is closed only once it is dead.
+    assert select.select([process.stdout], [], [], 20)[0]
+    assert process.stdout.read() == ""
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
 
