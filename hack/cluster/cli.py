@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster import build, control, install, lifecycle
+from cluster import build, control, install, kernel, lifecycle
 from cluster.errors import ClusterError, NotRunning
 from cluster.places import state_dir
 
 
 def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
+    kernel.end_like_interrupt()
     try:
         code: int = options.run(options)
     except ClusterError as error:

@@ -48,6 +48,11 @@ def die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def end_like_interrupt() -> None:
+    """Makes SIGTERM raise KeyboardInterrupt, so that a command which is terminated cleans up as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @dataclass(frozen=True)
 class ProcessId:
     """A process that cannot be mistaken for a later one with the same number."""

@@ -10,6 +10,7 @@ from pathlib import Path
 if not __package__:  # run by path: make the folder importable as the package it is
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cluster.kernel import end_like_interrupt
 from demo.run import Options, down, up
 from demo.schedule import StepError
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--purge", action="store_true", help="down: also remove the cluster's state folder")
     given = parser.parse_args(argv)
+    end_like_interrupt()
     options = Options(name=given.name, out=given.out, context=given.context, registry=given.registry, purge=given.purge)
     try:
         (up if given.command == "up" else down)(options)

@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 
 from cluster.errors import ClusterError
+from cluster.kernel import end_like_interrupt
 from images import build, buildah, registry
 
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--prune", action="store_true", help="empty the local store afterwards; the registry keeps all")
     commands.add_parser("prune", help="empty the local store: the next change of code fetches torch again")
     options = parser.parse_args(argv)
+    end_like_interrupt()
     empty_afterwards = options.command == "prune" or getattr(options, "prune", False)
     try:
         if options.command == "build":

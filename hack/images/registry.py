@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import configs, forward, install
+from cluster import configs, forward, install, kernel
 from cluster.errors import ClusterError
 from cluster.places import cache_dir
 
@@ -40,6 +40,7 @@ def serving() -> Iterator[str]:
         process = subprocess.Popen(
             [install.require("docker-registry"), "serve", str(config)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=kernel.die_with_parent,
         )  # fmt: skip
         try:
             _wait_until_it_answers(f"127.0.0.1:{port}")

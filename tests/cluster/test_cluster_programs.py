@@ -64,6 +64,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from cluster import build, install
 install.SEARCH_PATH = sys.argv[2]
+build.HEARTBEAT_S = 0.01
 build.build()
 """
 
@@ -75,9 +76,14 @@ def test_an_interrupted_build_leaves_no_process_and_no_half_made_folder(
     os.mkfifo(fifo)
     bins = fake_machine(tmp_path, monkeypatch, after=f"echo $$ > {fifo}; exec sleep 60")
     argv = [sys.executable, "-c", BUILD, str(REPOSITORY / "hack"), install.SEARCH_PATH]
-    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     compiler = int(fifo.read_text())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.stderr is not None
+    while "packages compiled" not in process.stderr.readline():
+        pass
+    os.kill(process.pid, signal.SIGINT)
+    process.stderr.read()
+    process.stderr.close()
     assert process.wait(20) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(compiler, 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def test_two_steps_run_at_once_and_a_third_waits() -> None:
     steps = [Step("a", "", meet), Step("b", "", meet), Step("c", "", third.set)]
     run_all(steps, at_most=2, reporter=events, stop=nothing)
     assert events.seen[:2] == ["+a", "+b"]
+    assert events.seen[2] in ("-a", "-b")
     assert at_once == [False, False]
     assert third.is_set()
 
@@ -139,7 +141,9 @@ def test_what_does_not_end_when_it_is_asked_is_killed_with_its_children() -> Non
     assert process.stdout is not None
     assert process.stdout.readline() == "both run\n"
     end([process], grace_s=0.2)
-    assert process.stdout.read() == ""  # the child holds the pipe's other end: this returns only once it is dead
+    # The child holds the other end of the pipe, which is closed only once it is dead.
+    assert select.select([process.stdout], [], [], 20)[0]
+    assert process.stdout.read() == ""
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
 
@@ -249,8 +253,10 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from cluster.kernel import end_like_interrupt
 from demo.schedule import Step, run_all
 from demo.steps import Commands, Console
+end_like_interrupt()
 commands, console = Commands(Path(sys.argv[2], "log")), Console()
 argv = [sys.executable, "-c", sys.argv[3], sys.argv[2] + "/artifact"]
 show = lambda line: console.line("long", line)
@@ -262,13 +268,14 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_ends_the_running_step_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_running_step_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     argv = [sys.executable, "-c", INTERRUPTED, str(REPOSITORY / "hack"), str(tmp_path), CHILD]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "started" in line:
-            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, number)
     assert process.wait(20) == 130
     assert not (tmp_path / "artifact").exists()
     process.stdout.close()
