@@ -25,7 +25,7 @@ from cluster.say import say
 HEARTBEAT_S = 15.0
 INTERRUPT_GRACE_S = 10.0
 COMPILER_GOGC = "400"
-"""The compiler collects garbage a quarter as often: a fifth less processor time for at most half a gigabyte a process."""
+"""Garbage collection of the compiler: a quarter as often as by default takes a fifth off its processor time."""
 
 
 def bin_dir() -> Path:
