@@ -96,6 +96,8 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     PARKED = "Parked"
     """Unloaded because it is idle; the next request loads it."""
+    PIN_REFUSED = "PinRefused"
+    """The base's owner does not allow to pin the adapter on as many replicas as its minReplicas asks for."""
     LOADING = "Loading"
     LOADED = "Loaded"
     RUNTIME_RESTARTED = "RuntimeRestarted"

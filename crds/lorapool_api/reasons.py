@@ -60,6 +60,11 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.SUSPENDED: Explanation("spec.suspend is true: requests are refused.", "Set spec.suspend to false."),
     Reason.PARKED: Explanation("The adapter is not on a device. The next request loads it."),
+    Reason.PIN_REFUSED: Explanation(
+        "minReplicas of the adapter is not honoured: the owner of the base bounds what may be pinned. Requests are "
+        "served all the same.",
+        "Lower minReplicas, or ask the owner of the BaseModel to raise spec.lora.maxPinned or to set spec.access.guests.",
+    ),
     Reason.LOADING: Explanation("A runtime is loading the adapter."),
     Reason.LOADED: Explanation("The adapter is on the device of at least one replica."),
     Reason.RUNTIME_RESTARTED: Explanation(

@@ -7,17 +7,36 @@ thousands of adapters does not compute all of them again for every plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
 from lorapool_api.protocol import runtime_token, token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
 from lorapool_operator.decisions.manifests import children_name
+from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
-from lorapool_operator.world.observed import AdapterSummary, BaseMemory, ObservedAdapter, ObservedBase, min_replicas
+from lorapool_operator.world.observed import (
+    AdapterSummary,
+    BaseMemory,
+    ObservedAdapter,
+    ObservedBase,
+    SpreadMemory,
+    min_replicas,
+)
 from lorapool_operator.world.profiles import Profiles, RuntimeImage
+
+
+@dataclass(frozen=True, slots=True)
+class _Pins:
+    """The pins of one base, with everything that they were computed from."""
+
+    base: BaseObject
+    wanted: tuple[PinWanted, ...]
+    pods: tuple[str, ...]
+    allowed: Mapping[str, frozenset[str]]
 
 
 class Observer:
@@ -43,6 +62,8 @@ class Observer:
         self._now = now
         self._bases: dict[Key, BaseMemory] = {}
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
+        self._spread: dict[str, SpreadMemory] = {}
+        self._pins: dict[Key, _Pins] = {}
 
     def adapter(self, key: Key) -> ObservedAdapter | None:
         """Returns all that is known of an adapter; None if it does not exist."""
@@ -53,6 +74,7 @@ class Observer:
         base = self._cache.bases.get(base_key.namespace, base_key.name)
         parts = adapter.status.usage.parts if adapter.status.usage is not None else ()
         uid = adapter.meta.uid
+        pinned = base is not None and min_replicas(adapter.spec, base.spec) > 0
         return ObservedAdapter(
             adapter=adapter,
             base=base,
@@ -65,6 +87,8 @@ class Observer:
             registered=self._runtimes.registered(uid),
             lost_usage=self._runtimes.lost_usage(uid),
             gone_boot_ids=self._runtimes.gone_boot_ids(base, [part.boot_id for part in parts]),
+            allowed_pins=self._allowed_pins(base, uid) if pinned and base is not None else None,
+            spread_memory=self._spread.get(uid, SpreadMemory()),
         )
 
     def base(self, key: Key) -> ObservedBase | None:
@@ -75,6 +99,7 @@ class Observer:
         adapters = self._cache.adapters_of(key)
         known = {item.meta.uid for item in adapters}
         memory = self.memory(base)
+        summaries = {item.key: self._summary(item, base) for item in adapters}
         return ObservedBase(
             base=base,
             profile=self.profiles.get(base.spec.runtime_profile),
@@ -85,7 +110,8 @@ class Observer:
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),
             inspection=self._inspections.result(base.meta.uid),
             running=self._inspections.running(base.meta.uid),
-            adapters=tuple(self._summary(item, base) for item in adapters),
+            adapters=tuple(summaries.values()),
+            repinned=self._repinned(base, adapters, summaries),
             strays=tuple(self._runtimes.strays_of(base, known.__contains__, self._now())),
             memory=memory.scale,
             woken_unix_s=memory.woken_unix_s,
@@ -103,6 +129,13 @@ class Observer:
         memory.observe_replicas(base.spec.replicas, self._now())
         return memory
 
+    def keep_spread(self, adapter_uid: str, memory: SpreadMemory) -> None:
+        """Hands the memory of a plan to the adapter's next one."""
+        if memory == SpreadMemory():
+            self._spread.pop(adapter_uid, None)
+        else:
+            self._spread[adapter_uid] = memory
+
     def apply_all_again(self) -> None:
         """Makes the next plan of each base apply its children even if they are unchanged."""
         for memory in self._bases.values():
@@ -111,7 +144,10 @@ class Observer:
     def forget(self, key: Key) -> None:
         """Drops what is remembered of a deleted object."""
         self._bases.pop(key, None)
-        self._summaries.pop(key, None)
+        self._pins.pop(key, None)
+        summary = self._summaries.pop(key, None)
+        if summary is not None:
+            self._spread.pop(summary[0].meta.uid, None)
 
     def _summary(self, adapter: AdapterObject, base: BaseObject) -> AdapterSummary:
         cached = self._summaries.get(adapter.key)
@@ -120,13 +156,55 @@ class Observer:
         ready = find_condition(adapter.status.conditions, AdapterCondition.READY)
         loaded = find_condition(adapter.status.conditions, AdapterCondition.LOADED)
         is_ready = ready is not None and ready.status == "True"
+        pinned = min_replicas(adapter.spec, base.spec) if is_ready and blocker_of(adapter, base) is None else 0
         summary = AdapterSummary(
             ready=is_ready,
             loaded=loaded is not None and loaded.status == "True",
             failed=adapter.status.failure is not None and not is_ready,
-            warm_replicas=min_replicas(adapter.spec, base.spec)
-            if is_ready and blocker_of(adapter, base) is None
-            else 0,
+            warm_replicas=kept_replicas(pinned, base.spec, guest=adapter.meta.namespace != base.meta.namespace),
+            pinned_replicas=pinned,
         )
         self._summaries[adapter.key] = (adapter, base, summary)
         return summary
+
+    # --- pins
+
+    def _allowed_pins(self, base: BaseObject, adapter_uid: str) -> frozenset[str]:
+        """Returns the pods of the base on which this adapter may be pinned."""
+        known = self._pins.get(base.key)
+        if known is None:
+            adapters = self._cache.adapters_of(base.key)
+            wanted = self._wanted_pins(adapters, {item.key: self._summary(item, base) for item in adapters})
+        else:
+            wanted = known.wanted
+        return self._compute_pins(base, wanted).get(adapter_uid, frozenset())
+
+    def _repinned(
+        self, base: BaseObject, adapters: Iterable[AdapterObject], summaries: Mapping[Key, AdapterSummary]
+    ) -> tuple[Key, ...]:
+        """Computes the pins again, and returns the adapters whose pins have changed."""
+        before = self._pins[base.key].allowed if base.key in self._pins else {}
+        after = self._compute_pins(base, self._wanted_pins(adapters, summaries))
+        if before is after:
+            return ()
+        return tuple(item.key for item in adapters if before.get(item.meta.uid) != after.get(item.meta.uid))
+
+    def _wanted_pins(
+        self, adapters: Iterable[AdapterObject], summaries: Mapping[Key, AdapterSummary]
+    ) -> tuple[PinWanted, ...]:
+        return tuple(
+            sorted(
+                PinWanted(item.meta.created_unix_s, item.meta.uid, item.meta.namespace, replicas)
+                for item in adapters
+                if (replicas := summaries[item.key].pinned_replicas)
+            )
+        )
+
+    def _compute_pins(self, base: BaseObject, wanted: tuple[PinWanted, ...]) -> Mapping[str, frozenset[str]]:
+        pods = tuple(sorted(view.pod_uid for view in self._runtimes.views_of(base) if view.serving))
+        known = self._pins.get(base.key)
+        if known is not None and known.wanted == wanted and known.pods == pods and known.base.spec == base.spec:
+            return known.allowed
+        allowed = allowed_pins(wanted, pods, base.spec)
+        self._pins[base.key] = _Pins(base, wanted, pods, allowed)
+        return allowed

@@ -96,6 +96,7 @@ class Reconciler:
             self._observer.forget(key)
             return None
         plan = plan_adapter(observed, time.time(), self._settings)
+        self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
         await self._applier.adapter(observed, plan)
         return plan.requeue_at
 
@@ -104,6 +105,8 @@ class Reconciler:
         if observed is None:
             self._observer.forget(key)
             return None
+        for adapter in observed.repinned:
+            self._queue.add(adapter)
         plan = plan_base(observed, time.time(), self._settings)
         if await self._applier.base(observed.base, plan, self._observer.memory(observed.base)):
             return time.time()

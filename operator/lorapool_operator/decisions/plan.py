@@ -11,7 +11,7 @@ from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.world.cluster_cache import Key
-from lorapool_operator.world.observed import ScaleMemory
+from lorapool_operator.world.observed import ScaleMemory, SpreadMemory
 
 ConditionValue = tuple[str, str, str]
 """(status, reason, message) of one condition."""
@@ -93,6 +93,7 @@ class AdapterPlan:
     unregisters: tuple[Unregister, ...] = ()
     inspect: InspectionJob | None = None
     events: tuple[KubeEvent, ...] = ()
+    memory: SpreadMemory = field(default_factory=SpreadMemory)
     requeue_at: float | None = None
 
 

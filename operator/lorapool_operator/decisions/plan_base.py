@@ -9,7 +9,7 @@ autoscalers and people see and change the same field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus
 from lorapool_api.common import BaseCondition, FailureReason, Reason, set_conditions
@@ -48,11 +48,12 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     current = observed.base.spec.replicas
     decision = _replicas(observed, source, now, settings)
     foreign = observed.deployment is not None and observed.deployment.owner_uid != observed.base.meta.uid
-    made = _children(observed, source, decision.replicas) if not foreign else ()
+    run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
+    made = _children(observed, source, run.replicas) if not foreign else ()
     made_hash = content_hash({"children": list(made)}) if made else ""
     missing = observed.deployment is None and not observed.child_conflict
     apply = bool(made) and (made_hash != observed.applied_hash or observed.apply_again or missing)
-    status, last_used_due = _status(observed, source, decision, now, settings)
+    status, last_used_due = _status(observed, source, run, now, settings)
     due = (retry_due, decision.recheck_unix_s, last_used_due, _stray_due(observed, now))
     return BasePlan(
         status=status,
@@ -185,15 +186,20 @@ def _children(observed: ObservedBase, source: BaseSource, replicas: int) -> tupl
 def _load(observed: ObservedBase, wanted: int) -> Load:
     alive = [runtime for runtime in observed.runtimes if not runtime.terminating]
     answers = [runtime.current for runtime in alive if runtime.current is not None]
-    times = [observed.base.meta.created_unix_s, observed.woken_unix_s]
-    for snapshot in answers:
-        times += [snapshot.started_unix_s, snapshot.last_request_unix_s or 0.0]
-    times += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    asked = [observed.base.meta.created_unix_s, observed.woken_unix_s]
+    asked += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    used = [
+        runtime.local_time(at)
+        for runtime in alive
+        if runtime.current is not None
+        for at in (runtime.current.started_unix_s, runtime.current.last_request_unix_s)
+    ]
     return Load(
         in_flight=sum(snapshot.in_flight + snapshot.waiting for snapshot in answers),
         silent=sum(1 for runtime in alive if runtime.ready and runtime.current is None),
         ready=min(wanted, sum(1 for runtime in alive if runtime.serving)),
-        last_activity_unix_s=max(times),
+        last_activity_unix_s=max(asked + used),
+        asked_unix_s=max(asked),
     )
 
 
@@ -235,8 +241,8 @@ def _status(
     )
     if _only_pending(observed, source):
         return None, None
-    snapshots = [runtime.snapshot for runtime in observed.runtimes if runtime.snapshot is not None]
-    last = max((snapshot.last_request_unix_s or 0.0 for snapshot in snapshots), default=0.0)
+    known = [runtime for runtime in observed.runtimes if runtime.snapshot is not None]
+    last = max((item.local_time(item.snapshot.last_request_unix_s) for item in known if item.snapshot), default=0.0)
     shown = unix(before.last_used) or 0.0
     if int(last) > int(shown):
         if after != before or last >= shown + settings.usage_interval_s or before.last_used is None:
