@@ -1,4 +1,4 @@
-"""One base of the simulation: its pods, the gateways that choose among them, and the operator's decisions each second."""
+"""One base of the simulation: its pods, the gateways that choose among them, the operator's decisions each second."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from typing import TypeVar
 
@@ -107,7 +108,7 @@ class BaseSimulation:
 
     def run(self) -> Result:
         for at_s, share in self.plan.losses:
-            self._later(at_s, lambda now_s, share=share: self._lose(share, now_s))  # type: ignore[misc]
+            self._later(at_s, partial(self._lose, share))
         self._later(0.0, self._tick)
         for times, adapters, durations in self.plan.traffic.arrivals(self.plan.seconds, self._rng):
             for at_s, adapter, answer_s in zip(times, adapters, durations, strict=True):
@@ -152,15 +153,18 @@ class BaseSimulation:
 
     def choose(self, adapter: int, tries: int = TRIES) -> list[Pod]:
         """The pods to try, best first, as the gateways' `pick` orders them."""
-        order, k = self.order(adapter), self._k.get(adapter, 1)
+        k = self._k.get(adapter, 1)
         loaded = [pod for pod in self._loaded.get(self._key(adapter), ()) if pod.ready and not pod.leaving]
-        first = list(islice(order, max(k, tries)))
+        first = list(islice(self.order(adapter), max(k, tries)))
         if not loaded:
             return first[:tries]
         preferred = first[:k]
         home = sorted((pod for pod in preferred if pod in loaded), key=lambda pod: pod.in_flight)
-        other = sorted((pod for pod in loaded if pod not in preferred), key=lambda pod: pod.in_flight)
-        return [*home, *other, *(pod for pod in first if pod not in loaded)][:tries]
+        if len(home) >= tries or len(home) == len(loaded):
+            return [*home, *(pod for pod in first if pod not in loaded)][:tries]
+        others = [pod for pod in self.order(adapter) if pod in loaded and pod not in preferred]
+        others.sort(key=lambda pod: pod.in_flight)
+        return [*home, *others, *(pod for pod in first if pod not in loaded)][:tries]
 
     def _arrive(self, request: Request, now_s: float) -> None:
         self._slice(now_s).requests += 1
@@ -184,7 +188,7 @@ class BaseSimulation:
                 self._requests_of[request.adapter] += 1
                 return
         self._slice(now_s).refused += 1
-        self._later(now_s + RETRY_S, lambda at_s: self._dispatch(request, at_s))
+        self._later(now_s + RETRY_S, partial(self._dispatch, request))
 
     def _hold(self, request: Request, now_s: float) -> None:
         self._held.append(request)
@@ -305,7 +309,7 @@ class BaseSimulation:
         pod = Pod(self._uids[number], self.plan.pod, self._later, self._observer, now_s)
         self._pods[number] = pod
         self._slice(now_s).pod_starts += 1
-        self._later(now_s + self.plan.start_s, lambda at_s: self._ready(pod, at_s))
+        self._later(now_s + self.plan.start_s, partial(self._ready, pod))
 
     def _ready(self, pod: Pod, now_s: float) -> None:
         if pod.gone or pod.leaving:

@@ -1,10 +1,11 @@
-"""One runtime of the simulation: slots by the runtime's own table and queue, its caches, and a batch of bounded size."""
+"""One runtime of the simulation: slots by the runtime's own table and queue, caches, a batch of bounded size."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from lorapool_api.common import AdapterKey
 from lorapool_runtime.adapters.slot_queue import SlotQueue
@@ -143,7 +144,7 @@ class Pod:
             return
         costs = {HOST: 0.0, DISK: self.settings.read_s, SOURCE: self.settings.read_s + self.settings.fetch_s}
         self.queue.join(key, ready=False)
-        self.later(now_s + costs[self._tier(key)], lambda at_s: self._fetched(key, at_s))
+        self.later(now_s + costs[self._tier(key)], partial(self._fetched, key))
 
     def _fetched(self, key: AdapterKey, now_s: float) -> None:
         self.host.touch(key)
@@ -160,7 +161,7 @@ class Pod:
         for key, slot in plan.grants:
             self.table.allocate(slot, key, now_s)
             self.queue.leave(key)
-            self.later(now_s + self.settings.load_s, lambda at_s, key=key: self._loaded(key, at_s))  # type: ignore[misc]
+            self.later(now_s + self.settings.load_s, partial(self._loaded, key))
         for key in plan.staying:
             self.table.stop_drain(key)
             self.queue.leave(key)
@@ -209,7 +210,7 @@ class Pod:
     def _run(self, request: Request, now_s: float) -> None:
         self.running += 1
         self.observer.started(request, now_s)
-        self.later(now_s + request.answer_s, lambda at_s: self._done(request, at_s))
+        self.later(now_s + request.answer_s, partial(self._done, request))
 
     def _done(self, request: Request, now_s: float) -> None:
         if self.gone:

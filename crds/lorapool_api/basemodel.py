@@ -238,6 +238,11 @@ class BaseModelSpec(ApiModel):
         description="Desired replicas, written through the scale subresource by operator, gateway and autoscalers. "
         "Leave it out of manifests. A number above scaling.maxReplicas counts as maxReplicas.",
     )
+    paused: bool = Field(
+        default=False,
+        description="True keeps the running pods as they are when a change of this object, of its profile or of the "
+        "release would replace them. Their number still follows scaling, and pods that end are started again.",
+    )
     scaling: Scaling = Field(default_factory=Scaling)
     cold_start: ColdStart = Field(default_factory=ColdStart)
     adapter_defaults: AdapterDefaults = Field(default_factory=AdapterDefaults)

@@ -39,6 +39,10 @@ LABEL_API_KEY = f"{GROUP}/api-key"
 
 ANNOTATION_RETRY = f"{GROUP}/retry"
 """On a LoraAdapter: any new value makes the operator check an adapter with a terminal failure again."""
+ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""On runtime pods, defined by Kubernetes: of several pods, the one with the lowest value is stopped first."""
+ANNOTATION_TEMPLATE_HASH = f"{GROUP}/template-hash"
+"""On runtime pods: hash of the template that they were made from, so that pods of an old template can be told apart."""
 ANNOTATION_SPEC_HASH = f"{GROUP}/spec-hash"
 """On children: hash of the applied manifest, so that an unchanged child is not applied again."""
 
@@ -110,6 +114,10 @@ class Reason(StrEnum):
     UNAVAILABLE = "Unavailable"
     READY = "Ready"
     STABLE = "Stable"
+    PAUSED = "Paused"
+    """spec.paused keeps the running pods as they are."""
+    ROLLOUT_WAITING = "RolloutWaiting"
+    """Pods are to be replaced once other bases have replaced theirs."""
     PROFILE_NOT_FOUND = "ProfileNotFound"
     """The chart's values have no profile with the name in spec.runtimeProfile."""
 

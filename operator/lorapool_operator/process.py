@@ -146,6 +146,7 @@ class Process:
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
                 start_allowance_s=settings.start_allowance_s,
+                max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
         )
         self.resync = Resync(self.cluster, self.cache, self.intake, settings.watched)

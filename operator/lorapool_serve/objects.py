@@ -143,6 +143,9 @@ class Objects:
             raise ObjectConflictError(f"{ref} has changed", 409)
         self._change(BASE, ref, base.meta.uid, {"spec": {**raw["spec"], "replicas": replicas}})
 
+    async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
+        """There is one process per base, so no pod is chosen among several."""
+
     async def apply_child(self, manifest: Mapping[str, Any]) -> Raw:
         """Keeps Deployments, which become processes. A Service or a disruption budget has no use here."""
         if manifest["kind"] == DEPLOYMENT:

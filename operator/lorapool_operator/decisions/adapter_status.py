@@ -194,8 +194,8 @@ def pin_refusal(observed: ObservedAdapter) -> str:
     possible, pinned = min(wanted, len(observed.serving_pod_uids)), len(observed.pinned_pod_uids)
     if pinned < possible:
         return (
-            f"Pinned on {pinned} of {wanted} replicas: older adapters use what the owner of BaseModel {base.key} allows "
-            "(spec.lora.maxPinned, maxPinnedPerNamespace)."
+            f"Pinned on {pinned} of {wanted} replicas: older adapters use what the owner of BaseModel {base.key} "
+            "allows (spec.lora.maxPinned, maxPinnedPerNamespace)."
         )
     guest = observed.adapter.meta.namespace != base.meta.namespace
     if kept_replicas(wanted, base.spec, guest=guest) < wanted:

@@ -16,6 +16,7 @@ from lorapool_operator.decisions.adapter_status import status_of
 from lorapool_operator.decisions.blocker import Blocker, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
 from lorapool_operator.decisions.spread import SpreadDecision, decide
+from lorapool_operator.decisions.stopping import takes_over
 from lorapool_operator.decisions.validity import Validity, decide_validity
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
 from lorapool_operator.world.observed import ObservedAdapter, SourceFacts, SpreadMemory, max_replicas
@@ -50,7 +51,7 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
     due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s)
     return AdapterPlan(
         status=status,
-        registers=_registers(observed, observed.base, validity, spread.k)
+        registers=_registers(observed, observed.base, validity, spread.k, now)
         if served and observed.base is not None
         else (),
         unregisters=unregisters,
@@ -118,10 +119,14 @@ def _placement(observed: ObservedAdapter, spread: SpreadDecision) -> PlacementSt
     return PlacementStatus(k=spread.k, replicas=[names[uid] for uid in observed.serving_pod_uids[: spread.k]], why=why)
 
 
-def _registers(observed: ObservedAdapter, base: BaseObject, validity: Validity, k: int) -> tuple[Register, ...]:
+def _registers(
+    observed: ObservedAdapter, base: BaseObject, validity: Validity, k: int, now: float
+) -> tuple[Register, ...]:
     """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded."""
     warm = set(observed.pinned_pod_uids)
     hot = warm | set(observed.serving_pod_uids[:k] if k > 1 else ())
+    if validity.facts is not None:
+        hot |= takes_over(observed, validity.facts.digest, k, now)
     trial = set(observed.serving_pod_uids[: max(k, observed.min_replicas)])
     source = observed.adapter.spec.source
     wanted: list[Register] = []

@@ -46,6 +46,11 @@ class ScaleDecision:
     """When the passing of time alone could change the decision."""
 
 
+def lowest_replicas(scaling: Scaling, floor: int) -> int:
+    """Returns the number of replicas that an idle base keeps; the adapters with minReplicas need `floor` of them."""
+    return _clamp(0, scaling, floor)
+
+
 def initial_replicas(scaling: Scaling, floor: int) -> int:
     """Returns the number of replicas for an object without spec.replicas."""
     return _clamp(max(INITIAL_REPLICAS, floor), scaling, floor)
@@ -55,7 +60,7 @@ def decide(
     current: int, scaling: Scaling, load: Load, memory: ScaleMemory, *, floor: int, now: float, start_allowance_s: float
 ) -> ScaleDecision:
     """Decides the number of replicas. `floor` is how many the adapters with minReplicas need."""
-    lowest, bounded = _clamp(0, scaling, floor), _clamp(current, scaling, floor)
+    lowest, bounded = lowest_replicas(scaling, floor), _clamp(current, scaling, floor)
     calm = ScaleMemory()
     if current == 0:
         return ScaleDecision(bounded, "warm replicas are wanted" if bounded else "scaled to zero", calm, None)

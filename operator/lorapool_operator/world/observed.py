@@ -15,7 +15,7 @@ from lorapool_api.basemodel import BaseModelSpec
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
-from lorapool_api.protocol import AdapterDescriptor, AdapterReport, RuntimeSnapshot
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, RuntimeSnapshot
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -42,6 +42,11 @@ class RuntimeView:
     def current(self) -> RuntimeSnapshot | None:
         """The snapshot if it describes the present: it is fresh and the pod is not terminating."""
         return self.snapshot if self.fresh and not self.terminating else None
+
+    @property
+    def has_free_slot(self) -> bool:
+        now = self.current
+        return now is not None and now.slots_used < now.slots_total
 
     def local_time(self, unix_s: float | None) -> float:
         """Converts a time that the runtime reported to the operator's clock; 0 if there is none."""
@@ -75,6 +80,11 @@ class AdapterOnReplica:
     def last_used_unix_s(self) -> float:
         """When a request for the adapter last ended here, on the operator's clock; 0 for never."""
         return max((self.runtime.local_time(report.last_used_unix_s) for report in self.reports), default=0.0)
+
+    def holds(self, digest: str) -> bool:
+        """True if the runtime answers and has these files loaded."""
+        report = self.report(digest)
+        return self.runtime.current is not None and report is not None and report.state is AdapterState.LOADED
 
     def report(self, digest: str | None) -> AdapterReport | None:
         return next((item for item in self.reports if item.digest == digest), None)
@@ -162,6 +172,8 @@ class ObservedAdapter:
     allowed_pins: frozenset[str] | None = None
     """Uids of the pods on which it may be pinned; None: on all."""
     spread_memory: SpreadMemory = field(default_factory=SpreadMemory)
+    leaving: frozenset[str] = frozenset()
+    """Uids of pods that are about to be stopped or replaced."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -262,6 +274,21 @@ class ScaleMemory:
 
     low_since_unix_s: float | None = None
     """Since when fewer replicas than now would have been enough."""
+    leaving: tuple[str, ...] = ()
+    """Uids of the pods that are about to be stopped."""
+    leaving_since_unix_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The part of a base's plan that other bases' plans depend on."""
+
+    lacks: frozenset[str] = frozenset()
+    """Devices that no node has free for a base of which no replica serves."""
+    idle_since_unix_s: float | None = None
+    """Since when the base has had no request; None if it may not be scaled to zero now."""
+    devices: frozenset[str] = frozenset()
+    """Devices that its pods occupy."""
 
 
 @dataclass
@@ -308,10 +335,14 @@ class ObservedBase:
     inspection: InspectionResult | None = None
     running: RunningInspection | None = None
     adapters: tuple[AdapterSummary, ...] = ()
-    repinned: tuple[Key, ...] = ()
-    """The adapters whose allowed pins have changed since the last plan."""
+    moved: tuple[Key, ...] = ()
+    """The adapters whose preferred replicas may have changed since the last plan."""
+    yields_to: Key | None = None
+    """The waking base for which this one, which is idle, has to give up its devices."""
     strays: tuple[StrayReport, ...] = ()
     memory: ScaleMemory = field(default_factory=ScaleMemory)
+    rolling_elsewhere: tuple[str, ...] = ()
+    """Other bases whose pods are being replaced."""
     woken_unix_s: float = 0.0
     """When this process first observed the present number of replicas."""
     applied_hash: str | None = None
