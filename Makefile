@@ -191,10 +191,6 @@ bench-profile: install model ## where each millisecond of a decode step goes, an
 	LORAPOOL_NATIVE=0 $(PY) bench/profile_step.py "$$base" --python --rounds 2 --json bench/results/profile-before.json
 	$(PY) bench/profile_step.py "$$base" --json bench/results/profile.json
 
-.PHONY: simulate
-simulate: install ## a day of 1,000,000 adapters on 1,000 pods, simulated; writes the pictures of docs/scale.md
-	PYTHONPATH=bench $(PY) -m simulator --out docs
-
 .PHONY: bench-page
 bench-page: install ## write docs/performance.md from the last results
 	$(PY) bench/page.py

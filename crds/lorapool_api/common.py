@@ -42,7 +42,7 @@ ANNOTATION_RETRY = f"{GROUP}/retry"
 ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """On runtime pods, defined by Kubernetes: of several pods, the one with the lowest value is stopped first."""
 ANNOTATION_TEMPLATE_HASH = f"{GROUP}/template-hash"
-"""On runtime pods: hash of the template that they were made from, so that pods of an old template can be told apart."""
+"""On runtime pods: hash of the template that they were made from, which identifies pods of an old one."""
 ANNOTATION_SPEC_HASH = f"{GROUP}/spec-hash"
 """On children: hash of the applied manifest, so that an unchanged child is not applied again."""
 

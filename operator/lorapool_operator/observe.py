@@ -30,7 +30,6 @@ from lorapool_operator.world.observed import (
 )
 from lorapool_operator.world.profiles import Profiles, RuntimeImage
 
-
 YIELD_PAUSE_S = 75.0
 """A base that waits for devices asks the next idle base only after the pods of the last one had time to end."""
 ROLLOUT_SEEN_S = 15.0
@@ -182,7 +181,7 @@ class Observer:
     def forget(self, key: Key) -> None:
         """Drops what is remembered of a deleted object."""
         for kept in (self._bases, self._pins, self._leaving, self._standings, self._yields, self._asked_to_yield):
-            kept.pop(key, None)  # type: ignore[attr-defined]
+            kept.pop(key, None)
         summary = self._summaries.pop(key, None)
         if summary is not None:
             self._spread.pop(summary[0].meta.uid, None)

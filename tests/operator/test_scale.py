@@ -20,9 +20,7 @@ def scaling(**fields: Any) -> Scaling:
     )
 
 
-def load(
-    in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float = 0.0, asked_s: float = 0.0
-) -> Load:
+def load(in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float = 0.0, asked_s: float = 0.0) -> Load:
     return Load(
         in_flight=in_flight, silent=silent, ready=ready, last_activity_unix_s=NOW - idle_s, asked_unix_s=NOW - asked_s
     )

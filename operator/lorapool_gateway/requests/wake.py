@@ -88,7 +88,7 @@ class ScaleWaker:
             log.warning("cannot wake base", extra={"base": str(base.ref), "error": repr(error)})
             return None
         if result is ScaleResult.WOKEN:
-            log.info("woke base", extra={"base": str(base.ref), "added": max(1, add)})
+            log.info("woke base", extra={"base": str(base.ref)})
         return result
 
 

@@ -25,8 +25,8 @@ from lorapool_operator.decisions.plan import (
     PlanSettings,
     Unregister,
 )
-from lorapool_operator.decisions.rollout import RolloutDecision
 from lorapool_operator.decisions.preemption import standing_of
+from lorapool_operator.decisions.rollout import RolloutDecision
 from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
 from lorapool_operator.decisions.stopping import deletion_costs, hand_over
 from lorapool_operator.world.cluster_cache import find_condition

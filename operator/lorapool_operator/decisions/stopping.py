@@ -1,6 +1,6 @@
 """Which pods are stopped when a base gets fewer replicas, and what happens before.
 
-The emptiest pods are stopped. Kubernetes is told by the annotation pod-deletion-cost. Before, adapters that are in use
+The emptiest pods are stopped. The annotation pod-deletion-cost names them to Kubernetes. Before, adapters that are in use
 on them are loaded on replicas that stay, so that no request waits for a load afterwards.
 """
 
@@ -64,7 +64,7 @@ def takes_over(observed: ObservedAdapter, digest: str, k: int, now: float) -> fr
     """Returns the replicas that should load an adapter because one that has it loaded is about to be stopped."""
     holders = {item.runtime.pod_uid: item for item in observed.replicas if item.holds(digest)}
     going = [item for uid, item in holders.items() if uid in observed.leaving]
-    if not going or now >= max(item.last_used_unix_s for item in going) + RECENT_S and not observed.requests:
+    if not going or (now >= max(item.last_used_unix_s for item in going) + RECENT_S and not observed.requests):
         return frozenset()
     free = {item.runtime.pod_uid for item in observed.replicas if item.runtime.has_free_slot}
     staying = [uid for uid in observed.serving_pod_uids if uid not in observed.leaving][:k]
