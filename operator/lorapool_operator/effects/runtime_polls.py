@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -242,10 +242,10 @@ class RuntimeTracker:
     async def _poll(self, polled: _Polled) -> None:
         backoff_s = BACKOFF_MIN_S
         while True:
-            seq = polled.snapshot.seq if polled.snapshot is not None else None
-            query = {"wait": str(self._settings.wait_s)} | ({"after": str(seq)} if seq is not None else {})
-            if polled.failing_since is not None:
-                query = {"wait": "0"}  # a new process starts its sequence numbers again
+            query = {"wait": "0"}
+            if polled.snapshot is not None and polled.failing_since is None:
+                after, boot = str(polled.snapshot.seq), polled.snapshot.boot_id
+                query = {"after": after, "boot": boot, "wait": str(self._settings.wait_s)}
             try:
                 raw = await self._call(
                     polled.pod,
@@ -277,24 +277,23 @@ class RuntimeTracker:
             self._changed(polled.pod.base, list(polled.reports), True)
 
     def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
-        before, polled.snapshot = polled.snapshot, snapshot
+        before, polled.snapshot = polled.snapshot, snapshot.model_copy(update={"adapters": [], "removed": []})
         recovered = polled.failing_since is not None
         polled.failing_since, polled.stale_reported = None, False
-        old = polled.reports
-        grouped: dict[str, list[AdapterReport]] = {}
-        for report in snapshot.adapters:
-            grouped.setdefault(report.uid, []).append(report)
-        polled.reports = {uid: tuple(reports) for uid, reports in grouped.items()}
         restarted = before is not None and before.boot_id != snapshot.boot_id
-        for uid, reports in old.items():
-            if restarted or uid not in polled.reports:
-                self._keep_lost(uid, reports)
-        touched = {uid for uid in old.keys() | polled.reports.keys() if old.get(uid) != polled.reports.get(uid)}
+        changed = _changed_reports(polled.reports, snapshot)
+        for uid, (old, new) in changed.items():
+            if old and (restarted or not new):
+                self._keep_lost(uid, old)
+            if new:
+                polled.reports[uid] = new
+            else:
+                del polled.reports[uid]
         if recovered or restarted or before is None:
-            touched |= old.keys() | polled.reports.keys()
-            urgent = touched
+            urgent = changed.keys() | polled.reports.keys()
         else:
-            urgent = {uid for uid in touched if _shape(old.get(uid, ())) != _shape(polled.reports.get(uid, ()))}
+            urgent = {uid for uid, (old, new) in changed.items() if _shape(old) != _shape(new)}
+        touched = changed.keys() | urgent
         base_news = before is None or recovered or restarted or _base_shape(before) != _base_shape(snapshot)
         if urgent or base_news:
             self._changed(polled.pod.base, urgent, True)
@@ -383,6 +382,25 @@ class RuntimeTracker:
             raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
+
+
+Reports = tuple[AdapterReport, ...]
+
+
+def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) -> dict[str, tuple[Reports, Reports]]:
+    """Returns the reports before and after, by the uid of each adapter whose reports a snapshot changes."""
+    listed: dict[str, dict[str, AdapterReport]] = {}
+    if not snapshot.full:
+        for uid in {item.uid for item in (*snapshot.removed, *snapshot.adapters)}:
+            listed[uid] = {report.digest: report for report in known.get(uid, ())}
+        for item in snapshot.removed:
+            listed[item.uid].pop(item.digest, None)
+    for report in snapshot.adapters:
+        listed.setdefault(report.uid, {})[report.digest] = report
+    after = {uid: tuple(reports.values()) for uid, reports in listed.items()}
+    uids = known.keys() | after.keys() if snapshot.full else after.keys()
+    pairs = {uid: (known.get(uid, ()), after.get(uid, ())) for uid in uids}
+    return {uid: (old, new) for uid, (old, new) in pairs.items() if old != new}
 
 
 def _shape(reports: Iterable[AdapterReport]) -> list[tuple[object, ...]]:
