@@ -103,6 +103,10 @@ class Observer:
         memory.observe_replicas(base.spec.replicas, self._now())
         return memory
 
+    def may_exist(self, key: Key) -> bool:
+        """True for an object that is missing only because its namespace was never listed."""
+        return self._cache.may_exist(key)
+
     def apply_all_again(self) -> None:
         """Makes the next plan of each base apply its children even if they are unchanged."""
         for memory in self._bases.values():

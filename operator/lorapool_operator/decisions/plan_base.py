@@ -176,7 +176,7 @@ def _unusable(observed: ObservedBase, source: BaseSource) -> bool:
 
 def _children(observed: ObservedBase, source: BaseSource, replicas: int) -> tuple[Manifest, ...]:
     profile, first_inspection = observed.profile, source.condition[1] == Reason.PENDING and observed.deployment is None
-    if profile is None or first_inspection or _unusable(observed, source):
+    if profile is None or first_inspection or _unusable(observed, source) or observed.base.meta.deleting:
         return ()
     token = observed.token_sha256
     return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token))

@@ -11,7 +11,7 @@ import time
 
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.effects.cluster import (
-    FencedError,
+    ClusterError,
     ForeignObjectError,
     ObjectConflictError,
     ObjectNotFoundError,
@@ -85,7 +85,7 @@ class Applier:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
             except ObjectNotFoundError:
                 return False
-            self._cache.bases.put(BaseObject.parse(raw))
+            self._intake.wrote_base(raw)
             base = self._cache.bases.get(base.meta.namespace, base.meta.name) or base
         failures = await self._unregister(plan.unregisters)
         await self._post(_subject(ObjectKind.BASE, base), plan.events)
@@ -126,12 +126,15 @@ class Applier:
         return failures
 
     async def _exists(self, item: Unregister) -> bool:
-        """True if the object of a reported adapter exists but is missing in the cache. Raises ClusterError."""
+        """True if the object of a reported adapter exists but is missing in the cache, or if that cannot be read."""
         namespace, _, name = item.display.partition("/")
         try:
             raw = await self._cluster.get(ObjectKind.ADAPTER, namespace, name)
         except ObjectNotFoundError:
             return False
+        except ClusterError as error:  # the rest of the plan does not depend on it
+            log.info("reported adapter cannot be looked up", extra={"adapter": item.display, "error": str(error)})
+            return True
         return bool(raw["metadata"]["uid"] == item.adapter.uid)
 
     async def _post(self, subject: Subject, events: tuple[KubeEvent, ...]) -> None:
@@ -139,8 +142,6 @@ class Applier:
         for event in events:
             try:
                 await self._cluster.post_event(subject, event, time.time())
-            except FencedError:
-                raise
             except ObjectConflictError as error:
                 log.warning(
                     "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
@@ -148,4 +149,4 @@ class Applier:
 
 
 def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:
-    return Subject(kind, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)
+    return Subject(kind.value, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)

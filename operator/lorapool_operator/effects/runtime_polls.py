@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import aiohttp
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     runtime_token,
 )
+from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
 from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
 
@@ -86,6 +87,13 @@ class PollSettings:
     timeout_s: float = 10.0
 
 
+class RuntimeChanged(Protocol):
+    """Is called for changes of what the runtimes of a base report."""
+
+    def __call__(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
+        """`urgent` is False if only counters changed; `serving` is True if a runtime may serve now or no longer."""
+
+
 class RuntimeTracker:
     """Owns all polls and the latest snapshots. Belongs to one event loop."""
 
@@ -95,14 +103,15 @@ class RuntimeTracker:
         *,
         master_token: str,
         settings: PollSettings,
-        changed: Callable[[Key, Iterable[str], bool], None],
+        changed: RuntimeChanged,
+        fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`changed(base, adapter uids, urgent)` is called for changes; `urgent` is False if only counters changed."""
         self._cache = cache
         self._master_token = master_token
         self._settings = settings
         self._changed = changed
+        self._fence = fence or Fence()
         self._clock = clock
         self._polled: dict[str, _Polled] = {}
         self._lost: dict[str, dict[str, UsagePart]] = {}
@@ -126,7 +135,7 @@ class RuntimeTracker:
                 left = (pod.terminating and not polled.pod.terminating) or (polled.pod.ready and not pod.ready)
                 polled.pod = pod
                 if left:
-                    self._changed(pod.base, list(polled.reports), True)
+                    self._changed(pod.base, list(polled.reports), urgent=True, serving=True)
         for uid in [uid for uid in self._polled if uid not in wanted]:
             self._forget(uid)
 
@@ -147,7 +156,7 @@ class RuntimeTracker:
         for adapter_uid, reports in polled.reports.items():
             self._keep_lost(adapter_uid, reports)
         self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
-        self._changed(polled.pod.base, list(polled.reports), True)
+        self._changed(polled.pod.base, list(polled.reports), urgent=True, serving=True)
 
     # --- what runtimes report
 
@@ -274,7 +283,7 @@ class RuntimeTracker:
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
             polled.stale_reported = True
-            self._changed(polled.pod.base, list(polled.reports), True)
+            self._changed(polled.pod.base, list(polled.reports), urgent=True, serving=True)
 
     def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
         before, polled.snapshot = polled.snapshot, snapshot.model_copy(update={"adapters": [], "removed": []})
@@ -296,9 +305,9 @@ class RuntimeTracker:
         touched = changed.keys() | urgent
         base_news = before is None or recovered or restarted or _base_shape(before) != _base_shape(snapshot)
         if urgent or base_news:
-            self._changed(polled.pod.base, urgent, True)
+            self._changed(polled.pod.base, urgent, urgent=True, serving=base_news)
         if touched - urgent or (before is not None and _load(before) != _load(snapshot)):
-            self._changed(polled.pod.base, touched - urgent, False)
+            self._changed(polled.pod.base, touched - urgent, urgent=False, serving=False)
 
     def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
         """Keeps the counts of a process that will not report them again until the status contains them."""
@@ -308,7 +317,7 @@ class RuntimeTracker:
     # --- calls
 
     async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
-        """Registers an adapter; idempotent. Raises RuntimeGoneError, RuntimeRefusedError."""
+        """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         raw = await self._call(self._pod(pod_uid), "PUT", path, body=descriptor.model_dump_json(by_alias=True))
         answer = _parse(PutAnswer, raw)
@@ -318,7 +327,7 @@ class RuntimeTracker:
     async def unregister(self, pod_uid: str, adapter: AdapterKey) -> DeleteAnswer | None:
         """Unregisters an adapter. Returns None if it was not registered, or if the runtime still waits for requests.
 
-        Raises RuntimeGoneError, RuntimeRefusedError.
+        Raises FencedError, RuntimeGoneError, RuntimeRefusedError.
         """
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         try:
@@ -366,6 +375,8 @@ class RuntimeTracker:
         if body is not None:
             headers["Content-Type"] = "application/json"
         call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
+        if method in ("PUT", "DELETE"):
+            self._fence.check()
         try:
             async with self._session.request(
                 method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout

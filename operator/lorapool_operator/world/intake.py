@@ -59,6 +59,8 @@ class Intake:
         if deleted:
             if self._cache.bases.drop(key.namespace, key.name, meta["uid"]) is None:
                 return
+        elif self._cache.bases.known(meta):
+            return
         else:
             after = parse_or_none(BaseObject, raw)
             if after is None or not self._cache.bases.put(after):
@@ -76,6 +78,8 @@ class Intake:
             if self._cache.drop_adapter(key.namespace, key.name, meta["uid"]) is None:
                 return
             self._deleted_adapters.setdefault(key, set()).add(meta["uid"])
+        elif self._cache.adapters.known(meta):
+            return
         else:
             item = parse_or_none(AdapterObject, raw)
             if item is None or not self._cache.put_adapter(item):
@@ -90,6 +94,12 @@ class Intake:
         if before is not None and before.spec.alias and (after is None or after.spec.alias != before.spec.alias):
             for claimant in self._cache.alias_claimants(key.namespace, before.spec.alias):
                 self._mark_dirty(claimant, 0.0)
+
+    def wrote_base(self, raw: Mapping[str, Any]) -> None:
+        """Takes the response to the operator's own status write."""
+        item = parse_or_none(BaseObject, raw)
+        if item is not None:
+            self._cache.bases.put(item)
 
     def wrote_adapter(self, raw: Mapping[str, Any]) -> None:
         """Takes the response to the operator's own status write: only the base's counts of adapters may change."""
@@ -122,7 +132,10 @@ class Intake:
 
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
-    """Returns the part of a base that its adapters' plans depend on; its counts, which change often, are no part."""
+    """Returns the part of a base that its adapters' plans depend on.
+
+    Its counts and its number of replicas, which change often, are no part.
+    """
     resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED)
     value = (resolved.status, resolved.reason) if resolved is not None else None
-    return base.meta.uid, base.meta.generation, base.meta.deleting, value
+    return base.meta.uid, base.spec.model_copy(update={"replicas": None}), base.meta.deleting, value
