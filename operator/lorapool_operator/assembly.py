@@ -97,6 +97,13 @@ class Control:
             settings.plan,
         )
 
+    def mark_all(self, spread_s: float) -> None:
+        """Marks every object dirty: bases at once, adapters evenly spread over `spread_s`."""
+        for base in self.cache.bases:
+            self.queue.add(base.key)
+        for number, adapter in enumerate(self.cache.adapters):
+            self.queue.add(adapter.key, spread_s * number / len(self.cache.adapters))
+
     async def close(self) -> None:
         """Ends all inspections and polls."""
         await self.inspections.close()

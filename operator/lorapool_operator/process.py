@@ -184,11 +184,7 @@ class Process:
             self._reload_profiles()
             control.runtimes.follow_pods()
             control.observer.apply_all_again()
-            for base in control.cache.bases:
-                control.queue.add(base.key)
-            adapters = tuple(control.cache.adapters)
-            for number, adapter in enumerate(adapters):
-                control.queue.add(adapter.key, interval_s * number / len(adapters))
+            control.mark_all(interval_s)
 
     def _reload_profiles(self) -> None:
         """Reads the profiles again if the file changed. Logs a broken file and keeps the old profiles."""

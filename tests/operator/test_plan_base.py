@@ -99,6 +99,11 @@ def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     assert condition(made, "Ready") == ("False", "Starting")
 
 
+def test_a_base_that_is_being_deleted_gets_no_children() -> None:
+    leaving = replace(base(replicas=1), meta=meta("tiny", "base-uid", deleting=True))
+    assert plan(world(leaving)).children == ()
+
+
 def test_children_are_applied_once_and_again_only_for_a_reason() -> None:
     observed = world(base(replicas=1), deployment=deployment())
     known = plan(observed).children_hash
