@@ -7,6 +7,7 @@ themselves, the namespace is compared again first, after a back-off with jitter.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,8 @@ from lorapool_operator.metrics import Metrics
 from lorapool_operator.resync import Resync
 from lorapool_operator.watching import WatchError
 from lorapool_operator.world.cluster_cache import ClusterCache
+
+log = logging.getLogger(__name__)
 
 BACKOFF_S = (2.0, 5.0, 15.0, 30.0, 60.0)
 
@@ -64,8 +67,8 @@ class Namespaces:
             try:
                 await self._list(namespace)
                 await self._watch_and_compare(namespace)
-            except (ClusterError, WatchError) as error:
-                await self._reports.failed(namespace, error)
+            except Exception as error:  # of any type: one namespace must not end the others
+                await self._failed(namespace, error)
                 self._tried(namespace)
                 asked_s = error.retry_after_s if isinstance(error, ClusterError) else 0.0
             if time.monotonic() - began_s > BACKOFF_S[-1]:
@@ -105,6 +108,11 @@ class Namespaces:
             self._metrics.repairs.inc(await self._resync.again(namespace))
             self._metrics.resyncs.labels("done").inc()
             self._reports.recovered(namespace)
-        except ClusterError as error:  # the watches may still be well
+        except Exception as error:  # the watches may still be well
             self._metrics.resyncs.labels("error").inc()
-            await self._reports.failed(namespace, error)
+            await self._failed(namespace, error)
+
+    async def _failed(self, namespace: str | None, error: Exception) -> None:
+        if not isinstance(error, ClusterError | WatchError):
+            log.exception("namespace failed unexpectedly", extra={"watched_namespace": namespace})
+        await self._reports.failed(namespace, error)

@@ -1,7 +1,7 @@
 """Assembles the operator and runs it: leader election, namespaces with kopf's watches, workers, resync, probes.
 
-Nothing acts before the Lease is held and every namespace was listed, or could not be. When the Lease is lost, the process ends; the
-next leader starts from the state of the API server and of the runtimes.
+Nothing acts before the Lease is held and every namespace was listed, or could not be. When the Lease is lost, the
+process ends; the next leader starts from the state of the API server and of the runtimes.
 """
 
 from __future__ import annotations

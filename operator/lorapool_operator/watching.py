@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,8 @@ import kopf
 
 from lorapool_operator.handlers import Feed, pinned_settings, registry_of
 from lorapool_operator.world.intake import Intake
+
+log = logging.getLogger(__name__)
 
 SLICE_S = 0.005
 """The inbox is emptied for this long at a time; then other tasks run."""
@@ -57,11 +60,17 @@ class Inbox:
             self._arrived.clear()
             began_s = time.monotonic()
             while self._events:
-                event = self._events.popleft()
-                event.feed(event.raw, deleted=event.deleted)
+                _feed(self._events.popleft())
                 if time.monotonic() - began_s > SLICE_S:
                     await asyncio.sleep(0)
                     began_s = time.monotonic()
+
+
+def _feed(event: Event) -> None:
+    try:
+        event.feed(event.raw, deleted=event.deleted)
+    except Exception:  # one object must not stop the events of all others; the resync reads it again
+        log.exception("event not taken", extra={"object": str((event.raw.get("metadata") or {}).get("name"))})
 
 
 class KopfThread:

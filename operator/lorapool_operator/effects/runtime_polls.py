@@ -205,18 +205,18 @@ class RuntimeTracker:
 
     def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
         """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
-        found = []
-        for polled in self._of(base):
-            for uid, reports in polled.reports.items():
-                for report in reports:
-                    key = AdapterKey(uid, report.digest)
-                    at = (polled.pod.meta.uid, key)
-                    if known(uid):
-                        self._strays.pop(at, None)
-                        continue
-                    since = self._strays.setdefault(at, now)
-                    found.append(StrayReport(polled.pod.meta.uid, polled.pod.meta.name, key, report.display, since))
-        return found
+        self._strays = {at: since for at, since in self._strays.items() if not known(at[1].uid)}
+        return [
+            self._stray(polled.pod, AdapterKey(uid, report.digest), report.display, now)
+            for polled in self._of(base)
+            for uid, reports in polled.reports.items()
+            if not known(uid)  # first: nearly all are
+            for report in reports
+        ]
+
+    def _stray(self, pod: PodObject, key: AdapterKey, display: str, now: float) -> StrayReport:
+        since = self._strays.setdefault((pod.meta.uid, key), now)
+        return StrayReport(pod.meta.uid, pod.meta.name, key, display, since)
 
     def registered(self, adapter_uid: str) -> dict[tuple[str, str], AdapterDescriptor]:
         """Returns the descriptors that this process registered last, by boot id and digest."""
