@@ -1,7 +1,7 @@
 """A process that stands in for the API server and the runtimes of a large fleet, and counts what an operator does.
 
-The API server lists in pages, watches, patches with resource versions and answers discovery, over plain HTTP and without
-checks. Each runtime reports its adapters as registered; an adapter that is registered with it by PUT counts as a load.
+The API server lists in pages, watches, patches with resource versions and answers discovery, over plain HTTP and
+without checks. Each runtime reports its adapters as registered; an adapter that is registered with it by PUT counts as a load.
 Prints its ports as JSON, then serves until it is ended. `GET /stats` has the counts; `POST /edit/{count}` suspends so
 many adapters, `POST /age` begins a new count.
 """
@@ -262,7 +262,10 @@ class World:
         self.runtimes = [
             FakeRuntime(
                 number,
-                {keys[at % adapters]: f"{NAMESPACE}/a{at % adapters}" for at in range(number * reports, (number + 1) * reports)},
+                {
+                    keys[at % adapters]: f"{NAMESPACE}/a{at % adapters}"
+                    for at in range(number * reports, (number + 1) * reports)
+                },
                 self.api.counts,
             )
             for number in range(pods)
@@ -277,7 +280,9 @@ class World:
 
     def _adapter(self, number: int) -> tuple[str, str]:
         uri = f"hf://org/a{number}"
-        spec = {"baseModelRef": {"name": BASE}, "source": {"uri": uri}} | ({"minReplicas": 1} if number < PINNED else {})
+        spec = {"baseModelRef": {"name": BASE}, "source": {"uri": uri}} | (
+            {"minReplicas": 1} if number < PINNED else {}
+        )
         made = self._object("loraadapters", f"a{number}", spec)
         return made["metadata"]["uid"], digest_of(uri)
 
@@ -293,7 +298,9 @@ class World:
 
     async def stats(self, _: web.Request) -> web.Response:
         adapters = self.objects.items["loraadapters"].values()
-        known = sum(1 for item in adapters if item.get("status", {}).get("observedGeneration") == item["metadata"]["generation"])
+        known = sum(
+            1 for item in adapters if item.get("status", {}).get("observedGeneration") == item["metadata"]["generation"]
+        )
         return web.json_response({"known": known, "counts": self.api.counts})
 
     async def age(self, _: web.Request) -> web.Response:

@@ -203,7 +203,10 @@ UNITS = {"_s": "s", "_ms": "ms", "_mib": "MiB"}
 
 
 def records_of(figures: Mapping[str, float], note: str) -> list[Record]:
-    return [measured(name, next((u for end, u in UNITS.items() if name.endswith(end)), ""), [value], note) for name, value in figures.items()]
+    return [
+        measured(name, next((u for end, u in UNITS.items() if name.endswith(end)), ""), [value], note)
+        for name, value in figures.items()
+    ]
 
 
 def main() -> None:

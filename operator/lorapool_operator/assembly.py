@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, Reason
 from lorapool_operator.decisions.plan import PlanSettings
@@ -37,8 +37,8 @@ class ControlSettings:
     counts_interval_s: float
     usage_delay_s: float
     """How long after a report that only counted something its adapter is planned."""
-    plan: PlanSettings = PlanSettings()
-    polls: PollSettings = PollSettings()
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    polls: PollSettings = field(default_factory=PollSettings)
 
 
 class Control:

@@ -25,7 +25,9 @@ class Feed(Protocol):
     def __call__(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None: ...
 
 
-def registry_of(intake: Intake, put: Callable[[Feed, Mapping[str, Any], bool], None], login: Any) -> kopf.OperatorRegistry:
+def registry_of(
+    intake: Intake, put: Callable[[Feed, Mapping[str, Any], bool], None], login: Any
+) -> kopf.OperatorRegistry:
     """Returns a kopf registry of its own that holds all handlers. Each passes (feed, object, deleted) to `put`."""
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)

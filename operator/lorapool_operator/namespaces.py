@@ -63,7 +63,7 @@ class Namespaces:
     async def _follow(self, namespace: str | None) -> None:
         failures = 0
         while True:
-            began_s = time.monotonic()
+            began_s, asked_s = time.monotonic(), 0.0
             try:
                 await self._list(namespace)
                 await self._watch_and_compare(namespace)

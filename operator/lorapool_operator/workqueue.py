@@ -1,8 +1,8 @@
 """A queue of keys to reconcile, each handed out to at most one worker at a time.
 
 A key that is added while a worker has it is handed out once more afterwards. Of several due times the earliest wins. A
-failed key is due again after its own exponential back-off with jitter. The queue holds only keys: a worker observes the object's
-state when it gets the key.
+failed key is due again after its own exponential back-off with jitter. The queue holds only keys: a worker observes the
+object's state when it gets the key.
 """
 
 from __future__ import annotations

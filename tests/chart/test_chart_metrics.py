@@ -50,7 +50,9 @@ def exported() -> dict[str, set[str]]:
     )
     empty = cast(Any, nothing)
     operator = OperatorMetrics().registry
-    operator.register(StateCollector(empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1))
+    operator.register(
+        StateCollector(empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1)
+    )
     clock = Clock()
     runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}

@@ -82,7 +82,7 @@ class Prometheus:
         value = None
         try:
             async with asyncio.timeout(60):
-                while (value := await self.value(expression)) != wanted:
+                while (value := await self.value(expression)) != wanted:  # noqa: ASYNC110  another process
                     await asyncio.sleep(0.1)
         except TimeoutError:
             raise AssertionError(f"{expression} is {value}, not {wanted}") from None
@@ -123,7 +123,9 @@ async def test_prometheus_shows_all_that_was_counted_over_a_restart_of_the_opera
             await metrics.until(total, 0)  # the series exists before anything is counted
             adapters.count("a", requests=4, completionTokens=40)
             await metrics.until(total, 40)
-        adapters.count("a", requests=6, failedRequests=1, completionTokens=100)  # is in the status, and no operator runs
+        adapters.count(
+            "a", requests=6, failedRequests=1, completionTokens=100
+        )  # is in the status, and no operator runs
         async with operator(adapters, ports[1]):
             await metrics.until(total, 100)
             adapters.count("b", requests=4, completionTokens=67)  # its series begins above 0

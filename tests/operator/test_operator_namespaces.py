@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,13 @@ class World:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(namespaces, "BACKOFF_S", (0.02, 0.05))
-    yield
 
 
 async def eventually(check: Any) -> None:
     async with asyncio.timeout(20):
-        while not check():
+        while not check():  # noqa: ASYNC110  what is waited for has no event of its own
             await asyncio.sleep(0.01)
 
 
@@ -195,7 +194,11 @@ async def test_a_namespace_whose_role_is_removed_neither_ends_the_operator_nor_p
 
     monkeypatch.setattr(watching, "pinned_settings", short)
     settings = operator_settings(
-        api, tmp_path, kubeconfig=kubeconfig_of(api, tmp_path), namespaces=frozenset({api.namespace, gone}), resync_s=1.0
+        api,
+        tmp_path,
+        kubeconfig=kubeconfig_of(api, tmp_path),
+        namespaces=frozenset({api.namespace, gone}),
+        resync_s=1.0,
     )
 
     async def ready(name: str) -> tuple[str, str]:

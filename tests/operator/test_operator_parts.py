@@ -177,7 +177,11 @@ def test_an_answer_that_comes_after_the_deletion_revives_nothing() -> None:
     intake.wrote_base(raw_base(7))
     intake.wrote_adapter(raw_adapter("a", 8))
     intake.adapter(raw_adapter("a", 8))  # or a read of the resync that began before
-    assert (len(cache.bases), len(cache.adapters), cache.adapters_of(Key(ObjectKind.BASE, "team", "tiny"))) == (0, 0, [])
+    assert (len(cache.bases), len(cache.adapters), cache.adapters_of(Key(ObjectKind.BASE, "team", "tiny"))) == (
+        0,
+        0,
+        [],
+    )
     intake.adapter(raw_adapter("a", 10, uid="another"))
     assert len(cache.adapters) == 1
 

@@ -22,8 +22,8 @@ class Changes:
 
     calls: list[set[str]] = field(default_factory=list)
 
-    def __call__(self, _base: Key, uids: Iterable[str], _urgent: bool) -> None:
-        self.calls.append(set(uids))
+    def __call__(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
+        self.calls.append(set(adapter_uids))
 
 
 def tracker_of(served: Served, changes: Changes) -> RuntimeTracker:

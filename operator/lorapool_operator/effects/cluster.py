@@ -1,7 +1,8 @@
 """All requests of the operator to the API server.
 
-Writes are fenced: a process that has lost the Lease writes nothing. All requests of one client share a rate limit. Deletes carry the uid of the object that they were
-decided for, status patches and scales its version, so that they never affect a recreated object of the same name.
+Writes are fenced: a process that has lost the Lease writes nothing. All requests of one client share a rate limit.
+Deletes carry the uid of the object that they were decided for, status patches and scales its version, so that they
+never affect a recreated object of the same name.
 
     ClusterError
     ├─ ObjectNotFoundError (404)

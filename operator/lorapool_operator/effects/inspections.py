@@ -1,9 +1,9 @@
 """Inspects adapter and base sources in the background.
 
 The number of concurrent inspections and the time of each are bounded, and equal inspections are shared. Each namespace
-has a share of the permits, and base models have their own, so that hanging sources of one do not delay the others. A result stays
-until the object is inspected again; the plan decides what follows from it. The facts of a base are read once and shared
-by all its adapters.
+has a share of the permits, and base models have their own, so that hanging sources of one do not delay the others. A
+result stays until the object is inspected again; the plan decides what follows from it. The facts of a base are read
+once and shared by all its adapters.
 """
 
 from __future__ import annotations

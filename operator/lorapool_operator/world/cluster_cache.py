@@ -243,7 +243,7 @@ class KindCache(Generic[T]):
         )
 
     def put(self, item: T) -> bool:
-        """Stores the object. Returns False, and changes nothing, if it is deleted or not newer than the cached version."""
+        """Stores the object. Returns False, and changes nothing, if it was deleted or is not newer than the cached."""
         if item.meta.uid in self._deleted:
             return False
         key = (item.meta.namespace, item.meta.name)
