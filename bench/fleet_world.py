@@ -1,9 +1,9 @@
 """A process that stands in for the API server and the runtimes of a large fleet, and counts what an operator does.
 
 The API server lists in pages, watches, patches with resource versions and answers discovery, over plain HTTP and
-without checks. Each runtime reports its adapters as registered; an adapter that is registered with it by PUT counts as a load.
-Prints its ports as JSON, then serves until it is ended. `GET /stats` has the counts; `POST /edit/{count}` suspends so
-many adapters, `POST /age` begins a new count.
+without checks. Each runtime reports its adapters as registered; a PUT of an adapter that it does not have loaded counts
+as a load. Prints its port as JSON, then serves until it is ended. `GET /stats` has the counts; `POST /edit/{count}`
+suspends so many adapters, `POST /age` begins a new count.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ SLICE_S = 0.005
 """The inbox is emptied for this long at a time; then other tasks run."""
 STOP_S = 10.0
 """A kopf that does not end within this time is left to its daemon thread."""
+TLS_GOODBYE_S = 0.2
+"""kopf's TLS connections close a moment after their session; the loop must not end before."""
 
 
 class WatchError(Exception):
@@ -90,7 +92,7 @@ class KopfThread:
         def body() -> None:
             reason = self._body()
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(reason))
+                loop.call_soon_threadsafe(ended.set_result, reason)
 
         threading.Thread(target=body, name=f"kopf {self._namespace or '*'}", daemon=True).start()
         try:
@@ -119,14 +121,17 @@ class KopfThread:
         self._stop = (asyncio.get_running_loop(), stop)
         if self._stop_requested:
             return
-        await kopf.operator(
-            registry=self._make_registry(),
-            settings=pinned_settings(),
-            standalone=True,
-            clusterwide=self._namespace is None,
-            namespaces=(self._namespace,) if self._namespace is not None else (),
-            stop_flag=stop,
-        )
+        try:
+            await kopf.operator(
+                registry=self._make_registry(),
+                settings=pinned_settings(),
+                standalone=True,
+                clusterwide=self._namespace is None,
+                namespaces=(self._namespace,) if self._namespace is not None else (),
+                stop_flag=stop,
+            )
+        finally:
+            await asyncio.sleep(TLS_GOODBYE_S)
 
 
 def watcher(inbox: Inbox, intake: Intake, login: Any) -> Callable[[str | None], Awaitable[None]]:

@@ -402,7 +402,7 @@ def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) ->
     """Returns the reports before and after, by the uid of each adapter whose reports a snapshot changes."""
     listed: dict[str, dict[str, AdapterReport]] = {}
     if not snapshot.full:
-        for uid in {item.uid for item in (*snapshot.removed, *snapshot.adapters)}:
+        for uid in {item.uid for item in snapshot.removed} | {item.uid for item in snapshot.adapters}:
             listed[uid] = {report.digest: report for report in known.get(uid, ())}
         for item in snapshot.removed:
             listed[item.uid].pop(item.digest, None)
