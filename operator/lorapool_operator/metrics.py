@@ -178,7 +178,7 @@ class UsageFamilies:
         self._loads = _usage("loads", "Loads into a slot.")
         self._load_seconds = _usage("load_seconds", "Time spent on loads.")
         self._residency_seconds = _usage("residency_seconds", "Time on a device, summed over replicas.")
-        self.families: tuple[CounterMetricFamily, ...] = (
+        self.families: tuple[Metric, ...] = (
             self._requests,
             self._tokens,
             self._loads,

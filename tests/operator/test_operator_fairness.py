@@ -1,4 +1,4 @@
-"""Hanging sources of one tenant delay nobody else, and requests to the API server keep to their rate."""
+"""Hanging sources of one tenant do not delay other tenants, and requests to the API server keep to their rate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Permits for work that several tenants compete for, such that the hanging work of one does not stop the others.
 
 A tenant gets a further permit only while it has fewer than are free. One tenant alone thus uses half of all permits, a
-second one half of the rest, and so on: a permit is left for whoever comes next. Of those that wait, the tenant with the
+second one half of the rest, and so on: a permit is left for the next tenant. Of those that wait, the tenant with the
 fewest permits comes first, then the one that asked first.
 """
 
