@@ -117,9 +117,16 @@ class Control:
             return
         delay_s = 0.0 if urgent else self._usage_delay_s
         owner = self.cache.bases.get(base.namespace, base.name)
+        soon = set() if urgent or owner is None else self._may_spread(owner, reported)
         for adapter in self.cache.adapters_of(base):
             if adapter.meta.uid in reported or (serving and owner is not None and _needs_runtime(adapter, owner)):
-                self.queue.add(adapter.key, delay_s)
+                self.queue.add(adapter.key, LOAD_DELAY_S if adapter.meta.uid in soon else delay_s)
+
+    def _may_spread(self, base: BaseObject, adapter_uids: set[str]) -> set[str]:
+        """Returns the adapters whose number of preferred replicas may have to change with their load."""
+        if base.spec.scaling.max_replicas == 1:
+            return set()
+        return self.runtimes.busy(base.key, adapter_uids, 1 + base.spec.scaling.target_in_flight // 2)
 
 
 def _needs_runtime(adapter: AdapterObject, base: BaseObject) -> bool:

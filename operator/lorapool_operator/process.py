@@ -131,6 +131,7 @@ class Process:
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
                 start_allowance_s=settings.start_allowance_s,
+                max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
             polls=PollSettings(
                 settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s

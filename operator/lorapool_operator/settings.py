@@ -92,6 +92,8 @@ class Settings(ProcessSettings):
     """Requests to the API server per second, apart from the Lease's and the watches'."""
     api_burst: Annotated[int, Field(ge=1)] = 800
     """Requests that may be sent at once after a quiet time."""
+    max_concurrent_rollouts: Annotated[int, Field(ge=0)] = 1
+    """Bases whose pods are replaced at the same time after a change of their template. 0 is no bound."""
     start_allowance_s: PositiveS = 1800.0
     """A base that is still starting does not count as idle before this long, whatever its idleAfter."""
 

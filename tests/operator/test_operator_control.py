@@ -58,6 +58,8 @@ class FakeTarget:
 
     async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None: ...
 
+    async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None: ...
+
 
 class World:
     def __init__(self, *, fence: Fence | None = None) -> None:
