@@ -52,9 +52,9 @@ class AdapterSource(BaseSource):
     )
     update_policy: UpdatePolicy = Field(
         default=UpdatePolicy.PINNED,
-        description="What follows when the source holds newer files, as after a push to the same tag. Pinned: the files "
-        "that were resolved first keep being served, and the condition Outdated says that there are newer ones. Poll: "
-        "the newer files are checked, loaded and served instead. A digest or an immutable revision is always pinned.",
+        description="What follows when the source holds newer files, as after a push to the same tag. Pinned: the "
+        "files that were resolved first keep being served, and the condition Outdated says that there are newer ones. "
+        "Poll: the newer files are checked, loaded and served instead. A digest or an immutable revision is always pinned.",
     )
 
 
@@ -188,8 +188,8 @@ class LoraAdapterStatus(ApiModel):
     conditions: list[Condition] = Field(
         default_factory=list,
         max_length=16,
-        description="Resolved, Compatible, Loaded, Ready and Progressing; NameConflict, Outdated, Reconciling or Stalled "
-        "while they apply.",
+        description="Resolved, Compatible, Loaded, Ready and Progressing; NameConflict, Outdated, Reconciling or "
+        "Stalled while they apply.",
     )
     state: str | None = Field(
         default=None, max_length=64, description="The most specific reason of all conditions, for the STATE column."

@@ -107,7 +107,7 @@ REASONS: Mapping[Reason, Explanation] = {
         "Another object has this name, or is older and claims the same one.", "Choose another alias or servedName."
     ),
     Reason.SOURCE_CHANGED: Explanation(
-        "The files at the source changed after they were resolved: a tag was pushed again, or a folder was overwritten.",
+        "The files at the source changed after they were resolved: a tag was pushed again, a folder was overwritten.",
         "Name the new revision in spec.source, set spec.source.updatePolicy to Poll, or change the annotation "
         "lorapool.dev/retry. On a volume or bucket, do so before the adapter is loaded again, or restore the files.",
     ),
@@ -191,8 +191,8 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     ),
     FailureReason.DIGEST_MISMATCH: Explanation(
         "The source holds other files than the digest that is asked for.",
-        "Correct spec.source.digest, or pin spec.source.revision to the files you mean. On a volume: restore the files, "
-        "or change the annotation lorapool.dev/retry to serve the new ones.",
+        "Correct spec.source.digest, or pin spec.source.revision to the files you mean. On a volume: restore the "
+        "files, or change the annotation lorapool.dev/retry to serve the new ones.",
     ),
     FailureReason.INCOMPATIBLE: Explanation(
         "The adapter uses a setting or a module that is not served on this base.",

@@ -28,9 +28,9 @@ FAILURES = f"""
 ## Reasons of failures
 
 The message of the condition has the details. A transient failure is tried again at `status.failure.retryAt`. A terminal
-one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value. `SourceNotFound`
-is both: terminal for requests, and the source is read again at `retryAt`, after 10 minutes at most. A request is
-answered with 503 for a transient and 422 for a terminal failure, and with the error code.
+one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value.
+`SourceNotFound` is both: terminal for requests, and the source is read again at `retryAt`, after 10 minutes at most. A
+request is answered with 503 for a transient and 422 for a terminal failure, and with the error code.
 
 """
 

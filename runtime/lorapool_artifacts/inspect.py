@@ -216,7 +216,9 @@ def check_digest(digest: str | None, expected: str | None, where: str) -> None:
     if expected is not None and digest != expected:
         remedy = "correct spec.source.digest or pin the revision"
         if where.startswith(UNVERSIONED):
-            remedy = "the files were overwritten: restore them, or change the annotation lorapool.dev/retry to serve these"
+            remedy = (
+                "the files were overwritten: restore them, or change the annotation lorapool.dev/retry to serve these"
+            )
         message = f"{where} holds {digest}, not {expected}, which was checked or is pinned; {remedy}."
         raise ArtifactError(FailureReason.DIGEST_MISMATCH, message)
 

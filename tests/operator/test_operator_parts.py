@@ -155,7 +155,9 @@ async def test_an_object_that_cannot_be_parsed_is_due_and_keeps_its_last_version
     assert cache.unreadable == {}
 
 
-@pytest.mark.parametrize("status", [{}, {"conditions": [{"type": "Resolved", "status": "True"}], "usage": "of a newer form"}])
+@pytest.mark.parametrize(
+    "status", [{}, {"conditions": [{"type": "Resolved", "status": "True"}], "usage": "of a newer form"}]
+)
 def test_an_object_that_cannot_be_parsed_is_not_ready_and_says_so_once(status: dict[str, Any]) -> None:
     raw = raw_adapter("a", 7) | {"status": status}
     plan = plan_unreadable(UnreadableObject(raw, "spec.dtype: not known"), 0.0)

@@ -14,6 +14,7 @@ from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePa
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, SourceRef, Tier
 from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
 from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_operator.decisions.validity import RETRY_HINT
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
@@ -449,7 +450,9 @@ def test_a_failure_causes_one_event_and_a_failed_rollout_is_named_so() -> None:
     served = adapter(settled(one, on).status, source={"uri": "hf://org/b"})
     bad = inspected(SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing"), served, on)
     rollout = plan(ObservedAdapter(served, on, inspection=bad))
-    assert [(item.reason, item.message) for item in rollout.events] == [("RolloutFailed", "lora_B is missing")]
+    assert [(item.reason, item.message) for item in rollout.events] == [
+        ("RolloutFailed", f"lora_B is missing {RETRY_HINT}")
+    ]
 
 
 def test_a_missing_base_causes_one_event() -> None:
@@ -567,7 +570,15 @@ def failing(reason: str, **more: Any) -> BaseObject:
 
 @pytest.mark.parametrize(
     "reason",
-    ["ProfileNotFound", "NameConflict", "Unavailable", "ImagePullFailed", "CrashLooping", "SourceNotFound", "Unreadable"],
+    [
+        "ProfileNotFound",
+        "NameConflict",
+        "Unavailable",
+        "ImagePullFailed",
+        "CrashLooping",
+        "SourceNotFound",
+        "Unreadable",
+    ],
 )
 def test_an_adapter_of_a_base_that_cannot_serve_is_not_ready_and_says_why(reason: str) -> None:
     made = plan(ObservedAdapter(settled(adapter(), base()), failing(reason)))
@@ -733,6 +744,8 @@ def test_newer_files_at_a_pinned_source_are_reported_and_not_served() -> None:
     assert made.status is not None
     assert made.status.digest == OLD
     assert [(note.type, note.reason) for note in made.events] == [("Warning", "SourceChanged")]
+    restarted = replace(observed, adapter=replace(one, status=made.status), inspection=None)
+    assert plan(restarted).status is None
     back = plan(replace(observed, adapter=replace(one, status=made.status), inspection=check_of(one, on, good(), NOW)))
     assert "Outdated" not in types(back)
 
@@ -758,7 +771,9 @@ def test_newer_files_at_a_polled_source_are_rolled_out() -> None:
 def test_newer_files_that_do_not_fit_are_a_failed_rollout() -> None:
     on = base()
     one = settled(adapter(source={"uri": "hf://org/a", "updatePolicy": "Poll"}), on)
-    checked = ObservedAdapter(one, on, inspection=check_of(one, on, SourceFacts(NEW, "rev-2", 99), NOW), since_unix_s=NOW)
+    checked = ObservedAdapter(
+        one, on, inspection=check_of(one, on, SourceFacts(NEW, "rev-2", 99), NOW), since_unix_s=NOW
+    )
     made = plan(checked)
     assert condition(made, "Progressing") == ("False", "RolloutFailed")
     assert condition(made, "Ready") == ("True", "Parked")

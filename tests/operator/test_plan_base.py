@@ -35,6 +35,7 @@ from lorapool_operator.world.observed import (
 )
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
+
 def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     first = plan(world(inspection=None))
     assert first.inspect is not None

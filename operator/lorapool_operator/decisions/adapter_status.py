@@ -15,7 +15,7 @@ from lorapool_operator.decisions.blocker import Blocker
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
 from lorapool_operator.world.cluster_cache import AdapterObject, Key, find_condition
-from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter, SourceFacts
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
 
 COMPATIBILITY = frozenset(
     {
@@ -87,8 +87,9 @@ def conditions_of(
     }
     if observed.name_holder is not None:
         values[AdapterCondition.NAME_CONFLICT.value] = _name_conflict(observed.adapter, observed.name_holder)
-    if validity.newer is not None and validity.facts is not None:
-        values[AdapterCondition.OUTDATED.value] = _outdated(validity.facts, validity.newer)
+    outdated = _outdated(observed, validity)
+    if outdated is not None:
+        values[AdapterCondition.OUTDATED.value] = outdated
     stalled = _stalled(observed, blocker, validity, ready)
     if stalled is not None:
         values[AdapterCondition.STALLED.value] = ("True", stalled[1], stalled[2])
@@ -251,11 +252,18 @@ def _name_conflict(adapter: AdapterObject, holder: Key) -> ConditionValue:
     return ("True", Reason.ALIAS_TAKEN.value, message)
 
 
-def _outdated(served: SourceFacts, newer: SourceFacts) -> ConditionValue:
+def _outdated(observed: ObservedAdapter, validity: Validity) -> ConditionValue | None:
+    """Returns what the last look at the source found; after a restart the status still says it."""
+    served, newer, status = validity.facts, validity.newer, observed.adapter.status
+    if newer is None or served is None:
+        before = find_condition(status.conditions, AdapterCondition.OUTDATED)
+        same = served is not None and (status.digest, status.judged) == (served.digest, validity.fingerprint)
+        kept = before is not None and same and not validity.checked
+        return (before.status, before.reason, before.message) if before is not None and kept else None
     message = (
-        f"The source holds {newer.digest} (revision {newer.revision}) now; {served.digest} (revision {served.revision}) "
-        "is served. To serve the newer files, name their revision in spec.source, set spec.source.updatePolicy to Poll, "
-        "or change the annotation lorapool.dev/retry."
+        f"The source holds {newer.digest} (revision {newer.revision}) now; served is {served.digest} (revision "
+        f"{served.revision}). To serve the newer files, name their revision in spec.source, set "
+        "spec.source.updatePolicy to Poll, or change the annotation lorapool.dev/retry."
     )
     return ("True", Reason.SOURCE_CHANGED.value, message)
 

@@ -486,7 +486,10 @@ def _events(
 
 def _warns(condition: Condition) -> bool:
     """True for a condition that a person should notice."""
-    if condition.type in (BaseCondition.STALLED, BaseCondition.NAME_CONFLICT) or (condition.type, condition.reason) == DEGRADED:
+    if (
+        condition.type in (BaseCondition.STALLED, BaseCondition.NAME_CONFLICT)
+        or (condition.type, condition.reason) == DEGRADED
+    ):
         return condition.status == "True"
     expected = (Reason.STARTING, Reason.SCALED_TO_ZERO, Reason.STABLE)
     return condition.status == "False" and condition.reason not in expected

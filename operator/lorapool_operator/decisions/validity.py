@@ -51,6 +51,8 @@ class Validity:
     """New files that are being loaded next to `facts`."""
     newer: SourceFacts | None = None
     """Files that the source holds now, which are not served since the spec pins the others."""
+    checked: bool = False
+    """True if the source was looked at for newer files since this process began."""
     fingerprint: str | None = None
     """The fingerprint that the last final inspection result belongs to."""
     failure: FailureStatus | None = None
@@ -204,6 +206,7 @@ def _watched(
             validity = _update(observed, base, current, newer) if polls else replace(recorded, newer=newer)
         else:
             validity = current
+        validity = replace(validity, checked=True)
     fresh = began <= since or (known and result is not None and result.at_unix_s >= began)
     if fresh or observed.running is not None:
         return ValidityDecision(validity, due=began + interval_s)
