@@ -54,7 +54,8 @@ class AdapterSource(BaseSource):
         default=UpdatePolicy.PINNED,
         description="What follows when the source holds newer files, as after a push to the same tag. Pinned: the "
         "files that were resolved first keep being served, and the condition Outdated says that there are newer ones. "
-        "Poll: the newer files are checked, loaded and served instead. A digest or an immutable revision is always pinned.",
+        "Poll: the newer files are checked, loaded and served instead. A digest or an immutable revision is always "
+        "pinned.",
     )
 
 

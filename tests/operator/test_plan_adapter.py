@@ -442,7 +442,9 @@ def test_a_failure_causes_one_event_and_a_failed_rollout_is_named_so() -> None:
     one, on = adapter(), base()
     wrong = inspected(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
     made = plan(ObservedAdapter(one, on, inspection=wrong))
-    assert [(str(item.type), item.reason, item.message) for item in made.events] == [("Warning", "WrongBase", "shapes")]
+    assert [(str(item.type), item.reason, item.message) for item in made.events] == [
+        ("Warning", "WrongBase", f"shapes {RETRY_HINT}")
+    ]
     assert made.status is not None
     changed = replace(one, status=made.status.model_copy(update={"loaded_replicas": 1}))
     assert plan(ObservedAdapter(changed, on)).status is not None
@@ -655,8 +657,8 @@ def test_files_that_a_runtime_did_not_find_are_looked_for_again_by_a_later_reque
     after = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 60)
     assert [item.adapter.digest for item in after.unregisters] == [OLD]
     assert made.status is not None
-    parked = plan(ObservedAdapter(replace(one, status=made.status), on, replicas=(replica(),)), NOW + 61)
-    assert condition(parked, "Ready") == ("True", "Parked")
+    idle = plan(ObservedAdapter(replace(one, status=made.status), on, replicas=(replica(),)), NOW + 61)
+    assert condition(idle, "Ready") == ("True", "Parked")
 
 
 def test_a_changed_source_that_cannot_be_read_yet_is_said_while_the_old_files_serve() -> None:

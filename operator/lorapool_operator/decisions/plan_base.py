@@ -87,7 +87,7 @@ def _replicas(observed: ObservedBase, source: BaseSource, now: float, settings: 
     gated = starts.gate(observed, current, floor=floor, now=now, settings=settings)
     if gated is not None:
         return gated
-    return decide(
+    decision = decide(
         current,
         spec.scaling,
         _load(observed, current),
@@ -96,6 +96,9 @@ def _replicas(observed: ObservedBase, source: BaseSource, now: float, settings: 
         now=now,
         start_allowance_s=starts.allowance_s(observed, settings),
     )
+    if decision.replicas == 0 < current and not any(pod.ready for pod in observed.pods):
+        return ScaleDecision(current, "starting", ScaleMemory(), None)  # an attempt is only given up by `starts`
+    return decision
 
 
 def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, float | None]:

@@ -157,7 +157,7 @@ def _to_wait(start: StartStatus, now: float, settings: PlanSettings) -> StartSta
 
 
 def _between(before: StartStatus | None, now: float, settings: PlanSettings) -> StartStatus | None:
-    """No replica is wanted: ends an attempt that still runs, whoever removed its replicas."""
+    """No replica is wanted: ends an attempt that still runs, whether the operator or a person removed its replicas."""
     if before is None or before.since is None:
         return before
     if before.reason is None:

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 REFUSALS = (400, 403, 422)
 """Invalid, forbidden (rights, quota, admission policy), unprocessable: nothing changes until a person acts."""
+MALFORMED = ("failed to convert new object", "failed to create typed patch object")
+"""The API server answers 500 to a value of a wrong form, such as the quantity 16GB."""
 
 
 class Applier:
@@ -179,7 +181,8 @@ def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
     """Returns what a refused apply means for the base; None for an error that a retry may cure by itself."""
     if isinstance(error, ForeignObjectError):
         return ChildProblem(Reason.NAME_CONFLICT, str(error))
-    if isinstance(error, FencedError) or error.status not in REFUSALS:
+    refused = error.status in REFUSALS or (error.status == 500 and error.detail.startswith(MALFORMED))
+    if isinstance(error, FencedError) or not refused:
         return None
     if "exceeded quota" in error.detail:
         reason = Reason.QUOTA_EXCEEDED
