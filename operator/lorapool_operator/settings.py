@@ -92,6 +92,8 @@ class Settings(ProcessSettings):
     """PUT or DELETE of an adapter at a runtime."""
     api_timeout_s: PositiveS = 15.0
     """One call of the API server."""
+    max_concurrent_rollouts: Annotated[int, Field(ge=0)] = 1
+    """Bases whose pods are replaced at the same time after a change of their template. 0 is no bound."""
     start_allowance_s: PositiveS = 600.0
     """Time to schedule a runtime pod and to pull its image. A base that does not serve after this and the profile's
     startupTimeoutSeconds is scaled down again, if it may have no replica."""

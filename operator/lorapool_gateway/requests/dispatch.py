@@ -139,7 +139,7 @@ class Dispatcher:
             refused = start_refusal(resolved.base, self._now_unix_s())
             if refused is not None:
                 raise refused
-            self._waker.wake(resolved.base)
+            self._waker.wake(resolved.base, self._hold.waiting(resolved.base.uid))
 
     async def _wait(
         self,

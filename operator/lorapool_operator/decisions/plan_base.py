@@ -8,13 +8,13 @@ autoscalers and people see and change the same field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, StartStatus
 from lorapool_api.common import BaseCondition, Condition, FailureReason, Reason, set_conditions
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.decisions import starts
-from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text
+from lorapool_operator.decisions import rollout, starts
+from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text, template_hash
 from lorapool_operator.decisions.plan import (
     BasePlan,
     ConditionValue,
@@ -24,15 +24,20 @@ from lorapool_operator.decisions.plan import (
     PlanSettings,
     Unregister,
 )
-from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas
+from lorapool_operator.decisions.preemption import standing_of
+from lorapool_operator.decisions.rollout import RolloutDecision
+from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
+from lorapool_operator.decisions.stopping import deletion_costs, hand_over
 from lorapool_operator.decisions.validity import retry_due, with_hint
 from lorapool_operator.world.cluster_cache import Key, find_condition
-from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure
+from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure, Standing
 
 STRAY_GRACE_S = 10.0
 """A gateway may register a new adapter with a runtime before the operator's own watch delivers it."""
-SCALED = "Scaled"
-PROFILE_CHANGED = "ProfileChanged"
+SCALED, PREEMPTED, PROFILE_CHANGED = "Scaled", "Preempted", "ProfileChanged"
+PREEMPTED_BY = "preempted by the waking base"
+LACKING_RECHECK_S = 5.0
+"""A base that waits for devices looks this often for an idle base that occupies them."""
 DEGRADED = (BaseCondition.READY, Reason.DEGRADED)
 RESTART_REPORT_S = 3600.0
 """A process that ended is reported for this long after its pod is ready again."""
@@ -52,16 +57,30 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     """Returns the whole plan; the same observation, time and settings give the same plan."""
     source, job, source_due = _source(observed, now, settings)
     current = observed.base.spec.replicas
-    decision = _replicas(observed, source, now, settings)
+    decision, standing = _replicas(observed, source, now, settings)
+    decision = hand_over(observed, decision, current, now)
     foreign = observed.deployment is not None and observed.deployment.owner_uid != observed.base.meta.uid
-    made = _children(observed, source, decision.replicas) if not foreign else ()
+    run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
+    made = _children(observed, source, run.replicas) if not foreign else ()
+    replacing = rollout.decide(observed, template_hash(made), settings.max_concurrent_rollouts, now)
+    if replacing.paused:
+        made = _children(observed, source, run.replicas, paused=True)
     made_hash = content_hash({"children": list(made)}) if made else ""
     apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
-    status, last_used_due = _status(observed, source, decision, now, settings)
+    status, last_used_due = _status(observed, source, run, replacing, now, settings)
     give_up = None
     if _can_start(observed, source):
         give_up = starts.give_up_at(observed, floor=_floor(observed), settings=settings)
-    due = (source_due, decision.recheck_unix_s, last_used_due, _stray_due(observed, now), apply_due, give_up)
+    due = (
+        source_due,
+        decision.recheck_unix_s,
+        last_used_due,
+        _stray_due(observed, now),
+        replacing.recheck_unix_s,
+        now + LACKING_RECHECK_S if standing.lacks else None,
+        apply_due,
+        give_up,
+    )
     return BasePlan(
         status=status,
         children=made if apply else (),
@@ -72,33 +91,43 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         inspect=job,
         events=_events(observed, status, decision, current),
         memory=decision.memory,
+        begins_rollout=apply and replacing.begins,
+        standing=standing,
+        deletion_costs=deletion_costs(observed, decision, current),
         requeue_at=min((at for at in due if at is not None), default=None),
     )
 
 
-def _replicas(observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings) -> ScaleDecision:
+def _replicas(
+    observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings
+) -> tuple[ScaleDecision, Standing]:
     spec = observed.base.spec
     floor = _floor(observed)
     current = spec.replicas if spec.replicas is not None else initial_replicas(spec.scaling, floor)
     if _unusable(observed, source):
-        return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None)
+        return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
     if observed.profile is None:
-        return ScaleDecision(current, "the profile does not exist", ScaleMemory(), None)
+        return ScaleDecision(current, "the profile does not exist", ScaleMemory(), None), Standing()
+    load = _load(observed, current)
+    standing = standing_of(observed, load, lowest_replicas(spec.scaling, floor))
+    if observed.yields_to is not None and standing.idle_since_unix_s is not None:
+        return ScaleDecision(0, f"{PREEMPTED_BY} {observed.yields_to}", ScaleMemory(), None), Standing()
     gated = starts.gate(observed, current, floor=floor, now=now, settings=settings)
     if gated is not None:
-        return gated
+        return gated, standing
     decision = decide(
         current,
         spec.scaling,
-        _load(observed, current),
+        load,
         observed.memory,
         floor=floor,
         now=now,
         start_allowance_s=starts.allowance_s(observed, settings),
     )
     if decision.replicas == 0 < current and not any(pod.ready for pod in observed.pods):
-        return ScaleDecision(current, "starting", ScaleMemory(), None)  # an attempt is only given up by `starts`
-    return decision
+        # an attempt to start is only given up by `starts`
+        return ScaleDecision(current, "starting", ScaleMemory(), None), standing
+    return decision, standing
 
 
 def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, float | None]:
@@ -194,12 +223,14 @@ def _unusable(observed: ObservedBase, source: BaseSource) -> bool:
     return terminal and not any(pod.ready for pod in observed.pods)
 
 
-def _children(observed: ObservedBase, source: BaseSource, replicas: int) -> tuple[Manifest, ...]:
+def _children(
+    observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
+) -> tuple[Manifest, ...]:
     profile = observed.profile
     if profile is None or _first_inspection(observed, source) or _unusable(observed, source):
         return ()
     token = observed.token_sha256
-    return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token))
+    return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
 
 
 def _first_inspection(observed: ObservedBase, source: BaseSource) -> bool:
@@ -224,15 +255,20 @@ def _can_start(observed: ObservedBase, source: BaseSource) -> bool:
 def _load(observed: ObservedBase, wanted: int) -> Load:
     alive = [runtime for runtime in observed.runtimes if not runtime.terminating]
     answers = [runtime.current for runtime in alive if runtime.current is not None]
-    times = [observed.base.meta.created_unix_s, observed.woken_unix_s]
-    for snapshot in answers:
-        times += [snapshot.started_unix_s, snapshot.last_request_unix_s or 0.0]
-    times += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    asked = [observed.base.meta.created_unix_s, observed.woken_unix_s]
+    asked += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    used = [
+        runtime.local_time(at)
+        for runtime in alive
+        if runtime.current is not None
+        for at in (runtime.current.started_unix_s, runtime.current.last_request_unix_s)
+    ]
     return Load(
         in_flight=sum(snapshot.in_flight + snapshot.waiting for snapshot in answers),
         silent=sum(1 for runtime in alive if runtime.ready and runtime.current is None),
         ready=min(wanted, sum(1 for runtime in alive if runtime.serving)),
-        last_activity_unix_s=max(times),
+        last_activity_unix_s=max(asked + used),
+        asked_unix_s=max(asked),
     )
 
 
@@ -252,7 +288,12 @@ def _stray_due(observed: ObservedBase, now: float) -> float | None:
 
 
 def _status(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, now: float, settings: PlanSettings
+    observed: ObservedBase,
+    source: BaseSource,
+    decision: ScaleDecision,
+    replacing: RolloutDecision,
+    now: float,
+    settings: PlanSettings,
 ) -> tuple[BaseModelStatus | None, float | None]:
     """Returns the new status if it differs, and when the last use is due to be written."""
     base, before = observed.base, observed.base.status
@@ -264,7 +305,7 @@ def _status(
         now=now,
         settings=settings,
     )
-    values = conditions_of(observed, source, decision, start, now)
+    values = conditions_of(observed, source, decision, replacing, start, now)
     alive = [pod for pod in observed.pods if not pod.terminating]
     facts = source.facts
     after = BaseModelStatus(
@@ -283,8 +324,8 @@ def _status(
     )
     if _only_pending(observed, source):
         return None, None
-    snapshots = [runtime.snapshot for runtime in observed.runtimes if runtime.snapshot is not None]
-    last = max((snapshot.last_request_unix_s or 0.0 for snapshot in snapshots), default=0.0)
+    known = [runtime for runtime in observed.runtimes if runtime.snapshot is not None]
+    last = max((item.local_time(item.snapshot.last_request_unix_s) for item in known if item.snapshot), default=0.0)
     shown = unix(before.last_used) or 0.0
     if int(last) > int(shown):
         if after != before or last >= shown + settings.usage_interval_s or before.last_used is None:
@@ -309,11 +350,17 @@ def counts(observed: ObservedBase) -> AdapterCounts:
 
 
 def conditions_of(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, start: StartStatus | None, now: float
+    observed: ObservedBase,
+    source: BaseSource,
+    decision: ScaleDecision,
+    replacing: RolloutDecision,
+    start: StartStatus | None,
+    now: float,
 ) -> dict[str, ConditionValue]:
     """Returns the value of each condition type. `start` is what the status will remember of failed starts."""
     available = _available(observed, source, decision, start, now)
-    progressing = _progressing(observed, decision, start)
+    progressing = replacing.progressing if _blocked(observed) is None else None
+    progressing = progressing or _progressing(observed, decision, start)
     values = {
         BaseCondition.SOURCE_RESOLVED.value: source.condition,
         BaseCondition.RUNTIME_AVAILABLE.value: available,
@@ -337,9 +384,10 @@ def _available(
     serving = sum(1 for runtime in observed.runtimes if runtime.serving)
     if serving:
         wanted, restarted = decision.replicas, _restarted(observed, now)
-        notes = (_trouble(observed, start) if serving < wanted else "", restarted, _pins(observed))
-        message = " ".join(filter(None, (f"{serving} of {wanted} replicas serve.", *notes)))
-        return ("True", (Reason.DEGRADED if serving < wanted or restarted else Reason.AVAILABLE).value, message)
+        trouble = _trouble(observed, start) if serving < wanted else starts.problem(observed)
+        notes = (f"{serving} of {wanted} replicas serve.", trouble, restarted, _pins(observed))
+        reason = Reason.DEGRADED if serving < wanted or restarted else Reason.AVAILABLE
+        return ("True", reason.value, " ".join(filter(None, notes)))
     blocked = _blocked(observed)
     if blocked is not None:
         return blocked
@@ -474,7 +522,8 @@ def _events(
     events = []
     if current is not None and decision.replicas != current:
         message = f"From {current} to {decision.replicas}: {decision.reason}."
-        events.append(KubeEvent(KubeEventType.NORMAL, SCALED, message))
+        reason = PREEMPTED if decision.reason.startswith(PREEMPTED_BY) else SCALED
+        events.append(KubeEvent(KubeEventType.NORMAL, reason, message))
     if observed.profile_changed:
         message = f"The runtime profile {observed.base.spec.runtime_profile!r} changed; the pods are replaced."
         events.append(KubeEvent(KubeEventType.NORMAL, PROFILE_CHANGED, message))
