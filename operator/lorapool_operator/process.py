@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 STUCK_S = 300.0
 """If a key is due for this long, the workers hang and the liveness probe fails."""
+PROFILES_CHECK_S = 2.0
+"""How often the file of profiles is looked at for a change."""
 
 
 class Process:
@@ -52,7 +54,9 @@ class Process:
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
         self._master_token = read_master_token(settings.master_token_file)
-        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
+        self._inspector = inspector or ArtifactInspector(
+            sources, timeout_s=settings.judge_timeout_s, max_base_bytes=settings.max_base_bytes
+        )
         self._stop = asyncio.Event()
         self._finished = False
 
@@ -130,7 +134,11 @@ class Process:
                 usage_interval_s=settings.usage_interval_s,
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
+                source_check_s=settings.source_check_s,
+                source_poll_s=settings.source_poll_s,
                 start_allowance_s=settings.start_allowance_s,
+                start_retry_min_s=settings.start_retry_min_s,
+                start_retry_max_s=settings.start_retry_max_s,
                 max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
             polls=PollSettings(
@@ -158,6 +166,7 @@ class Process:
                 await self._until_listed(namespaces)
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
+                group.create_task(self._watch_profiles(), name="profiles")
         except* FencedError:
             log.error("lost the Lease: ending, so that the process starts again as a standby")
         finally:
@@ -182,19 +191,30 @@ class Process:
         control, interval_s = self.control, self.settings.resync_s
         while True:
             await asyncio.sleep(interval_s)
-            self._reload_profiles()
             control.runtimes.follow_pods()
             control.observer.apply_all_again()
             control.mark_all(interval_s)
 
+    async def _watch_profiles(self) -> None:
+        """Plans the bases again whose profile changed in the file, within `PROFILES_CHECK_S`."""
+        while True:
+            await asyncio.sleep(PROFILES_CHECK_S)
+            before = self.control.observer.profiles
+            self._reload_profiles()
+            after = self.control.observer.profiles
+            for base in self.control.cache.bases if after is not before else ():
+                name = base.spec.runtime_profile
+                if before.get(name) != after.get(name):
+                    self.control.queue.add(base.key)
+
     def _reload_profiles(self) -> None:
-        """Reads the profiles again if the file changed. Logs a broken file and keeps the old profiles."""
+        """Reads the profiles again if the file changed. Logs a broken file once and keeps the old profiles."""
         try:
             stamp = self.settings.profiles_file.stat().st_mtime_ns
             if stamp == self._profiles_stamp:
                 return
-            self.control.observer.profiles = read_profiles(self.settings.profiles_file)
             self._profiles_stamp = stamp
+            self.control.observer.profiles = read_profiles(self.settings.profiles_file)
             log.info("read the changed profiles")
         except (ProfilesError, OSError) as error:
             log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})

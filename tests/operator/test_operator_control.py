@@ -49,6 +49,9 @@ class FakeTarget:
         raw["status"] = status
         return raw
 
+    async def patch_raw_status(self, key: Key, version: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
     async def scale(self, base: BaseObject, replicas: int) -> None: ...
 
     async def apply_child(self, manifest: Manifest) -> dict[str, Any]:
@@ -282,7 +285,7 @@ async def test_a_key_whose_write_was_refused_for_load_is_not_due_before_the_serv
 
     async def overloaded(item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]:
         world.target.statuses.append((item.meta.name, status))
-        raise ClusterError("429", 429, 3600.0)
+        raise ClusterError("429", 429, retry_after_s=3600.0)
 
     world.target.patch_status = overloaded  # type: ignore[method-assign]
     async with world.working():
