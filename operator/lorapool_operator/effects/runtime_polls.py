@@ -300,7 +300,7 @@ class RuntimeTracker:
         refused = isinstance(error, RuntimeRefusedError) and error.status in (401, 403)
         if refused != polled.token_refused:
             polled.token_refused = refused
-            self._changed(polled.pod.base, (), True)
+            self._changed(polled.pod.base, (), urgent=True, serving=False)
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
             polled.stale_reported = True
