@@ -14,6 +14,7 @@ from base_world import (
     deployment,
     inspected,
     message,
+    meta,
     plan,
     pod,
     runtime,
