@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import time
 
-from lorapool_api.common import ANNOTATION_DELETION_COST
+from lorapool_api.common import ANNOTATION_DELETION_COST, Reason
+from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
+from lorapool_operator.decisions.plan_unreadable import UnreadablePlan
 from lorapool_operator.effects.cluster import (
-    FencedError,
+    ClusterError,
     ForeignObjectError,
     ObjectConflictError,
     ObjectNotFoundError,
@@ -21,11 +23,23 @@ from lorapool_operator.effects.cluster import (
 )
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, ObjectKind
+from lorapool_operator.world.cluster_cache import (
+    AdapterObject,
+    BaseObject,
+    ClusterCache,
+    Key,
+    ObjectKind,
+    UnreadableObject,
+)
 from lorapool_operator.world.intake import Intake
-from lorapool_operator.world.observed import BaseMemory, ObservedAdapter
+from lorapool_operator.world.observed import BaseMemory, ChildProblem, ObservedAdapter
 
 log = logging.getLogger(__name__)
+
+REFUSALS = (400, 403, 422)
+"""Invalid, forbidden (rights, quota, admission policy), unprocessable: nothing changes until a person acts."""
+MALFORMED = ("failed to convert new object", "failed to create typed patch object")
+"""The API server answers 500 to a value of a wrong form, such as the quantity 16GB."""
 
 
 class Applier:
@@ -68,7 +82,6 @@ class Applier:
 
     async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> bool:
         """Applies a base's plan. Returns True if that requires another plan. Raises ClusterError, RuntimeCallError."""
-        replan = False
         memory.scale = plan.memory
         if plan.inspect is not None:
             self._inspections.start(plan.inspect)
@@ -82,29 +95,44 @@ class Applier:
         if plan.remove_deployment_uid is not None:
             await self._remove_deployment(plan.remove_deployment_uid)
         if plan.children:
-            replan = memory.children_applied(plan.children_hash, await self._apply_children(plan))
+            refused = await self._apply_children(plan)
+            if memory.children_applied(plan.children_hash, refused, time.time()):
+                return True  # the status was decided without knowing this
         if plan.status is not None:
             try:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
             except ObjectNotFoundError:
                 return False
-            self._cache.bases.put(BaseObject.parse(raw))
+            self._intake.wrote_base(raw)
             base = self._cache.bases.get(base.meta.namespace, base.meta.name) or base
         failures = await self._unregister(plan.unregisters)
         await self._post(_subject(ObjectKind.BASE, base), plan.events)
         if failures:
             raise failures[0]
-        return replan
+        return False
 
-    async def _apply_children(self, plan: BasePlan) -> str:
-        """Applies all children. Returns why one could not be applied, or ""."""
-        conflict = ""
+    async def unreadable(self, key: Key, item: UnreadableObject, plan: UnreadablePlan) -> None:
+        """Reports an object that cannot be parsed. Raises ClusterError."""
+        meta = item.raw["metadata"]
+        try:
+            await self._cluster.patch_raw_status(key, str(meta["resourceVersion"]), plan.status)
+        except ObjectNotFoundError:
+            return
+        subject = Subject(key.kind.value, key.namespace, key.name, meta["uid"], str(meta["resourceVersion"]))
+        await self._post(subject, (plan.event,))
+
+    async def _apply_children(self, plan: BasePlan) -> ChildProblem | None:
+        """Applies all children. Returns why the API server refused one; a transient error is raised."""
+        problem: ChildProblem | None = None
         for child in plan.children:
             try:
                 await self._cluster.apply_child(child)
-            except ForeignObjectError as error:
-                conflict = str(error)
-        return conflict
+            except ClusterError as error:
+                refused = refusal(child, error)
+                if refused is None:
+                    raise
+                problem = problem or refused
+        return problem
 
     async def _remove_deployment(self, uid: str) -> None:
         found = next((item for item in self._cache.deployments if item.meta.uid == uid), None)
@@ -129,12 +157,15 @@ class Applier:
         return failures
 
     async def _exists(self, item: Unregister) -> bool:
-        """True if the object of a reported adapter exists but is missing in the cache. Raises ClusterError."""
+        """True if the object of a reported adapter exists but is missing in the cache, or if that cannot be read."""
         namespace, _, name = item.display.partition("/")
         try:
             raw = await self._cluster.get(ObjectKind.ADAPTER, namespace, name)
         except ObjectNotFoundError:
             return False
+        except ClusterError as error:  # the rest of the plan does not depend on it
+            log.info("reported adapter cannot be looked up", extra={"adapter": item.display, "error": str(error)})
+            return True
         return bool(raw["metadata"]["uid"] == item.adapter.uid)
 
     async def _post(self, subject: Subject, events: tuple[KubeEvent, ...]) -> None:
@@ -142,13 +173,25 @@ class Applier:
         for event in events:
             try:
                 await self._cluster.post_event(subject, event, time.time())
-            except FencedError:
-                raise
             except ObjectConflictError as error:
                 log.warning(
                     "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
                 )
 
 
+def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
+    """Returns what a refused apply means for the base; None for an error that a retry may cure by itself."""
+    if isinstance(error, ForeignObjectError):
+        return ChildProblem(Reason.NAME_CONFLICT, str(error))
+    refused = error.status in REFUSALS or (error.status == 500 and error.detail.startswith(MALFORMED))
+    if not refused:
+        return None
+    if "exceeded quota" in error.detail:
+        reason = Reason.QUOTA_EXCEEDED
+    else:
+        reason = Reason.APPLY_REFUSED if error.status == 403 else Reason.INVALID_PROFILE
+    return ChildProblem(reason, f"{child['kind']} {child['metadata']['name']}: {error.detail}")
+
+
 def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:
-    return Subject(kind, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)
+    return Subject(kind.value, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)
