@@ -10,7 +10,7 @@ from lorapool_gateway.metrics import Metrics
 
 
 def health_app(metrics: Metrics, alive: Callable[[], bool], ready: Callable[[], bool]) -> web.Application:
-    """`alive`: the task that builds the tables runs. `ready`: the tables are complete and it is not draining."""
+    """`alive`: the task that builds the tables runs. `ready`: they were complete once, and it is not draining."""
 
     def probe(ask: Callable[[], bool]) -> Callable[[web.Request], object]:
         async def handler(_: web.Request) -> web.Response:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
+import ssl
 import time
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 from artifact_hub import Fault, Hub
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
+from lorapool_artifacts.sources.http import GuardedSession, translated
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 
@@ -168,6 +172,35 @@ async def test_an_unreachable_hub_is_transient() -> None:
             "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
         )
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "host name is not found (DNS)"),
+        (ConnectionRefusedError(111, "Connection refused"), "connection is refused"),
+        (ssl.SSLCertVerificationError(1, "self-signed certificate"), "artifacts.caBundle"),
+        (ConnectionResetError(104, "Connection reset by peer"), "ConnectionError"),
+    ],
+)
+def test_the_message_says_whether_dns_the_port_or_tls_is_wrong(error: OSError, said: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    with pytest.raises(ArtifactError) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("urllib3.util.connection.create_connection", refuse)
+        deadline = Deadline(FetchLimits(), where="oci://registry.example/a")
+        with GuardedSession("registry.example", deadline) as session, translated(deadline):
+            session.get("https://registry.example/v2/")
+    assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+    assert said in caught.value.message
+
+
+async def test_a_refused_connection_of_the_hub_is_named() -> None:
+    with pytest.raises(ArtifactError, match="connection is refused"):
+        await inspect_adapter(
+            "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
+        )
 
 
 @pytest.mark.parametrize("where", ["/api/models/", "adapter_model.safetensors"])

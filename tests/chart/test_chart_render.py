@@ -162,6 +162,13 @@ def test_every_long_lived_container_is_probed() -> None:
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}, name
 
 
+def test_a_slow_start_does_not_fail_the_liveness_probe() -> None:
+    for name, deployment in of_kind(render(), "Deployment").items():
+        probe = deployment["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
+        assert probe["httpGet"] == {"path": "/healthz", "port": "metrics"}, name
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 120, name
+
+
 def test_pods_have_scrape_annotations_unless_switched_off() -> None:
     for values, scraped in (({}, True), (ALL_OFF, False)):
         for deployment in of_kind(render(values), "Deployment").values():

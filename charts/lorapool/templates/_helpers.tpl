@@ -126,6 +126,14 @@ capabilities:
     - ALL
 {{- end -}}
 
+{{/* A process may take two minutes to start, on a busy node or a slow disk, before its liveness counts. */}}
+{{- define "lorapool.startupProbe" -}}
+httpGet: {path: /healthz, port: metrics}
+periodSeconds: 2
+timeoutSeconds: 3
+failureThreshold: 60
+{{- end -}}
+
 {{/* Pod fields that the values of every component can set. Call with (list $ $.Values.gateway). */}}
 {{- define "lorapool.podScheduling" -}}
 {{- $root := index . 0 -}}{{- $component := index . 1 -}}

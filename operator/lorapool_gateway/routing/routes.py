@@ -5,7 +5,7 @@ falls back to the base. Names are tried in this order: `namespace/name`; `name`,
 may see has it; an alias or a base's served name, which belongs to the oldest object that claims it.
 
     check -> Target    pinned to the base, or to the adapter's uid and digest
-          -> Pending   no digest yet, or the source is being retried: hold the request
+          -> Pending   no digest yet, or the source is being checked again: hold the request
           -> raises    UnprocessableError, UnavailableError
 """
 
@@ -156,9 +156,7 @@ class RouteTable:
 
     def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
         """The weights that a request for this object runs on now. Raises UnprocessableError, UnavailableError."""
-        if isinstance(entry, BaseRoute):
-            return Target(entry)
-        base = self.bases.get(entry.base_ref)
+        base = entry if isinstance(entry, BaseRoute) else self.bases.get(entry.base_ref)
         if base is None:
             raise UnavailableError(
                 f"BaseModel {entry.base_ref} of `{entry.ref}` does not exist.",
@@ -166,7 +164,14 @@ class RouteTable:
                 code="base_not_found",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return _check(entry, base, now_unix_s)
+        if base.obstacle and not any(replica.usable for replica in self.replicas_of(base)):
+            raise UnavailableError(
+                f"BaseModel {base.ref} cannot start: {base.obstacle}",
+                param="model",
+                code="base_unavailable",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return Target(base) if isinstance(entry, BaseRoute) else _check(entry, base, now_unix_s)
 
     def visible(self, key: ApiKey) -> list[Entry]:
         """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
@@ -206,6 +211,8 @@ def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target 
         raise failure
     if adapter.digest is not None:
         return Target(base, adapter, adapter.digest)
+    if failure is not None and not adapter.awaiting_runtime and _retry_in_s(adapter, now_unix_s) > 0:
+        raise failure  # the source is known to be down until its next check
     late = failure or UnavailableError(
         f"`{adapter.ref}` is not ready yet{': ' + adapter.message if adapter.message else ''}.",
         param="model",
@@ -220,7 +227,7 @@ def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
     if adapter.failure is None or adapter.ready or not adapter.status_is_current:
         return None
     failure = adapter.failure
-    retry_after_s = max(1.0, _unix_s(failure.retry_at) - now_unix_s) if failure.retry_at is not None else None
+    retry_after_s = max(1.0, _retry_in_s(adapter, now_unix_s)) if failure.retry_at is not None else None
     message = f"`{adapter.ref}` cannot be served: {failure.message}"
     try:
         reason = FailureReason(failure.reason)
@@ -229,6 +236,13 @@ def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
             return UnprocessableError(message, param="model", code="adapter_failed")
         return UnavailableError(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)
     return client_fault(reason, message, retry_after_s)
+
+
+def _retry_in_s(adapter: AdapterRoute, now_unix_s: float) -> float:
+    """Seconds until the operator checks a failed source again; not positive if that is due, or if none is planned."""
+    if adapter.failure is None or adapter.failure.retry_at is None:
+        return 0.0
+    return _unix_s(adapter.failure.retry_at) - now_unix_s
 
 
 def _unix_s(text: str) -> float:
