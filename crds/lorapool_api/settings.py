@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -20,7 +19,6 @@ from lorapool_api.logs import LogFormat
 
 PROJECT_PREFIX = "LORAPOOL_"
 ALL_NAMESPACES = "*"
-MASTER_TOKEN_MIN_CHARS = 32
 
 TOOL_VARIABLES = frozenset(
     {
@@ -187,15 +185,3 @@ def _namespace_list(value: object) -> object:
 
 Namespaces = Annotated[frozenset[Namespace] | None, BeforeValidator(_namespace_list)]
 """A comma-separated list of namespaces; None, written "*", stands for the whole cluster."""
-
-
-def read_master_token(path: Path) -> str:
-    """The release's master token, without surrounding white space. Raises SettingsError, which never shows it."""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SettingsError(f"the master token file {path} cannot be read: {reason}") from None
-    if len(token) < MASTER_TOKEN_MIN_CHARS:
-        raise SettingsError(f"the master token in {path} is shorter than {MASTER_TOKEN_MIN_CHARS} characters")
-    return token

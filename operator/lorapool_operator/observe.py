@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from lorapool_api.common import AdapterCondition
-from lorapool_api.protocol import runtime_token, token_sha256
+from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
 from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.effects.inspections import InspectionTracker
@@ -31,7 +31,7 @@ class Observer:
         *,
         profiles: Profiles,
         image: RuntimeImage,
-        master_token: str,
+        tokens: Callable[[str], tuple[str, ...]],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
@@ -39,7 +39,7 @@ class Observer:
         self._runtimes = runtimes
         self._inspections = inspections
         self._image = image
-        self._master_token = master_token
+        self._tokens = tokens
         self._now = now
         self._bases: dict[Key, BaseMemory] = {}
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
@@ -79,7 +79,7 @@ class Observer:
             base=base,
             profile=self.profiles.get(base.spec.runtime_profile),
             image=self._image,
-            token_sha256=token_sha256(runtime_token(self._master_token, base.meta.uid)),
+            token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
             runtimes=tuple(self._runtimes.views_of(base)),
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),

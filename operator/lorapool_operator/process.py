@@ -16,7 +16,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
-from lorapool_api.settings import read_master_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.decisions.plan import PlanSettings
@@ -58,7 +58,7 @@ class Process:
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
-        self._master_token = read_master_token(settings.master_token_file)
+        self._tokens = RuntimeTokens.from_file(settings.master_token_file)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
         self._stop = asyncio.Event()
         self._finished = False
@@ -103,7 +103,7 @@ class Process:
         )
         self.runtimes = RuntimeTracker(
             self.cache,
-            master_token=self._master_token,
+            tokens=self._tokens.of,
             settings=PollSettings(
                 settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s
             ),
@@ -130,7 +130,7 @@ class Process:
             self.inspections,
             profiles=self._profiles,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
-            master_token=self._master_token,
+            tokens=self._tokens.of,
         )
         self.reconciler = Reconciler(
             self.queue,

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.inspect import BaseInspection, base_facts_from_folder, names_of
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.uri import parse_uri
@@ -56,12 +57,12 @@ class LocalInspector(ArtifactInspector):
 class Controller:
     """Plans and applies until cancelled; its writes go into the objects, which report every change back to it."""
 
-    def __init__(self, objects: Objects, inspector: Inspector, master_token: str) -> None:
+    def __init__(self, objects: Objects, inspector: Inspector, tokens: RuntimeTokens) -> None:
         self._cache = ClusterCache()
         self._queue: WorkQueue[Key] = WorkQueue()
         self._settings = PlanSettings()
         self._runtimes = RuntimeTracker(
-            self._cache, master_token=master_token, settings=PollSettings(), changed=self._runtime_changed
+            self._cache, tokens=tokens.of, settings=PollSettings(), changed=self._runtime_changed
         )
         self._inspections = InspectionTracker(
             self._cache,
@@ -81,7 +82,7 @@ class Controller:
             self._inspections,
             profiles={"default": PROFILE},
             image=RuntimeImage("", "Never"),
-            master_token=master_token,
+            tokens=tokens.of,
         )
         applier = Applier(objects, self._cache, self._intake, self._runtimes, self._inspections)
         self._reconciler = Reconciler(

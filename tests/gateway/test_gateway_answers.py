@@ -268,6 +268,16 @@ async def test_a_wrong_runtime_token_is_no_answer_to_the_client(here: World, run
     assert (await response.json())["error"]["code"] == "cold_start_timeout"
 
 
+async def test_a_runtime_that_only_knows_the_previous_token_answers_during_a_rotation(
+    here: World, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.tokens = ("n" * 64, runtime.token)
+    assert (await here.post(here.ask("route"))).status == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    here.tokens = (runtime.token, "o" * 64)
+    assert (await here.post(here.ask("route"))).status == 200
+
+
 async def test_names_that_clients_invent_are_refused_from_memory_and_add_no_series(
     here: World, runtime: FakeRuntime
 ) -> None:

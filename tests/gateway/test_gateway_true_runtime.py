@@ -154,7 +154,7 @@ async def test_a_client_that_leaves_ends_the_generation_in_the_engine(tokenizer:
 async def test_the_long_poll_sees_a_load_and_the_end_of_the_runtime(here: World, served: Served) -> None:
     changes = asyncio.Event()
     async with aiohttp.ClientSession() as session:
-        polls = RuntimePolls(session, lambda uid: "t" * 64, changes.set)
+        polls = RuntimePolls(session, lambda uid: ("t" * 64,), changes.set)
         polls.follow({"pod": PolledPod(served.url, "base-demo-tiny")})
         await until(lambda: "pod" in polls.states)
         assert polls.states["pod"].ready

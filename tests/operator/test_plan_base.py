@@ -72,7 +72,7 @@ def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
     known: dict[str, Any] = {
         "profile": RuntimeProfile(),
         "image": IMAGE,
-        "token_sha256": "ab" * 32,
+        "token_sha256": ("ab" * 32,),
         "inspection": FOUND,
     }
     return ObservedBase(base=of or base(), **{**known, **more})
@@ -93,7 +93,7 @@ def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     assert first.children == ()
     assert first.status is None
     made = plan(world())
-    assert [child["kind"] for child in made.children] == ["Deployment", "Service", "PodDisruptionBudget"]
+    assert [child["kind"] for child in made.children] == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
     assert made.scale_to == 1
     assert condition(made, "SourceResolved") == ("True", "Resolved")
     assert condition(made, "Ready") == ("False", "Starting")
@@ -122,7 +122,7 @@ def test_a_base_at_zero_replicas_is_ready_since_a_request_starts_one() -> None:
     made = plan(world(base(replicas=0)))
     assert condition(made, "Ready") == ("True", "ScaledToZero")
     assert condition(made, "RuntimeAvailable") == ("False", "ScaledToZero")
-    assert made.children[0]["spec"]["replicas"] == 0
+    assert made.children[1]["spec"]["replicas"] == 0
 
 
 def test_a_pod_that_cannot_run_is_quoted() -> None:
@@ -191,7 +191,7 @@ def test_an_idle_base_scales_to_zero_and_an_event_says_so() -> None:
     assert plan(observed, NOW + 599).requeue_at == NOW + 600
     made = plan(observed, NOW + 600)
     assert made.scale_to == 0
-    assert made.children[0]["spec"]["replicas"] == 0
+    assert made.children[1]["spec"]["replicas"] == 0
     assert [note.reason for note in made.events] == ["Scaled"]
 
 
@@ -240,7 +240,7 @@ def test_nothing_is_written_when_nothing_changed() -> None:
 
 
 def test_the_plan_applies_what_the_manifests_make() -> None:
-    wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256="ab" * 32)
+    wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=("ab" * 32,))
     assert list(plan(world()).children) == wanted
 
 

@@ -33,6 +33,7 @@ OURS = f"/apis/{GROUP}/{VERSION}"
 ROOTS = {
     "basemodels": OURS,
     "loraadapters": OURS,
+    "configmaps": "/api/v1",
     "deployments": "/apis/apps/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",

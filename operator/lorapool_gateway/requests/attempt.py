@@ -92,10 +92,11 @@ class RuntimeClient:
     def __init__(
         self,
         http: HttpClient,
-        token: Callable[[BaseRoute], str],
+        tokens: Callable[[BaseRoute], tuple[str, ...]],
     ) -> None:
+        """`tokens(base)` are the bearer tokens of its runtimes, in the order in which to try them."""
         self._http = http
-        self._token = token
+        self._tokens = tokens
         self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
         self.in_flight: Counter[str] = Counter()
         """Requests of this gateway by pod uid."""
@@ -141,8 +142,25 @@ class RuntimeClient:
         still_loading: Callable[[], bool],
         patience_s: float,
     ) -> HttpResponse | Refusal | Passed:
+        for token in self._tokens(target.base):
+            result = await self._attempt_with(token, target, replica, request, request_id, still_loading, patience_s)
+            if result is not Refusal.UNAUTHORIZED:
+                return result
+        log.error("runtime refuses the gateway's token", extra=_where(target, replica))
+        return Refusal.UNAUTHORIZED
+
+    async def _attempt_with(
+        self,
+        token: str,
+        target: Target,
+        replica: RuntimeReplica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
+    ) -> HttpResponse | Refusal | Passed:
         headers = {
-            "Authorization": f"Bearer {self._token(target.base)}",
+            "Authorization": f"Bearer {token}",
             "Content-Type": "application/json",
             HEADER_ADAPTER: target.header,
             HEADER_USAGE: "1",
@@ -155,7 +173,7 @@ class RuntimeClient:
             result = await self._classify(sent, target, replica)
             if result is not None:
                 return result
-            if not registered and (obstacle := await self._register(target, replica)) is not None:
+            if not registered and (obstacle := await self._register(token, target, replica)) is not None:
                 return obstacle
         raise ServerError(f"A runtime of {target.base.ref} does not keep registrations.")
 
@@ -214,7 +232,6 @@ class RuntimeClient:
             case 429, code if code == CODE_QUEUE_FULL:
                 return Refusal.QUEUE_FULL
             case 401 | 403, _:
-                log.error("runtime refuses the gateway's token", extra=_where(target, replica))
                 return Refusal.UNAUTHORIZED
             case 400 | 413 | 422 | 429 | 500 | 503, str():
                 return Passed(response.status, body, response.headers.get("retry-after"))
@@ -231,24 +248,24 @@ class RuntimeClient:
         )
         raise ServerError("The runtime answered for another model; the answer was withheld.", code="wrong_adapter")
 
-    async def _register(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+    async def _register(self, token: str, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
         """One PUT for all concurrent requests that need this adapter on this replica. None: registered."""
         if target.key is None:
             return None
         pending = (replica.endpoint.pod_uid, target.key)
         task = self._registering.get(pending)
         if task is None:
-            task = asyncio.create_task(self._put(target, replica), name=f"register {target.identity}")
+            task = asyncio.create_task(self._put(token, target, replica), name=f"register {target.identity}")
             self._registering[pending] = task
             task.add_done_callback(lambda _: self._registering.pop(pending, None))
         return await asyncio.shield(task)  # a client that disconnects does not cancel it for the others
 
-    async def _put(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+    async def _put(self, token: str, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
         descriptor, key = target.descriptor(), target.key
         assert descriptor is not None
         assert key is not None
         path = ROUTE_ADAPTER.format(uid=quote(key.uid, safe=""), digest=quote(key.digest, safe=":"))
-        headers = {"Authorization": f"Bearer {self._token(target.base)}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = json.dumps(descriptor.dump()).encode()
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):

@@ -1,7 +1,7 @@
 """The children of a BaseModel as plain objects, ready for server-side apply.
 
 Pods pass the `restricted` pod security standard. They hold no service-account token and no Secret of Lorapool, only the
-sha256 of the bearer token that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
+sha256 of the bearer tokens that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
 volume; those come from the administrator's profile.
 """
 
@@ -23,7 +23,7 @@ from lorapool_api.common import (
     LABEL_NAME,
     quantity_bytes,
 )
-from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
+from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -31,6 +31,8 @@ MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
 CACHE_DIR = "/cache"
 PVC_ROOT = "/pvc"
+TOKEN_DIR = "/etc/lorapool/token"
+TOKEN_HASHES_FILE = "sha256"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
@@ -56,10 +58,15 @@ def selector_text(base: BaseObject) -> str:
 
 
 def children(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: tuple[str, ...]
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
-    made = [deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256), service(base), pdb(base)]
+    made = [
+        token_hashes(base, token_sha256),
+        deployment(base, profile, image, replicas=replicas),
+        service(base),
+        pdb(base),
+    ]
     for child in made:
         child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
     return made
@@ -70,11 +77,19 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def deployment(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
-) -> Manifest:
+def token_hashes(base: BaseObject, token_sha256: tuple[str, ...]) -> Manifest:
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens; a change of it restarts no pod."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(base),
+        "data": {TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256)},
+    }
+
+
+def deployment(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int) -> Manifest:
     """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
-    template = pod_template(base, profile, image, token_sha256=token_sha256)
+    template = pod_template(base, profile, image)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -121,7 +136,7 @@ def pdb(base: BaseObject) -> Manifest:
     }
 
 
-def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -> Manifest:
     """Returns the pod template: restricted, without a service-account token, placed as the profile says."""
     spec: Manifest = {
         "automountServiceAccountToken": False,
@@ -135,8 +150,8 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage,
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(base, profile, image, token_sha256=token_sha256)],
-        "volumes": _volumes(profile),
+        "containers": [_container(base, profile, image)],
+        "volumes": _volumes(base, profile),
     }
     optional = {
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
@@ -162,13 +177,13 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage,
     }
 
 
-def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -> Manifest:
     return {
         "name": "runtime",
         "image": profile.image or image.image,
         "imagePullPolicy": profile.image_pull_policy or image.pull_policy,
         "command": ["python", "-m", "lorapool_runtime"],
-        "env": _env(base, profile, token_sha256=token_sha256),
+        "env": _env(base, profile),
         "ports": [
             {"name": RUNTIME_PORT_NAME, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
@@ -192,7 +207,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *
     }
 
 
-def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> list[Manifest]:
+def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     """Returns the runtime's settings from the spec, after the profile's variables so that they take precedence."""
     spec = base.spec
     cache_bytes = int(quantity_bytes(profile.cache_size_limit) * (1 - CACHE_RESERVE))
@@ -215,7 +230,7 @@ def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> lis
         "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
     }
     ours = [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
-    ours.append({"name": ENV_TOKEN_SHA256, "value": token_sha256})
+    ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours += [
         {"name": "HOME", "value": "/tmp"},
         {"name": "HF_HOME", "value": f"{CACHE_DIR}/hf"},
@@ -225,8 +240,9 @@ def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> lis
     return [item for item in profile.env if item.get("name") not in taken] + ours
 
 
-def _volumes(profile: RuntimeProfile) -> list[Manifest]:
+def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     volumes: list[Manifest] = [
+        {"name": "token", "configMap": {"name": children_name(base.meta.name)}},
         {"name": "tmp", "emptyDir": {"sizeLimit": profile.tmp_size_limit}},
         {"name": "cache", "emptyDir": {"sizeLimit": profile.cache_size_limit}},
     ]
@@ -240,6 +256,7 @@ def _volumes(profile: RuntimeProfile) -> list[Manifest]:
 
 def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     mounts: list[Manifest] = [
+        {"name": "token", "mountPath": TOKEN_DIR, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "cache", "mountPath": CACHE_DIR},
     ]

@@ -245,7 +245,8 @@ class ObservedBase:
     base: BaseObject
     profile: RuntimeProfile | None
     image: RuntimeImage
-    token_sha256: str
+    token_sha256: tuple[str, ...]
+    """The hash of each bearer token that the runtimes accept."""
     pods: tuple[PodObject, ...] = ()
     runtimes: tuple[RuntimeView, ...] = ()
     deployment: DeploymentObject | None = None
