@@ -17,7 +17,7 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapter
 from lorapool_api.protocol import RUNTIME_PORT, AdapterState, RuntimeSnapshot, Tier
 
 PORT_NAME = "http"
-_NO_POD_REASONS = frozenset({Reason.PROFILE_NOT_FOUND, Reason.NAME_CONFLICT})
+_NO_POD_REASONS = frozenset({Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.NAME_CONFLICT})
 """With these, a base has no pods, and waking it changes nothing."""
 
 

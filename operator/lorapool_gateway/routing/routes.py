@@ -124,8 +124,7 @@ class RouteTable:
         for entry in entries:
             canonical.setdefault(str(entry.ref), []).append(entry)
             short.setdefault(entry.ref.name, []).append(entry)
-            other = entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
-            if other:
+            if other := _other_name(entry):
                 extra.setdefault(other, []).append(entry)
         return cls(
             bases={entry.ref: entry for entry in entries if isinstance(entry, BaseRoute)},
@@ -185,6 +184,20 @@ class RouteTable:
         adapters.sort(key=lambda item: item.ref)
         return [*bases, *adapters]
 
+    def names_of(self, entry: Entry, key: ApiKey) -> list[str]:
+        """The model names under which the list shows an object: its full name, and its alias if that leads to it."""
+        found = [str(entry.ref)]
+        other = _other_name(entry)
+        if other and self._leads_to(other, entry, key):
+            found.append(other)
+        return found
+
+    def _leads_to(self, model: str, entry: Entry, key: ApiKey) -> bool:
+        try:
+            return self.find(model, key) is entry
+        except ModelNotFoundError:
+            return False
+
     def replicas_of(self, base: BaseRoute) -> tuple[RuntimeReplica, ...]:
         """The replicas of this very object: a recreated base never adopts the pods of its predecessor."""
         return tuple(
@@ -197,6 +210,10 @@ class RouteTable:
         """Whether the base does not, or no longer, admit this adapter's namespace."""
         base = self.bases.get(adapter.base_ref)
         return base is not None and not base.admits(adapter.ref.namespace)
+
+
+def _other_name(entry: Entry) -> str | None:
+    return entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
 
 
 def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
