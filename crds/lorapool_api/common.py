@@ -34,6 +34,8 @@ LABEL_BASE = f"{GROUP}/base"
 """On runtime pods, Services and (copied by Kubernetes) EndpointSlices: the BaseModel's name."""
 LABEL_BASE_UID = f"{GROUP}/base-uid"
 """On the same objects: the BaseModel's uid, so that a recreated base never adopts pods of the deleted one."""
+LABEL_CLOUD_IDENTITY = f"{GROUP}/cloud-identity"
+"""On pods: "true" lets them reach the address at which the cloud gives a service account its identity."""
 LABEL_API_KEY = f"{GROUP}/api-key"
 """On Secrets in the keys namespace: "true" marks an API key of the gateway."""
 
@@ -108,6 +110,8 @@ class Reason(StrEnum):
     UNAVAILABLE = "Unavailable"
     READY = "Ready"
     STABLE = "Stable"
+    PROFILE_NOT_PERMITTED = "ProfileNotPermitted"
+    """The profile in spec.runtimeProfile is not for this namespace."""
     PROFILE_NOT_FOUND = "ProfileNotFound"
     """The chart's values have no profile with the name in spec.runtimeProfile."""
 

@@ -86,6 +86,10 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.READY: Explanation("At least one replica answers requests."),
     Reason.STABLE: Explanation("Nothing is changing."),
+    Reason.PROFILE_NOT_PERMITTED: Explanation(
+        "The profile in spec.runtimeProfile does not list the BaseModel's namespace in allowedNamespaces.",
+        "Name another profile, or ask the administrator to add the namespace to runtimeProfiles.<name>.allowedNamespaces.",
+    ),
     Reason.PROFILE_NOT_FOUND: Explanation(
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
         "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",

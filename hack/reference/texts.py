@@ -38,6 +38,13 @@ METRICS = """# Metrics
 All three processes also export the Python client's `process_` and `python_` metrics.
 """
 
+PROFILES = """# Runtime profiles
+
+The fields of a profile in the chart's value `runtimeProfiles`. BaseModels name a profile in `spec.runtimeProfile`; only the
+administrator of the release writes profiles. A change of a profile rolls the pods of the bases that use it.
+
+"""
+
 SETTINGS = """# Settings
 
 Each process reads its settings from the environment at start; the chart sets them from its values. A variable that
@@ -154,6 +161,7 @@ ERROR_CODES: dict[str, str] = {
     "adapter_suspended": "The adapter's spec.suspend is true.",
     "bad_upstream": "A runtime sent an answer that the gateway does not understand. Compare their versions.",
     "base_not_found": "The adapter's BaseModel does not exist.",
+    "base_unavailable": "No pod of the BaseModel can start: the message quotes the condition that says why.",
     "body_timeout": "The client sent its body too slowly.",
     "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",

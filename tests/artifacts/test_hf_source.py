@@ -11,7 +11,8 @@ from pathlib import Path
 
 import artifact_zoo as zoo
 import pytest
-from artifact_hub import Fault, Hub
+from artifact_hub import Fault, Hub, self_signed
+from huggingface_hub import close_session
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.deadline import Deadline
@@ -201,6 +202,46 @@ async def test_a_refused_connection_of_the_hub_is_named() -> None:
         await inspect_adapter(
             "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
         )
+
+
+async def test_a_proxy_is_used_and_resolves_the_hosts_name(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    monkeypatch.setenv("NO_PROXY", "registry.example")
+    hub.repos["acme/lora"] = zoo.adapter_files()
+    behind = SourceSettings(hf_endpoint="http://hub.invalid")
+    path = await fetch(await resolve("hf://acme/lora", settings=behind), tmp_path)
+    assert (path / "adapter_model.safetensors").exists()
+
+
+async def test_an_authority_is_trusted_that_the_charts_variables_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = self_signed(tmp_path)
+    with Hub(certificate) as hub:
+        hub.repos["acme/lora"] = zoo.adapter_files()
+        hf = SourceSettings(hf_endpoint=hub.url)
+        close_session()  # huggingface_hub keeps one client per process, which has read the authorities
+        with pytest.raises(ArtifactError, match=r"artifacts\.caBundle") as caught:
+            await resolve("hf://acme/lora", settings=hf)
+        assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            monkeypatch.setenv(name, str(certificate))
+        close_session()
+        path = await fetch(await resolve("hf://acme/lora", settings=hf), tmp_path)
+        close_session()
+    assert (path / "adapter_model.safetensors").exists()
+
+
+async def test_hosts_in_no_proxy_are_reached_directly(
+    hub: Hub, hf: SourceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub.repos["acme/lora"] = zoo.adapter_files()
+    found = await inspect_adapter("hf://acme/lora", None, None, None, LIMITS, hf)
+    assert found.compatibility.ok
 
 
 @pytest.mark.parametrize("where", ["/api/models/", "adapter_model.safetensors"])

@@ -6,6 +6,11 @@
 {{- with $artifacts.insecureRegistries -}}
 {{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- if $artifacts.caBundle.configMap -}}
+{{- range $name := list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" -}}
+{{- $env = append $env (dict "name" $name "value" "/etc/lorapool/ca/ca.crt") -}}
+{{- end -}}
+{{- end -}}
 {{- $env = concat $env $artifacts.env -}}
 {{- with $artifacts.credentials.existingSecret -}}
 {{- $secret := . -}}
@@ -15,6 +20,19 @@
 {{- end -}}
 {{- end -}}
 {{- toJson $env -}}
+{{- end -}}
+
+{{/* Volume and mount of the certificate authorities, as JSON lists: empty without a bundle. */}}
+{{- define "lorapool.caBundle.volumes" -}}
+{{- $bundle := .Values.artifacts.caBundle -}}
+{{- $item := dict "key" $bundle.key "path" "ca.crt" -}}
+{{- $volume := dict "name" "ca-bundle" "configMap" (dict "name" $bundle.configMap "items" (list $item)) -}}
+{{- ternary (list $volume) list (ne $bundle.configMap "") | toJson -}}
+{{- end -}}
+
+{{- define "lorapool.caBundle.mounts" -}}
+{{- $mount := dict "name" "ca-bundle" "mountPath" "/etc/lorapool/ca" "readOnly" true -}}
+{{- ternary (list $mount) list (ne .Values.artifacts.caBundle.configMap "") | toJson -}}
 {{- end -}}
 
 {{- define "lorapool.env.gateway" -}}

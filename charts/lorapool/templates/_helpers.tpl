@@ -98,6 +98,29 @@ annotations:
 {{- default .Release.Namespace .Values.apiKeys.namespace -}}
 {{- end -}}
 
+{{/* A component's PodDisruptionBudget. Call with (list $ "gateway"). */}}
+{{- define "lorapool.podDisruptionBudget" -}}
+{{- $root := index . 0 -}}{{- $component := index . 1 -}}
+{{- $budget := (index $root.Values $component).podDisruptionBudget -}}
+{{- if $budget.enabled }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "lorapool.fullname" $root }}-{{ $component }}
+  namespace: {{ $root.Release.Namespace }}
+  labels:
+    {{- include "lorapool.labels" . | nindent 4 }}
+  {{- include "lorapool.annotations" (list $root dict) | nindent 2 }}
+spec:
+  maxUnavailable: {{ $budget.maxUnavailable }}
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  selector:
+    matchLabels:
+      {{- include "lorapool.selectorLabels" . | nindent 6 }}
+{{- end }}
+{{- end -}}
+
 {{- define "lorapool.runtimeTokenSecret" -}}
 {{- default (printf "%s-runtime-token" (include "lorapool.fullname" .)) .Values.runtimeToken.existingSecret -}}
 {{- end -}}
@@ -109,9 +132,11 @@ annotations:
 {{/* securityContext of a pod under Pod Security `restricted`. */}}
 {{- define "lorapool.podSecurityContext" -}}
 runAsNonRoot: true
+{{- if .Values.fixedUsers }}
 runAsUser: 65532
 runAsGroup: 65532
 fsGroup: 65532
+{{- end }}
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}

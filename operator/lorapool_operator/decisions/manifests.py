@@ -7,8 +7,10 @@ volume; those come from the administrator's profile.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorapool_api.basemodel import KIND
@@ -17,6 +19,7 @@ from lorapool_api.common import (
     API_VERSION,
     LABEL_BASE,
     LABEL_BASE_UID,
+    LABEL_CLOUD_IDENTITY,
     LABEL_COMPONENT,
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
@@ -25,11 +28,12 @@ from lorapool_api.common import (
 )
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
-from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
+from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
 CACHE_DIR = "/cache"
+MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
 TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
@@ -63,9 +67,10 @@ def children(
     """Returns all children, each with the hash of its own content as an annotation."""
     made = [
         token_hashes(base, token_sha256),
+        *model_cache_claim(base, profile),
         deployment(base, profile, image, replicas=replicas),
         service(base),
-        pdb(base),
+        pdb(base, profile),
     ]
     for child in made:
         child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
@@ -87,6 +92,13 @@ def token_hashes(base: BaseObject, token_sha256: tuple[str, ...]) -> Manifest:
     }
 
 
+def model_cache_claim(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
+    """Yields the claim of the base's own cache volume, if the profile asks for one."""
+    if profile.cache is not None and profile.cache.pvc is not None:
+        kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+        yield {**kind, "metadata": _metadata(base), "spec": profile.cache.pvc}
+
+
 def deployment(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int) -> Manifest:
     """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
     template = pod_template(base, profile, image)
@@ -98,6 +110,7 @@ def deployment(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *
             "replicas": replicas,
             "selector": {"matchLabels": selector_labels(base)},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "minReadySeconds": profile.min_ready_seconds,
             "progressDeadlineSeconds": profile.startup_timeout_seconds + 60,
             "revisionHistoryLimit": 2,
             "template": template,
@@ -122,16 +135,16 @@ def service(base: BaseObject) -> Manifest:
     }
 
 
-def pdb(base: BaseObject) -> Manifest:
-    """Returns a budget of one: the drain of a node can proceed, but never stops two replicas at once."""
+def pdb(base: BaseObject, profile: RuntimeProfile) -> Manifest:
+    """Returns the budget, by default of one: the drain of a node can proceed, but never stops two replicas at once."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": _metadata(base),
         "spec": {
-            "maxUnavailable": 1,
-            "selector": {"matchLabels": selector_labels(base)},
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            **profile.pod_disruption_budget,
+            "selector": {"matchLabels": selector_labels(base)},
         },
     }
 
@@ -144,9 +157,7 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage)
         "terminationGracePeriodSeconds": profile.termination_grace_period_seconds,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": profile.run_as_user,
-            "runAsGroup": profile.run_as_user,
-            "fsGroup": profile.run_as_user,
+            **_user(profile.run_as_user),
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -162,9 +173,13 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage)
         "runtimeClassName": profile.runtime_class_name,
     }
     spec.update({name: value for name, value in optional.items() if value})
+    spec = merged(spec, profile.pod)
+    for constraint in spec.get("topologySpreadConstraints", ()):
+        constraint.setdefault("labelSelector", {"matchLabels": selector_labels(base)})
+    identity = {LABEL_CLOUD_IDENTITY: "true"} if profile.cloud_identity else {}
     return {
         "metadata": {
-            "labels": {**profile.pod_labels, **_labels(base)},
+            "labels": {**profile.pod_labels, **identity, **_labels(base)},
             "annotations": {
                 "prometheus.io/scrape": "true",
                 "prometheus.io/port": str(METRICS_PORT),
@@ -177,8 +192,26 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage)
     }
 
 
+def merged(ours: Manifest, overlay: Mapping[str, Any]) -> Manifest:
+    """Returns a copy of `ours` with the overlay: maps are merged by key, lists are appended, other values replaced."""
+    result = copy.deepcopy(ours)
+    for name, value in overlay.items():
+        before = result.get(name)
+        if isinstance(before, dict) and isinstance(value, Mapping):
+            result[name] = merged(before, value)
+        elif isinstance(before, list) and isinstance(value, list):
+            result[name] = before + copy.deepcopy(value)
+        else:
+            result[name] = copy.deepcopy(value)
+    return result
+
+
+def _user(user: int) -> Manifest:
+    return {"runAsUser": user, "runAsGroup": user, "fsGroup": user} if user else {}
+
+
 def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -> Manifest:
-    return {
+    ours: Manifest = {
         "name": "runtime",
         "image": profile.image or image.image,
         "imagePullPolicy": profile.image_pull_policy or image.pull_policy,
@@ -205,6 +238,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -
         "livenessProbe": {**_probe(ROUTE_HEALTH), "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": _mounts(profile),
     }
+    return merged(ours, profile.container)
 
 
 def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
@@ -230,6 +264,8 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
     }
     ours = [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
+    if profile.cache is not None:
+        ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours += [
         {"name": "HOME", "value": "/tmp"},
@@ -246,6 +282,8 @@ def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         {"name": "tmp", "emptyDir": {"sizeLimit": profile.tmp_size_limit}},
         {"name": "cache", "emptyDir": {"sizeLimit": profile.cache_size_limit}},
     ]
+    if profile.cache is not None:
+        volumes.append({"name": "models", **_model_cache(base, profile.cache)})
     if profile.shm_size_limit:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size_limit}})
     for index, volume in enumerate(profile.volumes):
@@ -254,12 +292,20 @@ def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     return volumes
 
 
+def _model_cache(base: BaseObject, cache: ModelCache) -> Manifest:
+    if cache.pvc is not None:
+        return {"persistentVolumeClaim": {"claimName": children_name(base.meta.name)}}
+    return {"hostPath": cache.host_path} if cache.host_path is not None else {"ephemeral": cache.ephemeral}
+
+
 def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": "token", "mountPath": TOKEN_DIR, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "cache", "mountPath": CACHE_DIR},
     ]
+    if profile.cache is not None:
+        mounts.append({"name": "models", "mountPath": MODELS_DIR})
     if profile.shm_size_limit:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     for index, volume in enumerate(profile.volumes):

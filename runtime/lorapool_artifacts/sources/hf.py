@@ -76,7 +76,7 @@ class HfSource:
 def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> HfSource:
     """Asks the hub for the commit of the revision and lists its files. Raises ArtifactError."""
     endpoint = settings.hf_endpoint or PUBLIC_HUB
-    check_host(urlsplit(endpoint).hostname or "", where=str(uri))
+    check_host(endpoint, where=str(uri))
     deadline.progress()
     api = HfApi(endpoint=endpoint, token=settings.hf_token, library_name="lorapool")
     try:
