@@ -22,6 +22,7 @@ RUNTIME_PORT = 8000
 ROUTE_RUNTIME = "/v1/runtime"
 ROUTE_ADAPTER = "/v1/adapters/{uid}/{digest}"
 ROUTE_RESOLVE = "/v1/resolve"
+ROUTE_ATTEMPT = "/v1/attempts/{id}"
 ROUTE_EVENTS = "/v1/events"
 ROUTE_CHAT = "/v1/chat/completions"
 ROUTE_COMPLETIONS = "/v1/completions"

@@ -63,6 +63,7 @@ HEADERS = {
     common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
     "`model` is. Answer: what answered.",
     common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
+    common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
@@ -111,6 +112,10 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         protocol.ROUTE_ADAPTER,
     ): "Lets running requests of the adapter end, then removes it. Answers `DeleteAnswer`.",
     ("POST", protocol.ROUTE_RESOLVE): "Checks a source without loading it: `ResolveRequest` to `ResolveAnswer`.",
+    (
+        "DELETE",
+        protocol.ROUTE_ATTEMPT,
+    ): "Ends the request that was sent with this `x-lorapool-attempt`, whose client has left. Answers its `Usage`.",
     ("GET", protocol.ROUTE_MODELS): "The base and the registered adapters, as OpenAI lists models.",
     ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",

@@ -92,6 +92,9 @@ class RuntimeSettings(ProcessSettings):
     """Endpoints and credentials of the artifact sources. Never flags, since any user of the machine can read those."""
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
+    base_cache_dir: Path | None = None
+    """Folder of fetched base models, by digest, which several runtimes may share. None: a folder in `cache_dir`, and the
+    base then counts towards `cache_bytes`."""
     cache_bytes: int = Field(default=20 * 2**30, ge=2**20)
     """Bytes of adapters kept on disk; the least recently used are deleted first."""
     host_cache_bytes: int = Field(default=2**30, ge=0)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.common import HEADER_ADAPTER, HEADER_ATTEMPT, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -32,6 +32,7 @@ from lorapool_api.openai import (
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
+    ROUTE_ATTEMPT,
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
     ROUTE_EVENTS,
@@ -48,6 +49,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from lorapool_runtime.serving.generation import Generation
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
 
@@ -72,6 +74,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
     app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
     app.router.add_post(ROUTE_RESOLVE, server.resolve)
+    app.router.add_delete(ROUTE_ATTEMPT, server.cancel)
     app.router.add_get(ROUTE_MODELS, server.models)
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
     app.router.add_post(ROUTE_CHAT, server.chat)
@@ -92,6 +95,8 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
+        self._attempts: dict[str, Generation] = {}
+        """The running requests by the ids of the gateways' attempts."""
         self._responder = Responder(runtime.clock, runtime.metrics, write_timeout_s=runtime.settings.write_timeout_s)
 
     # --- around every route -------------------------------------------------------------
@@ -217,10 +222,22 @@ class _Server:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
         started_s = self._runtime.clock.now_s()
         admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER))
+        attempt = request.headers.get(HEADER_ATTEMPT) or uuid.uuid4().hex
+        self._attempts[attempt] = admitted.generation
         try:
             return await self._responder.respond(request, parsed, admitted, started_s=started_s)
         finally:
+            self._attempts.pop(attempt, None)
             admitted.generation.cancel()
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Ends a request whose client has left, and answers what it has used. Raises RouteNotFoundError."""
+        generation = self._attempts.get(request.match_info["id"])
+        if generation is None:
+            raise RouteNotFoundError("There is no such attempt.")
+        generation.cancel()
+        await generation.ended.wait()
+        return _json(generation.usage())
 
     async def _body(self, request: web.Request) -> bytes:
         try:
