@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -82,6 +83,10 @@ class ProcessSettings(SettingsGroup):
     """INFO logs starts, loads and failures, and nothing per request."""
     log_format: LogFormat = "auto"
     """json: one JSON object per line; text: for people; auto: text on a terminal, else json."""
+    metrics_tls_dir: Path | None = None
+    """Folder with tls.crt and tls.key, with which metrics and their port's probes are served. None: plain HTTP."""
+    metrics_token_file: Path | None = None
+    """File with the bearer token that /metrics on the metrics port requires. None: none is required."""
 
 
 G = TypeVar("G", bound=SettingsGroup)

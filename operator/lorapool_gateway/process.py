@@ -11,12 +11,14 @@ import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from ssl import SSLContext
 from typing import Any
 
 import aiohttp
 import uvloop
 from aiohttp import web
 
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.health import health_app
@@ -72,9 +74,10 @@ async def running(
         def alive() -> bool:
             return not watching.done()
 
-        health = health_app(metrics, alive, lambda: alive() and tables.synced and not gateway.draining)
+        access = MetricsAccess(settings)
+        health = health_app(metrics, access, alive, lambda: alive() and tables.synced and not gateway.draining)
         open_runner = web.AppRunner(health, access_log=None, shutdown_timeout=SHUTDOWN_S)
-        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port)
+        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port, access.tls)
         runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
@@ -104,11 +107,13 @@ async def drain(process: GatewayProcess, settings: Settings) -> None:
         log.warning("drain timeout", extra={"in_flight": process.gateway.in_flight})
 
 
-async def listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int) -> tuple[web.TCPSite, int]:
+async def listen(
+    stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int, tls: SSLContext | None = None
+) -> tuple[web.TCPSite, int]:
     """Serves on that port (0: a free one) until the stack unwinds."""
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
+    site = web.TCPSite(runner, host, port, backlog=BACKLOG, ssl_context=tls)
     await site.start()
     return site, int(runner.addresses[0][1])
 

@@ -16,6 +16,7 @@ import kopf
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
@@ -59,6 +60,7 @@ class Process:
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
+        self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
         self._stop = asyncio.Event()
         self._finished = False
@@ -253,11 +255,12 @@ class Process:
 
     @asynccontextmanager
     async def _status_server(self) -> AsyncIterator[None]:
-        app = status_app(self.metrics.registry, healthy=self._health_problem, ready=self._ready_problem)
+        app = status_app(self.metrics.registry, self._metrics_access, healthy=self._health_problem, ready=self._ready_problem)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self.settings.metrics_host, self.settings.metrics_port).start()
+            host, port, tls = self.settings.metrics_host, self.settings.metrics_port, self._metrics_access.tls
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
             self.metrics_port = int(runner.addresses[0][1])
             yield
         finally:

@@ -202,6 +202,38 @@ def test_a_bundle_of_authorities_is_trusted_by_operator_and_runtimes() -> None:
     assert "ca-bundle" not in json.dumps(render())
 
 
+def test_metrics_are_served_with_the_secrets_that_the_values_name() -> None:
+    metrics = {
+        "tls": {"secret": "metrics-tls", "serverName": "metrics.example"},
+        "token": {"secret": "metrics-token", "key": "bearer"},
+        "serviceMonitor": {"enabled": True},
+        "podMonitor": {"enabled": True},
+    }
+    manifests = render({"metrics": metrics})
+    pods = {
+        name.removeprefix("lorapool-"): deployment["spec"]["template"]
+        for name, deployment in of_kind(manifests, "Deployment").items()
+    }
+    pods["runtime"] = children_of(profile_of({"metrics": metrics}, "default"))["Deployment"]["spec"]["template"]
+    for process, pod in pods.items():
+        container = pod["spec"]["containers"][0]
+        volumes = {item["name"]: item.get("secret", {}) for item in pod["spec"]["volumes"]}
+        env = {item["name"]: item.get("value") for item in container["env"]}
+        assert volumes["metrics-tls"]["secretName"] == "metrics-tls"
+        assert volumes["metrics-token"]["items"] == [{"key": "bearer", "path": "token"}]
+        assert env[f"LORAPOOL_{process.upper()}_METRICS_TLS_DIR"] == "/etc/lorapool/metrics-tls"
+        assert env[f"LORAPOOL_{process.upper()}_METRICS_TOKEN_FILE"] == "/etc/lorapool/metrics-token/token"
+        assert pod["metadata"]["annotations"]["prometheus.io/scheme"] == "https"
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe") if process != "runtime" else ():
+            assert container[probe]["httpGet"]["scheme"] == "HTTPS", (process, probe)
+    monitors = [*of_kind(manifests, "ServiceMonitor").values(), *of_kind(manifests, "PodMonitor").values()]
+    for monitor in monitors:
+        [endpoint] = monitor["spec"].get("endpoints") or monitor["spec"]["podMetricsEndpoints"]
+        assert (endpoint["scheme"], endpoint["tlsConfig"]["serverName"]) == ("https", "metrics.example")
+        assert endpoint["authorization"]["credentials"] == {"name": "metrics-token", "key": "bearer"}
+    assert "metrics-t" not in json.dumps(render())
+
+
 def test_claims_are_only_a_right_where_a_profile_makes_them() -> None:
     def resources(values: dict[str, Any]) -> set[str]:
         role = of_kind(render(values), "Role")["lorapool-operator"]

@@ -22,17 +22,28 @@
 {{- toJson $env -}}
 {{- end -}}
 
-{{/* Volume and mount of the certificate authorities, as JSON lists: empty without a bundle. */}}
-{{- define "lorapool.caBundle.volumes" -}}
-{{- $bundle := .Values.artifacts.caBundle -}}
+{{/* Files that the values name, mounted into a pod. Call with (list $ withCaBundle); a JSON object of volumes, mounts and
+     the metrics' variables without their prefix. */}}
+{{- define "lorapool.files" -}}
+{{- $root := index . 0 -}}{{- $bundle := $root.Values.artifacts.caBundle -}}{{- $metrics := $root.Values.metrics -}}
+{{- $volumes := list -}}{{- $mounts := list -}}{{- $env := dict -}}
+{{- if and (index . 1) $bundle.configMap -}}
 {{- $item := dict "key" $bundle.key "path" "ca.crt" -}}
-{{- $volume := dict "name" "ca-bundle" "configMap" (dict "name" $bundle.configMap "items" (list $item)) -}}
-{{- ternary (list $volume) list (ne $bundle.configMap "") | toJson -}}
+{{- $volumes = append $volumes (dict "name" "ca-bundle" "configMap" (dict "name" $bundle.configMap "items" (list $item))) -}}
+{{- $mounts = append $mounts (dict "name" "ca-bundle" "mountPath" "/etc/lorapool/ca" "readOnly" true) -}}
 {{- end -}}
-
-{{- define "lorapool.caBundle.mounts" -}}
-{{- $mount := dict "name" "ca-bundle" "mountPath" "/etc/lorapool/ca" "readOnly" true -}}
-{{- ternary (list $mount) list (ne .Values.artifacts.caBundle.configMap "") | toJson -}}
+{{- with $metrics.tls.secret -}}
+{{- $volumes = append $volumes (dict "name" "metrics-tls" "secret" (dict "secretName" . "defaultMode" 288)) -}}
+{{- $mounts = append $mounts (dict "name" "metrics-tls" "mountPath" "/etc/lorapool/metrics-tls" "readOnly" true) -}}
+{{- $_ := set $env "METRICS_TLS_DIR" "/etc/lorapool/metrics-tls" -}}
+{{- end -}}
+{{- with $metrics.token.secret -}}
+{{- $item := dict "key" $metrics.token.key "path" "token" -}}
+{{- $volumes = append $volumes (dict "name" "metrics-token" "secret" (dict "secretName" . "defaultMode" 288 "items" (list $item))) -}}
+{{- $mounts = append $mounts (dict "name" "metrics-token" "mountPath" "/etc/lorapool/metrics-token" "readOnly" true) -}}
+{{- $_ := set $env "METRICS_TOKEN_FILE" "/etc/lorapool/metrics-token/token" -}}
+{{- end -}}
+{{- dict "volumes" $volumes "mounts" $mounts "env" $env | toJson -}}
 {{- end -}}
 
 {{- define "lorapool.env.gateway" -}}
@@ -57,6 +68,10 @@
   value: {{ $gateway.drainSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
+- name: LORAPOOL_GATEWAY_{{ $name }}
+  value: {{ $value }}
+{{- end }}
 {{- end -}}
 
 {{- define "lorapool.env.operator" -}}
@@ -95,6 +110,10 @@
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- range $name, $value := (include "lorapool.files" (list . true) | fromJson).env }}
+- name: LORAPOOL_OPERATOR_{{ $name }}
+  value: {{ $value }}
+{{- end }}
 {{- range include "lorapool.env.artifacts" . | fromJsonArray }}
 - {{ toYaml . | nindent 2 | trim }}
 {{- end }}

@@ -151,9 +151,13 @@ capabilities:
     - ALL
 {{- end -}}
 
+{{- define "lorapool.probeScheme" -}}
+{{- if .Values.metrics.tls.secret }}, scheme: HTTPS{{ end -}}
+{{- end -}}
+
 {{/* A process may take two minutes to start, on a busy node or a slow disk, before its liveness counts. */}}
 {{- define "lorapool.startupProbe" -}}
-httpGet: {path: /healthz, port: metrics}
+httpGet: {path: /healthz, port: metrics{{ include "lorapool.probeScheme" . }}}
 periodSeconds: 2
 timeoutSeconds: 3
 failureThreshold: 60
@@ -189,6 +193,7 @@ affinity:
 {{- $annotations := dict -}}
 {{- if $root.Values.metrics.scrapeAnnotations -}}
 {{- $annotations = dict "prometheus.io/scrape" "true" "prometheus.io/port" "9090" "prometheus.io/path" "/metrics" -}}
+{{- if $root.Values.metrics.tls.secret -}}{{- $_ := set $annotations "prometheus.io/scheme" "https" -}}{{- end -}}
 {{- end -}}
 {{- with mergeOverwrite $annotations (deepCopy $root.Values.commonAnnotations) (deepCopy $component.podAnnotations) -}}
 {{- toYaml . -}}

@@ -18,6 +18,7 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_ATTEMPT, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -80,9 +81,16 @@ def make_app(runtime: Runtime) -> web.Application:
     return app
 
 
-def make_metrics_app(runtime: Runtime) -> web.Application:
-    """The metrics listener, which needs no token: our own names, and on a second path those of inference gateways."""
-    app = web.Application()
+def make_metrics_app(runtime: Runtime, access: MetricsAccess) -> web.Application:
+    """The metrics listener, which needs no token of the base: our own names, and on a second path those of inference gateways."""
+
+    @web.middleware
+    async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not access.permits(request.headers.get("Authorization")):
+            return web.Response(status=401)
+        return await handler(request)
+
+    app = web.Application(middlewares=[check_access])
     server = _Server(runtime)
     app.router.add_get(ROUTE_METRICS, server.own_metrics)
     app.router.add_get(ROUTE_METRICS + "/vllm", server.gateway_metrics)
