@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster import build, control, install, kernel, lifecycle
+from cluster import control, kernel, lifecycle
 from cluster.errors import ClusterError, NotRunningError
 from cluster.places import state_dir
+from cluster.programs import build, install
 
 
 def main(argv: list[str]) -> int:

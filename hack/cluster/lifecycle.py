@@ -20,11 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import build, cgroups, control, forward, install, oci, pki, trees
+from cluster import cgroups, control, forward, oci, pki, trees
 from cluster import plan as planning
 from cluster.errors import ClusterError, MissingToolError, NotRunningError, StartFailedError
 from cluster.kernel import ProcessId
 from cluster.places import HACK, NAME, cache_dir, tail
+from cluster.programs import build, install
 from cluster.say import say
 
 START_DEADLINE_S = 150.0

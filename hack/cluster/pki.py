@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import StartFailedError
-from cluster.install import require
+from cluster.programs.install import require
 
 _DAYS = "3650"
 

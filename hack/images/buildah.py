@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import install
 from cluster.errors import ClusterError, MissingToolError
 from cluster.places import cache_dir
+from cluster.programs import install
 from cluster.say import say
 
 

@@ -13,8 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "hack"))
 
-from cluster import build, debian, install, pins, targets  # noqa: E402  (hack is no installed package)
+from cluster import targets  # noqa: E402  (hack is no installed package)
 from cluster.errors import BuildFailedError, MissingToolError  # noqa: E402
+from cluster.programs import build, debian, install, pins  # noqa: E402
 
 GO = """#!/bin/sh
 case "$1" in
@@ -62,7 +63,7 @@ def test_a_failed_build_publishes_nothing_and_shows_the_compilers_words(
 BUILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from cluster import build, install
+from cluster.programs import build, install
 install.SEARCH_PATH = sys.argv[2]
 build.HEARTBEAT_S = 0.01
 build.build()

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import debian, install, pins
 from cluster.errors import BuildFailedError
 from cluster.places import GO_SOURCES, cache_dir, tail
+from cluster.programs import debian, install, pins
 from cluster.say import say
 
 HEARTBEAT_S = 15.0

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster import install
 from cluster.errors import MissingToolError
+from cluster.programs import install
 from cluster.say import say
 
 

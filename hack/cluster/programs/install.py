@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from cluster import pins
 from cluster.errors import MissingToolError
 from cluster.places import HACK, cache_dir
+from cluster.programs import pins
 from cluster.say import say
 
 SEARCH_PATH = os.pathsep.join(
