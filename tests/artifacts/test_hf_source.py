@@ -155,6 +155,18 @@ async def test_a_private_repository_needs_the_token_and_the_message_says_where(h
     assert seen.compatibility.ok
 
 
+async def test_a_changed_credential_is_used_without_a_restart(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["acme/private"], hub.token = zoo.adapter_files(), "new-token"
+    (tmp_path / "HF_TOKEN").write_text("old-token\n")
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "from-the-environment", "LORAPOOL_CREDENTIALS_DIR": str(tmp_path)}
+    settings = SourceSettings.from_env(env)
+    with pytest.raises(ArtifactError) as caught:
+        await resolve("hf://acme/private", settings=settings)
+    assert caught.value.reason is FailureReason.UNAUTHORIZED
+    (tmp_path / "HF_TOKEN").write_text("new-token\n")
+    assert (await resolve("hf://acme/private", settings=settings)).revision == hub.commit_of("acme/private")
+
+
 async def test_settings_show_no_secret() -> None:
     env = {
         "HF_TOKEN": "s3cr3t",

@@ -234,6 +234,21 @@ def test_metrics_are_served_with_the_secrets_that_the_values_name() -> None:
     assert "metrics-t" not in json.dumps(render())
 
 
+def test_credentials_are_also_mounted_so_that_a_changed_secret_needs_no_restart() -> None:
+    values = {"artifacts": {"credentials": {"existingSecret": "hub"}}}
+    operator = pod_of(of_kind(render(values), "Deployment")["lorapool-operator"])
+    assert operator is not None
+    for spec in (operator["spec"], pod_spec(profile_of(values, "default"))):
+        [volume] = [item for item in spec["volumes"] if item["name"] == "credentials"]
+        assert volume["secret"]["secretName"] == "hub"
+        assert volume["secret"]["optional"] is True
+        assert {"key": "HF_TOKEN", "path": "HF_TOKEN"} in volume["secret"]["items"]
+        container = spec["containers"][0]
+        [mount] = [item for item in container["volumeMounts"] if item["name"] == "credentials"]
+        assert {"name": "LORAPOOL_CREDENTIALS_DIR", "value": mount["mountPath"]} in container["env"]
+    assert "LORAPOOL_CREDENTIALS_DIR" not in json.dumps(render())
+
+
 def test_claims_are_only_a_right_where_a_profile_makes_them() -> None:
     def resources(values: dict[str, Any]) -> set[str]:
         role = of_kind(render(values), "Role")["lorapool-operator"]

@@ -18,6 +18,7 @@
 {{- $ref := dict "name" $secret "key" $key "optional" true -}}
 {{- $env = append $env (dict "name" $key "valueFrom" (dict "secretKeyRef" $ref)) -}}
 {{- end -}}
+{{- $env = append $env (dict "name" "LORAPOOL_CREDENTIALS_DIR" "value" "/etc/lorapool/credentials") -}}
 {{- end -}}
 {{- toJson $env -}}
 {{- end -}}
@@ -27,6 +28,15 @@
 {{- define "lorapool.files" -}}
 {{- $root := index . 0 -}}{{- $bundle := $root.Values.artifacts.caBundle -}}{{- $metrics := $root.Values.metrics -}}
 {{- $volumes := list -}}{{- $mounts := list -}}{{- $env := dict -}}
+{{- if index . 1 -}}
+{{- with $root.Values.artifacts.credentials.existingSecret -}}
+{{- $items := list -}}
+{{- range $key := $root.Values.artifacts.credentials.keys -}}{{- $items = append $items (dict "key" $key "path" $key) -}}{{- end -}}
+{{- $secret := dict "secretName" . "optional" true "defaultMode" 288 "items" $items -}}
+{{- $volumes = append $volumes (dict "name" "credentials" "secret" $secret) -}}
+{{- $mounts = append $mounts (dict "name" "credentials" "mountPath" "/etc/lorapool/credentials" "readOnly" true) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (index . 1) $bundle.configMap -}}
 {{- $item := dict "key" $bundle.key "path" "ca.crt" -}}
 {{- $volumes = append $volumes (dict "name" "ca-bundle" "configMap" (dict "name" $bundle.configMap "items" (list $item))) -}}
