@@ -48,7 +48,7 @@ class RuntimeTokens:
         self._masters = tuple(masters)
         self._file = file
         self._clock = clock
-        self._stamp = _stamp_of(file)
+        self._stamp: _Stamp = None  # the file may have changed since it was read
         self._checked_s = clock()
 
     @classmethod
@@ -70,16 +70,17 @@ class RuntimeTokens:
             return
         self._stamp = stamp
         try:
-            self._masters = read_master_tokens(file)
-            log.info("read the changed master token")
+            before, self._masters = self._masters, read_master_tokens(file)
+            if self._masters != before:
+                log.info("read the changed master token")
         except SettingsError as error:
             log.error("cannot use the changed master token; the old one stays in force", extra={"error": str(error)})
 
 
-def _stamp_of(file: Path | None) -> _Stamp:
+def _stamp_of(file: Path) -> _Stamp:
     """Differs after every change of the file; None while it does not exist."""
     try:
-        found = file.stat() if file is not None else None
+        found = file.stat()
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_ino) if found is not None else None
+    return found.st_mtime_ns, found.st_ino
