@@ -88,7 +88,7 @@ REASONS: Mapping[Reason, Explanation] = {
     Reason.STABLE: Explanation("Nothing is changing."),
     Reason.PROFILE_NOT_PERMITTED: Explanation(
         "The profile in spec.runtimeProfile does not list the BaseModel's namespace in allowedNamespaces.",
-        "Name another profile, or ask the administrator to add the namespace to runtimeProfiles.<name>.allowedNamespaces.",
+        "Name another profile, or ask the administrator to add the namespace to allowedNamespaces of this one.",
     ),
     Reason.PROFILE_NOT_FOUND: Explanation(
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",

@@ -77,4 +77,6 @@ def _issue(folder: Path, name: str, subject: str, usage: str, addresses: Sequenc
 def _openssl(*arguments: str) -> None:
     done = subprocess.run([require("openssl"), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StartFailedError(f"openssl {arguments[0]} failed", log_tail=done.stderr, remedy="needs OpenSSL 1.1.1 or later")
+        raise StartFailedError(
+            f"openssl {arguments[0]} failed", log_tail=done.stderr, remedy="needs OpenSSL 1.1.1 or later"
+        )

@@ -40,8 +40,8 @@ All three processes also export the Python client's `process_` and `python_` met
 
 PROFILES = """# Runtime profiles
 
-The fields of a profile in the chart's value `runtimeProfiles`. BaseModels name a profile in `spec.runtimeProfile`; only the
-administrator of the release writes profiles. A change of a profile rolls the pods of the bases that use it.
+The fields of a profile in the chart's value `runtimeProfiles`. BaseModels name a profile in `spec.runtimeProfile`; only
+the administrator of the release writes profiles. A change of a profile rolls the pods of the bases that use it.
 
 """
 

@@ -255,7 +255,9 @@ class Process:
 
     @asynccontextmanager
     async def _status_server(self) -> AsyncIterator[None]:
-        app = status_app(self.metrics.registry, self._metrics_access, healthy=self._health_problem, ready=self._ready_problem)
+        app = status_app(
+            self.metrics.registry, self._metrics_access, healthy=self._health_problem, ready=self._ready_problem
+        )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:

@@ -73,8 +73,8 @@ class RuntimeSettings(ProcessSettings):
     token_sha256: Annotated[str | None, Env(ENV_TOKEN_SHA256, "LORAPOOL_RUNTIME_TOKEN_SHA256")] = Field(
         default=None, pattern=r"^[0-9a-f]{64}$"
     )
-    """SHA-256 (hex) of the bearer token. None here and in `token_sha256_file`: requests need no token, and only loopback
-    is served."""
+    """SHA-256 (hex) of the bearer token. None here and in `token_sha256_file`: requests need no token, and only
+    loopback is served."""
     token_sha256_file: Annotated[Path | None, Env(ENV_TOKEN_SHA256_FILE)] = None
     """A file with the SHA-256 (hex) of each valid bearer token, one per line. It is read again when it changes, so that
     a token can be replaced without a restart. Excludes `token_sha256`."""
@@ -97,8 +97,8 @@ class RuntimeSettings(ProcessSettings):
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
     base_cache_dir: Path | None = None
-    """Folder of fetched base models, by digest, which several runtimes may share. None: a folder in `cache_dir`, and the
-    base then counts towards `cache_bytes`."""
+    """Folder of fetched base models, by digest, which several runtimes may share. None: a folder in `cache_dir`, and
+    the base then counts towards `cache_bytes`."""
     cache_bytes: int = Field(default=20 * 2**30, ge=2**20)
     """Bytes of adapters kept on disk; the least recently used are deleted first."""
     host_cache_bytes: int = Field(default=2**30, ge=0)

@@ -196,15 +196,18 @@ async def test_an_unreachable_hub_is_transient() -> None:
         (ConnectionResetError(104, "Connection reset by peer"), "ConnectionError"),
     ],
 )
-def test_the_message_says_whether_dns_the_port_or_tls_is_wrong(error: OSError, said: str) -> None:
+def test_the_message_says_whether_dns_the_port_or_tls_is_wrong(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise error
 
-    with pytest.raises(ArtifactError) as caught, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("urllib3.util.connection.create_connection", refuse)
-        deadline = Deadline(FetchLimits(), where="oci://registry.example/a")
-        with GuardedSession("registry.example", deadline) as session, translated(deadline):
-            session.get("https://registry.example/v2/")
+    monkeypatch.setattr("urllib3.util.connection.create_connection", refuse)
+    deadline = Deadline(FetchLimits(), where="oci://registry.example/a")
+    session = GuardedSession("registry.example", deadline)
+    with pytest.raises(ArtifactError) as caught, translated(deadline):
+        session.get("https://registry.example/v2/")
+    session.close()
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
     assert said in caught.value.message
 

@@ -1,4 +1,4 @@
-"""Profiles with every field: what the chart renders of them, what the operator makes of it, what the API server accepts."""
+"""Profiles with every field: what the chart renders, what the operator makes of it, what the API server accepts."""
 
 from __future__ import annotations
 
@@ -286,10 +286,8 @@ def test_the_api_server_accepts_every_child_of_a_profile_that_uses_everything(
         child["metadata"]["namespace"] = NAMESPACE
     listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": made})
 
-    said = server.kubectl(
-        "apply", "--server-side", "--dry-run=server", "--validate=strict", f"--field-manager={FIELD_MANAGER}", "-f", "-",
-        stdin=listed,
-    )  # fmt: skip
+    options = ("--server-side", "--dry-run=server", "--validate=strict", f"--field-manager={FIELD_MANAGER}")
+    said = server.kubectl("apply", *options, "-f", "-", stdin=listed)
 
     assert len(said.splitlines()) == len(made)
     assert restricted_violations(pod_spec(full(pod={}, container={}))) == []

@@ -18,7 +18,10 @@ ALL_OFF: dict[str, Any] = {
     "networkPolicy": {"enabled": False},
     "metrics": {"scrapeAnnotations": False},
     "runtimeToken": {"existingSecret": "mine", "key": "master"},
-    "operator": {"serviceAccount": {"create": False, "name": "own-operator"}},
+    "operator": {
+        "serviceAccount": {"create": False, "name": "own-operator"},
+        "podDisruptionBudget": {"enabled": False},
+    },
     "gateway": {
         "serviceAccount": {"create": False},
         "podDisruptionBudget": {"enabled": False},

@@ -173,9 +173,9 @@ async def test_gateway_and_runtime_count_the_same_for_a_client_that_leaves(token
 
 async def test_an_attempt_that_has_ended_or_never_was_cannot_be_cancelled(served: Served) -> None:
     headers = {"Authorization": f"Bearer {'t' * 64}"}
-    async with aiohttp.ClientSession(headers=headers) as session:
-        async with session.delete(f"{served.url}/v1/attempts/unknown") as response:
-            assert response.status == 404
+    url = f"{served.url}/v1/attempts/unknown"
+    async with aiohttp.ClientSession(headers=headers) as session, session.delete(url) as response:
+        assert response.status == 404
 
 
 async def test_the_long_poll_sees_a_load_and_the_end_of_the_runtime(here: World, served: Served) -> None:

@@ -76,7 +76,8 @@ def test_the_pod_holds_neither_a_secret_nor_a_token() -> None:
 def test_the_hashes_of_both_tokens_are_mounted_and_a_rotation_rolls_no_pod() -> None:
     other = "cd" * 32
     before, after = (
-        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=hashes) for hashes in ((HASH,), (other, HASH))
+        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=hashes)
+        for hashes in ((HASH,), (other, HASH))
     )
     assert after[0]["data"] == {"sha256": f"{other}\n{HASH}\n"}
     assert before[1:] == after[1:]

@@ -1,1 +1,1 @@
-"""The programs that a cluster runs and the machine must have: their versions, where they come from, how they are built."""
+"""The programs of a cluster and of the machine: their versions, where they come from, how they are built."""

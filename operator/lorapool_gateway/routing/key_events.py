@@ -1,6 +1,6 @@
 """Events on Secrets that carry the label of an API key but are none, so that their owner learns why a key is refused.
 
-All gateways of a release see the same Secret. The name of the event is derived from its content, so that it exists once.
+All gateways of a release see the same Secret, so the name of the event is derived from its content: it exists once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def event_of(secret: Mapping[str, Any], problem: str, now: datetime) -> dict[str
         "involvedObject": {
             "apiVersion": "v1",
             "kind": "Secret",
-            **{field: metadata[field] for field in ("namespace", "name", "uid", "resourceVersion") if field in metadata},
+            **{
+                field: metadata[field] for field in ("namespace", "name", "uid", "resourceVersion") if field in metadata
+            },
         },
         "type": "Warning",
         "reason": REASON,

@@ -39,7 +39,7 @@ class ModelCache(_Strict):
     """A volume that keeps the files of base models when a pod ends. Exactly one kind; each is Kubernetes' own type."""
 
     pvc: dict[str, Any] | None = None
-    """Spec of a PersistentVolumeClaim. The operator creates one claim per BaseModel and deletes it with the BaseModel."""
+    """Spec of a PersistentVolumeClaim. The operator creates one claim per BaseModel, which is deleted with it."""
     host_path: dict[str, Any] | None = None
     """A folder of the node (`{path, type}`), which bases may share. The user of the pod must be able to write to it,
     and the namespace must permit hostPath."""

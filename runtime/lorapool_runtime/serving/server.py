@@ -82,7 +82,7 @@ def make_app(runtime: Runtime) -> web.Application:
 
 
 def make_metrics_app(runtime: Runtime, access: MetricsAccess) -> web.Application:
-    """The metrics listener, which needs no token of the base: our own names, and on a second path those of inference gateways."""
+    """The metrics listener: our own names, and on a second path those that inference gateways read."""
 
     @web.middleware
     async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
