@@ -224,9 +224,11 @@ async def test_a_proxy_is_used_and_resolves_the_hosts_name(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", hub.url)
     monkeypatch.setenv("NO_PROXY", "registry.example")
+    close_session()  # huggingface_hub keeps one client per process, which has read the variables
     hub.repos["acme/lora"] = zoo.adapter_files()
     behind = SourceSettings(hf_endpoint="http://hub.invalid")
     path = await fetch(await resolve("hf://acme/lora", settings=behind), tmp_path)
+    close_session()
     assert (path / "adapter_model.safetensors").exists()
 
 
@@ -237,7 +239,7 @@ async def test_an_authority_is_trusted_that_the_charts_variables_name(
     with Hub(certificate) as hub:
         hub.repos["acme/lora"] = zoo.adapter_files()
         hf = SourceSettings(hf_endpoint=hub.url)
-        close_session()  # huggingface_hub keeps one client per process, which has read the authorities
+        close_session()
         with pytest.raises(ArtifactError, match=r"artifacts\.caBundle") as caught:
             await resolve("hf://acme/lora", settings=hf)
         assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE

@@ -155,7 +155,10 @@ class RouteTable:
 
     def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
         """The weights that a request for this object runs on now. Raises UnprocessableError, UnavailableError."""
-        base = entry if isinstance(entry, BaseRoute) else self.bases.get(entry.base_ref)
+        if isinstance(entry, BaseRoute):
+            self._refuse_without_pods(entry)
+            return Target(entry)
+        base = self.bases.get(entry.base_ref)
         if base is None:
             raise UnavailableError(
                 f"BaseModel {entry.base_ref} of `{entry.ref}` does not exist.",
@@ -163,6 +166,11 @@ class RouteTable:
                 code="base_not_found",
                 retry_after_s=RETRY_AFTER_S,
             )
+        self._refuse_without_pods(base)
+        return _check(entry, base, now_unix_s)
+
+    def _refuse_without_pods(self, base: BaseRoute) -> None:
+        """Raises UnavailableError for a base that has no replica and whose pods cannot start."""
         if base.obstacle and not any(replica.usable for replica in self.replicas_of(base)):
             raise UnavailableError(
                 f"BaseModel {base.ref} cannot start: {base.obstacle}",
@@ -170,7 +178,6 @@ class RouteTable:
                 code="base_unavailable",
                 retry_after_s=RETRY_AFTER_S,
             )
-        return Target(base) if isinstance(entry, BaseRoute) else _check(entry, base, now_unix_s)
 
     def visible(self, key: ApiKey) -> list[Entry]:
         """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
