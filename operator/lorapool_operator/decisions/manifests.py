@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorapool_api.basemodel import KIND
 from lorapool_api.common import (
     ANNOTATION_SPEC_HASH,
+    ANNOTATION_TEMPLATE_HASH,
     API_VERSION,
     LABEL_BASE,
     LABEL_BASE_UID,
@@ -28,7 +29,7 @@ from lorapool_api.common import (
 )
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
-from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile
+from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile, device_names
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
@@ -62,13 +63,19 @@ def selector_text(base: BaseObject) -> str:
 
 
 def children(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: tuple[str, ...]
+    base: BaseObject,
+    profile: RuntimeProfile,
+    image: RuntimeImage,
+    *,
+    replicas: int,
+    token_sha256: tuple[str, ...],
+    paused: bool = False,
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
     made = [
         token_hashes(base, token_sha256),
         *model_cache_claim(base, profile),
-        deployment(base, profile, image, replicas=replicas),
+        deployment(base, profile, image, replicas=replicas, paused=paused),
         service(base),
         pdb(base, profile),
     ]
@@ -99,23 +106,47 @@ def model_cache_claim(base: BaseObject, profile: RuntimeProfile) -> Iterator[Man
         yield {**kind, "metadata": _metadata(base), "spec": profile.cache.pvc}
 
 
-def deployment(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int) -> Manifest:
-    """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
+def deployment(
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool
+) -> Manifest:
+    """Returns the Deployment. While it is paused, its pods are not replaced when the template changes."""
     template = pod_template(base, profile, image)
+    template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(template)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": _metadata(base),
         "spec": {
             "replicas": replicas,
+            "paused": paused,
             "selector": {"matchLabels": selector_labels(base)},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "strategy": strategy(profile),
             "minReadySeconds": profile.min_ready_seconds,
             "progressDeadlineSeconds": profile.startup_timeout_seconds + 60,
             "revisionHistoryLimit": 2,
             "template": template,
         },
     }
+
+
+def strategy(profile: RuntimeProfile) -> Manifest:
+    """Returns how pods are replaced: by default one new pod comes first, but not where it would need free devices."""
+    rollout = profile.rollout
+    if rollout.strategy == "Recreate":
+        return {"type": "Recreate"}
+    surge = rollout.max_surge
+    if surge is None:
+        surge = 0 if device_names(profile.resources) and rollout.max_unavailable not in (0, "0%") else 1
+    unavailable = rollout.max_unavailable
+    if unavailable is None:
+        unavailable = 1 if surge in (0, "0%") else 0
+    return {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": unavailable, "maxSurge": surge}}
+
+
+def template_hash(made: Sequence[Manifest]) -> str:
+    """Returns the hash of the pod template among these children; empty without a Deployment."""
+    templates = (child["spec"]["template"] for child in made if child["kind"] == "Deployment")
+    return next((str(item["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH]) for item in templates), "")
 
 
 def service(base: BaseObject) -> Manifest:

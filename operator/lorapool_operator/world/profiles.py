@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,9 @@ from lorapool_api.common import Quantity
 
 class ProfilesError(Exception):
     """The profiles file cannot be used; the message names file and field."""
+
+
+Percentage = Annotated[str, Field(pattern=r"^(100|[0-9]{1,2})%$")]
 
 
 class _Strict(BaseModel):
@@ -96,12 +99,28 @@ def _only(allowed: frozenset[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+class Rollout(_Strict):
+    """How pods are replaced. Where neither bound is set, a profile that asks for devices replaces pods in place."""
+
+    strategy: Literal["RollingUpdate", "Recreate"] = "RollingUpdate"
+    """Recreate stops all pods before it starts new ones."""
+    max_surge: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
+    """Pods above the wanted number that may exist meanwhile. Default: 0 with devices, else 1."""
+    max_unavailable: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
+    """Wanted pods that may be missing meanwhile. Default: 1 where max_surge is 0, else 0."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Rollout:
+        if self.max_surge in (0, "0%") and self.max_unavailable in (0, "0%"):
+            raise ValueError("maxSurge and maxUnavailable must not both be 0: no pod could be replaced")
+        return self
+
+
 class RuntimeProfile(_Strict):
     """One profile. Values of Kubernetes' own types are passed on unchanged."""
 
     allowed_namespaces: tuple[str, ...] = ()
     """Namespaces whose BaseModels may use the profile; empty: all."""
-
     image: str = ""
     """Empty: the operator's runtime image."""
     image_pull_policy: str = Field(default="", pattern="^(Always|IfNotPresent|Never)?$")
@@ -157,6 +176,8 @@ class RuntimeProfile(_Strict):
     """Labels of the pods; the operator's own take precedence."""
     pod_annotations: dict[str, str] = Field(default_factory=dict)
     """Annotations of the pods."""
+    rollout: Rollout = Field(default_factory=Rollout)
+    """How pods are replaced when their template changes."""
 
     def permits(self, namespace: str) -> bool:
         """Whether BaseModels of this namespace may use the profile."""
@@ -176,6 +197,12 @@ class RuntimeImage:
 
 class _File(_Strict):
     profiles: dict[str, RuntimeProfile]
+
+
+def device_names(resources: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the extended resources, such as nvidia.com/gpu, that a pod with these resources takes from its node."""
+    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    return frozenset(name for name, amount in asked.items() if "/" in name and str(amount) != "0")
 
 
 def parse_profiles(text: str, *, origin: str) -> Profiles:
