@@ -17,7 +17,9 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapter
 from lorapool_api.protocol import RUNTIME_PORT, AdapterState, RuntimeSnapshot, Tier
 
 PORT_NAME = "http"
-_NO_POD_REASONS = frozenset({Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.NAME_CONFLICT})
+_NO_POD_REASONS = frozenset(
+    {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}
+)
 """With these, a base has no pods, and waking it changes nothing."""
 
 
@@ -39,6 +41,10 @@ class BaseRoute:
     max_queued: int
     obstacle: str = ""
     """Why no pod of the base could start: its source or its profile cannot be used. Empty: nothing is known of it."""
+    failed_start: str = ""
+    """Reason of the last failed start; empty if none failed since a replica served."""
+    next_start_unix_s: float = 0.0
+    """The operator asks that the base is not started again before this time."""
 
     @property
     def desired_replicas(self) -> int:
@@ -100,6 +106,7 @@ class RuntimeState:
 def base_route(raw: Mapping[str, Any]) -> BaseRoute:
     metadata = raw["metadata"]
     spec = BaseModelSpec.model_validate(raw.get("spec") or {})
+    start = ((raw.get("status") or {}).get("start")) or {}
     return BaseRoute(
         ref=_ref(metadata),
         uid=str(metadata["uid"]),
@@ -108,6 +115,8 @@ def base_route(raw: Mapping[str, Any]) -> BaseRoute:
         max_wait_s=duration_s(spec.cold_start.max_wait),
         max_queued=spec.cold_start.max_queued,
         obstacle=_obstacle(raw),
+        failed_start=str(start.get("reason") or ""),
+        next_start_unix_s=unix_s(start.get("retryAt")),
     )
 
 
@@ -196,7 +205,11 @@ def _ref(metadata: Mapping[str, Any]) -> ObjectRef:
 
 
 def _unix_s(metadata: Mapping[str, Any]) -> float:
-    text = str(metadata.get("creationTimestamp") or "")
+    return unix_s(metadata.get("creationTimestamp"))
+
+
+def unix_s(text: str | None) -> float:
+    """Seconds since 1970 of an RFC 3339 time; 0 if there is none. Raises ValueError."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 

@@ -8,13 +8,12 @@ autoscalers and people see and change the same field.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus
-from lorapool_api.common import BaseCondition, FailureReason, Reason, set_conditions
-from lorapool_operator.clock import iso, retry_at_unix_s, unix
-from lorapool_operator.decisions import rollout
+from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, StartStatus
+from lorapool_api.common import BaseCondition, Condition, FailureReason, Reason, set_conditions
+from lorapool_operator.clock import iso, unix
+from lorapool_operator.decisions import rollout, starts
 from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text, template_hash
 from lorapool_operator.decisions.plan import (
     BasePlan,
@@ -29,15 +28,20 @@ from lorapool_operator.decisions.preemption import standing_of
 from lorapool_operator.decisions.rollout import RolloutDecision
 from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
 from lorapool_operator.decisions.stopping import deletion_costs, hand_over
-from lorapool_operator.world.cluster_cache import find_condition
+from lorapool_operator.decisions.validity import retry_due, with_hint
+from lorapool_operator.world.cluster_cache import Key, find_condition
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure, Standing
 
 STRAY_GRACE_S = 10.0
 """A gateway may register a new adapter with a runtime before the operator's own watch delivers it."""
-SCALED, PREEMPTED = "Scaled", "Preempted"
+SCALED, PREEMPTED, PROFILE_CHANGED = "Scaled", "Preempted", "ProfileChanged"
 PREEMPTED_BY = "preempted by the waking base"
 LACKING_RECHECK_S = 5.0
 """A base that waits for devices looks this often for an idle base that occupies them."""
+DEGRADED = (BaseCondition.READY, Reason.DEGRADED)
+RESTART_REPORT_S = 3600.0
+"""A process that ended is reported for this long after its pod is ready again."""
+TOKEN_REFUSED = "the runtime refuses the operator's token: it was started with another master token; restart the pod."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class BaseSource:
 
 def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> BasePlan:
     """Returns the whole plan; the same observation, time and settings give the same plan."""
-    source, job, retry_due = _source(observed, now, settings)
+    source, job, source_due = _source(observed, now, settings)
     current = observed.base.spec.replicas
     decision, standing = _replicas(observed, source, now, settings)
     decision = hand_over(observed, decision, current, now)
@@ -62,17 +66,20 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     if replacing.paused:
         made = _children(observed, source, run.replicas, paused=True)
     made_hash = content_hash({"children": list(made)}) if made else ""
-    missing = observed.deployment is None and not observed.child_conflict
-    apply = bool(made) and (made_hash != observed.applied_hash or observed.apply_again or missing)
+    apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
     status, last_used_due = _status(observed, source, run, replacing, now, settings)
-    lacking_due = now + LACKING_RECHECK_S if standing.lacks else None
+    give_up = None
+    if _can_start(observed, source):
+        give_up = starts.give_up_at(observed, floor=_floor(observed), settings=settings)
     due = (
-        retry_due,
+        source_due,
         decision.recheck_unix_s,
         last_used_due,
         _stray_due(observed, now),
         replacing.recheck_unix_s,
-        lacking_due,
+        now + LACKING_RECHECK_S if standing.lacks else None,
+        apply_due,
+        give_up,
     )
     return BasePlan(
         status=status,
@@ -95,14 +102,19 @@ def _replicas(
     observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings
 ) -> tuple[ScaleDecision, Standing]:
     spec = observed.base.spec
-    floor = max((item.warm_replicas for item in observed.adapters), default=0)
+    floor = _floor(observed)
     current = spec.replicas if spec.replicas is not None else initial_replicas(spec.scaling, floor)
     if _unusable(observed, source):
         return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
+    if observed.profile is None:
+        return ScaleDecision(current, "the profile cannot be used", ScaleMemory(), None), Standing()
     load = _load(observed, current)
     standing = standing_of(observed, load, lowest_replicas(spec.scaling, floor))
     if observed.yields_to is not None and standing.idle_since_unix_s is not None:
         return ScaleDecision(0, f"{PREEMPTED_BY} {observed.yields_to}", ScaleMemory(), None), Standing()
+    gated = starts.gate(observed, current, floor=floor, now=now, settings=settings)
+    if gated is not None:
+        return gated, standing
     decision = decide(
         current,
         spec.scaling,
@@ -110,9 +122,22 @@ def _replicas(
         observed.memory,
         floor=floor,
         now=now,
-        start_allowance_s=settings.start_allowance_s,
+        start_allowance_s=starts.allowance_s(observed, settings),
     )
+    if decision.replicas == 0 < current and not any(pod.ready for pod in observed.pods):
+        # an attempt to start is only given up by `starts`
+        return ScaleDecision(current, "starting", ScaleMemory(), None), standing
     return decision, standing
+
+
+def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, float | None]:
+    """Returns whether to apply the children now, and when to try again what the API server refused."""
+    if made_hash != observed.applied_hash:
+        return True, None
+    if observed.child_problem is not None:
+        waits = now < observed.apply_retry_unix_s
+        return not waits, observed.apply_retry_unix_s if waits else None
+    return observed.apply_again or observed.deployment is None, None
 
 
 def _source(
@@ -162,19 +187,13 @@ def _failed(
 ) -> tuple[BaseSource, InspectionJob | None, float | None]:
     result = observed.inspection
     assert result is not None
-    source = BaseSource(None, ("False", failure.reason.value, failure.message), failure.reason)
+    message = failure.message if failure.reason.repeated else with_hint(failure.message)
+    source = BaseSource(None, ("False", failure.reason.value, message), failure.reason)
     if result.fingerprint != observed.fingerprint:
         return source, _job(observed, 1), None
-    if not failure.reason.transient:
+    if not failure.reason.repeated:
         return source, None, None
-    due = retry_at_unix_s(
-        result.at_unix_s,
-        result.attempt,
-        result.jitter,
-        first_s=settings.retry_min_s,
-        longest_s=settings.retry_max_s,
-        asked_s=failure.retry_after_s,
-    )
+    due = retry_due(failure, result, settings)
     if now < due:
         return source, None, due
     return source, _job(observed, result.attempt + 1), None
@@ -207,11 +226,30 @@ def _unusable(observed: ObservedBase, source: BaseSource) -> bool:
 def _children(
     observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
 ) -> tuple[Manifest, ...]:
-    profile, first_inspection = observed.profile, source.condition[1] == Reason.PENDING and observed.deployment is None
-    if profile is None or first_inspection or _unusable(observed, source):
+    profile = observed.profile
+    if profile is None or _first_inspection(observed, source) or _unusable(observed, source):
         return ()
     token = observed.token_sha256
     return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
+
+
+def _first_inspection(observed: ObservedBase, source: BaseSource) -> bool:
+    return source.condition[1] == Reason.PENDING and observed.deployment is None
+
+
+def _blocked(observed: ObservedBase) -> ConditionValue | None:
+    """Returns why the pods cannot be made, or not as the spec says now; None if they can."""
+    if observed.child_problem is not None:
+        return ("False", observed.child_problem.reason.value, observed.child_problem.message)
+    if observed.profile is None:
+        return _no_profile(observed)
+    return None
+
+
+def _can_start(observed: ObservedBase, source: BaseSource) -> bool:
+    """True if pods can be made, so that an attempt to start the base is under way."""
+    impossible = _unusable(observed, source) or _first_inspection(observed, source)
+    return _blocked(observed) is None and not impossible
 
 
 def _load(observed: ObservedBase, wanted: int) -> Load:
@@ -259,7 +297,15 @@ def _status(
 ) -> tuple[BaseModelStatus | None, float | None]:
     """Returns the new status if it differs, and when the last use is due to be written."""
     base, before = observed.base, observed.base.status
-    values = conditions_of(observed, source, decision, replacing)
+    start = starts.next_start(
+        observed,
+        decision.replicas,
+        floor=_floor(observed),
+        startable=_can_start(observed, source),
+        now=now,
+        settings=settings,
+    )
+    values = conditions_of(observed, source, decision, replacing, start, now)
     alive = [pod for pod in observed.pods if not pod.terminating]
     facts = source.facts
     after = BaseModelStatus(
@@ -273,6 +319,7 @@ def _status(
         state=values[BaseCondition.READY.value][1],
         adapters=counts(observed),
         pods=_pods(observed),
+        start=start,
         last_used=before.last_used,
     )
     if _only_pending(observed, source):
@@ -303,70 +350,157 @@ def counts(observed: ObservedBase) -> AdapterCounts:
 
 
 def conditions_of(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, replacing: RolloutDecision
-) -> Mapping[str, ConditionValue]:
-    """Returns the value of each condition type."""
-    available = _available(observed, source, decision)
-    return {
+    observed: ObservedBase,
+    source: BaseSource,
+    decision: ScaleDecision,
+    replacing: RolloutDecision,
+    start: StartStatus | None,
+    now: float,
+) -> dict[str, ConditionValue]:
+    """Returns the value of each condition type. `start` is what the status will remember of failed starts."""
+    available = _available(observed, source, decision, start, now)
+    progressing = replacing.progressing if _blocked(observed) is None else None
+    progressing = progressing or _progressing(observed, decision, start)
+    values = {
         BaseCondition.SOURCE_RESOLVED.value: source.condition,
         BaseCondition.RUNTIME_AVAILABLE.value: available,
-        BaseCondition.READY.value: _ready(available),
-        BaseCondition.PROGRESSING.value: replacing.progressing or _progressing(observed, decision),
+        BaseCondition.READY.value: _ready(observed, available, now),
+        BaseCondition.PROGRESSING.value: progressing,
     }
+    if observed.name_holder is not None:
+        values[BaseCondition.NAME_CONFLICT.value] = _name_conflict(observed, observed.name_holder)
+    stalled = _stalled(observed, source, decision, start)
+    if stalled is not None:
+        values[BaseCondition.STALLED.value] = ("True", stalled[1], stalled[2])
+    elif progressing[0] == "True":
+        values[BaseCondition.RECONCILING.value] = ("True", progressing[1], progressing[2])
+    return values
 
 
-def _available(observed: ObservedBase, source: BaseSource, decision: ScaleDecision) -> ConditionValue:
+def _available(
+    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, start: StartStatus | None, now: float
+) -> ConditionValue:
     """RuntimeAvailable: whether a replica serves now."""
     serving = sum(1 for runtime in observed.runtimes if runtime.serving)
     if serving:
-        if serving < decision.replicas:
-            message = f"{serving} of {decision.replicas} replicas serve. {_problem(observed)}".strip()
-            return ("True", Reason.DEGRADED.value, message)
-        message = f"{serving} of {decision.replicas} replicas serve. {_problem(observed)}".strip()
-        return ("True", Reason.AVAILABLE.value, message)
-    if observed.child_conflict:
-        return ("False", Reason.NAME_CONFLICT.value, observed.child_conflict)
-    if observed.profile is None:
-        return ("False", Reason.PROFILE_NOT_FOUND.value, _no_profile(observed))
+        wanted, restarted = decision.replicas, _restarted(observed, now)
+        trouble = _trouble(observed, start) if serving < wanted else starts.problem(observed)
+        notes = (f"{serving} of {wanted} replicas serve.", trouble, restarted, _pins(observed))
+        reason = Reason.DEGRADED if serving < wanted or restarted else Reason.AVAILABLE
+        return ("True", reason.value, " ".join(filter(None, notes)))
+    blocked = _blocked(observed)
+    if blocked is not None:
+        return blocked
     if _unusable(observed, source):
         return ("False", source.condition[1], source.condition[2])
+    refused = _refused_token(observed)
+    if refused:
+        return ("False", Reason.TOKEN_REFUSED.value, refused)
+    if start is not None and start.reason is not None:
+        return ("False", start.reason, _failed_start(observed, decision, start))
     if decision.replicas == 0:
         return ("False", Reason.SCALED_TO_ZERO.value, "No replica runs; a request starts one.")
-    problem = _problem(observed)
-    if problem:
-        return ("False", Reason.UNAVAILABLE.value, problem)
-    return ("False", Reason.STARTING.value, f"{len(observed.pods)} of {decision.replicas} pods exist, none serves yet.")
+    exist = f"{len(observed.pods)} of {decision.replicas} pods exist, none serves yet. {_trouble(observed, start)}"
+    return ("False", Reason.STARTING.value, exist.strip())
 
 
-def _ready(available: ConditionValue) -> ConditionValue:
+def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartStatus) -> str:
+    """Returns what is wrong with the attempts to start, and what happens next."""
+    if decision.replicas == 0:
+        return f"{start.message}; {starts.waiting_text(start, _floor(observed))}."
+    if starts.failed_in_attempt(start):
+        return start.message or ""
+    return f"Starting again after {start.failures} failed starts, the last with: {start.message}"
+
+
+def _trouble(observed: ObservedBase, start: StartStatus | None) -> str:
+    """Returns why not all replicas serve: a problem of a pod, or how far the start is."""
+    return starts.problem(observed) or _refused_token(observed) or starts.progress_text(start)
+
+
+def _refused_token(observed: ObservedBase) -> str:
+    pods = [runtime.pod for runtime in observed.runtimes if runtime.token_refused]
+    return f"Pod {pods[0]}: {TOKEN_REFUSED}" if pods else ""
+
+
+def _restarted(observed: ObservedBase, now: float) -> str:
+    """Returns which pod's process ended lately and was started again, which its readiness does not show."""
+    for pod in observed.pods:
+        if pod.restarts and not pod.terminating and now < pod.last_exit_unix_s + RESTART_REPORT_S:
+            times = "once" if pod.restarts == 1 else f"{pod.restarts} times"
+            return f"Pod {pod.meta.name} was restarted {times}, last after {pod.last_exit}."
+    return ""
+
+
+def _floor(observed: ObservedBase) -> int:
+    return max((item.warm_replicas for item in observed.adapters), default=0)
+
+
+def _pins(observed: ObservedBase) -> str:
+    """Returns which adapters keep more replicas running than the base's own minReplicas."""
+    lowest = observed.base.spec.scaling.min_replicas
+    names = sorted(item.display for item in observed.adapters if item.warm_replicas > lowest)
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"Kept running by minReplicas of {names[0]}{more}."
+
+
+def _ready(observed: ObservedBase, available: ConditionValue, now: float) -> ConditionValue:
     """Ready: whether a request would be answered, either now or after starting a base that is scaled to zero."""
     if available[0] == "True":
-        return ("True", Reason.READY.value, available[2])
+        blocked = _blocked(observed)
+        if blocked is not None:
+            return ("True", Reason.DEGRADED.value, f"{available[2]} {blocked[2]}")
+        return ("True", (Reason.DEGRADED if _restarted(observed, now) else Reason.READY).value, available[2])
     if available[1] == Reason.SCALED_TO_ZERO:
         return ("True", Reason.SCALED_TO_ZERO.value, available[2])
     return ("False", available[1], available[2])
 
 
-def _progressing(observed: ObservedBase, decision: ScaleDecision) -> ConditionValue:
+def _progressing(observed: ObservedBase, decision: ScaleDecision, start: StartStatus | None) -> ConditionValue:
+    blocked = _blocked(observed)
+    if blocked is not None:
+        return ("False", blocked[1], f"{blocked[2]} Pods that run keep their configuration.")
     alive = [pod for pod in observed.pods if not pod.terminating]
     ready = sum(1 for pod in alive if pod.ready)
     if len(alive) != decision.replicas or ready < decision.replicas:
         message = f"{decision.replicas} replicas wanted ({decision.reason}), {len(alive)} exist, {ready} are ready."
-        return ("True", Reason.STARTING.value, f"{message} {_problem(observed)}".strip())
+        return ("True", Reason.STARTING.value, f"{message} {_trouble(observed, start)}".strip())
+    if decision.replicas == 0 and start is not None and start.reason is not None:
+        return ("False", start.reason, _failed_start(observed, decision, start))
     return ("False", Reason.STABLE.value, "")
 
 
-def _problem(observed: ObservedBase) -> str:
-    for pod in observed.pods:
-        if pod.problem and not pod.terminating:
-            return f"Pod {pod.meta.name}: {pod.problem}"
-    return observed.deployment.problem if observed.deployment is not None else ""
+def _name_conflict(observed: ObservedBase, holder: Key) -> ConditionValue:
+    name = observed.base.spec.served_name
+    message = f"The served name {name} belongs to {holder.kind.value} {holder}; choose another servedName."
+    return ("True", Reason.ALIAS_TAKEN.value, message)
 
 
-def _no_profile(observed: ObservedBase) -> str:
-    return (
-        f"spec.runtimeProfile {observed.base.spec.runtime_profile!r} names no profile of the chart's runtimeProfiles."
-    )
+def _stalled(
+    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, start: StartStatus | None
+) -> ConditionValue | None:
+    """Returns the failure after which nothing changes until a person, or a request, acts."""
+    blocked = _blocked(observed)
+    if blocked is not None:
+        return blocked
+    if _unusable(observed, source) and source.failure is not None and not source.failure.repeated:
+        return source.condition
+    if decision.replicas == 0 and start is not None and start.reason is not None:
+        return ("False", start.reason, _failed_start(observed, decision, start))
+    return None
+
+
+def _no_profile(observed: ObservedBase) -> ConditionValue:
+    name = observed.base.spec.runtime_profile
+    if observed.profile_denied:
+        message = (
+            f"spec.runtimeProfile {name!r} is not for this namespace; name another, or add it to allowedNamespaces."
+        )
+        return ("False", Reason.PROFILE_NOT_PERMITTED.value, message)
+    message = f"spec.runtimeProfile {name!r} names no profile of the chart's runtimeProfiles; name one or add it there."
+    return ("False", Reason.PROFILE_NOT_FOUND.value, message)
 
 
 def _pods(observed: ObservedBase) -> list[PodStatus]:
@@ -396,12 +530,24 @@ def _events(
         message = f"From {current} to {decision.replicas}: {decision.reason}."
         reason = PREEMPTED if decision.reason.startswith(PREEMPTED_BY) else SCALED
         events.append(KubeEvent(KubeEventType.NORMAL, reason, message))
+    if observed.profile_changed:
+        message = f"The runtime profile {observed.base.spec.runtime_profile!r} changed; the pods are replaced."
+        events.append(KubeEvent(KubeEventType.NORMAL, PROFILE_CHANGED, message))
     if status is None:
         return tuple(events)
-    for kind in (BaseCondition.SOURCE_RESOLVED, BaseCondition.READY):
-        after = find_condition(status.conditions, kind)
-        before = find_condition(observed.base.status.conditions, kind)
-        bad = after is not None and after.status == "False" and after.reason != Reason.STARTING
-        if after is not None and bad and (before is None or before.reason != after.reason):
+    for after in status.conditions:
+        before = find_condition(observed.base.status.conditions, after.type)
+        if _warns(after) and (before is None or before.reason != after.reason):
             events.append(KubeEvent(KubeEventType.WARNING, after.reason, after.message))
     return tuple({event.reason: event for event in events}.values())
+
+
+def _warns(condition: Condition) -> bool:
+    """True for a condition that a person should notice."""
+    if (
+        condition.type in (BaseCondition.STALLED, BaseCondition.NAME_CONFLICT)
+        or (condition.type, condition.reason) == DEGRADED
+    ):
+        return condition.status == "True"
+    expected = (Reason.STARTING, Reason.SCALED_TO_ZERO, Reason.STABLE)
+    return condition.status == "False" and condition.reason not in expected

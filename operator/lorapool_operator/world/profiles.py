@@ -1,6 +1,6 @@
 """Runtime profiles: the settings of runtime pods that an administrator, never a tenant, decides.
 
-They are parsed from the YAML file that the chart mounts, at start and again on each resync. A file with an unknown key
+They are parsed from the YAML file that the chart mounts, at start and again when it changes. A file with an unknown key
 or a bad value is refused as a whole, and the profiles that were read before stay in force.
 """
 
@@ -157,7 +157,8 @@ class RuntimeProfile(_Strict):
     termination_grace_period_seconds: int = Field(default=60, ge=5)
     """Running requests get this time, less 5 s, to finish."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
-    """Time to download and load the base; after it the kubelet restarts the container."""
+    """Time to download and load the base; after it the kubelet restarts the container. The operator gives a base up
+    this long, plus the time to schedule it and to pull the image, after it was asked for."""
     min_ready_seconds: int = Field(default=0, ge=0)
     """A new pod must have been ready for this long before a rollout continues."""
     pod_disruption_budget: dict[str, Any] = Field(default={"maxUnavailable": 1})
