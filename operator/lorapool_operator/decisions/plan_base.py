@@ -8,29 +8,20 @@ autoscalers and people see and change the same field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, StartStatus
-from lorapool_api.common import BaseCondition, Condition, FailureReason, Reason, set_conditions
-from lorapool_operator.clock import iso, unix
+from lorapool_api.basemodel import BaseModelStatus
+from lorapool_api.common import BaseCondition, Condition, Reason
 from lorapool_operator.decisions import rollout, starts
-from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text, template_hash
-from lorapool_operator.decisions.plan import (
-    BasePlan,
-    ConditionValue,
-    InspectionJob,
-    KubeEvent,
-    KubeEventType,
-    PlanSettings,
-    Unregister,
-)
+from lorapool_operator.decisions.base_source import BaseSource, first_inspection, source_of, unusable
+from lorapool_operator.decisions.base_status import can_start, status_of
+from lorapool_operator.decisions.manifests import Manifest, children, content_hash, template_hash
+from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType, PlanSettings, Unregister
 from lorapool_operator.decisions.preemption import standing_of
-from lorapool_operator.decisions.rollout import RolloutDecision
 from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
 from lorapool_operator.decisions.stopping import deletion_costs, hand_over
-from lorapool_operator.decisions.validity import retry_due, with_hint
-from lorapool_operator.world.cluster_cache import Key, find_condition
-from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure, Standing
+from lorapool_operator.world.cluster_cache import find_condition
+from lorapool_operator.world.observed import ObservedBase, ScaleMemory, Standing
 
 STRAY_GRACE_S = 10.0
 """A gateway may register a new adapter with a runtime before the operator's own watch delivers it."""
@@ -39,23 +30,11 @@ PREEMPTED_BY = "preempted by the waking base"
 LACKING_RECHECK_S = 5.0
 """A base that waits for devices looks this often for an idle base that occupies them."""
 DEGRADED = (BaseCondition.READY, Reason.DEGRADED)
-RESTART_REPORT_S = 3600.0
-"""A process that ended is reported for this long after its pod is ready again."""
-TOKEN_REFUSED = "the runtime refuses the operator's token: it was started with another master token; restart the pod."
-
-
-@dataclass(frozen=True, slots=True)
-class BaseSource:
-    """The state of the base's files: facts if they were found, else why not."""
-
-    facts: SourceFacts | None
-    condition: ConditionValue
-    failure: FailureReason | None = None
 
 
 def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> BasePlan:
     """Returns the whole plan; the same observation, time and settings give the same plan."""
-    source, job, source_due = _source(observed, now, settings)
+    source, job, source_due = source_of(observed, now, settings)
     current = observed.base.spec.replicas
     decision, standing = _replicas(observed, source, now, settings)
     decision = hand_over(observed, decision, current, now)
@@ -67,10 +46,10 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         made = _children(observed, source, run.replicas, paused=True)
     made_hash = content_hash({"children": list(made)}) if made else ""
     apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
-    status, last_used_due = _status(observed, source, run, replacing, now, settings)
+    status, last_used_due = status_of(observed, source, run, replacing, now, settings)
     give_up = None
-    if _can_start(observed, source):
-        give_up = starts.give_up_at(observed, floor=_floor(observed), settings=settings)
+    if can_start(observed, source):
+        give_up = starts.give_up_at(observed, floor=observed.floor, settings=settings)
     due = (
         source_due,
         decision.recheck_unix_s,
@@ -102,9 +81,9 @@ def _replicas(
     observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings
 ) -> tuple[ScaleDecision, Standing]:
     spec = observed.base.spec
-    floor = _floor(observed)
+    floor = observed.floor
     current = spec.replicas if spec.replicas is not None else initial_replicas(spec.scaling, floor)
-    if _unusable(observed, source):
+    if unusable(observed, source):
         return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
     if observed.profile is None:
         return ScaleDecision(current, "the profile cannot be used", ScaleMemory(), None), Standing()
@@ -140,116 +119,14 @@ def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, fl
     return observed.apply_again or observed.deployment is None, None
 
 
-def _source(
-    observed: ObservedBase, now: float, settings: PlanSettings
-) -> tuple[BaseSource, InspectionJob | None, float | None]:
-    """Returns what is known of the files, an inspection to be started, and when to try a failed one again."""
-    reported = next((r.current.base.digest for r in observed.runtimes if r.current and r.current.base.digest), None)
-    if reported is not None:
-        value = ("True", Reason.RESOLVED.value, f"{reported}, as loaded by a runtime.")
-        return BaseSource(SourceFacts(reported, observed.base.status.revision), value), None, None
-    if observed.base.spec.source.uri.startswith("pvc://"):
-        return _volume_source(observed), None, None
-    result = observed.inspection
-    if result is None:
-        recorded = _recorded_source(observed)
-        if recorded is not None:
-            return recorded, None, None
-        value = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
-        return BaseSource(None, value), _job(observed, 1), None
-    outcome = result.outcome
-    if isinstance(outcome, SourceFacts):
-        value = ("True", Reason.RESOLVED.value, f"{outcome.digest or 'Found'}, {outcome.size_bytes or 0} bytes.")
-        return BaseSource(outcome, value), None, None
-    return _failed(observed, outcome, now, settings)
-
-
-def _volume_source(observed: ObservedBase) -> BaseSource:
-    """The source is a volume, which only a runtime can read."""
-    recorded = _recorded_source(observed)
-    if recorded is not None and observed.base.status.digest is not None:
-        return recorded
-    return BaseSource(None, ("Unknown", Reason.AWAITING_RUNTIME.value, "Only a runtime can read this source."))
-
-
-def _recorded_source(observed: ObservedBase) -> BaseSource | None:
-    """Returns the source that the status records as resolved; it stays valid, since a base's source is immutable."""
-    status = observed.base.status
-    resolved = find_condition(status.conditions, BaseCondition.SOURCE_RESOLVED)
-    if resolved is None or resolved.status != "True":
-        return None
-    facts = SourceFacts(status.digest or "", status.revision)
-    return BaseSource(facts, (resolved.status, resolved.reason, resolved.message))
-
-
-def _failed(
-    observed: ObservedBase, failure: SourceFailure, now: float, settings: PlanSettings
-) -> tuple[BaseSource, InspectionJob | None, float | None]:
-    result = observed.inspection
-    assert result is not None
-    message = failure.message if failure.reason.repeated else with_hint(failure.message)
-    source = BaseSource(None, ("False", failure.reason.value, message), failure.reason)
-    if result.fingerprint != observed.fingerprint:
-        return source, _job(observed, 1), None
-    if not failure.reason.repeated:
-        return source, None, None
-    due = retry_due(failure, result, settings)
-    if now < due:
-        return source, None, due
-    return source, _job(observed, result.attempt + 1), None
-
-
-def _job(observed: ObservedBase, attempt: int) -> InspectionJob | None:
-    """Returns the inspection to be started; None while one is running."""
-    base = observed.base
-    if observed.running is not None:
-        return None
-    return InspectionJob(
-        key=base.key,
-        uid=base.meta.uid,
-        fingerprint=observed.fingerprint,
-        attempt=attempt,
-        uri=base.spec.source.uri,
-        revision=base.spec.source.revision,
-        digest=None,
-        base_uid=None,
-        max_rank=base.spec.lora.max_rank,
-    )
-
-
-def _unusable(observed: ObservedBase, source: BaseSource) -> bool:
-    """True if no replica runs and none could start, so that no pod is created only to fail."""
-    terminal = source.failure is not None and not source.failure.transient
-    return terminal and not any(pod.ready for pod in observed.pods)
-
-
 def _children(
     observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
 ) -> tuple[Manifest, ...]:
     profile = observed.profile
-    if profile is None or _first_inspection(observed, source) or _unusable(observed, source):
+    if profile is None or first_inspection(observed, source) or unusable(observed, source):
         return ()
     token = observed.token_sha256
     return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
-
-
-def _first_inspection(observed: ObservedBase, source: BaseSource) -> bool:
-    return source.condition[1] == Reason.PENDING and observed.deployment is None
-
-
-def _blocked(observed: ObservedBase) -> ConditionValue | None:
-    """Returns why the pods cannot be made, or not as the spec says now; None if they can."""
-    if observed.child_problem is not None:
-        return ("False", observed.child_problem.reason.value, observed.child_problem.message)
-    if observed.profile is None:
-        return _no_profile(observed)
-    return None
-
-
-def _can_start(observed: ObservedBase, source: BaseSource) -> bool:
-    """True if pods can be made, so that an attempt to start the base is under way."""
-    impossible = _unusable(observed, source) or _first_inspection(observed, source)
-    return _blocked(observed) is None and not impossible
 
 
 def _load(observed: ObservedBase, wanted: int) -> Load:
@@ -282,244 +159,6 @@ def _strays(observed: ObservedBase, now: float) -> tuple[Unregister, ...]:
 
 def _stray_due(observed: ObservedBase, now: float) -> float | None:
     return min((at for item in observed.strays if (at := item.since_unix_s + STRAY_GRACE_S) > now), default=None)
-
-
-# --- status ------------------------------------------------------------------------------
-
-
-def _status(
-    observed: ObservedBase,
-    source: BaseSource,
-    decision: ScaleDecision,
-    replacing: RolloutDecision,
-    now: float,
-    settings: PlanSettings,
-) -> tuple[BaseModelStatus | None, float | None]:
-    """Returns the new status if it differs, and when the last use is due to be written."""
-    base, before = observed.base, observed.base.status
-    start = starts.next_start(
-        observed,
-        decision.replicas,
-        floor=_floor(observed),
-        startable=_can_start(observed, source),
-        now=now,
-        settings=settings,
-    )
-    values = conditions_of(observed, source, decision, replacing, start, now)
-    alive = [pod for pod in observed.pods if not pod.terminating]
-    facts = source.facts
-    after = BaseModelStatus(
-        observed_generation=base.meta.generation,
-        conditions=set_conditions(before.conditions, values, generation=base.meta.generation, now=iso(now)),
-        replicas=len(alive),
-        ready_replicas=sum(1 for runtime in observed.runtimes if runtime.serving),
-        selector=selector_text(base),
-        revision=facts.revision if facts is not None else before.revision,
-        digest=(facts.digest or None) if facts is not None else before.digest,
-        state=values[BaseCondition.READY.value][1],
-        adapters=counts(observed),
-        pods=_pods(observed),
-        start=start,
-        last_used=before.last_used,
-    )
-    if _only_pending(observed, source):
-        return None, None
-    known = [runtime for runtime in observed.runtimes if runtime.snapshot is not None]
-    last = max((item.local_time(item.snapshot.last_request_unix_s) for item in known if item.snapshot), default=0.0)
-    shown = unix(before.last_used) or 0.0
-    if int(last) > int(shown):
-        if after != before or last >= shown + settings.usage_interval_s or before.last_used is None:
-            return after.model_copy(update={"last_used": iso(last)}), None
-        return None, shown + settings.usage_interval_s
-    return (after if after != before else None), None
-
-
-def _only_pending(observed: ObservedBase, source: BaseSource) -> bool:
-    """True during the first inspection, which is not reported, so that it costs one status write, not two."""
-    return source.condition[1] == Reason.PENDING and not observed.base.status.conditions and not observed.pods
-
-
-def counts(observed: ObservedBase) -> AdapterCounts:
-    """Counts the adapters that name this base, by state."""
-    return AdapterCounts(
-        total=len(observed.adapters),
-        ready=sum(1 for item in observed.adapters if item.ready),
-        loaded=sum(1 for item in observed.adapters if item.loaded),
-        failed=sum(1 for item in observed.adapters if item.failed),
-    )
-
-
-def conditions_of(
-    observed: ObservedBase,
-    source: BaseSource,
-    decision: ScaleDecision,
-    replacing: RolloutDecision,
-    start: StartStatus | None,
-    now: float,
-) -> dict[str, ConditionValue]:
-    """Returns the value of each condition type. `start` is what the status will remember of failed starts."""
-    available = _available(observed, source, decision, start, now)
-    progressing = replacing.progressing if _blocked(observed) is None else None
-    progressing = progressing or _progressing(observed, decision, start)
-    values = {
-        BaseCondition.SOURCE_RESOLVED.value: source.condition,
-        BaseCondition.RUNTIME_AVAILABLE.value: available,
-        BaseCondition.READY.value: _ready(observed, available, now),
-        BaseCondition.PROGRESSING.value: progressing,
-    }
-    if observed.name_holder is not None:
-        values[BaseCondition.NAME_CONFLICT.value] = _name_conflict(observed, observed.name_holder)
-    stalled = _stalled(observed, source, decision, start)
-    if stalled is not None:
-        values[BaseCondition.STALLED.value] = ("True", stalled[1], stalled[2])
-    elif progressing[0] == "True":
-        values[BaseCondition.RECONCILING.value] = ("True", progressing[1], progressing[2])
-    return values
-
-
-def _available(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, start: StartStatus | None, now: float
-) -> ConditionValue:
-    """RuntimeAvailable: whether a replica serves now."""
-    serving = sum(1 for runtime in observed.runtimes if runtime.serving)
-    if serving:
-        wanted, restarted = decision.replicas, _restarted(observed, now)
-        trouble = _trouble(observed, start) if serving < wanted else starts.problem(observed)
-        notes = (f"{serving} of {wanted} replicas serve.", trouble, restarted, _pins(observed))
-        reason = Reason.DEGRADED if serving < wanted or restarted else Reason.AVAILABLE
-        return ("True", reason.value, " ".join(filter(None, notes)))
-    blocked = _blocked(observed)
-    if blocked is not None:
-        return blocked
-    if _unusable(observed, source):
-        return ("False", source.condition[1], source.condition[2])
-    refused = _refused_token(observed)
-    if refused:
-        return ("False", Reason.TOKEN_REFUSED.value, refused)
-    if start is not None and start.reason is not None:
-        return ("False", start.reason, _failed_start(observed, decision, start))
-    if decision.replicas == 0:
-        return ("False", Reason.SCALED_TO_ZERO.value, "No replica runs; a request starts one.")
-    exist = f"{len(observed.pods)} of {decision.replicas} pods exist, none serves yet. {_trouble(observed, start)}"
-    return ("False", Reason.STARTING.value, exist.strip())
-
-
-def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartStatus) -> str:
-    """Returns what is wrong with the attempts to start, and what happens next."""
-    if decision.replicas == 0:
-        return f"{start.message}; {starts.waiting_text(start, _floor(observed))}."
-    if starts.failed_in_attempt(start):
-        return start.message or ""
-    return f"Starting again after {start.failures} failed starts, the last with: {start.message}"
-
-
-def _trouble(observed: ObservedBase, start: StartStatus | None) -> str:
-    """Returns why not all replicas serve: a problem of a pod, or how far the start is."""
-    return starts.problem(observed) or _refused_token(observed) or starts.progress_text(start)
-
-
-def _refused_token(observed: ObservedBase) -> str:
-    pods = [runtime.pod for runtime in observed.runtimes if runtime.token_refused]
-    return f"Pod {pods[0]}: {TOKEN_REFUSED}" if pods else ""
-
-
-def _restarted(observed: ObservedBase, now: float) -> str:
-    """Returns which pod's process ended lately and was started again, which its readiness does not show."""
-    for pod in observed.pods:
-        if pod.restarts and not pod.terminating and now < pod.last_exit_unix_s + RESTART_REPORT_S:
-            times = "once" if pod.restarts == 1 else f"{pod.restarts} times"
-            return f"Pod {pod.meta.name} was restarted {times}, last after {pod.last_exit}."
-    return ""
-
-
-def _floor(observed: ObservedBase) -> int:
-    return max((item.warm_replicas for item in observed.adapters), default=0)
-
-
-def _pins(observed: ObservedBase) -> str:
-    """Returns which adapters keep more replicas running than the base's own minReplicas."""
-    lowest = observed.base.spec.scaling.min_replicas
-    names = sorted(item.display for item in observed.adapters if item.warm_replicas > lowest)
-    if not names:
-        return ""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"Kept running by minReplicas of {names[0]}{more}."
-
-
-def _ready(observed: ObservedBase, available: ConditionValue, now: float) -> ConditionValue:
-    """Ready: whether a request would be answered, either now or after starting a base that is scaled to zero."""
-    if available[0] == "True":
-        blocked = _blocked(observed)
-        if blocked is not None:
-            return ("True", Reason.DEGRADED.value, f"{available[2]} {blocked[2]}")
-        return ("True", (Reason.DEGRADED if _restarted(observed, now) else Reason.READY).value, available[2])
-    if available[1] == Reason.SCALED_TO_ZERO:
-        return ("True", Reason.SCALED_TO_ZERO.value, available[2])
-    return ("False", available[1], available[2])
-
-
-def _progressing(observed: ObservedBase, decision: ScaleDecision, start: StartStatus | None) -> ConditionValue:
-    blocked = _blocked(observed)
-    if blocked is not None:
-        return ("False", blocked[1], f"{blocked[2]} Pods that run keep their configuration.")
-    alive = [pod for pod in observed.pods if not pod.terminating]
-    ready = sum(1 for pod in alive if pod.ready)
-    if len(alive) != decision.replicas or ready < decision.replicas:
-        message = f"{decision.replicas} replicas wanted ({decision.reason}), {len(alive)} exist, {ready} are ready."
-        return ("True", Reason.STARTING.value, f"{message} {_trouble(observed, start)}".strip())
-    if decision.replicas == 0 and start is not None and start.reason is not None:
-        return ("False", start.reason, _failed_start(observed, decision, start))
-    return ("False", Reason.STABLE.value, "")
-
-
-def _name_conflict(observed: ObservedBase, holder: Key) -> ConditionValue:
-    name = observed.base.spec.served_name
-    message = f"The served name {name} belongs to {holder.kind.value} {holder}; choose another servedName."
-    return ("True", Reason.ALIAS_TAKEN.value, message)
-
-
-def _stalled(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, start: StartStatus | None
-) -> ConditionValue | None:
-    """Returns the failure after which nothing changes until a person, or a request, acts."""
-    blocked = _blocked(observed)
-    if blocked is not None:
-        return blocked
-    if _unusable(observed, source) and source.failure is not None and not source.failure.repeated:
-        return source.condition
-    if decision.replicas == 0 and start is not None and start.reason is not None:
-        return ("False", start.reason, _failed_start(observed, decision, start))
-    return None
-
-
-def _no_profile(observed: ObservedBase) -> ConditionValue:
-    name = observed.base.spec.runtime_profile
-    if observed.profile_denied:
-        message = (
-            f"spec.runtimeProfile {name!r} is not for this namespace; name another, or add it to allowedNamespaces."
-        )
-        return ("False", Reason.PROFILE_NOT_PERMITTED.value, message)
-    message = f"spec.runtimeProfile {name!r} names no profile of the chart's runtimeProfiles; name one or add it there."
-    return ("False", Reason.PROFILE_NOT_FOUND.value, message)
-
-
-def _pods(observed: ObservedBase) -> list[PodStatus]:
-    """Returns the pods with the boot ids that their runtimes report."""
-    views = {runtime.pod_uid: runtime for runtime in observed.runtimes}
-    found = []
-    for pod in observed.pods:
-        view = views.get(pod.meta.uid)
-        now = view.current if view is not None else None
-        found.append(
-            PodStatus(
-                name=pod.meta.name,
-                uid=pod.meta.uid,
-                boot_id=now.boot_id if now is not None else None,
-                ready=view is not None and view.serving,
-                draining=pod.terminating or (now is not None and now.draining),
-            )
-        )
-    return sorted(found, key=lambda item: item.name)[:100]
 
 
 def _events(

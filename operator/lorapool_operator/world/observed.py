@@ -392,6 +392,11 @@ class ObservedBase:
     """True if the last plan used another profile."""
 
     @property
+    def floor(self) -> int:
+        """How many replicas the pinned adapters keep running."""
+        return max((item.warm_replicas for item in self.adapters), default=0)
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the inspection; the source is immutable, so only the retry annotation asks for another one."""
         return f"{self.base.meta.uid}/{self.base.meta.retry or ''}"
