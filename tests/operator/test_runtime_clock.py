@@ -27,7 +27,7 @@ async def test_a_nodes_wrong_clock_shifts_no_time_of_its_runtime(behind_s: float
         cache,
         tokens=RuntimeTokens([MASTER_TOKEN]).of,
         settings=PollSettings(),
-        changed=lambda base, uids, urgent: changed.set(),
+        changed=lambda *_, **__: changed.set(),
     )
     used = time.time() - 3
     async with ScriptedRuntime(token=runtime_token(MASTER_TOKEN, "base-uid")).running() as runtime:
