@@ -10,7 +10,8 @@ from base_world import NOW, base, plan, world
 
 from lorapool_api.common import Reason
 from lorapool_operator.effects.apply import Applier, refusal
-from lorapool_operator.effects.cluster import ClusterError, FencedError, ForeignObjectError
+from lorapool_operator.effects.cluster import ClusterError, ForeignObjectError
+from lorapool_operator.effects.fence import FencedError
 from lorapool_operator.world.cluster_cache import ClusterCache
 from lorapool_operator.world.observed import BaseMemory
 
