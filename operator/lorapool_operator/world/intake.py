@@ -139,5 +139,5 @@ class Intake:
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
     """Returns the part of a base that its adapters' plans depend on; its counts, which change often, are no part."""
-    failure = base.failure
-    return base.meta.uid, base.meta.generation, base.meta.deleting, failure.reason if failure is not None else None
+    failure = base.failure.reason if base.failure is not None else None
+    return base.meta.uid, base.meta.generation, base.meta.deleting, failure, base.stalled
