@@ -122,7 +122,9 @@ def _children(
     observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
 ) -> tuple[Manifest, ...]:
     profile = observed.profile
-    if profile is None or first_inspection(observed, source) or unusable(observed, source):
+    if profile is None or observed.base.meta.deleting:
+        return ()
+    if first_inspection(observed, source) or unusable(observed, source):
         return ()
     token = observed.token_sha256
     return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
