@@ -13,6 +13,7 @@ from typing import Any
 from lorapool_api.common import AdapterKey
 from lorapool_api.openai import TooManyRequestsError
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
+from lorapool_runtime.adapters.deltas import ReportChanges
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
 from lorapool_runtime.adapters.slot_table import Admission, SlotTable
@@ -58,6 +59,7 @@ class AdapterRegistry:
         self._on_disk: set[str] = set()  # digests
         self._host = HostCache(limits.host_cache_bytes)
         self._slots = SlotTable(limits.slots)
+        self._report_changes = ReportChanges(changes)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -82,8 +84,16 @@ class AdapterRegistry:
         if len(self._entries) >= self.limits.max_adapters:
             self.remove(self._longest_unused())
         usage = self._usage.register(key.uid, descriptor.display)
-        entry = AdapterEntry(key, descriptor, usage, since_unix_s=self.clock.unix_s(), used_s=self.clock.now_s())
+        entry = AdapterEntry(
+            key,
+            descriptor,
+            usage,
+            since_unix_s=self.clock.unix_s(),
+            used_s=self.clock.now_s(),
+            on_change=self._report_changes.mark,
+        )
         self._entries[key] = entry
+        self._report_changes.mark(key)
         if on_disk:
             self._on_disk.add(key.digest)
         return entry
@@ -104,6 +114,7 @@ class AdapterRegistry:
 
     def remove(self, entry: AdapterEntry) -> None:
         del self._entries[entry.key]
+        self._report_changes.remove(entry.key)
         self._usage.unregister(entry.key.uid)
         if not self._is_registered(entry.key.digest):
             self._on_disk.discard(entry.key.digest)
@@ -122,10 +133,18 @@ class AdapterRegistry:
 
     def add_disk_copy(self, digest: str) -> None:
         self._on_disk.add(digest)
+        self._mark_copies(digest)
 
     def add_host_copy(self, digest: str, adapter: HostAdapter) -> None:
         """Keeps the copy, and evicts the least recently used ones beyond the bound."""
         self._dropped_from_host(self._host.put(digest, adapter, self.clock.now_s()))
+        self._mark_copies(digest)
+
+    def _mark_copies(self, digest: str) -> None:
+        """Marks the reports of all objects with these files: they share the host and the disk copy."""
+        for entry in self._entries.values():
+            if entry.key.digest == digest:
+                self._report_changes.mark(entry.key)
 
     def drop_host_copy(self, entry: AdapterEntry) -> int:
         """Drops the host copy and returns the bytes freed.
@@ -134,6 +153,7 @@ class AdapterRegistry:
         """
         if self._is_registered(entry.key.digest, except_for=entry):
             return 0
+        self._report_changes.mark(entry.key)
         return self._host.drop(entry.key.digest)
 
     def drop_idle_host_copies(self) -> bool:
@@ -246,6 +266,17 @@ class AdapterRegistry:
         self.changes.bump_soon()
 
     # --- reports ------------------------------------------------------------------------
+
+    def reports_since(self, seq: int) -> tuple[list[AdapterReport], tuple[AdapterKey, ...]] | None:
+        """The changed reports and the removed adapters since the snapshot numbered `seq`. None: all are needed.
+
+        Adapters in a slot are always among them, since their residency grows by itself.
+        """
+        delta = self._report_changes.since(seq)
+        if delta is None:
+            return None
+        keys = dict.fromkeys((*delta.changed, *self._slots.occupants))
+        return [self.report(self._entries[key]) for key in keys], delta.removed
 
     def report(self, entry: AdapterEntry) -> AdapterReport:
         """Its report, rebuilt only when a value has changed: a snapshot holds thousands of them, most unchanged."""

@@ -46,6 +46,11 @@ class SlotTable:
     def used(self) -> int:
         return len(self._occupants)
 
+    @property
+    def occupants(self) -> tuple[AdapterKey, ...]:
+        """The adapters that have a slot, also while they are being loaded or unloaded."""
+        return tuple(self._occupants)
+
     def slot_of(self, key: AdapterKey) -> int | None:
         """The slot that holds the adapter's weights, also while it is being unloaded."""
         occupant = self._occupants.get(key)
