@@ -584,3 +584,42 @@ async def test_the_emptier_pod_is_marked_before_the_number_of_replicas_is_lowere
                 for pod in await api.items("pods")
             }
             assert costs == {"tiny-0": None, "tiny-1": "-1"}
+
+
+async def test_a_hot_adapter_spreads_over_the_replicas_and_a_restart_of_the_operator_changes_nothing(
+    api: Api, tmp_path: Path
+) -> None:
+    base = await api.base(scaling={"minReplicas": 2, "maxReplicas": 2, "targetInFlight": 4})
+    hot, token = await api.adapter("hot"), token_of(base)
+    key = key_of(hot)
+
+    async def placement() -> dict[str, Any]:
+        return ((await api.get("loraadapters", "hot")).get("status") or {}).get("placement") or {}
+
+    async with ScriptedRuntime(token=token).running() as one, ScriptedRuntime(token=token).running() as two:
+        async with running_operator(api, tmp_path, FakeInspector(), usage_interval_s=60.0):
+            await until(lambda: ready(api, "hot"), ("True", "Parked"))
+            for runtime in (one, two):
+                runtime.have(key, f"{api.namespace}/hot")
+                runtime.reports[key] = {"in_flight": 1}
+            two.adapters.clear()
+            await api.runtime_pod(base, "tiny-0", one.port)
+            await api.runtime_pod(base, "tiny-1", two.port)
+            await until(lambda: loaded(api, "hot"), ("True", "Loaded"))
+            assert await placement() == {}
+            one.reports[key] = {"in_flight": 8}
+            one.change()
+            found = await until(placement)
+            assert (found["k"], sorted(found["replicas"])) == (2, ["tiny-0", "tiny-1"])
+            assert "8 requests" in found["why"]
+
+            async def on_both() -> bool:
+                return bool((await api.get("loraadapters", "hot"))["status"]["loadedReplicas"] == 2)
+
+            await until(on_both)
+            assert two.adapters[key].descriptor.load
+        version = (await api.get("loraadapters", "hot"))["metadata"]["resourceVersion"]
+        async with running_operator(api, tmp_path, FakeInspector(), usage_interval_s=60.0):
+            await asyncio.sleep(2.0)
+            assert await placement() == found
+            assert (await api.get("loraadapters", "hot"))["metadata"]["resourceVersion"] == version
