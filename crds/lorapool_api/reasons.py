@@ -174,7 +174,7 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.TOKEN_REFUSED: Explanation(
         "A runtime accepts none of the operator's tokens: it has not read the hashes of the present master token.",
-        "After a rotation wait two minutes. If it lasts, restart the base's pods: `kubectl rollout restart deployment`.",
+        "Wait two minutes after a rotation. If it lasts, restart the pods: `kubectl rollout restart deployment`.",
     ),
 }
 
