@@ -35,6 +35,8 @@ USAGE_COMMENT = b": lorapool-usage "
 """Start of the SSE comment line that carries cumulative `Usage` JSON before each data event on the internal hop."""
 
 ENV_TOKEN_SHA256 = "LORAPOOL_TOKEN_SHA256"
+ENV_TOKEN_SHA256_FILE = "LORAPOOL_TOKEN_SHA256_FILE"
+"""A file with one hash per line, each of a valid bearer token; read again when it changes."""
 
 
 def runtime_token(master: str, base_uid: str) -> str:

@@ -46,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs until a signal to stop; returns the process's exit code."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        set_up_logs("runtime", settings.log_level, settings.log_format)
+        _export(settings)
+        code, clean = asyncio.run(run(settings, make_engine))
     except SettingsError as error:
         error.report("lorapool-runtime")
         return 2
-    set_up_logs("runtime", settings.log_level, settings.log_format)
-    _export(settings)
-    code, clean = asyncio.run(run(settings, make_engine))
     if not clean:  # a thread still loads the base and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)

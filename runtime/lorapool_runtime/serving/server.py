@@ -8,7 +8,6 @@ decides about adapters or engines.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import uuid
@@ -44,7 +43,6 @@ from lorapool_api.protocol import (
     AdapterDescriptor,
     PutAnswer,
     ResolveRequest,
-    token_sha256,
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
@@ -121,18 +119,10 @@ class _Server:
     @web.middleware
     async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses requests without the token, except to the probes. Checks the matched handler, not the URL."""
-        if request.match_info.handler not in (self.health, self.readiness):
-            self._check_token(request.headers.get("Authorization", ""))
-        return await handler(request)
-
-    def _check_token(self, header: str) -> None:
-        wanted = self._settings.token_sha256
-        if wanted is None:
-            return
-        scheme, _, token = header.partition(" ")
-        given = token_sha256(token.strip()) if token.isascii() else ""
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given, wanted):
+        is_probe = request.match_info.handler in (self.health, self.readiness)
+        if not is_probe and not self._runtime.tokens.accepts(request.headers.get("Authorization", "")):
             raise UnauthenticatedError("Missing or wrong bearer token.")
+        return await handler(request)
 
     # --- health and state -----------------------------------------------------------------
 
