@@ -117,6 +117,12 @@ class RuntimeSettings(ProcessSettings):
     """Adapters with metric series of their own; the others share the label __other__."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """Time between two checks for idle adapters; bounds how late one is unloaded."""
+    min_residency_s: float = Field(default=1.0, ge=0)
+    """An adapter keeps its slot for this long before it makes room for another one that requests wait for. Bounds the
+    loads into one slot."""
+    slot_wait_s: float = Field(default=30.0, gt=0)
+    """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the gateway
+    tries another replica. Adapters that cannot get one in time are refused at once."""
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 

@@ -7,6 +7,10 @@ prompts with fewer tokens left, so that neither a long prompt nor a series of sh
 Sequences are admitted first come, first served, when blocks for all their tokens are free; shared blocks count once.
 When a decoding sequence finds no free block, the youngest running sequence is preempted and recomputed later. The
 oldest sequence always advances, so no sequence starves.
+
+The adapters (and the base) that have sequences share rows and blocks: one that has less than its share is admitted
+first, and where there is no room, the youngest sequences of one above its share are preempted for it. What they have
+computed stays in the prefix cache, so that they soon continue.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from dataclasses import dataclass
 
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
+from lorapool_runtime.engines.torch.scheduling.shares import Shares
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
 
 
@@ -104,7 +109,7 @@ class Scheduler:
         self._fresh = []
         preempted = self._grow_decodes()
         if not preempted:
-            self._admit()
+            preempted = self._admit()
         decodes = [Chunk(s, s.computed, 1) for s in self.running if s.pending == 1]
         prefilling = self._prefilling()
         sizes = split_prefill_budget([s.pending for s in prefilling], self._prefill_budget(len(decodes)))
@@ -138,9 +143,8 @@ class Scheduler:
                 continue
             missing = self.allocator.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
             while not self.allocator.can_allocate(missing):
-                victim = self.running.pop()
-                self.allocator.release(victim.preempt())
-                self.add(victim)
+                victim = self.running[-1]
+                self._preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
                     break
@@ -155,13 +159,20 @@ class Scheduler:
         left = self.max_batch_tokens - decodes
         return min(left, self.max_prefill_tokens) if decodes else left
 
-    def _admit(self) -> None:
-        """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one."""
-        prefilling = self._prefilling()
+    def _admit(self) -> list[Sequence]:
+        """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one.
+
+        Returns the running sequences that were preempted for them.
+        """
+        if not self.waiting:
+            return []
+        slots = {sequence.slot for sequence in (*self.running, *self.waiting)}
+        shares = Shares(slots, rows=self.max_batch, blocks=self.allocator.total)
+        entitled = {slot for slot in slots if shares.entitled(slot, self.running)}
+        preempted: list[Sequence] = []
         budget = self._prefill_budget(sum(s.pending == 1 for s in self.running))
-        for sequence in self.waiting[: self.max_batch]:
-            if len(self.running) >= self.max_batch:
-                return
+        for sequence in sorted(self.waiting, key=lambda s: s.slot not in entitled)[: self.max_batch]:
+            prefilling = self._prefilling()
             found = self._cached_blocks(sequence)
             if self._is_being_computed(sequence, len(found), prefilling):
                 continue
@@ -170,11 +181,35 @@ class Scheduler:
             left.insert(older, len(sequence.tokens) - len(found) * self.allocator.block_size)
             if not split_prefill_budget(left, budget)[older]:
                 continue
-            if not self._can_admit(sequence, found):
-                return
+            victims = self._make_room(sequence, found, shares)
+            if victims is None:
+                break
+            for victim in victims:
+                self._preempt(victim)
+            preempted += victims
             self._start(sequence, found)
-            if sequence.pending > 1:
-                prefilling.insert(older, sequence)
+        return preempted
+
+    def _make_room(self, sequence: Sequence, found: list[int], shares: Shares) -> list[Sequence] | None:
+        """The sequences to preempt so that this one can run; None when it has to wait."""
+        needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
+        victims: list[Sequence] = []
+        while True:
+            staying = [other for other in self.running if other not in victims]
+            freed = self.allocator.held_once({b for victim in victims for b in victim.block_table} - set(found))
+            # one block more per running sequence avoids preemption
+            wanted = needed + len(staying) - freed
+            if len(staying) < self.max_batch and self.allocator.can_allocate(wanted, once_shared=found):
+                return victims
+            victim = shares.victim(staying) if shares.entitled(sequence.slot, staying, needed) else None
+            if victim is None:
+                return None
+            victims.append(victim)
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.allocator.release(victim.preempt())
+        self.add(victim)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Cached blocks for the longest prefix of its tokens, except the last token, whose logits are needed."""
@@ -194,11 +229,6 @@ class Scheduler:
             other.computed // size <= index < len(other.tokens) // size and other.block_key(index, size) == key
             for other in prefilling
         )
-
-    def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
-        """Whether blocks are free for all its tokens and one more per running sequence, which avoids preemption."""
-        needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
-        return self.allocator.can_allocate(needed + len(self.running), once_shared=found)
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.allocator.share(found)
