@@ -157,6 +157,26 @@ class BaseReport(ApiModel):
     """Type of the weights."""
 
 
+class StartupPhase(StrEnum):
+    """What a runtime that does not serve yet is doing."""
+
+    FETCHING = "fetching"
+    LOADING = "loading"
+
+
+class StartupReport(ApiModel):
+    """How far the start of a runtime is."""
+
+    phase: StartupPhase
+    """`fetching` the base's files from their source, or `loading` them onto the device."""
+    fetched_bytes: int = Field(default=0, ge=0)
+    """Bytes of the base's files on disk, also those of an earlier process."""
+    total_bytes: int | None = Field(default=None, ge=0)
+    """Size of the base's files; absent until the source has listed them."""
+    bytes_per_s: float = Field(default=0.0, ge=0)
+    """Present rate of the download."""
+
+
 class RuntimeSnapshot(ApiModel):
     """Response of `GET /v1/runtime?after=SEQ&wait=S`: sent when seq > SEQ, at the latest after S seconds."""
 
@@ -190,6 +210,8 @@ class RuntimeSnapshot(ApiModel):
     """Used share of the KV cache."""
     last_request_unix_s: float | None = None
     """When a request for the base or any adapter was last accepted or ended."""
+    startup: StartupReport | None = None
+    """How far the start is; absent once the base is loaded."""
     adapters: list[AdapterReport] = Field(default_factory=list)
     """All registered adapters."""
 
