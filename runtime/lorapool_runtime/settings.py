@@ -96,6 +96,9 @@ class RuntimeSettings(ProcessSettings):
     """Endpoints and credentials of the artifact sources. Never flags, since any user of the machine can read those."""
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
+    base_cache_dir: Path | None = None
+    """Folder of fetched base models, by digest, which several pods may share. What is there is not fetched again, and
+    an interrupted download is continued. None: `bases` in `cache_dir`, and counted in `cache_bytes`."""
     cache_bytes: int = Field(default=20 * 2**30, ge=2**20)
     """Bytes of adapters kept on disk; the least recently used are deleted first."""
     host_cache_bytes: int = Field(default=2**30, ge=0)
@@ -106,6 +109,8 @@ class RuntimeSettings(ProcessSettings):
     """Folder of mounted claims: pvc://claim/path is read from <pvc_root>/<claim>/<path>."""
     fetch_timeout_s: float = Field(default=600.0, gt=0)
     """Longest fetch of one adapter: 4 GiB at 7 MB/s."""
+    fetch_min_bytes_per_s: int = Field(default=64 * 1024, ge=0)
+    """A source that sends fewer bytes per second for half a minute fails with SourceTimeout, and others are fetched."""
     retry_base_s: float = Field(default=5.0, gt=0)
     """First wait after a transient failure. It doubles each time, with jitter."""
     retry_max_s: float = Field(default=300.0, gt=0)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
 from lorapool_api.common import AdapterKey, FailureReason
@@ -27,6 +28,7 @@ from lorapool_api.protocol import Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, LoadFailure
+from lorapool_runtime.adapters.fetch_queue import FetchQueue
 from lorapool_runtime.adapters.registry import AdapterRegistry
 from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import Engine, HostAdapter
@@ -35,7 +37,7 @@ from lorapool_runtime.metrics import Metrics
 log = logging.getLogger(__name__)
 
 MAX_FETCHES = 16
-"""Concurrent fetches, so that a slow source does not delay the others for long."""
+"""Concurrent fetches, which the namespaces share."""
 MAX_READS = 2
 """Files read and checked concurrently: this takes processor time that serving needs."""
 CLOSE_GRACE_S = 10.0
@@ -63,7 +65,8 @@ class AdapterLoader:
         self._clock = registry.clock
         self._changes = registry.changes
         self._limits = registry.limits
-        self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        self._fetches = FetchQueue(MAX_FETCHES)
+        self._fetch_turns: dict[AdapterKey, asyncio.Future[None]] = {}
         self._readers = ThreadPoolExecutor(
             MAX_READS, thread_name_prefix="read-adapter", initializer=lower_thread_priority
         )
@@ -124,7 +127,8 @@ class AdapterLoader:
         if (kept := self._registry.host_copy(digest)) is not None:
             return kept, Tier.HOST
         with entry.cancellable_load(), self._store.pinned(digest):
-            async with self._fetches:
+            turn = nullcontext() if self._store.on_disk(digest) else self._fetch_turn(entry)
+            async with turn:
                 stored = await self._store.fetch(digest, entry.descriptor.source, entry.descriptor.max_bytes)
             if stored.digest != digest:
                 raise ArtifactError(
@@ -138,6 +142,24 @@ class AdapterLoader:
             )
         self._registry.add_host_copy(digest, host)
         return host, stored.tier
+
+    @asynccontextmanager
+    async def _fetch_turn(self, entry: AdapterEntry) -> AsyncIterator[None]:
+        """Waits for its turn to fetch, and ends it with the context."""
+        turn = self._fetch_turns[entry.key] = asyncio.get_running_loop().create_future()
+        self._fetches.join(entry.key, entry.descriptor.display.partition("/")[0])
+        self._start_fetches()
+        try:
+            await asyncio.shield(turn)
+            yield
+        finally:
+            del self._fetch_turns[entry.key]
+            self._fetches.leave(entry.key)
+            self._start_fetches()
+
+    def _start_fetches(self) -> None:
+        while (key := self._fetches.start_next(self._registry.is_wanted)) is not None:
+            self._fetch_turns[key].set_result(None)
 
     async def _into_slot(self, entry: AdapterEntry, host: HostAdapter, started_s: float, tier: Tier) -> None:
         slot = await self._slot_for(entry)

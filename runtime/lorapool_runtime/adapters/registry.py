@@ -180,7 +180,7 @@ class AdapterRegistry:
 
     def has_unused_slot(self) -> bool:
         """Whether a slot is free, or can become free without making a request wait."""
-        return self._slot_queue.has_unused_slot(wanted=self._is_wanted, may_leave=self._may_leave)
+        return self._slot_queue.has_unused_slot(wanted=self.is_wanted, may_leave=self._may_leave)
 
     def queue_for_slot(self, entry: AdapterEntry, *, ready: bool) -> None:
         """Queues it for a slot, `ready` when its weights are in host memory. It keeps its place in the queue."""
@@ -191,9 +191,10 @@ class AdapterRegistry:
 
     def plan_slots(self) -> SlotPlan:
         """Which adapter gets which slot, and which ones make room now. Changes nothing."""
-        return self._slot_queue.plan(self.clock.now_s(), wanted=self._is_wanted, may_leave=self._may_leave)
+        return self._slot_queue.plan(self.clock.now_s(), wanted=self.is_wanted, may_leave=self._may_leave)
 
-    def _is_wanted(self, key: AdapterKey) -> bool:
+    def is_wanted(self, key: AdapterKey) -> bool:
+        """Whether a request waits for the adapter, or it is pinned."""
         entry = self._entries.get(key)
         return entry is not None and (entry.waiting > 0 or entry.descriptor.pinned)
 

@@ -44,11 +44,14 @@ from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requ
 from lorapool_runtime.serving.tokens import BearerTokens
 from lorapool_runtime.serving.turns import Turn, Turns
 from lorapool_runtime.settings import RuntimeSettings
+from lorapool_runtime.startup_progress import StartupProgress
 from lorapool_runtime.usage import Outcome, UsageTracker
 
 log = logging.getLogger(__name__)
 
 BASE_SALT = "base"
+STARTUP_REPORT_S = 2.0
+"""Time between two reports of the progress of the start."""
 SNAPSHOT_AGE_S = 0.5
 """A cached snapshot is used for at most this long: some counts change without a new sequence number."""
 
@@ -98,6 +101,7 @@ class Runtime:
         self.settings = settings
         self.clock = clock or Clock()
         self.tokens = BearerTokens(settings, self.clock)
+        self.startup = StartupProgress(self.clock.now_s)
         self.boot_id = boot_id or uuid.uuid4().hex
         self.started_unix_s = self.clock.unix_s()
         self.changes = Changes()
@@ -168,6 +172,12 @@ class Runtime:
                 if not self.healthy:
                     return
                 self._serving.adapters.sweep()
+
+    async def report_startup(self) -> None:
+        """Lets long-polls see the progress of the start. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(STARTUP_REPORT_S)
+            self.changes.bump()
 
     async def drain(self, *, notice_s: float, grace_s: float) -> None:
         """Refuses new requests, lets running ones finish for `grace_s`, then ends the rest."""
@@ -398,6 +408,7 @@ class Runtime:
             waiting=stats.waiting + (0 if serving is None else serving.waiting),
             kv_usage=_kv_usage(stats),
             last_request_unix_s=self._last_request_unix_s,
+            startup=self.startup.report() if serving is None else None,
             adapters=[] if serving is None else serving.adapters.reports(),
         )
 

@@ -18,7 +18,7 @@ from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import AdapterState, ResolveRequest, SourceRef
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.inspect import inspect_base
-from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters.disk_store import DiskStore
 
 
@@ -151,7 +151,7 @@ async def test_a_thousand_requests_for_one_cold_adapter_are_one_fetch_and_one_lo
         facts = (await inspect_base("hf://acme/base", None, sources)).facts
         cache = DiskCache(tmp_path, high_bytes=2**24, low_bytes=2**23)
         cache.start()
-        store = DiskStore(cache, facts, sources, max_rank=16, fetch_timeout_s=60.0)
+        store = DiskStore(cache, facts, sources, max_rank=16, fetch_limits=FetchLimits())
         source = SourceRef(uri="hf://acme/poet")
         digest = (await store.resolve(ResolveRequest(source=source))).digest
         assert digest is not None
