@@ -116,6 +116,8 @@ def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() ->
             "imagePullSecrets": [{"name": "pull"}],
             "artifacts": {
                 "insecureRegistries": ["one:5000", "two"],
+                "baseMaxGiB": 200,
+                "baseFetchTimeoutSeconds": 7200,
                 "env": [{"name": "HF_ENDPOINT", "value": "http://hub"}],
                 "credentials": {"existingSecret": "hub", "keys": ["HF_TOKEN"]},
             },
@@ -125,7 +127,11 @@ def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() ->
 
     for profile in read.values():
         assert profile.env[0] == {"name": "LORAPOOL_OCI_INSECURE_HOSTS", "value": "one:5000,two"}
-        assert [item["name"] for item in profile.env][1:3] == ["HF_ENDPOINT", "HF_TOKEN"]
+        assert [item["name"] for item in profile.env][3:5] == ["HF_ENDPOINT", "HF_TOKEN"]
+        assert {item["name"]: item.get("value") for item in profile.env}.items() >= {
+            "LORAPOOL_BASE_MAX_BYTES": str(200 * 2**30),
+            "LORAPOOL_BASE_FETCH_TIMEOUT_S": "7200",
+        }.items()
     assert read["default"].image_pull_secrets == ("pull",)
     assert read["own"].image_pull_secrets == ("other",)
     assert read["own"].env[-1] == {"name": "A", "value": "b"}

@@ -6,6 +6,10 @@
 {{- with $artifacts.insecureRegistries -}}
 {{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- $maxBytes := mul $artifacts.baseMaxGiB 1073741824 -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_MAX_BYTES" "value" (toString $maxBytes)) -}}
+{{- $timeout := toString (int64 $artifacts.baseFetchTimeoutSeconds) -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_FETCH_TIMEOUT_S" "value" $timeout) -}}
 {{- $env = concat $env $artifacts.env -}}
 {{- with $artifacts.credentials.existingSecret -}}
 {{- $secret := . -}}
