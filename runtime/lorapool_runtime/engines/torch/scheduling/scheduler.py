@@ -5,8 +5,8 @@
 prompts with fewer tokens left, so that neither a long prompt nor a series of short ones waits for the others.
 
 Sequences are admitted first come, first served, when blocks for all their tokens are free; shared blocks count once.
-When a decoding sequence finds no free block, the youngest running sequence is preempted and recomputed later. The
-oldest sequence always advances, so no sequence starves.
+When a decoding sequence finds no free block, a young running sequence is preempted and recomputed later. The oldest
+sequence always advances, so no sequence starves.
 
 The adapters (and the base) that have sequences share rows and blocks: one that has less than its share is admitted
 first, and where there is no room, the youngest sequences of one above its share are preempted for it. What they have
@@ -135,7 +135,8 @@ class Scheduler:
     def _grow_decodes(self) -> list[Sequence]:
         """Allocates blocks for the next token of every decoding sequence, oldest first.
 
-        Preempts the youngest sequences where blocks are missing, and returns them.
+        Preempts the youngest sequences, first of the slot that is most above its share, where blocks are missing, and
+        returns them.
         """
         preempted: list[Sequence] = []
         for sequence in list(self.running):
@@ -143,7 +144,7 @@ class Scheduler:
                 continue
             missing = self.allocator.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
             while not self.allocator.can_allocate(missing):
-                victim = self.running[-1]
+                victim = self._youngest(self._shares().most_above())
                 self._preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
@@ -166,9 +167,8 @@ class Scheduler:
         """
         if not self.waiting:
             return []
-        slots = {sequence.slot for sequence in (*self.running, *self.waiting)}
-        shares = Shares(slots, rows=self.max_batch, blocks=self.allocator.total)
-        entitled = {slot for slot in slots if shares.entitled(slot, self.running)}
+        shares = self._shares()
+        entitled = {sequence.slot for sequence in self.waiting if shares.entitled(sequence.slot)}
         preempted: list[Sequence] = []
         budget = self._prefill_budget(sum(s.pending == 1 for s in self.running))
         for sequence in sorted(self.waiting, key=lambda s: s.slot not in entitled)[: self.max_batch]:
@@ -188,23 +188,37 @@ class Scheduler:
                 self._preempt(victim)
             preempted += victims
             self._start(sequence, found)
+            shares.add(sequence)
         return preempted
 
     def _make_room(self, sequence: Sequence, found: list[int], shares: Shares) -> list[Sequence] | None:
-        """The sequences to preempt so that this one can run; None when it has to wait."""
+        """The sequences to preempt so that this one can run, taken out of `shares`; None when it has to wait."""
         needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
         victims: list[Sequence] = []
-        while True:
-            staying = [other for other in self.running if other not in victims]
-            freed = self.allocator.held_once({b for victim in victims for b in victim.block_table} - set(found))
-            # one block more per running sequence avoids preemption
-            wanted = needed + len(staying) - freed
-            if len(staying) < self.max_batch and self.allocator.can_allocate(wanted, once_shared=found):
-                return victims
-            victim = shares.victim(staying) if shares.entitled(sequence.slot, staying, needed) else None
-            if victim is None:
+        while not self._has_room(needed, found, victims):
+            slot = shares.most_above() if shares.entitled(sequence.slot, needed) else None
+            if slot is None:
+                for victim in victims:
+                    shares.add(victim)
                 return None
-            victims.append(victim)
+            victims.append(self._youngest(slot, besides=victims))
+            shares.remove(victims[-1])
+        return victims
+
+    def _has_room(self, needed: int, found: list[int], victims: list[Sequence]) -> bool:
+        """Whether a row and `needed` blocks are free without the victims. One block more per row avoids preemption."""
+        rows = len(self.running) - len(victims)
+        freed = self.allocator.held_once({block for v in victims for block in v.block_table} - set(found))
+        return rows < self.max_batch and self.allocator.can_allocate(needed + rows - freed, once_shared=found)
+
+    def _shares(self) -> Shares:
+        slots = {sequence.slot for sequence in (*self.running, *self.waiting)}
+        return Shares(self.running, slots, rows=self.max_batch, blocks=self.allocator.total)
+
+    def _youngest(self, slot: int | None, besides: list[Sequence] | None = None) -> Sequence:
+        """The youngest running sequence of the slot, of any slot if it is None."""
+        candidates = (s for s in reversed(self.running) if slot is None or s.slot == slot)
+        return next(s for s in candidates if s not in (besides or []))
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)

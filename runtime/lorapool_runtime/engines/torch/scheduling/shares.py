@@ -8,35 +8,38 @@ runs, so that none is preempted without end.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as ListOf
+from collections.abc import Iterable
 
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 
 
 class Shares:
-    def __init__(self, slots: set[int], *, rows: int, blocks: int) -> None:
-        """`slots` have sequences; `rows` and `blocks` are shared."""
-        self._rows = max(1, rows // max(1, len(slots)))
-        self._blocks = max(1, blocks // max(1, len(slots)))
+    """What each slot has of the batch while `running` are in it. `slots` have sequences, running or waiting."""
 
-    def entitled(self, slot: int, running: ListOf[Sequence], more_blocks: int = 0) -> bool:
-        """Whether the slot has less than its share, also with `more_blocks`."""
-        own = [sequence for sequence in running if sequence.slot == slot]
-        return len(own) < self._rows and _blocks(own) + more_blocks <= self._blocks
-
-    def victim(self, running: ListOf[Sequence]) -> Sequence | None:
-        """The youngest sequence of the slot that has the most above its share; None when none is above."""
-        rows, blocks = Counter(sequence.slot for sequence in running), Counter[int]()
+    def __init__(self, running: Iterable[Sequence], slots: set[int], *, rows: int, blocks: int) -> None:
+        self._row_share = max(1, rows // len(slots))
+        self._block_share = max(1, blocks // len(slots))
+        self._rows, self._blocks = Counter[int](), Counter[int]()
         for sequence in running:
-            blocks[sequence.slot] += len(sequence.block_table)
-        excess = {
-            slot: max(count / self._rows, blocks[slot] / self._blocks) for slot, count in rows.items() if count > 1
-        }
+            self.add(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        self._rows[sequence.slot] += 1
+        self._blocks[sequence.slot] += len(sequence.block_table)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._rows[sequence.slot] -= 1
+        self._blocks[sequence.slot] -= len(sequence.block_table)
+
+    def entitled(self, slot: int, more_blocks: int = 0) -> bool:
+        """Whether the slot has less than its share, also with `more_blocks`."""
+        return self._rows[slot] < self._row_share and self._blocks[slot] + more_blocks <= self._block_share
+
+    def most_above(self) -> int | None:
+        """The slot that has the most above its share; None when none is above, or has only one sequence."""
+        excess = {slot: self._excess(slot) for slot, rows in self._rows.items() if rows > 1}
         slot = max(excess, key=lambda slot: excess[slot], default=None)
-        if slot is None or excess[slot] <= 1:
-            return None
-        return max((s for s in running if s.slot == slot), key=lambda s: s.arrival)
+        return None if slot is None or excess[slot] <= 1 else slot
 
-
-def _blocks(sequences: ListOf[Sequence]) -> int:
-    return sum(len(sequence.block_table) for sequence in sequences)
+    def _excess(self, slot: int) -> float:
+        return max(self._rows[slot] / self._row_share, self._blocks[slot] / self._block_share)
