@@ -67,7 +67,7 @@ class SlotQueue:
         grants = tuple(zip((key for key in queue if self._ready[key] and key not in placed), free, strict=False))
         supply = len(free) + sum(occupant.making_room for occupant in occupants)
         draining = [occupant.key for occupant in occupants if occupant.draining and not occupant.unloading]
-        spare = supply - sum(key not in draining for key in queue)
+        spare = supply - sum(wanted(key) and key not in draining for key in queue)
         if spare > 0 and draining:
             by_need = sorted(reversed(draining), key=lambda key: key not in queue)
             return SlotPlan(grants, staying=tuple(by_need[:spare]))
