@@ -1,11 +1,11 @@
-"""What an adapter that floods a runtime costs the others, and how slots are shared when more adapters are hot than fit.
+"""What an adapter that floods a runtime costs the others, and how slots are shared by more adapters than fit.
 
-    python bench/fairness.py BASE_FOLDER [--dtype float32|bfloat16] [--device auto|cpu|cuda] [--rounds 3] [--records PATH]
+    python bench/fairness.py BASE_FOLDER [--dtype float32|bfloat16] [--device auto|cpu|cuda] [--rounds 3]
 
-Flood: seven adapters send one request after another, quiet and with an eighth that keeps far more requests open than the
-batch holds, with answers several times as long. Rounds alternate within one runtime; the figure is the others' p99 with
-the flood over their quiet p99. Slots: sixteen adapters on four slots, each always with requests; the figure is the
-smallest share of the answers over the fair one.
+Flood: seven adapters send one request after another, quiet and with an eighth that keeps far more requests open than
+the batch holds, with answers several times as long. Rounds alternate within one runtime; the figure is the p99 of the
+others with the flood over their quiet p99. Slots: sixteen adapters on four slots, each always with requests; the figure
+is the smallest share of the answers over the fair one.
 """
 
 from __future__ import annotations

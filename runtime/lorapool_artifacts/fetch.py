@@ -134,7 +134,9 @@ async def _fetch(
 ) -> Path:
     deadline = Deadline(resolved.limits, where=str(resolved.uri))
     download = _resumed if resume else _from_the_start
-    return await in_thread(deadline, lambda: download(_Download(resolved, cache_root, deadline, on_progress), expected_digest))
+    return await in_thread(
+        deadline, lambda: download(_Download(resolved, cache_root, deadline, on_progress), expected_digest)
+    )
 
 
 def _from_the_start(download: _Download, expected_digest: str | None) -> Path:
@@ -219,7 +221,7 @@ class _Download:
         return replace(file, sha256=sha256)
 
     def _write(self, source: Source, file: RemoteFile, path: Path) -> str:
-        """Writes what is missing of one file and returns its hash. Resumes up to three times when the source breaks off."""
+        """Writes what is missing of one file and returns its hash. Resumes when the source breaks off, three times."""
         total = self._hash_of(path) if path.is_file() else hashlib.sha256()
         attempt = 1
         with path.open("ab") as out:

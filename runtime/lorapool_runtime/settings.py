@@ -73,8 +73,8 @@ class RuntimeSettings(ProcessSettings):
     token_sha256: Annotated[str | None, Env(ENV_TOKEN_SHA256, "LORAPOOL_RUNTIME_TOKEN_SHA256")] = Field(
         default=None, pattern=r"^[0-9a-f]{64}$"
     )
-    """SHA-256 (hex) of the bearer token. None here and in `token_sha256_file`: requests need no token, and only loopback
-    is served."""
+    """SHA-256 (hex) of the bearer token. None here and in `token_sha256_file`: requests need no token, and only
+    loopback is served."""
     token_sha256_file: Annotated[Path | None, Env(ENV_TOKEN_SHA256_FILE)] = None
     """A file with the SHA-256 (hex) of each valid bearer token, one per line. It is read again when it changes, so that
     a token can be replaced without a restart. Excludes `token_sha256`."""
@@ -126,8 +126,8 @@ class RuntimeSettings(ProcessSettings):
     """An adapter keeps its slot for this long before it makes room for another one that requests wait for. Bounds the
     loads into one slot."""
     slot_wait_s: float = Field(default=30.0, gt=0)
-    """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the gateway
-    tries another replica. Adapters that cannot get one in time are refused at once."""
+    """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the
+    gateway tries another replica. Adapters that cannot get one in time are refused at once."""
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 

@@ -89,9 +89,7 @@ def bring_up(
         settings.cache_dir.expanduser() / "adapters", high_bytes=room_bytes, low_bytes=int(room_bytes * LOW_WATER)
     )
     cache.start()
-    limits = FetchLimits(
-        total_timeout_s=settings.fetch_timeout_s, min_bytes_per_s=settings.fetch_min_bytes_per_s
-    )
+    limits = FetchLimits(total_timeout_s=settings.fetch_timeout_s, min_bytes_per_s=settings.fetch_min_bytes_per_s)
     store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_limits=limits)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
     return LoadedBase(engine, tokenizer, grammars, store, folder.digest)

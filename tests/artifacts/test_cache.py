@@ -117,6 +117,8 @@ def test_leftovers_go_but_a_running_download_of_another_process_stays(tmp_path: 
     (tmp_path / ".tmp-live").mkdir()
     with (tmp_path / ".tmp-live.lock").open("xb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(socket.gethostname().encode())
+        held.flush()
         assert remove_dead(tmp_path) == 2
         assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-live", ".tmp-live.lock"]
     assert remove_dead(tmp_path) == 1
@@ -142,7 +144,7 @@ def test_a_killed_download_leaves_no_folder_with_a_digests_name_and_is_cleared(t
     root = Path(fetch_module.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root / 'crds'}:{root / 'runtime'}"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path) as process:
-        while process.poll() is None and not list(tmp_path.glob("cache/.tmp-*/adapter_model.safetensors")):
+        while process.poll() is None and not list(tmp_path.glob("cache/.tmp-*/adapter_model.safetensors.unfinished")):
             time.sleep(0.02)
         process.kill()
     cache = DiskCache(tmp_path / "cache", high_bytes=10_000, low_bytes=6_000)

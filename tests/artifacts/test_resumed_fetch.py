@@ -36,6 +36,10 @@ async def fetched(root: Path, hf: SourceSettings, limits: FetchLimits | None = N
     return await fetch(resolved, root, resume=True, on_progress=progress.append), progress
 
 
+def names(root: Path, pattern: str) -> list[Path]:
+    return list(root.glob(pattern))
+
+
 def another_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "another-pod")
 
@@ -63,8 +67,8 @@ async def test_an_interrupted_download_continues_in_the_next_process(
     assert {name: (path / name).read_bytes() for name in SHARDS} == {
         name: hub.repos["acme/base"][name] for name in SHARDS
     }
-    assert folder_digest(path) == (await inspect_base("hf://acme/base", None, hf)).digest
     asked = [(url.rpartition("/")[2], headers.get("range")) for _, url, headers in hub.requests]
+    assert folder_digest(path) == (await inspect_base("hf://acme/base", None, hf)).digest
     assert SHARDS[0] not in {name for name, _ in asked}
     assert (SHARDS[1], "bytes=100-") in asked
     assert progress[-1] == sum(file.stat().st_size for file in path.iterdir())
@@ -86,7 +90,7 @@ async def test_what_an_earlier_process_left_damaged_is_fetched_again(
     hub: Hub, hf: SourceSettings, tmp_path: Path
 ) -> None:
     await interrupted(tmp_path, hub, hf)
-    [unfinished] = tmp_path.glob(".part-*/*.unfinished")
+    [unfinished] = names(tmp_path, ".part-*/*.unfinished")
     unfinished.write_bytes(b"\0" * 100)
     path, _ = await fetched(tmp_path, hf)
     assert (path / SHARDS[1]).read_bytes() == hub.repos["acme/base"][SHARDS[1]]
@@ -98,7 +102,7 @@ async def test_a_second_pod_waits_for_the_first_and_fetches_nothing(
     hub.repos["acme/base"] = zoo.base_files()
     hub.faults = [Fault("model.safetensors", delay_s=0.4)]
     first = asyncio.create_task(fetched(tmp_path, hf))
-    while not list(tmp_path.glob(".part-*/config.json")):  # noqa: ASYNC110  another process has no event
+    while not names(tmp_path, ".part-*/config.json"):  # noqa: ASYNC110  another process has no event
         await asyncio.sleep(0.01)
     monkeypatch.setattr(fetch_module, "_downloads", fetch_module._Downloads())  # those of another process
     another_pod(monkeypatch)
@@ -161,9 +165,7 @@ async def test_a_base_larger_than_the_bound_is_refused_with_the_bound_that_was_s
     assert SourceSettings().base_fetch_timeout_s > 150e9 / 10e6
 
 
-async def test_a_source_slower_than_the_minimum_rate_is_given_up(
-    hub: Hub, hf: SourceSettings, tmp_path: Path
-) -> None:
+async def test_a_source_slower_than_the_minimum_rate_is_given_up(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files()
     hub.faults = [Fault("adapter_model.safetensors", drip_s=0.02)]
     slow = FetchLimits(idle_timeout_s=0.3, total_timeout_s=60.0, min_bytes_per_s=100_000)

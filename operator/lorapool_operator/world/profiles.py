@@ -58,7 +58,7 @@ class RuntimeProfile(_Strict):
     threads: int = Field(default=0, ge=0)
     """Number of torch threads; 0 means all cores that the container may use."""
     termination_grace_period_seconds: int = Field(default=900, ge=5)
-    """Running requests get this time, less 5 s, to finish, however long their answers are; a pod without any ends at once."""
+    """Running requests get this time, less 5 s, to finish. A pod that has none ends at once."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
     """Time to download and load the base; after it the kubelet restarts the container."""
     run_as_user: int = Field(default=10001, ge=1)

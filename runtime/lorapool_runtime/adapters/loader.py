@@ -1,8 +1,8 @@
 """Loads adapters into slots (source → disk → host memory → slot), unloads them, and remembers failures.
 
 There is one load per adapter at a time, however many requests wait for it. A load's task never raises: its result is
-the error of every request that waits. Only the registered digest is loaded. `slot_queue` decides who gets a slot and who
-makes room; here its plans are applied.
+the error of every request that waits. Only the registered digest is loaded. `slot_queue` decides which adapter gets a
+slot and which one makes room; here its plans are applied.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class AdapterLoader:
         self._grants: dict[AdapterKey, asyncio.Future[int]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        registry.call_on_use(self.arrange_slots)
 
     # --- load ---------------------------------------------------------------------------
 

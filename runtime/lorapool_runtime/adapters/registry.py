@@ -6,7 +6,7 @@ since residency is billed per object; host and disk copies belong to the digest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class AdapterRegistry:
         self._host = HostCache(limits.host_cache_bytes)
         self._slots = SlotTable(limits.slots)
         self._slot_queue = SlotQueue(self._slots, limits.min_residency_s, limits.slot_wait_s)
+        self._on_use: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -186,6 +187,10 @@ class AdapterRegistry:
         """Queues it for a slot, `ready` when its weights are in host memory. It keeps its place in the queue."""
         self._slot_queue.join(entry.key, ready=ready)
 
+    def call_on_use(self, arrange: Callable[[], None]) -> None:
+        """Calls `arrange` when a request begins or ends to use a slot while adapters wait for one."""
+        self._on_use = arrange
+
     def leave_slot_queue(self, entry: AdapterEntry) -> None:
         self._slot_queue.leave(entry.key)
 
@@ -277,14 +282,19 @@ class AdapterRegistry:
         lease = Lease(entry, slot, cold_start_s, self._release_lease)
         entry.add_lease(lease)
         entry.touch(self.clock.now_s(), self.clock.unix_s())
-        self.changes.bump_soon()
+        self._used()
         return lease
 
     def _release_lease(self, entry: AdapterEntry, lease: Lease) -> None:
         self._slots.leave(entry.key, self.clock.now_s())
         entry.remove_lease(lease)
         entry.touch(self.clock.now_s(), self.clock.unix_s())
+        self._used()
+
+    def _used(self) -> None:
         self.changes.bump_soon()
+        if not self._slot_queue.is_empty:
+            self._on_use()
 
     # --- reports ------------------------------------------------------------------------
 

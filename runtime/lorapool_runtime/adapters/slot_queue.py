@@ -37,6 +37,10 @@ class SlotQueue:
     _ready: dict[AdapterKey, bool] = field(default_factory=dict)
     """Waiting adapters in their order, and whether their weights can be put into a slot."""
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._ready
+
     def join(self, key: AdapterKey, *, ready: bool) -> None:
         """Queues an adapter, or changes whether it is ready. It keeps its place."""
         self._ready[key] = ready
@@ -66,12 +70,13 @@ class SlotQueue:
         placed = {occupant.key for occupant in occupants}
         grants = tuple(zip((key for key in queue if self._ready[key] and key not in placed), free, strict=False))
         supply = len(free) + sum(occupant.making_room for occupant in occupants)
-        draining = [occupant.key for occupant in occupants if occupant.draining and not occupant.unloading]
-        spare = supply - sum(wanted(key) and key not in draining for key in queue)
-        if spare > 0 and draining:
-            by_need = sorted(reversed(draining), key=lambda key: key not in queue)
-            return SlotPlan(grants, staying=tuple(by_need[:spare]))
-        leaving = self._leaving(len(queue) - supply, sum(not wanted(key) for key in queue), wanted, may_leave)
+        outside = [key for key in queue if key not in placed]  # the others still have to leave their slot
+        wanted_outside = sum(map(wanted, outside))
+        draining = [occupant.key for occupant in reversed(occupants) if occupant.draining and not occupant.unloading]
+        if supply > wanted_outside and draining:
+            by_need = sorted(draining, key=lambda key: key not in queue)
+            return SlotPlan(grants, staying=tuple(by_need[: supply - wanted_outside]))
+        leaving = self._leaving(len(outside) - supply, len(outside) - wanted_outside, wanted, may_leave)
         due = [occupant.loaded_s + self.min_residency_s for occupant in leaving]
         return SlotPlan(
             grants,
@@ -92,9 +97,7 @@ class SlotQueue:
         used = sorted((o for o in movable if not _is_unused(o, wanted)), key=lambda o: (o.loaded_s, o.slot))
         return unused[: max(0, missing)] + used[: max(0, missing - speculative - len(unused))]
 
-    def _movable(
-        self, wanted: Callable[[AdapterKey], bool], may_leave: Callable[[AdapterKey], bool]
-    ) -> list[Occupant]:
+    def _movable(self, wanted: Callable[[AdapterKey], bool], may_leave: Callable[[AdapterKey], bool]) -> list[Occupant]:
         """The adapters that may leave; not one for which requests wait and that has served none since its load."""
         return [o for o in self.table.occupants() if o.usable and may_leave(o.key) and (o.served or not wanted(o.key))]
 

@@ -1,8 +1,8 @@
 """The runtime without HTTP: admits parsed requests within bounds, drains them at the end, and reports its state.
 
-It owns the open requests. Each waits for its adapter and for its turn, then holds its turn and its adapter's lease until
-the engine has ended it. Requests are refused while starting or draining and when the queue is full, before anything is
-accepted.
+It owns the open requests. Each waits for its adapter and for its turn, then holds its turn and its adapter's lease
+until the engine has ended it. Requests are refused while starting or draining and when the queue is full, before
+anything is accepted.
 """
 
 from __future__ import annotations

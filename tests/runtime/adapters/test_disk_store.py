@@ -35,7 +35,9 @@ class World:
         self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
         self.cache.start()
         facts = BaseFacts(MODULES, loaded=True)
-        self.store = DiskStore(self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_limits=FetchLimits())
+        self.store = DiskStore(
+            self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_limits=FetchLimits()
+        )
         inspect = store_module.inspect_adapter_folder
 
         def counted(*given: object) -> object:

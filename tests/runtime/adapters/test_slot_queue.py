@@ -28,7 +28,9 @@ def table_of(*loaded: AdapterKey, slots: int | None = None) -> SlotTable:
     return table
 
 
-def plan(queue: SlotQueue, now_s: float, *, wanted: set[AdapterKey], pinned: frozenset[AdapterKey] = frozenset()) -> SlotPlan:
+def plan(
+    queue: SlotQueue, now_s: float, *, wanted: set[AdapterKey], pinned: frozenset[AdapterKey] = frozenset()
+) -> SlotPlan:
     return queue.plan(now_s, wanted=lambda key: key in wanted or key in pinned, may_leave=lambda key: key not in pinned)
 
 
@@ -151,7 +153,7 @@ class World:
 
     def arrange(self) -> float | None:
         """Applies plans until nothing moves, as the loader does; loads and unloads take no time."""
-        while True:
+        for _ in range(100):
             made = self.queue.plan(self.now_s, wanted=lambda _key: True, may_leave=lambda _key: True)
             for key, slot in made.grants:
                 self.table.allocate(slot, key, self.now_s)
@@ -165,8 +167,11 @@ class World:
                 self.wait(key)  # its next request is there already
             for key in made.staying:
                 self.table.stop_drain(key)
+                self.queue.leave(key)
+                self.longest_wait_s = max(self.longest_wait_s, self.now_s - self.waits_since.pop(key))
             if not (made.grants or made.leaving or made.staying):
                 return made.due_s
+        raise AssertionError("the plans never come to rest")
 
     def ask(self, key: AdapterKey) -> None:
         self.table.enter(key, self.now_s)
@@ -192,7 +197,7 @@ class World:
                 self.queue.join(key, ready=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     slots=st.integers(1, 5),
     adapters=st.integers(1, 16),
@@ -204,7 +209,7 @@ def test_no_adapter_waits_longer_than_promised_and_no_slot_is_loaded_more_often(
     slots: int, adapters: int, residency_s: float, longest_s: float, seed: int
 ) -> None:
     world = World(slots, adapters, residency_s, longest_s, random.Random(seed))
-    world.run(200.0)
+    world.run(60.0)
     assert world.longest_wait_s <= math.ceil(adapters / slots) * (residency_s + longest_s)
     by_slot: dict[int, deque[float]] = {}
     for at_s, slot in world.loads:
@@ -216,7 +221,7 @@ def test_no_adapter_waits_longer_than_promised_and_no_slot_is_loaded_more_often(
 @pytest.mark.parametrize("seed", range(3))
 def test_sixteen_hot_adapters_on_four_slots_each_get_more_than_half_of_their_share(seed: int) -> None:
     world = World(4, 16, residency_s=1.0, longest_s=2.0, rng=random.Random(seed))
-    world.run(600.0)
+    world.run(200.0)
     shares = [served / (sum(world.served_s.values()) / 16) for served in world.served_s.values()]
     assert len(shares) == 16
     assert min(shares) >= 0.5

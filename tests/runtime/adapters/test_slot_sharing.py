@@ -1,4 +1,4 @@
-"""More adapters are asked for than there are slots: each gets its turn, with its own weights, from the whole runtime."""
+"""More adapters are asked for than there are slots: each gets its turn and answers with its own weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import artifact_zoo as zoo
 from artifact_hub import Fault, Hub
-from fakes_runtime import FakeEngine, FakeStore, Served, acquire, descriptor, key_of, serving, until
+from fakes_runtime import FakeEngine, Served, acquire, descriptor, key_of, serving, until
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import AdapterState, ResolveRequest, SourceRef
@@ -130,7 +130,7 @@ async def test_requests_go_on_when_the_client_that_their_adapter_made_room_for_l
 async def test_sixteen_hot_adapters_on_four_slots_all_get_half_of_their_share(byte_tokenizer: Path) -> None:
     names = [f"n{number}" for number in range(16)]
     served_requests: Counter[str] = Counter()
-    async with crowded(byte_tokenizer, *names, slots=4, max_batch=8, min_residency_s=0.02) as (served, session):
+    async with crowded(byte_tokenizer, *names, slots=4, max_batch=8, min_residency_s=0.02) as (_, session):
 
         async def hot(name: str) -> None:
             while served_requests.total() < 480:

@@ -84,19 +84,19 @@ def test_a_recalled_flow_leaves_the_queue_in_its_order_and_what_runs_stays_count
     assert queue.start_next() is recalled[0]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(flows=st.integers(2, 5), rows=st.integers(1, 6), seed=st.integers(0, 99))
 def test_flows_that_always_wait_are_served_the_same_number_of_tokens(flows: int, rows: int, seed: int) -> None:
     rng, queue = random.Random(seed), FairQueue(rows)
     served, running, longest = [0] * flows, [], 60
     for flow in range(flows):
-        for _ in range(1 + 30 * (flow == 0)):  # the first one floods
+        for _ in range(40 if flow == 0 else rows + 2):  # the first one floods
             queue.join(Ticket(str(flow), 1, rng.randrange(1, 20)))
-    for _ in range(3000):
+    for _ in range(1500):
         while (ticket := queue.start_next()) is not None:
             served[int(ticket.flow)] += ticket.tokens
             running.append([ticket, rng.randrange(1, longest)])
-        for item in running[: rows]:
+        for item in running[:rows]:
             item[1] -= 1
             queue.charge(item[0], 1)
             served[int(item[0].flow)] += 1

@@ -39,8 +39,8 @@ from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
 from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import read_settings
-from lorapool_runtime.startup_progress import StartupProgress
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
+from lorapool_runtime.startup_progress import StartupProgress
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "tiny", "messages": HI}

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
-from lorapool_runtime.engines.torch.scheduling.shares import Shares
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
+from lorapool_runtime.engines.torch.scheduling.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
