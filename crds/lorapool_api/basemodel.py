@@ -83,10 +83,34 @@ class BaseLora(ApiModel):
         le=1024,
         description="Adapters that one replica can have loaded on its device at the same time.",
     )
+    max_pinned: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="Slots of one replica that adapters with minReplicas above 0 may occupy. Default: half of the "
+        "slots. Older adapters come first.",
+    )
+    max_pinned_per_namespace: int | None = Field(
+        default=None,
+        ge=0,
+        le=1024,
+        description="The same bound for the adapters of one namespace. Default: no bound of its own.",
+    )
     host_cache_bytes: Quantity = Field(
         default="1Gi",
         description="Host memory of one replica for adapters that are not on the device, as a quantity such as 512Mi.",
     )
+
+
+class ScalingMode(StrEnum):
+    """Who decides the number of replicas.
+
+    Internal: the operator, from the load. External: an autoscaler such as HPA or KEDA, through the scale subresource;
+    the operator then only wakes a base that is scaled to zero, and scales an idle one to zero where minReplicas is 0.
+    """
+
+    INTERNAL = "Internal"
+    EXTERNAL = "External"
 
 
 class Scaling(ApiModel):
@@ -98,10 +122,21 @@ class Scaling(ApiModel):
         )
     )
 
+    mode: ScalingMode = Field(
+        default=ScalingMode.INTERNAL,
+        description="Internal: the operator decides the number of replicas from the load. External: an autoscaler "
+        "(HPA, KEDA) writes it through the scale subresource; Lorapool then only wakes the base from zero and, with "
+        "minReplicas 0, scales it to zero when it is idle.",
+    )
     min_replicas: int = Field(
         default=0, ge=0, le=100, description="Smallest number of replicas. 0 stops all pods of an idle base."
     )
-    max_replicas: int = Field(default=1, ge=1, le=100, description="Largest number of replicas.")
+    max_replicas: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="Largest number of replicas. No more pods are run, whatever spec.replicas says.",
+    )
     target_in_flight: int = Field(
         default=16, ge=1, le=10000, description="Requests in flight per replica above which another replica is started."
     )
@@ -133,8 +168,27 @@ class AdapterDefaults(ApiModel):
     min_replicas: int = Field(
         default=0, ge=0, le=100, description="Replicas on which an adapter stays loaded even when it is idle."
     )
+    max_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Largest number of replicas over which the requests of one adapter are spread. Default: all.",
+    )
+
+
+class Guests(ApiModel):
+    """What the adapters of other namespaces may do to this base."""
+
+    keep_awake: bool = Field(
+        default=False,
+        description="Whether minReplicas of a guest's adapter keeps the base running, and starts replicas. Without it "
+        "such an adapter is only pinned while the base runs anyway.",
+    )
     max_replicas: int = Field(
-        default=1, ge=1, le=100, description="Largest number of replicas on which an adapter is loaded."
+        default=1,
+        ge=1,
+        le=100,
+        description="With keepAwake: largest number of replicas that guests' adapters keep running.",
     )
 
 
@@ -146,6 +200,7 @@ class Access(ApiModel):
         max_length=256,
         description='Other namespaces whose LoraAdapters may use this base. They are listed by name; "*" is refused.',
     )
+    guests: Guests = Field(default_factory=Guests)
 
 
 class BaseModelSpec(ApiModel):
@@ -154,10 +209,6 @@ class BaseModelSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.source == oldSelf.source", "source is immutable: create a new BaseModel for other weights"),
-            rule(
-                "!has(self.replicas) || self.replicas <= self.scaling.maxReplicas",
-                "replicas must not exceed scaling.maxReplicas",
-            ),
         )
     )
 
@@ -184,8 +235,13 @@ class BaseModelSpec(ApiModel):
         default=None,
         ge=0,
         le=100,
-        description="Desired replicas, written through the scale subresource by operator and gateway. Leave it out of "
-        "manifests.",
+        description="Desired replicas, written through the scale subresource by operator, gateway and autoscalers. "
+        "Leave it out of manifests. A number above scaling.maxReplicas counts as maxReplicas.",
+    )
+    paused: bool = Field(
+        default=False,
+        description="True keeps the running pods as they are when a change of this object, of its profile or of the "
+        "release would replace them. Their number still follows scaling, and pods that end are started again.",
     )
     scaling: Scaling = Field(default_factory=Scaling)
     cold_start: ColdStart = Field(default_factory=ColdStart)

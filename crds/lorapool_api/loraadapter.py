@@ -85,7 +85,8 @@ class LoraAdapterSpec(ApiModel):
         default=None,
         ge=1,
         le=100,
-        description="Largest number of replicas on which the adapter is loaded. Default: the base's adapterDefaults.",
+        description="Largest number of replicas over which the adapter's requests are spread. Default: the base's "
+        "adapterDefaults.",
     )
     suspend: bool = Field(default=False, description="True refuses requests and unloads the adapter from all devices.")
 
@@ -105,6 +106,18 @@ class ReplicaStatus(ApiModel):
         json_schema_extra={"format": "date-time"},
         description="When the adapter entered this tier.",
     )
+
+
+class PlacementStatus(ApiModel):
+    """The preferred replicas of an adapter that is pinned or has more than one; any other adapter has one."""
+
+    k: int = Field(
+        ge=1, description="Number of preferred replicas: the first k of the order that operator and gateways compute."
+    )
+    replicas: list[Annotated[str, Field(max_length=253)]] = Field(
+        default_factory=list, max_length=100, description="Names of their pods, the most preferred one first."
+    )
+    why: str = Field(default="", max_length=256, description="Why k has this value.")
 
 
 class UsageCounters(ApiModel):
@@ -202,6 +215,7 @@ class LoraAdapterStatus(ApiModel):
     replicas: list[ReplicaStatus] = Field(
         default_factory=list, max_length=100, description="The replicas that hold the adapter."
     )
+    placement: PlacementStatus | None = None
     last_used: str | None = Field(
         default=None,
         max_length=64,

@@ -186,6 +186,8 @@ class RuntimeSnapshot(ApiModel):
     """Identifier of the runtime process."""
     started_unix_s: float
     """Start of the process."""
+    now_unix_s: float | None = None
+    """The runtime's clock when it sent this. All times here are of that clock, which may differ from the reader's."""
     base: BaseReport
     """What is served."""
     ready: bool

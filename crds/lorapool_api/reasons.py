@@ -60,6 +60,11 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.SUSPENDED: Explanation("spec.suspend is true: requests are refused.", "Set spec.suspend to false."),
     Reason.PARKED: Explanation("The adapter is not on a device. The next request loads it."),
+    Reason.PIN_REFUSED: Explanation(
+        "minReplicas of the adapter is not honoured: the owner of the base bounds what may be pinned. Requests are "
+        "served all the same.",
+        "Lower minReplicas, or ask the owner of the BaseModel to raise spec.lora.maxPinned or set spec.access.guests.",
+    ),
     Reason.LOADING: Explanation("A runtime is loading the adapter."),
     Reason.LOADED: Explanation("The adapter is on the device of at least one replica."),
     Reason.RUNTIME_RESTARTED: Explanation(
@@ -86,6 +91,14 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.READY: Explanation("At least one replica answers requests."),
     Reason.STABLE: Explanation("Nothing is changing."),
+    Reason.PAUSED: Explanation(
+        "spec.paused is true: the running pods are not replaced, though their template has changed.",
+        "Set spec.paused to false to replace them.",
+    ),
+    Reason.ROLLOUT_WAITING: Explanation(
+        "Pods have to be replaced, and wait until the rollout of the bases that the message names has ended.",
+        "Look at those bases if it lasts, or raise the chart's value operator.rollout.maxConcurrentBases.",
+    ),
     Reason.PROFILE_NOT_FOUND: Explanation(
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
         "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",

@@ -38,7 +38,7 @@ NODE_TOOLS = {
     "nsenter": "util-linux",
     "openssl": "openssl",
 }
-IMAGE_TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap"}
+IMAGE_TOOLS = {"buildah": "buildah", "mmdebstrap": "mmdebstrap"}
 
 
 def find(command: str) -> str | None:

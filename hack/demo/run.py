@@ -64,7 +64,7 @@ class Demo:
     base_folder: Path = field(init=False)  # base
     base_uri: str = field(init=False)  # push
     adapter_uris: dict[str, str] = field(init=False)  # push
-    tag: str = field(init=False)  # push
+    tag: str = field(init=False)  # tag
     url: str = field(init=False)  # gateway
     key: str = field(init=False)  # objects
     answers: list[Answer] = field(init=False)  # ask
@@ -151,20 +151,22 @@ def plan(demo: Demo) -> list[Step]:
             base,
             Step("images", "build the two images with docker or podman", lambda: _docker_build(demo)),
         ]
-    push = Step(
-        "push",
-        "push base and fine-tunes to the registry, tag the images",
-        lambda: _push(demo),
-        tuple(step.name for step in before),
-    )
-    pull = Step("pull", "unpack the runtime image on the node", lambda: _pull(demo), ("push",))
+    placed = ("images",) if demo.options.context else ("images", "cluster")
+    tag = Step("tag", "put the images into the registry", lambda: _tag_images(demo), placed)
+    pull = Step("pull", "unpack the runtime image on the node", lambda: _pull(demo), ("tag",))
     pulled = [pull] if demo.options.context is None else []
     return [
         *before,
-        push,
+        tag,
         *pulled,
-        Step("install", "helm install", lambda: _helm(demo), ("push",)),
-        Step("objects", "kubectl apply: an API key, the base, five fine-tunes", lambda: _objects(demo), ("install",)),
+        Step("install", "helm install", lambda: _helm(demo), ("tag",)),
+        Step("push", "push base and fine-tunes to the registry", lambda: _push(demo), ("base", *placed)),
+        Step(
+            "objects",
+            "kubectl apply: an API key, the base, five fine-tunes",
+            lambda: _objects(demo),
+            ("install", "push"),
+        ),
         Step("ready", "wait until every fine-tune is Ready", lambda: _wait_ready(demo), ("objects",)),
         Step("gateway", "find the gateway's address", lambda: _gateway(demo), ("ready",)),
         Step(
@@ -276,15 +278,18 @@ def _docker_build(demo: Demo) -> None:
         demo.run("images", *argv, remedy="Its last lines name the step of the Dockerfile.", timeout_s=3600)
 
 
-def _push(demo: Demo) -> None:
+def _tag_images(demo: Demo) -> None:
     demo.tag = _tag()
     where = demo.ground.push_registry
     if demo.ground.cluster:
         argv = (sys.executable, HACK / "images", "build", "--registry", where, "--tag", demo.tag)
-        demo.run("push", *argv, remedy="Run `make image` to see it alone.", timeout_s=2400)
+        demo.run("tag", *argv, remedy="Run `make image` to see it alone.", timeout_s=2400)
     else:
         for name in _docker_names(demo).values():
-            demo.run("push", _docker(), "push", name, remedy=f"Try `docker login` for {where}.", timeout_s=3600)
+            demo.run("tag", _docker(), "push", name, remedy=f"Try `docker login` for {where}.", timeout_s=3600)
+
+
+def _push(demo: Demo) -> None:
     demo.base_uri = _push_artifact(demo, demo.base_folder, "models/smollm2-135m-instruct")
     tasks = [question.task for question in questions(objects.NAMESPACE)]
     demo.adapter_uris = {task: _push_artifact(demo, FINETUNES / task, f"adapters/{task}") for task in tasks}

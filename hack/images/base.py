@@ -1,11 +1,10 @@
-"""The base image: the official one where an image registry is reachable, else Debian's own Python by debootstrap.
+"""The base image: the official one where an image registry is reachable, else Debian's own Python by mmdebstrap.
 
 The mirror is the one that the machine's own apt sources name, so that no address is written here.
 """
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,10 +18,12 @@ from images import buildah
 OFFICIAL = "python:3.11-slim-bookworm"
 OWN = "localhost/lorapool-base:bookworm"
 SUITE = "bookworm"
-PACKAGES = "python3,python3-venv,ca-certificates"
+PACKAGES = "python3,python3-venv,ca-certificates,usr-is-merged"
+MERGED_USR = "/usr/share/mmdebstrap/hooks/merged-usr"
+"""Links /bin to /usr/bin from the start; a package that does it later would need all of perl."""
 PULL_TIMEOUT_S = 20
 # What a container never reads.
-UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
+UNREAD = ("/usr/share/doc", "/usr/share/man", "/usr/share/locale")
 
 
 def ensure() -> str:
@@ -36,7 +37,7 @@ def ensure() -> str:
             return OFFICIAL
         except ClusterError:
             say("no image registry is reachable: making the base image from Debian packages")
-        _debootstrap()
+        _mmdebstrap()
     container = buildah.run("from", "scratch", quiet=True).strip()
     try:
         buildah.run("add", "--quiet", container, str(_archive()), "/", quiet=True)
@@ -51,36 +52,26 @@ def _archive() -> Path:
     return cache_dir() / "base" / f"debian-{SUITE}-python.tar"
 
 
-def _debootstrap() -> None:
+def _mmdebstrap() -> None:
     archive = _archive()
     archive.parent.mkdir(parents=True, exist_ok=True)
     mirror = debian_mirror(_apt_sources())
-    with tempfile.TemporaryDirectory(prefix=".debootstrap-", dir=archive.parent) as folder:
-        root, log = Path(folder, "root"), archive.parent / "debootstrap.log"
+    with tempfile.TemporaryDirectory(prefix=".mmdebstrap-", dir=archive.parent) as folder:
+        partial, log = Path(folder, "root.tar"), archive.parent / "mmdebstrap.log"
         command = [
-            install.require("debootstrap"), "--variant=minbase", f"--include={PACKAGES}", SUITE, str(root), mirror,
+            install.require("mmdebstrap"), "--mode=root", "--variant=minbase", f"--include={PACKAGES}",
+            *(f"--dpkgopt=path-exclude={unread}/*" for unread in UNREAD),
+            f"--hook-dir={MERGED_USR}",
+            "--dpkgopt=force-unsafe-io",  # what is killed is made again from nothing, so nothing need be on disk early
+            '--customize-hook=ln -s /usr/bin/python3 "$1/usr/local/bin/python"',
+            '--customize-hook=rm -f "$1/etc/resolv.conf"',
+            SUITE, str(partial), mirror,
         ]  # fmt: skip
+        env = {**os.environ, "PATH": install.SEARCH_PATH, "DEBIAN_FRONTEND": "noninteractive", "TMPDIR": folder}
         with log.open("wb") as output:
-            # What is killed is made again from nothing, so nothing need be on disk early: dpkg calls no fsync, and
-            # debootstrap's `sync`, which waits for all that the machine has to write, does nothing.
-            no_sync = Path(folder, "bin", "sync")
-            no_sync.parent.mkdir()
-            no_sync.symlink_to(install.require("true"))
-            path = f"{no_sync.parent}{os.pathsep}{install.SEARCH_PATH}"
-            quick = {"PATH": path, "DEBIAN_FRONTEND": "noninteractive", "DPKG_FORCE": "unsafe-io"}
-            done = subprocess.run(
-                command, stdout=output, stderr=output, check=False, timeout=1200, env={**os.environ, **quick}
-            )
+            done = subprocess.run(command, stdout=output, stderr=output, check=False, timeout=1200, env=env)
         if done.returncode:
-            raise ClusterError("debootstrap failed", log_tail=log.read_text()[-2000:], remedy=f"read {log}")
-        for unused in UNUSED:
-            shutil.rmtree(root / unused, ignore_errors=True)
-            (root / unused).mkdir()
-        (root / "usr/local/bin/python").symlink_to("/usr/bin/python3")
-        (root / "etc/resolv.conf").unlink(missing_ok=True)
-        partial = Path(folder, "root.tar")
-        tar = ["tar", "--numeric-owner", "--one-file-system", "-C", str(root), "-cf", str(partial), "."]
-        subprocess.run(tar, check=True, timeout=300)
+            raise ClusterError("mmdebstrap failed", log_tail=log.read_text()[-2000:], remedy=f"read {log}")
         os.replace(partial, archive)
 
 

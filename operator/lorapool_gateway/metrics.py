@@ -116,7 +116,7 @@ class Metrics:
         )
         self.wakes = Counter(
             f"{name}wakes_total",
-            "Times a base was scaled from zero for a held request.",
+            "Times a base was scaled up for held requests.",
             ("base", "result"),
             registry=self.registry,
         )

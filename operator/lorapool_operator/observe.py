@@ -7,17 +7,43 @@ thousands of adapters does not compute all of them again for every plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
 from lorapool_api.protocol import runtime_token, token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
 from lorapool_operator.decisions.manifests import children_name
+from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
+from lorapool_operator.decisions.preemption import choose
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
-from lorapool_operator.world.observed import AdapterSummary, BaseMemory, ObservedAdapter, ObservedBase, min_replicas
+from lorapool_operator.world.observed import (
+    AdapterSummary,
+    BaseMemory,
+    ObservedAdapter,
+    ObservedBase,
+    SpreadMemory,
+    Standing,
+    min_replicas,
+)
 from lorapool_operator.world.profiles import Profiles, RuntimeImage
+
+YIELD_PAUSE_S = 75.0
+"""A base that waits for devices asks the next idle base only after the pods of the last one had time to end."""
+ROLLOUT_SEEN_S = 15.0
+"""By then the status of a Deployment shows a rollout that was begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pins:
+    """The pins of one base, with everything that they were computed from."""
+
+    base: BaseObject
+    wanted: tuple[PinWanted, ...]
+    pods: tuple[str, ...]
+    allowed: Mapping[str, frozenset[str]]
 
 
 class Observer:
@@ -43,6 +69,13 @@ class Observer:
         self._now = now
         self._bases: dict[Key, BaseMemory] = {}
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
+        self._spread: dict[str, SpreadMemory] = {}
+        self._pins: dict[Key, _Pins] = {}
+        self._leaving: dict[Key, frozenset[str]] = {}
+        self._rollouts_begun: dict[Key, float] = {}
+        self._standings: dict[Key, Standing] = {}
+        self._yields: dict[Key, Key] = {}
+        self._asked_to_yield: dict[Key, float] = {}
 
     def adapter(self, key: Key) -> ObservedAdapter | None:
         """Returns all that is known of an adapter; None if it does not exist."""
@@ -53,6 +86,7 @@ class Observer:
         base = self._cache.bases.get(base_key.namespace, base_key.name)
         parts = adapter.status.usage.parts if adapter.status.usage is not None else ()
         uid = adapter.meta.uid
+        pinned = base is not None and min_replicas(adapter.spec, base.spec) > 0
         return ObservedAdapter(
             adapter=adapter,
             base=base,
@@ -65,6 +99,9 @@ class Observer:
             registered=self._runtimes.registered(uid),
             lost_usage=self._runtimes.lost_usage(uid),
             gone_boot_ids=self._runtimes.gone_boot_ids(base, [part.boot_id for part in parts]),
+            allowed_pins=self._allowed_pins(base, uid) if pinned and base is not None else None,
+            spread_memory=self._spread.get(uid, SpreadMemory()),
+            leaving=self._leaving.get(base_key, frozenset()),
         )
 
     def base(self, key: Key) -> ObservedBase | None:
@@ -75,6 +112,7 @@ class Observer:
         adapters = self._cache.adapters_of(key)
         known = {item.meta.uid for item in adapters}
         memory = self.memory(base)
+        summaries = {item.key: self._summary(item, base) for item in adapters}
         return ObservedBase(
             base=base,
             profile=self.profiles.get(base.spec.runtime_profile),
@@ -85,9 +123,12 @@ class Observer:
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),
             inspection=self._inspections.result(base.meta.uid),
             running=self._inspections.running(base.meta.uid),
-            adapters=tuple(self._summary(item, base) for item in adapters),
+            adapters=tuple(summaries.values()),
+            moved=self._moved(base, adapters, summaries, self._leaving_pods(base, memory)),
+            yields_to=self._yields.pop(key, None),
             strays=tuple(self._runtimes.strays_of(base, known.__contains__, self._now())),
             memory=memory.scale,
+            rolling_elsewhere=self._rolling_elsewhere(key),
             woken_unix_s=memory.woken_unix_s,
             applied_hash=memory.applied_hash,
             apply_again=memory.apply_again,
@@ -103,6 +144,35 @@ class Observer:
         memory.observe_replicas(base.spec.replicas, self._now())
         return memory
 
+    def keep_standing(self, key: Key, standing: Standing) -> Key | None:
+        """Keeps what other bases' plans depend on. Returns an idle base that has to yield its devices to this one."""
+        self._standings[key] = standing
+        now = self._now()
+        if not standing.lacks or now < self._asked_to_yield.get(key, 0.0) + YIELD_PAUSE_S:
+            return None
+        idle = choose(standing.lacks, self._standings, now)
+        if idle is not None:
+            self._asked_to_yield[key] = now
+            self._yields[idle] = key
+        return idle
+
+    def rollout_begins(self, key: Key) -> None:
+        """Counts a base's pods as being replaced until its Deployment shows it."""
+        self._rollouts_begun[key] = self._now()
+
+    def _rolling_elsewhere(self, key: Key) -> tuple[str, ...]:
+        oldest = self._now() - ROLLOUT_SEEN_S
+        self._rollouts_begun = {base: at for base, at in self._rollouts_begun.items() if at > oldest}
+        rolling = {item.base for item in self._cache.deployments if item.rolling} | self._rollouts_begun.keys()
+        return tuple(sorted(str(base) for base in rolling if base != key))
+
+    def keep_spread(self, adapter_uid: str, memory: SpreadMemory) -> None:
+        """Hands the memory of a plan to the adapter's next one."""
+        if memory == SpreadMemory():
+            self._spread.pop(adapter_uid, None)
+        else:
+            self._spread[adapter_uid] = memory
+
     def apply_all_again(self) -> None:
         """Makes the next plan of each base apply its children even if they are unchanged."""
         for memory in self._bases.values():
@@ -110,8 +180,11 @@ class Observer:
 
     def forget(self, key: Key) -> None:
         """Drops what is remembered of a deleted object."""
-        self._bases.pop(key, None)
-        self._summaries.pop(key, None)
+        for kept in (self._bases, self._pins, self._leaving, self._standings, self._yields, self._asked_to_yield):
+            kept.pop(key, None)
+        summary = self._summaries.pop(key, None)
+        if summary is not None:
+            self._spread.pop(summary[0].meta.uid, None)
 
     def _summary(self, adapter: AdapterObject, base: BaseObject) -> AdapterSummary:
         cached = self._summaries.get(adapter.key)
@@ -120,13 +193,73 @@ class Observer:
         ready = find_condition(adapter.status.conditions, AdapterCondition.READY)
         loaded = find_condition(adapter.status.conditions, AdapterCondition.LOADED)
         is_ready = ready is not None and ready.status == "True"
+        pinned = min_replicas(adapter.spec, base.spec) if is_ready and blocker_of(adapter, base) is None else 0
         summary = AdapterSummary(
             ready=is_ready,
             loaded=loaded is not None and loaded.status == "True",
             failed=adapter.status.failure is not None and not is_ready,
-            warm_replicas=min_replicas(adapter.spec, base.spec)
-            if is_ready and blocker_of(adapter, base) is None
-            else 0,
+            warm_replicas=kept_replicas(pinned, base.spec, guest=adapter.meta.namespace != base.meta.namespace),
+            pinned_replicas=pinned,
         )
         self._summaries[adapter.key] = (adapter, base, summary)
         return summary
+
+    # --- pins
+
+    def _allowed_pins(self, base: BaseObject, adapter_uid: str) -> frozenset[str]:
+        """Returns the pods of the base on which this adapter may be pinned."""
+        known = self._pins.get(base.key)
+        if known is None:
+            adapters = self._cache.adapters_of(base.key)
+            wanted = self._wanted_pins(adapters, {item.key: self._summary(item, base) for item in adapters})
+        else:
+            wanted = known.wanted
+        return self._compute_pins(base, wanted).get(adapter_uid, frozenset())
+
+    def _moved(
+        self,
+        base: BaseObject,
+        adapters: Iterable[AdapterObject],
+        summaries: Mapping[Key, AdapterSummary],
+        leaving: frozenset[str],
+    ) -> tuple[Key, ...]:
+        """Computes the pins again. Returns the adapters that the operator itself places and that may have to move."""
+        before, known = self._pins.get(base.key), self._leaving.get(base.key, frozenset())
+        allowed = self._compute_pins(base, self._wanted_pins(adapters, summaries))
+        after, self._leaving[base.key] = self._pins[base.key], leaving
+        if before is None or (before is after and leaving == known):
+            return ()
+
+        def placed(item: AdapterObject) -> bool:
+            hot = item.status.placement is not None or (bool(leaving) and summaries[item.key].loaded)
+            return hot or before.allowed.get(item.meta.uid) != allowed.get(item.meta.uid)
+
+        return tuple(item.key for item in adapters if placed(item))
+
+    def _leaving_pods(self, base: BaseObject, memory: BaseMemory) -> frozenset[str]:
+        """Returns the pods that are about to be stopped, or replaced by a rollout that is under way."""
+        deployment = self._cache.deployments.get(base.meta.namespace, children_name(base.meta.name))
+        if deployment is None or not deployment.rolling:
+            return frozenset(memory.scale.leaving)
+        old = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.template_hash != deployment.template_hash}
+        return frozenset(memory.scale.leaving) | old
+
+    def _wanted_pins(
+        self, adapters: Iterable[AdapterObject], summaries: Mapping[Key, AdapterSummary]
+    ) -> tuple[PinWanted, ...]:
+        return tuple(
+            sorted(
+                PinWanted(item.meta.created_unix_s, item.meta.uid, item.meta.namespace, replicas)
+                for item in adapters
+                if (replicas := summaries[item.key].pinned_replicas)
+            )
+        )
+
+    def _compute_pins(self, base: BaseObject, wanted: tuple[PinWanted, ...]) -> Mapping[str, frozenset[str]]:
+        pods = tuple(sorted(view.pod_uid for view in self._runtimes.views_of(base) if view.serving))
+        known = self._pins.get(base.key)
+        if known is not None and known.wanted == wanted and known.pods == pods and known.base.spec == base.spec:
+            return known.allowed
+        allowed = allowed_pins(wanted, pods, base.spec)
+        self._pins[base.key] = _Pins(base, wanted, pods, allowed)
+        return allowed

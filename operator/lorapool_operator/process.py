@@ -146,6 +146,7 @@ class Process:
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
                 start_allowance_s=settings.start_allowance_s,
+                max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
         )
         self.resync = Resync(self.cluster, self.cache, self.intake, settings.watched)
@@ -244,10 +245,18 @@ class Process:
         wanted = set(adapter_uids)
         if not wanted:
             return
+        soon = set() if urgent else self._may_spread(base, wanted)
         delay_s = 0.0 if urgent else self.settings.usage_interval_s
         for adapter in self.cache.adapters_of(base):
             if adapter.meta.uid in wanted:
-                self.queue.add(adapter.key, delay_s)
+                self.queue.add(adapter.key, LOAD_DELAY_S if adapter.meta.uid in soon else delay_s)
+
+    def _may_spread(self, key: Key, adapter_uids: set[str]) -> set[str]:
+        """Returns the adapters whose number of preferred replicas may have to change with their load."""
+        base = self.cache.bases.get(key.namespace, key.name)
+        if base is None or base.spec.scaling.max_replicas == 1:
+            return set()
+        return self.runtimes.busy(key, adapter_uids, 1 + base.spec.scaling.target_in_flight // 2)
 
     # --- probes
 

@@ -96,6 +96,7 @@ class Reconciler:
             self._observer.forget(key)
             return None
         plan = plan_adapter(observed, time.time(), self._settings)
+        self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
         await self._applier.adapter(observed, plan)
         return plan.requeue_at
 
@@ -104,7 +105,14 @@ class Reconciler:
         if observed is None:
             self._observer.forget(key)
             return None
+        for adapter in observed.moved:
+            self._queue.add(adapter)
         plan = plan_base(observed, time.time(), self._settings)
+        idle = self._observer.keep_standing(key, plan.standing)
+        if idle is not None:
+            self._queue.add(idle)
+        if plan.begins_rollout:
+            self._observer.rollout_begins(key)  # before the first wait, so that no other base begins meanwhile
         if await self._applier.base(observed.base, plan, self._observer.memory(observed.base)):
             return time.time()
         return plan.requeue_at

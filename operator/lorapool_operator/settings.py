@@ -88,6 +88,8 @@ class Settings(ProcessSettings):
     """PUT or DELETE of an adapter at a runtime."""
     api_timeout_s: PositiveS = 15.0
     """One call of the API server."""
+    max_concurrent_rollouts: Annotated[int, Field(ge=0)] = 1
+    """Bases whose pods are replaced at the same time after a change of their template. 0 is no bound."""
     start_allowance_s: PositiveS = 1800.0
     """A base that is still starting does not count as idle before this long, whatever its idleAfter."""
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lorapool_api import basemodel, loraadapter
 from lorapool_gateway.routing.objects import ObjectRef
-from lorapool_gateway.routing.source import Kind, ObjectCache, ScaleResult, ref_of
+from lorapool_gateway.routing.source import Kind, ObjectCache, ScaleResult, ref_of, scaled_up
 from lorapool_operator.decisions.plan import KubeEvent
 from lorapool_operator.effects.cluster import ObjectConflictError, ObjectNotFoundError, Subject
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
@@ -115,11 +115,13 @@ class Objects:
         """The caches are kept current by `listen`; waits until cancelled."""
         await asyncio.Event().wait()
 
-    async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+    async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
         raw = self._objects[BASE][ref]
-        if raw["spec"].get("replicas", 0) > 0:
+        replicas = raw["spec"].get("replicas", 0)
+        wanted = scaled_up(replicas, add, bound)
+        if wanted == replicas:
             return ScaleResult.ALREADY_UP
-        self._change(BASE, ref, raw["metadata"]["uid"], {"spec": {**raw["spec"], "replicas": 1}})
+        self._change(BASE, ref, raw["metadata"]["uid"], {"spec": {**raw["spec"], "replicas": wanted}})
         return ScaleResult.WOKEN
 
     # --- the operator's PlanTarget
@@ -140,6 +142,9 @@ class Objects:
         if raw is None or raw["metadata"]["resourceVersion"] != base.meta.resource_version:
             raise ObjectConflictError(f"{ref} has changed", 409)
         self._change(BASE, ref, base.meta.uid, {"spec": {**raw["spec"], "replicas": replicas}})
+
+    async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
+        """There is one process per base, so no pod is chosen among several."""
 
     async def apply_child(self, manifest: Mapping[str, Any]) -> Raw:
         """Keeps Deployments, which become processes. A Service or a disruption budget has no use here."""

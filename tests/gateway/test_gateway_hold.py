@@ -13,7 +13,7 @@ from gateway_world import KEY, World, condition, failed_status, key_of, ready_st
 
 from lorapool_gateway.requests.wake import ScaleWaker
 from lorapool_gateway.routing.objects import BaseRoute, ObjectRef, base_route
-from lorapool_gateway.routing.source import ScaleResult
+from lorapool_gateway.routing.source import ScaleResult, scaled_up
 
 UNCHECKED: dict[str, object] = {}
 
@@ -57,7 +57,7 @@ async def test_200_held_requests_bring_one_wake_and_all_are_answered(here: World
     scaled: list[ObjectRef] = []
 
     class Scale:
-        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+        async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
             scaled.append(ref)
             await asyncio.sleep(0.05)
             return ScaleResult.WOKEN
@@ -221,26 +221,78 @@ async def test_a_wake_that_fails_is_tried_again_a_bounded_number_of_times(monkey
     calls = 0
 
     class Broken:
-        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+        async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
             nonlocal calls
             calls += 1
             raise OSError("no API server")
 
     waker = ScaleWaker(Broken(), lambda base, result: results.append(result), settle_s=0)
     monkeypatch.setattr("lorapool_gateway.requests.wake.BACKOFF_S", (0.001,) * 4)
-    waker.wake(sleeping(replicas=0))
-    waker.wake(sleeping(replicas=0))
+    waker.wake(sleeping(replicas=0), 0)
+    waker.wake(sleeping(replicas=0), 0)
     await until(lambda: results)
     assert (calls, results) == (5, ["failed"])
 
 
 async def test_a_base_that_is_wanted_up_is_never_woken() -> None:
     class Never:
-        async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+        async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
             raise AssertionError("not for this base")
 
     waker = ScaleWaker(Never(), lambda base, result: None)
-    waker.wake(sleeping(replicas=1))
-    waker.wake(sleeping(scaling={"minReplicas": 1}))
+    waker.wake(sleeping(replicas=1), 1)
+    waker.wake(sleeping(scaling={"minReplicas": 1}), 1)
     await asyncio.sleep(0)
     await waker.close()
+
+
+class Replicas:
+    """A base's number of replicas, as the scale subresource keeps it."""
+
+    def __init__(self, replicas: int = 0) -> None:
+        self.replicas = replicas
+
+    async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
+        before, self.replicas = self.replicas, scaled_up(self.replicas, add, bound)
+        return ScaleResult.ALREADY_UP if self.replicas == before else ScaleResult.WOKEN
+
+
+async def wake(waker: ScaleWaker, scale: Replicas, held: int, **scaling: object) -> int:
+    base = sleeping(replicas=scale.replicas, scaling={"maxReplicas": 4, "targetInFlight": 16, **scaling})
+    waker.wake(base, held)
+    await until(lambda: not waker.busy)
+    return scale.replicas
+
+
+async def test_a_burst_on_a_base_without_a_replica_starts_as_many_as_it_fills() -> None:
+    scale = Replicas()
+    waker = ScaleWaker(scale, lambda base, result: None, settle_s=0)
+    assert await wake(waker, scale, 0) == 1
+    assert await wake(waker, scale, 31) == 1
+    assert await wake(waker, scale, 63) == 3
+    assert await wake(waker, scale, 64) == 4
+    assert await wake(waker, scale, 1000) == 4
+
+
+async def test_the_held_requests_of_several_gateways_add_up() -> None:
+    scale = Replicas()
+    first, second = (ScaleWaker(scale, lambda base, result: None, settle_s=0) for _ in range(2))
+    await wake(first, scale, 3)
+    assert await wake(second, scale, 3) == 1
+    await wake(first, scale, 32)
+    assert await wake(second, scale, 32) == 4
+
+
+async def test_a_share_is_asked_for_again_after_the_base_was_scaled_to_zero() -> None:
+    scale = Replicas()
+    waker = ScaleWaker(scale, lambda base, result: None, settle_s=0)
+    assert await wake(waker, scale, 40) == 2
+    scale.replicas = 0
+    assert await wake(waker, scale, 40) == 2
+
+
+async def test_an_external_autoscalers_base_is_woken_and_never_scaled_further() -> None:
+    scale = Replicas()
+    waker = ScaleWaker(scale, lambda base, result: None, settle_s=0)
+    assert await wake(waker, scale, 500, mode="External") == 1
+    assert await wake(waker, scale, 500, mode="External") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,6 +200,8 @@ def replica(pod: str, **state: Any) -> RuntimeReplica:
 def test_among_replicas_that_hold_the_adapter_the_least_busy_comes_first_and_no_draining_one_at_all() -> None:
     found = target(table(adapter_object("x")).resolve("x", ALL, 0))
     here = frozenset({tuple(found.key or ())})
+    assert found.adapter is not None
+    found = replace(found, adapter=replace(found.adapter, preferred_replicas=3))
     order = candidates(
         found,
         [

@@ -56,6 +56,39 @@ def test_replicas_with_the_adapter_come_first_and_the_least_busy_of_them_ahead()
     assert order(ON_ADAPTER, *replicas) == [third, fourth, second, first]
 
 
+def spread_over(k: int) -> Target:
+    return replace(ON_ADAPTER, adapter=replace(ADAPTER, preferred_replicas=k))
+
+
+def test_the_preferred_replicas_of_a_hot_adapter_share_its_requests() -> None:
+    first, second, third, fourth = ORDER
+    loaded = [replica(first, in_flight=20, loaded=True), replica(second, in_flight=3, loaded=True)]
+    others = [replica(third, loaded=True), replica(fourth)]
+    assert order(spread_over(2), *others, *loaded) == [second, first, third, fourth]
+    assert order(spread_over(3), *others, *loaded) == [third, second, first, fourth]
+
+
+def test_a_cold_adapter_stays_at_its_home_when_it_is_loaded_elsewhere_too() -> None:
+    first, second, third, fourth = ORDER
+    replicas = [replica(first, in_flight=200, loaded=True), replica(second, loaded=True), replica(third)]
+    assert order(ON_ADAPTER, *replicas, replica(fourth)) == [first, second, third, fourth]
+
+
+def test_no_request_waits_for_a_load_on_a_preferred_replica_while_another_has_the_adapter() -> None:
+    first, second, third, _ = ORDER
+    assert order(spread_over(2), replica(first), replica(second), replica(third, loaded=True)) == [third, first, second]
+
+
+def test_the_number_of_preferred_replicas_is_read_from_the_status() -> None:
+    raw = {
+        "metadata": {"namespace": "demo", "name": "route", "uid": "a"},
+        "spec": {"baseModelRef": {"name": "tiny"}, "source": {"uri": "hf://org/route"}},
+    }
+    assert adapter_route(raw).preferred_replicas == 1
+    hot = {"placement": {"k": 3, "replicas": ["x", "y", "z"], "why": "load"}}
+    assert adapter_route({**raw, "status": hot}).preferred_replicas == 3
+
+
 def test_equally_busy_replicas_with_the_adapter_come_in_placement_order() -> None:
     assert order(ON_ADAPTER, *(replica(pod, in_flight=1, loaded=True) for pod in reversed(ORDER))) == ORDER
 

@@ -10,7 +10,7 @@ import pytest
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
-from lorapool_operator.decisions.manifests import children, content_hash, pod_template
+from lorapool_operator.decisions.manifests import children, content_hash, pod_template, template_hash
 from lorapool_operator.world.cluster_cache import BaseObject, Meta
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
 from lorapool_runtime.settings import read_settings
@@ -146,3 +146,46 @@ def test_objects_with_different_uids_have_different_selectors() -> None:
     one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
     two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
     assert one["spec"]["selector"] != two["spec"]["selector"]
+
+
+GPU = {"limits": {"nvidia.com/gpu": 1}}
+CPU = {"requests": {"cpu": "1"}, "limits": {"memory": "1Gi"}}
+
+
+@pytest.mark.parametrize(
+    ("resources", "rollout", "surge", "unavailable"),
+    [
+        (CPU, {}, 1, 0),
+        (GPU, {}, 0, 1),
+        ({"requests": {"amd.com/gpu": "2"}}, {}, 0, 1),
+        (GPU, {"maxSurge": 1}, 1, 0),
+        (GPU, {"maxUnavailable": 0}, 1, 0),
+        (CPU, {"maxSurge": 0}, 0, 1),
+        (CPU, {"maxSurge": "50%", "maxUnavailable": 2}, "50%", 2),
+    ],
+)
+def test_pods_are_replaced_without_a_spare_gpu_unless_the_profile_says_otherwise(
+    resources: dict[str, Any], rollout: dict[str, Any], surge: int | str, unavailable: int
+) -> None:
+    profile = RuntimeProfile.model_validate({"resources": resources, "rollout": rollout})
+    bounds = {"maxSurge": surge, "maxUnavailable": unavailable}
+    assert made(profile)[0]["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": bounds}
+
+
+def test_a_profile_may_stop_all_pods_before_it_starts_new_ones() -> None:
+    profile = RuntimeProfile.model_validate({"rollout": {"strategy": "Recreate"}})
+    assert made(profile)[0]["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_a_rollout_that_could_replace_no_pod_is_refused() -> None:
+    text = "profiles: {a: {rollout: {maxSurge: 0, maxUnavailable: 0}}}"
+    with pytest.raises(ProfilesError, match="must not both be 0"):
+        parse_profiles(text, origin="values")
+
+
+def test_pods_carry_the_hash_of_their_template_which_scaling_does_not_change() -> None:
+    first = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)
+    scaled = children(base(), RuntimeProfile(), IMAGE, replicas=5, token_sha256=HASH, paused=True)
+    changed = children(base(), RuntimeProfile(threads=2), IMAGE, replicas=1, token_sha256=HASH)
+    assert template_hash(first) == template_hash(scaled) != template_hash(changed)
+    assert (first[0]["spec"]["paused"], scaled[0]["spec"]["paused"]) == (False, True)

@@ -22,7 +22,6 @@ async def refused(attempt: Any) -> str:
     [
         ({"source": {"uri": "https://host/model"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
         ({"scaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed scaling.maxReplicas"),
-        ({"replicas": 2}, "replicas must not exceed scaling.maxReplicas"),
         ({"lora": {"maxRank": 0}}, "should be greater than or equal to 1"),
         ({"lora": {"slots": 5000}}, "should be less than or equal to 1024"),
         ({"maxModelLen": 1}, "should be greater than or equal to 16"),
@@ -72,3 +71,10 @@ async def test_the_scale_subresource_reads_and_writes_replicas(api: Api) -> None
     answer = await api.patch("basemodels", "tiny", {"spec": {"replicas": 2}}, sub="scale")
     assert answer["kind"] == "Scale"
     assert (await api.get("basemodels", "tiny"))["spec"]["replicas"] == 2
+
+
+async def test_the_largest_number_of_replicas_can_be_lowered_under_load(api: Api) -> None:
+    await api.base(scaling={"maxReplicas": 4})
+    await api.patch("basemodels", "tiny", {"spec": {"replicas": 4}}, sub="scale")
+    await api.patch("basemodels", "tiny", {"spec": {"scaling": {"maxReplicas": 2}}})
+    assert (await api.get("basemodels", "tiny"))["spec"]["scaling"]["maxReplicas"] == 2

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from fakes_operator import digest
 
-from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
+from lorapool_api.basemodel import AdapterDefaults, BaseModelSpec, BaseModelStatus
 from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
+from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus, UsagePart
+from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, SourceRef, Tier
 from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
 from lorapool_operator.decisions.plan_adapter import plan_adapter
@@ -23,6 +24,7 @@ from lorapool_operator.world.observed import (
     RuntimeView,
     SourceFacts,
     SourceFailure,
+    SpreadMemory,
     adapter_fingerprint,
 )
 
@@ -544,3 +546,96 @@ def test_only_a_terminal_failure_to_load_outlasts_its_runtime(reason: str, after
     gone = plan(ObservedAdapter(replace(one, status=failed), on))
     status = gone.status or failed
     assert next((item.status, item.reason) for item in status.conditions if item.type == "Ready") == after
+
+
+def three_replicas(*reports: AdapterReport, **more: Any) -> ObservedAdapter:
+    """A settled adapter on three replicas; its reports come from its most preferred ones."""
+    one, on = adapter(**more.pop("spec", {})), base(scaling={"maxReplicas": 3, "targetInFlight": 10})
+    one = settled(one, on)
+    names = [f"pod-{number}" for number in range(3)]
+    order = placement_order("a-uid", [Replica(f"{name}-uid") for name in names])
+    preferred = sorted(names, key=lambda name: order.index(f"{name}-uid"))
+    known = zip(preferred, [*((item,) for item in reports), (), (), ()], strict=False)
+    return ObservedAdapter(one, on, replicas=tuple(replica(*items, pod=pod) for pod, items in known), **more)
+
+
+def test_a_hot_adapter_spreads_and_is_loaded_on_its_new_preferred_replicas() -> None:
+    observed = three_replicas(report(in_flight=18, waiting=4))
+    first = plan(observed)
+    assert first.requeue_at == NOW + 3
+    assert first.status is not None
+    assert first.status.placement is None
+    made = plan(replace(observed, spread_memory=first.memory), NOW + 3)
+    assert made.status is not None
+    assert made.status.placement is not None
+    pods = [item.runtime.pod for item in observed.replicas]
+    assert (made.status.placement.k, made.status.placement.replicas) == (3, pods)
+    assert "22 requests" in made.status.placement.why
+    assert [(item.pod, item.descriptor.load, item.descriptor.pinned) for item in made.registers] == [
+        (pod, True, False) for pod in pods
+    ]
+
+
+def test_a_hot_adapter_spreads_no_further_than_its_own_and_the_bases_default_bound() -> None:
+    hot = SpreadMemory(high_since_unix_s=NOW - 9)
+    busy = report(in_flight=90)
+    for spec, defaults, k in (({}, {}, 3), ({"maxReplicas": 2}, {}, 2), ({}, {"maxReplicas": 1}, 1)):
+        observed = three_replicas(busy, spec=spec, spread_memory=hot)
+        assert observed.base is not None
+        owner = observed.base.spec.model_copy(update={"adapter_defaults": AdapterDefaults.model_validate(defaults)})
+        status = plan(replace(observed, base=replace(observed.base, spec=owner))).status
+        published = status.placement.k if status is not None and status.placement is not None else 1
+        assert published == k
+
+
+def test_a_cold_adapter_publishes_no_placement() -> None:
+    status = plan(three_replicas(report(in_flight=1))).status
+    assert status is not None
+    assert status.placement is None
+
+
+def test_a_placement_is_kept_while_a_replica_has_not_answered_yet() -> None:
+    observed = three_replicas(report(in_flight=30), report())
+    hot = LoraAdapterStatus.model_copy(
+        observed.adapter.status, update={"placement": PlacementStatus(k=2, replicas=["x", "y"], why="load")}
+    )
+    unknown = tuple(
+        replace(item, runtime=replace(item.runtime, snapshot=None, fresh=False), reports=())
+        for item in observed.replicas
+    )
+    restarted = replace(observed, adapter=replace(observed.adapter, status=hot), replicas=unknown)
+    after = plan(restarted).status
+    assert after is None or after.placement == hot.placement
+
+
+def test_an_adapter_that_a_hot_replica_unloaded_is_loaded_there_again() -> None:
+    observed = three_replicas(report(in_flight=30), report(AdapterState.REGISTERED), report(in_flight=9))
+    hot = observed.adapter.status.model_copy(update={"placement": PlacementStatus(k=3)})
+    observed = replace(observed, adapter=replace(observed.adapter, status=hot))
+    known = {("boot", OLD): plan(observed).registers[0].descriptor}
+    [again] = plan(replace(observed, registered=known)).registers
+    assert again.pod == observed.replicas[1].runtime.pod
+
+
+def test_a_pin_beyond_what_the_owner_allows_is_not_made_and_the_status_says_so() -> None:
+    observed = three_replicas(spec={"minReplicas": 2})
+    first = observed.replicas[0].runtime
+    made = plan(replace(observed, allowed_pins=frozenset({first.pod_uid})))
+    assert [(item.pod, item.descriptor.pinned) for item in made.registers] == [(first.pod, True)]
+    assert made.status is not None
+    assert made.status.placement is not None
+    assert made.status.placement.k == 1
+    refused = plan(replace(observed, allowed_pins=frozenset()))
+    assert refused.registers == ()
+    assert condition(refused, "Loaded") == ("False", "PinRefused")
+    assert condition(refused, "Ready")[0] == "True"
+
+
+def test_a_guests_pin_that_does_not_keep_the_base_running_says_so() -> None:
+    on = base(access={"namespaces": ["guest"]}, replicas=0)
+    one = adapter(minReplicas=1, baseModelRef={"name": "tiny", "namespace": "team"})
+    one = settled(replace(one, meta=meta("a", "a-uid", namespace="guest")), on)
+    assert {item.type: item.reason for item in one.status.conditions}["Loaded"] == "PinRefused"
+    assert "spec.access.guests" in {item.type: item.message for item in one.status.conditions}["Ready"]
+    kept = base(access={"namespaces": ["guest"], "guests": {"keepAwake": True}}, replicas=0)
+    assert settled(one, kept).status.state == "Parked"

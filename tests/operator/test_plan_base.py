@@ -319,3 +319,27 @@ def test_the_last_use_is_written_once_per_interval() -> None:
     due = plan(world(held, runtimes=(runtime(last_request_unix_s=NOW + 60.0),), **known), NOW + 61)
     assert due.status is not None
     assert due.status.last_used == "2023-11-14T22:14:20Z"
+
+
+def test_idleness_is_measured_on_one_clock() -> None:
+    behind = runtime(started_unix_s=NOW - 120, last_request_unix_s=NOW + 997 - 120)
+    of = base(replicas=1, scaling={"idleAfter": "90s"})
+    observed = world(of, pods=(pod(),), runtimes=(replace(behind, skew_s=120.0),), deployment=deployment())
+    assert plan(observed, NOW + 1000).scale_to is None
+    assert plan(observed, NOW + 1087).scale_to == 0
+
+
+def test_no_more_pods_run_than_the_owner_allows_whatever_an_autoscaler_asks_for() -> None:
+    scaling = {"mode": "External", "maxReplicas": 2}
+    two = tuple(runtime(f"p{number}", in_flight=1) for number in range(2))
+    made = plan(world(base(replicas=5, scaling=scaling), pods=(pod("p0"), pod("p1")), runtimes=two))
+    assert made.scale_to is None
+    assert made.children[0]["spec"]["replicas"] == 2
+    assert condition(made, "RuntimeAvailable") == ("True", "Available")
+    assert condition(made, "Progressing") == ("False", "Stable")
+
+
+def test_a_lower_bound_than_the_present_number_takes_effect_under_load() -> None:
+    busy = tuple(runtime(f"p{number}", in_flight=50) for number in range(3))
+    pods = tuple(pod(f"p{number}") for number in range(3))
+    assert plan(world(base(replicas=3, scaling={"maxReplicas": 2}), pods=pods, runtimes=busy)).scale_to == 2

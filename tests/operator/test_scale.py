@@ -20,8 +20,10 @@ def scaling(**fields: Any) -> Scaling:
     )
 
 
-def load(in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float = 0.0) -> Load:
-    return Load(in_flight=in_flight, silent=silent, ready=ready, last_activity_unix_s=NOW - idle_s)
+def load(in_flight: int = 0, *, ready: int = 1, silent: int = 0, idle_s: float = 0.0, asked_s: float = 0.0) -> Load:
+    return Load(
+        in_flight=in_flight, silent=silent, ready=ready, last_activity_unix_s=NOW - idle_s, asked_unix_s=NOW - asked_s
+    )
 
 
 def decided(
@@ -131,3 +133,40 @@ def test_every_decision_names_its_reason(current: int, observed: Load, reason: s
 
 def test_a_scale_down_names_how_long_the_load_was_low() -> None:
     assert decided(3, load(5, ready=3), memory=ScaleMemory(NOW - 120)).reason == "5 requests in flight for 2m"
+
+
+def test_no_replica_is_given_up_while_a_wanted_one_still_starts() -> None:
+    starting = decided(4, load(5, ready=1), memory=ScaleMemory(NOW - 999))
+    assert (starting.replicas, starting.reason, starting.memory) == (4, "starting", ScaleMemory())
+    assert starting.recheck_unix_s == NOW + ALLOWANCE_S
+    overdue = load(5, ready=1, asked_s=ALLOWANCE_S)
+    assert decided(4, overdue).memory.low_since_unix_s == NOW
+    assert decided(4, overdue, memory=ScaleMemory(NOW - 120)).replicas == 1
+
+
+@pytest.mark.parametrize(
+    ("current", "observed"),
+    [
+        (2, load(0, ready=2)),
+        (2, load(1, ready=2)),
+        (1, load(1000)),
+        (9, load(3, ready=4)),
+        (2, load(3, ready=1, asked_s=ALLOWANCE_S)),
+    ],
+)
+def test_an_external_autoscalers_number_is_not_changed(current: int, observed: Load) -> None:
+    kept = decided(current, observed, mode="External", memory=ScaleMemory(NOW - 999))
+    assert (kept.replicas, kept.memory) == (current, ScaleMemory())
+
+
+def test_with_an_external_autoscaler_an_idle_base_still_goes_to_zero_unless_it_has_a_minimum() -> None:
+    assert decided(3, load(ready=3, idle_s=599), mode="External").recheck_unix_s == NOW + 1
+    assert decided(3, load(ready=3, idle_s=600), mode="External").replicas == 0
+    assert decided(9, load(ready=4, idle_s=600), mode="External").replicas == 0
+    assert decided(3, load(ready=3, idle_s=600), mode="External", minReplicas=1).replicas == 3
+    assert decided(3, load(ready=3, idle_s=600), mode="External", floor=1).replicas == 3
+
+
+def test_with_an_external_autoscaler_a_wanted_minimum_wakes_a_base_at_zero() -> None:
+    assert decided(0, load(ready=0), mode="External").replicas == 0
+    assert decided(0, load(ready=0), mode="External", floor=2).replicas == 2

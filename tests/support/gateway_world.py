@@ -122,7 +122,7 @@ class FakeWaker:
 
     woken: list[ObjectRef] = field(default_factory=list)
 
-    def wake(self, base: BaseRoute) -> None:
+    def wake(self, base: BaseRoute, held: int) -> None:
         self.woken.append(base.ref)
 
 

@@ -73,6 +73,8 @@
   value: {{ $operator.logLevel }}
 - name: LORAPOOL_OPERATOR_LOG_FORMAT
   value: {{ $operator.logFormat }}
+- name: LORAPOOL_OPERATOR_MAX_CONCURRENT_ROLLOUTS
+  value: {{ $operator.rollout.maxConcurrentBases | int64 | quote }}
 - name: LORAPOOL_OPERATOR_RESYNC_S
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY

@@ -135,7 +135,7 @@ class Dispatcher:
 
     def _wake_if_down(self, table: RouteTable, resolved: Target | Pending) -> None:
         if not any(replica.usable for replica in table.replicas_of(resolved.base)):
-            self._waker.wake(resolved.base)
+            self._waker.wake(resolved.base, self._hold.waiting(resolved.base.uid))
 
     async def _wait(
         self,

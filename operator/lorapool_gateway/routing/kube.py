@@ -1,7 +1,7 @@
 """The three calls that this process makes to the API server, with the credentials and TLS of `kubernetes.aio`'s client.
 
 Answers stay plain JSON, because converting thousands of objects to generated classes first would be slow. A request
-in flight never causes a call, except to scale its base from zero.
+in flight never causes a call, except to scale its base up while none of its replicas serves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kubernetes.aio.client import ApiClient, Configuration
 from lorapool_api.basemodel import PLURAL as BASEMODELS
 from lorapool_api.common import GROUP, VERSION
 from lorapool_gateway.routing.objects import ObjectRef
-from lorapool_gateway.routing.source import ScaleResult
+from lorapool_gateway.routing.source import ScaleResult, scaled_up
 
 REQUEST_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
@@ -66,13 +66,16 @@ class Kube:
             async for line in response.content:
                 yield json.loads(line)
 
-    async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
+    async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
         """Writes over the resource version that was just read, so a number written in the meantime is never lowered."""
         path = f"/apis/{GROUP}/{VERSION}/namespaces/{ref.namespace}/{BASEMODELS}/{ref.name}/scale"
         scale = await self.get(path)
-        if int((scale.get("spec") or {}).get("replicas") or 0) > 0:
+        replicas = int((scale.get("spec") or {}).get("replicas") or 0)
+        wanted = scaled_up(replicas, add, bound)
+        if wanted == replicas:
             return ScaleResult.ALREADY_UP
-        patch = {"metadata": {"resourceVersion": scale["metadata"]["resourceVersion"]}, "spec": {"replicas": 1}}
+        version = scale["metadata"]["resourceVersion"]
+        patch = {"metadata": {"resourceVersion": version}, "spec": {"replicas": wanted}}
         try:
             async with self._call("PATCH", path, body=patch) as response:
                 await response.read()

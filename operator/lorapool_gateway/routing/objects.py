@@ -64,6 +64,8 @@ class AdapterRoute:
     awaiting_runtime: bool
     failure: FailureStatus | None
     message: str
+    preferred_replicas: int = 1
+    """The first k replicas of the adapter's placement order share its requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
         awaiting_runtime=resolved is not None and resolved.reason == Reason.AWAITING_RUNTIME,
         failure=status.failure,
         message=ready.message if ready is not None else "",
+        preferred_replicas=status.placement.k if status.placement is not None else 1,
     )
 
 

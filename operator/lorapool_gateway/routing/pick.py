@@ -1,7 +1,9 @@
 """The order in which the replicas of a base are tried for one target. Pure.
 
-Replicas that have the adapter loaded come first, the least busy one ahead of the others. The rest follow in placement
-order, which the operator and every gateway compute identically, so that an adapter is loaded on few replicas.
+Each adapter has a number of preferred replicas, the first ones of its placement order, which the operator and every
+gateway compute identically. Those of them that have the adapter loaded share its requests: the least busy one comes
+first. Other replicas that have it loaded follow, then the rest in placement order, so that an adapter is loaded on few
+replicas and no request waits for a load while it could be answered.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ def candidates(
     order = placement.placement_order(target.adapter.uid, (placement.Replica(item.endpoint.pod_uid) for item in usable))
     rank = {pod_uid: position for position, pod_uid in enumerate(order)}
 
-    def preference(replica: RuntimeReplica) -> tuple[bool, bool, int, int]:
-        loaded = is_loaded(target, replica)
-        return replica.poll_failed, not loaded, load(replica) if loaded else 0, rank[replica.endpoint.pod_uid]
+    preferred = target.adapter.preferred_replicas
+
+    def preference(replica: RuntimeReplica) -> tuple[bool, bool, bool, int, int]:
+        loaded, position = is_loaded(target, replica), rank[replica.endpoint.pod_uid]
+        return replica.poll_failed, not loaded, position >= preferred, load(replica) if loaded else 0, position
 
     return sorted(usable, key=preference)
 

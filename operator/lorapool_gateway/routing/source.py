@@ -1,6 +1,6 @@
 """The seam to whatever stores the objects: the API server in a cluster, a folder of YAML files for `make serve`.
 
-A source fills caches of parsed objects and keeps them current; it also scales a base from zero. Pure: the two
+A source fills caches of parsed objects and keeps them current; it also scales a base up. Pure: the two
 implementations are `watch` with `kube`, and `lorapool_serve`.
 """
 
@@ -93,8 +93,16 @@ class ScaleResult(StrEnum):
 
 
 class ScaleClient(Protocol):
-    async def scale_from_zero(self, ref: ObjectRef) -> ScaleResult:
-        """Writes 1 where the number of replicas is 0; CONFLICT when another writer was faster. Raises on failure."""
+    async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
+        """Adds `add` replicas up to `bound`, and at least one to a base that has none.
+
+        ALREADY_UP if that changes nothing, CONFLICT when another writer was faster. Raises on failure.
+        """
+
+
+def scaled_up(replicas: int, add: int, bound: int) -> int:
+    """Returns the number of replicas to write; never less than `replicas`, and at least 1."""
+    return max(1, replicas, min(replicas + add, bound))
 
 
 def ref_of(raw: Mapping[str, Any]) -> ObjectRef:

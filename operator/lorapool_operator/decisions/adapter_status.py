@@ -7,11 +7,12 @@ Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or start
 from __future__ import annotations
 
 from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason, set_conditions
-from lorapool_api.loraadapter import LoraAdapterStatus, ReplicaStatus
+from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import usage
 from lorapool_operator.decisions.blocker import Blocker
+from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity, reason_of
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
@@ -36,7 +37,12 @@ PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being
 
 
 def status_of(
-    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, now: float, settings: PlanSettings
+    observed: ObservedAdapter,
+    blocker: Blocker | None,
+    validity: Validity,
+    placement: PlacementStatus | None,
+    now: float,
+    settings: PlanSettings,
 ) -> tuple[LoraAdapterStatus | None, float | None]:
     """Returns the new status if it differs, and when counted usage is due to be written."""
     adapter, before, facts = observed.adapter, observed.adapter.status, validity.facts
@@ -57,6 +63,7 @@ def status_of(
         loaded_replicas=on_device,
         loaded=f"{on_device}/{max(observed.min_replicas, on_device, 1)}",
         replicas=replicas,
+        placement=placement,
         last_used=before.last_used,
         usage=before.usage,
         failure=validity.failure,
@@ -90,7 +97,7 @@ def _with_usage(
     reports = [report for replica in observed.replicas for report in replica.reports]
     counted = [*(report.usage for report in reports), *observed.lost_usage]
     folded = usage.fold(before.usage, counted, observed.gone_boot_ids, iso(now))
-    last = max((report.last_used_unix_s or 0.0 for report in reports), default=0.0)
+    last = max((item.last_used_unix_s for item in observed.replicas), default=0.0)
     newer = int(last) > int(unix(before.last_used) or 0.0)
     if not newer and not usage.differs(before.usage, folded):
         return (after if changed else None), None
@@ -173,7 +180,30 @@ def _loaded(observed: ObservedAdapter, blocker: Blocker | None, validity: Validi
         return ("False", failure.reason, failure.message)
     if _lost(observed):
         return ("False", Reason.RUNTIME_RESTARTED.value, "The runtime that held it is gone; the next request loads it.")
+    refused = pin_refusal(observed)
+    if refused:
+        return ("False", Reason.PIN_REFUSED.value, f"{refused} The next request loads it.")
     return ("False", Reason.PARKED.value, "Not on a device; the next request loads it.")
+
+
+def pin_refusal(observed: ObservedAdapter) -> str:
+    """Returns why minReplicas is not honoured as far as the base's owner decides; empty if it is."""
+    base, wanted = observed.base, observed.min_replicas
+    if base is None or not wanted:
+        return ""
+    possible, pinned = min(wanted, len(observed.serving_pod_uids)), len(observed.pinned_pod_uids)
+    if pinned < possible:
+        return (
+            f"Pinned on {pinned} of {wanted} replicas: older adapters use what the owner of BaseModel {base.key} "
+            "allows (spec.lora.maxPinned, maxPinnedPerNamespace)."
+        )
+    guest = observed.adapter.meta.namespace != base.meta.namespace
+    if kept_replicas(wanted, base.spec, guest=guest) < wanted:
+        return (
+            f"minReplicas {wanted} is only honoured while BaseModel {base.key} runs: its owner decides in "
+            "spec.access.guests (keepAwake, maxReplicas) what adapters of other namespaces keep running."
+        )
+    return ""
 
 
 def _is_loading(replica: AdapterOnReplica, digest: str | None) -> bool:
@@ -214,6 +244,8 @@ def _ready(
     if refused:
         return ("False", Reason.BASE_NOT_READY.value, refused)
     message = "Loaded." if loaded[0] == "True" else "Loads on the next request."
+    refused = pin_refusal(observed)
+    message += f" {refused}" if refused else ""
     if observed.alias_holder is not None:
         message += f" The alias {observed.adapter.spec.alias} belongs to {observed.alias_holder}, which is older."
     known = (Reason.LOADED, Reason.LOADING)

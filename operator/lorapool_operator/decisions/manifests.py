@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lorapool_api.basemodel import KIND
 from lorapool_api.common import (
     ANNOTATION_SPEC_HASH,
+    ANNOTATION_TEMPLATE_HASH,
     API_VERSION,
     LABEL_BASE,
     LABEL_BASE_UID,
@@ -25,7 +27,7 @@ from lorapool_api.common import (
 )
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
-from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
+from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile, device_names
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
@@ -56,10 +58,20 @@ def selector_text(base: BaseObject) -> str:
 
 
 def children(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
+    base: BaseObject,
+    profile: RuntimeProfile,
+    image: RuntimeImage,
+    *,
+    replicas: int,
+    token_sha256: str,
+    paused: bool = False,
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
-    made = [deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256), service(base), pdb(base)]
+    made = [
+        deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256, paused=paused),
+        service(base),
+        pdb(base),
+    ]
     for child in made:
         child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
     return made
@@ -71,23 +83,46 @@ def content_hash(manifest: Manifest) -> str:
 
 
 def deployment(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str, paused: bool
 ) -> Manifest:
-    """Returns the Deployment; a rolling update starts one new pod before it stops an old one."""
+    """Returns the Deployment. While it is paused, its pods are not replaced when the template changes."""
     template = pod_template(base, profile, image, token_sha256=token_sha256)
+    template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(template)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
         "metadata": _metadata(base),
         "spec": {
             "replicas": replicas,
+            "paused": paused,
             "selector": {"matchLabels": selector_labels(base)},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "strategy": strategy(profile),
             "progressDeadlineSeconds": profile.startup_timeout_seconds + 60,
             "revisionHistoryLimit": 2,
             "template": template,
         },
     }
+
+
+def strategy(profile: RuntimeProfile) -> Manifest:
+    """Returns how pods are replaced: by default one new pod comes first, but not where it would need free devices."""
+    rollout = profile.rollout
+    if rollout.strategy == "Recreate":
+        return {"type": "Recreate"}
+    surge = rollout.max_surge
+    if surge is None:
+        surge = 0 if device_names(profile.resources) and rollout.max_unavailable not in (0, "0%") else 1
+    unavailable = rollout.max_unavailable
+    if unavailable is None:
+        unavailable = 1 if surge in (0, "0%") else 0
+    return {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": unavailable, "maxSurge": surge}}
+
+
+def template_hash(made: Sequence[Manifest]) -> str:
+    """Returns the hash of the pod template among these children; empty without a Deployment."""
+    if not made:
+        return ""
+    return str(made[0]["spec"]["template"]["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH])
 
 
 def service(base: BaseObject) -> Manifest:

@@ -11,7 +11,7 @@ from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.world.cluster_cache import Key
-from lorapool_operator.world.observed import ScaleMemory
+from lorapool_operator.world.observed import ScaleMemory, SpreadMemory, Standing
 
 ConditionValue = tuple[str, str, str]
 """(status, reason, message) of one condition."""
@@ -26,6 +26,7 @@ class PlanSettings:
     retry_min_s: float = 5.0
     retry_max_s: float = 300.0
     start_allowance_s: float = 1800.0
+    max_concurrent_rollouts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class AdapterPlan:
     unregisters: tuple[Unregister, ...] = ()
     inspect: InspectionJob | None = None
     events: tuple[KubeEvent, ...] = ()
+    memory: SpreadMemory = field(default_factory=SpreadMemory)
     requeue_at: float | None = None
 
 
@@ -112,4 +114,10 @@ class BasePlan:
     inspect: InspectionJob | None = None
     events: tuple[KubeEvent, ...] = ()
     memory: ScaleMemory = field(default_factory=ScaleMemory)
+    begins_rollout: bool = False
+    """The children replace pods from now on."""
+    standing: Standing = field(default_factory=Standing)
+    """The part that other bases' plans depend on."""
+    deletion_costs: tuple[tuple[str, str], ...] = ()
+    """(pod, value of its annotation), to be written before the number of replicas is lowered."""
     requeue_at: float | None = None

@@ -1,22 +1,25 @@
 """Plans what is to be done about one LoraAdapter.
 
-Adapters with minReplicas are registered and pinned on their preferred replicas. All others are left to the gateways,
-which register them on demand. Whatever a runtime holds that it should not is unregistered.
+Adapters with minReplicas are registered and pinned on their preferred replicas, hot adapters are loaded on theirs. All
+others are left to the gateways, which register them on demand. Whatever a runtime holds that it should not is
+unregistered.
 
-    blocker (suspended, no base, not permitted)  ->  validity  ->  registrations  ->  status
+    blocker (suspended, no base, not permitted)  ->  validity  ->  spread  ->  registrations  ->  status
 """
 
 from __future__ import annotations
 
-from lorapool_api.common import AdapterCondition, AdapterKey, Reason
-from lorapool_api.loraadapter import LoraAdapterStatus
+from lorapool_api.common import AdapterCondition, AdapterKey, Reason, duration_s
+from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
 from lorapool_operator.decisions.adapter_status import status_of
 from lorapool_operator.decisions.blocker import Blocker, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
+from lorapool_operator.decisions.spread import SpreadDecision, decide
+from lorapool_operator.decisions.stopping import takes_over
 from lorapool_operator.decisions.validity import Validity, decide_validity
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
-from lorapool_operator.world.observed import ObservedAdapter, SourceFacts
+from lorapool_operator.world.observed import ObservedAdapter, SourceFacts, SpreadMemory, max_replicas
 
 DRAIN_QUIET_S = 5.0
 """An old digest is unregistered once it was unused for this long: gateways have noticed the switch by then."""
@@ -37,19 +40,24 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
     closed = blocker is not None and blocker.reason is not Reason.BASE_NOT_FOUND
     if served or closed or (blocker is None and _refused(validity)):
         unregisters, quiet_at = _unregisters(observed, validity, _digests(validity) if served else frozenset(), now)
-    status, usage_due = status_of(observed, blocker, validity, now, settings)
+    spread = _spread(observed, served, now)
+    placement = _placement(observed, spread) if served else None
+    status, usage_due = status_of(observed, blocker, validity, placement, now, settings)
     if status is not None and _too_early(observed, blocker, validity, now, settings):
         status = status if status.replicas != observed.adapter.status.replicas else None
     base_due = _base_due(observed, blocker, now)
     if base_due is not None:
         status = None
-    due = (decided.due, quiet_at, usage_due, base_due)
+    due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s)
     return AdapterPlan(
         status=status,
-        registers=_registers(observed, observed.base, validity) if served and observed.base is not None else (),
+        registers=_registers(observed, observed.base, validity, spread.k, now)
+        if served and observed.base is not None
+        else (),
         unregisters=unregisters,
         inspect=decided.job,
         events=_events(observed.adapter.status, status, validity) if status is not None else (),
+        memory=spread.memory,
         requeue_at=min((at for at in due if at is not None), default=None),
     )
 
@@ -81,10 +89,45 @@ def _too_early(
     return since is None or now < since + settings.pending_status_s
 
 
-def _registers(observed: ObservedAdapter, base: BaseObject, validity: Validity) -> tuple[Register, ...]:
+def _spread(observed: ObservedAdapter, served: bool, now: float) -> SpreadDecision:
+    """Decides the number of preferred replicas; leaves it alone while a ready replica does not answer."""
+    base, before = observed.base, observed.preferred_replicas
+    if base is None or not served:
+        return SpreadDecision(1, "", SpreadMemory())
+    if observed.silent:
+        return SpreadDecision(before, "", observed.spread_memory)
+    return decide(
+        before,
+        observed.requests,
+        lowest=max(1, len(observed.pinned_pod_uids)),
+        highest=min(len(observed.serving_pod_uids), max_replicas(observed.adapter.spec, base.spec)),
+        target=base.spec.scaling.target_in_flight,
+        down_delay_s=duration_s(base.spec.scaling.scale_down_delay),
+        memory=observed.spread_memory,
+        now=now,
+    )
+
+
+def _placement(observed: ObservedAdapter, spread: SpreadDecision) -> PlacementStatus | None:
+    """Returns the placement to publish; None for an adapter with the one preferred replica that every adapter has."""
+    before, names = observed.adapter.status.placement, {r.runtime.pod_uid: r.runtime.pod for r in observed.replicas}
+    if observed.silent and spread.k == observed.preferred_replicas:
+        return before
+    if not observed.serving_pod_uids or (spread.k == 1 and not observed.pinned_pod_uids):
+        return None
+    why = spread.why or (before.why if before is not None else f"minReplicas is {observed.min_replicas}")
+    return PlacementStatus(k=spread.k, replicas=[names[uid] for uid in observed.serving_pod_uids[: spread.k]], why=why)
+
+
+def _registers(
+    observed: ObservedAdapter, base: BaseObject, validity: Validity, k: int, now: float
+) -> tuple[Register, ...]:
     """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded."""
-    warm = set(observed.serving_pod_uids[: observed.min_replicas])
-    trial = set(observed.serving_pod_uids[: max(1, observed.min_replicas)])
+    warm = set(observed.pinned_pod_uids)
+    hot = warm | set(observed.serving_pod_uids[:k] if k > 1 else ())
+    if validity.facts is not None:
+        hot |= takes_over(observed, validity.facts.digest, k, now)
+    trial = set(observed.serving_pod_uids[: max(k, observed.min_replicas)])
     source = observed.adapter.spec.source
     wanted: list[Register] = []
     for replica in observed.replicas:
@@ -92,14 +135,16 @@ def _registers(observed: ObservedAdapter, base: BaseObject, validity: Validity) 
         if snapshot is None or not replica.runtime.serving:
             continue
         for facts, uri, revision, pinned, load in (
-            (validity.facts, validity.uri, validity.revision, pod_uid in warm, pod_uid in warm),
+            (validity.facts, validity.uri, validity.revision, pod_uid in warm, pod_uid in hot),
             (validity.candidate, source.uri, source.revision, False, pod_uid in trial),
         ):
             report = replica.report(facts.digest) if facts is not None else None
             if facts is None or not (load or (report is not None and report.state is AdapterState.LOADED)):
                 continue
             descriptor = _descriptor(observed, base, facts, uri or source.uri, revision, pinned=pinned, load=load)
-            if report is not None and observed.registered.get((snapshot.boot_id, facts.digest)) == descriptor:
+            unloaded = load and not pinned and report is not None and report.state is AdapterState.REGISTERED
+            known = observed.registered.get((snapshot.boot_id, facts.digest)) == descriptor
+            if report is not None and known and not unloaded:
                 continue
             key = AdapterKey(observed.adapter.meta.uid, facts.digest)
             wanted.append(Register(pod_uid, replica.runtime.pod, key, descriptor))
@@ -144,10 +189,10 @@ def _unregisters(
                 later.append(now + DRAIN_QUIET_S)  # it is being unloaded or moved between tiers
                 continue
             if report.digest in keep:
-                if not _outdated_failure(observed, validity, report):
+                if not _outdated_failure(observed, validity, replica.runtime.local_time(report.since_unix_s), report):
                     continue
             elif keep:
-                quiet_at = (report.last_used_unix_s or 0.0) + DRAIN_QUIET_S
+                quiet_at = replica.runtime.local_time(report.last_used_unix_s) + DRAIN_QUIET_S
                 if report.in_flight > 0 or report.waiting > 0 or now < quiet_at:
                     later.append(max(quiet_at, now + 1.0))
                     continue
@@ -156,7 +201,9 @@ def _unregisters(
     return tuple(leave), min(later, default=None)
 
 
-def _outdated_failure(observed: ObservedAdapter, validity: Validity, report: AdapterReport) -> bool:
+def _outdated_failure(
+    observed: ObservedAdapter, validity: Validity, since_unix_s: float, report: AdapterReport
+) -> bool:
     """True for a runtime's failure from before a repeated inspection: it must not outlive the new result."""
     result = observed.inspection
     return (
@@ -164,7 +211,7 @@ def _outdated_failure(observed: ObservedAdapter, validity: Validity, report: Ada
         and result is not None
         and result.fingerprint == validity.fingerprint != observed.adapter.recorded_fingerprint
         and validity.failure is None
-        and report.since_unix_s < result.at_unix_s
+        and since_unix_s < result.at_unix_s
     )
 
 

@@ -9,12 +9,13 @@ autoscalers and people see and change the same field.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus
 from lorapool_api.common import BaseCondition, FailureReason, Reason, set_conditions
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
-from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text
+from lorapool_operator.decisions import rollout
+from lorapool_operator.decisions.manifests import Manifest, children, content_hash, selector_text, template_hash
 from lorapool_operator.decisions.plan import (
     BasePlan,
     ConditionValue,
@@ -24,13 +25,19 @@ from lorapool_operator.decisions.plan import (
     PlanSettings,
     Unregister,
 )
-from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas
+from lorapool_operator.decisions.preemption import standing_of
+from lorapool_operator.decisions.rollout import RolloutDecision
+from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
+from lorapool_operator.decisions.stopping import deletion_costs, hand_over
 from lorapool_operator.world.cluster_cache import find_condition
-from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure
+from lorapool_operator.world.observed import ObservedBase, ScaleMemory, SourceFacts, SourceFailure, Standing
 
 STRAY_GRACE_S = 10.0
 """A gateway may register a new adapter with a runtime before the operator's own watch delivers it."""
-SCALED = "Scaled"
+SCALED, PREEMPTED = "Scaled", "Preempted"
+PREEMPTED_BY = "preempted by the waking base"
+LACKING_RECHECK_S = 5.0
+"""A base that waits for devices looks this often for an idle base that occupies them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +53,27 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     """Returns the whole plan; the same observation, time and settings give the same plan."""
     source, job, retry_due = _source(observed, now, settings)
     current = observed.base.spec.replicas
-    decision = _replicas(observed, source, now, settings)
+    decision, standing = _replicas(observed, source, now, settings)
+    decision = hand_over(observed, decision, current, now)
     foreign = observed.deployment is not None and observed.deployment.owner_uid != observed.base.meta.uid
-    made = _children(observed, source, decision.replicas) if not foreign else ()
+    run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
+    made = _children(observed, source, run.replicas) if not foreign else ()
+    replacing = rollout.decide(observed, template_hash(made), settings.max_concurrent_rollouts, now)
+    if replacing.paused:
+        made = _children(observed, source, run.replicas, paused=True)
     made_hash = content_hash({"children": list(made)}) if made else ""
     missing = observed.deployment is None and not observed.child_conflict
     apply = bool(made) and (made_hash != observed.applied_hash or observed.apply_again or missing)
-    status, last_used_due = _status(observed, source, decision, now, settings)
-    due = (retry_due, decision.recheck_unix_s, last_used_due, _stray_due(observed, now))
+    status, last_used_due = _status(observed, source, run, replacing, now, settings)
+    lacking_due = now + LACKING_RECHECK_S if standing.lacks else None
+    due = (
+        retry_due,
+        decision.recheck_unix_s,
+        last_used_due,
+        _stray_due(observed, now),
+        replacing.recheck_unix_s,
+        lacking_due,
+    )
     return BasePlan(
         status=status,
         children=made if apply else (),
@@ -64,25 +84,35 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         inspect=job,
         events=_events(observed, status, decision, current),
         memory=decision.memory,
+        begins_rollout=apply and replacing.begins,
+        standing=standing,
+        deletion_costs=deletion_costs(observed, decision, current),
         requeue_at=min((at for at in due if at is not None), default=None),
     )
 
 
-def _replicas(observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings) -> ScaleDecision:
+def _replicas(
+    observed: ObservedBase, source: BaseSource, now: float, settings: PlanSettings
+) -> tuple[ScaleDecision, Standing]:
     spec = observed.base.spec
     floor = max((item.warm_replicas for item in observed.adapters), default=0)
     current = spec.replicas if spec.replicas is not None else initial_replicas(spec.scaling, floor)
     if _unusable(observed, source):
-        return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None)
-    return decide(
+        return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
+    load = _load(observed, current)
+    standing = standing_of(observed, load, lowest_replicas(spec.scaling, floor))
+    if observed.yields_to is not None and standing.idle_since_unix_s is not None:
+        return ScaleDecision(0, f"{PREEMPTED_BY} {observed.yields_to}", ScaleMemory(), None), Standing()
+    decision = decide(
         current,
         spec.scaling,
-        _load(observed, current),
+        load,
         observed.memory,
         floor=floor,
         now=now,
         start_allowance_s=settings.start_allowance_s,
     )
+    return decision, standing
 
 
 def _source(
@@ -174,26 +204,33 @@ def _unusable(observed: ObservedBase, source: BaseSource) -> bool:
     return terminal and not any(pod.ready for pod in observed.pods)
 
 
-def _children(observed: ObservedBase, source: BaseSource, replicas: int) -> tuple[Manifest, ...]:
+def _children(
+    observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
+) -> tuple[Manifest, ...]:
     profile, first_inspection = observed.profile, source.condition[1] == Reason.PENDING and observed.deployment is None
     if profile is None or first_inspection or _unusable(observed, source):
         return ()
     token = observed.token_sha256
-    return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token))
+    return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
 
 
 def _load(observed: ObservedBase, wanted: int) -> Load:
     alive = [runtime for runtime in observed.runtimes if not runtime.terminating]
     answers = [runtime.current for runtime in alive if runtime.current is not None]
-    times = [observed.base.meta.created_unix_s, observed.woken_unix_s]
-    for snapshot in answers:
-        times += [snapshot.started_unix_s, snapshot.last_request_unix_s or 0.0]
-    times += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    asked = [observed.base.meta.created_unix_s, observed.woken_unix_s]
+    asked += [pod.meta.created_unix_s for pod in observed.pods if not pod.terminating]
+    used = [
+        runtime.local_time(at)
+        for runtime in alive
+        if runtime.current is not None
+        for at in (runtime.current.started_unix_s, runtime.current.last_request_unix_s)
+    ]
     return Load(
         in_flight=sum(snapshot.in_flight + snapshot.waiting for snapshot in answers),
         silent=sum(1 for runtime in alive if runtime.ready and runtime.current is None),
         ready=min(wanted, sum(1 for runtime in alive if runtime.serving)),
-        last_activity_unix_s=max(times),
+        last_activity_unix_s=max(asked + used),
+        asked_unix_s=max(asked),
     )
 
 
@@ -213,11 +250,16 @@ def _stray_due(observed: ObservedBase, now: float) -> float | None:
 
 
 def _status(
-    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, now: float, settings: PlanSettings
+    observed: ObservedBase,
+    source: BaseSource,
+    decision: ScaleDecision,
+    replacing: RolloutDecision,
+    now: float,
+    settings: PlanSettings,
 ) -> tuple[BaseModelStatus | None, float | None]:
     """Returns the new status if it differs, and when the last use is due to be written."""
     base, before = observed.base, observed.base.status
-    values = conditions_of(observed, source, decision)
+    values = conditions_of(observed, source, decision, replacing)
     alive = [pod for pod in observed.pods if not pod.terminating]
     facts = source.facts
     after = BaseModelStatus(
@@ -235,8 +277,8 @@ def _status(
     )
     if _only_pending(observed, source):
         return None, None
-    snapshots = [runtime.snapshot for runtime in observed.runtimes if runtime.snapshot is not None]
-    last = max((snapshot.last_request_unix_s or 0.0 for snapshot in snapshots), default=0.0)
+    known = [runtime for runtime in observed.runtimes if runtime.snapshot is not None]
+    last = max((item.local_time(item.snapshot.last_request_unix_s) for item in known if item.snapshot), default=0.0)
     shown = unix(before.last_used) or 0.0
     if int(last) > int(shown):
         if after != before or last >= shown + settings.usage_interval_s or before.last_used is None:
@@ -260,14 +302,16 @@ def counts(observed: ObservedBase) -> AdapterCounts:
     )
 
 
-def conditions_of(observed: ObservedBase, source: BaseSource, decision: ScaleDecision) -> Mapping[str, ConditionValue]:
+def conditions_of(
+    observed: ObservedBase, source: BaseSource, decision: ScaleDecision, replacing: RolloutDecision
+) -> Mapping[str, ConditionValue]:
     """Returns the value of each condition type."""
     available = _available(observed, source, decision)
     return {
         BaseCondition.SOURCE_RESOLVED.value: source.condition,
         BaseCondition.RUNTIME_AVAILABLE.value: available,
         BaseCondition.READY.value: _ready(available),
-        BaseCondition.PROGRESSING.value: _progressing(observed, decision),
+        BaseCondition.PROGRESSING.value: replacing.progressing or _progressing(observed, decision),
     }
 
 
@@ -278,7 +322,8 @@ def _available(observed: ObservedBase, source: BaseSource, decision: ScaleDecisi
         if serving < decision.replicas:
             message = f"{serving} of {decision.replicas} replicas serve. {_problem(observed)}".strip()
             return ("True", Reason.DEGRADED.value, message)
-        return ("True", Reason.AVAILABLE.value, f"{serving} of {decision.replicas} replicas serve.")
+        message = f"{serving} of {decision.replicas} replicas serve. {_problem(observed)}".strip()
+        return ("True", Reason.AVAILABLE.value, message)
     if observed.child_conflict:
         return ("False", Reason.NAME_CONFLICT.value, observed.child_conflict)
     if observed.profile is None:
@@ -307,7 +352,7 @@ def _progressing(observed: ObservedBase, decision: ScaleDecision) -> ConditionVa
     ready = sum(1 for pod in alive if pod.ready)
     if len(alive) != decision.replicas or ready < decision.replicas:
         message = f"{decision.replicas} replicas wanted ({decision.reason}), {len(alive)} exist, {ready} are ready."
-        return ("True", Reason.STARTING.value, message)
+        return ("True", Reason.STARTING.value, f"{message} {_problem(observed)}".strip())
     return ("False", Reason.STABLE.value, "")
 
 
@@ -349,7 +394,8 @@ def _events(
     events = []
     if current is not None and decision.replicas != current:
         message = f"From {current} to {decision.replicas}: {decision.reason}."
-        events.append(KubeEvent(KubeEventType.NORMAL, SCALED, message))
+        reason = PREEMPTED if decision.reason.startswith(PREEMPTED_BY) else SCALED
+        events.append(KubeEvent(KubeEventType.NORMAL, reason, message))
     if status is None:
         return tuple(events)
     for kind in (BaseCondition.SOURCE_RESOLVED, BaseCondition.READY):

@@ -1,16 +1,17 @@
 """How many replicas a base should have, by its spec and the load that its runtimes report.
 
 Scales up at once when the load exceeds the target, down only after the load was low for `scaleDownDelay`, and to the
-lower bound (which may be 0) only after `idleAfter` without any request. Never scales down to the bound while a request
-is in flight, while a replica is starting (within an allowance), or while a ready replica does not answer.
+lower bound (which may be 0) only after `idleAfter` without any request. Never scales down while a wanted replica is
+starting (within an allowance) or while a ready replica does not answer, nor to the bound while a request is in flight.
+With scaling mode External it changes the number only from 0 and to 0.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lorapool_api.basemodel import Scaling
+from lorapool_api.basemodel import Scaling, ScalingMode
 from lorapool_api.common import duration_s
 from lorapool_operator.world.observed import ScaleMemory
 
@@ -30,6 +31,8 @@ class Load:
     """Number of replicas that serve."""
     last_activity_unix_s: float
     """The latest of: a request, the start of a replica, the wake-up that asked for it, the object's creation."""
+    asked_unix_s: float = 0.0
+    """When the newest replica was asked for: a wake-up or the creation of its pod."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,11 @@ class ScaleDecision:
     """When the passing of time alone could change the decision."""
 
 
+def lowest_replicas(scaling: Scaling, floor: int) -> int:
+    """Returns the number of replicas that an idle base keeps; the adapters with minReplicas need `floor` of them."""
+    return _clamp(0, scaling, floor)
+
+
 def initial_replicas(scaling: Scaling, floor: int) -> int:
     """Returns the number of replicas for an object without spec.replicas."""
     return _clamp(max(INITIAL_REPLICAS, floor), scaling, floor)
@@ -52,10 +60,12 @@ def decide(
     current: int, scaling: Scaling, load: Load, memory: ScaleMemory, *, floor: int, now: float, start_allowance_s: float
 ) -> ScaleDecision:
     """Decides the number of replicas. `floor` is how many the adapters with minReplicas need."""
-    lowest, bounded = _clamp(0, scaling, floor), _clamp(current, scaling, floor)
+    lowest, bounded = lowest_replicas(scaling, floor), _clamp(current, scaling, floor)
     calm = ScaleMemory()
     if current == 0:
         return ScaleDecision(bounded, "warm replicas are wanted" if bounded else "scaled to zero", calm, None)
+    if scaling.mode is ScalingMode.EXTERNAL:
+        return _external(current, lowest, scaling, load, now, start_allowance_s)
     if bounded != current:
         return ScaleDecision(bounded, f"bounds are {lowest} to {scaling.max_replicas}", calm, None)
     if load.in_flight > 0 or load.silent > 0:
@@ -64,6 +74,9 @@ def decide(
             return ScaleDecision(needed, f"{load.in_flight} requests in flight", calm, None)
         if load.silent > 0:
             return ScaleDecision(current, f"{load.silent} replicas do not answer", calm, None)
+        give_up_at = load.asked_unix_s + start_allowance_s
+        if needed < current and load.ready < current and now < give_up_at:
+            return ScaleDecision(current, "starting", calm, give_up_at)
         return _down(current, needed, f"{load.in_flight} requests in flight", scaling, memory, now)
     if load.ready < current:
         return _starting(current, lowest, scaling, load, now, start_allowance_s)
@@ -74,6 +87,21 @@ def decide(
     down = _down(current, one, "no request in flight", scaling, memory, now)
     recheck = idle_at if down.recheck_unix_s is None else min(idle_at, down.recheck_unix_s)
     return ScaleDecision(down.replicas, down.reason, down.memory, recheck if current > lowest else None)
+
+
+def _external(
+    current: int, lowest: int, scaling: Scaling, load: Load, now: float, start_allowance_s: float
+) -> ScaleDecision:
+    """Leaves the number to an autoscaler, except that an idle base without a lower bound is scaled to zero."""
+    stay = ScaleDecision(current, "an external autoscaler decides", ScaleMemory(), None)
+    if lowest > 0 or load.in_flight > 0 or load.silent > 0:
+        return stay
+    if load.ready < min(current, scaling.max_replicas):
+        return _starting(current, lowest, scaling, load, now, start_allowance_s)
+    idle_at = load.last_activity_unix_s + duration_s(scaling.idle_after)
+    if now >= idle_at:
+        return ScaleDecision(0, f"no request for {scaling.idle_after}", ScaleMemory(), None)
+    return replace(stay, recheck_unix_s=idle_at)
 
 
 def _starting(

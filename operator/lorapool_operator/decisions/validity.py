@@ -187,7 +187,7 @@ def _new_validity(
 
 def _rollout(observed: ObservedAdapter, last: Validity, new: Validity, facts: SourceFacts) -> Validity:
     """Switches once the preferred replicas have loaded the new files, or at once if no replica could load them."""
-    preferred = set(observed.serving_pod_uids[: max(1, observed.min_replicas)])
+    preferred = set(observed.serving_pod_uids[: max(observed.preferred_replicas, observed.min_replicas)])
     if not preferred:
         return new
     reports = [replica.report(facts.digest) for replica in observed.replicas if replica.runtime.pod_uid in preferred]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 
+from lorapool_api.common import ANNOTATION_DELETION_COST
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.effects.cluster import (
     FencedError,
@@ -72,6 +73,8 @@ class Applier:
         if plan.inspect is not None:
             self._inspections.start(plan.inspect)
         if plan.scale_to is not None:
+            for pod, cost in plan.deletion_costs:
+                await self._cluster.annotate_pod(base.meta.namespace, pod, {ANNOTATION_DELETION_COST: cost})
             # first and alone: if a gateway wakes the base at this moment, it wins, and no pod has been stopped yet
             await self._cluster.scale(base, plan.scale_to)
             await self._post(_subject(ObjectKind.BASE, base), plan.events)

@@ -105,6 +105,8 @@ class PlanTarget(Protocol):
 
     async def scale(self, base: BaseObject, replicas: int) -> None: ...
 
+    async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None: ...
+
     async def apply_child(self, manifest: Manifest) -> dict[str, Any]: ...
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None: ...
@@ -170,6 +172,14 @@ class Cluster:
         body = {"metadata": {"resourceVersion": base.meta.resource_version}, "spec": {"replicas": replicas}}
         path = _path(ObjectKind.BASE, base.meta.namespace, base.meta.name) + "/scale"
         await self._write("scale", "PATCH", path, body, content=MERGE, query=_MANAGER)
+
+    async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None:
+        """Sets annotations of a pod. A missing pod is no error."""
+        body = {"metadata": {"annotations": annotations}}
+        try:
+            await self._write("pod", "PATCH", _path("Pod", namespace, name), body, content=MERGE, query=_MANAGER)
+        except ObjectNotFoundError:
+            return
 
     async def apply_child(self, manifest: Manifest) -> dict[str, Any]:
         """Applies a child by server-side apply. Raises ForeignObjectError if others own an object of this name."""

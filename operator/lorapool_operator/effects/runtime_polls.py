@@ -40,6 +40,8 @@ BACKOFF_MIN_S = 0.3
 BACKOFF_MAX_S = 3.0
 CONNECT_TIMEOUT_S = 2.0
 MAX_SNAPSHOT_BYTES = 64 * 2**20
+SKEW_TOLERANCE_S = 2.0
+"""Clocks that differ by less count as equal: a runtime may send a snapshot half a second after it was made."""
 
 
 class RuntimeCallError(Exception):
@@ -71,6 +73,8 @@ class _Polled:
     snapshot: RuntimeSnapshot | None = None
     reports: dict[str, tuple[AdapterReport, ...]] = field(default_factory=dict)
     """Adapter uid → its reports, an index that saves a scan of each snapshot for each of thousands of adapters."""
+    skew_s: float = 0.0
+    """This process's clock minus the runtime's."""
     failing_since: float | None = None
     """Monotonic time; None while polls succeed."""
     stale_reported: bool = False
@@ -97,6 +101,7 @@ class RuntimeTracker:
         settings: PollSettings,
         changed: Callable[[Key, Iterable[str], bool], None],
         clock: Callable[[], float] = time.monotonic,
+        now_unix_s: Callable[[], float] = time.time,
     ) -> None:
         """`changed(base, adapter uids, urgent)` is called for changes; `urgent` is False if only counters changed."""
         self._cache = cache
@@ -104,6 +109,7 @@ class RuntimeTracker:
         self._settings = settings
         self._changed = changed
         self._clock = clock
+        self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
@@ -166,6 +172,11 @@ class RuntimeTracker:
             for polled in self._polled.values()
             if adapter_uid in polled.reports
         ]
+
+    def busy(self, base: Key, adapter_uids: Iterable[str], requests: int) -> set[str]:
+        """Returns those of the adapters that have at least so many requests on one replica of the base."""
+        polled = [item for item in self._polled.values() if item.pod.base == base]
+        return {uid for uid in adapter_uids if any(_requests(item, uid) >= requests for item in polled)}
 
     def lost_usage(self, adapter_uid: str) -> tuple[UsagePart, ...]:
         """Returns the last counts of processes that do not report this adapter any more."""
@@ -235,6 +246,7 @@ class RuntimeTracker:
             terminating=polled.pod.terminating,
             snapshot=polled.snapshot,
             fresh=polled.snapshot is not None and (polled.failing_since is None or silent_s < stale_s),
+            skew_s=polled.skew_s,
         )
 
     # --- polling
@@ -278,6 +290,8 @@ class RuntimeTracker:
 
     def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
         before, polled.snapshot = polled.snapshot, snapshot
+        if snapshot.now_unix_s is not None:
+            polled.skew_s = clock_skew(polled.skew_s, self._now_unix_s() - snapshot.now_unix_s)
         recovered = polled.failing_since is not None
         polled.failing_since, polled.stale_reported = None, False
         old = polled.reports
@@ -383,6 +397,15 @@ class RuntimeTracker:
             raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
+
+
+def _requests(polled: _Polled, adapter_uid: str) -> int:
+    return sum(report.in_flight + report.waiting for report in polled.reports.get(adapter_uid, ()))
+
+
+def clock_skew(known_s: float, measured_s: float) -> float:
+    """Keeps the known difference of two clocks while a new measurement only differs by the time of a response."""
+    return known_s if abs(measured_s - known_s) <= SKEW_TOLERANCE_S else measured_s
 
 
 def _shape(reports: Iterable[AdapterReport]) -> list[tuple[object, ...]]:

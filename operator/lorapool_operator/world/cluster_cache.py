@@ -16,7 +16,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from pydantic import ValidationError
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
-from lorapool_api.common import ANNOTATION_RETRY, LABEL_BASE, LABEL_BASE_UID, Condition
+from lorapool_api.common import (
+    ANNOTATION_DELETION_COST,
+    ANNOTATION_RETRY,
+    ANNOTATION_TEMPLATE_HASH,
+    LABEL_BASE,
+    LABEL_BASE_UID,
+    Condition,
+)
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_operator.clock import unix
 
@@ -132,11 +139,16 @@ class PodObject:
     terminating: bool
     problem: str
     """Why it does not run, in the words of the kubelet or the scheduler; empty if nothing is wrong."""
+    template_hash: str = ""
+    """Hash of the template that it was made from; empty for a pod of an older version."""
+    deletion_cost: str = ""
+    """Value of the annotation by which Kubernetes chooses the pods to be stopped."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> PodObject:
         meta = Meta.parse(raw["metadata"])
         labels = raw["metadata"].get("labels") or {}
+        annotations = raw["metadata"].get("annotations") or {}
         status = raw.get("status") or {}
         ended = status.get("phase") in ("Succeeded", "Failed")
         ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
@@ -149,6 +161,8 @@ class PodObject:
             ready=ready and not ended and not meta.deleting,
             terminating=meta.deleting or ended,
             problem=_pod_problem(status),
+            template_hash=annotations.get(ANNOTATION_TEMPLATE_HASH, ""),
+            deletion_cost=annotations.get(ANNOTATION_DELETION_COST, ""),
         )
 
 
@@ -160,17 +174,27 @@ class DeploymentObject:
     """Uid of the BaseModel that owns it; empty for none."""
     problem: str
     """Why it cannot create pods; empty if nothing is wrong."""
+    template_hash: str = ""
+    """Hash of its template."""
+    paused: bool = False
+    """Its pods are not replaced when the template changes."""
+    rolling: bool = False
+    """Its pods are being replaced, and progress is still expected."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> DeploymentObject:
         meta = Meta.parse(raw["metadata"])
         labels = raw["metadata"].get("labels") or {}
         owners = raw["metadata"].get("ownerReferences") or ()
+        spec = raw.get("spec") or {}
         return cls(
             meta=meta,
             base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
             owner_uid=next((item["uid"] for item in owners if item.get("kind") == ObjectKind.BASE), ""),
             problem=_deployment_problem(raw.get("status") or {}),
+            template_hash=_template_hash(spec),
+            paused=bool(spec.get("paused")),
+            rolling=not spec.get("paused") and _progress(raw.get("status") or {}) not in SETTLED,
         )
 
 
@@ -195,6 +219,20 @@ def _pod_problem(status: Mapping[str, Any]) -> str:
         if item["type"] == "PodScheduled" and item["status"] == "False":
             return f"{item.get('reason', 'Unschedulable')}: {item.get('message', '')}"[:300]
     return ""
+
+
+SETTLED = ("", "NewReplicaSetAvailable", "ProgressDeadlineExceeded")
+"""Reasons of a Deployment's condition Progressing without a rollout that may still succeed."""
+
+
+def _progress(status: Mapping[str, Any]) -> str:
+    progressing = (item for item in status.get("conditions") or () if item["type"] == "Progressing")
+    return str(next((item.get("reason") for item in progressing), "") or "")
+
+
+def _template_hash(spec: Mapping[str, Any]) -> str:
+    annotations = ((spec.get("template") or {}).get("metadata") or {}).get("annotations") or {}
+    return str(annotations.get(ANNOTATION_TEMPLATE_HASH, ""))
 
 
 def _deployment_problem(status: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from lorapool_api.basemodel import BaseModelSpec
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
-from lorapool_api.protocol import AdapterDescriptor, AdapterReport, RuntimeSnapshot
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, RuntimeSnapshot
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -35,11 +35,22 @@ class RuntimeView:
     """The latest one, however old."""
     fresh: bool
     """True if the latest poll succeeded, or polls have failed only for a moment."""
+    skew_s: float = 0.0
+    """The operator's clock minus the runtime's."""
 
     @property
     def current(self) -> RuntimeSnapshot | None:
         """The snapshot if it describes the present: it is fresh and the pod is not terminating."""
         return self.snapshot if self.fresh and not self.terminating else None
+
+    @property
+    def has_free_slot(self) -> bool:
+        now = self.current
+        return now is not None and now.slots_used < now.slots_total
+
+    def local_time(self, unix_s: float | None) -> float:
+        """Converts a time that the runtime reported to the operator's clock; 0 if there is none."""
+        return unix_s + self.skew_s if unix_s is not None else 0.0
 
     @property
     def serving(self) -> bool:
@@ -49,11 +60,31 @@ class RuntimeView:
 
 
 @dataclass(frozen=True, slots=True)
+class SpreadMemory:
+    """The state that one decision about an adapter's preferred replicas passes to the next."""
+
+    high_since_unix_s: float | None = None
+    """Since when more replicas than now would have been needed."""
+    low_since_unix_s: float | None = None
+    """Since when fewer replicas than now would have been enough."""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterOnReplica:
     """The reports of one runtime about one adapter: one for each digest, usually one."""
 
     runtime: RuntimeView
     reports: tuple[AdapterReport, ...]
+
+    @property
+    def last_used_unix_s(self) -> float:
+        """When a request for the adapter last ended here, on the operator's clock; 0 for never."""
+        return max((self.runtime.local_time(report.last_used_unix_s) for report in self.reports), default=0.0)
+
+    def holds(self, digest: str) -> bool:
+        """True if the runtime answers and has these files loaded."""
+        report = self.report(digest)
+        return self.runtime.current is not None and report is not None and report.state is AdapterState.LOADED
 
     def report(self, digest: str | None) -> AdapterReport | None:
         return next((item for item in self.reports if item.digest == digest), None)
@@ -138,6 +169,11 @@ class ObservedAdapter:
     """Last counts of runtimes that are gone or forgot the adapter, which the status does not contain yet."""
     gone_boot_ids: frozenset[str] = frozenset()
     """Runtime processes that have a share in the status and will not report again."""
+    allowed_pins: frozenset[str] | None = None
+    """Uids of the pods on which it may be pinned; None: on all."""
+    spread_memory: SpreadMemory = field(default_factory=SpreadMemory)
+    leaving: frozenset[str] = frozenset()
+    """Uids of pods that are about to be stopped or replaced."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -165,6 +201,30 @@ class ObservedAdapter:
         """On how many replicas the adapter stays loaded; 0 without a base."""
         return min_replicas(self.adapter.spec, self.base.spec) if self.base is not None else 0
 
+    @cached_property
+    def pinned_pod_uids(self) -> tuple[str, ...]:
+        """The serving replicas on which it is pinned: the preferred ones, as far as the base's owner allows."""
+        wanted = self.serving_pod_uids[: self.min_replicas]
+        return tuple(uid for uid in wanted if self.allowed_pins is None or uid in self.allowed_pins)
+
+    @cached_property
+    def silent(self) -> bool:
+        """True while a ready replica does not answer, also before its first report: its load and state are unknown."""
+        views = [item.runtime for item in self.replicas]
+        return any(view.ready and not view.terminating and view.current is None for view in views)
+
+    @property
+    def preferred_replicas(self) -> int:
+        """The number of preferred replicas that the status publishes."""
+        placement = self.adapter.status.placement
+        return placement.k if placement is not None else 1
+
+    @cached_property
+    def requests(self) -> int:
+        """Its running and waiting requests on all replicas that answer."""
+        current = [item for item in self.replicas if item.runtime.current is not None]
+        return sum(report.in_flight + report.waiting for item in current for report in item.reports)
+
 
 def adapter_fingerprint(adapter: AdapterObject, base: BaseObject) -> str:
     """Returns the hash of all an inspection depends on. It starts with the base's uid: other weights, other result."""
@@ -186,6 +246,12 @@ def min_replicas(spec: LoraAdapterSpec, base: BaseModelSpec) -> int:
     return wanted if spec.max_replicas is None else min(wanted, spec.max_replicas)
 
 
+def max_replicas(spec: LoraAdapterSpec, base: BaseModelSpec) -> int:
+    """Returns over how many replicas an adapter's requests may be spread: its own setting or the base's default."""
+    bound = spec.max_replicas if spec.max_replicas is not None else base.adapter_defaults.max_replicas
+    return max(1, min_replicas(spec, base), bound if bound is not None else base.scaling.max_replicas)
+
+
 # --- one base ----------------------------------------------------------------------------
 
 
@@ -197,7 +263,9 @@ class AdapterSummary:
     loaded: bool
     failed: bool
     warm_replicas: int
-    """minReplicas of an adapter that may be served; keeps that many replicas of the base running."""
+    """How many replicas of the base an adapter that may be served keeps running."""
+    pinned_replicas: int = 0
+    """minReplicas of an adapter that may be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +274,21 @@ class ScaleMemory:
 
     low_since_unix_s: float | None = None
     """Since when fewer replicas than now would have been enough."""
+    leaving: tuple[str, ...] = ()
+    """Uids of the pods that are about to be stopped."""
+    leaving_since_unix_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The part of a base's plan that other bases' plans depend on."""
+
+    lacks: frozenset[str] = frozenset()
+    """Devices that no node has free for a base of which no replica serves."""
+    idle_since_unix_s: float | None = None
+    """Since when the base has had no request; None if it may not be scaled to zero now."""
+    devices: frozenset[str] = frozenset()
+    """Devices that its pods occupy."""
 
 
 @dataclass
@@ -252,8 +335,14 @@ class ObservedBase:
     inspection: InspectionResult | None = None
     running: RunningInspection | None = None
     adapters: tuple[AdapterSummary, ...] = ()
+    moved: tuple[Key, ...] = ()
+    """The adapters whose preferred replicas may have changed since the last plan."""
+    yields_to: Key | None = None
+    """The waking base for which this one, which is idle, has to give up its devices."""
     strays: tuple[StrayReport, ...] = ()
     memory: ScaleMemory = field(default_factory=ScaleMemory)
+    rolling_elsewhere: tuple[str, ...] = ()
+    """Other bases whose pods are being replaced."""
     woken_unix_s: float = 0.0
     """When this process first observed the present number of replicas."""
     applied_hash: str | None = None

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from lorapool_api.common import Quantity
@@ -20,6 +20,9 @@ from lorapool_api.common import Quantity
 
 class ProfilesError(Exception):
     """The profiles file cannot be used; the message names file and field."""
+
+
+Percentage = Annotated[str, Field(pattern=r"^(100|[0-9]{1,2})%$")]
 
 
 class _Strict(BaseModel):
@@ -32,6 +35,22 @@ class ClaimVolume(_Strict):
     claim: str = Field(min_length=1, max_length=253)
     """A PersistentVolumeClaim in the BaseModel's namespace, mounted at /pvc/<claim>."""
     read_only: bool = True
+
+
+class Rollout(_Strict):
+    """How pods are replaced. Where neither bound is set, a profile that asks for devices replaces pods in place."""
+
+    strategy: Literal["RollingUpdate", "Recreate"] = "RollingUpdate"
+    max_surge: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
+    """Pods above the wanted number that may exist meanwhile. Default: 0 with devices, else 1."""
+    max_unavailable: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
+    """Wanted pods that may be missing meanwhile. Default: 1 where max_surge is 0, else 0."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Rollout:
+        if self.max_surge in (0, "0%") and self.max_unavailable in (0, "0%"):
+            raise ValueError("maxSurge and maxUnavailable must not both be 0: no pod could be replaced")
+        return self
 
 
 class RuntimeProfile(_Strict):
@@ -64,6 +83,7 @@ class RuntimeProfile(_Strict):
     run_as_user: int = Field(default=10001, ge=1)
     pod_labels: dict[str, str] = Field(default_factory=dict)
     pod_annotations: dict[str, str] = Field(default_factory=dict)
+    rollout: Rollout = Field(default_factory=Rollout)
 
 
 Profiles = Mapping[str, RuntimeProfile]
@@ -79,6 +99,12 @@ class RuntimeImage:
 
 class _File(_Strict):
     profiles: dict[str, RuntimeProfile]
+
+
+def device_names(resources: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the extended resources, such as nvidia.com/gpu, that a pod with these resources takes from its node."""
+    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    return frozenset(name for name, amount in asked.items() if "/" in name and str(amount) != "0")
 
 
 def parse_profiles(text: str, *, origin: str) -> Profiles:

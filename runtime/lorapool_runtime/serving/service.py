@@ -389,6 +389,7 @@ class Runtime:
             seq=self.changes.seq,
             boot_id=self.boot_id,
             started_unix_s=self.started_unix_s,
+            now_unix_s=self.clock.unix_s(),
             base=BaseReport(
                 served_name=self.settings.base_name,
                 digest=None if serving is None else serving.base.digest,
