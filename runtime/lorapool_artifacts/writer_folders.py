@@ -26,7 +26,7 @@ LOCK = ".lock"
 TOUCH_S = 10.0
 DEAD_AFTER_S = 120.0
 FORGOTTEN_AFTER_S = 24 * 3600.0
-"""A partial folder that nobody continued for this long is removed."""
+"""A partial folder that no writer continued for this long is removed."""
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def living_writer(root: Path, key: str) -> Path | None:
 
 
 def remove_dead(root: Path) -> int:
-    """Removes the temporary folders of dead writers, and partial ones that nobody continued. Returns their number.
+    """Removes the temporary folders of dead writers, and partial ones that no writer continued. Returns their number.
 
     Blocks. The folders of living writers, in any process, are not touched.
     """

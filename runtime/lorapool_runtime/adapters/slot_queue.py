@@ -3,7 +3,7 @@
 First come, first served. An adapter keeps its slot for at least `min_residency_s`, so that a slot is not loaded more
 often than once in that time. Then it may have to make room: an unused one leaves at once, least recently used first;
 of those in use the one that has had its slot longest stops admitting requests and leaves when its running ones have
-ended. Nobody waits longer than (waiting adapters / slots) x (minimum residency + longest running answer).
+ended. None waits longer than (waiting adapters / slots) x (minimum residency + longest running answer).
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Turns:
         Raises UnavailableError when the replica shuts down.
         """
         ticket = Ticket(flow, sequences, tokens)
-        waiter = self._waiters[ticket] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = waiter
         self._queue.join(ticket)
         self._start()
         try:

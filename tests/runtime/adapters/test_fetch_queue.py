@@ -47,7 +47,7 @@ def test_namespaces_take_turns() -> None:
     assert started(queue) == [keys("a", 2)[0], keys("b", 2)[0], keys("a", 2)[1], keys("b", 2)[1]]
 
 
-def test_an_adapter_that_a_request_waits_for_is_fetched_before_those_that_nobody_waits_for() -> None:
+def test_an_adapter_that_a_request_waits_for_is_fetched_before_those_without_one() -> None:
     queue = queue_with(4, a=5, b=1)
     wanted = {keys("a", 5)[4]}
     assert started(queue, wanted)[0] == keys("a", 5)[4]

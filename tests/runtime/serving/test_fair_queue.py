@@ -77,7 +77,7 @@ def test_a_recalled_flow_leaves_the_queue_in_its_order_and_what_runs_stays_count
     running = started(queue)
     recalled = queue.recall("a")
     assert (len(running), len(recalled), queue.waiting("a")) == (2, 2, 0)
-    assert queue.recall("nobody") == []
+    assert queue.recall("none") == []
     queue.join(recalled[0])
     assert queue.start_next() is None
     queue.end(running[0])

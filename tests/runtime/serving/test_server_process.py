@@ -451,7 +451,9 @@ async def test_the_state_shows_how_far_the_download_of_the_base_is() -> None:
             return (await response.json())["startup"]
 
     async with listening(runtime) as url, aiohttp.ClientSession(url) as session:
-        assert await report(session) == {"phase": "fetching", "fetchedBytes": 0, "bytesPerS": 0.0}
+        assert await report(session) == {
+            "phase": "fetching", "fetchedBytes": 0, "totalBytes": None, "bytesPerS": 0.0,
+        }  # fmt: skip
         runtime.startup.begin_fetch(1000)
         runtime.startup.fetched(400)  # most of it by an earlier process
         for on_disk in (450, 500):
