@@ -276,13 +276,64 @@ class PodStatus(ApiModel):
     """Whether the runtime reports that it is shutting down."""
 
 
+class StartStatus(ApiModel):
+    """The attempts to start a replica since one served last."""
+
+    since: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When the present attempt began. Absent between attempts.",
+    )
+    failures: int = 0
+    """Attempts in a row that failed with this configuration."""
+    reason: str | None = Field(default=None, max_length=64, description="Why the last attempt failed.")
+    message: str | None = Field(
+        default=None, max_length=1024, description="Details of the failure, in the words of the cluster."
+    )
+    failed_at: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When the last attempt failed.",
+    )
+    retry_at: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="The next attempt begins with the first request after this time, or at once when the spec or the "
+        "runtime profile changes.",
+    )
+    configuration: str | None = Field(
+        default=None, max_length=64, description="Hash of the pods' configuration that failed."
+    )
+    phase: str | None = Field(
+        default=None, max_length=16, description="What the runtime is doing: fetching or loading the base's files."
+    )
+    fetched_bytes: int | None = None
+    """Bytes of the base's files that the runtime has on disk."""
+    total_bytes: int | None = None
+    """Size of the base's files."""
+    bytes_per_second: int | None = None
+    """Rate of the download."""
+    observed_at: str | None = Field(
+        default=None,
+        max_length=64,
+        json_schema_extra={"format": "date-time"},
+        description="When the progress was observed; it is written every 10 seconds at most.",
+    )
+
+
 class BaseModelStatus(ApiModel):
     """The observed state of a BaseModel."""
 
     observed_generation: int | None = None
     """The metadata.generation that this status describes."""
     conditions: list[Condition] = Field(
-        default_factory=list, max_length=16, description="SourceResolved, RuntimeAvailable, Ready and Progressing."
+        default_factory=list,
+        max_length=16,
+        description="SourceResolved, RuntimeAvailable, Ready and Progressing; Reconciling or Stalled while "
+        "one of them applies.",
     )
     replicas: int = 0
     """Pods that exist and are not terminating."""
@@ -300,6 +351,9 @@ class BaseModelStatus(ApiModel):
     )
     adapters: AdapterCounts = Field(default_factory=AdapterCounts)
     pods: list[PodStatus] = Field(default_factory=list, max_length=100, description="The runtime pods.")
+    start: StartStatus | None = Field(
+        default=None, description="The attempts to start a replica since one served last; absent while one serves."
+    )
     last_used: str | None = Field(
         default=None,
         max_length=64,

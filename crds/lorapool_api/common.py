@@ -71,6 +71,12 @@ class BaseCondition(StrEnum):
     RUNTIME_AVAILABLE = "RuntimeAvailable"
     READY = "Ready"
     PROGRESSING = "Progressing"
+    NAME_CONFLICT = "NameConflict"
+    """Present and True only while another object has the model name in spec."""
+    RECONCILING = "Reconciling"
+    """Present and True only while something changes (kstatus)."""
+    STALLED = "Stalled"
+    """Present and True only while nothing will change by itself (kstatus)."""
 
 
 class AdapterCondition(StrEnum):
@@ -81,6 +87,12 @@ class AdapterCondition(StrEnum):
     LOADED = "Loaded"
     READY = "Ready"
     PROGRESSING = "Progressing"
+    NAME_CONFLICT = "NameConflict"
+    """Present and True only while another object has the model name in spec."""
+    OUTDATED = "Outdated"
+    """Present and True only while the source holds other files than those that are served."""
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
 
 
 class Reason(StrEnum):
@@ -120,6 +132,26 @@ class Reason(StrEnum):
     """Pods are to be replaced once other bases have replaced theirs."""
     PROFILE_NOT_FOUND = "ProfileNotFound"
     """The chart's values have no profile with the name in spec.runtimeProfile."""
+    UNVERIFIED = "Unverified"
+    """Only a runtime can read the source, none is running, and nothing is known to be wrong."""
+    ALIAS_TAKEN = "AliasTaken"
+    SOURCE_CHANGED = "SourceChanged"
+    UNREADABLE = "Unreadable"
+    """This version of the operator cannot parse the object."""
+    # why a base does not start
+    IMAGE_PULL_FAILED = "ImagePullFailed"
+    CRASH_LOOPING = "CrashLooping"
+    OUT_OF_MEMORY = "OutOfMemory"
+    CONTAINER_FAILED = "ContainerFailed"
+    EVICTED = "Evicted"
+    UNSCHEDULABLE = "Unschedulable"
+    START_TIMEOUT = "StartTimeout"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    INVALID_PROFILE = "InvalidProfile"
+    APPLY_REFUSED = "ApplyRefused"
+    """The API server refuses to create or change an object of the base."""
+    TOKEN_REFUSED = "TokenRefused"
+    """A runtime does not accept the operator's token."""
 
 
 class FailureReason(StrEnum):
@@ -144,11 +176,17 @@ class FailureReason(StrEnum):
     NO_CAPACITY = "NoCapacity"
     DISK_FULL = "DiskFull"
     LOAD_FAILED = "LoadFailed"
+    CLAIM_NOT_MOUNTED = "ClaimNotMounted"
 
     @property
     def transient(self) -> bool:
         """Whether another attempt may succeed without any change."""
         return self in _TRANSIENT
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the source is inspected again without any change. A missing artifact may still be uploaded."""
+        return self.transient or self is FailureReason.SOURCE_NOT_FOUND
 
     @property
     def code(self) -> str:
@@ -164,6 +202,7 @@ _TRANSIENT = frozenset(
         FailureReason.NO_CAPACITY,
         FailureReason.DISK_FULL,
         FailureReason.LOAD_FAILED,
+        FailureReason.CLAIM_NOT_MOUNTED,
     }
 )
 

@@ -6,6 +6,7 @@ still ready: `Ready=True, Loaded=False reason=Parked`.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -32,6 +33,13 @@ class BaseModelRef(ApiModel):
     )
 
 
+class UpdatePolicy(StrEnum):
+    """What follows when a source whose files can change, such as a tag or a branch, holds newer files."""
+
+    PINNED = "Pinned"
+    POLL = "Poll"
+
+
 class AdapterSource(BaseSource):
     """Location and expected content of the adapter's files."""
 
@@ -41,6 +49,13 @@ class AdapterSource(BaseSource):
         pattern=DIGEST_PATTERN,
         description="Expected digest of the adapter's files; other content is refused. Without it, the digest "
         "that was resolved first is recorded in the status and enforced until the source changes.",
+    )
+    update_policy: UpdatePolicy = Field(
+        default=UpdatePolicy.PINNED,
+        description="What follows when the source holds newer files, as after a push to the same tag. Pinned: the "
+        "files that were resolved first keep being served, and the condition Outdated says that there are newer ones. "
+        "Poll: the newer files are checked, loaded and served instead. A digest or an immutable revision is always "
+        "pinned.",
     )
 
 
@@ -158,7 +173,7 @@ class UsageStatus(UsageCounters):
     )
     parts: list[UsagePart] = Field(
         default_factory=list,
-        max_length=100,
+        max_length=200,
         description="The part of the totals that running runtime processes still report.",
     )
 
@@ -185,7 +200,10 @@ class LoraAdapterStatus(ApiModel):
     observed_generation: int | None = None
     """The metadata.generation that this status describes."""
     conditions: list[Condition] = Field(
-        default_factory=list, max_length=16, description="Resolved, Compatible, Loaded, Ready and Progressing."
+        default_factory=list,
+        max_length=16,
+        description="Resolved, Compatible, Loaded, Ready and Progressing; NameConflict, Outdated, Reconciling or "
+        "Stalled while they apply.",
     )
     state: str | None = Field(
         default=None, max_length=64, description="The most specific reason of all conditions, for the STATE column."

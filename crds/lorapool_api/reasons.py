@@ -22,6 +22,9 @@ BASE_CONDITIONS: Mapping[BaseCondition, str] = {
     BaseCondition.RUNTIME_AVAILABLE: "At least one replica answers requests now.",
     BaseCondition.READY: "A request would be answered: at once, or after a replica has been started for it.",
     BaseCondition.PROGRESSING: "The pods that exist and are ready are not yet as many as are wanted.",
+    BaseCondition.NAME_CONFLICT: "Another object has the model name in spec.servedName. Absent otherwise.",
+    BaseCondition.RECONCILING: "Something changes, as Progressing says. Absent otherwise, as kstatus expects it.",
+    BaseCondition.STALLED: "Nothing changes by itself: a person, or the next request, has to act. Absent otherwise.",
 }
 
 ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
@@ -30,6 +33,10 @@ ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
     AdapterCondition.LOADED: "A runtime reports, in its present process, that this digest is in a slot on its device.",
     AdapterCondition.READY: "A request would be answered. An unloaded adapter is ready too: a request loads it.",
     AdapterCondition.PROGRESSING: "A changed source is being checked or loaded while the previous files keep serving.",
+    AdapterCondition.NAME_CONFLICT: "Another object has the model name in spec.alias. Absent otherwise.",
+    AdapterCondition.OUTDATED: "The source holds other files than those that are served. Absent otherwise.",
+    AdapterCondition.RECONCILING: "The source is being checked or loaded. Absent otherwise, as kstatus expects it.",
+    AdapterCondition.STALLED: "Nothing changes by itself: a person has to act. Absent otherwise.",
 }
 
 REASONS: Mapping[Reason, Explanation] = {
@@ -47,8 +54,8 @@ REASONS: Mapping[Reason, Explanation] = {
         "The BaseModel in spec.baseModelRef does not exist.", "Create the BaseModel, or delete the adapter."
     ),
     Reason.BASE_NOT_READY: Explanation(
-        "The source of the adapter's BaseModel cannot be used.",
-        "Correct the BaseModel: its condition SourceResolved says what is wrong.",
+        "The adapter's BaseModel cannot serve, for the reason in the message.",
+        "Correct the BaseModel: its condition Ready says what is wrong.",
     ),
     Reason.NOT_PERMITTED: Explanation(
         "The BaseModel is in another namespace and does not list the adapter's.",
@@ -82,7 +89,9 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.AVAILABLE: Explanation("All wanted replicas serve."),
     Reason.DEGRADED: Explanation(
-        "Fewer replicas serve than are wanted.", "Look at the pod that the message names, if it names one."
+        "Fewer replicas serve than are wanted, a pod's process ended lately, or the pods could not be changed as the "
+        "spec says now.",
+        "Do what the message says, and look at the pod that it names, if it names one.",
     ),
     Reason.UNAVAILABLE: Explanation(
         "No replica serves because of the problem in the message; of an adapter: the runtime that had it loaded does "
@@ -103,12 +112,73 @@ REASONS: Mapping[Reason, Explanation] = {
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
         "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",
     ),
+    Reason.UNVERIFIED: Explanation(
+        "Only a runtime can read this source (pvc://), and none is running. Nothing is known to be wrong.",
+        "Send a request to the model: it starts a replica of the base, which checks the source.",
+    ),
+    Reason.ALIAS_TAKEN: Explanation(
+        "Another object has this name, or is older and claims the same one.", "Choose another alias or servedName."
+    ),
+    Reason.SOURCE_CHANGED: Explanation(
+        "The files at the source changed after they were resolved: a tag was pushed again, a folder was overwritten.",
+        "Name the new revision in spec.source, set spec.source.updatePolicy to Poll, or change the annotation "
+        "lorapool.dev/retry. On a volume or bucket, do so before the adapter is loaded again, or restore the files.",
+    ),
+    Reason.UNREADABLE: Explanation(
+        "The object has a field or value that this version of the operator cannot parse. Nothing was changed.",
+        "Correct the field that the message names, or upgrade the operator.",
+    ),
+    Reason.IMAGE_PULL_FAILED: Explanation(
+        "The node cannot pull the image of the runtime.",
+        "Correct image.runtime or runtimeProfiles.<name>.image, or imagePullSecrets.",
+    ),
+    Reason.CRASH_LOOPING: Explanation(
+        "The runtime's process ends again and again; the message has its last line.",
+        "Read `kubectl logs --previous` of the pod that the message names.",
+    ),
+    Reason.OUT_OF_MEMORY: Explanation(
+        "The runtime's process was killed because it needed more memory than its limit.",
+        "Raise resources.limits.memory of the runtime profile, or lower spec.lora.hostCacheBytes.",
+    ),
+    Reason.CONTAINER_FAILED: Explanation(
+        "The kubelet cannot create the container, for example because a Secret is missing.",
+        "Create what the message names, or correct the runtime profile.",
+    ),
+    Reason.EVICTED: Explanation(
+        "The node evicted the pod: it ran short of memory or disk, or a volume exceeded its sizeLimit.",
+        "Raise cacheSizeLimit of the runtime profile if the message names the volume, else the memory request.",
+    ),
+    Reason.UNSCHEDULABLE: Explanation(
+        "No node fits the pod; the message says what is missing.",
+        "Add nodes or free their resources, or correct resources, nodeSelector and tolerations of the profile.",
+    ),
+    Reason.START_TIMEOUT: Explanation(
+        "No replica served within the time to schedule it and startupTimeoutSeconds of the profile.",
+        "Raise startupTimeoutSeconds of the runtime profile if the message shows a download that progresses.",
+    ),
+    Reason.QUOTA_EXCEEDED: Explanation(
+        "A ResourceQuota of the namespace refuses the Deployment or its pods. It is tried again.",
+        "Raise the quota, or lower the resources of the runtime profile.",
+    ),
+    Reason.INVALID_PROFILE: Explanation(
+        "The API server refuses the pods that the runtime profile describes. It is tried again.",
+        "Correct the field of runtimeProfiles that the message names.",
+    ),
+    Reason.APPLY_REFUSED: Explanation(
+        "The API server refuses an object of the base: an admission policy, or missing rights. It is tried again.",
+        "Ask the owner of the policy that the message names, or correct the operator's Role.",
+    ),
+    Reason.TOKEN_REFUSED: Explanation(
+        "A runtime refuses the operator's token, since it was started with another master token.",
+        "Restart the base's pods: `kubectl rollout restart deployment` of the base's Deployment.",
+    ),
 }
 
 FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.SOURCE_NOT_FOUND: Explanation(
         "The repository, tag, bucket, folder or one of its required files does not exist.",
-        "Correct spec.source.uri or spec.source.revision, or upload the missing files.",
+        "Correct spec.source.uri or spec.source.revision, or upload the missing files: the source is read again after "
+        "10 minutes at most, and at once when the annotation lorapool.dev/retry changes.",
     ),
     FailureReason.UNAUTHORIZED: Explanation(
         "The source refuses access.",
@@ -126,14 +196,16 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     ),
     FailureReason.TOO_LARGE: Explanation(
         "The files are larger than is allowed.",
-        "Save the adapter in bf16, or train it with a smaller rank or fewer target modules.",
+        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules. Of a base: raise "
+        "artifacts.maxBaseBytes of the chart.",
     ),
     FailureReason.CORRUPT_ARTIFACT: Explanation(
         "A file is damaged or does not match its listed size or hash.", "Upload the files again."
     ),
     FailureReason.DIGEST_MISMATCH: Explanation(
         "The source holds other files than the digest that is asked for.",
-        "Correct spec.source.digest, or pin spec.source.revision to the files you mean.",
+        "Correct spec.source.digest, or pin spec.source.revision to the files you mean. On a volume: restore the "
+        "files, or change the annotation lorapool.dev/retry to serve the new ones.",
     ),
     FailureReason.INCOMPATIBLE: Explanation(
         "The adapter uses a setting or a module that is not served on this base.",
@@ -174,5 +246,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.LOAD_FAILED: Explanation(
         "Loading the adapter failed inside the runtime. It is tried again.",
         "If it recurs, read the runtime's log and report it.",
+    ),
+    FailureReason.CLAIM_NOT_MOUNTED: Explanation(
+        "The PersistentVolumeClaim of the source is not mounted into the base's runtimes. It is tried again.",
+        "Add the claim to runtimeProfiles.<name>.volumes of the chart; it must exist in the BaseModel's namespace.",
     ),
 }

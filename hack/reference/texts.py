@@ -28,8 +28,9 @@ FAILURES = f"""
 ## Reasons of failures
 
 The message of the condition has the details. A transient failure is tried again at `status.failure.retryAt`. A terminal
-one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value. A request is
-answered with 503 for a transient and 422 for a terminal failure, and with the error code.
+one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value.
+`SourceNotFound` is both: terminal for requests, and the source is read again at `retryAt`, after 10 minutes at most. A
+request is answered with 503 for a transient and 422 for a terminal failure, and with the error code.
 
 """
 
@@ -154,6 +155,8 @@ ERROR_CODES: dict[str, str] = {
     "adapter_suspended": "The adapter's spec.suspend is true.",
     "bad_upstream": "A runtime sent an answer that the gateway does not understand. Compare their versions.",
     "base_not_found": "The adapter's BaseModel does not exist.",
+    "base_start_failed": "The base failed to start and may not be started again yet; its conditions say why. Try again "
+    "after `Retry-After`.",
     "body_timeout": "The client sent its body too slowly.",
     "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",

@@ -18,7 +18,14 @@ from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_repli
 from lorapool_operator.decisions.preemption import choose
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
+from lorapool_operator.world.cluster_cache import (
+    AdapterObject,
+    BaseObject,
+    ClusterCache,
+    Key,
+    UnreadableObject,
+    find_condition,
+)
 from lorapool_operator.world.observed import (
     AdapterSummary,
     BaseMemory,
@@ -67,6 +74,7 @@ class Observer:
         self._image = image
         self._master_token = master_token
         self._now = now
+        self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
         self._spread: dict[str, SpreadMemory] = {}
@@ -86,6 +94,8 @@ class Observer:
         base = self._cache.bases.get(base_key.namespace, base_key.name)
         parts = adapter.status.usage.parts if adapter.status.usage is not None else ()
         uid = adapter.meta.uid
+        lost = self._runtimes.lost_usage(uid)
+        counted = {part.boot_id for part in (*parts, *lost)}
         pinned = base is not None and min_replicas(adapter.spec, base.spec) > 0
         return ObservedAdapter(
             adapter=adapter,
@@ -95,10 +105,12 @@ class Observer:
             ),
             inspection=self._inspections.result(uid),
             running=self._inspections.running(uid),
-            alias_holder=self._cache.alias_holder(adapter),
+            name_holder=self._cache.name_holder(adapter),
+            since_unix_s=self._since,
+            base_unreadable=base is None and base_key in self._cache.unreadable,
             registered=self._runtimes.registered(uid),
-            lost_usage=self._runtimes.lost_usage(uid),
-            gone_boot_ids=self._runtimes.gone_boot_ids(base, [part.boot_id for part in parts]),
+            lost_usage=lost,
+            gone_boot_ids=self._runtimes.gone_boot_ids(base, counted),
             allowed_pins=self._allowed_pins(base, uid) if pinned and base is not None else None,
             spread_memory=self._spread.get(uid, SpreadMemory()),
             leaving=self._leaving.get(base_key, frozenset()),
@@ -112,10 +124,12 @@ class Observer:
         adapters = self._cache.adapters_of(key)
         known = {item.meta.uid for item in adapters}
         memory = self.memory(base)
+        profile = self.profiles.get(base.spec.runtime_profile)
+        before, memory.profile = memory.profile, profile
         summaries = {item.key: self._summary(item, base) for item in adapters}
         return ObservedBase(
             base=base,
-            profile=self.profiles.get(base.spec.runtime_profile),
+            profile=profile,
             image=self._image,
             token_sha256=token_sha256(runtime_token(self._master_token, base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
@@ -132,8 +146,15 @@ class Observer:
             woken_unix_s=memory.woken_unix_s,
             applied_hash=memory.applied_hash,
             apply_again=memory.apply_again,
-            child_conflict=memory.child_conflict,
+            child_problem=memory.child_problem,
+            apply_retry_unix_s=memory.apply_retry_unix_s,
+            name_holder=self._cache.name_holder(base),
+            profile_changed=None not in (before, profile) and before != profile,
         )
+
+    def unreadable(self, key: Key) -> UnreadableObject | None:
+        """Returns the newest version of an object if it cannot be parsed."""
+        return self._cache.unreadable.get(key)
 
     def memory(self, base: BaseObject) -> BaseMemory:
         """Returns the memory of this very object, updated with the number of replicas that its spec asks for."""
@@ -200,6 +221,7 @@ class Observer:
             failed=adapter.status.failure is not None and not is_ready,
             warm_replicas=kept_replicas(pinned, base.spec, guest=adapter.meta.namespace != base.meta.namespace),
             pinned_replicas=pinned,
+            display=str(adapter.key),
         )
         self._summaries[adapter.key] = (adapter, base, summary)
         return summary

@@ -43,6 +43,8 @@ STUCK_S = 300.0
 LOAD_DELAY_S = 1.0
 """A busy runtime reports a change with every request; its base is then planned at most once a second."""
 LISTING_RETRY_S = 2.0
+PROFILES_CHECK_S = 2.0
+"""How often the file of profiles is looked at for a change."""
 
 
 class Process:
@@ -59,7 +61,9 @@ class Process:
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
         self._master_token = read_master_token(settings.master_token_file)
-        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
+        self._inspector = inspector or ArtifactInspector(
+            sources, timeout_s=settings.judge_timeout_s, max_base_bytes=settings.max_base_bytes
+        )
         self._stop = asyncio.Event()
         self._finished = False
 
@@ -145,7 +149,11 @@ class Process:
                 usage_interval_s=settings.usage_interval_s,
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
+                source_check_s=settings.source_check_s,
+                source_poll_s=settings.source_poll_s,
                 start_allowance_s=settings.start_allowance_s,
+                start_retry_min_s=settings.start_retry_min_s,
+                start_retry_max_s=settings.start_retry_max_s,
                 max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
         )
@@ -171,6 +179,7 @@ class Process:
                 group.create_task(self._watch(), name="kopf")
                 group.create_task(self.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
+                group.create_task(self._watch_profiles(), name="profiles")
         except* FencedError:
             log.error("lost the Lease: ending, so that the process starts again as a standby")
         finally:
@@ -213,7 +222,6 @@ class Process:
     async def _resync(self) -> None:
         while True:
             await asyncio.sleep(self.settings.resync_s)
-            self._reload_profiles()
             try:
                 self.metrics.repairs.inc(await self.resync.again())
                 self.metrics.resyncs.labels("done").inc()
@@ -227,14 +235,26 @@ class Process:
             for adapter in self.cache.adapters:
                 self.queue.add(adapter.key)
 
+    async def _watch_profiles(self) -> None:
+        """Plans the bases again whose profile changed in the file, within `PROFILES_CHECK_S`."""
+        while True:
+            await asyncio.sleep(PROFILES_CHECK_S)
+            before = self.observer.profiles
+            self._reload_profiles()
+            after = self.observer.profiles
+            for base in self.cache.bases if after is not before else ():
+                name = base.spec.runtime_profile
+                if before.get(name) != after.get(name):
+                    self.queue.add(base.key)
+
     def _reload_profiles(self) -> None:
-        """Reads the profiles again if the file changed. Logs a broken file and keeps the old profiles."""
+        """Reads the profiles again if the file changed. Logs a broken file once and keeps the old profiles."""
         try:
             stamp = self.settings.profiles_file.stat().st_mtime_ns
             if stamp == self._profiles_stamp:
                 return
-            self.observer.profiles = read_profiles(self.settings.profiles_file)
             self._profiles_stamp = stamp
+            self.observer.profiles = read_profiles(self.settings.profiles_file)
             log.info("read the changed profiles")
         except (ProfilesError, OSError) as error:
             log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})

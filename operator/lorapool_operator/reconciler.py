@@ -14,6 +14,7 @@ from lorapool_api.common import AdapterKey
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.decisions.plan_adapter import plan_adapter
 from lorapool_operator.decisions.plan_base import plan_base
+from lorapool_operator.decisions.plan_unreadable import plan_unreadable
 from lorapool_operator.effects.apply import Applier
 from lorapool_operator.effects.cluster import ClusterError, FencedError, ObjectConflictError
 from lorapool_operator.effects.inspections import InspectionTracker
@@ -72,7 +73,7 @@ class Reconciler:
 
     async def _one(self, key: Key) -> str:
         try:
-            requeue_at = await (self._base(key) if key.kind is ObjectKind.BASE else self._adapter(key))
+            requeue_at = await self._reconcile(key)
         except FencedError:
             raise
         except ObjectConflictError as error:
@@ -88,6 +89,15 @@ class Reconciler:
         if requeue_at is not None:
             self._queue.add(key, max(0.05, requeue_at - time.time()))
         return "done"
+
+    async def _reconcile(self, key: Key) -> float | None:
+        unreadable = self._observer.unreadable(key)
+        if unreadable is not None:
+            plan = plan_unreadable(unreadable, time.time())
+            if plan is not None:
+                await self._applier.unreadable(key, unreadable, plan)
+            return None
+        return await (self._base(key) if key.kind is ObjectKind.BASE else self._adapter(key))
 
     async def _adapter(self, key: Key) -> float | None:
         await self._unregister_deleted(key)

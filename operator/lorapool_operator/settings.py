@@ -48,7 +48,7 @@ class Settings(ProcessSettings):
     runtime_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Pull policy of that image."""
     profiles_file: Path
-    """YAML file of runtime profiles, read again on each resync."""
+    """YAML file of runtime profiles, read again within 2 seconds after a change."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived."""
 
@@ -73,6 +73,10 @@ class Settings(ProcessSettings):
     """First wait after a transient failure. It doubles each time, with jitter."""
     retry_max_s: PositiveS = 300.0
     """Longest wait between two attempts."""
+    source_check_s: PositiveS = 3600.0
+    """How often the source of an adapter that can change (a tag, a branch, a folder) is looked at for newer files."""
+    source_poll_s: PositiveS = 300.0
+    """The same for adapters with spec.source.updatePolicy Poll."""
     usage_interval_s: PositiveS = 60.0
     """Shortest time between two writes of one adapter's usage and last use."""
     counts_interval_s: PositiveS = 2.0
@@ -90,8 +94,15 @@ class Settings(ProcessSettings):
     """One call of the API server."""
     max_concurrent_rollouts: Annotated[int, Field(ge=0)] = 1
     """Bases whose pods are replaced at the same time after a change of their template. 0 is no bound."""
-    start_allowance_s: PositiveS = 1800.0
-    """A base that is still starting does not count as idle before this long, whatever its idleAfter."""
+    start_allowance_s: PositiveS = 600.0
+    """Time to schedule a runtime pod and to pull its image. A base that does not serve after this and the profile's
+    startupTimeoutSeconds is scaled down again, if it may have no replica."""
+    start_retry_min_s: PositiveS = 60.0
+    """Gateways do not start a base again for this long after a failed start. The wait doubles each time."""
+    start_retry_max_s: PositiveS = 1800.0
+    """Longest wait after a failed start."""
+    max_base_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
+    """A base whose files are larger is refused as TooLarge."""
 
     @model_validator(mode="after")
     def _lease_order(self) -> Settings:

@@ -16,7 +16,7 @@ from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import Kind, ObjectCache, ScaleResult, ref_of, scaled_up
 from lorapool_operator.decisions.plan import KubeEvent
 from lorapool_operator.effects.cluster import ObjectConflictError, ObjectNotFoundError, Subject
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key
 
 BASE, ADAPTER = basemodel.KIND, loraadapter.KIND
 DEPLOYMENT, POD, ENDPOINT_SLICE, SECRET = "Deployment", "Pod", "EndpointSlice", "Secret"
@@ -135,6 +135,11 @@ class Objects:
     async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> Raw:
         ref = ObjectRef(item.meta.namespace, item.meta.name)
         return self._change(item.key.kind.value, ref, item.meta.uid, {"status": dict(status)})
+
+    async def patch_raw_status(self, key: Key, version: str, patch: Mapping[str, Any]) -> Raw:
+        raw = await self.get(key.kind.value, key.namespace, key.name)
+        status = {**raw.get("status", {}), **patch}
+        return self._change(key.kind.value, ref_of(raw), raw["metadata"]["uid"], {"status": status})
 
     async def scale(self, base: BaseObject, replicas: int) -> None:
         ref = ObjectRef(base.meta.namespace, base.meta.name)

@@ -49,6 +49,10 @@ MAX_UNHASHED_BASE_BYTES = 64 * MIB
 after the first fetch."""
 
 
+UNVERSIONED = ("pvc://", "s3://")
+"""Sources without revisions: what was overwritten is lost."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterInspection:
     """An adapter's properties and whether it fits its base."""
@@ -209,10 +213,13 @@ def check_total(files: Sequence[RemoteFile], max_bytes: int, where: str) -> None
 def check_digest(digest: str | None, expected: str | None, where: str) -> None:
     """Raises ArtifactError (DigestMismatch) when the object pins other content."""
     if expected is not None and digest != expected:
-        raise ArtifactError(
-            FailureReason.DIGEST_MISMATCH,
-            f"{where} holds {digest}, not the pinned {expected}; correct spec.source.digest or pin the revision.",
-        )
+        remedy = "correct spec.source.digest or pin the revision"
+        if where.startswith(UNVERSIONED):
+            remedy = (
+                "the files were overwritten: restore them, or change the annotation lorapool.dev/retry to serve these"
+            )
+        message = f"{where} holds {digest}, not {expected}, which was checked or is pinned; {remedy}."
+        raise ArtifactError(FailureReason.DIGEST_MISMATCH, message)
 
 
 def parse_source(uri: str) -> ArtifactUri:

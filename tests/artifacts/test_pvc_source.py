@@ -48,11 +48,20 @@ async def test_a_process_without_mounts_says_so_transiently() -> None:
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
 
 
-@pytest.mark.parametrize("uri", ["pvc://other/team/lora", "pvc://models/nowhere", "pvc://models"])
+@pytest.mark.parametrize("uri", ["pvc://models/nowhere", "pvc://models"])
 async def test_what_is_not_there_is_not_found(mounted: SourceSettings, uri: str) -> None:
     with pytest.raises(ArtifactError) as caught:
         await resolve(uri, settings=mounted)
     assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
+
+
+async def test_a_claim_that_is_not_mounted_is_said_transiently_with_the_setting_that_mounts_it(
+    mounted: SourceSettings,
+) -> None:
+    with pytest.raises(ArtifactError, match=r"runtimeProfiles\.<name>\.volumes") as caught:
+        await resolve("pvc://other/team/lora", settings=mounted)
+    assert caught.value.reason is FailureReason.CLAIM_NOT_MOUNTED
+    assert caught.value.transient
 
 
 async def test_a_link_in_place_of_a_folder_is_not_followed(mounted: SourceSettings, tmp_path: Path) -> None:

@@ -32,6 +32,12 @@ def test_the_operator_starts_with_what_the_chart_gives() -> None:
     assert settings.identity == "lorapool-operator-abc"
 
 
+def test_the_bound_of_a_base_model_fits_150_gb_and_reaches_the_operator() -> None:
+    assert operator_settings.read_settings(environment(render(), "operator")).max_base_bytes >= 150e9
+    raised = render({"artifacts": {"maxBaseBytes": 900_000_000_000}})
+    assert operator_settings.read_settings(environment(raised, "operator")).max_base_bytes == 900_000_000_000
+
+
 @pytest.mark.parametrize(("values", "watched"), [(NAMESPACED, frozenset({"team-a", "team-b"})), (CLUSTER, None)])
 def test_gateway_and_operator_watch_the_same_namespaces(values: dict[str, Any], watched: frozenset[str] | None) -> None:
     manifests = render(values)

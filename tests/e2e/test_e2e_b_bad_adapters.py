@@ -141,11 +141,12 @@ def _refused(world: World, name: str) -> APIStatusError:
     return caught.value
 
 
-def test_a_source_that_is_not_there_is_terminal_and_says_so(world: World) -> None:
+def test_a_source_that_is_not_there_is_refused_at_once_and_looked_for_again(world: World) -> None:
     uri = f"oci://{world.summary['artifact_registry']}/adapters/nowhere:1"
     world.apply(manifest(world, "bad-nowhere", uri))
     try:
         world.wait("a failure", lambda: _failed(world, "bad-nowhere") == "SourceNotFound", timeout_s=30)
+        assert world.get("lora", "bad-nowhere")["status"]["failure"]["retryAt"]
         assert _refused(world, "bad-nowhere").status_code == 422
     finally:
         world.kubectl("delete", "lora", "bad-nowhere")

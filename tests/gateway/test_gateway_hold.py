@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime
 
 import aiohttp
 import openai
@@ -95,6 +96,41 @@ async def test_a_held_request_gets_503_with_retry_after_at_the_deadline(here: Wo
     assert 0.95 < time.monotonic() - began_s < 2
     assert (response.status, response.headers["Retry-After"]) == (503, "5")
     assert (await response.json())["error"]["code"] == "cold_start_timeout"
+
+
+async def test_a_base_that_failed_to_start_is_not_started_again_before_its_time(
+    here: World, runtime: FakeRuntime
+) -> None:
+    soon = datetime.fromtimestamp(time.time() + 40, UTC).isoformat()
+    here.base(replicas=0)
+    here.bases["demo/tiny"]["status"] = {"start": {"failures": 1, "reason": "ImagePullFailed", "retryAt": soon}}
+    here.publish()
+    response = await here.post(here.ask("route"))
+    assert response.status == 503
+    assert 35 <= int(response.headers["Retry-After"]) <= 41
+    error = (await response.json())["error"]
+    assert error["code"] == "base_start_failed"
+    assert "ImagePullFailed" in error["message"]
+    assert here.waker.woken == []
+    here.bases["demo/tiny"]["status"]["start"]["retryAt"] = "2026-01-01T00:00:00Z"
+    here.publish()
+    asking = asyncio.create_task(here.post(here.ask("route")))
+    await until(lambda: here.waker.woken)
+    here.replica(runtime)
+    assert (await asking).status == 200
+
+
+async def test_a_base_that_a_person_starts_again_holds_requests_even_before_its_time(
+    here: World, runtime: FakeRuntime
+) -> None:
+    soon = datetime.fromtimestamp(time.time() + 40, UTC).isoformat()
+    here.base(replicas=1)
+    here.bases["demo/tiny"]["status"] = {"start": {"failures": 1, "reason": "ImagePullFailed", "retryAt": soon}}
+    here.publish()
+    asking = asyncio.create_task(here.post(here.ask("route")))
+    await until(lambda: here.sample("held_requests", base="demo/tiny") == 1)
+    here.replica(runtime)
+    assert (await asking).status == 200
 
 
 async def test_the_openai_clients_own_retry_rides_out_a_cold_start(here: World, runtime: FakeRuntime) -> None:

@@ -76,17 +76,20 @@ async def test_no_object_ever_gets_a_finalizer_or_an_annotation(api: Api, tmp_pa
     "reason",
     [reason for reason in FailureReason if not reason.transient],
 )
-async def test_a_terminal_failure_is_typed_and_not_tried_again(api: Api, tmp_path: Path, reason: FailureReason) -> None:
+async def test_a_terminal_failure_is_typed_and_not_tried_again_at_once(
+    api: Api, tmp_path: Path, reason: FailureReason
+) -> None:
     inspector = FakeInspector({"hf://org/bad": ArtifactError(reason, "it is bad; do this instead")})
-    async with running_operator(api, tmp_path, inspector):
+    async with running_operator(api, tmp_path, inspector, retry_min_s=60.0):
         await api.base()
         await api.adapter("bad")
         await api.adapter("good")
         await until(lambda: ready(api, "bad"), ("False", reason.value))
         await until(lambda: ready(api, "good"), ("True", "Parked"))
         failure = (await api.get("loraadapters", "bad"))["status"]["failure"]
-        assert failure["message"] == "it is bad; do this instead"
-        assert "retryAt" not in failure
+        assert failure["message"].startswith("it is bad; do this instead")
+        assert "lorapool.dev/retry" in failure["message"] or reason.repeated
+        assert ("retryAt" in failure) == reason.repeated
         await asyncio.sleep(1.0)
         assert inspector.asked.count("hf://org/bad") == 1
 
@@ -261,7 +264,7 @@ async def test_a_pvc_source_awaits_a_runtime_which_then_inspects_it(api: Api, tm
     async with running_operator(api, tmp_path, FakeInspector()):
         base = await api.base()
         await api.adapter("a", source={"uri": "pvc://models/a"})
-        await until(lambda: ready(api, "a"), ("Unknown", "AwaitingRuntime"))
+        await until(lambda: ready(api, "a"), ("True", "Unverified"))
         async with ScriptedRuntime(token=token_of(base)).running() as runtime:
             runtime.resolve_answer = ResolveAnswer(digest=digest("p"), rank=4, target_modules=["q_proj"], size_bytes=9)
             await api.runtime_pod(base, "tiny-0", runtime.port)

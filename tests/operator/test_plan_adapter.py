@@ -15,6 +15,7 @@ from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, SourceRef, Tier
 from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
 from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_operator.decisions.validity import RETRY_HINT
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
@@ -91,6 +92,16 @@ def plan(observed: ObservedAdapter, now: float = NOW) -> AdapterPlan:
 def condition(made: AdapterPlan, kind: str) -> tuple[str, str]:
     assert made.status is not None
     return next((item.status, item.reason) for item in made.status.conditions if item.type == kind)
+
+
+def text_of(made: AdapterPlan, kind: str) -> str:
+    assert made.status is not None
+    return next(item.message for item in made.status.conditions if item.type == kind)
+
+
+def types(made: AdapterPlan) -> set[str]:
+    assert made.status is not None
+    return {item.type for item in made.status.conditions}
 
 
 def test_a_new_adapter_is_inspected_and_no_status_is_written_meanwhile() -> None:
@@ -365,11 +376,11 @@ def test_usage_is_written_once_per_interval_unless_something_else_is_written() -
 def test_an_alias_belongs_to_the_older_adapter_and_the_younger_reports_it() -> None:
     on = base()
     one = settled(adapter(alias="fast"), on)
-    made = plan(ObservedAdapter(one, on, alias_holder=replace(one, meta=meta("older", "o")).key))
-    assert made.status is not None
-    ready = next(item for item in made.status.conditions if item.type == "Ready")
-    assert ready.status == "True"
-    assert "team/older" in ready.message
+    made = plan(ObservedAdapter(one, on, name_holder=replace(one, meta=meta("older", "o")).key))
+    assert condition(made, "Ready") == ("True", "Parked")
+    assert condition(made, "NameConflict") == ("True", "AliasTaken")
+    assert "LoraAdapter team/older" in text_of(made, "NameConflict")
+    assert [(note.type, note.reason) for note in made.events] == [("Warning", "AliasTaken")]
 
 
 def test_a_registration_names_the_pod_the_files_and_their_source() -> None:
@@ -433,7 +444,9 @@ def test_a_failure_causes_one_event_and_a_failed_rollout_is_named_so() -> None:
     one, on = adapter(), base()
     wrong = inspected(SourceFailure(FailureReason.WRONG_BASE, "shapes"), one, on)
     made = plan(ObservedAdapter(one, on, inspection=wrong))
-    assert [(str(item.type), item.reason, item.message) for item in made.events] == [("Warning", "WrongBase", "shapes")]
+    assert [(str(item.type), item.reason, item.message) for item in made.events] == [
+        ("Warning", "WrongBase", f"shapes {RETRY_HINT}")
+    ]
     assert made.status is not None
     changed = replace(one, status=made.status.model_copy(update={"loaded_replicas": 1}))
     assert plan(ObservedAdapter(changed, on)).status is not None
@@ -441,7 +454,9 @@ def test_a_failure_causes_one_event_and_a_failed_rollout_is_named_so() -> None:
     served = adapter(settled(one, on).status, source={"uri": "hf://org/b"})
     bad = inspected(SourceFailure(FailureReason.INCOMPATIBLE, "lora_B is missing"), served, on)
     rollout = plan(ObservedAdapter(served, on, inspection=bad))
-    assert [(item.reason, item.message) for item in rollout.events] == [("RolloutFailed", "lora_B is missing")]
+    assert [(item.reason, item.message) for item in rollout.events] == [
+        ("RolloutFailed", f"lora_B is missing {RETRY_HINT}")
+    ]
 
 
 def test_a_missing_base_causes_one_event() -> None:
@@ -546,6 +561,226 @@ def test_only_a_terminal_failure_to_load_outlasts_its_runtime(reason: str, after
     gone = plan(ObservedAdapter(replace(one, status=failed), on))
     status = gone.status or failed
     assert next((item.status, item.reason) for item in status.conditions if item.type == "Ready") == after
+
+
+# --- bases that cannot serve, kstatus
+
+
+def failing(reason: str, **more: Any) -> BaseObject:
+    ready = {"type": "Ready", "status": "False", "reason": reason, "message": "as it is", "lastTransitionTime": "now"}
+    conditions = [ready, *({**ready, "type": kind, "status": "True"} for kind in more.pop("also", ()))]
+    return replace(base(**more), status=BaseModelStatus.model_validate({"conditions": conditions}))
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "ProfileNotFound",
+        "NameConflict",
+        "Unavailable",
+        "ImagePullFailed",
+        "CrashLooping",
+        "SourceNotFound",
+        "Unreadable",
+    ],
+)
+def test_an_adapter_of_a_base_that_cannot_serve_is_not_ready_and_says_why(reason: str) -> None:
+    made = plan(ObservedAdapter(settled(adapter(), base()), failing(reason)))
+    assert condition(made, "Ready") == ("False", "BaseNotReady")
+    assert f"BaseModel team/tiny cannot serve: {reason}: as it is" in text_of(made, "Ready")
+    assert "Stalled" not in types(made)
+    stalled = plan(ObservedAdapter(settled(adapter(), base()), failing(reason, also=["Stalled"])))
+    assert condition(stalled, "Stalled") == ("True", "BaseNotReady")
+
+
+@pytest.mark.parametrize("reason", ["Starting"])
+def test_an_adapter_of_a_base_that_starts_stays_ready(reason: str) -> None:
+    one = settled(adapter(), base())
+    assert plan(ObservedAdapter(one, failing(reason))) == AdapterPlan()
+
+
+def test_an_adapter_of_a_base_that_cannot_be_parsed_does_not_say_that_the_base_is_missing() -> None:
+    made = plan(ObservedAdapter(settled(adapter(), base()), None, base_unreadable=True))
+    assert condition(made, "Ready") == ("False", "BaseNotReady")
+
+
+def test_an_adapter_on_a_volume_of_a_sleeping_base_is_ready_but_unverified() -> None:
+    one = adapter(source={"uri": "pvc://models/a"})
+    made = plan(ObservedAdapter(one, base(replicas=0)))
+    assert condition(made, "Ready") == ("True", "Unverified")
+    assert condition(made, "Resolved") == ("Unknown", "AwaitingRuntime")
+    assert types(made) & {"Reconciling", "Stalled"} == set()
+    assert condition(plan(ObservedAdapter(one, failing("CrashLooping"))), "Ready") == ("False", "BaseNotReady")
+
+
+def test_a_terminal_failure_is_stalled_and_says_what_makes_the_operator_check_again() -> None:
+    one, on = adapter(), base()
+    failure = SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")
+    made = plan(ObservedAdapter(one, on, inspection=inspected(failure, one, on)))
+    assert condition(made, "Stalled") == ("True", "Unauthorized")
+    assert text_of(made, "Ready").startswith("401; set HF_TOKEN")
+    assert "lorapool.dev/retry" in text_of(made, "Ready")
+    longest = SourceFailure(FailureReason.UNAUTHORIZED, "x" * 2000)
+    cut = plan(ObservedAdapter(one, on, inspection=inspected(longest, one, on)))
+    assert text_of(cut, "Ready").endswith("lorapool.dev/retry changes.")
+
+
+def test_a_namespace_that_is_not_permitted_is_stalled_and_a_missing_base_is_not() -> None:
+    one = replace(adapter(), meta=meta("a", "a-uid", namespace="guest"))
+    refused = plan(ObservedAdapter(one, base()))
+    assert condition(refused, "Stalled") == ("True", "NotPermitted")
+    assert "Stalled" not in types(plan(ObservedAdapter(adapter(), None)))
+
+
+def test_a_source_that_does_not_exist_yet_is_inspected_again_within_ten_minutes() -> None:
+    one, on = adapter(), base()
+    missing, now, waits = SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; upload it"), NOW, []
+    for attempt in range(1, 10):
+        result = replace(inspected(missing, one, on, attempt), at_unix_s=now, jitter=1.0)
+        made = plan(ObservedAdapter(one, on, inspection=result), now)
+        assert condition(made, "Ready") == ("False", "SourceNotFound")
+        assert "Stalled" not in types(made)
+        assert made.requeue_at is not None
+        assert made.status is not None
+        waits.append(round(made.requeue_at - now))
+        one, now = replace(one, status=made.status), made.requeue_at
+        assert plan(ObservedAdapter(one, on, inspection=result), now).inspect is not None
+    assert waits[0] <= 6
+    assert 595 <= waits[-1] <= 601
+
+
+def test_files_that_a_runtime_did_not_find_are_looked_for_again_by_a_later_request() -> None:
+    one, on = settled(adapter(), base()), base()
+    detail = ErrorDetail(reason="SourceNotFound", message="404")
+    missing = report(AdapterState.FAILED, failure=detail, since_unix_s=NOW)
+    made = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 59)
+    assert condition(made, "Ready") == ("False", "SourceNotFound")
+    assert made.unregisters == ()
+    after = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 60)
+    assert [item.adapter.digest for item in after.unregisters] == [OLD]
+    assert made.status is not None
+    idle = plan(ObservedAdapter(replace(one, status=made.status), on, replicas=(replica(),)), NOW + 61)
+    assert condition(idle, "Ready") == ("True", "Parked")
+
+
+def test_a_changed_source_that_cannot_be_read_yet_is_said_while_the_old_files_serve() -> None:
+    on = base()
+    one = settled(adapter(), on)
+    edited = replace(one, spec=adapter(source={"uri": "hf://org/later"}).spec)
+    missing = SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; upload it")
+    made = plan(ObservedAdapter(edited, on, inspection=inspected(missing, edited, on)))
+    assert condition(made, "Ready") == ("True", "Parked")
+    assert condition(made, "Progressing") == ("True", "SourceNotFound")
+    assert condition(made, "Reconciling") == ("True", "SourceNotFound")
+    assert "404; upload it" in text_of(made, "Progressing")
+
+
+def test_a_failed_rollout_is_stalled() -> None:
+    on = base()
+    one = settled(adapter(), on)
+    edited = replace(one, spec=adapter(source={"uri": "hf://org/wrong"}).spec)
+    wrong = SourceFailure(FailureReason.WRONG_BASE, "8x8; train again")
+    made = plan(ObservedAdapter(edited, on, inspection=inspected(wrong, edited, on)))
+    assert condition(made, "Ready") == ("True", "Parked")
+    assert condition(made, "Stalled") == ("True", "RolloutFailed")
+
+
+def test_more_pinned_replicas_than_the_base_may_have_are_said() -> None:
+    on = base(scaling={"maxReplicas": 1})
+    one = adapter(minReplicas=3)
+    made = plan(ObservedAdapter(one, on, inspection=inspected(good(), one, on)))
+    assert "minReplicas is 3, but the base has at most 1 replicas" in text_of(made, "Ready")
+
+
+# --- sources whose files change
+
+
+def check_of(of: AdapterObject, on: BaseObject, facts: SourceFacts, at: float) -> InspectionResult:
+    return InspectionResult(f"{adapter_fingerprint(of, on)}#check", 1, facts, at, 0.5)
+
+
+def due_check(observed: ObservedAdapter, now: float) -> float:
+    """When the next look at the source is due."""
+    due = plan(observed, now).requeue_at
+    assert due is not None
+    return due
+
+
+def test_a_source_that_can_change_is_looked_at_once_an_hour_and_not_at_once_after_a_restart() -> None:
+    on = base()
+    observed = ObservedAdapter(settled(adapter(), on), on, since_unix_s=NOW)
+    due = due_check(observed, NOW)
+    assert NOW < due <= NOW + 3600
+    assert plan(observed, due - 1).inspect is None
+    job = plan(observed, due).inspect
+    assert job is not None
+    assert (job.fingerprint, job.digest) == (f"{adapter_fingerprint(observed.adapter, on)}#check", None)
+    checked = replace(observed, inspection=check_of(observed.adapter, on, good(), due + 1))
+    assert plan(checked, due + 3599).inspect is None
+    assert plan(checked, due + 3600).inspect is not None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"uri": "hf://org/a", "revision": "0123456789abcdef0123456789abcdef01234567"},
+        {"uri": f"oci://registry/a@{OLD}"},
+        {"uri": "oci://registry/a", "revision": OLD},
+        {"uri": "pvc://models/a"},
+    ],
+)
+def test_a_source_that_cannot_change_or_be_read_now_is_not_looked_at_again(source: dict[str, str]) -> None:
+    on = base(replicas=0)
+    observed = ObservedAdapter(settled(adapter(source=source), on), on, since_unix_s=NOW - 90_000)
+    assert plan(observed) == AdapterPlan()
+
+
+def test_newer_files_at_a_pinned_source_are_reported_and_not_served() -> None:
+    on = base()
+    one = settled(adapter(), on)
+    newer = SourceFacts(NEW, "rev-2", 8, ("q_proj",), 100)
+    observed = ObservedAdapter(one, on, inspection=check_of(one, on, newer, NOW), since_unix_s=NOW - 1)
+    made = plan(observed)
+    assert condition(made, "Outdated") == ("True", "SourceChanged")
+    assert NEW in text_of(made, "Outdated")
+    assert "updatePolicy" in text_of(made, "Outdated")
+    assert condition(made, "Ready") == ("True", "Parked")
+    assert made.status is not None
+    assert made.status.digest == OLD
+    assert [(note.type, note.reason) for note in made.events] == [("Warning", "SourceChanged")]
+    restarted = replace(observed, adapter=replace(one, status=made.status), inspection=None)
+    assert plan(restarted).status is None
+    back = plan(replace(observed, adapter=replace(one, status=made.status), inspection=check_of(one, on, good(), NOW)))
+    assert "Outdated" not in types(back)
+
+
+def test_newer_files_at_a_polled_source_are_rolled_out() -> None:
+    on = base()
+    one = settled(adapter(source={"uri": "hf://org/a", "updatePolicy": "Poll"}), on)
+    observed = ObservedAdapter(one, on, replicas=(replica(),), since_unix_s=NOW)
+    assert due_check(observed, NOW) <= NOW + 300
+    checked = replace(observed, inspection=check_of(one, on, SourceFacts(NEW, "rev-2", 8), NOW))
+    made = plan(checked)
+    assert [(item.adapter.digest, item.descriptor.load) for item in made.registers] == [(NEW, True)]
+    assert condition(made, "Progressing") == ("True", "Loading")
+    assert "Outdated" not in types(made)
+    loaded = replica(report(of=NEW))
+    switched = plan(replace(checked, adapter=replace(one, status=made.status), replicas=(loaded,)))  # type: ignore[arg-type]
+    assert switched.status is not None
+    assert (switched.status.digest, switched.status.revision) == (NEW, "rev-2")
+    again = replace(checked, adapter=replace(one, status=switched.status), replicas=(loaded,))
+    assert plan(again).status is None
+
+
+def test_newer_files_that_do_not_fit_are_a_failed_rollout() -> None:
+    on = base()
+    one = settled(adapter(source={"uri": "hf://org/a", "updatePolicy": "Poll"}), on)
+    checked = ObservedAdapter(
+        one, on, inspection=check_of(one, on, SourceFacts(NEW, "rev-2", 99), NOW), since_unix_s=NOW
+    )
+    made = plan(checked)
+    assert condition(made, "Progressing") == ("False", "RolloutFailed")
+    assert condition(made, "Ready") == ("True", "Parked")
 
 
 def three_replicas(*reports: AdapterReport, **more: Any) -> ObservedAdapter:

@@ -3,88 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
+from base_world import (
+    IMAGE,
+    KEY,
+    NOW,
+    base,
+    condition,
+    deployment,
+    inspected,
+    message,
+    plan,
+    pod,
+    runtime,
+    world,
+)
 from fakes_operator import digest
 
-from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
-from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.protocol import BaseReport, RuntimeSnapshot
+from lorapool_api.common import AdapterKey, FailureReason, Reason
+from lorapool_api.protocol import BaseReport
 from lorapool_operator.decisions.manifests import children
-from lorapool_operator.decisions.plan import BasePlan, PlanSettings
-from lorapool_operator.decisions.plan_base import plan_base
-from lorapool_operator.world.cluster_cache import BaseObject, DeploymentObject, Key, Meta, ObjectKind, PodObject
+from lorapool_operator.world.cluster_cache import Key, ObjectKind
 from lorapool_operator.world.observed import (
     AdapterSummary,
-    InspectionResult,
-    ObservedBase,
+    BaseMemory,
+    ChildProblem,
     RunningInspection,
-    RuntimeView,
-    SourceFacts,
     SourceFailure,
     StrayReport,
 )
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
-
-NOW = 1_700_000_000.0
-SETTINGS = PlanSettings()
-IMAGE = RuntimeImage("runtime:1", "IfNotPresent")
-KEY = Key(ObjectKind.BASE, "team", "tiny")
-
-
-def meta(name: str, uid: str, **more: Any) -> Meta:
-    known = {"namespace": "team", "generation": 1, "resource_version": "1", "created_unix_s": NOW, "deleting": False}
-    return Meta(name=name, uid=uid, **{**known, "retry": None, **more})
-
-
-def base(status: BaseModelStatus | None = None, **spec: Any) -> BaseObject:
-    made = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base"}, **spec})
-    return BaseObject(meta("tiny", "base-uid"), made, status or BaseModelStatus())
-
-
-def pod(name: str = "pod", *, ready: bool = True, terminating: bool = False, problem: str = "") -> PodObject:
-    return PodObject(meta(name, f"{name}-uid"), KEY, "base-uid", "10.0.0.1", 8000, ready, terminating, problem)
-
-
-def runtime(name: str = "pod", *, fresh: bool = True, ready: bool = True, **more: Any) -> RuntimeView:
-    snapshot = RuntimeSnapshot.model_validate(
-        {
-            "seq": 1, "boot_id": f"boot-{name}", "started_unix_s": NOW, "ready": ready, "slots_total": 8,
-            "slots_used": 0, "max_rank": 16, "base": BaseReport(served_name="t", max_model_len=64, dtype="f"), **more,
-        }
-    )  # fmt: skip
-    return RuntimeView(name, f"{name}-uid", True, False, snapshot, fresh)
-
-
-def deployment(owner: str = "base-uid") -> DeploymentObject:
-    return DeploymentObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "")
-
-
-def inspected(outcome: SourceFacts | SourceFailure) -> InspectionResult:
-    return InspectionResult("base-uid/", 1, outcome, NOW - 1, 0.5)
-
-
-FOUND = inspected(SourceFacts(digest("base"), "rev", size_bytes=9))
-
-
-def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
-    known: dict[str, Any] = {
-        "profile": RuntimeProfile(),
-        "image": IMAGE,
-        "token_sha256": "ab" * 32,
-        "inspection": FOUND,
-    }
-    return ObservedBase(base=of or base(), **{**known, **more})
-
-
-def plan(observed: ObservedBase, now: float = NOW) -> BasePlan:
-    return plan_base(observed, now, SETTINGS)
-
-
-def condition(made: BasePlan, kind: str) -> tuple[str, str]:
-    assert made.status is not None
-    return next((item.status, item.reason) for item in made.status.conditions if item.type == kind)
 
 
 def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
@@ -128,10 +77,10 @@ def test_a_base_at_zero_replicas_is_ready_since_a_request_starts_one() -> None:
 def test_a_pod_that_cannot_run_is_quoted() -> None:
     broken = pod(ready=False, problem="ImagePullBackOff: no such tag")
     made = plan(world(base(replicas=1), pods=(broken,), deployment=deployment()))
-    assert condition(made, "Ready") == ("False", "Unavailable")
+    assert condition(made, "Ready") == ("False", "ImagePullFailed")
     assert made.status is not None
     assert "ImagePullBackOff" in next(item.message for item in made.status.conditions if item.type == "Ready")
-    assert [note.reason for note in made.events] == ["Unavailable"]
+    assert [note.reason for note in made.events] == ["ImagePullFailed"]
 
 
 def test_one_of_two_is_degraded_but_available() -> None:
@@ -268,7 +217,7 @@ def test_an_inspection_job_has_the_whole_question_and_one_runs_at_a_time() -> No
 
 
 def test_the_retry_annotation_starts_another_first_attempt() -> None:
-    gone = inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404"))
+    gone = inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401"))
     assert plan(world(inspection=gone), NOW + 10_000).inspect is None
     of = replace(base(), meta=replace(base().meta, retry="1"))
     job = plan(world(of, inspection=gone)).inspect
@@ -319,6 +268,90 @@ def test_the_last_use_is_written_once_per_interval() -> None:
     due = plan(world(held, runtimes=(runtime(last_request_unix_s=NOW + 60.0),), **known), NOW + 61)
     assert due.status is not None
     assert due.status.last_used == "2023-11-14T22:14:20Z"
+
+
+QUOTA = ChildProblem(Reason.QUOTA_EXCEEDED, "Deployment tiny-runtime: exceeded quota: gpus")
+
+
+def test_an_edit_to_an_unknown_profile_shows_on_a_base_that_serves() -> None:
+    running = {"pods": (pod(),), "runtimes": (runtime(),), "deployment": deployment()}
+    before = base(plan(world(base(replicas=1), **running)).status, replicas=1, runtimeProfile="nope")
+    made = plan(world(before, profile=None, **running))
+    assert condition(made, "Ready") == ("True", "Degraded")
+    assert condition(made, "Progressing") == ("False", "ProfileNotFound")
+    assert condition(made, "Stalled") == ("True", "ProfileNotFound")
+    assert "'nope'" in message(made, "Ready")
+    assert {(note.type, note.reason) for note in made.events} == {
+        ("Warning", "Degraded"),
+        ("Warning", "ProfileNotFound"),
+    }
+
+
+def test_a_base_without_its_profile_keeps_the_number_of_its_pods() -> None:
+    idle = world(base(replicas=1), profile=None, pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    assert plan(idle, NOW + 10_000).scale_to is None
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_children_that_the_api_server_refuses_are_reported(serving: bool) -> None:
+    pods = {"pods": (pod(),), "runtimes": (runtime(),)} if serving else {}
+    made = plan(world(base(replicas=int(serving)), child_problem=QUOTA, deployment=deployment(), **pods))
+    assert condition(made, "Ready") == (("True", "Degraded") if serving else ("False", "QuotaExceeded"))
+    assert condition(made, "Progressing") == ("False", "QuotaExceeded")
+    assert condition(made, "Stalled") == ("True", "QuotaExceeded")
+    assert "exceeded quota: gpus" in message(made, "Ready")
+    assert ("Warning", "QuotaExceeded") in [(note.type, note.reason) for note in made.events]
+
+
+def test_a_refused_apply_is_tried_again_after_its_back_off_or_a_change() -> None:
+    refused = world(base(replicas=1), child_problem=QUOTA, apply_retry_unix_s=NOW + 40)
+    refused = replace(refused, applied_hash=plan(refused).children_hash, apply_again=True)
+    early = plan(refused, NOW + 39)
+    assert (early.children, early.requeue_at) == ((), NOW + 40)
+    assert plan(refused, NOW + 40).children
+    assert plan(replace(refused, image=RuntimeImage("runtime:2", "Always")), NOW + 1).children
+
+
+def test_the_waits_for_a_refused_apply_grow_up_to_five_minutes() -> None:
+    memory, waits = BaseMemory("base-uid", 1), []
+    for _ in range(8):
+        memory.children_applied("hash", QUOTA, NOW)
+        waits.append(memory.apply_retry_unix_s - NOW)
+    assert waits == [5, 10, 20, 40, 80, 160, 300, 300]
+    assert memory.children_applied("hash", None, NOW)
+    assert memory.children_applied("hash", QUOTA, NOW)
+    assert memory.apply_retry_unix_s == NOW + 5
+
+
+def test_a_changed_profile_is_an_event() -> None:
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    assert plan(running).events == ()
+    made = plan(replace(running, profile_changed=True))
+    assert [(note.type, note.reason) for note in made.events] == [("Normal", "ProfileChanged")]
+
+
+def test_a_served_name_that_another_object_has_is_a_condition() -> None:
+    holder = Key(ObjectKind.ADAPTER, "team", "older")
+    made = plan(world(base(replicas=0, servedName="fast"), name_holder=holder))
+    assert condition(made, "NameConflict") == ("True", "AliasTaken")
+    assert "LoraAdapter team/older" in message(made, "NameConflict")
+
+
+def test_a_missing_source_is_inspected_again_and_a_terminal_one_says_how() -> None:
+    gone = world(inspection=inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri")))
+    assert plan(gone, NOW + 10).inspect is not None
+    made = plan(world(inspection=inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN"))))
+    assert message(made, "Ready").startswith("401; set HF_TOKEN")
+    assert "lorapool.dev/retry" in message(made, "Ready")
+    assert condition(made, "Stalled") == ("True", "Unauthorized")
+
+
+def test_a_new_pod_without_a_node_is_named_while_the_old_one_serves() -> None:
+    waiting = pod("new", ready=False, problem="Unschedulable: 3 Insufficient nvidia.com/gpu.")
+    made = plan(world(base(replicas=1), pods=(pod("old"), waiting), runtimes=(runtime("old"),)))
+    assert condition(made, "Ready") == ("True", "Ready")
+    assert condition(made, "Progressing") == ("True", "Starting")
+    assert "Insufficient nvidia.com/gpu" in message(made, "Progressing")
 
 
 def test_idleness_is_measured_on_one_clock() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapool_api.loraadapter import UsagePart, UsageStatus
-from lorapool_operator.decisions.usage import differs, fold
+from lorapool_operator.decisions.usage import MAX_PARTS, differs, fold
 
 THEN = "2026-01-01T00:00:00Z"
 
@@ -45,6 +46,17 @@ def test_two_digests_of_one_adapter_report_the_same_counts() -> None:
 def test_a_count_that_fell_has_restarted_from_zero() -> None:
     once = fold(None, [part("a", 5)], [], THEN)
     assert fold(once, [part("a", 2)], [], THEN).completion_tokens == 7
+
+
+@pytest.mark.parametrize("processes", [105, 250])
+def test_many_processes_are_never_counted_twice(processes: int) -> None:
+    reports = [part(f"b{number:03}", 10) for number in range(processes)]
+    status = UsageStatus()
+    for _ in range(3):
+        status = stored(fold(status, reports, [], THEN))
+        assert status.completion_tokens == 10 * min(processes, MAX_PARTS)
+    gone = [item.boot_id for item in reports]
+    assert fold(status, reports, gone, THEN).completion_tokens == 10 * processes
 
 
 def test_an_adapter_that_was_never_used_writes_nothing() -> None:

@@ -79,6 +79,8 @@
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY
   value: {{ $operator.judgeConcurrency | int64 | quote }}
+- name: LORAPOOL_OPERATOR_MAX_BASE_BYTES
+  value: {{ .Values.artifacts.maxBaseBytes | int64 | quote }}
 - name: LORAPOOL_OPERATOR_USAGE_INTERVAL_S
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS

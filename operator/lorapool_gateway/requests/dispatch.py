@@ -22,7 +22,7 @@ from lorapool_gateway.routing.auth import ApiKey
 from lorapool_gateway.routing.live_tables import RouteSource
 from lorapool_gateway.routing.objects import AdapterRoute
 from lorapool_gateway.routing.pick import candidates, is_loaded
-from lorapool_gateway.routing.routes import Entry, Pending, RouteTable, Target
+from lorapool_gateway.routing.routes import Entry, Pending, RouteTable, Target, start_refusal
 
 NO_SLOT_ATTEMPTS = 3
 """The best replica and at most two more."""
@@ -134,7 +134,11 @@ class Dispatcher:
         return now is not None and not is_loaded(target, now)
 
     def _wake_if_down(self, table: RouteTable, resolved: Target | Pending) -> None:
+        """Raises UnavailableError while the base must not be started again after a failed start."""
         if not any(replica.usable for replica in table.replicas_of(resolved.base)):
+            refused = start_refusal(resolved.base, self._now_unix_s())
+            if refused is not None:
+                raise refused
             self._waker.wake(resolved.base, self._hold.waiting(resolved.base.uid))
 
     async def _wait(

@@ -35,6 +35,10 @@ class BaseRoute:
     spec: BaseModelSpec = field(repr=False)
     max_wait_s: float
     max_queued: int
+    failed_start: str = ""
+    """Reason of the last failed start; empty if none failed since a replica served."""
+    next_start_unix_s: float = 0.0
+    """The operator asks that the base is not started again before this time."""
 
     @property
     def desired_replicas(self) -> int:
@@ -96,6 +100,7 @@ class RuntimeState:
 def base_route(raw: Mapping[str, Any]) -> BaseRoute:
     metadata = raw["metadata"]
     spec = BaseModelSpec.model_validate(raw.get("spec") or {})
+    start = ((raw.get("status") or {}).get("start")) or {}
     return BaseRoute(
         ref=_ref(metadata),
         uid=str(metadata["uid"]),
@@ -103,6 +108,8 @@ def base_route(raw: Mapping[str, Any]) -> BaseRoute:
         spec=spec,
         max_wait_s=duration_s(spec.cold_start.max_wait),
         max_queued=spec.cold_start.max_queued,
+        failed_start=str(start.get("reason") or ""),
+        next_start_unix_s=unix_s(start.get("retryAt")),
     )
 
 
@@ -177,7 +184,11 @@ def _ref(metadata: Mapping[str, Any]) -> ObjectRef:
 
 
 def _unix_s(metadata: Mapping[str, Any]) -> float:
-    text = str(metadata.get("creationTimestamp") or "")
+    return unix_s(metadata.get("creationTimestamp"))
+
+
+def unix_s(text: str | None) -> float:
+    """Seconds since 1970 of an RFC 3339 time; 0 if there is none. Raises ValueError."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 

@@ -194,6 +194,19 @@ class RouteTable:
         return base is not None and not base.admits(adapter.ref.namespace)
 
 
+def start_refusal(base: BaseRoute, now_unix_s: float) -> ApiError | None:
+    """The error of a request that would have to start a base again too soon after a failed start; None for no error."""
+    if base.desired_replicas > 0 or now_unix_s >= base.next_start_unix_s:
+        return None
+    return UnavailableError(
+        f"{base.ref} failed to start ({base.failed_start}). It may be started again in "
+        f"{base.next_start_unix_s - now_unix_s:.0f} s.",
+        param="model",
+        code="base_start_failed",
+        retry_after_s=max(1.0, base.next_start_unix_s - now_unix_s),
+    )
+
+
 def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target | Pending:
     if adapter.spec.suspend:
         raise UnprocessableError(

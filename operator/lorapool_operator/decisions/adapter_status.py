@@ -14,8 +14,8 @@ from lorapool_operator.decisions import usage
 from lorapool_operator.decisions.blocker import Blocker
 from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
-from lorapool_operator.decisions.validity import Validity, reason_of
-from lorapool_operator.world.cluster_cache import BaseObject, find_condition
+from lorapool_operator.decisions.validity import Validity
+from lorapool_operator.world.cluster_cache import AdapterObject, Key, find_condition
 from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
 
 COMPATIBILITY = frozenset(
@@ -32,6 +32,11 @@ AWAITING: ConditionValue = (
     "Unknown",
     Reason.AWAITING_RUNTIME.value,
     "Only a runtime can read this source; a request starts one.",
+)
+UNVERIFIED: ConditionValue = (
+    "True",
+    Reason.UNVERIFIED.value,
+    "Only a runtime can read this source; it is checked when a request starts the base.",
 )
 PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
 
@@ -79,13 +84,25 @@ def conditions_of(
     """Returns the value of each condition type."""
     resolved, compatible = _source(observed, blocker, validity)
     loaded = _loaded(observed, blocker, validity, on_device)
-    return {
+    ready, progressing = _ready(observed, blocker, validity, loaded), _progressing(blocker, validity)
+    values = {
         AdapterCondition.RESOLVED.value: resolved,
         AdapterCondition.COMPATIBLE.value: compatible,
         AdapterCondition.LOADED.value: loaded,
-        AdapterCondition.READY.value: _ready(observed, blocker, validity, loaded),
-        AdapterCondition.PROGRESSING.value: _progressing(blocker, validity),
+        AdapterCondition.READY.value: ready,
+        AdapterCondition.PROGRESSING.value: progressing,
     }
+    if observed.name_holder is not None:
+        values[AdapterCondition.NAME_CONFLICT.value] = _name_conflict(observed.adapter, observed.name_holder)
+    outdated = _outdated(observed, validity)
+    if outdated is not None:
+        values[AdapterCondition.OUTDATED.value] = outdated
+    stalled = _stalled(observed, blocker, validity, ready)
+    if stalled is not None:
+        values[AdapterCondition.STALLED.value] = ("True", stalled[1], stalled[2])
+    elif progressing[0] == "True" or ready[0] == "Unknown":
+        values[AdapterCondition.RECONCILING.value] = ("True", *(progressing if ready[0] == "True" else ready)[1:])
+    return values
 
 
 def _with_usage(
@@ -238,26 +255,63 @@ def _ready(
         return ("False", blocker.reason.value, blocker.message)
     if validity.failure is not None and not validity.newer_failed:
         return ("False", validity.failure.reason, validity.failure.message)
+    failed = observed.base.failure if observed.base is not None else None
+    if failed is not None and observed.base is not None:
+        message = f"BaseModel {observed.base.key} cannot serve: {failed.reason}: {failed.message}"
+        return ("False", Reason.BASE_NOT_READY.value, message)
     if not validity.ok:
-        return _not_inspected(observed)
-    refused = _base_failure(observed.base)
-    if refused:
-        return ("False", Reason.BASE_NOT_READY.value, refused)
-    message = "Loaded." if loaded[0] == "True" else "Loads on the next request."
+        return UNVERIFIED if observed.awaits_runtime else PENDING
+    message = ("Loaded." if loaded[0] == "True" else "Loads on the next request.") + _beyond_bound(observed)
     refused = pin_refusal(observed)
     message += f" {refused}" if refused else ""
-    if observed.alias_holder is not None:
-        message += f" The alias {observed.adapter.spec.alias} belongs to {observed.alias_holder}, which is older."
     known = (Reason.LOADED, Reason.LOADING)
     return ("True", loaded[1] if loaded[1] in known else Reason.PARKED.value, message)
 
 
-def _base_failure(base: BaseObject | None) -> str:
-    """Returns the terminal failure of the base's source, or ""; any other state of a base ends with a request."""
-    resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED) if base is not None else None
-    if base is None or resolved is None or resolved.status != "False" or reason_of(resolved.reason).transient:
+def _beyond_bound(observed: ObservedAdapter) -> str:
+    """Returns a note if the adapter wants more replicas than its base may have."""
+    most = observed.base.spec.scaling.max_replicas if observed.base is not None else observed.min_replicas
+    if observed.min_replicas <= most:
         return ""
-    return f"The source of BaseModel {base.key} cannot be used: {resolved.message}"
+    return (
+        f" minReplicas is {observed.min_replicas}, but the base has at most {most} replicas: lower it, or raise "
+        "spec.scaling.maxReplicas of the BaseModel."
+    )
+
+
+def _name_conflict(adapter: AdapterObject, holder: Key) -> ConditionValue:
+    message = f"The alias {adapter.spec.alias} belongs to {holder.kind.value} {holder}; choose another alias."
+    return ("True", Reason.ALIAS_TAKEN.value, message)
+
+
+def _outdated(observed: ObservedAdapter, validity: Validity) -> ConditionValue | None:
+    """Returns what the last look at the source found; after a restart the status still says it."""
+    served, newer, status = validity.facts, validity.newer, observed.adapter.status
+    if newer is None or served is None:
+        before = find_condition(status.conditions, AdapterCondition.OUTDATED)
+        same = served is not None and (status.digest, status.judged) == (served.digest, validity.fingerprint)
+        kept = before is not None and same and not validity.checked
+        return (before.status, before.reason, before.message) if before is not None and kept else None
+    message = (
+        f"The source holds {newer.digest} (revision {newer.revision}) now; served is {served.digest} (revision "
+        f"{served.revision}). To serve the newer files, name their revision in spec.source, set "
+        "spec.source.updatePolicy to Poll, or change the annotation lorapool.dev/retry."
+    )
+    return ("True", Reason.SOURCE_CHANGED.value, message)
+
+
+def _stalled(
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, ready: ConditionValue
+) -> ConditionValue | None:
+    """Returns the failure after which nothing changes until a person acts; None while something may."""
+    if blocker is not None:
+        return ready if blocker.reason is Reason.NOT_PERMITTED else None
+    if validity.rollout_failed:
+        return _progressing(blocker, validity)
+    if validity.failure is not None and validity.failure.retry_at is None:
+        return ready
+    base_stalled = observed.base is not None and find_condition(observed.base.status.conditions, BaseCondition.STALLED)
+    return ready if base_stalled and ready[0] == "False" else None
 
 
 def _progressing(blocker: Blocker | None, validity: Validity) -> ConditionValue:
@@ -267,7 +321,10 @@ def _progressing(blocker: Blocker | None, validity: Validity) -> ConditionValue:
     if blocker is None and validity.candidate is not None:
         message = f"{validity.candidate.digest} is being loaded in addition to the old files."
         return ("True", Reason.LOADING.value, message)
-    if blocker is None and validity.ok and (validity.pending or validity.newer_failed):
+    if blocker is None and validity.ok and validity.newer_failed and validity.failure is not None:
+        message = f"The changed source cannot be used yet; the old files keep being served. {validity.failure.message}"
+        return ("True", validity.failure.reason, message)
+    if blocker is None and validity.ok and validity.pending:
         message = "The changed source is being inspected; the old files keep being served."
         return ("True", Reason.PENDING.value, message)
     return ("False", Reason.STABLE.value, "")

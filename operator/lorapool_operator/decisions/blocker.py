@@ -16,9 +16,11 @@ class Blocker:
     message: str
 
 
-def blocker_of(adapter: AdapterObject, base: BaseObject | None) -> Blocker | None:
-    """Returns the first reason not to serve the adapter, or None."""
+def blocker_of(adapter: AdapterObject, base: BaseObject | None, *, unreadable: bool = False) -> Blocker | None:
+    """Returns the first reason not to serve the adapter, or None. `unreadable`: the base exists, but is not known."""
     key = adapter.base_key
+    if base is None and unreadable:
+        return Blocker(Reason.BASE_NOT_READY, f"BaseModel {key} is of a form that this operator cannot parse.")
     if base is None or base.meta.deleting:
         return Blocker(Reason.BASE_NOT_FOUND, f"BaseModel {key} does not exist; create it, or delete this adapter.")
     if not permitted(adapter, base):

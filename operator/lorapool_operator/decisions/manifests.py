@@ -224,6 +224,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *
         "readinessProbe": {**_probe(ROUTE_READY), "periodSeconds": 3, "failureThreshold": 2},
         "livenessProbe": {**_probe(ROUTE_HEALTH), "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": _mounts(profile),
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # so that the pod's status says why the process ended
     }
 
 

@@ -25,7 +25,11 @@ class PlanSettings:
     usage_interval_s: float = 60.0
     retry_min_s: float = 5.0
     retry_max_s: float = 300.0
-    start_allowance_s: float = 1800.0
+    source_check_s: float = 3600.0
+    source_poll_s: float = 300.0
+    start_allowance_s: float = 600.0
+    start_retry_min_s: float = 60.0
+    start_retry_max_s: float = 1800.0
     max_concurrent_rollouts: int = 1
 
 

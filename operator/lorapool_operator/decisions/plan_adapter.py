@@ -9,7 +9,7 @@ unregistered.
 
 from __future__ import annotations
 
-from lorapool_api.common import AdapterCondition, AdapterKey, Reason, duration_s
+from lorapool_api.common import AdapterCondition, AdapterKey, FailureReason, Reason, duration_s
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
 from lorapool_operator.decisions.adapter_status import status_of
@@ -17,12 +17,19 @@ from lorapool_operator.decisions.blocker import Blocker, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
 from lorapool_operator.decisions.spread import SpreadDecision, decide
 from lorapool_operator.decisions.stopping import takes_over
-from lorapool_operator.decisions.validity import Validity, decide_validity
+from lorapool_operator.decisions.validity import NOT_FOUND_AGAIN_S, Validity, decide_validity
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
 from lorapool_operator.world.observed import ObservedAdapter, SourceFacts, SpreadMemory, max_replicas
 
 DRAIN_QUIET_S = 5.0
 """An old digest is unregistered once it was unused for this long: gateways have noticed the switch by then."""
+
+WARNED = {
+    AdapterCondition.READY: (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED),
+    AdapterCondition.NAME_CONFLICT: (Reason.ALIAS_TAKEN,),
+    AdapterCondition.OUTDATED: (Reason.SOURCE_CHANGED,),
+}
+"""The reasons of conditions that an event reports. A base that fails posts its own."""
 
 BASE_GRACE_S = 3.0
 """How long to wait for the base of a new adapter, which may have been created together with it."""
@@ -30,14 +37,14 @@ BASE_GRACE_S = 3.0
 
 def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) -> AdapterPlan:
     """Returns the whole plan; the same observation, time and settings give the same plan."""
-    blocker = blocker_of(observed.adapter, observed.base)
+    blocker = blocker_of(observed.adapter, observed.base, unreadable=observed.base_unreadable)
     decided = decide_validity(observed, may_inspect=blocker is None, now=now, settings=settings)
     validity = decided.validity
     served = blocker is None and observed.base is not None and validity.ok
     unregisters: tuple[Unregister, ...] = ()
     quiet_at: float | None = None
     # without a base there is nothing to unregister: the base's runtimes end with it, or it is only not known yet
-    closed = blocker is not None and blocker.reason is not Reason.BASE_NOT_FOUND
+    closed = blocker is not None and observed.base is not None and blocker.reason is not Reason.BASE_NOT_FOUND
     if served or closed or (blocker is None and _refused(validity)):
         unregisters, quiet_at = _unregisters(observed, validity, _digests(validity) if served else frozenset(), now)
     spread = _spread(observed, served, now)
@@ -189,7 +196,8 @@ def _unregisters(
                 later.append(now + DRAIN_QUIET_S)  # it is being unloaded or moved between tiers
                 continue
             if report.digest in keep:
-                if not _outdated_failure(observed, validity, replica.runtime.local_time(report.since_unix_s), report):
+                since = replica.runtime.local_time(report.since_unix_s)
+                if not (_outdated_failure(observed, validity, since, report) or _try_again(report, since, now)):
                     continue
             elif keep:
                 quiet_at = replica.runtime.local_time(report.last_used_unix_s) + DRAIN_QUIET_S
@@ -215,6 +223,13 @@ def _outdated_failure(
     )
 
 
+def _try_again(report: AdapterReport, since_unix_s: float, now: float) -> bool:
+    """True if a runtime did not find the files a while ago; without its failure the next request loads them again."""
+    detail = report.failure if report.state is AdapterState.FAILED else None
+    missing = detail is not None and detail.reason == FailureReason.SOURCE_NOT_FOUND
+    return missing and now >= since_unix_s + NOT_FOUND_AGAIN_S
+
+
 def _events(before: LoraAdapterStatus, after: LoraAdapterStatus, validity: Validity) -> tuple[KubeEvent, ...]:
     """Returns events for what needs attention and for the switch at the end of a rollout."""
     events = []
@@ -225,9 +240,8 @@ def _events(before: LoraAdapterStatus, after: LoraAdapterStatus, validity: Valid
     if failure is not None and (before.failure is None or before.failure.reason != failure.reason):
         reason = Reason.ROLLOUT_FAILED.value if validity.rollout_failed else failure.reason
         events.append(KubeEvent(KubeEventType.WARNING, reason, failure.message))
-    ready = find_condition(after.conditions, AdapterCondition.READY)
-    was = find_condition(before.conditions, AdapterCondition.READY)
-    blocked = (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
-    if ready is not None and ready.reason in blocked and (was is None or was.reason != ready.reason):
-        events.append(KubeEvent(KubeEventType.WARNING, ready.reason, ready.message))
+    for kind, reasons in WARNED.items():
+        now, was = find_condition(after.conditions, kind), find_condition(before.conditions, kind)
+        if now is not None and now.reason in reasons and (was is None or was.reason != now.reason):
+            events.append(KubeEvent(KubeEventType.WARNING, now.reason, now.message))
     return tuple(events)

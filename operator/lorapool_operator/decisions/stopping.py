@@ -1,7 +1,7 @@
 """Which pods are stopped when a base gets fewer replicas, and what happens before.
 
-The emptiest pods are stopped. The annotation pod-deletion-cost names them to Kubernetes. Before, adapters that are in use
-on them are loaded on replicas that stay, so that no request waits for a load afterwards.
+The emptiest pods are stopped. The annotation pod-deletion-cost names them to Kubernetes. Before, adapters that are in
+use on them are loaded on replicas that stay, so that no request waits for a load afterwards.
 """
 
 from __future__ import annotations

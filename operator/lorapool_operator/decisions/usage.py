@@ -5,7 +5,8 @@ share that the totals already include. Adding the same report twice, or again af
 
     totals += report - share        share := report
 
-A process's share is removed only when the process is known to be gone.
+A process's share is removed only when the process is known to be gone. A share that is missing would be added again, so
+a process beyond the bound of the list is only counted once there is room, or when it is gone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ COUNTERS = (
     "load_seconds",
     "residency_seconds",
 )
-MAX_PARTS = 100
+MAX_PARTS = 200
+"""More than the pods of a base with the largest number of replicas, before and after a rollout."""
 
 
 def fold(
@@ -32,18 +34,22 @@ def fold(
 ) -> UsageStatus:
     """Returns the new totals. Processes of `gone_boots` will not report again; their shares are removed."""
     before = previous or UsageStatus()
+    gone = frozenset(gone_boots)
     shares = {part.boot_id: part for part in before.parts}
+    room = MAX_PARTS - len(shares.keys() - gone)
     totals: dict[str, float] = {name: getattr(before, name) for name in COUNTERS}
     for report in _latest(reports):
         share = shares.get(report.boot_id)
         if share is None and not any(getattr(report, name) for name in COUNTERS):
             continue  # registered but never used
+        if share is None and report.boot_id not in gone:
+            if room <= 0:
+                continue
+            room -= 1
         for name in COUNTERS:
             totals[name] += _increase(getattr(report, name), getattr(share, name) if share else 0)
         shares[report.boot_id] = report
-    for boot in gone_boots:
-        shares.pop(boot, None)
-    parts = sorted(shares.values(), key=lambda part: part.boot_id)[:MAX_PARTS]
+    parts = sorted((part for boot, part in shares.items() if boot not in gone), key=lambda part: part.boot_id)
     rounded = {name: _tidy(value) for name, value in totals.items()}
     return UsageStatus.model_validate({**rounded, "as_of": now, "parts": parts})
 

@@ -8,15 +8,28 @@ replaces them. If it fails, the old files keep being served.
 
 from __future__ import annotations
 
+import re
+import zlib
 from dataclasses import dataclass, replace
 
 from lorapool_api.common import AdapterCondition, FailureReason, Reason
-from lorapool_api.loraadapter import FailureStatus, LoraAdapterStatus
+from lorapool_api.loraadapter import FailureStatus, LoraAdapterStatus, UpdatePolicy
 from lorapool_api.protocol import AdapterState, ErrorDetail
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.decisions.plan import InspectionJob, PlanSettings
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition
 from lorapool_operator.world.observed import InspectionResult, ObservedAdapter, SourceFacts, SourceFailure
+
+NOT_FOUND_RETRY_MAX_S = 600.0
+"""A source that does not exist may still be uploaded; it is inspected at least this often."""
+NOT_FOUND_AGAIN_S = 60.0
+"""A runtime that did not find the files at the source of a checked adapter may try again after this time."""
+RETRY_HINT = "It is checked again when the spec or the annotation lorapool.dev/retry changes."
+CHECK = "#check"
+"""Ends the fingerprint of an inspection that looks for newer files at a source that was resolved."""
+_IMMUTABLE = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
+MESSAGE_CHARS = 940
+"""Longest message of a failure, so that the hint fits the bound of a condition's message."""
 
 MAX_INSPECTED_RANK = 256
 """Inspections accept any rank that the API allows. The base's own bound is compared here, so that raising it needs no
@@ -36,6 +49,10 @@ class Validity:
     """`facts` are valid: runtimes may hold and serve them."""
     candidate: SourceFacts | None = None
     """New files that are being loaded next to `facts`."""
+    newer: SourceFacts | None = None
+    """Files that the source holds now, which are not served since the spec pins the others."""
+    checked: bool = False
+    """True if the source was looked at for newer files since this process began."""
     fingerprint: str | None = None
     """The fingerprint that the last final inspection result belongs to."""
     failure: FailureStatus | None = None
@@ -73,7 +90,10 @@ def decide_validity(
     attempts = _failed_attempts(adapter, fingerprint)
     result = observed.inspection
     if adapter.recorded_fingerprint in _recorded_forms(fingerprint, base):
-        return ValidityDecision(_recorded_validity(observed, base))
+        recorded = _recorded_validity(observed, base)
+        if may_inspect and recorded.ok and observed.since_unix_s is not None and _can_change(observed):
+            return _watched(observed, base, recorded, observed.since_unix_s, now, settings)
+        return ValidityDecision(recorded)
     if result is not None and result.fingerprint == fingerprint and result.attempt > attempts:
         return _new_validity(observed, base, result, settings)
     last = _last_valid(adapter, base)
@@ -158,6 +178,51 @@ def _recorded_validity(observed: ObservedAdapter, base: BaseObject) -> Validity:
     return replace(recorded, ok=failure is None or failure.retry_at is not None, failure=failure)
 
 
+# --- whether the source has changed ------------------------------------------------------
+
+
+def _can_change(observed: ObservedAdapter) -> bool:
+    """True if the source can hold other files later, and if it can be read now."""
+    source = observed.adapter.spec.source
+    revision = source.revision or source.uri.rpartition("@")[2]
+    return not (_IMMUTABLE.fullmatch(revision) or observed.awaits_runtime)
+
+
+def _watched(
+    observed: ObservedAdapter, base: BaseObject, recorded: Validity, since: float, now: float, settings: PlanSettings
+) -> ValidityDecision:
+    """Looks for newer files at intervals, which begin at another time for each adapter."""
+    source, fingerprint = observed.adapter.spec.source, f"{observed.fingerprint}{CHECK}"
+    polls = source.update_policy is UpdatePolicy.POLL and source.digest is None
+    interval_s = settings.source_poll_s if polls else settings.source_check_s
+    began = now - (now - zlib.crc32(observed.adapter.meta.uid.encode())) % interval_s
+    result = observed.inspection
+    known = result is not None and result.fingerprint == fingerprint
+    validity = recorded
+    if known and result is not None and isinstance(result.outcome, SourceFacts) and recorded.facts is not None:
+        newer = result.outcome if result.outcome.digest != recorded.facts.digest else None
+        current = replace(recorded, failure=None, newer_failed=False) if polls and recorded.newer_failed else recorded
+        if newer is not None:
+            validity = _update(observed, base, current, newer) if polls else replace(recorded, newer=newer)
+        else:
+            validity = current
+        validity = replace(validity, checked=True)
+    fresh = began <= since or (known and result is not None and result.at_unix_s >= began)
+    if fresh or observed.running is not None:
+        return ValidityDecision(validity, due=began + interval_s)
+    job = _job(observed, base, fingerprint, 1)
+    return ValidityDecision(validity, replace(job, digest=None) if job is not None else None, began + interval_s)
+
+
+def _update(observed: ObservedAdapter, base: BaseObject, last: Validity, facts: SourceFacts) -> Validity:
+    """Replaces the files by newer ones from the same source, unless these do not fit the base."""
+    source, rank = observed.adapter.spec.source, rank_failure(facts, base)
+    if rank is not None:
+        return replace(last, failure=rank, newer_failed=True)
+    new = Validity(facts, source.uri, source.revision, ok=True, fingerprint=last.fingerprint)
+    return _rollout(observed, last, new, facts)
+
+
 # --- what is new -------------------------------------------------------------------------
 
 
@@ -205,23 +270,31 @@ def _failure_status(
     outcome: SourceFailure, result: InspectionResult, settings: PlanSettings
 ) -> tuple[FailureStatus, float | None]:
     """Returns the failure as the status shows it and, for a transient one, when to try again."""
-    due = None
-    if outcome.reason.transient:
-        due = retry_at_unix_s(
-            result.at_unix_s,
-            result.attempt,
-            result.jitter,
-            first_s=settings.retry_min_s,
-            longest_s=settings.retry_max_s,
-            asked_s=outcome.retry_after_s,
-        )
+    due = retry_due(outcome, result, settings) if outcome.reason.repeated else None
     status = FailureStatus(
         reason=outcome.reason.value,
-        message=outcome.message[:1024],
+        message=outcome.message[:1024] if due is not None else with_hint(outcome.message),
         attempts=result.attempt,
         retry_at=iso(due + 0.999) if due is not None else None,
     )
     return status, unix(status.retry_at)
+
+
+def retry_due(outcome: SourceFailure, result: InspectionResult, settings: PlanSettings) -> float:
+    """Returns when to inspect a source again that failed."""
+    return retry_at_unix_s(
+        result.at_unix_s,
+        result.attempt,
+        result.jitter,
+        first_s=settings.retry_min_s,
+        longest_s=settings.retry_max_s if outcome.reason.transient else NOT_FOUND_RETRY_MAX_S,
+        asked_s=outcome.retry_after_s,
+    )
+
+
+def with_hint(message: str) -> str:
+    """Returns the message of a terminal failure with what makes the operator check again."""
+    return message if RETRY_HINT in message else f"{message[:MESSAGE_CHARS]} {RETRY_HINT}"
 
 
 def rank_failure(facts: SourceFacts, base: BaseObject) -> FailureStatus | None:
@@ -249,13 +322,17 @@ def _runtime_failure(observed: ObservedAdapter, digest: str) -> FailureStatus | 
     for report in reports:
         if report.state is AdapterState.FAILED and report.failure is not None:
             detail = report.failure
-            at = detail.retry_at_unix_s if detail.retry_at_unix_s is not None else report.since_unix_s
-            return _runtime_failure_status(detail, retry_at=iso(at) if reason_of(detail.reason).transient else None)
+            repeated = reason_of(detail.reason).repeated
+            at = detail.retry_at_unix_s
+            if at is None:
+                at = report.since_unix_s + (0.0 if reason_of(detail.reason).transient else NOT_FOUND_AGAIN_S)
+            return _runtime_failure_status(detail, retry_at=iso(at) if repeated else None)
     return None
 
 
 def _runtime_failure_status(detail: ErrorDetail, *, retry_at: str | None) -> FailureStatus:
-    return FailureStatus(reason=detail.reason, message=detail.message, attempts=detail.attempts, retry_at=retry_at)
+    message = with_hint(detail.message) if retry_at is None else detail.message
+    return FailureStatus(reason=detail.reason, message=message, attempts=detail.attempts, retry_at=retry_at)
 
 
 def _job(observed: ObservedAdapter, base: BaseObject, fingerprint: str, attempt: int) -> InspectionJob | None:

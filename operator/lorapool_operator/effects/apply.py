@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import time
 
-from lorapool_api.common import ANNOTATION_DELETION_COST
+from lorapool_api.common import ANNOTATION_DELETION_COST, Reason
+from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
+from lorapool_operator.decisions.plan_unreadable import UnreadablePlan
 from lorapool_operator.effects.cluster import (
+    ClusterError,
     FencedError,
     ForeignObjectError,
     ObjectConflictError,
@@ -21,11 +24,23 @@ from lorapool_operator.effects.cluster import (
 )
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, ObjectKind
+from lorapool_operator.world.cluster_cache import (
+    AdapterObject,
+    BaseObject,
+    ClusterCache,
+    Key,
+    ObjectKind,
+    UnreadableObject,
+)
 from lorapool_operator.world.intake import Intake
-from lorapool_operator.world.observed import BaseMemory, ObservedAdapter
+from lorapool_operator.world.observed import BaseMemory, ChildProblem, ObservedAdapter
 
 log = logging.getLogger(__name__)
+
+REFUSALS = (400, 403, 422)
+"""Invalid, forbidden (rights, quota, admission policy), unprocessable: nothing changes until a person acts."""
+MALFORMED = ("failed to convert new object", "failed to create typed patch object")
+"""The API server answers 500 to a value of a wrong form, such as the quantity 16GB."""
 
 
 class Applier:
@@ -68,7 +83,6 @@ class Applier:
 
     async def base(self, base: BaseObject, plan: BasePlan, memory: BaseMemory) -> bool:
         """Applies a base's plan. Returns True if that requires another plan. Raises ClusterError, RuntimeCallError."""
-        replan = False
         memory.scale = plan.memory
         if plan.inspect is not None:
             self._inspections.start(plan.inspect)
@@ -82,7 +96,9 @@ class Applier:
         if plan.remove_deployment_uid is not None:
             await self._remove_deployment(plan.remove_deployment_uid)
         if plan.children:
-            replan = memory.children_applied(plan.children_hash, await self._apply_children(plan))
+            refused = await self._apply_children(plan)
+            if memory.children_applied(plan.children_hash, refused, time.time()):
+                return True  # the status was decided without knowing this
         if plan.status is not None:
             try:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
@@ -94,17 +110,30 @@ class Applier:
         await self._post(_subject(ObjectKind.BASE, base), plan.events)
         if failures:
             raise failures[0]
-        return replan
+        return False
 
-    async def _apply_children(self, plan: BasePlan) -> str:
-        """Applies all children. Returns why one could not be applied, or ""."""
-        conflict = ""
+    async def unreadable(self, key: Key, item: UnreadableObject, plan: UnreadablePlan) -> None:
+        """Reports an object that cannot be parsed. Raises ClusterError."""
+        meta = item.raw["metadata"]
+        try:
+            await self._cluster.patch_raw_status(key, str(meta["resourceVersion"]), plan.status)
+        except ObjectNotFoundError:
+            return
+        subject = Subject(key.kind, key.namespace, key.name, meta["uid"], str(meta["resourceVersion"]))
+        await self._post(subject, (plan.event,))
+
+    async def _apply_children(self, plan: BasePlan) -> ChildProblem | None:
+        """Applies all children. Returns why the API server refused one; a transient error is raised."""
+        problem: ChildProblem | None = None
         for child in plan.children:
             try:
                 await self._cluster.apply_child(child)
-            except ForeignObjectError as error:
-                conflict = str(error)
-        return conflict
+            except ClusterError as error:
+                refused = refusal(child, error)
+                if refused is None:
+                    raise
+                problem = problem or refused
+        return problem
 
     async def _remove_deployment(self, uid: str) -> None:
         found = next((item for item in self._cache.deployments if item.meta.uid == uid), None)
@@ -148,6 +177,20 @@ class Applier:
                 log.warning(
                     "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
                 )
+
+
+def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
+    """Returns what a refused apply means for the base; None for an error that a retry may cure by itself."""
+    if isinstance(error, ForeignObjectError):
+        return ChildProblem(Reason.NAME_CONFLICT, str(error))
+    refused = error.status in REFUSALS or (error.status == 500 and error.detail.startswith(MALFORMED))
+    if isinstance(error, FencedError) or not refused:
+        return None
+    if "exceeded quota" in error.detail:
+        reason = Reason.QUOTA_EXCEEDED
+    else:
+        reason = Reason.APPLY_REFUSED if error.status == 403 else Reason.INVALID_PROFILE
+    return ChildProblem(reason, f"{child['kind']} {child['metadata']['name']}: {error.detail}")
 
 
 def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:

@@ -27,7 +27,7 @@ from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, L
 from lorapool_operator.clock import iso, iso_micro
 from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
 from lorapool_operator.decisions.plan import KubeEvent
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ObjectKind
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, ObjectKind
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,11 @@ RUNTIME_SELECTOR = LABEL_BASE
 class ClusterError(Exception):
     """The API server refused a request or could not be reached; `status` is 0 if there was no response."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, detail: str = "") -> None:
+        """`detail` is the API server's own message."""
         super().__init__(message)
         self.status = status
+        self.detail = detail
 
 
 class ObjectNotFoundError(ClusterError):
@@ -102,6 +104,8 @@ class PlanTarget(Protocol):
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]: ...
 
     async def patch_status(self, item: BaseObject | AdapterObject, status: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    async def patch_raw_status(self, key: Key, version: str, patch: Mapping[str, Any]) -> dict[str, Any]: ...
 
     async def scale(self, base: BaseObject, replicas: int) -> None: ...
 
@@ -156,12 +160,14 @@ class Cluster:
         Raises ObjectConflictError if the object has another version by now. The uid would be no precondition here: the
         API server ignores it in a patch of /status.
         """
-        kind = ObjectKind.BASE if isinstance(item, BaseObject) else ObjectKind.ADAPTER
-        body = {
-            "metadata": {"resourceVersion": item.meta.resource_version},
-            "status": merge_patch(item.status.dump(), status),
-        }
-        path = _path(kind, item.meta.namespace, item.meta.name) + "/status"
+        return await self.patch_raw_status(
+            item.key, item.meta.resource_version, merge_patch(item.status.dump(), status)
+        )
+
+    async def patch_raw_status(self, key: Key, version: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+        """Applies a merge patch to the /status of this version of an object. Raises ObjectConflictError."""
+        body = {"metadata": {"resourceVersion": version}, "status": patch}
+        path = _path(key.kind, key.namespace, key.name) + "/status"
         return await self._write("status", "PATCH", path, body, content=MERGE, query=_MANAGER)
 
     async def scale(self, base: BaseObject, replicas: int) -> None:
@@ -314,7 +320,7 @@ def _error(method: str, path: str, status: int, raw: bytes) -> ClusterError:
     except ValueError:
         message = raw[:200].decode(errors="replace")
     kind = {404: ObjectNotFoundError, 409: ObjectConflictError}.get(status, ClusterError)
-    return kind(f"{method} {path}: {status} {message}", status)
+    return kind(f"{method} {path}: {status} {message}", status, message)
 
 
 def _path(kind: str, namespace: str | None, name: str = "") -> str:

@@ -46,9 +46,9 @@ class Inspector(Protocol):
 class ArtifactInspector:
     """Inspects the sources themselves, each within `timeout_s`."""
 
-    def __init__(self, settings: SourceSettings, *, timeout_s: float) -> None:
+    def __init__(self, settings: SourceSettings, *, timeout_s: float, max_base_bytes: int) -> None:
         self._settings = settings
-        self._limits = FetchLimits(total_timeout_s=timeout_s)
+        self._limits = FetchLimits(total_timeout_s=timeout_s, max_total_bytes=max_base_bytes)
 
     async def base(self, uri: str, revision: str | None) -> BaseInspection:
         return await inspect_base(uri, revision, self._settings, fetch_limits=self._limits)

@@ -78,6 +78,8 @@ class _Polled:
     failing_since: float | None = None
     """Monotonic time; None while polls succeed."""
     stale_reported: bool = False
+    token_refused: bool = False
+    """The last answer was that the operator's token is not valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +194,20 @@ class RuntimeTracker:
             self._lost.pop(adapter_uid, None)
 
     def gone_boot_ids(self, base: BaseObject | None, boot_ids: Iterable[str]) -> frozenset[str]:
-        """Returns those of `boot_ids` that will not report again, since every pod of the base has another process."""
+        """Returns those of `boot_ids` that will not report again, since every pod of the base has another process.
+
+        A pod that does not answer now has its last known process, or a newer one, but none before that.
+        """
         asked = frozenset(boot_ids)
         if not asked or base is None:
             return asked
-        alive: set[str] = set()
-        pods = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.ip}
+        unknown = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.ip}
         for polled in self._of(base):
-            if polled.snapshot is None or polled.failing_since is not None:
+            if polled.snapshot is None:
                 return frozenset()
-            alive.add(polled.snapshot.boot_id)
-            pods.discard(polled.pod.meta.uid)
-        return asked - alive if not pods else frozenset()
+            asked -= {polled.snapshot.boot_id}
+            unknown.discard(polled.pod.meta.uid)
+        return asked if not unknown else frozenset()
 
     def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
         """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
@@ -246,6 +250,7 @@ class RuntimeTracker:
             terminating=polled.pod.terminating,
             snapshot=polled.snapshot,
             fresh=polled.snapshot is not None and (polled.failing_since is None or silent_s < stale_s),
+            token_refused=polled.token_refused,
             skew_s=polled.skew_s,
         )
 
@@ -283,6 +288,10 @@ class RuntimeTracker:
         if polled.failing_since is None:
             polled.failing_since = now
             log.info("runtime does not answer", extra={"replica": polled.pod.meta.name, "error": str(error)[:200]})
+        refused = isinstance(error, RuntimeRefusedError) and error.status in (401, 403)
+        if refused != polled.token_refused:
+            polled.token_refused = refused
+            self._changed(polled.pod.base, (), True)
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
             polled.stale_reported = True
@@ -293,7 +302,7 @@ class RuntimeTracker:
         if snapshot.now_unix_s is not None:
             polled.skew_s = clock_skew(polled.skew_s, self._now_unix_s() - snapshot.now_unix_s)
         recovered = polled.failing_since is not None
-        polled.failing_since, polled.stale_reported = None, False
+        polled.failing_since, polled.stale_reported, polled.token_refused = None, False, False
         old = polled.reports
         grouped: dict[str, list[AdapterReport]] = {}
         for report in snapshot.adapters:
@@ -421,8 +430,8 @@ def _base_shape(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
 
 
 def _load(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
-    """Returns the part of a snapshot that can change the number of replicas."""
-    return snapshot.in_flight + snapshot.waiting, snapshot.last_request_unix_s
+    """Returns the part of a snapshot that can change the number of replicas, or the reported progress of a start."""
+    return snapshot.in_flight + snapshot.waiting, snapshot.last_request_unix_s, snapshot.startup
 
 
 RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)

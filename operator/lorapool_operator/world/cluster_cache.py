@@ -22,10 +22,13 @@ from lorapool_api.common import (
     ANNOTATION_TEMPLATE_HASH,
     LABEL_BASE,
     LABEL_BASE_UID,
+    BaseCondition,
     Condition,
+    Reason,
 )
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_operator.clock import unix
+from lorapool_operator.world import problems
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,13 @@ class BaseObject:
     def key(self) -> Key:
         return Key(ObjectKind.BASE, self.meta.namespace, self.meta.name)
 
+    @property
+    def failure(self) -> Condition | None:
+        """The condition that says why no request would be answered; None while one may be, after a start."""
+        ready = find_condition(self.status.conditions, BaseCondition.READY)
+        waits = ready is None or ready.status != "False" or ready.reason == Reason.STARTING
+        return None if waits else ready
+
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> BaseObject:
         """Parses the API server's JSON. Raises ValidationError or KeyError."""
@@ -127,6 +137,14 @@ class AdapterObject:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableObject:
+    """An object that this version cannot parse, as the API server sent it."""
+
+    raw: Mapping[str, Any]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class PodObject:
     """A runtime pod in Kubernetes."""
 
@@ -143,6 +161,13 @@ class PodObject:
     """Hash of the template that it was made from; empty for a pod of an older version."""
     deletion_cost: str = ""
     """Value of the annotation by which Kubernetes chooses the pods to be stopped."""
+    ended_unix_s: float = 0.0
+    """When a pod that will not run again ended; 0 for any other."""
+    restarts: int = 0
+    """How often its process was started again."""
+    last_exit: str = ""
+    """How its process ended before the last restart."""
+    last_exit_unix_s: float = 0.0
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> PodObject:
@@ -151,6 +176,7 @@ class PodObject:
         annotations = raw["metadata"].get("annotations") or {}
         status = raw.get("status") or {}
         ended = status.get("phase") in ("Succeeded", "Failed")
+        restarts, last, last_at = problems.last_exit(status)
         ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
         return cls(
             meta=meta,
@@ -160,9 +186,13 @@ class PodObject:
             port=_runtime_port(raw.get("spec") or {}),
             ready=ready and not ended and not meta.deleting,
             terminating=meta.deleting or ended,
-            problem=_pod_problem(status),
+            problem=problems.pod_problem(status),
             template_hash=annotations.get(ANNOTATION_TEMPLATE_HASH, ""),
             deletion_cost=annotations.get(ANNOTATION_DELETION_COST, ""),
+            ended_unix_s=(unix(problems.ended_at(status)) or 0.0) if ended else 0.0,
+            restarts=restarts,
+            last_exit=last,
+            last_exit_unix_s=unix(last_at) or 0.0,
         )
 
 
@@ -191,7 +221,7 @@ class DeploymentObject:
             meta=meta,
             base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
             owner_uid=next((item["uid"] for item in owners if item.get("kind") == ObjectKind.BASE), ""),
-            problem=_deployment_problem(raw.get("status") or {}),
+            problem=problems.deployment_problem(raw.get("status") or {}),
             template_hash=_template_hash(spec),
             paused=bool(spec.get("paused")),
             rolling=not spec.get("paused") and _progress(raw.get("status") or {}) not in SETTLED,
@@ -207,20 +237,6 @@ def _runtime_port(spec: Mapping[str, Any]) -> int:
     return 0
 
 
-def _pod_problem(status: Mapping[str, Any]) -> str:
-    for container in status.get("containerStatuses") or ():
-        state = container.get("state") or {}
-        waiting = state.get("waiting") or {}
-        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
-            ended = (container.get("lastState") or {}).get("terminated") or {}
-            last = f" (last exit {ended['exitCode']} {ended.get('reason', '')})" if "exitCode" in ended else ""
-            return f"{waiting['reason']}: {waiting.get('message', '')}{last}"[:300]
-    for item in status.get("conditions") or ():
-        if item["type"] == "PodScheduled" and item["status"] == "False":
-            return f"{item.get('reason', 'Unschedulable')}: {item.get('message', '')}"[:300]
-    return ""
-
-
 SETTLED = ("", "NewReplicaSetAvailable", "ProgressDeadlineExceeded")
 """Reasons of a Deployment's condition Progressing without a rollout that may still succeed."""
 
@@ -233,13 +249,6 @@ def _progress(status: Mapping[str, Any]) -> str:
 def _template_hash(spec: Mapping[str, Any]) -> str:
     annotations = ((spec.get("template") or {}).get("metadata") or {}).get("annotations") or {}
     return str(annotations.get(ANNOTATION_TEMPLATE_HASH, ""))
-
-
-def _deployment_problem(status: Mapping[str, Any]) -> str:
-    for item in status.get("conditions") or ():
-        if item["type"] == "ReplicaFailure" and item["status"] == "True":
-            return f"{item.get('reason', 'ReplicaFailure')}: {item.get('message', '')}"[:300]
-    return ""
 
 
 def find_condition(conditions: Iterable[Condition], kind: str) -> Condition | None:
@@ -303,6 +312,8 @@ class ClusterCache:
         self.adapters: KindCache[AdapterObject] = KindCache()
         self.pods: KindCache[PodObject] = KindCache()
         self.deployments: KindCache[DeploymentObject] = KindCache()
+        self.unreadable: dict[Key, UnreadableObject] = {}
+        """Objects whose newest version cannot be parsed; the last one that could be stays in the caches above."""
         self._adapters_of: dict[Key, set[Key]] = {}
         self._aliases: dict[tuple[str, str], set[Key]] = {}
 
@@ -331,14 +342,23 @@ class ClusterCache:
         found = (self.adapters.get(key.namespace, key.name) for key in keys)
         return [item for item in found if item is not None]
 
-    def alias_holder(self, adapter: AdapterObject) -> Key | None:
-        """Returns the older adapter of the same namespace that has this one's alias, if any."""
-        if not adapter.spec.alias:
+    def name_holder(self, item: BaseObject | AdapterObject) -> Key | None:
+        """Returns the object of the same namespace that has this one's additional model name, if any.
+
+        A name of an object always belongs to that object. An additional name belongs to the oldest object that
+        claims it, as in the gateway's tables.
+        """
+        name = item.spec.alias if isinstance(item, AdapterObject) else item.spec.served_name
+        if not name:
             return None
-        keys = self._aliases.get((adapter.meta.namespace, adapter.spec.alias), ())
-        claimants = [item for key in keys if (item := self.adapters.get(key.namespace, key.name)) is not None]
-        first = min(claimants, key=lambda item: (item.meta.created_unix_s, item.meta.name), default=adapter)
-        return None if first.meta.uid == adapter.meta.uid else first.key
+        space = item.meta.namespace
+        named = (self.adapters.get(space, name), self.bases.get(space, name))
+        keys = self._aliases.get((space, name), ())
+        claims: list[BaseObject | AdapterObject | None] = [self.adapters.get(key.namespace, key.name) for key in keys]
+        claims += [base for base in self.bases if (base.meta.namespace, base.spec.served_name) == (space, name)]
+        claims.sort(key=lambda other: (other.meta.created_unix_s, other.meta.uid) if other is not None else (0.0, ""))
+        first = next((other for other in (*named, *claims) if other is not None), item)
+        return None if first.meta.uid == item.meta.uid else first.key
 
     def alias_claimants(self, namespace: str, alias: str) -> list[Key]:
         """Returns the adapters whose spec names this alias."""
@@ -363,16 +383,25 @@ def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
 
 
 P = TypeVar("P", BaseObject, AdapterObject, PodObject, DeploymentObject)
+ParseErrors = (ValidationError, KeyError, TypeError, ValueError)
 
 
 def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
     """Parses an object. Returns None, and logs it, if this version cannot parse it."""
     try:
         return kind.parse(raw)
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except ParseErrors as error:
         meta = raw.get("metadata") or {}
         log.warning(
             "object cannot be parsed",
-            extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": str(error)},
+            extra={"object": f"{meta.get('namespace')}/{meta.get('name')}", "error": parse_error_text(error)},
         )
         return None
+
+
+def parse_error_text(error: Exception) -> str:
+    """Returns the fields that cannot be parsed, and why, without their values."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    items = error.errors(include_url=False, include_input=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items[:3])

@@ -6,9 +6,8 @@ Watches, listings and the responses to the operator's own writes all pass throug
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from lorapool_api.common import BaseCondition
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
@@ -16,10 +15,14 @@ from lorapool_operator.world.cluster_cache import (
     DeploymentObject,
     Key,
     ObjectKind,
+    ParseErrors,
     PodObject,
-    find_condition,
+    UnreadableObject,
+    parse_error_text,
     parse_or_none,
 )
+
+Own = TypeVar("Own", BaseObject, AdapterObject)
 
 
 class Intake:
@@ -57,10 +60,11 @@ class Intake:
         before = self._cache.bases.get(key.namespace, key.name)
         after: BaseObject | None = None
         if deleted:
+            self._cache.unreadable.pop(key, None)
             if self._cache.bases.drop(key.namespace, key.name, meta["uid"]) is None:
                 return
         else:
-            after = parse_or_none(BaseObject, raw)
+            after = self._parse(BaseObject, key, raw)
             if after is None or not self._cache.bases.put(after):
                 return
         self._mark_dirty(key, 0.0)
@@ -73,11 +77,12 @@ class Intake:
         key = Key(ObjectKind.ADAPTER, meta["namespace"], meta["name"])
         before = self._cache.adapters.get(key.namespace, key.name)
         if deleted:
+            self._cache.unreadable.pop(key, None)
             if self._cache.drop_adapter(key.namespace, key.name, meta["uid"]) is None:
                 return
             self._deleted_adapters.setdefault(key, set()).add(meta["uid"])
         else:
-            item = parse_or_none(AdapterObject, raw)
+            item = self._parse(AdapterObject, key, raw)
             if item is None or not self._cache.put_adapter(item):
                 return
             if before is not None and before.meta.uid != item.meta.uid:
@@ -90,6 +95,17 @@ class Intake:
         if before is not None and before.spec.alias and (after is None or after.spec.alias != before.spec.alias):
             for claimant in self._cache.alias_claimants(key.namespace, before.spec.alias):
                 self._mark_dirty(claimant, 0.0)
+
+    def _parse(self, kind: type[Own], key: Key, raw: Mapping[str, Any]) -> Own | None:
+        """Parses one of Lorapool's own objects; one that this version cannot parse gets a condition that says so."""
+        try:
+            item = kind.parse(raw)
+        except ParseErrors as error:
+            self._cache.unreadable[key] = UnreadableObject(raw, parse_error_text(error))
+            self._mark_dirty(key, 0.0)
+            return None
+        self._cache.unreadable.pop(key, None)
+        return item
 
     def wrote_adapter(self, raw: Mapping[str, Any]) -> None:
         """Takes the response to the operator's own status write: only the base's counts of adapters may change."""
@@ -123,6 +139,5 @@ class Intake:
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
     """Returns the part of a base that its adapters' plans depend on; its counts, which change often, are no part."""
-    resolved = find_condition(base.status.conditions, BaseCondition.SOURCE_RESOLVED)
-    value = (resolved.status, resolved.reason) if resolved is not None else None
-    return base.meta.uid, base.meta.generation, base.meta.deleting, value
+    failure = base.failure
+    return base.meta.uid, base.meta.generation, base.meta.deleting, failure.reason if failure is not None else None

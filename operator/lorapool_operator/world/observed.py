@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from lorapool_api.basemodel import BaseModelSpec
-from lorapool_api.common import AdapterKey, FailureReason
+from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, RuntimeSnapshot
@@ -35,6 +36,8 @@ class RuntimeView:
     """The latest one, however old."""
     fresh: bool
     """True if the latest poll succeeded, or polls have failed only for a moment."""
+    token_refused: bool = False
+    """The runtime's last answer was that the operator's token is not valid."""
     skew_s: float = 0.0
     """The operator's clock minus the runtime's."""
 
@@ -161,8 +164,13 @@ class ObservedAdapter:
     """Every runtime of the base, with its reports of this adapter."""
     inspection: InspectionResult | None = None
     running: RunningInspection | None = None
-    alias_holder: Key | None = None
-    """The older adapter that has this one's alias, if any."""
+    name_holder: Key | None = None
+    """The object that has this one's alias, if any."""
+    since_unix_s: float | None = None
+    """When this process began to observe: what is done at intervals is not due at once after a restart. None for a
+    process that does nothing at intervals."""
+    base_unreadable: bool = False
+    """True if the base exists but this version cannot parse it."""
     registered: Mapping[tuple[str, str], AdapterDescriptor] = field(default_factory=dict)
     """(boot id, digest) → the descriptor that this process registered there last."""
     lost_usage: tuple[UsagePart, ...] = ()
@@ -254,6 +262,10 @@ def max_replicas(spec: LoraAdapterSpec, base: BaseModelSpec) -> int:
 
 # --- one base ----------------------------------------------------------------------------
 
+REFUSED_RETRY_MIN_S = 5.0
+REFUSED_RETRY_MAX_S = 300.0
+"""An apply that the API server refuses is tried again after this time; the wait doubles each time."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
@@ -266,6 +278,8 @@ class AdapterSummary:
     """How many replicas of the base an adapter that may be served keeps running."""
     pinned_replicas: int = 0
     """minReplicas of an adapter that may be served."""
+    display: str = ""
+    """`namespace/name`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +305,13 @@ class Standing:
     """Devices that its pods occupy."""
 
 
+class ChildProblem(NamedTuple):
+    """Why the API server did not accept a child of a base."""
+
+    reason: Reason
+    message: str
+
+
 @dataclass
 class BaseMemory:
     """The state that this process keeps of a base between two plans. Its loss only delays a scale-down."""
@@ -305,8 +326,14 @@ class BaseMemory:
     """Content hash of the children that this process applied last."""
     apply_again: bool = False
     """True if the children are to be applied even if unchanged, to undo edits by others."""
-    child_conflict: str = ""
-    """Why the last apply was refused: another object has the name of a child."""
+    child_problem: ChildProblem | None = None
+    """Why the last apply was refused."""
+    refusals: int = 0
+    """How often in a row an apply was refused."""
+    apply_retry_unix_s: float = 0.0
+    """When a refused apply is tried again."""
+    profile: RuntimeProfile | None = None
+    """The profile that the last plan used."""
 
     def observe_replicas(self, replicas: int | None, now: float) -> None:
         """Records spec.replicas; a larger number than before counts as a wake-up."""
@@ -314,10 +341,13 @@ class BaseMemory:
             self.woken_unix_s = now
         self.replicas = replicas
 
-    def children_applied(self, content_hash: str, conflict: str) -> bool:
-        """Records an apply and its conflict, if any. Returns True if the conflict changed."""
-        changed = self.child_conflict != conflict
-        self.applied_hash, self.child_conflict, self.apply_again = content_hash, conflict, False
+    def children_applied(self, content_hash: str, problem: ChildProblem | None, now: float) -> bool:
+        """Records an apply and why it was refused, if it was. Returns True if that changed."""
+        changed = self.child_problem != problem
+        self.applied_hash, self.child_problem, self.apply_again = content_hash, problem, False
+        self.refusals = self.refusals + 1 if problem is not None else 0
+        wait_s = min(REFUSED_RETRY_MAX_S, REFUSED_RETRY_MIN_S * 2.0 ** min(self.refusals - 1, 20))
+        self.apply_retry_unix_s = now + wait_s if problem is not None else 0.0
         return changed
 
 
@@ -349,8 +379,19 @@ class ObservedBase:
     """Content hash of the children that this process applied last."""
     apply_again: bool = False
     """True if the children are to be applied even if unchanged, to undo edits by others."""
-    child_conflict: str = ""
-    """Why the last apply was refused: another object has the name of a child."""
+    child_problem: ChildProblem | None = None
+    """Why the last apply was refused."""
+    apply_retry_unix_s: float = 0.0
+    """When a refused apply is tried again."""
+    name_holder: Key | None = None
+    """The object that has this one's served name, if any."""
+    profile_changed: bool = False
+    """True if the last plan used another profile."""
+
+    @property
+    def floor(self) -> int:
+        """How many replicas the pinned adapters keep running."""
+        return max((item.warm_replicas for item in self.adapters), default=0)
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,6 @@
 """Runtime profiles: the settings of runtime pods that an administrator, never a tenant, decides.
 
-They are parsed from the YAML file that the chart mounts, at start and again on each resync. A file with an unknown key
+They are parsed from the YAML file that the chart mounts, at start and again when it changes. A file with an unknown key
 or a bad value is refused as a whole, and the profiles that were read before stay in force.
 """
 
@@ -79,7 +79,8 @@ class RuntimeProfile(_Strict):
     termination_grace_period_seconds: int = Field(default=900, ge=5)
     """Running requests get this time, less 5 s, to finish. A pod that has none ends at once."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
-    """Time to download and load the base; after it the kubelet restarts the container."""
+    """Time to download and load the base; after it the kubelet restarts the container. The operator gives a base up
+    this long, plus the time to schedule it and to pull the image, after it was asked for."""
     run_as_user: int = Field(default=10001, ge=1)
     pod_labels: dict[str, str] = Field(default_factory=dict)
     pod_annotations: dict[str, str] = Field(default_factory=dict)

@@ -25,5 +25,11 @@ def open_pvc(uri: PvcUri, revision: str | None, settings: SourceSettings, deadli
         raise ArtifactError(
             FailureReason.INVALID_SOURCE, f"{uri}: a volume stores no revisions; remove spec.source.revision."
         )
+    if not (settings.pvc_root / uri.claim).is_dir():
+        raise ArtifactError(
+            FailureReason.CLAIM_NOT_MOUNTED,
+            f"{uri}: the claim {uri.claim} is not mounted into the runtime; add it to runtimeProfiles.<name>.volumes "
+            "of the chart, where <name> is spec.runtimeProfile of the BaseModel.",
+        )
     parts = [uri.claim, *uri.path.split("/")] if uri.path else [uri.claim]
     return FolderSource.open(settings.pvc_root, parts, where=str(uri), deadline=deadline)

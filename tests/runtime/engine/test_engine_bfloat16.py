@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 REQUESTS, TOKENS = 16, 12
 LEAST = 1e-4
-"""What the engine may differ by where peft's batch changes nothing: for Gemma 2, whose attention is computed operator by
-operator. A single logit that rounds differently changes a log-probability by more."""
+"""What the engine may differ by where peft's batch changes nothing: for Gemma 2, whose attention is computed operator
+by operator. A single logit that rounds differently changes a log-probability by more."""
 SAME_ROUNDING = 1.1
 """Two computations that round at the same places may differ by this factor in their mean distance to float32."""
 Rows = list[tuple[list[int], list[int]]]
