@@ -144,6 +144,15 @@ class AdapterReport(ApiModel):
     """Usage of this uid with any digest, counted by this process since its start."""
 
 
+class RemovedAdapter(ApiModel):
+    """An adapter that is not registered any more."""
+
+    uid: str
+    """Uid of the LoraAdapter."""
+    digest: str
+    """Digest of its files."""
+
+
 class BaseReport(ApiModel):
     """The base that a runtime serves."""
 
@@ -178,7 +187,10 @@ class StartupReport(ApiModel):
 
 
 class RuntimeSnapshot(ApiModel):
-    """Response of `GET /v1/runtime?after=SEQ&wait=S`: sent when seq > SEQ, at the latest after S seconds."""
+    """Response of `GET /v1/runtime?after=SEQ&boot=ID&wait=S`: sent when seq > SEQ, at the latest after S seconds.
+
+    With the boot id of this process and the seq of the reader's last snapshot, it has only the changes since then.
+    """
 
     seq: int
     """Increases with every change."""
@@ -212,10 +224,14 @@ class RuntimeSnapshot(ApiModel):
     """Used share of the KV cache."""
     last_request_unix_s: float | None = None
     """When a request for the base or any adapter was last accepted or ended."""
+    full: bool = True
+    """Whether `adapters` are all registered ones. Else they are those that changed since the reader's last snapshot."""
     startup: StartupReport | None = None
     """How far the start is; absent once the base is loaded."""
     adapters: list[AdapterReport] = Field(default_factory=list)
-    """All registered adapters."""
+    """The adapters that are reported."""
+    removed: list[RemovedAdapter] = Field(default_factory=list)
+    """The adapters that were removed since; to be applied before `adapters`. Empty if `full`."""
 
     def adapter(self, uid: str, digest: str) -> AdapterReport | None:
         """The report of one adapter, or None when it is not registered."""

@@ -187,7 +187,9 @@ def _operator_registry() -> CollectorRegistry:
     empty = MagicMock()  # iterates as empty: the families are wanted, not their values
     registry = operator_metrics.Metrics().registry
     registry.register(
-        operator_metrics.StateCollector(empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=0)
+        operator_metrics.StateCollector(
+            empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=0
+        )
     )
     return registry
 

@@ -93,7 +93,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     ("GET", protocol.ROUTE_METRICS): "Prometheus text: the metrics of [metrics.md](metrics.md), and the `vllm:` names.",
     ("GET", protocol.ROUTE_RUNTIME): (
         "Long poll of the state: answers `RuntimeSnapshot` at once when its `seq` is above the query's `after`, else "
-        f"after a change or `wait` seconds (at most {protocol.LONG_POLL_MAX_S:g})."
+        f"after a change or `wait` seconds (at most {protocol.LONG_POLL_MAX_S:g}). With `boot`, the boot id of the "
+        "reader's last snapshot, the answer has only what changed since `after`."
     ),
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
     (

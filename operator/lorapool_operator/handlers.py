@@ -1,14 +1,15 @@
 """kopf's event handlers and settings: each event updates the caches and marks keys dirty, and does nothing else.
 
 kopf only watches: no handler makes it write, so its finalizer and annotations are named but never used. An event
-may be late, duplicated or missing; the resync compensates, so no handler depends on receiving every event.
+may be late, duplicated or missing; the resync compensates, so no handler depends on receiving every event. Handlers run
+in kopf's thread and only pass the event on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
 import kopf
 
@@ -18,27 +19,29 @@ from lorapool_api.loraadapter import PLURAL as ADAPTERS
 from lorapool_operator.world.intake import Intake
 
 
-def registry_of(intake: Intake, login: Any) -> kopf.OperatorRegistry:
-    """Returns a registry of its own that holds all handlers."""
+class Feed(Protocol):
+    """Takes one object as the API server sent it."""
+
+    def __call__(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None: ...
+
+
+def registry_of(
+    intake: Intake, put: Callable[[Feed, Mapping[str, Any], bool], None], login: Any
+) -> kopf.OperatorRegistry:
+    """Returns a kopf registry of its own that holds all handlers. Each passes (feed, object, deleted) to `put`."""
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)
 
-    async def base_event(event: Mapping[str, Any], **_: Any) -> None:
-        intake.base(event["object"], deleted=event["type"] == "DELETED")
+    def passes_to(feed: Feed) -> Callable[..., Awaitable[None]]:
+        async def handler(event: Mapping[str, Any], **_: Any) -> None:
+            put(feed, event["object"], event["type"] == "DELETED")
 
-    async def adapter_event(event: Mapping[str, Any], **_: Any) -> None:
-        intake.adapter(event["object"], deleted=event["type"] == "DELETED")
+        return handler
 
-    async def pod_event(event: Mapping[str, Any], **_: Any) -> None:
-        intake.pod(event["object"], deleted=event["type"] == "DELETED")
-
-    async def deployment_event(event: Mapping[str, Any], **_: Any) -> None:
-        intake.deployment(event["object"], deleted=event["type"] == "DELETED")
-
-    kopf.on.event(GROUP, VERSION, BASES, registry=registry)(base_event)
-    kopf.on.event(GROUP, VERSION, ADAPTERS, registry=registry)(adapter_event)
-    kopf.on.event("", "v1", "pods", registry=registry)(pod_event)
-    kopf.on.event("apps", "v1", "deployments", registry=registry)(deployment_event)
+    kopf.on.event(GROUP, VERSION, BASES, registry=registry)(passes_to(intake.base))
+    kopf.on.event(GROUP, VERSION, ADAPTERS, registry=registry)(passes_to(intake.adapter))
+    kopf.on.event("", "v1", "pods", registry=registry)(passes_to(intake.pod))
+    kopf.on.event("apps", "v1", "deployments", registry=registry)(passes_to(intake.deployment))
     return registry
 
 
@@ -57,7 +60,8 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.networking.request_timeout = 15
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8)
     settings.queueing.error_delays = (1, 1, 2, 3, 5, 8, 13, 21, 30)
-    settings.queueing.idle_timeout = 1.0  # kopf has one worker per object: thousands of them need not linger
+    settings.queueing.worker_limit = 100  # kopf has one worker per object: a listing of thousands starts so many
+    settings.queueing.idle_timeout = 0.05  # and they need not linger, since a handler keeps nothing between events
     settings.execution.default_backoff = 5
     settings.scanning.disabled = True  # the operator has no right to list CRDs and namespaces
     settings.posting.enabled = False  # the operator posts its own few events
@@ -65,7 +69,7 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.persistence.finalizer = f"{GROUP}/never-used"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)
-    settings.process.ultimate_exiting_timeout = 20
+    settings.process.ultimate_exiting_timeout = None  # kopf would kill the process for one namespace that hangs
     settings.background.cancellation_polling = 5
     settings.peering.standalone = True
     return settings

@@ -1,7 +1,8 @@
 """The metrics `lorapool_operator_*`, and the HTTP app that serves them with /healthz and /readyz.
 
-Series of objects are read from the caches at the time of the scrape, so they disappear with the object. Usage is not
-among them: gateway and runtime export it, and the status has the totals.
+Series of objects are read from the caches at the time of the scrape, so they exist from the object's creation and
+disappear with it. The usage of each adapter is that of its status: unlike the counters of gateway and runtime, the
+totals survive every process, so that a bill can be made of them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from lorapool_api.common import AdapterCondition
+from lorapool_api.loraadapter import UsageStatus
 from lorapool_operator.effects.cluster import Cluster
 from lorapool_operator.effects.inspections import InspectionTracker
+from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind, find_condition
@@ -77,6 +80,7 @@ class StateCollector(Collector):
         inspections: InspectionTracker,
         runtimes: RuntimeTracker,
         cluster: Cluster,
+        namespaces: NamespaceReports,
         *,
         leading: Callable[[], bool],
         max_tracked_adapters: int,
@@ -86,6 +90,7 @@ class StateCollector(Collector):
         self._inspections = inspections
         self._runtimes = runtimes
         self._cluster = cluster
+        self._namespaces = namespaces
         self._leading = leading
         self._max_tracked_adapters = max_tracked_adapters
 
@@ -103,8 +108,21 @@ class StateCollector(Collector):
         yield _counter("api_writes_total", "Writes to the API server.", "what", self._cluster.writes)
         polls = {"done": self._runtimes.polls, "failed": self._runtimes.poll_failures}
         yield _counter("runtime_polls_total", "Long-polls of runtimes.", "outcome", polls)
+        failures = self._namespaces.failures
+        yield _counter("namespace_watch_failures_total", "Failed listings and watches.", "watched_namespace", failures)
+        yield self._namespaces_failing()
         yield from self._bases()
         yield from self._adapters()
+
+    def _namespaces_failing(self) -> Metric:
+        family = GaugeMetricFamily(
+            "lorapool_operator_namespace_failing",
+            "1 while a watched namespace cannot be listed or watched; its objects are kept as last known.",
+            labels=["watched_namespace"],
+        )
+        for namespace in self._namespaces.failures:
+            family.add_metric([namespace], float(namespace in self._namespaces.failing))
+        return family
 
     def _bases(self) -> Iterator[Metric]:
         names = ["base"]  # `namespace/name`, as gateway and runtime spell it: a join needs no relabelling
@@ -128,6 +146,7 @@ class StateCollector(Collector):
 
     def _adapters(self) -> Iterator[Metric]:
         states: Tally[tuple[str, str]] = Tally()
+        usage = UsageFamilies()
         ready = GaugeMetricFamily(
             "lorapool_operator_adapter_ready",
             "1 when the adapter is Ready; exported for the first max_tracked_adapters only.",
@@ -139,13 +158,53 @@ class StateCollector(Collector):
             if number < self._max_tracked_adapters:
                 condition = find_condition(adapter.status.conditions, AdapterCondition.READY)
                 is_ready = condition is not None and condition.status == "True"
-                ready.add_metric([f"{adapter.meta.namespace}/{adapter.meta.name}"], float(is_ready))
+                name = f"{adapter.meta.namespace}/{adapter.meta.name}"
+                ready.add_metric([name], float(is_ready))
+                usage.add(f"{base.namespace}/{base.name}", name, adapter.status.usage or UsageStatus())
         counts = GaugeMetricFamily(
             "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["base", "state"]
         )
         for labels, count in sorted(states.items()):
             counts.add_metric(list(labels), float(count))
-        yield from (counts, ready)
+        yield from (counts, ready, *usage.families)
+
+
+class UsageFamilies:
+    """The usage of adapters since each was created, as its status has it."""
+
+    def __init__(self) -> None:
+        self._requests = _usage("requests", "Ended requests.", "outcome")
+        self._tokens = _usage("tokens", "Tokens of prompts and completions.", "type")
+        self._loads = _usage("loads", "Loads into a slot.")
+        self._load_seconds = _usage("load_seconds", "Time spent on loads.")
+        self._residency_seconds = _usage("residency_seconds", "Time on a device, summed over replicas.")
+        self.families: tuple[Metric, ...] = (
+            self._requests,
+            self._tokens,
+            self._loads,
+            self._load_seconds,
+            self._residency_seconds,
+        )
+
+    def add(self, base: str, adapter: str, usage: UsageStatus) -> None:
+        at = [base, adapter]
+        completed = usage.requests - usage.failed_requests - usage.cancelled_requests
+        self._requests.add_metric([*at, "completed"], float(completed))
+        self._requests.add_metric([*at, "failed"], float(usage.failed_requests))
+        self._requests.add_metric([*at, "cancelled"], float(usage.cancelled_requests))
+        self._tokens.add_metric([*at, "prompt"], float(usage.prompt_tokens))
+        self._tokens.add_metric([*at, "completion"], float(usage.completion_tokens))
+        self._loads.add_metric(at, float(usage.loads))
+        self._load_seconds.add_metric(at, usage.load_seconds)
+        self._residency_seconds.add_metric(at, usage.residency_seconds)
+
+
+def _usage(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(
+        f"lorapool_operator_adapter_{name}",
+        f"{text} Totals since the adapter was created, of the first max_tracked_adapters.",
+        labels=["base", "adapter", *labels],
+    )
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

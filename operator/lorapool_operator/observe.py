@@ -165,6 +165,10 @@ class Observer:
         memory.observe_replicas(base.spec.replicas, self._now())
         return memory
 
+    def may_exist(self, key: Key) -> bool:
+        """True for an object that is missing only because its namespace was never listed."""
+        return self._cache.may_exist(key)
+
     def keep_standing(self, key: Key, standing: Standing) -> Key | None:
         """Keeps what other bases' plans depend on. Returns an idle base that has to yield its devices to this one."""
         self._standings[key] = standing

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 from lorapool_api.common import AdapterKey
 from lorapool_operator.decisions.plan import PlanSettings
@@ -16,7 +18,8 @@ from lorapool_operator.decisions.plan_adapter import plan_adapter
 from lorapool_operator.decisions.plan_base import plan_base
 from lorapool_operator.decisions.plan_unreadable import plan_unreadable
 from lorapool_operator.effects.apply import Applier
-from lorapool_operator.effects.cluster import ClusterError, FencedError, ObjectConflictError
+from lorapool_operator.effects.cluster import ClusterError, ObjectConflictError
+from lorapool_operator.effects.fence import FencedError
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
 from lorapool_operator.metrics import Metrics
@@ -29,6 +32,15 @@ log = logging.getLogger(__name__)
 
 CONFLICT_DELAY_S = 0.3
 """Another client changed the object; the watch event of the change is on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the work on one key ended."""
+
+    name: Literal["done", "conflict", "error"]
+    retry_after_s: float = 0.0
+    """The least wait before an error is tried again."""
 
 
 class Reconciler:
@@ -64,14 +76,15 @@ class Reconciler:
         while True:
             key = await self._queue.get()
             began = time.monotonic()
-            outcome = "error"
+            outcome = Outcome("error")
             try:
                 outcome = await self._one(key)
             finally:
-                self._queue.done(key, failed=outcome == "error")
-                self._metrics.reconciled(key.kind, outcome, time.monotonic() - began)
+                self._queue.done(key, failed=outcome.name == "error", wait_s=outcome.retry_after_s)
+                self._metrics.reconciled(key.kind, outcome.name, time.monotonic() - began)
+            await asyncio.sleep(0)  # a plan without a call never waits: the Lease, polls and probes come between keys
 
-    async def _one(self, key: Key) -> str:
+    async def _one(self, key: Key) -> Outcome:
         try:
             requeue_at = await self._reconcile(key)
         except FencedError:
@@ -79,16 +92,16 @@ class Reconciler:
         except ObjectConflictError as error:
             log.info("object changed meanwhile", extra={"object": str(key), "error": str(error)})
             self._queue.add(key, CONFLICT_DELAY_S)
-            return "conflict"
+            return Outcome("conflict")
         except (ClusterError, RuntimeCallError) as error:
             log.warning("plan not applied", extra={"kind": key.kind.value, "object": str(key), "error": str(error)})
-            return "error"
+            return Outcome("error", error.retry_after_s if isinstance(error, ClusterError) else 0.0)
         except Exception:
             log.exception("reconcile failed", extra={"kind": key.kind.value, "object": str(key)})
-            return "error"
+            return Outcome("error")
         if requeue_at is not None:
             self._queue.add(key, max(0.05, requeue_at - time.time()))
-        return "done"
+        return Outcome("done")
 
     async def _reconcile(self, key: Key) -> float | None:
         unreadable = self._observer.unreadable(key)
@@ -100,15 +113,19 @@ class Reconciler:
         return await (self._base(key) if key.kind is ObjectKind.BASE else self._adapter(key))
 
     async def _adapter(self, key: Key) -> float | None:
-        await self._unregister_deleted(key)
+        failure = await self._unregister_deleted(key)
         observed = self._observer.adapter(key)
+        requeue_at: float | None = None
         if observed is None:
             self._observer.forget(key)
-            return None
-        plan = plan_adapter(observed, time.time(), self._settings)
-        self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
-        await self._applier.adapter(observed, plan)
-        return plan.requeue_at
+        elif observed.base is not None or not self._observer.may_exist(observed.adapter.base_key):
+            plan = plan_adapter(observed, time.time(), self._settings)
+            self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
+            await self._applier.adapter(observed, plan)
+            requeue_at = plan.requeue_at
+        if failure is not None:  # a runtime that refuses does not hold up the plan of a new object of the same name
+            raise failure
+        return requeue_at
 
     async def _base(self, key: Key) -> float | None:
         observed = self._observer.base(key)
@@ -127,13 +144,24 @@ class Reconciler:
             return time.time()
         return plan.requeue_at
 
-    async def _unregister_deleted(self, key: Key) -> None:
-        """Unregisters the deleted objects of this name from all runtimes."""
+    async def _unregister_deleted(self, key: Key) -> RuntimeCallError | None:
+        """Unregisters the deleted objects of this name from all runtimes. Returns the failure of one that refused."""
+        failed: RuntimeCallError | None = None
         for uid in self._intake.deleted_adapters(key):
-            for replica in self._runtimes.holders_of(uid):
-                for report in replica.reports:
-                    if replica.runtime.current is not None:
-                        await self._runtimes.unregister(replica.runtime.pod_uid, AdapterKey(uid, report.digest))
-            self._runtimes.forget_adapter(uid)
+            failure = await self._unregister_everywhere(uid)
             self._inspections.forget(uid)
-            self._intake.forget_deleted(key, uid)
+            if failure is None:
+                self._runtimes.forget_adapter(uid)
+                self._intake.forget_deleted(key, uid)
+            failed = failure or failed
+        return failed
+
+    async def _unregister_everywhere(self, uid: str) -> RuntimeCallError | None:
+        failed: RuntimeCallError | None = None
+        for replica in self._runtimes.holders_of(uid):
+            for report in replica.reports if replica.runtime.current is not None else ():
+                try:
+                    await self._runtimes.unregister(replica.runtime.pod_uid, AdapterKey(uid, report.digest))
+                except RuntimeCallError as error:
+                    failed = error
+        return failed

@@ -1,11 +1,13 @@
-"""Lists all objects once before work begins, and compares the caches with the API server periodically.
+"""Lists the objects of a namespace before work begins, and compares the caches with the API server periodically.
 
 Watches lose events. A listing of names and versions is cheap, and shows which objects are missing, deleted or outdated
-in the caches, so that a lost event is noticed after one interval at most.
+in the caches, so that a lost event is noticed after one interval at most. A namespace that cannot be listed keeps its
+objects as last known.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,10 +29,8 @@ class Resync:
         cluster: Cluster,
         cache: ClusterCache,
         intake: Intake,
-        watched: tuple[str | None, ...],
     ) -> None:
         self._cluster = cluster
-        self._watched = watched
         self._kinds: tuple[tuple[str, str, Feed, Callable[[], Any]], ...] = (
             ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: cache.pods),
             ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
@@ -38,32 +38,40 @@ class Resync:
             (ObjectKind.ADAPTER.value, "", intake.adapter, lambda: cache.adapters),
         )
 
-    async def first(self) -> None:
-        """Lists all objects. An object's absence from a cache means nothing before this. Raises ClusterError."""
-        for kind, labels, feed, _ in self._kinds:
-            for namespace in self._watched:
-                async for raw in self._cluster.objects(kind, namespace, labels=labels):
-                    feed(raw)
+    async def first(self, namespace: str | None) -> None:
+        """Lists a namespace, or the cluster (None). Raises ClusterError.
 
-    async def again(self) -> int:
+        An object's absence from a cache means nothing before this.
+        """
+        for kind, labels, feed, _ in self._kinds:
+            async for raw in self._cluster.objects(kind, namespace, labels=labels):
+                feed(raw)
+                await asyncio.sleep(0)  # parsing a page of objects takes long
+
+    async def again(self, namespace: str | None) -> int:
         """Compares names and versions, fetches what differs, and returns the number of repairs. Raises ClusterError."""
         repaired = 0
         for kind, labels, feed, cache in self._kinds:
-            repaired += await self._compare(kind, labels, feed, cache)
+            repaired += await self._compare(namespace, kind, labels, feed, cache)
         return repaired
 
-    async def _compare(self, kind: str, labels: str, feed: Feed, cache: Callable[[], Any]) -> int:
-        before = {(item.meta.namespace, item.meta.name): item.meta for item in cache()}
+    async def _compare(
+        self, namespace: str | None, kind: str, labels: str, feed: Feed, cache: Callable[[], Any]
+    ) -> int:
+        before = {
+            (item.meta.namespace, item.meta.name): item.meta
+            for item in cache()
+            if namespace in (None, item.meta.namespace)
+        }
         listed: set[tuple[str, str]] = set()
         repaired = 0
-        for namespace in self._watched:
-            async for raw in self._cluster.objects(kind, namespace, labels=labels, metadata_only=True):
-                meta = raw["metadata"]
-                at = (meta["namespace"], meta["name"])
-                listed.add(at)
-                cached = cache().get(*at)
-                if cached is None or cached.meta.uid != meta["uid"] or _behind(cached.meta.resource_version, meta):
-                    repaired += await self._fetch(kind, at, feed)
+        async for raw in self._cluster.objects(kind, namespace, labels=labels, metadata_only=True):
+            meta = raw["metadata"]
+            at = (meta["namespace"], meta["name"])
+            listed.add(at)
+            cached = cache().get(*at)
+            if cached is None or cached.meta.uid != meta["uid"] or _behind(cached.meta.resource_version, meta):
+                repaired += await self._fetch(kind, at, feed)
         for at, old in before.items():
             if at in listed:
                 continue

@@ -63,8 +63,8 @@ class Settings(ProcessSettings):
     """Every object is reconciled again this often, which bounds the cost of a lost watch event."""
     workers: Annotated[int, Field(ge=1, le=256)] = 16
     """Objects reconciled concurrently; each mostly waits for the API server."""
-    judge_concurrency: Annotated[int, Field(ge=1, le=256)] = 8
-    """Sources inspected concurrently."""
+    judge_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    """Sources of adapters inspected concurrently, and as many of base models. One namespace uses half at most."""
     judge_timeout_s: PositiveS = 120.0
     """An inspection that takes longer ends as SourceTimeout and is retried."""
     pending_status_s: PositiveS = 5.0
@@ -92,6 +92,10 @@ class Settings(ProcessSettings):
     """PUT or DELETE of an adapter at a runtime."""
     api_timeout_s: PositiveS = 15.0
     """One call of the API server."""
+    api_qps: PositiveS = 400.0
+    """Requests to the API server per second, apart from the Lease's and the watches'."""
+    api_burst: Annotated[int, Field(ge=1)] = 800
+    """Requests that may be sent at once after a quiet time."""
     max_concurrent_rollouts: Annotated[int, Field(ge=0)] = 1
     """Bases whose pods are replaced at the same time after a change of their template. 0 is no bound."""
     start_allowance_s: PositiveS = 600.0

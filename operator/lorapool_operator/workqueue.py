@@ -1,8 +1,8 @@
 """A queue of keys to reconcile, each handed out to at most one worker at a time.
 
 A key that is added while a worker has it is handed out once more afterwards. Of several due times the earliest wins. A
-failed key is due again after its own exponential back-off. The queue holds only keys: a worker observes the object's
-state when it gets the key.
+failed key is due again after its own exponential back-off with jitter. The queue holds only keys: a worker observes the
+object's state when it gets the key.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import random
 import time
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -23,8 +24,12 @@ BACKOFF_MAX_S = 30.0
 class WorkQueue(Generic[K]):
     """Belongs to one event loop; it is not thread-safe."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, jitter: Callable[[], float] = random.random
+    ) -> None:
+        """`jitter` returns numbers in [0, 1)."""
         self._clock = clock
+        self._jitter = jitter
         self._due: dict[K, float] = {}
         self._heap: list[tuple[float, int, K]] = []
         self._order = itertools.count()
@@ -53,14 +58,18 @@ class WorkQueue(Generic[K]):
             except TimeoutError:
                 continue
 
-    def done(self, key: K, *, failed: bool = False) -> None:
-        """Marks the work on a key as finished; a failed one is due again after its back-off."""
+    def done(self, key: K, *, failed: bool = False, wait_s: float = 0.0) -> None:
+        """Marks the work on a key as finished; a failed one is due again after its back-off, added to `wait_s`.
+
+        Keys that failed together are not due together: a back-off is between half and all of its step.
+        """
         self._working.discard(key)
         again = self._again.pop(key, None)
         if failed:
             failures = self._failures.get(key, 0)
             self._failures[key] = failures + 1
-            self.add(key, min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(failures, 10)))
+            step_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(failures, 10))
+            self.add(key, wait_s + step_s * (0.5 + 0.5 * self._jitter()))
         else:
             self._failures.pop(key, None)
             if again is not None:

@@ -25,7 +25,7 @@ class Console:
 
     def event(self, event: KubeEvent, subject: Subject) -> None:
         """Prints a warning, once for each message of an object."""
-        about = f"{subject.kind.value} {subject.namespace}/{subject.name}"
+        about = f"{subject.kind} {subject.namespace}/{subject.name}"
         if event.type is KubeEventType.WARNING and (about, event.message) not in self._warned:
             self._warned.add((about, event.message))
             self.line(f"Warning   {event.reason}   {about}: {event.message}")

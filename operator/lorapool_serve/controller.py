@@ -7,22 +7,15 @@ is ever lost.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorapool_artifacts.inspect import BaseInspection, base_facts_from_folder, names_of
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.uri import parse_uri
-from lorapool_operator.decisions.plan import PlanSettings
-from lorapool_operator.effects.apply import Applier
-from lorapool_operator.effects.inspections import ArtifactInspector, InspectionTracker, Inspector
-from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.assembly import Control, ControlSettings
+from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.metrics import Metrics
-from lorapool_operator.observe import Observer
-from lorapool_operator.reconciler import Reconciler
-from lorapool_operator.workqueue import WorkQueue
-from lorapool_operator.world.cluster_cache import ClusterCache, Key
-from lorapool_operator.world.intake import Intake
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 from lorapool_serve.objects import ADAPTER, BASE, DEPLOYMENT, POD, Objects
 
@@ -33,7 +26,7 @@ MAX_BASE_BYTES = 200_000_000_000
 PROFILE = RuntimeProfile(termination_grace_period_seconds=10)
 """Running requests may finish for 5 s when a runtime is stopped."""
 REPORT_DELAY_S = 1.0
-"""A busy runtime reports a change with every request; what is only counted is planned once a second."""
+"""What is only counted is planned once a second."""
 COUNTS_INTERVAL_S = 0.5
 
 
@@ -58,59 +51,24 @@ class Controller:
     """Plans and applies until cancelled; its writes go into the objects, which report every change back to it."""
 
     def __init__(self, objects: Objects, inspector: Inspector, master_token: str) -> None:
-        self._cache = ClusterCache()
-        self._queue: WorkQueue[Key] = WorkQueue()
-        self._settings = PlanSettings()
-        self._runtimes = RuntimeTracker(
-            self._cache, master_token=master_token, settings=PollSettings(), changed=self._runtime_changed
-        )
-        self._inspections = InspectionTracker(
-            self._cache,
-            inspector,
-            self._runtimes,
-            concurrency=INSPECTIONS,
-            timeout_s=INSPECT_TIMEOUT_S,
-            changed=self._queue.add,
-            pending_status_s=self._settings.pending_status_s,
-        )
-        self._intake = Intake(
-            self._cache, self._queue.add, counts_interval_s=COUNTS_INTERVAL_S, pods_changed=self._runtimes.follow_pods
-        )
-        observer = Observer(
-            self._cache,
-            self._runtimes,
-            self._inspections,
-            profiles={"default": PROFILE},
-            image=RuntimeImage("", "Never"),
+        settings = ControlSettings(
             master_token=master_token,
+            image=RuntimeImage("", "Never"),
+            profiles={"default": PROFILE},
+            inspections=INSPECTIONS,
+            inspection_timeout_s=INSPECT_TIMEOUT_S,
+            counts_interval_s=COUNTS_INTERVAL_S,
+            usage_delay_s=REPORT_DELAY_S,
         )
-        applier = Applier(objects, self._cache, self._intake, self._runtimes, self._inspections)
-        self._reconciler = Reconciler(
-            self._queue,
-            observer,
-            applier,
-            self._intake,
-            self._runtimes,
-            self._inspections,
-            Metrics(),
-            self._settings,
-        )
-        objects.listen(POD, lambda raw, deleted: self._intake.pod(raw, deleted=deleted))
-        objects.listen(DEPLOYMENT, lambda raw, deleted: self._intake.deployment(raw, deleted=deleted))
-        objects.listen(BASE, lambda raw, deleted: self._intake.base(raw, deleted=deleted))
-        objects.listen(ADAPTER, lambda raw, deleted: self._intake.adapter(raw, deleted=deleted))
+        self._control = Control(objects, inspector, settings, Metrics())
+        intake = self._control.intake
+        objects.listen(POD, lambda raw, deleted: intake.pod(raw, deleted=deleted))
+        objects.listen(DEPLOYMENT, lambda raw, deleted: intake.deployment(raw, deleted=deleted))
+        objects.listen(BASE, lambda raw, deleted: intake.base(raw, deleted=deleted))
+        objects.listen(ADAPTER, lambda raw, deleted: intake.adapter(raw, deleted=deleted))
 
     async def run(self) -> None:
         try:
-            await self._reconciler.work(WORKERS)
+            await self._control.reconciler.work(WORKERS)
         finally:
-            await self._inspections.close()
-            await self._runtimes.close()
-
-    def _runtime_changed(self, base: Key, adapter_uids: Iterable[str], urgent: bool) -> None:
-        """Plans the base and its adapters again; also those that the runtime does not know but could now resolve."""
-        delay_s, reported = 0.0 if urgent else REPORT_DELAY_S, set(adapter_uids)
-        self._queue.add(base, delay_s)
-        for adapter in self._cache.adapters_of(base):
-            if urgent or adapter.meta.uid in reported:
-                self._queue.add(adapter.key, delay_s)
+            await self._control.close()

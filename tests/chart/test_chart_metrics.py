@@ -45,10 +45,14 @@ def exported() -> dict[str, set[str]]:
         ready_depth=lambda: 0,
         oldest_age_s=lambda: 0.0,
         waiting=lambda: 0,
+        failures={},
+        failing={},
     )
     empty = cast(Any, nothing)
     operator = OperatorMetrics().registry
-    operator.register(StateCollector(empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1))
+    operator.register(
+        StateCollector(empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1)
+    )
     clock = Clock()
     runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}

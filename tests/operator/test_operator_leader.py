@@ -11,7 +11,7 @@ from fakes_operator import FakeInspector
 from operator_world import TLS_GOODBYE_S, Api, condition, operator_settings, running_operator, until
 
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_operator.effects.cluster import FencedError
+from lorapool_operator.effects.fence import FencedError
 from lorapool_operator.process import Process
 
 pytestmark = pytest.mark.apiserver

@@ -31,9 +31,9 @@ async def test_after_an_outage_of_the_api_server_the_operator_catches_up(api: Ap
             try:
                 key = AdapterKey(adapter["metadata"]["uid"], digest("hf://org/a"))
                 runtime.have(key, f"{api.namespace}/a")  # is loaded while no status can be written
-                polls = process.runtimes.polls
+                polls = process.control.runtimes.polls
                 await asyncio.sleep(3.0)
-                assert process.runtimes.polls > polls  # runtimes are still polled
+                assert process.control.runtimes.polls > polls  # runtimes are still polled
             finally:
                 await asyncio.to_thread(api.server.resume)
 
@@ -60,7 +60,7 @@ async def test_the_resync_repairs_events_that_a_watch_lost(api: Api, tmp_path: P
         await api.base()
         await api.adapter("kept")
         await until(lambda: ready(api, "kept"), ("True", "Parked"))
-        adapters = process.cache.adapters
+        adapters = process.control.cache.adapters
         # as if the watch had delivered neither the deletion nor the creation
         ghost = adapters.get(api.namespace, "kept")
         assert ghost is not None
@@ -72,8 +72,8 @@ async def test_the_resync_repairs_events_that_a_watch_lost(api: Api, tmp_path: P
             return adapters.get(api.namespace, "kept") is None
 
         await until(gone)
-        process.cache.put_adapter(ghost)
-        process.cache.drop_adapter(api.namespace, "missed")
+        process.control.cache.put_adapter(ghost)
+        process.control.cache.drop_adapter(api.namespace, "missed")
         await until(gone)
 
         async def known() -> bool:

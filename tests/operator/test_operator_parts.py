@@ -79,7 +79,7 @@ async def test_of_several_times_the_earliest_wins() -> None:
 
 async def test_a_failed_key_backs_off_on_its_own() -> None:
     clock = Clock()
-    queue: WorkQueue[str] = WorkQueue(clock)
+    queue: WorkQueue[str] = WorkQueue(clock, jitter=lambda: 1.0)
     queue.add("bad")
     for wait_s in (0.5, 1.0, 2.0):
         assert await queue.get() == "bad"
@@ -91,6 +91,30 @@ async def test_a_failed_key_backs_off_on_its_own() -> None:
         assert queue.ready_depth() == 0
         clock.now += 0.02
         assert queue.ready_depth() == 1
+
+
+async def test_keys_that_failed_together_are_not_due_together() -> None:
+    clock, jitters = Clock(), iter([0.0, 0.5, 0.999])
+    queue: WorkQueue[str] = WorkQueue(clock, jitter=lambda: next(jitters))
+    for key in "abc":
+        queue.add(key)
+        queue.done(await queue.get(), failed=True)
+    due = []
+    for _ in range(100):
+        clock.now += 0.01
+        due.append(queue.ready_depth())
+    assert (due[20], due[30], due[45], due[60]) == (0, 1, 2, 3)
+
+
+async def test_the_wait_that_was_asked_for_comes_before_the_back_off() -> None:
+    clock = Clock()
+    queue: WorkQueue[str] = WorkQueue(clock, jitter=lambda: 0.0)
+    queue.add("a")
+    queue.done(await queue.get(), failed=True, wait_s=7.0)
+    clock.now += 7.2
+    assert queue.ready_depth() == 0
+    clock.now += 0.1
+    assert queue.ready_depth() == 1
 
 
 async def test_the_age_of_the_oldest_key_is_known() -> None:
@@ -127,6 +151,49 @@ def test_a_late_event_never_overwrites_a_newer_version() -> None:
     held = cache.adapters.get("team", "a")
     assert held is not None
     assert held.meta.resource_version == "7"
+
+
+def raw_base(version: int, *, generation: int = 1, **spec: Any) -> Any:
+    return {
+        "metadata": {
+            "namespace": "team", "name": "tiny", "uid": "b", "generation": generation, "resourceVersion": str(version),
+        },
+        "spec": {"source": {"uri": "hf://org/base"}, **spec},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "wakes_adapters"), [({"replicas": 1}, False), ({"access": {"namespaces": ["guest"]}}, True)]
+)
+async def test_only_a_change_that_adapters_see_marks_them_dirty(change: dict[str, Any], wakes_adapters: bool) -> None:
+    queue = WorkQueue[Key]()
+    intake = Intake(ClusterCache(), queue.add, counts_interval_s=1.0)
+    intake.base(raw_base(1, replicas=0))
+    for number in range(5):
+        intake.adapter(raw_adapter(f"a{number}", 10 + number, uid=f"u{number}"))
+    while queue.ready_depth():
+        queue.done(await queue.get())
+    intake.base(raw_base(99, generation=2, **{"replicas": 0, **change}))
+    assert queue.ready_depth() == (6 if wakes_adapters else 1)
+
+
+def test_an_answer_that_comes_after_the_deletion_revives_nothing() -> None:
+    cache = ClusterCache()
+    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
+    intake.base(raw_base(1))
+    intake.adapter(raw_adapter("a", 7))
+    intake.base(raw_base(8), deleted=True)
+    intake.adapter(raw_adapter("a", 9), deleted=True)
+    intake.wrote_base(raw_base(7))
+    intake.wrote_adapter(raw_adapter("a", 8))
+    intake.adapter(raw_adapter("a", 8))  # or a read of the resync that began before
+    assert (len(cache.bases), len(cache.adapters), cache.adapters_of(Key(ObjectKind.BASE, "team", "tiny"))) == (
+        0,
+        0,
+        [],
+    )
+    intake.adapter(raw_adapter("a", 10, uid="another"))
+    assert len(cache.adapters) == 1
 
 
 def test_the_deletion_of_an_older_object_leaves_the_new_one() -> None:

@@ -14,6 +14,7 @@ from base_world import (
     deployment,
     inspected,
     message,
+    meta,
     plan,
     pod,
     runtime,
@@ -46,6 +47,11 @@ def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     assert made.scale_to == 1
     assert condition(made, "SourceResolved") == ("True", "Resolved")
     assert condition(made, "Ready") == ("False", "Starting")
+
+
+def test_a_base_that_is_being_deleted_gets_no_children() -> None:
+    leaving = replace(base(replicas=1), meta=meta("tiny", "base-uid", deleting=True))
+    assert plan(world(leaving)).children == ()
 
 
 def test_children_are_applied_once_and_again_only_for_a_reason() -> None:

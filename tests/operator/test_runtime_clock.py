@@ -23,7 +23,7 @@ BASE = BaseObject(META, BaseModelSpec.model_validate({"source": {"uri": "hf://or
 async def test_a_nodes_wrong_clock_shifts_no_time_of_its_runtime(behind_s: float) -> None:
     cache, changed = ClusterCache(), asyncio.Event()
     tracker = RuntimeTracker(
-        cache, master_token=MASTER_TOKEN, settings=PollSettings(), changed=lambda base, uids, urgent: changed.set()
+        cache, master_token=MASTER_TOKEN, settings=PollSettings(), changed=lambda *_, **__: changed.set()
     )
     used = time.time() - 3
     async with ScriptedRuntime(token=runtime_token(MASTER_TOKEN, "base-uid")).running() as runtime:

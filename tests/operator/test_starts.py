@@ -77,6 +77,23 @@ def test_a_base_that_only_never_serves_is_a_start_timeout() -> None:
     assert asleep.base.status.state == "StartTimeout"
 
 
+def test_a_base_that_is_given_up_while_it_waits_for_a_node_says_so() -> None:
+    waiting = pod(ready=False, problem="Unschedulable: 3 Insufficient nvidia.com/gpu.")
+    profile = RuntimeProfile(startup_timeout_seconds=30)
+    observed = later(starting(waiting, profile=profile), NOW)
+    made = plan(observed, NOW + 630)
+    assert condition(made, "Ready") == ("False", "Unschedulable")
+
+
+def test_one_failure_is_one_event() -> None:
+    observed = starting(BROKEN)
+    reasons = []
+    for at in (0, 1, ALLOWANCE_S, ALLOWANCE_S + 1):
+        reasons += [note.reason for note in plan(observed, NOW + at).events]
+        observed = later(observed, NOW + at)
+    assert reasons == ["ImagePullFailed", "Scaled"]
+
+
 def test_scaling_a_failing_base_down_by_hand_does_not_make_it_ready() -> None:
     observed = later(starting(BROKEN), NOW)
     made = plan(with_spec(replace(observed, pods=()), replicas=0), NOW + 5)
@@ -111,7 +128,7 @@ def test_a_new_attempt_reports_the_last_failure_until_a_replica_serves() -> None
     again = with_spec(replace(asleep, pods=(pod(ready=False),)), replicas=1)
     made = plan(again, NOW + 5000)
     assert condition(made, "Ready") == ("False", "ImagePullFailed")
-    assert message(made, "Ready").startswith("Starting again after 1 failed starts")
+    assert message(made, "Ready").startswith("Starting again after a failed start: ImagePullBackOff")
     assert condition(made, "Reconciling") == ("True", "Starting")
     served = plan(replace(later(again, NOW + 5000), pods=(pod(),), runtimes=(runtime(),)), NOW + 5100)
     assert condition(served, "Ready") == ("True", "Ready")

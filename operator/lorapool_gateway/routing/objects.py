@@ -165,17 +165,23 @@ def endpoints(raw: Mapping[str, Any]) -> Iterator[Endpoint]:
         )
 
 
-def runtime_state(snapshot: RuntimeSnapshot) -> RuntimeState:
+def runtime_state(snapshot: RuntimeSnapshot, before: RuntimeState | None = None) -> RuntimeState:
+    """The state that a snapshot describes; a snapshot of changes describes the difference to the state `before`."""
+    loaded = frozenset(
+        (item.uid, item.digest)
+        for item in snapshot.adapters
+        if item.state is AdapterState.LOADED and item.tier is Tier.DEVICE
+    )
+    if not snapshot.full and before is not None:
+        reported = {(item.uid, item.digest) for item in snapshot.adapters}
+        removed = {(item.uid, item.digest) for item in snapshot.removed}
+        loaded |= before.loaded - reported - removed
     return RuntimeState(
         boot_id=snapshot.boot_id,
         ready=snapshot.ready,
         draining=snapshot.draining,
         in_flight=snapshot.in_flight + snapshot.waiting,
-        loaded=frozenset(
-            (item.uid, item.digest)
-            for item in snapshot.adapters
-            if item.state is AdapterState.LOADED and item.tier is Tier.DEVICE
-        ),
+        loaded=loaded,
     )
 
 

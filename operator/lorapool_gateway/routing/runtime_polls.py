@@ -1,7 +1,8 @@
 """The states that runtimes report about themselves: one long-poll of `GET /v1/runtime` per pod.
 
 A pod is polled from the moment it has an address. A starting runtime is therefore used as soon as it reports itself
-ready, also while the API server is down. When a poll fails, the pod's state is dropped, not guessed.
+ready, also while the API server is down. When a poll fails, the pod's state is dropped, not guessed, and the next poll
+asks for all adapters; after a poll that succeeded it asks for the changes since.
 """
 
 from __future__ import annotations
@@ -68,19 +69,20 @@ class RuntimePolls:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, pod_uid: str, polled: PolledPod) -> None:
-        after: int | None = None
+        state: RuntimeState | None = None
+        after = 0
         failures = 0
         while True:
             try:
-                body = await self._get(polled, after)
+                body = await self._get(polled, after, state)
                 began_s = time.monotonic()
                 snapshot = RuntimeSnapshot.model_validate_json(body)
-                state = runtime_state(snapshot)
+                state = runtime_state(snapshot, state)
                 spent_s = time.monotonic() - began_s
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 if failures == 0:
                     log.info("runtime does not answer", extra={"replica": polled.url, "error": repr(error)[:200]})
-                after = None  # a new process counts from the start
+                state = None
                 self._set(pod_uid, None)
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)] * random.uniform(0.7, 1.3))
                 failures += 1
@@ -90,8 +92,8 @@ class RuntimePolls:
             self._set(pod_uid, state)
             await asyncio.sleep(max(INTERVAL_S, PARSE_SHARE * spent_s))
 
-    async def _get(self, polled: PolledPod, after: int | None) -> bytes:
-        params = {} if after is None else {"after": str(after), "wait": str(POLL_WAIT_S)}
+    async def _get(self, polled: PolledPod, after: int, state: RuntimeState | None) -> bytes:
+        params = {} if state is None else {"after": str(after), "boot": state.boot_id, "wait": str(POLL_WAIT_S)}
         headers = {"Authorization": f"Bearer {self._token(polled.base_uid)}"}
         limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + 10, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(

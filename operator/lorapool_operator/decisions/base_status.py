@@ -143,10 +143,11 @@ def _available(
 def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartStatus) -> str:
     """Returns what is wrong with the attempts to start, and what happens next."""
     if decision.replicas == 0:
-        return f"{start.message}; {starts.waiting_text(start, observed.floor)}."
+        return f"{(start.message or '').rstrip('.')}; {starts.waiting_text(start, observed.floor)}."
     if starts.failed_in_attempt(start):
         return start.message or ""
-    return f"Starting again after {start.failures} failed starts, the last with: {start.message}"
+    failed = "a failed start" if start.failures == 1 else f"{start.failures} failed starts"
+    return f"Starting again after {failed}: {start.message}"
 
 
 def _trouble(observed: ObservedBase, start: StartStatus | None) -> str:

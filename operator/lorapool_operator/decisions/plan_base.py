@@ -20,7 +20,6 @@ from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType,
 from lorapool_operator.decisions.preemption import standing_of
 from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
 from lorapool_operator.decisions.stopping import deletion_costs, hand_over
-from lorapool_operator.world.cluster_cache import find_condition
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory, Standing
 
 STRAY_GRACE_S = 10.0
@@ -123,7 +122,9 @@ def _children(
     observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
 ) -> tuple[Manifest, ...]:
     profile = observed.profile
-    if profile is None or first_inspection(observed, source) or unusable(observed, source):
+    if profile is None or observed.base.meta.deleting:
+        return ()
+    if first_inspection(observed, source) or unusable(observed, source):
         return ()
     token = observed.token_sha256
     return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
@@ -174,10 +175,10 @@ def _events(
         events.append(KubeEvent(KubeEventType.NORMAL, PROFILE_CHANGED, message))
     if status is None:
         return tuple(events)
-    for after in status.conditions:
-        before = find_condition(observed.base.status.conditions, after.type)
-        if _warns(after) and (before is None or before.reason != after.reason):
-            events.append(KubeEvent(KubeEventType.WARNING, after.reason, after.message))
+    known = {item.reason for item in observed.base.status.conditions if _warns(item)}
+    for item in status.conditions:
+        if _warns(item) and item.reason not in known:
+            events.append(KubeEvent(KubeEventType.WARNING, item.reason, item.message))
     return tuple({event.reason: event for event in events}.values())
 
 

@@ -146,8 +146,10 @@ def failed_in_attempt(start: StartStatus) -> bool:
 
 def _given_up(observed: ObservedBase, start: StartStatus, now: float, settings: PlanSettings) -> StartStatus:
     if not failed_in_attempt(start):
-        message = f"No replica served within {allowance_s(observed, settings):.0f} s. {progress_text(start)}".strip()
-        start = _failed(observed, start, Reason.START_TIMEOUT.value, message, now)
+        text = problem(observed, unix(start.since))
+        reason = reason_of(text) if text else Reason.START_TIMEOUT
+        late = f"No replica served within {allowance_s(observed, settings):.0f} s. {progress_text(start)}".strip()
+        start = _failed(observed, start, reason.value, text or late, now)
     return _to_wait(start, now, settings)
 
 

@@ -15,7 +15,6 @@ from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, U
 from lorapool_operator.decisions.plan_unreadable import UnreadablePlan
 from lorapool_operator.effects.cluster import (
     ClusterError,
-    FencedError,
     ForeignObjectError,
     ObjectConflictError,
     ObjectNotFoundError,
@@ -104,7 +103,7 @@ class Applier:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
             except ObjectNotFoundError:
                 return False
-            self._cache.bases.put(BaseObject.parse(raw))
+            self._intake.wrote_base(raw)
             base = self._cache.bases.get(base.meta.namespace, base.meta.name) or base
         failures = await self._unregister(plan.unregisters)
         await self._post(_subject(ObjectKind.BASE, base), plan.events)
@@ -119,7 +118,7 @@ class Applier:
             await self._cluster.patch_raw_status(key, str(meta["resourceVersion"]), plan.status)
         except ObjectNotFoundError:
             return
-        subject = Subject(key.kind, key.namespace, key.name, meta["uid"], str(meta["resourceVersion"]))
+        subject = Subject(key.kind.value, key.namespace, key.name, meta["uid"], str(meta["resourceVersion"]))
         await self._post(subject, (plan.event,))
 
     async def _apply_children(self, plan: BasePlan) -> ChildProblem | None:
@@ -158,12 +157,15 @@ class Applier:
         return failures
 
     async def _exists(self, item: Unregister) -> bool:
-        """True if the object of a reported adapter exists but is missing in the cache. Raises ClusterError."""
+        """True if the object of a reported adapter exists but is missing in the cache, or if that cannot be read."""
         namespace, _, name = item.display.partition("/")
         try:
             raw = await self._cluster.get(ObjectKind.ADAPTER, namespace, name)
         except ObjectNotFoundError:
             return False
+        except ClusterError as error:  # the rest of the plan does not depend on it
+            log.info("reported adapter cannot be looked up", extra={"adapter": item.display, "error": str(error)})
+            return True
         return bool(raw["metadata"]["uid"] == item.adapter.uid)
 
     async def _post(self, subject: Subject, events: tuple[KubeEvent, ...]) -> None:
@@ -171,8 +173,6 @@ class Applier:
         for event in events:
             try:
                 await self._cluster.post_event(subject, event, time.time())
-            except FencedError:
-                raise
             except ObjectConflictError as error:
                 log.warning(
                     "event not posted", extra={"object": f"{subject.namespace}/{subject.name}", "error": str(error)}
@@ -184,7 +184,7 @@ def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
     if isinstance(error, ForeignObjectError):
         return ChildProblem(Reason.NAME_CONFLICT, str(error))
     refused = error.status in REFUSALS or (error.status == 500 and error.detail.startswith(MALFORMED))
-    if isinstance(error, FencedError) or not refused:
+    if not refused:
         return None
     if "exceeded quota" in error.detail:
         reason = Reason.QUOTA_EXCEEDED
@@ -194,4 +194,4 @@ def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
 
 
 def _subject(kind: ObjectKind, item: BaseObject | AdapterObject) -> Subject:
-    return Subject(kind, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)
+    return Subject(kind.value, item.meta.namespace, item.meta.name, item.meta.uid, item.meta.resource_version)

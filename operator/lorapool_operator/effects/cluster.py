@@ -1,12 +1,12 @@
 """All requests of the operator to the API server.
 
-Writes are fenced: a process that has lost the Lease writes nothing. Deletes carry the uid of the object that they were
-decided for, status patches and scales its version, so that they never affect a recreated object of the same name.
+Writes are fenced: a process that has lost the Lease writes nothing. All requests of one client share a rate limit.
+Deletes carry the uid of the object that they were decided for, status patches and scales its version, so that they
+never affect a recreated object of the same name.
 
     ClusterError
     ├─ ObjectNotFoundError (404)
     ├─ ObjectConflictError (409: the object has another uid or version by now)
-    ├─ FencedError (this process is not the leader any more)
     └─ ForeignObjectError (the name of a child belongs to an object of others)
 """
 
@@ -16,7 +16,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,11 +27,15 @@ from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, L
 from lorapool_operator.clock import iso, iso_micro
 from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.effects.fence import Fence
+from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, ObjectKind
 
 log = logging.getLogger(__name__)
 
 PAGE_ITEMS = 500
+RETRY_AFTER_MAX_S = 60.0
+"""A longer wait is cut to this, so that a wrong answer of a proxy does not stop the operator."""
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
 METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -50,11 +54,12 @@ RUNTIME_SELECTOR = LABEL_BASE
 class ClusterError(Exception):
     """The API server refused a request or could not be reached; `status` is 0 if there was no response."""
 
-    def __init__(self, message: str, status: int = 0, detail: str = "") -> None:
-        """`detail` is the API server's own message."""
+    def __init__(self, message: str, status: int = 0, detail: str = "", *, retry_after_s: float = 0.0) -> None:
+        """`detail` is the API server's own message, `retry_after_s` the wait that it asked for."""
         super().__init__(message)
         self.status = status
         self.detail = detail
+        self.retry_after_s = retry_after_s
 
 
 class ObjectNotFoundError(ClusterError):
@@ -65,10 +70,6 @@ class ObjectConflictError(ClusterError):
     """The object has another uid or version than the one that the request was decided for."""
 
 
-class FencedError(ClusterError):
-    """This process does not hold the Lease any more, so it may not write."""
-
-
 class ForeignObjectError(ClusterError):
     """An object of this name exists and is not managed by Lorapool."""
 
@@ -77,11 +78,12 @@ class ForeignObjectError(ClusterError):
 class Subject:
     """The object that an Event is about."""
 
-    kind: ObjectKind
+    kind: str
     namespace: str
     name: str
-    uid: str
-    resource_version: str
+    uid: str = ""
+    resource_version: str = ""
+    api_version: str = API_VERSION
 
 
 def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,12 +124,20 @@ class Cluster:
     """The requests over one client, which the caller owns and closes."""
 
     def __init__(
-        self, client: ApiClient, *, timeout_s: float, identity: str, may_write: Callable[[], bool] = lambda: True
+        self,
+        client: ApiClient,
+        *,
+        timeout_s: float,
+        identity: str,
+        fence: Fence | None = None,
+        rate_limit: RateLimit | None = None,
     ) -> None:
+        """Without a fence every write is allowed; without a limit requests are sent at once."""
         self._client = client
         self._timeout_s = timeout_s
         self._identity = identity
-        self._may_write = may_write
+        self._fence = fence or Fence()
+        self._rate_limit = rate_limit or RateLimit()
         self.writes: dict[str, int] = {}
         """Number of writes by what was written, for the metrics."""
 
@@ -237,8 +247,8 @@ class Cluster:
             "kind": "Event",
             "metadata": {"name": f"{subject.name[:200]}.{uuid.uuid4().hex[:16]}", "namespace": subject.namespace},
             "involvedObject": {
-                "apiVersion": API_VERSION,
-                "kind": subject.kind.value,
+                "apiVersion": subject.api_version,
+                "kind": subject.kind,
                 "namespace": subject.namespace,
                 "name": subject.name,
                 "uid": subject.uid,
@@ -270,11 +280,8 @@ class Cluster:
         content: str,
         query: list[Any] | None = None,
     ) -> dict[str, Any]:
-        if not self._may_write():
-            raise FencedError("this process does not hold the Lease any more: nothing is written")
-        self.writes[what] = self.writes.get(what, 0) + 1
         headers = {"Content-Type": content or "application/json"}
-        return await self._call(method, path, body=body, query=query, headers=headers)
+        return await self._call(method, path, body=body, query=query, headers=headers, writes=what)
 
     async def _call(
         self,
@@ -284,8 +291,13 @@ class Cluster:
         body: Mapping[str, Any] | None = None,
         query: list[Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        writes: str = "",
     ) -> dict[str, Any]:
         accept = {"Accept": "application/json", **(headers or {})}
+        await self._rate_limit.acquire()
+        if writes:
+            self._fence.check()  # after the wait, in which the Lease may have been lost
+            self.writes[writes] = self.writes.get(writes, 0) + 1
         try:
             async with asyncio.timeout(self._timeout_s):
                 request = await self._client.param_serialize(
@@ -303,7 +315,9 @@ class Cluster:
                 f"{method} {path}: the API server cannot be reached: {type(error).__name__} {error}"
             ) from error
         if response.status >= 300:
-            raise _error(method, path, response.status, raw)
+            wait_s = retry_after_s(response.status, response.headers)
+            self._rate_limit.pause(wait_s)
+            raise _error(method, path, response.status, raw, wait_s)
         try:
             parsed: dict[str, Any] = json.loads(raw) if raw else {}
         except ValueError as error:
@@ -314,13 +328,24 @@ class Cluster:
 _MANAGER = [("fieldManager", FIELD_MANAGER)]
 
 
-def _error(method: str, path: str, status: int, raw: bytes) -> ClusterError:
+def retry_after_s(status: int, headers: Mapping[str, str] | None) -> float:
+    """Returns how many seconds an overloaded API server asks its client to wait; 0 if it does not.
+
+    Kubernetes sends whole seconds; the header's other form, a date, is ignored.
+    """
+    text = (headers or {}).get("Retry-After") or ""
+    if status not in (429, 503) or not text.isascii() or not text.isdecimal():
+        return 0.0
+    return min(float(text), RETRY_AFTER_MAX_S)
+
+
+def _error(method: str, path: str, status: int, raw: bytes, wait_s: float) -> ClusterError:
     try:
         message = json.loads(raw).get("message", "")
     except ValueError:
         message = raw[:200].decode(errors="replace")
     kind = {404: ObjectNotFoundError, 409: ObjectConflictError}.get(status, ClusterError)
-    return kind(f"{method} {path}: {status} {message}", status, message)
+    return kind(f"{method} {path}: {status} {message}", status, message, retry_after_s=wait_s)
 
 
 def _path(kind: str, namespace: str | None, name: str = "") -> str:

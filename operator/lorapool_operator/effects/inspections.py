@@ -1,8 +1,9 @@
 """Inspects adapter and base sources in the background.
 
-The number of concurrent inspections and the time of each are bounded, and equal inspections are shared. A result stays
-until the object is inspected again; the plan decides what follows from it. The facts of a base are read once and shared
-by all its adapters.
+The number of concurrent inspections and the time of each are bounded, and equal inspections are shared. Each namespace
+has a share of the permits, and base models have their own, so that hanging sources of one do not delay the others. A
+result stays until the object is inspected again; the plan decides what follows from it. The facts of a base are read
+once and shared by all its adapters.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_operator.decisions.plan import InspectionJob
+from lorapool_operator.effects.fair_permits import FairPermits
 from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import InspectionResult, RunningInspection, SourceFacts, SourceFailure
@@ -84,11 +86,14 @@ class InspectionTracker:
         changed: Callable[[Key, float], None],
         pending_status_s: float,
     ) -> None:
-        """`changed(key, delay_s)` marks a key dirty: for a result, and for an inspection that takes long."""
+        """`changed(key, delay_s)` marks a key dirty: for a result, and for an inspection that takes long.
+
+        `concurrency` bounds the inspections of adapters, and likewise those of base models.
+        """
         self._cache = cache
         self._inspector = inspector
         self._runtimes = runtimes
-        self._permits = asyncio.Semaphore(concurrency)
+        self._permits = {kind: FairPermits(concurrency) for kind in ObjectKind}
         self._timeout_s = timeout_s
         self._changed = changed
         self._pending_status_s = pending_status_s
@@ -146,7 +151,7 @@ class InspectionTracker:
     async def _run(self, job: InspectionJob) -> None:
         me = asyncio.current_task()
         try:
-            async with self._permits:
+            async with self._permits[job.key.kind].permit(job.key.namespace):
                 started = self._started.get(job.uid)
                 if started is not None and started.task is me:
                     started.running_since_unix_s = time.time()

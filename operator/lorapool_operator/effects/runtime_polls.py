@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import aiohttp
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     runtime_token,
 )
+from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
 from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
 
@@ -92,6 +93,13 @@ class PollSettings:
     timeout_s: float = 10.0
 
 
+class RuntimeChanged(Protocol):
+    """Is called for changes of what the runtimes of a base report."""
+
+    def __call__(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
+        """`urgent` is False if only counters changed; `serving` is True if a runtime may serve now or no longer."""
+
+
 class RuntimeTracker:
     """Owns all polls and the latest snapshots. Belongs to one event loop."""
 
@@ -101,15 +109,16 @@ class RuntimeTracker:
         *,
         master_token: str,
         settings: PollSettings,
-        changed: Callable[[Key, Iterable[str], bool], None],
+        changed: RuntimeChanged,
+        fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
-        """`changed(base, adapter uids, urgent)` is called for changes; `urgent` is False if only counters changed."""
         self._cache = cache
         self._master_token = master_token
         self._settings = settings
         self._changed = changed
+        self._fence = fence or Fence()
         self._clock = clock
         self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
@@ -134,7 +143,7 @@ class RuntimeTracker:
                 left = (pod.terminating and not polled.pod.terminating) or (polled.pod.ready and not pod.ready)
                 polled.pod = pod
                 if left:
-                    self._changed(pod.base, list(polled.reports), True)
+                    self._changed(pod.base, list(polled.reports), urgent=True, serving=True)
         for uid in [uid for uid in self._polled if uid not in wanted]:
             self._forget(uid)
 
@@ -155,7 +164,7 @@ class RuntimeTracker:
         for adapter_uid, reports in polled.reports.items():
             self._keep_lost(adapter_uid, reports)
         self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
-        self._changed(polled.pod.base, list(polled.reports), True)
+        self._changed(polled.pod.base, list(polled.reports), urgent=True, serving=True)
 
     # --- what runtimes report
 
@@ -211,18 +220,18 @@ class RuntimeTracker:
 
     def strays_of(self, base: BaseObject, known: Callable[[str], bool], now: float) -> list[StrayReport]:
         """Returns the reports of adapters that are not `known` by uid, with the time when each was first noticed."""
-        found = []
-        for polled in self._of(base):
-            for uid, reports in polled.reports.items():
-                for report in reports:
-                    key = AdapterKey(uid, report.digest)
-                    at = (polled.pod.meta.uid, key)
-                    if known(uid):
-                        self._strays.pop(at, None)
-                        continue
-                    since = self._strays.setdefault(at, now)
-                    found.append(StrayReport(polled.pod.meta.uid, polled.pod.meta.name, key, report.display, since))
-        return found
+        self._strays = {at: since for at, since in self._strays.items() if not known(at[1].uid)}
+        return [
+            self._stray(polled.pod, AdapterKey(uid, report.digest), report.display, now)
+            for polled in self._of(base)
+            for uid, reports in polled.reports.items()
+            if not known(uid)  # first: nearly all are
+            for report in reports
+        ]
+
+    def _stray(self, pod: PodObject, key: AdapterKey, display: str, now: float) -> StrayReport:
+        since = self._strays.setdefault((pod.meta.uid, key), now)
+        return StrayReport(pod.meta.uid, pod.meta.name, key, display, since)
 
     def registered(self, adapter_uid: str) -> dict[tuple[str, str], AdapterDescriptor]:
         """Returns the descriptors that this process registered last, by boot id and digest."""
@@ -259,10 +268,10 @@ class RuntimeTracker:
     async def _poll(self, polled: _Polled) -> None:
         backoff_s = BACKOFF_MIN_S
         while True:
-            seq = polled.snapshot.seq if polled.snapshot is not None else None
-            query = {"wait": str(self._settings.wait_s)} | ({"after": str(seq)} if seq is not None else {})
-            if polled.failing_since is not None:
-                query = {"wait": "0"}  # a new process starts its sequence numbers again
+            query = {"wait": "0"}
+            if polled.snapshot is not None and polled.failing_since is None:
+                after, boot = str(polled.snapshot.seq), polled.snapshot.boot_id
+                query = {"after": after, "boot": boot, "wait": str(self._settings.wait_s)}
             try:
                 raw = await self._call(
                     polled.pod,
@@ -291,38 +300,37 @@ class RuntimeTracker:
         refused = isinstance(error, RuntimeRefusedError) and error.status in (401, 403)
         if refused != polled.token_refused:
             polled.token_refused = refused
-            self._changed(polled.pod.base, (), True)
+            self._changed(polled.pod.base, (), urgent=True, serving=False)
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
             polled.stale_reported = True
-            self._changed(polled.pod.base, list(polled.reports), True)
+            self._changed(polled.pod.base, list(polled.reports), urgent=True, serving=True)
 
     def _arrived(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
-        before, polled.snapshot = polled.snapshot, snapshot
+        before, polled.snapshot = polled.snapshot, snapshot.model_copy(update={"adapters": [], "removed": []})
         if snapshot.now_unix_s is not None:
             polled.skew_s = clock_skew(polled.skew_s, self._now_unix_s() - snapshot.now_unix_s)
         recovered = polled.failing_since is not None
         polled.failing_since, polled.stale_reported, polled.token_refused = None, False, False
-        old = polled.reports
-        grouped: dict[str, list[AdapterReport]] = {}
-        for report in snapshot.adapters:
-            grouped.setdefault(report.uid, []).append(report)
-        polled.reports = {uid: tuple(reports) for uid, reports in grouped.items()}
         restarted = before is not None and before.boot_id != snapshot.boot_id
-        for uid, reports in old.items():
-            if restarted or uid not in polled.reports:
-                self._keep_lost(uid, reports)
-        touched = {uid for uid in old.keys() | polled.reports.keys() if old.get(uid) != polled.reports.get(uid)}
+        changed = _changed_reports(polled.reports, snapshot)
+        for uid, (old, new) in changed.items():
+            if old and (restarted or not new):
+                self._keep_lost(uid, old)
+            if new:
+                polled.reports[uid] = new
+            else:
+                del polled.reports[uid]
         if recovered or restarted or before is None:
-            touched |= old.keys() | polled.reports.keys()
-            urgent = touched
+            urgent = changed.keys() | polled.reports.keys()
         else:
-            urgent = {uid for uid in touched if _shape(old.get(uid, ())) != _shape(polled.reports.get(uid, ()))}
+            urgent = {uid for uid, (old, new) in changed.items() if _shape(old) != _shape(new)}
+        touched = changed.keys() | urgent
         base_news = before is None or recovered or restarted or _base_shape(before) != _base_shape(snapshot)
         if urgent or base_news:
-            self._changed(polled.pod.base, urgent, True)
+            self._changed(polled.pod.base, urgent, urgent=True, serving=base_news)
         if touched - urgent or (before is not None and _load(before) != _load(snapshot)):
-            self._changed(polled.pod.base, touched - urgent, False)
+            self._changed(polled.pod.base, touched - urgent, urgent=False, serving=False)
 
     def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
         """Keeps the counts of a process that will not report them again until the status contains them."""
@@ -332,7 +340,7 @@ class RuntimeTracker:
     # --- calls
 
     async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
-        """Registers an adapter; idempotent. Raises RuntimeGoneError, RuntimeRefusedError."""
+        """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         raw = await self._call(self._pod(pod_uid), "PUT", path, body=descriptor.model_dump_json(by_alias=True))
         answer = _parse(PutAnswer, raw)
@@ -342,7 +350,7 @@ class RuntimeTracker:
     async def unregister(self, pod_uid: str, adapter: AdapterKey) -> DeleteAnswer | None:
         """Unregisters an adapter. Returns None if it was not registered, or if the runtime still waits for requests.
 
-        Raises RuntimeGoneError, RuntimeRefusedError.
+        Raises FencedError, RuntimeGoneError, RuntimeRefusedError.
         """
         path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
         try:
@@ -390,6 +398,8 @@ class RuntimeTracker:
         if body is not None:
             headers["Content-Type"] = "application/json"
         call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
+        if method in ("PUT", "DELETE"):
+            self._fence.check()
         try:
             async with self._session.request(
                 method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
@@ -406,6 +416,25 @@ class RuntimeTracker:
             raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
+
+
+Reports = tuple[AdapterReport, ...]
+
+
+def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) -> dict[str, tuple[Reports, Reports]]:
+    """Returns the reports before and after, by the uid of each adapter whose reports a snapshot changes."""
+    listed: dict[str, dict[str, AdapterReport]] = {}
+    if not snapshot.full:
+        for uid in {item.uid for item in snapshot.removed} | {item.uid for item in snapshot.adapters}:
+            listed[uid] = {report.digest: report for report in known.get(uid, ())}
+        for item in snapshot.removed:
+            listed[item.uid].pop(item.digest, None)
+    for report in snapshot.adapters:
+        listed.setdefault(report.uid, {})[report.digest] = report
+    after = {uid: tuple(reports.values()) for uid, reports in listed.items()}
+    uids = known.keys() | after.keys() if snapshot.full else after.keys()
+    pairs = {uid: (known.get(uid, ()), after.get(uid, ())) for uid in uids}
+    return {uid: (old, new) for uid, (old, new) in pairs.items() if old != new}
 
 
 def _requests(polled: _Polled, adapter_uid: str) -> int:

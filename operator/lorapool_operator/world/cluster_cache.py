@@ -1,13 +1,15 @@
 """The operator's caches of API objects, each parsed once.
 
 The first listing, the watches and the responses to the operator's own writes fill them. A version older than the
-cached one is dropped, so that a late watch event never overwrites a newer response. They are plain dicts, since kopf's
+cached one is dropped, so that a late watch event never overwrites a newer response. A deleted object never returns: a
+response that arrives after its deletion is dropped, since a uid is never used again. They are plain dicts, since kopf's
 indexes take quadratic time to list thousands of objects.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,6 +35,8 @@ from lorapool_operator.world import problems
 log = logging.getLogger(__name__)
 
 RUNTIME_PORT_NAME = "http"
+DELETED_UIDS = 10_000
+"""Remembered deletions of each kind: far more than responses are under way at a time."""
 
 
 class ObjectKind(StrEnum):
@@ -270,12 +274,25 @@ class KindCache(Generic[T]):
     """The objects of one kind by namespace and name."""
 
     _items: dict[tuple[str, str], T] = field(default_factory=dict)
+    _deleted: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """Uids of the objects that were deleted last."""
 
     def get(self, namespace: str, name: str) -> T | None:
         return self._items.get((namespace, name))
 
+    def known(self, meta: Mapping[str, Any]) -> bool:
+        """True if this very version of the object is cached, so that it need not be parsed again."""
+        held = self._items.get((meta["namespace"], meta["name"]))
+        return (
+            held is not None
+            and held.meta.uid == meta["uid"]
+            and held.meta.resource_version == str(meta.get("resourceVersion"))
+        )
+
     def put(self, item: T) -> bool:
-        """Stores the object. Returns False, and changes nothing, if the cached version is newer or the same."""
+        """Stores the object. Returns False, and changes nothing, if it was deleted or is not newer than the cached."""
+        if item.meta.uid in self._deleted:
+            return False
         key = (item.meta.namespace, item.meta.name)
         held = self._items.get(key)
         if held is not None and held.meta.uid == item.meta.uid and not _newer(item.meta, held.meta):
@@ -285,6 +302,10 @@ class KindCache(Generic[T]):
 
     def drop(self, namespace: str, name: str, uid: str | None = None) -> T | None:
         """Removes and returns the object, unless the name belongs to another object (`uid`) by now."""
+        if uid is not None:
+            self._deleted[uid] = None
+            if len(self._deleted) > DELETED_UIDS:
+                self._deleted.popitem(last=False)
         held = self._items.get((namespace, name))
         if held is None or (uid is not None and held.meta.uid != uid):
             return None
@@ -312,6 +333,8 @@ class ClusterCache:
         self.adapters: KindCache[AdapterObject] = KindCache()
         self.pods: KindCache[PodObject] = KindCache()
         self.deployments: KindCache[DeploymentObject] = KindCache()
+        self.unlisted: set[str | None] = set()
+        """Watched namespaces that were never listed (None: the cluster): an object missing there may exist."""
         self.unreadable: dict[Key, UnreadableObject] = {}
         """Objects whose newest version cannot be parsed; the last one that could be stays in the caches above."""
         self._adapters_of: dict[Key, set[Key]] = {}
@@ -335,6 +358,10 @@ class ClusterCache:
         if gone is not None:
             self._unlink(gone)
         return gone
+
+    def may_exist(self, key: Key) -> bool:
+        """True for an object that is missing in the caches only because its namespace was never listed."""
+        return key.namespace in self.unlisted
 
     def adapters_of(self, base: Key) -> list[AdapterObject]:
         """Returns the adapters that name this base, permitted or not."""

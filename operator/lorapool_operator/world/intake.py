@@ -63,6 +63,8 @@ class Intake:
             self._cache.unreadable.pop(key, None)
             if self._cache.bases.drop(key.namespace, key.name, meta["uid"]) is None:
                 return
+        elif self._cache.bases.known(meta):
+            return
         else:
             after = self._parse(BaseObject, key, raw)
             if after is None or not self._cache.bases.put(after):
@@ -81,6 +83,8 @@ class Intake:
             if self._cache.drop_adapter(key.namespace, key.name, meta["uid"]) is None:
                 return
             self._deleted_adapters.setdefault(key, set()).add(meta["uid"])
+        elif self._cache.adapters.known(meta):
+            return
         else:
             item = self._parse(AdapterObject, key, raw)
             if item is None or not self._cache.put_adapter(item):
@@ -95,6 +99,12 @@ class Intake:
         if before is not None and before.spec.alias and (after is None or after.spec.alias != before.spec.alias):
             for claimant in self._cache.alias_claimants(key.namespace, before.spec.alias):
                 self._mark_dirty(claimant, 0.0)
+
+    def wrote_base(self, raw: Mapping[str, Any]) -> None:
+        """Takes the response to the operator's own status write."""
+        item = parse_or_none(BaseObject, raw)
+        if item is not None:
+            self._cache.bases.put(item)
 
     def _parse(self, kind: type[Own], key: Key, raw: Mapping[str, Any]) -> Own | None:
         """Parses one of Lorapool's own objects; one that this version cannot parse gets a condition that says so."""
@@ -138,6 +148,9 @@ class Intake:
 
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
-    """Returns the part of a base that its adapters' plans depend on; its counts, which change often, are no part."""
-    failure = base.failure
-    return base.meta.uid, base.meta.generation, base.meta.deleting, failure.reason if failure is not None else None
+    """Returns the part of a base that its adapters' plans depend on.
+
+    Its counts and its number of replicas, which change often, are no part.
+    """
+    spec, failure = base.spec.model_copy(update={"replicas": None}), base.failure
+    return base.meta.uid, spec, base.meta.deleting, failure.reason if failure is not None else None

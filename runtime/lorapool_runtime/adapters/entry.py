@@ -61,6 +61,8 @@ class AdapterEntry:
     """When it entered its present tier."""
     used_s: float
     """When it was last used, or registered."""
+    on_change: Callable[[AdapterKey], None]
+    """Is called when a value of its report may have changed."""
     used_unix_s: float | None = None
     rank: int | None = None
     device_bytes: int = 0
@@ -91,38 +93,53 @@ class AdapterEntry:
             self.failure = None
         self.descriptor = descriptor
         self.usage.rename(descriptor.display)
+        self.on_change(self.key)
 
     def fail(self, failure: LoadFailure) -> None:
         self.failure = failure
+        self.on_change(self.key)
 
     def touch(self, now_s: float, unix_s: float) -> None:
         """Records that a request used it now."""
         self.used_s, self.used_unix_s = now_s, unix_s
+        self.on_change(self.key)
 
     def set_tier_since(self, unix_s: float) -> None:
         self.since_unix_s = unix_s
+        self.on_change(self.key)
 
     def set_loaded(self, rank: int, device_bytes: int, *, now_s: float, unix_s: float) -> None:
         self.rank, self.device_bytes, self.failure = rank, device_bytes, None
         self.used_s, self.since_unix_s = now_s, unix_s
+        self.on_change(self.key)
 
     def set_unloaded(self, unix_s: float) -> None:
         self.device_bytes, self.unloading, self.since_unix_s = 0, None, unix_s
         self.settled.set()
+        self.on_change(self.key)
 
     def begin_drain(self) -> None:
         self.settled.clear()
+        self.on_change(self.key)
 
     def end_drain(self) -> None:
         self.settled.set()
+        self.on_change(self.key)
+
+    def count_failed_load(self) -> None:
+        """Counts a request that failed because the adapter could not be loaded."""
+        self.usage.count_failed_load()
+        self.on_change(self.key)
 
     # --- tasks --------------------------------------------------------------------------
 
     def begin_load(self, task: asyncio.Task[ApiError | None]) -> None:
         self.loading = task
+        self.on_change(self.key)
 
     def end_load(self) -> None:
         self.loading = None
+        self.on_change(self.key)
 
     @contextmanager
     def cancellable_load(self) -> Iterator[None]:
@@ -135,20 +152,26 @@ class AdapterEntry:
 
     def begin_unload(self, task: asyncio.Task[int]) -> None:
         self.unloading = task
+        self.on_change(self.key)
 
     def begin_delete(self, task: asyncio.Task[DeleteAnswer]) -> None:
         self.deleting = task
+        self.on_change(self.key)
 
     # --- requests -----------------------------------------------------------------------
 
     @contextmanager
     def waiting_request(self) -> Iterator[None]:
         """Counts one more request that waits for the load or for its turn while inside."""
-        self.waiting += 1
+        self._count_waiting(1)
         try:
             yield
         finally:
-            self.waiting -= 1
+            self._count_waiting(-1)
+
+    def _count_waiting(self, change: int) -> None:
+        self.waiting += change
+        self.on_change(self.key)
 
     def add_lease(self, lease: Lease) -> None:
         self.leases.add(lease)

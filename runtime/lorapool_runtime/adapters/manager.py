@@ -84,6 +84,10 @@ class AdapterManager:
     def reports(self) -> list[AdapterReport]:
         return [self._registry.report(entry) for entry in self._registry]
 
+    def reports_since(self, seq: int) -> tuple[list[AdapterReport], tuple[AdapterKey, ...]] | None:
+        """The changed reports and the removed adapters since the snapshot numbered `seq`. None: all are needed."""
+        return self._registry.reports_since(seq)
+
     def displays(self) -> dict[str, str]:
         """Display name → uid of every adapter that requests may name."""
         return {entry.descriptor.display: entry.key.uid for entry in self._admitting()}
@@ -220,7 +224,7 @@ class AdapterManager:
         """Joins the load in progress or starts one. The result is the request's own error."""
         if entry.loading is None:
             if entry.failure is not None and (refusal := entry.failure.refusal(self._clock.now_s())) is not None:
-                entry.usage.count_failed_load()
+                entry.count_failed_load()
                 return refusal
             if not self._registry.can_get_slot():
                 return no_free_slot()
@@ -233,7 +237,7 @@ class AdapterManager:
         finally:
             self._changes.bump_soon()
         if error is not None and entry.failure is not None and not isinstance(error, NoFreeSlotError):
-            entry.usage.count_failed_load()
+            entry.count_failed_load()
         return error
 
     def _refuse_too_many(self, entry: AdapterEntry) -> None:

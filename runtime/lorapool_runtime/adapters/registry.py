@@ -13,6 +13,7 @@ from typing import Any
 from lorapool_api.common import AdapterKey
 from lorapool_api.openai import TooManyRequestsError
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
+from lorapool_runtime.adapters.deltas import ReportChanges
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
 from lorapool_runtime.adapters.slot_queue import SlotPlan, SlotQueue
@@ -63,6 +64,7 @@ class AdapterRegistry:
         self._slots = SlotTable(limits.slots)
         self._slot_queue = SlotQueue(self._slots, limits.min_residency_s, limits.slot_wait_s)
         self._on_use: Callable[[], None] = lambda: None
+        self._report_changes = ReportChanges(changes)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -87,8 +89,16 @@ class AdapterRegistry:
         if len(self._entries) >= self.limits.max_adapters:
             self.remove(self._longest_unused())
         usage = self._usage.register(key.uid, descriptor.display)
-        entry = AdapterEntry(key, descriptor, usage, since_unix_s=self.clock.unix_s(), used_s=self.clock.now_s())
+        entry = AdapterEntry(
+            key,
+            descriptor,
+            usage,
+            since_unix_s=self.clock.unix_s(),
+            used_s=self.clock.now_s(),
+            on_change=self._report_changes.mark,
+        )
         self._entries[key] = entry
+        self._report_changes.mark(key)
         if on_disk:
             self._on_disk.add(key.digest)
         return entry
@@ -110,6 +120,7 @@ class AdapterRegistry:
     def remove(self, entry: AdapterEntry) -> None:
         del self._entries[entry.key]
         self._slot_queue.leave(entry.key)
+        self._report_changes.remove(entry.key)
         self._usage.unregister(entry.key.uid)
         if not self._is_registered(entry.key.digest):
             self._on_disk.discard(entry.key.digest)
@@ -128,10 +139,18 @@ class AdapterRegistry:
 
     def add_disk_copy(self, digest: str) -> None:
         self._on_disk.add(digest)
+        self._mark_copies(digest)
 
     def add_host_copy(self, digest: str, adapter: HostAdapter) -> None:
         """Keeps the copy, and evicts the least recently used ones beyond the bound."""
         self._dropped_from_host(self._host.put(digest, adapter, self.clock.now_s()))
+        self._mark_copies(digest)
+
+    def _mark_copies(self, digest: str) -> None:
+        """Marks the reports of all objects with these files: they share the host and the disk copy."""
+        for entry in self._entries.values():
+            if entry.key.digest == digest:
+                self._report_changes.mark(entry.key)
 
     def drop_host_copy(self, entry: AdapterEntry) -> int:
         """Drops the host copy and returns the bytes freed.
@@ -140,6 +159,7 @@ class AdapterRegistry:
         """
         if self._is_registered(entry.key.digest, except_for=entry):
             return 0
+        self._report_changes.mark(entry.key)
         return self._host.drop(entry.key.digest)
 
     def drop_idle_host_copies(self) -> bool:
@@ -297,6 +317,17 @@ class AdapterRegistry:
             self._on_use()
 
     # --- reports ------------------------------------------------------------------------
+
+    def reports_since(self, seq: int) -> tuple[list[AdapterReport], tuple[AdapterKey, ...]] | None:
+        """The changed reports and the removed adapters since the snapshot numbered `seq`. None: all are needed.
+
+        Adapters in a slot are always among them, since their residency grows by itself.
+        """
+        delta = self._report_changes.since(seq)
+        if delta is None:
+            return None
+        keys = dict.fromkeys((*delta.changed, *(occupant.key for occupant in self._slots.occupants())))
+        return [self.report(self._entries[key]) for key in keys], delta.removed
 
     def report(self, entry: AdapterEntry) -> AdapterReport:
         """Its report, rebuilt only when a value has changed: a snapshot holds thousands of them, most unchanged."""

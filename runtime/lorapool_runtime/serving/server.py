@@ -146,8 +146,8 @@ class _Server:
 
     async def snapshot(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
-        await self._runtime.changes.wait(after, wait_s)
-        return web.Response(body=self._runtime.snapshot_json(), content_type="application/json")
+        body = await self._runtime.poll_snapshot(after, request.query.get("boot", ""), wait_s)
+        return web.Response(body=body, content_type="application/json")
 
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)

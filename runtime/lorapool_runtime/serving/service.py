@@ -25,7 +25,14 @@ from lorapool_api.openai import (
     TooManyRequestsError,
     UnavailableError,
 )
-from lorapool_api.protocol import BaseReport, ResolveAnswer, ResolveRequest, RuntimeSnapshot, Usage
+from lorapool_api.protocol import (
+    BaseReport,
+    RemovedAdapter,
+    ResolveAnswer,
+    ResolveRequest,
+    RuntimeSnapshot,
+    Usage,
+)
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -119,8 +126,8 @@ class Runtime:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._last_request_unix_s: float | None = None
-        self._cached_snapshot: tuple[int, float, bytes] | None = None
-        """(seq, monotonic time, JSON)."""
+        self._cached_snapshots: tuple[int, float, dict[int, bytes]] = (0, 0.0, {})
+        """(seq, monotonic time, JSON by the number of the reader's last snapshot)."""
 
     # --- life ---------------------------------------------------------------------------
 
@@ -383,8 +390,11 @@ class Runtime:
 
     # --- state --------------------------------------------------------------------------
 
-    def snapshot(self) -> RuntimeSnapshot:
+    def snapshot(self, after: int = 0) -> RuntimeSnapshot:
+        """The present state. It leaves out the adapters that are unchanged since the snapshot numbered `after`."""
         serving, stats = self._serving, self._stats()
+        delta = None if serving is None or after == 0 else serving.adapters.reports_since(after)
+        reports = delta[0] if delta is not None else [] if serving is None else serving.adapters.reports()
         return RuntimeSnapshot(
             seq=self.changes.seq,
             boot_id=self.boot_id,
@@ -410,17 +420,31 @@ class Runtime:
             kv_usage=_kv_usage(stats),
             last_request_unix_s=self._last_request_unix_s,
             startup=self.startup.report() if serving is None else None,
-            adapters=[] if serving is None else serving.adapters.reports(),
+            full=delta is None,
+            adapters=reports,
+            removed=[] if delta is None else [RemovedAdapter(uid=uid, digest=digest) for uid, digest in delta[1]],
         )
 
-    def snapshot_json(self) -> bytes:
-        """The snapshot as JSON, built once per change for all long-polls."""
+    async def poll_snapshot(self, after: int, boot_id: str, wait_s: float) -> bytes:
+        """The snapshot as JSON, once there is one above `after` or `wait_s` have passed.
+
+        A reader of this very process gets the changes since `after`, any other one all adapters.
+        """
+        same_process = boot_id == self.boot_id
+        if same_process or not boot_id:
+            await self.changes.wait(after, wait_s)
+        return self._snapshot_json(after if same_process else 0)
+
+    def _snapshot_json(self, after: int) -> bytes:
+        """The snapshot as JSON, built once per change for all long-polls with the same `after`."""
         now_s = self.clock.now_s()
-        cached = self._cached_snapshot
-        if cached is None or cached[0] != self.changes.seq or now_s - cached[1] > SNAPSHOT_AGE_S:
-            cached = (self.changes.seq, now_s, self.snapshot().model_dump_json(by_alias=True).encode())
-            self._cached_snapshot = cached
-        return cached[2]
+        seq, made_s, cached = self._cached_snapshots
+        if seq != self.changes.seq or now_s - made_s > SNAPSHOT_AGE_S:
+            cached = {}
+            self._cached_snapshots = (self.changes.seq, now_s, cached)
+        if after not in cached:
+            cached[after] = self.snapshot(after).model_dump_json(by_alias=True).encode()
+        return cached[after]
 
     def gauges(self) -> Gauges:
         serving, stats = self._serving, self._stats()

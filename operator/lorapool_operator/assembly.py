@@ -1,0 +1,139 @@
+"""Puts together what observes, plans and applies: the same for the operator's process and for `make serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lorapool_api.common import AdapterCondition, Reason
+from lorapool_operator.decisions.plan import PlanSettings
+from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.cluster import PlanTarget
+from lorapool_operator.effects.fence import Fence
+from lorapool_operator.effects.inspections import InspectionTracker, Inspector
+from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.metrics import Metrics
+from lorapool_operator.observe import Observer
+from lorapool_operator.reconciler import Reconciler
+from lorapool_operator.workqueue import WorkQueue
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
+from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.observed import min_replicas
+from lorapool_operator.world.profiles import Profiles, RuntimeImage
+
+LOAD_DELAY_S = 1.0
+"""A busy runtime reports a change with every request; its base is then planned at most once a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """The settings of all parts; each is documented in the operator's settings."""
+
+    master_token: str
+    image: RuntimeImage
+    profiles: Profiles
+    inspections: int
+    inspection_timeout_s: float
+    counts_interval_s: float
+    usage_delay_s: float
+    """How long after a report that only counted something its adapter is planned."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    polls: PollSettings = field(default_factory=PollSettings)
+
+
+class Control:
+    """The caches, the queue, and the parts between them. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        target: PlanTarget,
+        inspector: Inspector,
+        settings: ControlSettings,
+        metrics: Metrics,
+        *,
+        fence: Fence | None = None,
+    ) -> None:
+        self.cache = ClusterCache()
+        self.queue: WorkQueue[Key] = WorkQueue()
+        self._usage_delay_s = settings.usage_delay_s
+        self.runtimes = RuntimeTracker(
+            self.cache,
+            master_token=settings.master_token,
+            settings=settings.polls,
+            changed=self._runtime_changed,
+            fence=fence,
+        )
+        self.inspections = InspectionTracker(
+            self.cache,
+            inspector,
+            self.runtimes,
+            concurrency=settings.inspections,
+            timeout_s=settings.inspection_timeout_s,
+            changed=self.queue.add,
+            pending_status_s=settings.plan.pending_status_s,
+        )
+        self.intake = Intake(
+            self.cache,
+            self.queue.add,
+            counts_interval_s=settings.counts_interval_s,
+            pods_changed=self.runtimes.follow_pods,
+        )
+        self.observer = Observer(
+            self.cache,
+            self.runtimes,
+            self.inspections,
+            profiles=settings.profiles,
+            image=settings.image,
+            master_token=settings.master_token,
+        )
+        self.reconciler = Reconciler(
+            self.queue,
+            self.observer,
+            Applier(target, self.cache, self.intake, self.runtimes, self.inspections),
+            self.intake,
+            self.runtimes,
+            self.inspections,
+            metrics,
+            settings.plan,
+        )
+
+    def mark_all(self, spread_s: float) -> None:
+        """Marks every object dirty: bases at once, adapters evenly spread over `spread_s`."""
+        for base in self.cache.bases:
+            self.queue.add(base.key)
+        for number, adapter in enumerate(self.cache.adapters):
+            self.queue.add(adapter.key, spread_s * number / len(self.cache.adapters))
+
+    async def close(self) -> None:
+        """Ends all inspections and polls."""
+        await self.inspections.close()
+        await self.runtimes.close()
+
+    def _runtime_changed(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
+        """Marks dirty what a runtime's report affects: at once for conditions, later for counters."""
+        self.queue.add(base, 0.0 if urgent else LOAD_DELAY_S)
+        reported = set(adapter_uids)
+        if not reported and not serving:
+            return
+        delay_s = 0.0 if urgent else self._usage_delay_s
+        owner = self.cache.bases.get(base.namespace, base.name)
+        soon = set() if urgent or owner is None else self._may_spread(owner, reported)
+        for adapter in self.cache.adapters_of(base):
+            if adapter.meta.uid in reported or (serving and owner is not None and _needs_runtime(adapter, owner)):
+                self.queue.add(adapter.key, LOAD_DELAY_S if adapter.meta.uid in soon else delay_s)
+
+    def _may_spread(self, base: BaseObject, adapter_uids: set[str]) -> set[str]:
+        """Returns the adapters whose number of preferred replicas may have to change with their load."""
+        if base.spec.scaling.max_replicas == 1:
+            return set()
+        return self.runtimes.busy(base.key, adapter_uids, 1 + base.spec.scaling.target_in_flight // 2)
+
+
+def _needs_runtime(adapter: AdapterObject, base: BaseObject) -> bool:
+    """True if the plan may change with the runtimes that serve, also of an adapter that none of them reports."""
+    progressing = find_condition(adapter.status.conditions, AdapterCondition.PROGRESSING)
+    return (
+        min_replicas(adapter.spec, base.spec) > 0
+        or adapter.status.state != Reason.PARKED
+        or (progressing is not None and progressing.status == "True")
+    )

@@ -1,0 +1,143 @@
+"""kopf's watches, each in a thread of its own, and the inbox through which their events reach the operator's loop.
+
+kopf ends as a whole when one of its watches is refused for good (403: the Role is gone), and then cancels every task of
+its event loop. One kopf for each watched namespace, in a thread with its own loop, confines that to the namespace. It
+also keeps kopf's work for each event away from the loop that renews the Lease. Decision 12 has the alternatives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+import kopf
+
+from lorapool_operator.handlers import Feed, pinned_settings, registry_of
+from lorapool_operator.world.intake import Intake
+
+log = logging.getLogger(__name__)
+
+SLICE_S = 0.005
+"""The inbox is emptied for this long at a time; then other tasks run."""
+STOP_S = 10.0
+"""A kopf that does not end within this time is left to its daemon thread."""
+TLS_GOODBYE_S = 0.2
+"""kopf's TLS connections close a moment after their session; the loop must not end before."""
+
+
+class WatchError(Exception):
+    """The watches of a namespace ended by themselves."""
+
+
+class Event(NamedTuple):
+    feed: Feed
+    raw: Mapping[str, Any]
+    deleted: bool
+
+
+class Inbox:
+    """Events from kopf's threads, in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+
+    def put(self, feed: Feed, raw: Mapping[str, Any], deleted: bool) -> None:
+        """Is called in a thread of kopf; `feed` will be called in the loop that made the inbox."""
+        self._events.append(Event(feed, raw, deleted))
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def empty_forever(self) -> None:
+        """Hands on the events, and lets other tasks run in between."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            began_s = time.monotonic()
+            while self._events:
+                _feed(self._events.popleft())
+                if time.monotonic() - began_s > SLICE_S:
+                    await asyncio.sleep(0)
+                    began_s = time.monotonic()
+
+
+def _feed(event: Event) -> None:
+    try:
+        event.feed(event.raw, deleted=event.deleted)
+    except Exception:  # one object must not stop the events of all others; the resync reads it again
+        log.exception("event not taken", extra={"object": str((event.raw.get("metadata") or {}).get("name"))})
+
+
+class KopfThread:
+    """One kopf, which watches one namespace or the whole cluster (None)."""
+
+    def __init__(self, namespace: str | None, make_registry: Callable[[], kopf.OperatorRegistry]) -> None:
+        self._namespace = namespace
+        self._make_registry = make_registry
+        self._stop_requested = False
+        self._stop: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    async def run(self) -> None:
+        """Runs until cancelled. Raises WatchError when kopf ends by itself."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[str] = loop.create_future()
+
+        def body() -> None:
+            reason = self._body()
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(ended.set_result, reason)
+
+        threading.Thread(target=body, name=f"kopf {self._namespace or '*'}", daemon=True).start()
+        try:
+            raise WatchError(await asyncio.shield(ended))
+        finally:
+            self._request_stop()
+            await asyncio.wait([ended], timeout=STOP_S)
+
+    def _request_stop(self) -> None:
+        self._stop_requested = True
+        if self._stop is not None:
+            loop, event = self._stop
+            with contextlib.suppress(RuntimeError):  # kopf's loop has ended already
+                loop.call_soon_threadsafe(event.set)
+
+    def _body(self) -> str:
+        """Runs kopf to its end in this thread. Returns why it ended."""
+        try:
+            asyncio.run(self._kopf())
+        except BaseException as error:  # of any kind: the thread's end must be known
+            return f"{type(error).__name__}: {error}"
+        return "kopf ended"
+
+    async def _kopf(self) -> None:
+        stop = asyncio.Event()
+        self._stop = (asyncio.get_running_loop(), stop)
+        if self._stop_requested:
+            return
+        try:
+            await kopf.operator(
+                registry=self._make_registry(),
+                settings=pinned_settings(),
+                standalone=True,
+                clusterwide=self._namespace is None,
+                namespaces=(self._namespace,) if self._namespace is not None else (),
+                stop_flag=stop,
+            )
+        finally:
+            await asyncio.sleep(TLS_GOODBYE_S)
+
+
+def watcher(inbox: Inbox, intake: Intake, login: Any) -> Callable[[str | None], Awaitable[None]]:
+    """Returns the function that watches one namespace until it is cancelled or fails."""
+
+    def registry() -> kopf.OperatorRegistry:
+        return registry_of(intake, inbox.put, login)
+
+    return lambda namespace: KopfThread(namespace, registry).run()

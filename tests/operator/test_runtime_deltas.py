@@ -1,0 +1,72 @@
+"""The operator's copy of a runtime's reports follows the changes that the runtime sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fakes_runtime import Served, descriptor, key_of, save_byte_tokenizer, serving, until
+
+from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.world.cluster_cache import ClusterCache, Key, Meta, ObjectKind, PodObject
+
+BASE = Key(ObjectKind.BASE, "team", "tiny")
+META = Meta("team", "pod", "pod-uid", 1, "1", 0.0, False, None)
+
+
+@dataclass
+class Changes:
+    """The uids of every call, in order."""
+
+    calls: list[set[str]] = field(default_factory=list)
+
+    def __call__(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
+        self.calls.append(set(adapter_uids))
+
+
+def tracker_of(served: Served, changes: Changes) -> RuntimeTracker:
+    cache, port = ClusterCache(), urlsplit(served.url).port
+    assert port is not None
+    cache.pods.put(PodObject(META, BASE, "base-uid", "127.0.0.1", port, True, False, ""))
+    settings = PollSettings(wait_s=5.0, pause_s=0.0)
+    tracker = RuntimeTracker(cache, master_token="m" * 64, settings=settings, changed=changes)
+    tracker.follow_pods()
+    return tracker
+
+
+async def test_a_change_of_one_adapter_touches_that_adapter_alone(tmp_path: Path) -> None:
+    async with serving(save_byte_tokenizer(tmp_path)) as served:
+        for number in range(50):
+            await served.runtime.adapters.register(key_of(f"a{number}"), descriptor(f"a{number}"))
+        changes = Changes()
+        tracker = tracker_of(served, changes)
+        try:
+            await until(lambda: tracker.holders_of("uid-a49"))
+            changes.calls.clear()
+            (await served.runtime.adapters.acquire(key_of("a7"))).release()
+            await until(lambda: tracker.holders_of("uid-a7")[0].reports[0].last_used_unix_s)
+            await served.runtime.adapters.delete(key_of("a8"))
+            await until(lambda: not tracker.holders_of("uid-a8"))
+            assert set().union(*changes.calls) == {"uid-a7", "uid-a8"}
+            assert len(tracker.holders_of("uid-a9")) == 1  # not repeated, and known nevertheless
+            assert [part.boot_id for part in tracker.lost_usage("uid-a8")] == [served.runtime.boot_id]
+        finally:
+            await tracker.close()
+
+
+async def test_one_of_two_digests_goes_and_the_other_stays(tmp_path: Path) -> None:
+    async with serving(save_byte_tokenizer(tmp_path)) as served:
+        for version in ("1", "2"):
+            await served.runtime.adapters.register(key_of("a", version), descriptor("a"))
+        tracker = tracker_of(served, Changes())
+        try:
+            await until(lambda: tracker.holders_of("uid-a"))
+            assert len(tracker.holders_of("uid-a")[0].reports) == 2
+            await served.runtime.adapters.delete(key_of("a", "1"))
+            await until(lambda: len(tracker.holders_of("uid-a")[0].reports) == 1)
+            assert tracker.holders_of("uid-a")[0].report(key_of("a", "2").digest) is not None
+            assert tracker.lost_usage("uid-a") == ()  # the process still reports it
+        finally:
+            await tracker.close()
