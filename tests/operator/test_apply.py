@@ -10,7 +10,7 @@ from base_world import NOW, base, plan, world
 
 from lorapool_api.common import Reason
 from lorapool_operator.effects.apply import Applier, refusal
-from lorapool_operator.effects.cluster import ClusterError, FencedError, ForeignObjectError
+from lorapool_operator.effects.cluster import ClusterError, ForeignObjectError
 from lorapool_operator.world.cluster_cache import ClusterCache
 from lorapool_operator.world.observed import BaseMemory
 
@@ -28,7 +28,6 @@ QUOTA = 'deployments.apps "tiny-runtime" is forbidden: exceeded quota: none'
         (ClusterError("x", 500, detail="etcdserver: request timed out"), None),
         (ClusterError("x", 429, detail="too many requests"), None),
         (ClusterError("the API server cannot be reached"), None),
-        (FencedError("not the leader"), None),
     ],
 )
 def test_only_what_a_person_has_to_cure_is_a_refusal(error: ClusterError, reason: Reason | None) -> None:
