@@ -79,6 +79,8 @@ class Observer:
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
         self._spread: dict[str, SpreadMemory] = {}
         self._pins: dict[Key, _Pins] = {}
+        self._pins_seen: dict[Key, _Pins] = {}
+        """Those of the base's last plan; `_pins` may be newer, since the plans of adapters compute them too."""
         self._leaving: dict[Key, frozenset[str]] = {}
         self._rollouts_begun: dict[Key, float] = {}
         self._standings: dict[Key, Standing] = {}
@@ -205,7 +207,8 @@ class Observer:
 
     def forget(self, key: Key) -> None:
         """Drops what is remembered of a deleted object."""
-        for kept in (self._bases, self._pins, self._leaving, self._standings, self._yields, self._asked_to_yield):
+        self._bases.pop(key, None)
+        for kept in (self._pins, self._pins_seen, self._leaving, self._standings, self._yields, self._asked_to_yield):
             kept.pop(key, None)
         summary = self._summaries.pop(key, None)
         if summary is not None:
@@ -250,15 +253,17 @@ class Observer:
         leaving: frozenset[str],
     ) -> tuple[Key, ...]:
         """Computes the pins again. Returns the adapters that the operator itself places and that may have to move."""
-        before, known = self._pins.get(base.key), self._leaving.get(base.key, frozenset())
+        known, seen = self._leaving.get(base.key, frozenset()), self._pins_seen.get(base.key)
         allowed = self._compute_pins(base, self._wanted_pins(adapters, summaries))
-        after, self._leaving[base.key] = self._pins[base.key], leaving
-        if before is None or (before is after and leaving == known):
+        pins, self._leaving[base.key] = self._pins[base.key], leaving
+        self._pins_seen[base.key] = pins
+        if seen is None or (seen is pins and leaving == known):
             return ()
+        before = seen.allowed
 
         def placed(item: AdapterObject) -> bool:
             hot = item.status.placement is not None or (bool(leaving) and summaries[item.key].loaded)
-            return hot or before.allowed.get(item.meta.uid) != allowed.get(item.meta.uid)
+            return hot or before.get(item.meta.uid) != allowed.get(item.meta.uid)
 
         return tuple(item.key for item in adapters if placed(item))
 

@@ -95,3 +95,9 @@ def test_a_paused_base_keeps_its_pods_and_says_so() -> None:
 def test_what_a_rollout_lacks_is_named_while_the_old_pod_serves() -> None:
     made = plan(observed(pod("old"), pod("new", "new", ready=False, problem=FULL)))
     assert "Insufficient nvidia.com/gpu" in progressing(made)[2]
+
+
+def test_nothing_waits_while_the_template_is_not_known() -> None:
+    made = plan(observed(pod("old"), profile=None, rolling_elsewhere=("team/other",)))
+    assert made.children == ()
+    assert progressing(made)[1] != "RolloutWaiting"
