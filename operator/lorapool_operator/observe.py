@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
-from lorapool_api.protocol import runtime_token, token_sha256
+from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
 from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
@@ -64,7 +64,7 @@ class Observer:
         *,
         profiles: Profiles,
         image: RuntimeImage,
-        master_token: str,
+        tokens: Callable[[str], tuple[str, ...]],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
@@ -72,7 +72,7 @@ class Observer:
         self._runtimes = runtimes
         self._inspections = inspections
         self._image = image
-        self._master_token = master_token
+        self._tokens = tokens
         self._now = now
         self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
@@ -127,13 +127,16 @@ class Observer:
         known = {item.meta.uid for item in adapters}
         memory = self.memory(base)
         profile = self.profiles.get(base.spec.runtime_profile)
+        denied = profile is not None and not profile.permits(key.namespace)
+        profile = None if denied else profile
         before, memory.profile = memory.profile, profile
         summaries = {item.key: self._summary(item, base) for item in adapters}
         return ObservedBase(
             base=base,
             profile=profile,
+            profile_denied=denied,
             image=self._image,
-            token_sha256=token_sha256(runtime_token(self._master_token, base.meta.uid)),
+            token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
             runtimes=tuple(self._runtimes.views_of(base)),
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),

@@ -63,7 +63,7 @@ async def test_a_refusal_is_known_before_a_status_is_written_and_the_other_child
     cluster, memory, observed = RefusingCluster(), BaseMemory("base-uid", 1), world(base(replicas=1))
     applier = Applier(cluster, ClusterCache(), None, None, None)  # type: ignore[arg-type]  # parts that are not reached
     assert await applier.base(observed.base, plan(observed), memory)
-    assert cluster.calls == ["Deployment", "Service", "PodDisruptionBudget"]
+    assert cluster.calls == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
     assert memory.child_problem is not None
     assert memory.child_problem.reason is Reason.QUOTA_EXCEEDED
     assert memory.apply_retry_unix_s > NOW

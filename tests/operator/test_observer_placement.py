@@ -10,6 +10,7 @@ from base_world import IMAGE, KEY, NOW, base, deployment, meta, pod, runtime
 
 from lorapool_api.common import Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.observe import ROLLOUT_SEEN_S, YIELD_PAUSE_S, Observer
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import RuntimeView, ScaleMemory, Standing
@@ -31,7 +32,7 @@ class Here:
         runtimes.lost_usage = lambda uid: ()
         profiles = {"default": RuntimeProfile()}
         self.observer = Observer(
-            self.cache, runtimes, inspections, profiles=profiles, image=IMAGE, master_token="m" * 64,
+            self.cache, runtimes, inspections, profiles=profiles, image=IMAGE, tokens=RuntimeTokens(["m" * 64]).of,
             now=lambda: self.now,
         )  # fmt: skip
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from fakes_operator import FakeInspector, ScriptedRuntime, digest, found
-from operator_world import Api, condition, running_operator, token_of, until
+from operator_world import MASTER_TOKEN, Api, condition, running_operator, token_of, until
 
 from lorapool_api.common import ANNOTATION_DELETION_COST, ANNOTATION_RETRY, AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
-from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier
+from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier, runtime_token, token_sha256
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_operator.world.observed import SourceFailure
 
@@ -532,6 +532,41 @@ async def test_children_that_someone_changes_or_deletes_are_restored_by_the_resy
         await until(image, "registry.example/runtime:1")
         await api.delete("services", "tiny-runtime")  # Services are not watched
         await until(service_exists)
+
+
+async def test_a_rotated_token_reaches_the_runtimes_without_a_rollout(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=0.5):
+        base = await api.base()
+        old = token_of(base)
+        new = runtime_token("n" * 64, base["metadata"]["uid"])
+
+        async def hashes() -> list[str]:
+            found = await api.find("configmaps", "tiny-runtime")
+            return found["data"]["sha256"].split() if found else []
+
+        await until(hashes, [token_sha256(old)])
+        before = await until(lambda: api.find("deployments", "tiny-runtime"))
+        async with ScriptedRuntime(token=old).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+            await until(lambda: base_ready(api), ("True", "Ready"))
+            (tmp_path / "token").write_text(f"{'n' * 64}\n{MASTER_TOKEN}\n")
+            await until(hashes, [token_sha256(new), token_sha256(old)])
+            polled = runtime.polls
+            await until(lambda: polls_after(runtime, polled))
+            assert await base_ready(api) == ("True", "Ready"), "a runtime that has not read the new hash yet"
+            runtime.token = new
+            (tmp_path / "token").write_text(f"{'n' * 64}\n")
+            await until(hashes, [token_sha256(new)])
+            polled = runtime.polls
+            await until(lambda: polls_after(runtime, polled))
+            assert await base_ready(api) == ("True", "Ready")
+        after = await api.get("deployments", "tiny-runtime")
+        assert after["spec"]["template"] == before["spec"]["template"]
+
+
+async def polls_after(runtime: ScriptedRuntime, before: int) -> bool:
+    """True once the runtime has answered two more polls."""
+    return runtime.polls > before + 1
 
 
 async def test_an_object_of_others_with_the_name_of_a_child_is_left_alone(api: Api, tmp_path: Path) -> None:
