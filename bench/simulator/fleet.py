@@ -269,7 +269,8 @@ class BaseSimulation:
             for pod in ready:
                 pod.unload_idle(now_s)
         self._leaving = [pod for pod in self._leaving if pod.in_flight]
-        self._later(now_s + 1.0, self._tick)
+        if now_s + 1.0 < self.plan.seconds:
+            self._later(now_s + 1.0, self._tick)
 
     def _spread(self, ready: int, now_s: float) -> None:
         scaling = self.plan.spec.scaling

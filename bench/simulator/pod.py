@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from lorapool_runtime.adapters.slot_queue import SlotQueue
-
 from lorapool_api.common import AdapterKey
+from lorapool_runtime.adapters.slot_queue import SlotQueue
 from lorapool_runtime.adapters.slot_table import SlotTable
 
 DEVICE, HOST, DISK, SOURCE = "device", "host", "disk", "source"
