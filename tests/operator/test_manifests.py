@@ -173,6 +173,7 @@ CPU = {"requests": {"cpu": "1"}, "limits": {"memory": "1Gi"}}
         (CPU, {}, 1, 0),
         (GPU, {}, 0, 1),
         ({"requests": {"amd.com/gpu": "2"}}, {}, 0, 1),
+        ({"claims": [{"name": "gpu"}]}, {}, 0, 1),
         (GPU, {"maxSurge": 1}, 1, 0),
         (GPU, {"maxUnavailable": 0}, 1, 0),
         (CPU, {"maxSurge": 0}, 0, 1),
