@@ -39,6 +39,7 @@ FIELDS = {
     "request_id": "value of the X-Request-Id header",
     "seconds": "duration",
     "slot": "number of an adapter slot",
+    "tokens": "number of bearer tokens that are valid",
     "verified_conditions": "number of conditions under which the decode program was verified",
 }
 """Every field that a line may have of its own, so that one thing has the same name in all processes."""

@@ -47,6 +47,10 @@ class RequestRecord:
     cold_ms: int | None = None
     """Milliseconds that it was held or waited for its adapter; None when warm."""
 
+    def used(self, usage: Usage | None) -> None:
+        """Records what the request has used, unless that is known already. None: not reported."""
+        self.usage = self.usage or usage
+
 
 @dataclass(slots=True)
 class _Tracked:

@@ -16,7 +16,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
-from lorapool_api.settings import read_master_token
+from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.assembly import Control, ControlSettings
@@ -54,7 +55,8 @@ class Process:
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
-        self._master_token = read_master_token(settings.master_token_file)
+        self._tokens = RuntimeTokens.from_file(settings.master_token_file)
+        self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(
             sources, timeout_s=settings.judge_timeout_s, max_base_bytes=settings.max_base_bytes
         )
@@ -123,7 +125,7 @@ class Process:
     def _control_settings(self) -> ControlSettings:
         settings = self.settings
         return ControlSettings(
-            master_token=self._master_token,
+            tokens=self._tokens.of,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
             profiles=self._profiles,
             inspections=settings.judge_concurrency,
@@ -226,11 +228,14 @@ class Process:
 
     @asynccontextmanager
     async def _status_server(self) -> AsyncIterator[None]:
-        app = status_app(self.metrics.registry, healthy=self._health_problem, ready=self._ready_problem)
+        app = status_app(
+            self.metrics.registry, self._metrics_access, healthy=self._health_problem, ready=self._ready_problem
+        )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self.settings.metrics_host, self.settings.metrics_port).start()
+            host, port, tls = self.settings.metrics_host, self.settings.metrics_port, self._metrics_access.tls
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
             self.metrics_port = int(runner.addresses[0][1])
             yield
         finally:

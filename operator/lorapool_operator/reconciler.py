@@ -53,7 +53,7 @@ class Slice:
 
     async def turn(self) -> None:
         """Returns in a pass of the event loop that has time left."""
-        while self._ends_s is not None and time.monotonic() > self._ends_s:
+        while self._ends_s is not None and time.monotonic() > self._ends_s:  # noqa: ASYNC110  the pass has no event
             await asyncio.sleep(0)
         if self._ends_s is None:
             self._ends_s = time.monotonic() + SLICE_S

@@ -50,7 +50,8 @@ class Settings(ProcessSettings):
     profiles_file: Path
     """YAML file of runtime profiles, read again within 2 seconds after a change."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
-    """File with the release's master token, from which each base's runtime token is derived."""
+    """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
+    two lines, the current token and the previous one. A change is noticed without a restart."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""

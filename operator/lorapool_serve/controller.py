@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.inspect import BaseInspection, base_facts_from_folder, names_of
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.uri import parse_uri
@@ -50,9 +51,9 @@ class LocalInspector(ArtifactInspector):
 class Controller:
     """Plans and applies until cancelled; its writes go into the objects, which report every change back to it."""
 
-    def __init__(self, objects: Objects, inspector: Inspector, master_token: str) -> None:
+    def __init__(self, objects: Objects, inspector: Inspector, tokens: RuntimeTokens) -> None:
         settings = ControlSettings(
-            master_token=master_token,
+            tokens=tokens.of,
             image=RuntimeImage("", "Never"),
             profiles={"default": PROFILE},
             inspections=INSPECTIONS,

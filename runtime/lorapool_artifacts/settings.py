@@ -6,6 +6,7 @@ reads the environment, except that the S3 client finds cloud identities by itsel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lorapool_api.settings import Env, SettingsGroup, read_group
+from lorapool_api.settings import Env, SettingsGroup, read_group, variables
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -95,8 +96,22 @@ class SourceSettings(SettingsGroup):
     """Requests are not signed, for public buckets."""
     s3_virtual_hosted: Annotated[bool, Env("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")] = False
     """The bucket is part of the host name; own endpoints rarely support that."""
+    credentials_dir: Annotated[Path | None, Env("LORAPOOL_CREDENTIALS_DIR")] = None
+    """Folder with a file for each credential, named like its variable (HF_TOKEN). They win over the environment and are
+    read for every use, so that a changed Secret needs no restart."""
     pvc_root: Annotated[Path | None, Env()] = None
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
+
+    def current(self) -> SourceSettings:
+        """These settings with the credentials that `credentials_dir` has now; a file that cannot be read is skipped."""
+        if self.credentials_dir is None:
+            return self
+        found = {}
+        for (field, *_), names in variables(SourceSettings, "").items():
+            for name in reversed(names):
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    found[field] = (self.credentials_dir / name).read_text(encoding="utf-8").strip()
+        return SourceSettings.model_validate({**self.model_dump(), **found})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:

@@ -22,6 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from lorapool_api.logs import set_up_logs
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
@@ -46,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs until a signal to stop; returns the process's exit code."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        set_up_logs("runtime", settings.log_level, settings.log_format)
+        _export(settings)
+        code, clean = asyncio.run(run(settings, make_engine))
     except SettingsError as error:
         error.report("lorapool-runtime")
         return 2
-    set_up_logs("runtime", settings.log_level, settings.log_format)
-    _export(settings)
-    code, clean = asyncio.run(run(settings, make_engine))
     if not clean:  # a thread still loads the base and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)
@@ -144,10 +145,11 @@ async def _listening(runtime: Runtime) -> AsyncIterator[None]:
         for address in runner.addresses:
             log.info("listening on http://%s:%d", *address[:2])
         if settings.metrics_port is not None:
-            open_runner = web.AppRunner(make_metrics_app(runtime), access_log=None)
+            access = MetricsAccess(settings)
+            open_runner = web.AppRunner(make_metrics_app(runtime, access), access_log=None)
             await open_runner.setup()
             runners.append(open_runner)
-            await web.TCPSite(open_runner, settings.host, settings.metrics_port).start()
+            await web.TCPSite(open_runner, settings.host, settings.metrics_port, ssl_context=access.tls).start()
         yield
     finally:
         for each in runners:

@@ -126,11 +126,12 @@ def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolde
 async def _fetched(settings: RuntimeSettings, sources: SourceSettings, names: tuple[str, ...]) -> BaseFolder:
     resolved = await resolve(settings.model, settings.revision, ArtifactKind.BASE, None, sources)
     log.info("fetching the base", extra={"base": settings.label, "bytes": resolved.size_bytes})
-    root = settings.cache_dir.expanduser() / "bases"
+    shared = settings.base_cache_dir
+    root = (shared or settings.cache_dir / "bases").expanduser()
     root.mkdir(parents=True, exist_ok=True)
     clean_leftovers(root)
     path = await fetch(resolved, root)
-    return BaseFolder(path, folder_digest(path), names, resolved.size_bytes)
+    return BaseFolder(path, folder_digest(path), names, 0 if shared else resolved.size_bytes)
 
 
 def reason_of(error: BaseException) -> str:

@@ -38,6 +38,15 @@ def test_the_bound_of_a_base_model_fits_150_gb_and_reaches_the_operator() -> Non
     assert operator_settings.read_settings(environment(raised, "operator")).max_base_bytes == 900_000_000_000
 
 
+def test_the_bound_of_concurrent_rollouts_and_a_profiles_rollout_reach_the_operator() -> None:
+    profile = {"rollout": {"strategy": "Recreate"}}
+    manifests = render({"operator": {"rollout": {"maxConcurrentBases": 3}}, "runtimeProfiles": {"gpu": profile}})
+    assert operator_settings.read_settings(environment(manifests, "operator")).max_concurrent_rollouts == 3
+    [found] = of_kind(manifests, "ConfigMap").values()
+    profiles = operator_profiles.parse_profiles(found["data"]["profiles.yaml"], origin="chart")
+    assert profiles["gpu"].rollout.strategy == "Recreate"
+
+
 @pytest.mark.parametrize(("values", "watched"), [(NAMESPACED, frozenset({"team-a", "team-b"})), (CLUSTER, None)])
 def test_gateway_and_operator_watch_the_same_namespaces(values: dict[str, Any], watched: frozenset[str] | None) -> None:
     manifests = render(values)

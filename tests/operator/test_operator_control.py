@@ -16,6 +16,7 @@ from kubernetes.aio.client.configuration import Configuration
 
 from lorapool_api.common import GROUP, AdapterKey
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator import reconciler
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.manifests import Manifest
@@ -68,7 +69,7 @@ class FakeTarget:
 class World:
     def __init__(self, *, fence: Fence | None = None) -> None:
         settings = ControlSettings(
-            master_token=MASTER_TOKEN,
+            tokens=RuntimeTokens([MASTER_TOKEN]).of,
             image=RuntimeImage("image", "Never"),
             profiles={"default": RuntimeProfile()},
             inspections=4,

@@ -115,6 +115,8 @@ class Generation:
         self._left = False
         self._deltas: deque[Delta] = deque()
         self._reader: asyncio.Future[None] | None = None
+        self.ended = asyncio.Event()
+        """Set when the engine has ended every sequence: `usage` is then final."""
 
     def start(self) -> None:
         """Submits all sequences. Raises what `Engine.submit` raises: ValueError for a request that can never run."""
@@ -255,5 +257,6 @@ class Generation:
 
     def _finish(self) -> None:
         on_end, self._on_end = self._on_end, None
+        self.ended.set()
         if on_end is not None:
             on_end(self._outcome, self.usage())

@@ -46,6 +46,7 @@ from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tokenizer import Tokenizer
 from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requests
+from lorapool_runtime.serving.tokens import BearerTokens
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.usage import Outcome, UsageTracker
 
@@ -89,9 +90,12 @@ class AdmittedRequest:
 
 
 class Runtime:
+    """Raises SettingsError when a file that the settings name cannot be read."""
+
     def __init__(self, settings: RuntimeSettings, *, clock: Clock | None = None, boot_id: str | None = None) -> None:
         self.settings = settings
         self.clock = clock or Clock()
+        self.tokens = BearerTokens(settings, self.clock)
         self.boot_id = boot_id or uuid.uuid4().hex
         self.started_unix_s = self.clock.unix_s()
         self.changes = Changes()
