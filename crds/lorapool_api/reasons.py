@@ -173,8 +173,8 @@ REASONS: Mapping[Reason, Explanation] = {
         "Ask the owner of the policy that the message names, or correct the operator's Role.",
     ),
     Reason.TOKEN_REFUSED: Explanation(
-        "A runtime refuses the operator's token, since it was started with another master token.",
-        "Restart the base's pods: `kubectl rollout restart deployment` of the base's Deployment.",
+        "A runtime accepts none of the operator's tokens: it has not read the hashes of the present master token.",
+        "Wait two minutes after a rotation. If it lasts, restart the pods: `kubectl rollout restart deployment`.",
     ),
 }
 

@@ -57,9 +57,7 @@ class Process:
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
         self._metrics_access = MetricsAccess(settings)
-        self._inspector = inspector or ArtifactInspector(
-            sources, timeout_s=settings.judge_timeout_s, max_base_bytes=settings.max_base_bytes
-        )
+        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
         self._stop = asyncio.Event()
         self._finished = False
 

@@ -106,8 +106,6 @@ class Settings(ProcessSettings):
     """Gateways do not start a base again for this long after a failed start. The wait doubles each time."""
     start_retry_max_s: PositiveS = 1800.0
     """Longest wait after a failed start."""
-    max_base_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
-    """A base whose files are larger is refused as TooLarge."""
 
     @model_validator(mode="after")
     def _lease_order(self) -> Settings:

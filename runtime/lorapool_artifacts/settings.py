@@ -36,6 +36,8 @@ class FetchLimits:
     """A source that sends no byte for this long is given up with SourceTimeout."""
     total_timeout_s: float = 1800.0
     """The whole operation, including retries."""
+    min_bytes_per_s: int = 0
+    """A source that sends a file more slowly is given up with SourceTimeout. Measured over `idle_timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def _lower(host: str | None) -> str | None:
 
 
 class SourceSettings(SettingsGroup):
-    """Endpoints and credentials of the sources. Secrets stay out of its repr."""
+    """Endpoints, credentials and bounds of the sources. Secrets stay out of its repr."""
 
     hf_endpoint: Annotated[str | None, Env("HF_ENDPOINT"), AfterValidator(_without_slash)] = None
     """URL of the model hub; None: the public one."""
@@ -96,6 +98,10 @@ class SourceSettings(SettingsGroup):
     """Requests are not signed, for public buckets."""
     s3_virtual_hosted: Annotated[bool, Env("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")] = False
     """The bucket is part of the host name; own endpoints rarely support that."""
+    base_max_bytes: Annotated[int, Env("LORAPOOL_BASE_MAX_BYTES")] = Field(default=200_000_000_000, ge=1)
+    """Files of one base model together; a larger one is refused. A base of 70B parameters has 150 GB."""
+    base_fetch_timeout_s: Annotated[float, Env("LORAPOOL_BASE_FETCH_TIMEOUT_S")] = Field(default=21_600.0, gt=0)
+    """Longest download of a base model: 150 GB at 7 MB/s. What was fetched until then is kept for the next attempt."""
     credentials_dir: Annotated[Path | None, Env("LORAPOOL_CREDENTIALS_DIR")] = None
     """Folder with a file for each credential, named like its variable (HF_TOKEN). They win over the environment and are
     read for every use, so that a changed Secret needs no restart."""

@@ -31,6 +31,7 @@ from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings, read_settings
 from lorapool_runtime.startup import BaseError, bring_up, reason_of
+from lorapool_runtime.startup_progress import StartupProgress
 
 log = logging.getLogger("lorapool_runtime")
 
@@ -70,11 +71,13 @@ async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple
     runtime = Runtime(settings)
     stop = _stop_on_signals()
     async with _listening(runtime):
-        loading = _in_thread(lambda: _bring_up(settings, engine_factory))
+        loading = _in_thread(lambda: _bring_up(settings, engine_factory, runtime.startup))
+        reporting = asyncio.create_task(runtime.report_startup())
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
         either: list[asyncio.Future[Any]] = [loaded, stopping]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        reporting.cancel()
         if not loaded.done():
             return 0, False
         if (error := loaded.exception()) is not None:
@@ -84,7 +87,7 @@ async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple
         return await _serve(runtime, loaded.result(), stopping), True
 
 
-def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> LoadedBase:
+def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory, progress: StartupProgress) -> LoadedBase:
     """Starts the base, then exempts all present objects from garbage collection.
 
     With torch and transformers they are nearly half a million, which live as long as the process: a full collection
@@ -92,7 +95,7 @@ def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> Loade
     """
     gc.disable()
     try:
-        base = bring_up(settings, engine_factory, meanwhile=import_framework)
+        base = bring_up(settings, engine_factory, progress, meanwhile=import_framework)
         gc.collect()
         gc.freeze()
         return base

@@ -97,8 +97,8 @@ class RuntimeSettings(ProcessSettings):
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
     base_cache_dir: Path | None = None
-    """Folder of fetched base models, by digest, which several runtimes may share. None: a folder in `cache_dir`, and
-    the base then counts towards `cache_bytes`."""
+    """Folder of fetched base models, by digest, which several pods may share. What is there is not fetched again, and
+    an interrupted download is continued. None: `bases` in `cache_dir`, and counted in `cache_bytes`."""
     cache_bytes: int = Field(default=20 * 2**30, ge=2**20)
     """Bytes of adapters kept on disk; the least recently used are deleted first."""
     host_cache_bytes: int = Field(default=2**30, ge=0)
@@ -109,6 +109,8 @@ class RuntimeSettings(ProcessSettings):
     """Folder of mounted claims: pvc://claim/path is read from <pvc_root>/<claim>/<path>."""
     fetch_timeout_s: float = Field(default=600.0, gt=0)
     """Longest fetch of one adapter: 4 GiB at 7 MB/s."""
+    fetch_min_bytes_per_s: int = Field(default=64 * 1024, ge=0)
+    """A source that sends fewer bytes per second for half a minute fails with SourceTimeout, and others are fetched."""
     retry_base_s: float = Field(default=5.0, gt=0)
     """First wait after a transient failure. It doubles each time, with jitter."""
     retry_max_s: float = Field(default=300.0, gt=0)
@@ -120,6 +122,12 @@ class RuntimeSettings(ProcessSettings):
     """Adapters with metric series of their own; the others share the label __other__."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """Time between two checks for idle adapters; bounds how late one is unloaded."""
+    min_residency_s: float = Field(default=1.0, ge=0)
+    """An adapter keeps its slot for this long before it makes room for another one that requests wait for. Bounds the
+    loads into one slot."""
+    slot_wait_s: float = Field(default=30.0, gt=0)
+    """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the
+    gateway tries another replica. Adapters that cannot get one in time are refused at once."""
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 

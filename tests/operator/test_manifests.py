@@ -64,7 +64,7 @@ def test_the_runtime_reads_exactly_the_settings_that_the_operator_writes() -> No
     assert (settings.model, settings.revision, settings.max_rank, settings.slots) == ("hf://org/base", "main", 8, 3)
     assert (settings.max_model_len, settings.host_cache_bytes) == (512, 64 * 2**20)
     assert (settings.base_label, settings.served_name) == ("team/tiny", "tiny")
-    assert settings.drain_grace_s < 60
+    assert 600 < settings.drain_grace_s < RuntimeProfile().termination_grace_period_seconds  # no long answer is cut
 
 
 def test_the_pod_holds_neither_a_secret_nor_a_token() -> None:
@@ -173,6 +173,7 @@ CPU = {"requests": {"cpu": "1"}, "limits": {"memory": "1Gi"}}
         (CPU, {}, 1, 0),
         (GPU, {}, 0, 1),
         ({"requests": {"amd.com/gpu": "2"}}, {}, 0, 1),
+        ({"claims": [{"name": "gpu"}]}, {}, 0, 1),
         (GPU, {"maxSurge": 1}, 1, 0),
         (GPU, {"maxUnavailable": 0}, 1, 0),
         (CPU, {"maxSurge": 0}, 0, 1),

@@ -6,6 +6,10 @@
 {{- with $artifacts.insecureRegistries -}}
 {{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- $maxBytes := toString (int64 $artifacts.maxBaseBytes) -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_MAX_BYTES" "value" $maxBytes) -}}
+{{- $timeout := toString (int64 $artifacts.baseFetchTimeoutSeconds) -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_FETCH_TIMEOUT_S" "value" $timeout) -}}
 {{- if $artifacts.caBundle.configMap -}}
 {{- range $name := list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" -}}
 {{- $env = append $env (dict "name" $name "value" "/etc/lorapool/ca/ca.crt") -}}
@@ -118,8 +122,6 @@
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY
   value: {{ $operator.judgeConcurrency | int64 | quote }}
-- name: LORAPOOL_OPERATOR_MAX_BASE_BYTES
-  value: {{ .Values.artifacts.maxBaseBytes | int64 | quote }}
 - name: LORAPOOL_OPERATOR_USAGE_INTERVAL_S
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS

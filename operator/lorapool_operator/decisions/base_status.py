@@ -20,7 +20,7 @@ from lorapool_operator.world.observed import ObservedBase
 
 RESTART_REPORT_S = 3600.0
 """A process that ended is reported for this long after its pod is ready again."""
-TOKEN_REFUSED = "the runtime refuses the operator's token: it was started with another master token; restart the pod."
+TOKEN_REFUSED = "the runtime refuses the operator's token; if that lasts for minutes after a rotation, restart the pod."
 
 
 def status_of(

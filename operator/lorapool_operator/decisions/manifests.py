@@ -136,7 +136,8 @@ def strategy(profile: RuntimeProfile) -> Manifest:
         return {"type": "Recreate"}
     surge = rollout.max_surge
     if surge is None:
-        surge = 0 if device_names(profile.resources) and rollout.max_unavailable not in (0, "0%") else 1
+        devices = device_names(profile.resources) or profile.resources.get("claims")
+        surge = 0 if devices and rollout.max_unavailable not in (0, "0%") else 1
     unavailable = rollout.max_unavailable
     if unavailable is None:
         unavailable = 1 if surge in (0, "0%") else 0

@@ -154,8 +154,8 @@ class RuntimeProfile(_Strict):
     """Size of a memory-backed emptyDir at /dev/shm; empty for none."""
     threads: int = Field(default=0, ge=0)
     """Number of torch threads; 0 means all cores that the container may use."""
-    termination_grace_period_seconds: int = Field(default=60, ge=5)
-    """Running requests get this time, less 5 s, to finish."""
+    termination_grace_period_seconds: int = Field(default=900, ge=5)
+    """Running requests get this time, less 5 s, to finish. A pod that has none ends at once."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
     """Time to download and load the base; after it the kubelet restarts the container. The operator gives a base up
     this long, plus the time to schedule it and to pull the image, after it was asked for."""

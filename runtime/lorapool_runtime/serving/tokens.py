@@ -86,6 +86,6 @@ def _hashes_in(file: Path) -> frozenset[str]:
         raise SettingsError(f"{ENV_TOKEN_SHA256_FILE}: {file} cannot be read: {reason}") from None
     if not lines or not all(_SHA256.match(line) for line in lines):
         raise SettingsError(
-            f"{ENV_TOKEN_SHA256_FILE}: {file} must have the SHA-256 (64 hex digits) of one token on each line"
+            f"{ENV_TOKEN_SHA256_FILE}: {file} must have the SHA-256 (64 lower-case hex digits) of one token per line"
         )
     return frozenset(lines)

@@ -89,7 +89,7 @@ def test_a_file_that_is_missing_or_wrong_at_the_start_is_an_invalid_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.environ", {**os.environ, "LORAPOOL_TOKEN_SHA256_FILE": str(tmp_path / "hashes")})
-    for content, words in ((None, "cannot be read: No such file"), ("xyz", "one token on each line")):
+    for content, words in ((None, "cannot be read: No such file"), ("xyz", "one token per line")):
         if content is not None:
             (tmp_path / "hashes").write_text(content)
         assert main(["--model", "x"]) == 2
