@@ -7,6 +7,7 @@ process ends; the next leader starts from the state of the API server and of the
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -168,13 +169,15 @@ class Process:
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
         except* FencedError:
-            log.error("lost the Lease: ending, so that the process starts again as a standby")
+            if not self.stop_requested:
+                log.error("lost the Lease: ending, so that the process starts again as a standby")
         finally:
             await self.control.close()
 
     async def _until_listed(self, namespaces: Namespaces) -> None:
         began = time.monotonic()
         await namespaces.listed()
+        gc.freeze()  # thousands of parsed objects live long: a full collection of them would stop the loop
         self.synced = True
         cache = self.control.cache
         log.info(
