@@ -74,8 +74,10 @@ LABEL org.opencontainers.image.title="lorapool-runtime" \
       org.opencontainers.image.version="${VERSION}"
 # Compiles what the runtime imports in addition to the packages above.
 COPY --from=wheel /dist /dist
+# Group 0 owns /cache, for platforms that run pods as a user of their own choice in that group (OpenShift).
 RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
- && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null
+ && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null \
+ && chgrp 0 /cache && chmod g=u /cache
 USER 65532:65532
 EXPOSE 8000
 ENTRYPOINT ["lorapool-runtime"]

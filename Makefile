@@ -191,6 +191,10 @@ bench-profile: install model ## where each millisecond of a decode step goes, an
 	LORAPOOL_NATIVE=0 $(PY) bench/profile_step.py "$$base" --python --rounds 2 --json bench/results/profile-before.json
 	$(PY) bench/profile_step.py "$$base" --json bench/results/profile.json
 
+.PHONY: simulate
+simulate: install ## simulate two hours of 1,000,000 adapters on 1,000 pods; writes the pictures of docs/scale.md
+	PYTHONPATH=bench $(PY) -m simulator --hours 2 --out docs
+
 .PHONY: bench-page
 bench-page: install ## write docs/performance.md from the last results
 	$(PY) bench/page.py

@@ -75,7 +75,7 @@ async def _gateway(runtime_url: str) -> None:
     async with AsyncExitStack() as stack:
         http = HttpClient()
         stack.push_async_callback(http.close)
-        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: "t" * 64), metrics)
+        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics)
         server = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).server()
         _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
         await _serve_until_the_parent_goes(port)

@@ -30,7 +30,10 @@ from records import Record, measured, parsed, parser, report
 EDITS = 100
 TICK_S = 0.005
 QUIET_S = 3.0
-"""The operator is settled when nothing was due for this long; the time itself does not count."""
+"""The operator is settled when it has written nothing for this long; the time itself does not count."""
+RESYNCED = 2
+"""Keys that may be due in a settled operator: the resync marks them one after the other."""
+STATUS = "status loraadapters"
 TIMEOUT_S = 600.0
 
 
@@ -38,16 +41,19 @@ TIMEOUT_S = 600.0
 
 
 class Pauses:
-    """How late a task runs that wants to run every few milliseconds."""
+    """How long other tasks keep one waiting that wants to run every few milliseconds."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0
+        self.longest_cpu_s = 0.0
+        """In processor time of the loop's thread: what other programs of the machine take away does not count."""
 
     async def watch(self) -> None:
         while True:
-            began_s = time.monotonic()
+            began_s, began_cpu_s = time.monotonic(), time.thread_time()
             await asyncio.sleep(TICK_S)
             self.longest_s = max(self.longest_s, time.monotonic() - began_s - TICK_S)
+            self.longest_cpu_s = max(self.longest_cpu_s, time.thread_time() - began_cpu_s)
 
 
 class Inspector:
@@ -88,19 +94,21 @@ async def operate(url: str, folder: Path, adapters: int, *, edit: bool) -> dict[
     async with aiohttp.ClientSession(url) as session:
 
         async def settle() -> float:
-            """Waits until nothing is due for a while. Returns when the last key was done."""
-            idle_since_s: float | None = None
-            while True:
+            """Waits until no status was written for a while. Returns when the queue was empty after the last one."""
+            writes, empty_s = -1, None
+            while empty_s is None or time.monotonic() - empty_s < QUIET_S:
                 if running.done():
                     running.result()
                     raise RuntimeError("the operator ended")
-                if not process.synced or not process.control.queue.idle() or process.control.inspections.waiting():
-                    idle_since_s = None
-                elif idle_since_s is None:
-                    idle_since_s = time.monotonic()
-                elif time.monotonic() - idle_since_s > QUIET_S and (await stats(session))["known"] == adapters:
-                    return idle_since_s
-                await asyncio.sleep(0.02)
+                now = await stats(session)
+                busy = process.control.queue.ready_depth() > RESYNCED or process.control.inspections.waiting()
+                if busy or not process.synced or now["known"] < adapters or now["counts"].get(STATUS, 0) != writes:
+                    empty_s = None
+                elif empty_s is None:
+                    empty_s = time.monotonic()
+                writes = now["counts"].get(STATUS, 0)
+                await asyncio.sleep(0.1)
+            return empty_s
 
         async with asyncio.timeout(TIMEOUT_S):
             found = {"settled_s": await settle() - began_s}
@@ -108,7 +116,12 @@ async def operate(url: str, folder: Path, adapters: int, *, edit: bool) -> dict[
                 await session.post("/age")
                 await session.post(f"/edit/{EDITS}")
                 await settle()
-    found |= {"longest_pause_ms": pauses.longest_s * 1e3, "memory_mib": peak_mib()}
+    found |= {
+        "longest_pause_ms": pauses.longest_s * 1e3,
+        "longest_busy_ms": pauses.longest_cpu_s * 1e3,
+        "cpu_s": time.process_time(),
+        "memory_mib": peak_mib(),
+    }
     watching.cancel()
     process.stop()
     await running
@@ -185,17 +198,18 @@ def measure(adapters: int, pods: int, reports: int) -> dict[str, float]:
             edited, changes = start(url, Path(folder), adapters, edit=True)
         finally:
             world.terminate()
-    pauses = [run["longest_pause_ms"] for run in (first, again, edited)]
+    runs = (first, again, edited)
     return {
         "operator.first_settled_s": first["settled_s"],
-        "operator.first_status_writes": made.get("status loraadapters", 0),
+        "operator.first_status_writes": made.get(STATUS, 0),
         "operator.restart_settled_s": again["settled_s"],
-        "operator.restart_status_writes": unchanged.get("status loraadapters", 0),
+        "operator.restart_status_writes": unchanged.get(STATUS, 0),
         "operator.restart_loads": unchanged.get("runtime load", 0),
         "operator.restart_moves": unchanged.get("runtime delete", 0),
-        "operator.longest_pause_ms": max(pauses),
-        "operator.memory_mib": max(run["memory_mib"] for run in (first, again, edited)),
-        "operator.writes_per_edit": changes.get("status loraadapters", 0) / EDITS,
+        "operator.longest_pause_ms": max(run["longest_pause_ms"] for run in runs),
+        "operator.longest_busy_ms": max(run["longest_busy_ms"] for run in runs),
+        "operator.memory_mib": max(run["memory_mib"] for run in runs),
+        "operator.writes_per_edit": changes.get(STATUS, 0) / EDITS,
     }
 
 

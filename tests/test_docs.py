@@ -38,7 +38,20 @@ CODE = [path for folder in ("crds", "operator", "runtime", "hack", "tests", "ben
         for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".tpl", ".yaml")]  # fmt: skip
 SOURCES = "\n".join(path.read_text() for path in [ROOT / "Makefile", *CODE] if path != Path(__file__))
 FOLDERS = ("bench", "charts", "crds", "docs", "examples", "hack", "operator", "runtime", "tests")
-KUBERNETES = {"namespace", "secret", "service", "pods", "pod", "nodes", "events", "crd", "deploy"}
+KUBERNETES = {
+    "namespace",
+    "secret",
+    "configmap",
+    "configmaps",
+    "service",
+    "pods",
+    "pod",
+    "nodes",
+    "events",
+    "crd",
+    "deploy",
+    "hpa",
+}
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 by_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -152,7 +165,7 @@ def test_every_reason_and_condition_a_page_names_exists(page: Path) -> None:
     known = {str(item) for names in (Reason, FailureReason, AdapterCondition, BaseCondition) for item in names}
     named = re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)`", page.read_text())
     named += re.findall(r"--for=condition=(\w+)", page.read_text())
-    assert set(named) - known - {kind.kind for kind in KINDS} - {"Allow", "Engine", "Secret"} == set()
+    assert set(named) - known - {kind.kind for kind in KINDS} - {"Allow", "Engine", "Secret", "Established"} == set()
 
 
 @by_guide

@@ -109,6 +109,11 @@ class Kind:
     scale: bool
 
 
+EMPTY_STATUS = (
+    "If the status stays empty, no operator watches this namespace: an administrator adds it to the chart's value "
+    "watchNamespaces, or starts the operator."
+)
+
 KINDS = (
     Kind(
         kind=basemodel.KIND,
@@ -187,7 +192,7 @@ def crd(kind: Kind) -> dict[str, Any]:
                     "schema": {
                         "openAPIV3Schema": {
                             "type": "object",
-                            "description": kind.description,
+                            "description": f"{kind.description} {EMPTY_STATUS}",
                             "required": ["spec"],
                             "properties": {
                                 "apiVersion": {"type": "string"},

@@ -39,7 +39,9 @@ FIELDS = {
     "request_id": "value of the X-Request-Id header",
     "seconds": "duration",
     "slot": "number of an adapter slot",
+    "tokens": "number of bearer tokens that are valid",
     "verified_conditions": "number of conditions under which the decode program was verified",
+    "watched_namespace": "namespace whose objects are watched; empty for the whole cluster",
 }
 """Every field that a line may have of its own, so that one thing has the same name in all processes."""
 

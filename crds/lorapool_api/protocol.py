@@ -6,6 +6,7 @@ requires the bearer token.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 from enum import StrEnum
@@ -21,6 +22,7 @@ RUNTIME_PORT = 8000
 ROUTE_RUNTIME = "/v1/runtime"
 ROUTE_ADAPTER = "/v1/adapters/{uid}/{digest}"
 ROUTE_RESOLVE = "/v1/resolve"
+ROUTE_ATTEMPT = "/v1/attempts/{id}"
 ROUTE_EVENTS = "/v1/events"
 ROUTE_CHAT = "/v1/chat/completions"
 ROUTE_COMPLETIONS = "/v1/completions"
@@ -35,8 +37,11 @@ USAGE_COMMENT = b": lorapool-usage "
 """Start of the SSE comment line that carries cumulative `Usage` JSON before each data event on the internal hop."""
 
 ENV_TOKEN_SHA256 = "LORAPOOL_TOKEN_SHA256"
+ENV_TOKEN_SHA256_FILE = "LORAPOOL_TOKEN_SHA256_FILE"
+"""A file with one hash per line, each of a valid bearer token; read again when it changes."""
 
 
+@functools.lru_cache(maxsize=4096)
 def runtime_token(master: str, base_uid: str) -> str:
     """The bearer token of one base's runtimes: hex HMAC-SHA256 of the base's uid, keyed with the master token."""
     return hmac.new(master.encode(), f"lorapool-runtime/{base_uid}".encode(), hashlib.sha256).hexdigest()

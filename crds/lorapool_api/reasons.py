@@ -100,6 +100,10 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.READY: Explanation("At least one replica answers requests."),
     Reason.STABLE: Explanation("Nothing is changing."),
+    Reason.PROFILE_NOT_PERMITTED: Explanation(
+        "The profile in spec.runtimeProfile does not list the BaseModel's namespace in allowedNamespaces.",
+        "Name another profile, or ask the administrator to add the namespace to allowedNamespaces of this one.",
+    ),
     Reason.PAUSED: Explanation(
         "spec.paused is true: the running pods are not replaced, though their template has changed.",
         "Set spec.paused to false to replace them.",
@@ -169,8 +173,8 @@ REASONS: Mapping[Reason, Explanation] = {
         "Ask the owner of the policy that the message names, or correct the operator's Role.",
     ),
     Reason.TOKEN_REFUSED: Explanation(
-        "A runtime refuses the operator's token, since it was started with another master token.",
-        "Restart the base's pods: `kubectl rollout restart deployment` of the base's Deployment.",
+        "A runtime accepts none of the operator's tokens: it has not read the hashes of the present master token.",
+        "Wait two minutes after a rotation. If it lasts, restart the pods: `kubectl rollout restart deployment`.",
     ),
 }
 
@@ -182,8 +186,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     ),
     FailureReason.UNAUTHORIZED: Explanation(
         "The source refuses access.",
-        "Correct the Secret of the chart's value artifacts.credentials.existingSecret, restart the operator and the "
-        "base's pods, then change the annotation lorapool.dev/retry. On a volume: make the files readable (fsGroup).",
+        "Correct the Secret of the chart's value artifacts.credentials.existingSecret in the release's and the base's "
+        "namespace; no restart is needed. Then change the annotation lorapool.dev/retry. On a volume: make the files "
+        "readable (fsGroup).",
     ),
     FailureReason.INVALID_SOURCE: Explanation(
         "The address, the revision or a file in the source is of a kind that is never read.",

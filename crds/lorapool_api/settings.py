@@ -20,7 +20,6 @@ from lorapool_api.logs import LogFormat
 
 PROJECT_PREFIX = "LORAPOOL_"
 ALL_NAMESPACES = "*"
-MASTER_TOKEN_MIN_CHARS = 32
 
 TOOL_VARIABLES = frozenset(
     {
@@ -84,6 +83,10 @@ class ProcessSettings(SettingsGroup):
     """INFO logs starts, loads and failures, and nothing per request."""
     log_format: LogFormat = "auto"
     """json: one JSON object per line; text: for people; auto: text on a terminal, else json."""
+    metrics_tls_dir: Path | None = None
+    """Folder with tls.crt and tls.key, with which metrics and their port's probes are served. None: plain HTTP."""
+    metrics_token_file: Path | None = None
+    """File with the bearer token that /metrics on the metrics port requires. None: none is required."""
 
 
 G = TypeVar("G", bound=SettingsGroup)
@@ -187,15 +190,3 @@ def _namespace_list(value: object) -> object:
 
 Namespaces = Annotated[frozenset[Namespace] | None, BeforeValidator(_namespace_list)]
 """A comma-separated list of namespaces; None, written "*", stands for the whole cluster."""
-
-
-def read_master_token(path: Path) -> str:
-    """The release's master token, without surrounding white space. Raises SettingsError, which never shows it."""
-    try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SettingsError(f"the master token file {path} cannot be read: {reason}") from None
-    if len(token) < MASTER_TOKEN_MIN_CHARS:
-        raise SettingsError(f"the master token in {path} is shorter than {MASTER_TOKEN_MIN_CHARS} characters")
-    return token

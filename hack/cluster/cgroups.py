@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from cluster.errors import StartFailed
+from cluster.errors import StartFailedError
 from cluster.say import say
 
 TREES = Path("/sys/fs/cgroup")
@@ -25,13 +25,13 @@ def _hierarchies() -> list[Path]:
 
 
 def make(name: str) -> None:
-    """Makes the kubelet's root cgroup in every hierarchy, with its controllers. Raises StartFailed."""
+    """Makes the kubelet's root cgroup in every hierarchy, with its controllers. Raises StartFailedError."""
     for tree in _hierarchies():
         folder = tree / name.strip("/")
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise StartFailed(
+            raise StartFailedError(
                 f"cannot make the cgroup {folder}: {error.strerror}",
                 remedy="root must be allowed to write to /sys/fs/cgroup (in a container: run it privileged)",
             ) from None

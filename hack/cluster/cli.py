@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster import build, control, install, kernel, lifecycle
-from cluster.errors import ClusterError, NotRunning
+from cluster import control, kernel, lifecycle
+from cluster.errors import ClusterError, NotRunningError
 from cluster.places import state_dir
+from cluster.programs import build, install
 
 
 def main(argv: list[str]) -> int:
@@ -112,7 +113,7 @@ def _status(options: argparse.Namespace) -> int:
     state = _state(options)
     try:
         about = lifecycle.require_up(state)
-    except NotRunning as error:
+    except NotRunningError as error:
         print(json.dumps({"up": False}) if options.json else str(error))
         return error.exit_code
     status = control.ask(state, {"do": "status"})

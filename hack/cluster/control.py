@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import NotRunning
+from cluster.errors import NotRunningError
 
 SOCKET = "control.sock"
 _LIMIT_BYTES = 64 * 1024
@@ -49,11 +49,11 @@ def _accept(listener: socket.socket, handle: Handler) -> None:
 
 
 def ask(state: Path, request: dict[str, Any], listener: socket.socket | None = None) -> dict[str, Any]:
-    """Sends one request to the cluster of this state folder. Raises NotRunning."""
+    """Sends one request to the cluster of this state folder. Raises NotRunningError."""
     try:
         folder = os.open(state, os.O_PATH | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise NotRunning(f"there is no cluster in {state}", remedy="`python3 hack/cluster up`") from None
+        raise NotRunningError(f"there is no cluster in {state}", remedy="`python3 hack/cluster up`") from None
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_TIMEOUT_S)
@@ -64,7 +64,7 @@ def ask(state: Path, request: dict[str, Any], listener: socket.socket | None = N
             while chunk := connection.recv(_LIMIT_BYTES):
                 answer += chunk
     except OSError as error:
-        raise NotRunning(f"the cluster in {state} does not answer: {error}", remedy="`up` it again") from None
+        raise NotRunningError(f"the cluster in {state} does not answer: {error}", remedy="`up` it again") from None
     finally:
         os.close(folder)
     result: dict[str, Any] = json.loads(answer)

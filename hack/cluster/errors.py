@@ -1,10 +1,10 @@
 """Errors for people to read: which part failed, why, and what to do. `cli` prints them.
 
 ClusterError
-├── MissingTool      a program that the machine must have is not there
-├── BuildFailed      Go could not build a program
-├── StartFailed      a component did not become ready
-└── NotRunning       the command needs a running cluster
+├── MissingToolError      a program that the machine must have is not there
+├── BuildFailedError      Go could not build a program
+├── StartFailedError      a component did not become ready
+└── NotRunningError       the command needs a running cluster
 """
 
 
@@ -28,17 +28,17 @@ class ClusterError(Exception):
         return "\n".join(parts)
 
 
-class MissingTool(ClusterError):
+class MissingToolError(ClusterError):
     exit_code = 3
 
 
-class BuildFailed(ClusterError):
+class BuildFailedError(ClusterError):
     exit_code = 4
 
 
-class StartFailed(ClusterError):
+class StartFailedError(ClusterError):
     exit_code = 5
 
 
-class NotRunning(ClusterError):
+class NotRunningError(ClusterError):
     exit_code = 6

@@ -20,11 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster import build, cgroups, control, forward, install, oci, pki, trees
+from cluster import cgroups, control, forward, oci, pki, trees
 from cluster import plan as planning
-from cluster.errors import ClusterError, MissingTool, NotRunning, StartFailed
+from cluster.errors import ClusterError, MissingToolError, NotRunningError, StartFailedError
 from cluster.kernel import ProcessId
 from cluster.places import HACK, NAME, cache_dir, tail
+from cluster.programs import build, install
 from cluster.say import say
 
 START_DEADLINE_S = 150.0
@@ -77,7 +78,7 @@ def up(
             try:
                 _start(spec, while_pid)
                 break
-            except StartFailed as error:
+            except StartFailedError as error:
                 _end(state)
                 if attempt == 2 or "address already in use" not in error.log_tail:
                     raise
@@ -113,7 +114,7 @@ def is_up(state: Path) -> bool:
         return False
     try:
         return bool(control.ask(state, {"do": "status"}).get("up"))
-    except NotRunning:
+    except NotRunningError:
         return False
 
 
@@ -143,9 +144,9 @@ def describe(state: Path) -> dict[str, Any]:
 
 
 def require_up(state: Path) -> dict[str, Any]:
-    """`describe`, or NotRunning."""
+    """`describe`, or NotRunningError."""
     if not is_up(state):
-        raise NotRunning(f"no cluster is up in {state}", remedy="`python3 hack/cluster up`")
+        raise NotRunningError(f"no cluster is up in {state}", remedy="`python3 hack/cluster up`")
     return describe(state)
 
 
@@ -176,7 +177,7 @@ def _check_machine(state: Path, whole: bool) -> Path:
     install.require("openssl")
     if whole:
         if os.geteuid() != 0:
-            raise MissingTool(
+            raise MissingToolError(
                 "a whole cluster has a kubelet and containers, which need root",
                 remedy="run it as root; `up --apiserver-only` works as any user",
             )
@@ -224,7 +225,7 @@ def _read_spec(state: Path) -> dict[str, Any]:
     try:
         spec: dict[str, Any] = json.loads((state / "spec.json").read_text())
     except FileNotFoundError:
-        raise NotRunning(f"there is no cluster in {state}", remedy="`python3 hack/cluster up`") from None
+        raise NotRunningError(f"there is no cluster in {state}", remedy="`python3 hack/cluster up`") from None
     return spec
 
 
@@ -288,14 +289,14 @@ _API_NAMES = (
 
 
 def _launch(spec: planning.Spec, plan: planning.Plan, while_pid: int) -> None:
-    """Starts the supervisor and waits until it reports that all is ready. Raises StartFailed."""
+    """Starts the supervisor and waits until it reports that all is ready. Raises StartFailedError."""
     read, write = os.pipe()
     try:
         listeners = [(forward.listen(int(port)), target) for port, target in plan.forwards.items()]
     except OSError as error:
         os.close(read)
         os.close(write)
-        raise StartFailed("a port on 127.0.0.1 is taken", log_tail=str(error).lower()) from None
+        raise StartFailedError("a port on 127.0.0.1 is taken", log_tail=str(error).lower()) from None
     command = [sys.executable, "-m", "cluster.supervisor", str(spec.state), "--report-fd", str(write)]
     if spec.whole:
         command.append("--whole")
@@ -356,9 +357,9 @@ def _follow(reports: int, spec: planning.Spec, plan: planning.Plan) -> None:
                     return
 
 
-def _failed(spec: planning.Spec, component: str, why: str, remedy: str = "") -> StartFailed:
+def _failed(spec: planning.Spec, component: str, why: str, remedy: str = "") -> StartFailedError:
     log = spec.state / "log" / f"{component}.log"
-    return StartFailed(
+    return StartFailedError(
         f"{component} {why}",
         log_tail=tail(log),
         remedy=remedy or f"read {log}; `python3 hack/cluster up --fresh` starts from nothing",

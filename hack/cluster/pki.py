@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.errors import StartFailed
-from cluster.install import require
+from cluster.errors import StartFailedError
+from cluster.programs.install import require
 
 _DAYS = "3650"
 
@@ -26,7 +26,7 @@ CLIENTS = {
 
 
 def ensure(folder: Path, addresses: Sequence[str]) -> None:
-    """Makes keys and certificates unless the folder has its `complete` mark. Raises StartFailed."""
+    """Makes keys and certificates unless the folder has its `complete` mark. Raises StartFailedError."""
     if (folder / "complete").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,4 +77,6 @@ def _issue(folder: Path, name: str, subject: str, usage: str, addresses: Sequenc
 def _openssl(*arguments: str) -> None:
     done = subprocess.run([require("openssl"), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise StartFailed(f"openssl {arguments[0]} failed", log_tail=done.stderr, remedy="needs OpenSSL 1.1.1 or later")
+        raise StartFailedError(
+            f"openssl {arguments[0]} failed", log_tail=done.stderr, remedy="needs OpenSSL 1.1.1 or later"
+        )

@@ -38,7 +38,7 @@ SYSCTLS = {  # the kubelet insists on these values and would set them for the wh
 }
 
 
-class ComponentFailed(Exception):
+class ComponentFailedError(Exception):
     """A component did not become ready."""
 
     def __init__(self, component: Component, why: str) -> None:
@@ -87,7 +87,7 @@ class Supervisor:
         control.serve(self._state, self._control)
         try:
             await self._start_all()
-        except ComponentFailed as failure:
+        except ComponentFailedError as failure:
             c = failure.component
             self.report(event="failed", component=c.name, why=str(failure), log=f"log/{c.name}.log", remedy=c.remedy)
             await self._end_all()
@@ -108,7 +108,7 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 for item in self._running.values():
                     group.create_task(self._bring_up(item))
-        except* ComponentFailed as failures:
+        except* ComponentFailedError as failures:
             raise failures.exceptions[0] from None
 
     async def _bring_up(self, item: Running) -> None:
@@ -131,7 +131,7 @@ class Supervisor:
             if code == 0:
                 return
             if time.monotonic() > deadline:
-                raise ComponentFailed(component, f"did not succeed within {component.deadline_s:.0f} s")
+                raise ComponentFailedError(component, f"did not succeed within {component.deadline_s:.0f} s")
             await asyncio.sleep(0.2)
 
     async def _wait_ready(self, item: Running) -> None:
@@ -139,11 +139,11 @@ class Supervisor:
         deadline = time.monotonic() + component.deadline_s
         while component.ready_url:
             if item.pid == 0:
-                raise ComponentFailed(component, f"ended with {item.last_exit} before it was ready")
+                raise ComponentFailedError(component, f"ended with {item.last_exit} before it was ready")
             if await asyncio.to_thread(_answers, component.ready_url):
                 return
             if time.monotonic() > deadline:
-                raise ComponentFailed(component, f"was not ready within {component.deadline_s:.0f} s")
+                raise ComponentFailedError(component, f"was not ready within {component.deadline_s:.0f} s")
             await asyncio.sleep(POLL_S)
 
     def _execute(self, component: Component) -> int:

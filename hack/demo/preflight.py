@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import build, install
 from cluster.places import REPOSITORY, cache_dir
+from cluster.programs import build, install
 
 PYTHON_NEEDED = (3, 11)
 DISK_NEEDED_GIB = 25

@@ -9,9 +9,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cluster import install
 from cluster.errors import ClusterError
 from cluster.places import cache_dir
+from cluster.programs import install
 from cluster.say import say
 from images import buildah
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import install
-from cluster.errors import ClusterError, MissingTool
+from cluster.errors import ClusterError, MissingToolError
 from cluster.places import cache_dir
+from cluster.programs import install
 from cluster.say import say
 
 
@@ -20,7 +20,7 @@ def store() -> Path:
 def run(*arguments: str, timeout_s: float = 3600, quiet: bool = False) -> str:
     """Runs buildah; its standard output. Progress goes to standard error as it comes, unless `quiet`."""
     if os.geteuid() != 0:
-        raise MissingTool("building images needs root", remedy="run it as root")
+        raise MissingToolError("building images needs root", remedy="run it as root")
     store().mkdir(parents=True, exist_ok=True)
     command = [install.require("buildah"), "--root", str(store()), "--runroot", "/run/lorapool-buildah", *arguments]
     env = dict(os.environ, STORAGE_DRIVER="overlay", BUILDAH_ISOLATION="chroot", PATH=install.SEARCH_PATH)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import configs, forward, install, kernel
+from cluster import configs, forward, kernel
 from cluster.errors import ClusterError
 from cluster.places import cache_dir
+from cluster.programs import install
 
 _TIMEOUT_S = 20
 _START_TIMEOUT_S = 30

@@ -1,4 +1,4 @@
-"""The six reference pages, each a function that reads the code and returns Markdown."""
+"""The reference pages, each a function that reads the code and returns Markdown."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
 from lorapool_operator import metrics as operator_metrics
 from lorapool_operator.settings import Settings as OperatorSettings
+from lorapool_operator.world.profiles import CONTAINER_FIELDS, POD_FIELDS, RuntimeProfile
 from lorapool_runtime.engines.interface import DecodeProgramState
 from lorapool_runtime.metrics import Gauges
 from lorapool_runtime.openai import json_body, request
@@ -237,6 +238,22 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[list[str]]:
             yield [shown, type_of(node, defs), default, bounds(node), unit, one_line(node["description"])]
 
 
+def profiles() -> str:
+    whole = _untitled(RuntimeProfile.model_json_schema(by_alias=True))
+    defs = whole.get("$defs", {})
+    text = texts.PROFILES + field_table(fields(whole, defs), defs)
+    for name, allowed in (("pod", POD_FIELDS), ("container", CONTAINER_FIELDS)):
+        text += f"\nFields of `{name}`: {', '.join(code(field) for field in sorted(allowed))}.\n"
+    return text
+
+
+def _untitled(node: Any) -> Any:
+    """The schema without the titles that pydantic makes of field names."""
+    if isinstance(node, dict):
+        return {key: _untitled(value) for key, value in node.items() if key != "title"}
+    return [_untitled(value) for value in node] if isinstance(node, list) else node
+
+
 # --- the runtime's protocol --------------------------------------------------------------
 
 
@@ -375,6 +392,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "conditions.md": conditions,
     "metrics.md": metrics,
     "settings.md": settings,
+    "profiles.md": profiles,
     "runtime-protocol.md": runtime_protocol,
     "gateway-api.md": gateway_api,
 }

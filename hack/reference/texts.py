@@ -39,6 +39,13 @@ METRICS = """# Metrics
 All three processes also export the Python client's `process_` and `python_` metrics.
 """
 
+PROFILES = """# Runtime profiles
+
+The fields of a profile in the chart's value `runtimeProfiles`. BaseModels name a profile in `spec.runtimeProfile`; only
+the administrator of the release writes profiles. A change of a profile rolls the pods of the bases that use it.
+
+"""
+
 SETTINGS = """# Settings
 
 Each process reads its settings from the environment at start; the chart sets them from its values. A variable that
@@ -57,6 +64,7 @@ HEADERS = {
     common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
     "`model` is. Answer: what answered.",
     common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
+    common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
@@ -106,6 +114,10 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         protocol.ROUTE_ADAPTER,
     ): "Lets running requests of the adapter end, then removes it. Answers `DeleteAnswer`.",
     ("POST", protocol.ROUTE_RESOLVE): "Checks a source without loading it: `ResolveRequest` to `ResolveAnswer`.",
+    (
+        "DELETE",
+        protocol.ROUTE_ATTEMPT,
+    ): "Ends the request that was sent with this `x-lorapool-attempt`, whose client has left. Answers its `Usage`.",
     ("GET", protocol.ROUTE_MODELS): "The base and the registered adapters, as OpenAI lists models.",
     ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
@@ -156,6 +168,7 @@ ERROR_CODES: dict[str, str] = {
     "adapter_suspended": "The adapter's spec.suspend is true.",
     "bad_upstream": "A runtime sent an answer that the gateway does not understand. Compare their versions.",
     "base_not_found": "The adapter's BaseModel does not exist.",
+    "base_unavailable": "No pod of the BaseModel can start: the message quotes the condition that says why.",
     "base_start_failed": "The base failed to start and may not be started again yet; its conditions say why. Try again "
     "after `Retry-After`.",
     "body_timeout": "The client sent its body too slowly.",

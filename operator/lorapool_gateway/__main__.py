@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from lorapool_api.logs import set_up_logs
-from lorapool_api.settings import SettingsError, read_master_token
+from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.settings import SettingsError
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import GatewayProcess, drain, run, running
 from lorapool_gateway.routing.kube import Kube
@@ -22,25 +23,25 @@ from lorapool_gateway.settings import Settings, read_settings
 
 
 @asynccontextmanager
-async def serving_cluster(settings: Settings, master_token: str) -> AsyncIterator[GatewayProcess]:
+async def serving_cluster(settings: Settings, tokens: RuntimeTokens) -> AsyncIterator[GatewayProcess]:
     """Serves the objects of the API server inside the context."""
     metrics = Metrics(settings.max_tracked_adapters)
     kube = await Kube.connect(settings.kubeconfig)
     try:
         source = KubeSource(kube, settings.namespaces, settings.keys_namespace, metrics.watch_failed)
-        async with running(settings, master_token, source, kube, metrics) as process:
+        async with running(settings, tokens, source, kube, metrics) as process:
             yield process
     finally:
         await kube.close()
 
 
-async def serve(settings: Settings, master_token: str) -> None:
+async def serve(settings: Settings, tokens: RuntimeTokens) -> None:
     """Serves until a signal arrives, then drains."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with serving_cluster(settings, master_token) as process:
+    async with serving_cluster(settings, tokens) as process:
         await stop.wait()
         await drain(process, settings)
 
@@ -48,12 +49,12 @@ async def serve(settings: Settings, master_token: str) -> None:
 def main() -> None:
     try:
         settings = read_settings(os.environ)
-        master_token = read_master_token(settings.master_token_file)
+        tokens = RuntimeTokens.from_file(settings.master_token_file)
     except SettingsError as error:
         error.report("lorapool-gateway")
         sys.exit(2)
     set_up_logs("gateway", settings.log_level, settings.log_format)
-    run(serve(settings, master_token))
+    run(serve(settings, tokens))
 
 
 if __name__ == "__main__":

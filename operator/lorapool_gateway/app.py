@@ -160,13 +160,14 @@ class Gateway:
 
     async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
         key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
-        data = [_model(entry) for entry in self._routes.table.visible(key)]
+        table = self._routes.table
+        data = [_model(entry, name) for entry in table.visible(key) for name in table.names_of(entry, key)]
         return _json(json.dumps({"object": "list", "data": data}).encode(), exchange.headers())
 
     async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
         key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
-        entry = self._routes.table.find(exchange.request.path.removeprefix(ROUTE_MODELS + "/"), key)
-        return _json(json.dumps(_model(entry)).encode(), exchange.headers())
+        name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
+        return _json(json.dumps(_model(self._routes.table.find(name, key), name)).encode(), exchange.headers())
 
     # --- limits
 
@@ -270,12 +271,14 @@ def _json(body: bytes, headers: dict[str, str], status: int = 200) -> web.Respon
     return web.Response(body=body, status=status, headers=headers)
 
 
-def _model(entry: Entry) -> dict[str, Any]:
+def _model(entry: Entry, name: str) -> dict[str, Any]:
+    """The object under one of its names; `root` is the name that never changes its meaning."""
     model: dict[str, Any] = {
-        "id": str(entry.ref),
+        "id": name,
         "object": "model",
         "created": int(entry.created_unix_s),
         "owned_by": entry.ref.namespace,
+        "root": str(entry.ref),
     }
     if isinstance(entry, AdapterRoute):
         model["parent"] = str(entry.base_ref)

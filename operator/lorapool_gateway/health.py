@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_gateway.metrics import Metrics
 
 
-def health_app(metrics: Metrics, alive: Callable[[], bool], ready: Callable[[], bool]) -> web.Application:
-    """`alive`: the task that builds the tables runs. `ready`: the tables are complete and it is not draining."""
+def health_app(
+    metrics: Metrics, access: MetricsAccess, alive: Callable[[], bool], ready: Callable[[], bool]
+) -> web.Application:
+    """`alive`: the task that builds the tables runs. `ready`: they were complete once, and it is not draining."""
 
     def probe(ask: Callable[[], bool]) -> Callable[[web.Request], object]:
         async def handler(_: web.Request) -> web.Response:
@@ -19,7 +22,9 @@ def health_app(metrics: Metrics, alive: Callable[[], bool], ready: Callable[[], 
 
         return handler
 
-    async def text(_: web.Request) -> web.Response:
+    async def text(request: web.Request) -> web.Response:
+        if not access.permits(request.headers.get("Authorization")):
+            return web.Response(status=401)
         return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     app = web.Application()

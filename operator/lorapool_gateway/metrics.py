@@ -1,11 +1,13 @@
 """The gateway's Prometheus metrics. Label values come from objects only, never from a client's request.
 
 Histograms have a label for the base only. Counters also have one for the adapter: at most `max_tracked_adapters`
-adapters have their own series, all others share `__other__`. A deleted object's series are removed.
+adapters have their own series, all others share `__other__`. A deleted object's series are removed. Series begin at 0
+as soon as their object is known, since `increase()` misses what a series counts before its first scrape.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter as TallyOf
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from lorapool_api.protocol import Usage
 
 UNKNOWN = "__unknown__"
 OTHER = "__other__"
+TOKEN_TYPES = ("prompt", "completion", "cached")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 30.0, 60.0, 300.0)
 _DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0)
@@ -47,11 +50,17 @@ class RequestRecord:
     cold_ms: int | None = None
     """Milliseconds that it was held or waited for its adapter; None when warm."""
 
+    def used(self, usage: Usage | None) -> None:
+        """Records what the request has used, unless that is known already. None: not reported."""
+        self.usage = self.usage or usage
+
 
 @dataclass(slots=True)
 class _Tracked:
     known: frozenset[str] = frozenset()
     series: dict[str, set[tuple[str, tuple[str, ...]]]] = field(default_factory=dict)
+    unused: dict[str, None] = field(default_factory=dict)
+    """Those whose series are all 0, oldest first."""
 
 
 class Metrics:
@@ -133,9 +142,8 @@ class Metrics:
         if record.cold_ms is not None:
             self._observe("activation", (base,), record.cold_ms / 1000)
         if record.usage is not None:
-            self._inc("tokens", (base, adapter, "prompt"), record.usage.prompt_tokens)
-            self._inc("tokens", (base, adapter, "completion"), record.usage.completion_tokens)
-            self._inc("tokens", (base, adapter, "cached"), record.usage.cached_tokens)
+            for kind in TOKEN_TYPES:
+                self._inc("tokens", (base, adapter, kind), getattr(record.usage, f"{kind}_tokens"))
 
     def hold(self, base: str, change: int) -> None:
         """Adds `change` to the number of held requests of a base."""
@@ -167,6 +175,18 @@ class Metrics:
         for base, count in counts.items():
             self.adapters.labels(base).set(count)
             self._note(self._bases, base, "adapters", (base,))
+            self._begin_at_zero(base, BASE_TARGET)
+        for adapter, base in adapters.items():
+            if adapter not in self._adapters.series and len(self._adapters.series) < self._max_tracked:
+                self._adapters.series[adapter] = set()
+                self._adapters.unused[adapter] = None
+            if adapter in self._adapters.series and base in self._bases.known:
+                self._begin_at_zero(base, adapter)
+
+    def _begin_at_zero(self, base: str, adapter: str) -> None:
+        for metric, last in (("requests", "200"), *(("tokens", kind) for kind in TOKEN_TYPES)):
+            if (metric, (base, adapter, last)) not in self._children:
+                self._child(metric, (base, adapter, last))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -180,11 +200,20 @@ class Metrics:
             return base, adapter
         if adapter not in self._adapters.known:
             return base, OTHER  # deleted while the request ran
+        self._adapters.unused.pop(adapter, None)
         if adapter not in self._adapters.series:
-            if len(self._adapters.series) >= self._max_tracked:
+            if len(self._adapters.series) >= self._max_tracked and not self._drop_unused():
                 return base, OTHER
             self._adapters.series[adapter] = set()
         return base, adapter
+
+    def _drop_unused(self) -> bool:
+        """Removes the series of one adapter that was never used, to make room for one that is."""
+        oldest = next(iter(self._adapters.unused), None)
+        if oldest is None:
+            return False
+        self._remove(self._adapters, oldest)
+        return True
 
     def _inc(self, metric: str, labels: tuple[str, ...], amount: float = 1) -> None:
         counter: Counter = self._children.get((metric, labels)) or self._child(metric, labels)
@@ -209,12 +238,14 @@ class Metrics:
 
     def _drop(self, tracked: _Tracked, known: frozenset[str]) -> None:
         for gone in [owner for owner in tracked.series if owner not in known]:
-            for metric, labels in tracked.series.pop(gone):
-                # A base and its adapter may both own a series; it is removed with the first of the two.
-                self._children.pop((metric, labels), None)
-                family: Counter | Gauge | Histogram = getattr(self, metric)
-                try:
-                    family.remove(*labels)
-                except KeyError:
-                    continue
+            self._remove(tracked, gone)
         tracked.known = known
+
+    def _remove(self, tracked: _Tracked, owner: str) -> None:
+        tracked.unused.pop(owner, None)
+        for metric, labels in tracked.series.pop(owner):
+            # A base and its adapter may both own a series; it is removed with the first of the two.
+            self._children.pop((metric, labels), None)
+            family: Counter | Gauge | Histogram = getattr(self, metric)
+            with contextlib.suppress(KeyError):
+                family.remove(*labels)

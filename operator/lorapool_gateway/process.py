@@ -11,14 +11,15 @@ import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from ssl import SSLContext
 from typing import Any
 
 import aiohttp
 import uvloop
 from aiohttp import web
 
-from lorapool_api.protocol import runtime_token
+from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics
@@ -52,21 +53,20 @@ class GatewayProcess:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, master_token: str, source: ObjectSource, scale: ScaleClient, metrics: Metrics
+    settings: Settings, tokens: RuntimeTokens, source: ObjectSource, scale: ScaleClient, metrics: Metrics
 ) -> AsyncIterator[GatewayProcess]:
     """Serves inside the context: on the API port, and metrics and probes on their own port."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
-        token = lru_cache(maxsize=4096)(lambda base_uid: runtime_token(master_token, base_uid))
         routes, keys = LiveRoutes(), LiveKeys()
         tables = TableBuilder(source, routes, keys, metrics)
-        tables.polls = RuntimePolls(session, token, tables.runtimes_changed)
+        tables.polls = RuntimePolls(session, tokens.of, tables.runtimes_changed)
         stack.push_async_callback(tables.polls.close)
         waker = ScaleWaker(scale, metrics.wake)
         stack.push_async_callback(waker.close)
         http = HttpClient(connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s)
         stack.push_async_callback(http.close)
-        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: token(base.uid)), metrics)
+        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics)
         gateway = Gateway(settings, routes, keys, dispatcher, metrics)
         watching = asyncio.create_task(tables.run(), name="tables")
         stack.push_async_callback(_cancel, watching)
@@ -74,9 +74,10 @@ async def running(
         def alive() -> bool:
             return not watching.done()
 
-        health = health_app(metrics, alive, lambda: alive() and tables.synced and not gateway.draining)
+        access = MetricsAccess(settings)
+        health = health_app(metrics, access, alive, lambda: alive() and tables.synced and not gateway.draining)
         open_runner = web.AppRunner(health, access_log=None, shutdown_timeout=SHUTDOWN_S)
-        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port)
+        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port, access.tls)
         runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
@@ -106,11 +107,13 @@ async def drain(process: GatewayProcess, settings: Settings) -> None:
         log.warning("drain timeout", extra={"in_flight": process.gateway.in_flight})
 
 
-async def listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int) -> tuple[web.TCPSite, int]:
+async def listen(
+    stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int, tls: SSLContext | None = None
+) -> tuple[web.TCPSite, int]:
     """Serves on that port (0: a free one) until the stack unwinds."""
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
+    site = web.TCPSite(runner, host, port, backlog=BACKLOG, ssl_context=tls)
     await site.start()
     return site, int(runner.addresses[0][1])
 

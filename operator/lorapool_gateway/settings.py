@@ -22,7 +22,8 @@ class Settings(ProcessSettings):
     keys_namespace: Namespace
     """Namespace of the API key Secrets. There is no default, since a wrong guess would read other Secrets."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
-    """File with the release's master token, from which each base's runtime token is derived."""
+    """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
+    two lines, the current token and the previous one. A change is noticed without a restart."""
     kubeconfig: Path | None = None
     """Only needed outside a cluster; inside, the pod's service account is used."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, Reason
@@ -29,7 +29,8 @@ LOAD_DELAY_S = 1.0
 class ControlSettings:
     """The settings of all parts; each is documented in the operator's settings."""
 
-    master_token: str
+    tokens: Callable[[str], tuple[str, ...]]
+    """The bearer tokens of a base's runtimes, by the base's uid, in the order in which to try them."""
     image: RuntimeImage
     profiles: Profiles
     inspections: int
@@ -58,7 +59,7 @@ class Control:
         self._usage_delay_s = settings.usage_delay_s
         self.runtimes = RuntimeTracker(
             self.cache,
-            master_token=settings.master_token,
+            tokens=settings.tokens,
             settings=settings.polls,
             changed=self._runtime_changed,
             fence=fence,
@@ -84,7 +85,7 @@ class Control:
             self.inspections,
             profiles=settings.profiles,
             image=settings.image,
-            master_token=settings.master_token,
+            tokens=settings.tokens,
         )
         self.reconciler = Reconciler(
             self.queue,

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from lorapool_api.common import AdapterCondition
 from lorapool_api.loraadapter import UsageStatus
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_operator.effects.cluster import Cluster
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.namespace_reports import NamespaceReports
@@ -218,10 +219,14 @@ def _counter(name: str, text: str, label: str, values: dict[str, int]) -> Counte
     return family
 
 
-def status_app(registry: CollectorRegistry, *, healthy: Callable[[], str], ready: Callable[[], str]) -> web.Application:
+def status_app(
+    registry: CollectorRegistry, access: MetricsAccess, *, healthy: Callable[[], str], ready: Callable[[], str]
+) -> web.Application:
     """Returns the app. `healthy` and `ready` return what is wrong, or "": then the probe succeeds."""
 
-    async def show(_: web.Request) -> web.Response:
+    async def show(request: web.Request) -> web.Response:
+        if not access.permits(request.headers.get("Authorization")):
+            return web.Response(status=401)
         return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def probe(check: Callable[[], str]) -> Callable[[web.Request], object]:

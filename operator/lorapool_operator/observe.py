@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
-from lorapool_api.protocol import runtime_token, token_sha256
+from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
 from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
@@ -64,7 +64,7 @@ class Observer:
         *,
         profiles: Profiles,
         image: RuntimeImage,
-        master_token: str,
+        tokens: Callable[[str], tuple[str, ...]],
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
@@ -72,13 +72,15 @@ class Observer:
         self._runtimes = runtimes
         self._inspections = inspections
         self._image = image
-        self._master_token = master_token
+        self._tokens = tokens
         self._now = now
         self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
         self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
         self._spread: dict[str, SpreadMemory] = {}
         self._pins: dict[Key, _Pins] = {}
+        self._pins_seen: dict[Key, _Pins] = {}
+        """Those of the base's last plan; `_pins` may be newer, since the plans of adapters compute them too."""
         self._leaving: dict[Key, frozenset[str]] = {}
         self._rollouts_begun: dict[Key, float] = {}
         self._standings: dict[Key, Standing] = {}
@@ -125,13 +127,16 @@ class Observer:
         known = {item.meta.uid for item in adapters}
         memory = self.memory(base)
         profile = self.profiles.get(base.spec.runtime_profile)
+        denied = profile is not None and not profile.permits(key.namespace)
+        profile = None if denied else profile
         before, memory.profile = memory.profile, profile
         summaries = {item.key: self._summary(item, base) for item in adapters}
         return ObservedBase(
             base=base,
             profile=profile,
+            profile_denied=denied,
             image=self._image,
-            token_sha256=token_sha256(runtime_token(self._master_token, base.meta.uid)),
+            token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
             runtimes=tuple(self._runtimes.views_of(base)),
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),
@@ -205,7 +210,8 @@ class Observer:
 
     def forget(self, key: Key) -> None:
         """Drops what is remembered of a deleted object."""
-        for kept in (self._bases, self._pins, self._leaving, self._standings, self._yields, self._asked_to_yield):
+        self._bases.pop(key, None)
+        for kept in (self._pins, self._pins_seen, self._leaving, self._standings, self._yields, self._asked_to_yield):
             kept.pop(key, None)
         summary = self._summaries.pop(key, None)
         if summary is not None:
@@ -250,15 +256,17 @@ class Observer:
         leaving: frozenset[str],
     ) -> tuple[Key, ...]:
         """Computes the pins again. Returns the adapters that the operator itself places and that may have to move."""
-        before, known = self._pins.get(base.key), self._leaving.get(base.key, frozenset())
+        known, seen = self._leaving.get(base.key, frozenset()), self._pins_seen.get(base.key)
         allowed = self._compute_pins(base, self._wanted_pins(adapters, summaries))
-        after, self._leaving[base.key] = self._pins[base.key], leaving
-        if before is None or (before is after and leaving == known):
+        pins, self._leaving[base.key] = self._pins[base.key], leaving
+        self._pins_seen[base.key] = pins
+        if seen is None or (seen is pins and leaving == known):
             return ()
+        before = seen.allowed
 
         def placed(item: AdapterObject) -> bool:
             hot = item.status.placement is not None or (bool(leaving) and summaries[item.key].loaded)
-            return hot or before.allowed.get(item.meta.uid) != allowed.get(item.meta.uid)
+            return hot or before.get(item.meta.uid) != allowed.get(item.meta.uid)
 
         return tuple(item.key for item in adapters if placed(item))
 

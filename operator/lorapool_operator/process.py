@@ -7,6 +7,7 @@ process ends; the next leader starts from the state of the API server and of the
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +16,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
-from lorapool_api.settings import read_master_token
+from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.assembly import Control, ControlSettings
@@ -53,10 +55,9 @@ class Process:
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
-        self._master_token = read_master_token(settings.master_token_file)
-        self._inspector = inspector or ArtifactInspector(
-            sources, timeout_s=settings.judge_timeout_s, max_base_bytes=settings.max_base_bytes
-        )
+        self._tokens = RuntimeTokens.from_file(settings.master_token_file)
+        self._metrics_access = MetricsAccess(settings)
+        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
         self._stop = asyncio.Event()
         self._finished = False
 
@@ -122,7 +123,7 @@ class Process:
     def _control_settings(self) -> ControlSettings:
         settings = self.settings
         return ControlSettings(
-            master_token=self._master_token,
+            tokens=self._tokens.of,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
             profiles=self._profiles,
             inspections=settings.judge_concurrency,
@@ -168,13 +169,15 @@ class Process:
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
         except* FencedError:
-            log.error("lost the Lease: ending, so that the process starts again as a standby")
+            if not self.stop_requested:
+                log.error("lost the Lease: ending, so that the process starts again as a standby")
         finally:
             await self.control.close()
 
     async def _until_listed(self, namespaces: Namespaces) -> None:
         began = time.monotonic()
         await namespaces.listed()
+        gc.freeze()  # thousands of parsed objects live long: a full collection of them would stop the loop
         self.synced = True
         cache = self.control.cache
         log.info(
@@ -223,11 +226,14 @@ class Process:
 
     @asynccontextmanager
     async def _status_server(self) -> AsyncIterator[None]:
-        app = status_app(self.metrics.registry, healthy=self._health_problem, ready=self._ready_problem)
+        app = status_app(
+            self.metrics.registry, self._metrics_access, healthy=self._health_problem, ready=self._ready_problem
+        )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self.settings.metrics_host, self.settings.metrics_port).start()
+            host, port, tls = self.settings.metrics_host, self.settings.metrics_port, self._metrics_access.tls
+            await web.TCPSite(runner, host, port, ssl_context=tls).start()
             self.metrics_port = int(runner.addresses[0][1])
             yield
         finally:

@@ -30,6 +30,8 @@ from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
 
+SLICE_S = 0.01
+"""Planning takes this long, and one key more, in one pass of the event loop; then the Lease, polls and probes come."""
 CONFLICT_DELAY_S = 0.3
 """Another client changed the object; the watch event of the change is on its way."""
 
@@ -41,6 +43,24 @@ class Outcome:
     name: Literal["done", "conflict", "error"]
     retry_after_s: float = 0.0
     """The least wait before an error is tried again."""
+
+
+class Slice:
+    """Bounds how long all workers together keep one pass of the event loop."""
+
+    def __init__(self) -> None:
+        self._ends_s: float | None = None
+
+    async def turn(self) -> None:
+        """Returns in a pass of the event loop that has time left."""
+        while self._ends_s is not None and time.monotonic() > self._ends_s:  # noqa: ASYNC110  the pass has no event
+            await asyncio.sleep(0)
+        if self._ends_s is None:
+            self._ends_s = time.monotonic() + SLICE_S
+            asyncio.get_running_loop().call_soon(self._end)
+
+    def _end(self) -> None:
+        self._ends_s = None
 
 
 class Reconciler:
@@ -65,6 +85,7 @@ class Reconciler:
         self._inspections = inspections
         self._metrics = metrics
         self._settings = settings
+        self._slice = Slice()
 
     async def work(self, workers: int) -> None:
         """Runs until cancelled. Raises an ExceptionGroup of FencedError once this process may not write any more."""
@@ -75,6 +96,7 @@ class Reconciler:
     async def _worker(self) -> None:
         while True:
             key = await self._queue.get()
+            await self._slice.turn()
             began = time.monotonic()
             outcome = Outcome("error")
             try:
@@ -82,7 +104,7 @@ class Reconciler:
             finally:
                 self._queue.done(key, failed=outcome.name == "error", wait_s=outcome.retry_after_s)
                 self._metrics.reconciled(key.kind, outcome.name, time.monotonic() - began)
-            await asyncio.sleep(0)  # a plan without a call never waits: the Lease, polls and probes come between keys
+            await asyncio.sleep(0)  # a plan without a call never waits
 
     async def _one(self, key: Key) -> Outcome:
         try:

@@ -50,7 +50,8 @@ class Settings(ProcessSettings):
     profiles_file: Path
     """YAML file of runtime profiles, read again within 2 seconds after a change."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
-    """File with the release's master token, from which each base's runtime token is derived."""
+    """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
+    two lines, the current token and the previous one. A change is noticed without a restart."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""
@@ -105,8 +106,6 @@ class Settings(ProcessSettings):
     """Gateways do not start a base again for this long after a failed start. The wait doubles each time."""
     start_retry_max_s: PositiveS = 1800.0
     """Longest wait after a failed start."""
-    max_base_bytes: Annotated[int, Field(ge=1)] = 200_000_000_000
-    """A base whose files are larger is refused as TooLarge."""
 
     @model_validator(mode="after")
     def _lease_order(self) -> Settings:

@@ -2,7 +2,7 @@
 
 kopf ends as a whole when one of its watches is refused for good (403: the Role is gone), and then cancels every task of
 its event loop. One kopf for each watched namespace, in a thread with its own loop, confines that to the namespace. It
-also keeps kopf's work for each event away from the loop that renews the Lease. Decision 12 has the alternatives.
+also keeps kopf's work for each event away from the loop that renews the Lease. Decision 24 has the alternatives.
 """
 
 from __future__ import annotations

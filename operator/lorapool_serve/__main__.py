@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapool_api.common import LABEL_API_KEY
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import drain, run, running
@@ -113,12 +114,12 @@ async def serve(options: Options, command: Sequence[str]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    console, master_token, key = Console(), secrets.token_hex(32), f"lp-{secrets.token_urlsafe(32)}"
+    console, tokens, key = Console(), RuntimeTokens([secrets.token_hex(32)]), f"lp-{secrets.token_urlsafe(32)}"
     objects = Objects(console.event)
     objects.put(api_key_object(key))
     folder = Folder(options.folder, objects, console.line)
     sources = SourceSettings.from_env(os.environ, pvc_root=options.folder)
-    controller = Controller(objects, LocalInspector(sources, options.local_bases), master_token)
+    controller = Controller(objects, LocalInspector(sources, options.local_bases), tokens)
     settings = Settings(
         keys_namespace=NAMESPACE,
         listen_host=HOST,
@@ -132,7 +133,7 @@ async def serve(options: Options, command: Sequence[str]) -> None:
             objects, options.state, {"LORAPOOL_RUNTIME_PVC_ROOT": str(options.folder)}, options.local_bases, command
         )
         try:
-            gateway = await stack.enter_async_context(running(settings, master_token, objects, objects, Metrics()))
+            gateway = await stack.enter_async_context(running(settings, tokens, objects, objects, Metrics()))
         except OSError as error:
             raise ServeError(f"port {options.port}: {error.strerror}. Choose another one with --port.") from error
         url = f"http://{HOST}:{gateway.api_port}"

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.inspect import BaseInspection, base_facts_from_folder, names_of
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.uri import parse_uri
@@ -22,7 +23,6 @@ from lorapool_serve.objects import ADAPTER, BASE, DEPLOYMENT, POD, Objects
 WORKERS = 4
 INSPECTIONS = 4
 INSPECT_TIMEOUT_S = 120.0
-MAX_BASE_BYTES = 200_000_000_000
 PROFILE = RuntimeProfile(termination_grace_period_seconds=10)
 """Running requests may finish for 5 s when a runtime is stopped."""
 REPORT_DELAY_S = 1.0
@@ -35,7 +35,7 @@ class LocalInspector(ArtifactInspector):
 
     def __init__(self, settings: SourceSettings, local_bases: Mapping[str, Path]) -> None:
         """`local_bases`: folder by the source URI that it stands for."""
-        super().__init__(settings, timeout_s=INSPECT_TIMEOUT_S, max_base_bytes=MAX_BASE_BYTES)
+        super().__init__(settings, timeout_s=INSPECT_TIMEOUT_S)
         self._local_bases = local_bases
 
     async def base(self, uri: str, revision: str | None) -> BaseInspection:
@@ -50,9 +50,9 @@ class LocalInspector(ArtifactInspector):
 class Controller:
     """Plans and applies until cancelled; its writes go into the objects, which report every change back to it."""
 
-    def __init__(self, objects: Objects, inspector: Inspector, master_token: str) -> None:
+    def __init__(self, objects: Objects, inspector: Inspector, tokens: RuntimeTokens) -> None:
         settings = ControlSettings(
-            master_token=master_token,
+            tokens=tokens.of,
             image=RuntimeImage("", "Never"),
             profiles={"default": PROFILE},
             inspections=INSPECTIONS,

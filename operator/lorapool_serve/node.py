@@ -23,10 +23,10 @@ from typing import Any
 
 import aiohttp
 
-from lorapool_api.protocol import ROUTE_READY
+from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
 from lorapool_gateway.routing.objects import PORT_NAME, ObjectRef
 from lorapool_gateway.routing.source import ref_of
-from lorapool_serve.objects import DEPLOYMENT, ENDPOINT_SLICE, POD, Objects, Raw, object_of
+from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, ENDPOINT_SLICE, POD, Objects, Raw, object_of
 
 HOST = "127.0.0.1"
 COMMAND = (sys.executable, "-m", "lorapool_runtime")
@@ -111,7 +111,15 @@ class Node:
         model = given["LORAPOOL_RUNTIME_MODEL"]
         given["LORAPOOL_RUNTIME_MODEL"] = str(self._local_bases.get(model, model))
         given["LORAPOOL_RUNTIME_CACHE_DIR"] = str(self._folder / "cache" / f"{ref.namespace}-{ref.name}")
+        given[ENV_TOKEN_SHA256_FILE] = str(self._token_hashes(ref))
         return {**given, **self._settings}
+
+    def _token_hashes(self, ref: ObjectRef) -> Path:
+        """Writes the file that a pod would mount, with the hashes of the accepted tokens."""
+        file = self._folder / f"{ref.namespace}-{ref.name}.token-hashes"
+        mounted = (raw["data"] for raw in self._objects.of(CONFIG_MAP) if ref_of(raw) == ref)
+        file.write_text("".join(text for data in mounted for text in data.values()))
+        return file
 
     async def _replace(self, previous: asyncio.Task[None] | None, pod: _Pod, environ: Mapping[str, str]) -> None:
         if previous is not None:

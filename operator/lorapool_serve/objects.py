@@ -19,7 +19,8 @@ from lorapool_operator.effects.cluster import ObjectConflictError, ObjectNotFoun
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key
 
 BASE, ADAPTER = basemodel.KIND, loraadapter.KIND
-DEPLOYMENT, POD, ENDPOINT_SLICE, SECRET = "Deployment", "Pod", "EndpointSlice", "Secret"
+DEPLOYMENT, CONFIG_MAP, POD = "Deployment", "ConfigMap", "Pod"
+ENDPOINT_SLICE, SECRET = "EndpointSlice", "Secret"
 KIND_OF = {Kind.BASES: BASE, Kind.ADAPTERS: ADAPTER, Kind.ENDPOINT_SLICES: ENDPOINT_SLICE, Kind.API_KEYS: SECRET}
 IMMUTABLE = {BASE: "source", ADAPTER: "baseModelRef"}
 """A file that changes this field of the spec replaces the object; kubectl would have to delete and create it."""
@@ -152,8 +153,8 @@ class Objects:
         """There is one process per base, so no pod is chosen among several."""
 
     async def apply_child(self, manifest: Mapping[str, Any]) -> Raw:
-        """Keeps Deployments, which become processes. A Service or a disruption budget has no use here."""
-        if manifest["kind"] == DEPLOYMENT:
+        """Keeps Deployments, which become processes, and their files. A Service or a budget has no use here."""
+        if manifest["kind"] in (DEPLOYMENT, CONFIG_MAP):
             self.put(manifest)
         return dict(manifest)
 

@@ -20,15 +20,14 @@ from pathlib import Path
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import (
-    TEMPORARY,
     ResolvedArtifact,
     check_room,
-    clean_leftovers,
     disk_errors,
     fetch,
     folder_digest,
     present_folder,
 )
+from lorapool_artifacts.writer_folders import TEMPORARY, remove_dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class DiskCache:
     def start(self) -> int:
         """Creates the folder and removes the leftovers of a killed process. Blocks. Returns the number removed."""
         self.root.mkdir(parents=True, exist_ok=True)
-        return clean_leftovers(self.root)
+        return remove_dead(self.root)
 
     def get(self, digest: str) -> Path | None:
         """The folder of a digest, or None. Does not count as a use."""

@@ -36,11 +36,39 @@ class Deadline:
         self._clock = clock
         self._end = clock() + limits.total_timeout_s
         self._progress_at = clock()
+        self._received = 0
+        self._received_since: float | None = None
         self._cancelled = threading.Event()
 
     def progress(self) -> None:
         """Restarts the idle time: bytes arrived or a step began."""
         self._progress_at = self._clock()
+
+    def begin_file(self) -> None:
+        """Restarts the measurement of `received`."""
+        self._received, self._received_since = 0, None
+
+    def received(self, count: int) -> None:
+        """Counts bytes of a file that arrived. Raises ArtifactError when fewer than the minimum arrive per second.
+
+        The rate is measured over the idle time at least, so that a short stall does not matter.
+        """
+        self.progress()
+        now = self._clock()
+        if self._received_since is None:
+            self._received_since = now
+            return
+        self._received += count
+        seconds = now - self._received_since
+        if seconds < self.limits.idle_timeout_s:
+            return
+        if self._received < self.limits.min_bytes_per_s * seconds:
+            raise ArtifactError(
+                FailureReason.SOURCE_TIMEOUT,
+                f"{self.where} sent {self._received / seconds:.0f} bytes per second for {seconds:.0f} s, and at least "
+                f"{self.limits.min_bytes_per_s} are required; it is retried.",
+            )
+        self._received, self._received_since = 0, now
 
     def check(self) -> None:
         """Raises ArtifactError when the caller gave up or the time is over.

@@ -1,9 +1,10 @@
 """Fetches a source into a folder named by its digest, atomically.
 
-`resolve` asks the source for its listing. `fetch` writes the files to `<cache_root>/<sha256 hex>`: into a temporary
-folder first, each file bounded, hashed while written, fsynced and checked, then the folder is renamed. Concurrent
-fetches of one artifact share one download within a process; between processes the first rename wins. A download that
-breaks off is resumed where it stopped.
+`resolve` asks the source for its listing. `fetch` writes the files to `<cache_root>/<sha256 hex>`: into a folder of its
+own first, each file bounded, hashed while written, fsynced and checked, then the folder is renamed. Concurrent fetches
+of one artifact share one download within a process; between processes the first rename wins. A download that breaks off
+is resumed where it stopped. With `resume` that also holds for a download whose process was killed, and for another pod
+on the same volume: it waits for the one that downloads already, or continues where a dead one stopped.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
@@ -29,16 +28,21 @@ from lorapool_artifacts.files import ArtifactKind, RemoteFile, digest_of, select
 from lorapool_artifacts.inspect import check_digest, check_files, check_total, parse_source
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.sources import open_source
-from lorapool_artifacts.sources.base import Source
+from lorapool_artifacts.sources.base import CHUNK_BYTES, Source
 from lorapool_artifacts.sources.folder import FolderSource
 from lorapool_artifacts.uri import ArtifactUri
+from lorapool_artifacts.writer_folders import living_writer, partial_folder, temporary_folder
 
 ATTEMPTS_PER_FILE = 4
 PAUSE_S = 0.25
 """Pause before the second attempt; it doubles each time."""
 
-TEMPORARY = ".tmp-"
-LOCK = ".lock"
+WAIT_S = 2.0
+"""Pause between two looks at another pod's download."""
+FETCHED = ".fetched-"
+"""Start of the name of a file with the name of the folder that a source was fetched into."""
+UNFINISHED = ".unfinished"
+"""End of the name of a file that is being written."""
 _FOLDER = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -86,15 +90,26 @@ async def resolve(
     return await in_thread(deadline, run)
 
 
-async def fetch(resolved: ResolvedArtifact, cache_root: Path, expected_digest: str | None = None) -> Path:
-    """The folder with the artifact's files, named by the hex digits of the digest. Raises ArtifactError."""
+async def fetch(
+    resolved: ResolvedArtifact,
+    cache_root: Path,
+    expected_digest: str | None = None,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[int], None] = lambda _fetched_bytes: None,
+) -> Path:
+    """The folder with the artifact's files, named by the hex digits of the digest. Raises ArtifactError.
+
+    `resume`: what is fetched is kept when it fails, and what an earlier process has fetched is used. `on_progress` is
+    called in a thread with the bytes that are on disk.
+    """
     if resolved.digest is not None:
         check_digest(resolved.digest, expected_digest, str(resolved.uri))
     known = resolved.digest or expected_digest
     if known is not None and (present := present_folder(cache_root, known)) is not None:
         return present
     key = (str(cache_root), known or f"{resolved.uri} {resolved.revision} {resolved.kind}")
-    path = await _downloads.join(key, lambda: _fetch(resolved, cache_root, known))
+    path = await _downloads.join(key, lambda: _fetch(resolved, cache_root, known, resume, on_progress))
     check_digest(folder_digest(path), expected_digest, str(resolved.uri))
     return path
 
@@ -110,78 +125,139 @@ def folder_digest(path: Path) -> str:
     return f"sha256:{path.name}"
 
 
-def clean_leftovers(cache_root: Path) -> int:
-    """Removes the temporary folders of killed downloads and returns their number. Blocks.
-
-    Downloads that run in another process are not touched.
-    """
-    removed = 0
-    for lock in cache_root.glob(f"{TEMPORARY}*{LOCK}"):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.with_name(lock.name.removesuffix(LOCK)), ignore_errors=True)
-            lock.unlink(missing_ok=True)
-            removed += 1
-    for folder in cache_root.glob(f"{TEMPORARY}*"):
-        if not folder.name.endswith(LOCK) and not folder.with_name(folder.name + LOCK).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            removed += 1
-    return removed
-
-
-async def _fetch(resolved: ResolvedArtifact, cache_root: Path, expected_digest: str | None) -> Path:
-    deadline = Deadline(resolved.limits, where=str(resolved.uri))
-    return await in_thread(deadline, lambda: _fetch_blocking(resolved, cache_root, expected_digest, deadline))
-
-
-def _fetch_blocking(
-    resolved: ResolvedArtifact, cache_root: Path, expected_digest: str | None, deadline: Deadline
+async def _fetch(
+    resolved: ResolvedArtifact,
+    cache_root: Path,
+    expected_digest: str | None,
+    resume: bool,
+    on_progress: Callable[[int], None],
 ) -> Path:
-    with disk_errors(cache_root):
-        cache_root.mkdir(parents=True, exist_ok=True)
-        check_room(cache_root, resolved.size_bytes)
-    source = open_source(resolved.uri, resolved.revision, resolved.settings, deadline)
+    deadline = Deadline(resolved.limits, where=str(resolved.uri))
+    download = _resumed if resume else _from_the_start
+    return await in_thread(
+        deadline, lambda: download(_Download(resolved, cache_root, deadline, on_progress), expected_digest)
+    )
+
+
+def _from_the_start(download: _Download, expected_digest: str | None) -> Path:
+    with disk_errors(download.cache_root):
+        download.cache_root.mkdir(parents=True, exist_ok=True)
+        check_room(download.cache_root, download.resolved.size_bytes)
+        with temporary_folder(download.cache_root) as folder:
+            return download.run(folder, expected_digest)
+
+
+def _resumed(download: _Download, expected_digest: str | None) -> Path:
+    root, resolved = download.cache_root, download.resolved
+    key = hashlib.sha256(f"{resolved.uri} {resolved.revision} {resolved.kind}".encode()).hexdigest()[:16]
+    note = root / f"{FETCHED}{key}"
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        while (present := _noted_folder(note)) is None and (other := living_writer(root, key)) is not None:
+            download.on_progress(_size_of(other))
+            download.deadline.pause(WAIT_S)
+        if present is not None:
+            return present
+        with partial_folder(root, key) as folder:
+            check_room(root, resolved.size_bytes - _size_of(folder))
+            path = download.run(folder, expected_digest)
+            note.write_text(path.name)
+            return path
+
+
+def _noted_folder(note: Path) -> Path | None:
+    """The folder that an earlier download of the same artifact has made: few sources list the hash of every file."""
     try:
-        with disk_errors(cache_root), _temporary_folder(cache_root) as folder:
-            files = [_fetch_file(source, file, folder, deadline) for file in resolved.files]
+        return present_folder(note.parent, note.read_text())
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(slots=True)
+class _Download:
+    """One download. All methods block."""
+
+    resolved: ResolvedArtifact
+    cache_root: Path
+    deadline: Deadline
+    on_progress: Callable[[int], None]
+    done_bytes: int = 0
+    """Bytes of the files that are complete."""
+
+    def run(self, folder: Path, expected_digest: str | None) -> Path:
+        """Fills the folder, and gives it its final name."""
+        resolved, deadline = self.resolved, self.deadline
+        source = open_source(resolved.uri, resolved.revision, resolved.settings, deadline)
+        try:
+            files = [self._fetch_file(source, file, folder) for file in resolved.files]
             digest = digest_of(files)
             assert digest is not None  # every file was hashed
             check_digest(digest, expected_digest, source.where)
             check_files(resolved.kind, FolderSource.open(folder, where=source.where), files)
             deadline.check()
-            return _publish(folder, cache_root / digest.removeprefix("sha256:"))
-    finally:
-        source.close()
+            return _publish(folder, self.cache_root / digest.removeprefix("sha256:"))
+        finally:
+            source.close()
 
+    def _fetch_file(self, source: Source, file: RemoteFile, folder: Path) -> RemoteFile:
+        """Makes sure that the file is in the folder, and returns it with its hash."""
+        path, unfinished = folder / file.name, folder / f"{file.name}{UNFINISHED}"
+        if path.is_file():
+            sha256 = file.sha256 or self._hash_of(path).hexdigest()
+        else:
+            was_begun = unfinished.is_file()
+            sha256 = self._write(source, file, unfinished)
+            if file.sha256 is not None and sha256 != file.sha256:
+                unfinished.unlink()
+                if was_begun:
+                    return self._fetch_file(source, file, folder)
+                raise ArtifactError(
+                    FailureReason.CORRUPT_ARTIFACT,
+                    f"{source.where}: {file.name} arrived with another hash than the source lists; upload it again.",
+                )
+            unfinished.rename(path)
+        self.done_bytes += file.size_bytes
+        self.on_progress(self.done_bytes)
+        return replace(file, sha256=sha256)
 
-def _fetch_file(source: Source, file: RemoteFile, folder: Path, deadline: Deadline) -> RemoteFile:
-    """Writes one file and returns it with its hash. Resumes up to three times when the source breaks off."""
-    total, count, attempt = hashlib.sha256(), 0, 1
-    with (folder / file.name).open("xb") as out:
-        while True:
-            try:
-                for chunk in source.stream(file.name, count) if file.size_bytes > count else ():
-                    count += len(chunk)
-                    if count > file.size_bytes:
-                        raise _wrong_length(source, file, "longer")
-                    total.update(chunk)
-                    out.write(chunk)
-                break
-            except ArtifactError as error:
-                if error.reason is not FailureReason.SOURCE_UNAVAILABLE or attempt >= ATTEMPTS_PER_FILE:
-                    raise
-                deadline.pause(PAUSE_S * 2 ** (attempt - 1))
-                attempt += 1
+    def _write(self, source: Source, file: RemoteFile, path: Path) -> str:
+        """Writes what is missing of one file and returns its hash. Resumes when the source breaks off, three times."""
+        total = self._hash_of(path) if path.is_file() else hashlib.sha256()
+        attempt = 1
+        with path.open("ab") as out:
+            count = out.tell()
+            while True:
+                self.deadline.begin_file()
+                try:
+                    for chunk in source.stream(file.name, count) if file.size_bytes > count else ():
+                        count += len(chunk)
+                        if count > file.size_bytes:
+                            break
+                        total.update(chunk)
+                        out.write(chunk)
+                        self.deadline.received(len(chunk))
+                        self.on_progress(self.done_bytes + count)
+                    break
+                except ArtifactError as error:
+                    if error.reason is not FailureReason.SOURCE_UNAVAILABLE or attempt >= ATTEMPTS_PER_FILE:
+                        raise
+                    self.deadline.pause(PAUSE_S * 2 ** (attempt - 1))
+                    attempt += 1
+            _sync(out)
         if count != file.size_bytes:
-            raise _wrong_length(source, file, "shorter")
-        _sync(out)
-    sha256 = total.hexdigest()
-    if file.sha256 is not None and sha256 != file.sha256:
-        raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT,
-            f"{source.where}: {file.name} arrived with another hash than the source lists; upload it again.",
-        )
-    return replace(file, sha256=sha256)
+            path.unlink()
+            raise _wrong_length(source, file, "longer" if count > file.size_bytes else "shorter")
+        return total.hexdigest()
+
+    def _hash_of(self, path: Path) -> hashlib._Hash:
+        """The hash of what an earlier process has written."""
+        total = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                self.deadline.check()
+                self.deadline.progress()
+                total.update(chunk)
+        return total
 
 
 def _wrong_length(source: Source, file: RemoteFile, how: str) -> ArtifactError:
@@ -216,19 +292,8 @@ def _publish(folder: Path, final: Path) -> Path:
     return final
 
 
-@contextlib.contextmanager
-def _temporary_folder(cache_root: Path) -> Iterator[Path]:
-    """A temporary folder, marked as in use by a locked file next to it. Removed when the context ends."""
-    folder = cache_root / f"{TEMPORARY}{secrets.token_hex(8)}"
-    lock = folder.with_name(folder.name + LOCK)
-    with lock.open("xb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            folder.mkdir()
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
 
 
 def check_room(cache_root: Path, size_bytes: int) -> None:

@@ -107,14 +107,13 @@ async def inspect_base(
 ) -> BaseInspection:
     """Reads the properties of the base at `uri` that adapters depend on. Raises ArtifactError."""
     parsed = parse_source(uri)
-    bounds = fetch_limits or FetchLimits()
-    deadline = Deadline(bounds, where=str(parsed))
+    deadline = Deadline(fetch_limits or FetchLimits(), where=str(parsed))
 
     def run() -> BaseInspection:
         source = open_source(parsed, revision, settings, deadline)
         try:
             files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
-            check_total(files, bounds.max_total_bytes, source.where)
+            check_total(files, settings.base_max_bytes, source.where)
             facts = _base_facts(source, files).with_names(*names_of(parsed))
             unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
             if unhashed <= MAX_UNHASHED_BASE_BYTES:

@@ -6,6 +6,7 @@ reads the environment, except that the S3 client finds cloud identities by itsel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from lorapool_api.settings import Env, SettingsGroup, read_group
+from lorapool_api.settings import Env, SettingsGroup, read_group, variables
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -35,6 +36,8 @@ class FetchLimits:
     """A source that sends no byte for this long is given up with SourceTimeout."""
     total_timeout_s: float = 1800.0
     """The whole operation, including retries."""
+    min_bytes_per_s: int = 0
+    """A source that sends a file more slowly is given up with SourceTimeout. Measured over `idle_timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def _lower(host: str | None) -> str | None:
 
 
 class SourceSettings(SettingsGroup):
-    """Endpoints and credentials of the sources. Secrets stay out of its repr."""
+    """Endpoints, credentials and bounds of the sources. Secrets stay out of its repr."""
 
     hf_endpoint: Annotated[str | None, Env("HF_ENDPOINT"), AfterValidator(_without_slash)] = None
     """URL of the model hub; None: the public one."""
@@ -95,8 +98,26 @@ class SourceSettings(SettingsGroup):
     """Requests are not signed, for public buckets."""
     s3_virtual_hosted: Annotated[bool, Env("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")] = False
     """The bucket is part of the host name; own endpoints rarely support that."""
+    base_max_bytes: Annotated[int, Env("LORAPOOL_BASE_MAX_BYTES")] = Field(default=200_000_000_000, ge=1)
+    """Files of one base model together; a larger one is refused. A base of 70B parameters has 150 GB."""
+    base_fetch_timeout_s: Annotated[float, Env("LORAPOOL_BASE_FETCH_TIMEOUT_S")] = Field(default=21_600.0, gt=0)
+    """Longest download of a base model: 150 GB at 7 MB/s. What was fetched until then is kept for the next attempt."""
+    credentials_dir: Annotated[Path | None, Env("LORAPOOL_CREDENTIALS_DIR")] = None
+    """Folder with a file for each credential, named like its variable (HF_TOKEN). They win over the environment and are
+    read for every use, so that a changed Secret needs no restart."""
     pvc_root: Annotated[Path | None, Env()] = None
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
+
+    def current(self) -> SourceSettings:
+        """These settings with the credentials that `credentials_dir` has now; a file that cannot be read is skipped."""
+        if self.credentials_dir is None:
+            return self
+        found = {}
+        for (field, *_), names in variables(SourceSettings, "").items():
+            for name in reversed(names):
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    found[field] = (self.credentials_dir / name).read_text(encoding="utf-8").strip()
+        return SourceSettings.model_validate({**self.model_dump(), **found})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:

@@ -22,6 +22,7 @@ from typing import Any
 from aiohttp import web
 
 from lorapool_api.logs import set_up_logs
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
@@ -30,6 +31,7 @@ from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings, read_settings
 from lorapool_runtime.startup import BaseError, bring_up, reason_of
+from lorapool_runtime.startup_progress import StartupProgress
 
 log = logging.getLogger("lorapool_runtime")
 
@@ -46,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs until a signal to stop; returns the process's exit code."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
+        set_up_logs("runtime", settings.log_level, settings.log_format)
+        _export(settings)
+        code, clean = asyncio.run(run(settings, make_engine))
     except SettingsError as error:
         error.report("lorapool-runtime")
         return 2
-    set_up_logs("runtime", settings.log_level, settings.log_format)
-    _export(settings)
-    code, clean = asyncio.run(run(settings, make_engine))
     if not clean:  # a thread still loads the base and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)
@@ -69,11 +71,13 @@ async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple
     runtime = Runtime(settings)
     stop = _stop_on_signals()
     async with _listening(runtime):
-        loading = _in_thread(lambda: _bring_up(settings, engine_factory))
+        loading = _in_thread(lambda: _bring_up(settings, engine_factory, runtime.startup))
+        reporting = asyncio.create_task(runtime.report_startup())
         stopping = asyncio.create_task(stop.wait())
         loaded = asyncio.wrap_future(loading)
         either: list[asyncio.Future[Any]] = [loaded, stopping]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        reporting.cancel()
         if not loaded.done():
             return 0, False
         if (error := loaded.exception()) is not None:
@@ -83,7 +87,7 @@ async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple
         return await _serve(runtime, loaded.result(), stopping), True
 
 
-def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> LoadedBase:
+def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory, progress: StartupProgress) -> LoadedBase:
     """Starts the base, then exempts all present objects from garbage collection.
 
     With torch and transformers they are nearly half a million, which live as long as the process: a full collection
@@ -91,7 +95,7 @@ def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory) -> Loade
     """
     gc.disable()
     try:
-        base = bring_up(settings, engine_factory, meanwhile=import_framework)
+        base = bring_up(settings, engine_factory, progress, meanwhile=import_framework)
         gc.collect()
         gc.freeze()
         return base
@@ -144,10 +148,11 @@ async def _listening(runtime: Runtime) -> AsyncIterator[None]:
         for address in runner.addresses:
             log.info("listening on http://%s:%d", *address[:2])
         if settings.metrics_port is not None:
-            open_runner = web.AppRunner(make_metrics_app(runtime), access_log=None)
+            access = MetricsAccess(settings)
+            open_runner = web.AppRunner(make_metrics_app(runtime, access), access_log=None)
             await open_runner.setup()
             runners.append(open_runner)
-            await web.TCPSite(open_runner, settings.host, settings.metrics_port).start()
+            await web.TCPSite(open_runner, settings.host, settings.metrics_port, ssl_context=access.tls).start()
         yield
     finally:
         for each in runners:

@@ -22,6 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 
 from lorapool_api.common import FailureReason
+from lorapool_api.openai import CODE_NO_SLOT, CODE_QUEUE_FULL
 from lorapool_api.protocol import Tier, Usage
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import DecodeProgramState
@@ -100,11 +101,27 @@ class Metrics:
             ["base", "reason"],
             registry=self._registry,
         )
+        self._begin_at_zero()
         self.gauges: Callable[[], Gauges] = Gauges
         """Returns the present state. Set by the runtime that owns the metrics."""
         self._registry.register(_GaugeCollector(base, usage, clock, lambda: self.gauges()))
         self._gateway_names = CollectorRegistry()
         self._gateway_names.register(_InferenceGatewayCollector(base, clock, lambda: self.gauges()))
+
+    def _begin_at_zero(self) -> None:
+        """Creates the series that are known beforehand: `increase()` misses what a series counts before its first
+        scrape."""
+        for outcome in (Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED):
+            self._requests.labels(self._base, outcome.value)
+        for kind in ("prompt", "completion"):
+            self._tokens.labels(self._base, kind)
+        for code in (CODE_NO_SLOT, CODE_QUEUE_FULL):
+            self._rejected.labels(self._base, code)
+        for tier in (Tier.HOST, Tier.DISK, Tier.SOURCE):
+            self._load_seconds.labels(self._base, tier.value)
+        for reason in FailureReason:
+            self._load_failures.labels(self._base, reason.value)
+        self._duration.labels(self._base)
 
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(

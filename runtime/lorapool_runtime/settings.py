@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lorapool_api.protocol import ENV_TOKEN_SHA256, RUNTIME_PORT
+from lorapool_api.protocol import ENV_TOKEN_SHA256, ENV_TOKEN_SHA256_FILE, RUNTIME_PORT
 from lorapool_api.settings import Env, ProcessSettings, read
 from lorapool_artifacts.settings import SourceSettings
 
@@ -73,7 +73,11 @@ class RuntimeSettings(ProcessSettings):
     token_sha256: Annotated[str | None, Env(ENV_TOKEN_SHA256, "LORAPOOL_RUNTIME_TOKEN_SHA256")] = Field(
         default=None, pattern=r"^[0-9a-f]{64}$"
     )
-    """SHA-256 (hex) of the bearer token. None: requests need no token, and only loopback is served."""
+    """SHA-256 (hex) of the bearer token. None here and in `token_sha256_file`: requests need no token, and only
+    loopback is served."""
+    token_sha256_file: Annotated[Path | None, Env(ENV_TOKEN_SHA256_FILE)] = None
+    """A file with the SHA-256 (hex) of each valid bearer token, one per line. It is read again when it changes, so that
+    a token can be replaced without a restart. Excludes `token_sha256`."""
     body_max_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Longest request body, more than the context of any base holds."""
     body_timeout_s: float = Field(default=30.0, gt=0)
@@ -92,6 +96,9 @@ class RuntimeSettings(ProcessSettings):
     """Endpoints and credentials of the artifact sources. Never flags, since any user of the machine can read those."""
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
+    base_cache_dir: Path | None = None
+    """Folder of fetched base models, by digest, which several pods may share. What is there is not fetched again, and
+    an interrupted download is continued. None: `bases` in `cache_dir`, and counted in `cache_bytes`."""
     cache_bytes: int = Field(default=20 * 2**30, ge=2**20)
     """Bytes of adapters kept on disk; the least recently used are deleted first."""
     host_cache_bytes: int = Field(default=2**30, ge=0)
@@ -102,6 +109,8 @@ class RuntimeSettings(ProcessSettings):
     """Folder of mounted claims: pvc://claim/path is read from <pvc_root>/<claim>/<path>."""
     fetch_timeout_s: float = Field(default=600.0, gt=0)
     """Longest fetch of one adapter: 4 GiB at 7 MB/s."""
+    fetch_min_bytes_per_s: int = Field(default=64 * 1024, ge=0)
+    """A source that sends fewer bytes per second for half a minute fails with SourceTimeout, and others are fetched."""
     retry_base_s: float = Field(default=5.0, gt=0)
     """First wait after a transient failure. It doubles each time, with jitter."""
     retry_max_s: float = Field(default=300.0, gt=0)
@@ -113,6 +122,12 @@ class RuntimeSettings(ProcessSettings):
     """Adapters with metric series of their own; the others share the label __other__."""
     sweep_interval_s: float = Field(default=1.0, gt=0)
     """Time between two checks for idle adapters; bounds how late one is unloaded."""
+    min_residency_s: float = Field(default=1.0, ge=0)
+    """An adapter keeps its slot for this long before it makes room for another one that requests wait for. Bounds the
+    loads into one slot."""
+    slot_wait_s: float = Field(default=30.0, gt=0)
+    """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the
+    gateway tries another replica. Adapters that cannot get one in time are refused at once."""
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 
@@ -132,19 +147,26 @@ class RuntimeSettings(ProcessSettings):
 
     @model_validator(mode="after")
     def _needs_a_token_beyond_loopback(self) -> RuntimeSettings:
-        if self.token_sha256 is None and not _is_loopback(self.host):
+        if not self.needs_token and not _is_loopback(self.host):
             raise ValueError(
                 f"listen_host {self.host} is reachable from other machines but no token is set: set {ENV_TOKEN_SHA256} "
-                "(sha256 of the bearer token) or listen on 127.0.0.1"
+                f"(sha256 of the bearer token) or {ENV_TOKEN_SHA256_FILE}, or listen on 127.0.0.1"
             )
+        if self.token_sha256 is not None and self.token_sha256_file is not None:
+            raise ValueError(f"{ENV_TOKEN_SHA256} and {ENV_TOKEN_SHA256_FILE} are both set: set only one of them")
         return self
+
+    @property
+    def needs_token(self) -> bool:
+        """Whether requests must carry a bearer token."""
+        return self.token_sha256 is not None or self.token_sha256_file is not None
 
     @property
     def host(self) -> str:
         """The address to listen on: loopback unless a token is set."""
         if self.listen_host is not None:
             return self.listen_host
-        return "127.0.0.1" if self.token_sha256 is None else "0.0.0.0"
+        return "0.0.0.0" if self.needs_token else "127.0.0.1"
 
     @property
     def base_name(self) -> str:

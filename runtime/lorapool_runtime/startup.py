@@ -17,17 +17,19 @@ from pathlib import Path
 
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.fetch import clean_leftovers, fetch, folder_digest, resolve
+from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, names_of
-from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.uri import PvcUri, parse_uri
+from lorapool_artifacts.writer_folders import remove_dead
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.engines.choose import EngineFactory
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.tokenizer import Tokenizer
 from lorapool_runtime.serving.service import LoadedBase
 from lorapool_runtime.settings import RuntimeSettings
+from lorapool_runtime.startup_progress import StartupProgress
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +49,13 @@ class BaseFolder:
     digest: str | None
     names: tuple[str, ...]
     cached_bytes: int = 0
-    """Its bytes in the disk cache; 0 when it is stored elsewhere."""
+    """Its bytes in the disk cache of the adapters; 0 when it is stored elsewhere."""
 
 
 def bring_up(
     settings: RuntimeSettings,
     make_engine: EngineFactory,
+    progress: StartupProgress,
     *,
     meanwhile: Callable[[], None] | None = None,
 ) -> LoadedBase:
@@ -63,7 +66,8 @@ def bring_up(
     sources = settings.sources.model_copy(update={"pvc_root": settings.pvc_root})
     started_s = time.monotonic()
     with _run_concurrently(meanwhile if "://" in settings.model else None):
-        folder = base_folder(settings, sources)
+        folder = base_folder(settings, sources, progress)
+    progress.begin_load()
     log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
     room_bytes = settings.cache_bytes - folder.cached_bytes
     if room_bytes < MIN_ROOM_BYTES:
@@ -85,7 +89,8 @@ def bring_up(
         settings.cache_dir.expanduser() / "adapters", high_bytes=room_bytes, low_bytes=int(room_bytes * LOW_WATER)
     )
     cache.start()
-    store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_timeout_s=settings.fetch_timeout_s)
+    limits = FetchLimits(total_timeout_s=settings.fetch_timeout_s, min_bytes_per_s=settings.fetch_min_bytes_per_s)
+    store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_limits=limits)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
     return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
 
@@ -103,7 +108,7 @@ def _run_concurrently(work: Callable[[], None] | None) -> Iterator[None]:
             thread.join()
 
 
-def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolder:
+def base_folder(settings: RuntimeSettings, sources: SourceSettings, progress: StartupProgress) -> BaseFolder:
     """The local folder of `settings.model`, fetched if it is a URI. A volume is read where it is mounted."""
     if "://" not in settings.model:
         path = Path(settings.model).expanduser()
@@ -120,17 +125,26 @@ def base_folder(settings: RuntimeSettings, sources: SourceSettings) -> BaseFolde
     if isinstance(uri, PvcUri):
         found = asyncio.run(inspect_base(settings.model, settings.revision, sources))
         return BaseFolder(settings.pvc_root / uri.claim / uri.path, found.digest, names)
-    return asyncio.run(_fetched(settings, sources, names))
+    return asyncio.run(_fetched(settings, sources, names, progress))
 
 
-async def _fetched(settings: RuntimeSettings, sources: SourceSettings, names: tuple[str, ...]) -> BaseFolder:
-    resolved = await resolve(settings.model, settings.revision, ArtifactKind.BASE, None, sources)
+async def _fetched(
+    settings: RuntimeSettings, sources: SourceSettings, names: tuple[str, ...], progress: StartupProgress
+) -> BaseFolder:
+    limits = FetchLimits(
+        max_total_bytes=sources.base_max_bytes,
+        total_timeout_s=sources.base_fetch_timeout_s,
+        min_bytes_per_s=settings.fetch_min_bytes_per_s,
+    )
+    resolved = await resolve(settings.model, settings.revision, ArtifactKind.BASE, limits, sources)
     log.info("fetching the base", extra={"base": settings.label, "bytes": resolved.size_bytes})
-    root = settings.cache_dir.expanduser() / "bases"
+    progress.begin_fetch(resolved.size_bytes)
+    shares_cache = settings.base_cache_dir is None
+    root = (settings.base_cache_dir or settings.cache_dir / "bases").expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    clean_leftovers(root)
-    path = await fetch(resolved, root)
-    return BaseFolder(path, folder_digest(path), names, resolved.size_bytes)
+    remove_dead(root)
+    path = await fetch(resolved, root, resume=True, on_progress=progress.fetched)
+    return BaseFolder(path, folder_digest(path), names, resolved.size_bytes if shares_cache else 0)
 
 
 def reason_of(error: BaseException) -> str:

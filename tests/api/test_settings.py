@@ -14,7 +14,6 @@ from lorapool_api.settings import (
     ProcessSettings,
     SettingsError,
     SettingsGroup,
-    read_master_token,
     variables,
 )
 from lorapool_gateway import settings as gateway
@@ -189,15 +188,3 @@ def test_variables_that_tools_read_are_known_to_every_process() -> None:
     } | set(re.findall(r"export (LORAPOOL_[A-Z0-9_]+)", (ROOT / "Makefile").read_text()))
     of_processes = {key for model in MODELS for keys in variables(model, model.prefix).values() for key in keys}
     assert read - of_processes == TOOL_VARIABLES
-
-
-def test_a_short_or_missing_master_token_is_refused_without_showing_it(tmp_path: Path) -> None:
-    path = tmp_path / "token"
-    with pytest.raises(SettingsError, match="cannot be read: No such file"):
-        read_master_token(path)
-    path.write_text("short-secret\n")
-    with pytest.raises(SettingsError) as caught:
-        read_master_token(path)
-    assert "short-secret" not in str(caught.value)
-    path.write_text("m" * 64 + "\n")
-    assert read_master_token(path) == "m" * 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,8 +22,9 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts import fetch as fetch_module
 from lorapool_artifacts.cache import CacheEntry, DiskCache, plan_eviction
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.fetch import clean_leftovers, fetch, folder_digest, resolve
+from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.writer_folders import remove_dead
 
 
 def put(cache: DiskCache, letter: str, size_bytes: int, used_at_s: int) -> str:
@@ -111,13 +113,15 @@ def test_leftovers_go_but_a_running_download_of_another_process_stays(tmp_path: 
     for name in ("tmp", "killed"):
         (tmp_path / f".tmp-{name}").mkdir()
         (tmp_path / f".tmp-{name}" / "adapter_model.safetensors").write_bytes(b"half")
-    (tmp_path / ".tmp-killed.lock").touch()
+    (tmp_path / ".tmp-killed.lock").write_text(socket.gethostname())
     (tmp_path / ".tmp-live").mkdir()
     with (tmp_path / ".tmp-live.lock").open("xb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert clean_leftovers(tmp_path) == 2
+        held.write(socket.gethostname().encode())
+        held.flush()
+        assert remove_dead(tmp_path) == 2
         assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-live", ".tmp-live.lock"]
-    assert clean_leftovers(tmp_path) == 1
+    assert remove_dead(tmp_path) == 1
     assert zoo.names_in(tmp_path) == []
 
 
@@ -140,7 +144,7 @@ def test_a_killed_download_leaves_no_folder_with_a_digests_name_and_is_cleared(t
     root = Path(fetch_module.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": f"{root / 'crds'}:{root / 'runtime'}"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, cwd=tmp_path) as process:
-        while process.poll() is None and not list(tmp_path.glob("cache/.tmp-*/adapter_model.safetensors")):
+        while process.poll() is None and not list(tmp_path.glob("cache/.tmp-*/adapter_model.safetensors.unfinished")):
             time.sleep(0.02)
         process.kill()
     cache = DiskCache(tmp_path / "cache", high_bytes=10_000, low_bytes=6_000)

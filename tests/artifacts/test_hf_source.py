@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
+import ssl
 import time
 from pathlib import Path
 
 import artifact_zoo as zoo
 import pytest
-from artifact_hub import Fault, Hub
+from artifact_hub import Fault, Hub, self_signed
+from huggingface_hub import close_session
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
+from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
+from lorapool_artifacts.sources.http import GuardedSession, translated
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 
@@ -150,6 +155,18 @@ async def test_a_private_repository_needs_the_token_and_the_message_says_where(h
     assert seen.compatibility.ok
 
 
+async def test_a_changed_credential_is_used_without_a_restart(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["acme/private"], hub.token = zoo.adapter_files(), "new-token"
+    (tmp_path / "HF_TOKEN").write_text("old-token\n")
+    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "from-the-environment", "LORAPOOL_CREDENTIALS_DIR": str(tmp_path)}
+    settings = SourceSettings.from_env(env)
+    with pytest.raises(ArtifactError) as caught:
+        await resolve("hf://acme/private", settings=settings)
+    assert caught.value.reason is FailureReason.UNAUTHORIZED
+    (tmp_path / "HF_TOKEN").write_text("new-token\n")
+    assert (await resolve("hf://acme/private", settings=settings)).revision == hub.commit_of("acme/private")
+
+
 async def test_settings_show_no_secret() -> None:
     env = {
         "HF_TOKEN": "s3cr3t",
@@ -168,6 +185,80 @@ async def test_an_unreachable_hub_is_transient() -> None:
             "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
         )
     assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "host name is not found (DNS)"),
+        (ConnectionRefusedError(111, "Connection refused"), "connection is refused"),
+        (ssl.SSLCertVerificationError(1, "self-signed certificate"), "artifacts.caBundle"),
+        (ConnectionResetError(104, "Connection reset by peer"), "ConnectionError"),
+    ],
+)
+def test_the_message_says_whether_dns_the_port_or_tls_is_wrong(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", refuse)
+    deadline = Deadline(FetchLimits(), where="oci://registry.example/a")
+    session = GuardedSession("registry.example", deadline)
+    with pytest.raises(ArtifactError) as caught, translated(deadline):
+        session.get("https://registry.example/v2/")
+    session.close()
+    assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+    assert said in caught.value.message
+
+
+async def test_a_refused_connection_of_the_hub_is_named() -> None:
+    with pytest.raises(ArtifactError, match="connection is refused"):
+        await inspect_adapter(
+            "hf://acme/lora", None, None, None, LIMITS, SourceSettings(hf_endpoint="http://127.0.0.1:9")
+        )
+
+
+async def test_a_proxy_is_used_and_resolves_the_hosts_name(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    monkeypatch.setenv("NO_PROXY", "registry.example")
+    close_session()  # huggingface_hub keeps one client per process, which has read the variables
+    hub.repos["acme/lora"] = zoo.adapter_files()
+    behind = SourceSettings(hf_endpoint="http://hub.invalid")
+    path = await fetch(await resolve("hf://acme/lora", settings=behind), tmp_path)
+    close_session()
+    assert (path / "adapter_model.safetensors").exists()
+
+
+async def test_an_authority_is_trusted_that_the_charts_variables_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = self_signed(tmp_path)
+    with Hub(certificate) as hub:
+        hub.repos["acme/lora"] = zoo.adapter_files()
+        hf = SourceSettings(hf_endpoint=hub.url)
+        close_session()
+        with pytest.raises(ArtifactError, match=r"artifacts\.caBundle") as caught:
+            await resolve("hf://acme/lora", settings=hf)
+        assert caught.value.reason is FailureReason.SOURCE_UNAVAILABLE
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            monkeypatch.setenv(name, str(certificate))
+        close_session()
+        path = await fetch(await resolve("hf://acme/lora", settings=hf), tmp_path)
+        close_session()
+    assert (path / "adapter_model.safetensors").exists()
+
+
+async def test_hosts_in_no_proxy_are_reached_directly(
+    hub: Hub, hf: SourceSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub.repos["acme/lora"] = zoo.adapter_files()
+    found = await inspect_adapter("hf://acme/lora", None, None, None, LIMITS, hf)
+    assert found.compatibility.ok
 
 
 @pytest.mark.parametrize("where", ["/api/models/", "adapter_model.safetensors"])

@@ -18,7 +18,10 @@ ALL_OFF: dict[str, Any] = {
     "networkPolicy": {"enabled": False},
     "metrics": {"scrapeAnnotations": False},
     "runtimeToken": {"existingSecret": "mine", "key": "master"},
-    "operator": {"serviceAccount": {"create": False, "name": "own-operator"}},
+    "operator": {
+        "serviceAccount": {"create": False, "name": "own-operator"},
+        "podDisruptionBudget": {"enabled": False},
+    },
     "gateway": {
         "serviceAccount": {"create": False},
         "podDisruptionBudget": {"enabled": False},
@@ -160,6 +163,13 @@ def test_every_long_lived_container_is_probed() -> None:
         container = deployment["spec"]["template"]["spec"]["containers"][0]
         assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}, name
         assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}, name
+
+
+def test_a_slow_start_does_not_fail_the_liveness_probe() -> None:
+    for name, deployment in of_kind(render(), "Deployment").items():
+        probe = deployment["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
+        assert probe["httpGet"] == {"path": "/healthz", "port": "metrics"}, name
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 120, name
 
 
 def test_pods_have_scrape_annotations_unless_switched_off() -> None:

@@ -33,9 +33,18 @@ def test_the_operator_starts_with_what_the_chart_gives() -> None:
 
 
 def test_the_bound_of_a_base_model_fits_150_gb_and_reaches_the_operator() -> None:
-    assert operator_settings.read_settings(environment(render(), "operator")).max_base_bytes >= 150e9
+    assert operator_settings.read_settings(environment(render(), "operator")).sources.base_max_bytes >= 150e9
     raised = render({"artifacts": {"maxBaseBytes": 900_000_000_000}})
-    assert operator_settings.read_settings(environment(raised, "operator")).max_base_bytes == 900_000_000_000
+    assert operator_settings.read_settings(environment(raised, "operator")).sources.base_max_bytes == 900_000_000_000
+
+
+def test_the_bound_of_concurrent_rollouts_and_a_profiles_rollout_reach_the_operator() -> None:
+    profile = {"rollout": {"strategy": "Recreate"}}
+    manifests = render({"operator": {"rollout": {"maxConcurrentBases": 3}}, "runtimeProfiles": {"gpu": profile}})
+    assert operator_settings.read_settings(environment(manifests, "operator")).max_concurrent_rollouts == 3
+    [found] = of_kind(manifests, "ConfigMap").values()
+    profiles = operator_profiles.parse_profiles(found["data"]["profiles.yaml"], origin="chart")
+    assert profiles["gpu"].rollout.strategy == "Recreate"
 
 
 @pytest.mark.parametrize(("values", "watched"), [(NAMESPACED, frozenset({"team-a", "team-b"})), (CLUSTER, None)])
@@ -122,6 +131,8 @@ def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() ->
             "imagePullSecrets": [{"name": "pull"}],
             "artifacts": {
                 "insecureRegistries": ["one:5000", "two"],
+                "maxBaseBytes": 200_000_000_000,
+                "baseFetchTimeoutSeconds": 7200,
                 "env": [{"name": "HF_ENDPOINT", "value": "http://hub"}],
                 "credentials": {"existingSecret": "hub", "keys": ["HF_TOKEN"]},
             },
@@ -131,7 +142,11 @@ def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() ->
 
     for profile in read.values():
         assert profile.env[0] == {"name": "LORAPOOL_OCI_INSECURE_HOSTS", "value": "one:5000,two"}
-        assert [item["name"] for item in profile.env][1:3] == ["HF_ENDPOINT", "HF_TOKEN"]
+        assert [item["name"] for item in profile.env][3:5] == ["HF_ENDPOINT", "HF_TOKEN"]
+        assert {item["name"]: item.get("value") for item in profile.env}.items() >= {
+            "LORAPOOL_BASE_MAX_BYTES": "200000000000",
+            "LORAPOOL_BASE_FETCH_TIMEOUT_S": "7200",
+        }.items()
     assert read["default"].image_pull_secrets == ("pull",)
     assert read["own"].image_pull_secrets == ("other",)
     assert read["own"].env[-1] == {"name": "A", "value": "b"}

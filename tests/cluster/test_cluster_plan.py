@@ -11,9 +11,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "hack"))
 
-from cluster import oci, pins, plan, trees  # noqa: E402  (hack is no installed package)
+from cluster import oci, plan, trees  # noqa: E402  (hack is no installed package)
 from cluster.errors import ClusterError  # noqa: E402
 from cluster.kernel import ProcessId  # noqa: E402
+from cluster.programs import pins  # noqa: E402
 from images.base import debian_mirror  # noqa: E402
 
 TOOLS = {tool: f"/usr/bin/{tool}" for tool in ("containerd", "ctr", "docker-registry", "python3")}

@@ -13,8 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPOSITORY / "hack"))
 
-from cluster import build, debian, install, pins, targets  # noqa: E402  (hack is no installed package)
-from cluster.errors import BuildFailed, MissingTool  # noqa: E402
+from cluster import targets  # noqa: E402  (hack is no installed package)
+from cluster.errors import BuildFailedError, MissingToolError  # noqa: E402
+from cluster.programs import build, debian, install, pins  # noqa: E402
 
 GO = """#!/bin/sh
 case "$1" in
@@ -53,7 +54,7 @@ def test_a_failed_build_publishes_nothing_and_shows_the_compilers_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bins = fake_machine(tmp_path, monkeypatch, after="echo no space left >&2; exit 2")
-    with pytest.raises(BuildFailed, match="ended with 2") as raised:
+    with pytest.raises(BuildFailedError, match="ended with 2") as raised:
         build.build()
     assert "no space left" in raised.value.report()
     assert {path.name for path in bins.iterdir()} == {".lock", "build.log"}
@@ -62,7 +63,7 @@ def test_a_failed_build_publishes_nothing_and_shows_the_compilers_words(
 BUILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from cluster import build, install
+from cluster.programs import build, install
 install.SEARCH_PATH = sys.argv[2]
 build.HEARTBEAT_S = 0.01
 build.build()
@@ -111,7 +112,7 @@ def test_without_the_program_and_without_apt_the_remedy_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(install, "SEARCH_PATH", str(tmp_path))
-    with pytest.raises(MissingTool, match="neither prometheus nor apt-get") as raised:
+    with pytest.raises(MissingToolError, match="neither prometheus nor apt-get") as raised:
         debian.take_programs(pins.FROM_DEBIAN, tmp_path)
     assert "install prometheus by hand" in raised.value.report()
 

@@ -113,10 +113,19 @@ async def test_the_model_list_shows_bases_and_adapters_with_their_parent(here: W
         listed = [model async for model in client.models.list()]
         one = await client.models.retrieve("demo/route")
         by_alias = await client.models.retrieve("router")
-    assert [model.id for model in listed] == ["demo/tiny", "demo/route"]
+    assert [model.id for model in listed] == ["demo/tiny", "tiny-instruct", "demo/route", "router"]
     assert (one.id, one.owned_by, one.created) == ("demo/route", "demo", 1767225600)
-    assert one.model_extra == {"parent": "demo/tiny"}
-    assert by_alias.id == "demo/route"
+    assert one.model_extra == {"root": "demo/route", "parent": "demo/tiny"}
+    assert (by_alias.id, by_alias.model_extra) == ("router", one.model_extra)
+    assert [model.id for model in listed if model.model_extra == one.model_extra] == ["demo/route", "router"]
+
+
+async def test_the_model_list_shows_an_alias_only_where_it_leads(here: World) -> None:
+    here.adapter("younger", alias="router", created="2026-02-02T00:00:00Z")
+    here.adapter("hidden", alias="route", created="2025-01-01T00:00:00Z")
+    async with here.client() as client:
+        listed = [model.id async for model in client.models.list()]
+    assert listed == ["demo/tiny", "tiny-instruct", "demo/hidden", "demo/route", "router", "demo/younger"]
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, "Bearer \udcff"])
@@ -266,6 +275,16 @@ async def test_a_wrong_runtime_token_is_no_answer_to_the_client(here: World, run
     response = await here.post(here.ask("route"))
     assert response.status == 503
     assert (await response.json())["error"]["code"] == "cold_start_timeout"
+
+
+async def test_a_runtime_that_only_knows_the_previous_token_answers_during_a_rotation(
+    here: World, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.tokens = ("n" * 64, runtime.token)
+    assert (await here.post(here.ask("route"))).status == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    here.tokens = (runtime.token, "o" * 64)
+    assert (await here.post(here.ask("route"))).status == 200
 
 
 async def test_names_that_clients_invent_are_refused_from_memory_and_add_no_series(

@@ -20,6 +20,7 @@ from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, condition, until, until_it
 
 from lorapool_api.protocol import runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway import process
 from lorapool_gateway.__main__ import serving_cluster
 from lorapool_gateway.requests.http_client import HttpClient
@@ -48,6 +49,7 @@ kind: Role
 metadata: {name: gateway-keys, namespace: lorapool-system}
 rules:
 - {apiGroups: [""], resources: [secrets], verbs: [list, watch]}
+- {apiGroups: [""], resources: [events], verbs: [create]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -190,7 +192,7 @@ async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -
     monkeypatch.setattr(HttpClient, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
     values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
     settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
-    async with serving_cluster(settings, MASTER) as running, aiohttp.ClientSession() as session:
+    async with serving_cluster(settings, RuntimeTokens([MASTER])) as running, aiohttp.ClientSession() as session:
         yield Gateway(running, session)
 
 
@@ -254,6 +256,26 @@ async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
         await front.eventually("route", (404, "model_not_found"))
         assert await front.models() == [f"{here.namespace}/tiny"]
         assert f'adapter="{name}"' not in await front.metrics()
+
+
+async def test_a_malformed_key_gets_one_event_on_its_secret_whatever_the_number_of_gateways(
+    here: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.key("lp-" + "b" * 43, "key-broken", "Canary_Team")
+
+    def events() -> list[dict[str, Any]]:
+        text = here.server.kubectl("get", "events", "-n", KEYS_NAMESPACE, "-o", "json")
+        return [item for item in json.loads(text)["items"] if item["involvedObject"]["name"] == "key-broken"]
+
+    for _ in range(2):
+        async with gateway(here, monkeypatch) as front:
+            await front.becomes_ready()
+            await until(events, PATIENCE_S)
+    [event] = events()
+    here.delete("secret", "key-broken", namespace=KEYS_NAMESPACE)
+    assert (event["type"], event["reason"], event["involvedObject"]["kind"]) == ("Warning", "InvalidApiKey", "Secret")
+    assert "namespaces contains an invalid namespace name" in event["message"]
+    assert "Canary" not in json.dumps(event)
 
 
 async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_subresource(

@@ -175,6 +175,31 @@ def test_adapters_beyond_the_cap_share_one_label() -> None:
     assert get("lorapool_gateway_adapters", {"base": "demo/tiny"}) == 5
 
 
+def test_series_begin_at_zero_as_soon_as_their_object_is_known() -> None:
+    metrics = Metrics()
+    metrics.sync(["demo/tiny"], {"demo/a": "demo/tiny"})
+    get = metrics.registry.get_sample_value
+    for adapter in ("base", "demo/a"):
+        labels = {"base": "demo/tiny", "adapter": adapter}
+        assert get("lorapool_gateway_requests_total", {**labels, "code": "200"}) == 0
+        for kind in ("prompt", "completion", "cached"):
+            assert get("lorapool_gateway_tokens_total", {**labels, "type": kind}) == 0
+    metrics.sync(["demo/tiny"], {})
+    metrics.sync(["demo/tiny"], {"demo/a": "demo/tiny"})
+    assert get("lorapool_gateway_requests_total", {**labels, "code": "200"}) == 0
+
+
+def test_an_adapter_that_is_used_takes_the_series_of_one_that_is_not() -> None:
+    metrics = Metrics(max_tracked_adapters=2)
+    known = {f"demo/a{number}": "demo/tiny" for number in range(5)}
+    metrics.sync(["demo/tiny"], known)
+    metrics.finish(finished("demo/a4"), 1.0)
+    metrics.sync(["demo/tiny"], known)
+    get = metrics.registry.get_sample_value
+    name, labels = "lorapool_gateway_requests_total", {"base": "demo/tiny", "code": "200"}
+    assert [get(name, {**labels, "adapter": f"demo/a{number}"}) for number in range(5)] == [None, 0, None, None, 1]
+
+
 def test_series_vanish_with_their_object_and_do_not_come_back_with_a_late_answer() -> None:
     metrics = Metrics()
     metrics.sync(["demo/tiny"], {"demo/a": "demo/tiny", "demo/b": "demo/tiny"})

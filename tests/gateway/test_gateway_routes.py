@@ -105,11 +105,34 @@ def test_a_failure_of_an_older_spec_no_longer_counts() -> None:
     assert isinstance(table(fixed).resolve("x", ALL, 0), Pending)
 
 
-def test_a_transient_failure_is_pending_with_the_time_that_is_left() -> None:
+def test_a_source_that_is_known_to_be_down_is_refused_at_once_until_its_next_check() -> None:
     status = failed_status("RateLimited", "m", retryAt="1970-01-01T00:01:40Z")
-    found = table(adapter_object("x", status=status)).resolve("x", ALL, 70.0)
-    assert isinstance(found, Pending)
-    assert (found.late.status, found.late.code, found.late.retry_after_s) == (503, "rate_limited", 30.0)
+    routes = table(adapter_object("x", status=status))
+    with pytest.raises(ApiError) as caught:
+        routes.resolve("x", ALL, 70.0)
+    assert (caught.value.status, caught.value.code, caught.value.retry_after_s) == (503, "rate_limited", 30.0)
+    checked_again = routes.resolve("x", ALL, 100.0)
+    assert isinstance(checked_again, Pending)
+    assert (checked_again.late.status, checked_again.late.code) == (503, "rate_limited")
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [condition("SourceResolved", "False", "SourceNotFound", "m"), condition("Ready", "False", "ProfileNotFound", "m")],
+    ids=["source", "profile"],
+)
+def test_a_base_whose_pods_cannot_start_refuses_at_once_unless_a_replica_serves(failing: dict[str, Any]) -> None:
+    base = base_object()
+    base["status"] = {"observedGeneration": 1, "conditions": [failing]}
+    for model in ("tiny", "x"):
+        with pytest.raises(ApiError) as caught:
+            table(adapter_object("x"), bases=[base]).resolve(model, ALL, 0)
+        assert (caught.value.status, caught.value.code) == (503, "base_unavailable")
+        assert caught.value.retry_after_s
+        serving = table(adapter_object("x"), bases=[base], replicas={ObjectRef("demo", "tiny"): (replica("a"),)})
+        assert isinstance(serving.resolve(model, ALL, 0), Target)
+        changed = {**base, "metadata": {**base["metadata"], "generation": 2}}
+        assert isinstance(table(adapter_object("x"), bases=[changed]).resolve(model, ALL, 0), Target)
 
 
 def test_a_failed_rollout_keeps_the_old_digest_and_the_source_it_came_from() -> None:

@@ -151,10 +151,37 @@ async def test_a_client_that_leaves_ends_the_generation_in_the_engine(tokenizer:
         assert made - 3 <= counted <= made
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_gateway_and_runtime_count_the_same_for_a_client_that_leaves(tokenizer: Path, stream: bool) -> None:
+    engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
+    async with serving(tokenizer, engine=engine, token_sha256=token_sha256("t" * 64)) as served, world() as here:
+        here.base()
+        here.adapter("route")
+        here.replica(served.url)
+        asking = asyncio.create_task(here.post(here.ask("route", stream=stream, max_tokens=300)))
+        await until(lambda: engine.tokens_made >= 5)
+        asking.cancel()
+        await until(lambda: here.gateway.in_flight == 0)
+        report = served.runtime.snapshot().adapter(*key_of("route"))
+        assert report is not None
+        assert report.usage.cancelled_requests == 1
+        assert report.usage.completion_tokens == engine.tokens_made < 100
+        for kind, tokens in (("prompt", report.usage.prompt_tokens), ("completion", report.usage.completion_tokens)):
+            assert tokens > 0
+            assert here.sample("tokens_total", base="demo/tiny", adapter="demo/route", type=kind) == tokens
+
+
+async def test_an_attempt_that_has_ended_or_never_was_cannot_be_cancelled(served: Served) -> None:
+    headers = {"Authorization": f"Bearer {'t' * 64}"}
+    url = f"{served.url}/v1/attempts/unknown"
+    async with aiohttp.ClientSession(headers=headers) as session, session.delete(url) as response:
+        assert response.status == 404
+
+
 async def test_the_long_poll_sees_a_load_and_the_end_of_the_runtime(here: World, served: Served) -> None:
     changes = asyncio.Event()
     async with aiohttp.ClientSession() as session:
-        polls = RuntimePolls(session, lambda uid: "t" * 64, changes.set)
+        polls = RuntimePolls(session, lambda uid: ("t" * 64,), changes.set)
         polls.follow({"pod": PolledPod(served.url, "base-demo-tiny")})
         await until(lambda: "pod" in polls.states)
         assert polls.states["pod"].ready

@@ -20,13 +20,16 @@ from fakes import FakeRuntime
 from gateway_world import KEY, adapter_object, base_object, key_of, until, until_it
 
 from lorapool_api.protocol import runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway.metrics import Metrics
+from lorapool_gateway.process import running
 from lorapool_gateway.routing.kube import Kube
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.objects import ObjectRef
-from lorapool_gateway.routing.runtime_polls import RuntimePolls
+from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls
 from lorapool_gateway.routing.table_builder import TableBuilder
 from lorapool_gateway.routing.watch import KubeSource
+from lorapool_gateway.settings import Settings
 
 REF = ObjectRef("demo", "tiny")
 
@@ -52,7 +55,7 @@ class Watching:
         self.routes, self.keys, self.metrics = LiveRoutes(), LiveKeys(), Metrics()
         self.source = KubeSource(kube, None, "lorapool", self.metrics.watch_failed)
         self.tables = TableBuilder(self.source, self.routes, self.keys, self.metrics)
-        self.tables.polls = RuntimePolls(session, lambda uid: "t" * 64, self.tables.runtimes_changed)
+        self.tables.polls = RuntimePolls(session, lambda uid: ("t" * 64,), self.tables.runtimes_changed)
         self.builds = 0
         publish = self.routes.publish
 
@@ -222,6 +225,46 @@ async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_die
             assert not made.replica().state.loaded
             api.put("endpointslices", slice_of(runtime.port, terminating=True))
             await until(lambda: not made.replica().usable)
+
+
+async def test_runtimes_are_polled_with_the_previous_token_until_they_accept_the_current_one() -> None:
+    changes = asyncio.Event()
+    async with FakeRuntime(token="o" * 64).running() as runtime, aiohttp.ClientSession() as session:
+        polls = RuntimePolls(session, lambda uid: ("n" * 64, "o" * 64), changes.set)
+        polls.follow({"pod": PolledPod(runtime.url, "uid")})
+        await until(lambda: "pod" in polls.states)
+        runtime.token = "n" * 64
+        runtime.change()
+        polled = runtime.polls
+        await until(lambda: runtime.polls > polled)
+        assert "pod" in polls.states
+        assert polls.failed == set()
+        await polls.close()
+
+
+async def test_a_ready_gateway_stays_ready_while_its_tables_change(api: FakeKube, tmp_path: Path) -> None:
+    settings = Settings(keys_namespace="lorapool", listen_host="127.0.0.1", api_port=0, metrics_port=0)
+    async with AsyncExitStack() as stack:
+        kube = await Kube.connect(api.kubeconfig(tmp_path))
+        stack.push_async_callback(kube.close)
+        metrics = Metrics()
+        source = KubeSource(kube, None, "lorapool", metrics.watch_failed)
+        process = await stack.enter_async_context(running(settings, RuntimeTokens(["m" * 64]), source, kube, metrics))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+
+        async def ready() -> bool:
+            async with session.get(f"http://127.0.0.1:{process.metrics_port}/readyz") as response:
+                return response.status == 200
+
+        await until_it(ready)
+        answers = []
+        for number in range(50):
+            api.put("loraadapters", adapter_object(f"a{number}"))
+            process.tables.runtimes_changed()
+            answers.append(await ready())
+        assert all(answers), f"{answers.count(False)} of {len(answers)} probes failed"
+        process.gateway.draining = True
+        assert not await ready()
 
 
 async def test_on_sigterm_the_process_goes_unready_finishes_its_streams_and_leaves(

@@ -10,7 +10,7 @@ from base_world import NOW, base, plan, world
 
 from lorapool_api.common import Reason
 from lorapool_operator.effects.apply import Applier, refusal
-from lorapool_operator.effects.cluster import ClusterError, FencedError, ForeignObjectError
+from lorapool_operator.effects.cluster import ClusterError, ForeignObjectError
 from lorapool_operator.world.cluster_cache import ClusterCache
 from lorapool_operator.world.observed import BaseMemory
 
@@ -28,7 +28,6 @@ QUOTA = 'deployments.apps "tiny-runtime" is forbidden: exceeded quota: none'
         (ClusterError("x", 500, detail="etcdserver: request timed out"), None),
         (ClusterError("x", 429, detail="too many requests"), None),
         (ClusterError("the API server cannot be reached"), None),
-        (FencedError("not the leader"), None),
     ],
 )
 def test_only_what_a_person_has_to_cure_is_a_refusal(error: ClusterError, reason: Reason | None) -> None:
@@ -64,7 +63,7 @@ async def test_a_refusal_is_known_before_a_status_is_written_and_the_other_child
     cluster, memory, observed = RefusingCluster(), BaseMemory("base-uid", 1), world(base(replicas=1))
     applier = Applier(cluster, ClusterCache(), None, None, None)  # type: ignore[arg-type]  # parts that are not reached
     assert await applier.base(observed.base, plan(observed), memory)
-    assert cluster.calls == ["Deployment", "Service", "PodDisruptionBudget"]
+    assert cluster.calls == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
     assert memory.child_problem is not None
     assert memory.child_problem.reason is Reason.QUOTA_EXCEEDED
     assert memory.apply_retry_unix_s > NOW

@@ -9,6 +9,7 @@ from fakes_operator import ScriptedRuntime
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, Meta, ObjectKind, PodObject
 
@@ -25,7 +26,9 @@ def pod(name: str, port: int) -> PodObject:
 
 async def test_a_pod_that_does_not_answer_keeps_only_its_own_process_from_being_gone() -> None:
     cache, changed = ClusterCache(), asyncio.Event()
-    tracker = RuntimeTracker(cache, master_token=MASTER_TOKEN, settings=FAST, changed=lambda *_, **__: changed.set())
+    tracker = RuntimeTracker(
+        cache, tokens=RuntimeTokens([MASTER_TOKEN]).of, settings=FAST, changed=lambda *_, **__: changed.set()
+    )
     asked = ["former-1", "former-2", "boot-silent", "boot-alive"]
 
     async def until_fresh(*wanted: bool) -> None:

@@ -26,11 +26,11 @@ def base(**spec: Any) -> BaseObject:
 
 
 def made(profile: RuntimeProfile | None = None, **spec: Any) -> list[dict[str, Any]]:
-    return children(base(**spec), profile or RuntimeProfile(), IMAGE, replicas=2, token_sha256=HASH)
+    return children(base(**spec), profile or RuntimeProfile(), IMAGE, replicas=2, token_sha256=(HASH,))
 
 
 def pod(profile: RuntimeProfile | None = None, **spec: Any) -> dict[str, Any]:
-    found: dict[str, Any] = made(profile, **spec)[0]["spec"]["template"]
+    found: dict[str, Any] = made(profile, **spec)[1]["spec"]["template"]
     return found
 
 
@@ -40,7 +40,7 @@ def env(profile: RuntimeProfile | None = None, **spec: Any) -> dict[str, str]:
 
 
 def test_every_child_is_owned_by_its_base_and_blocks_no_deletion() -> None:
-    assert [child["kind"] for child in made()] == ["Deployment", "Service", "PodDisruptionBudget"]
+    assert [child["kind"] for child in made()] == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
     for child in made():
         owner = child["metadata"]["ownerReferences"][0]
         assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("base-uid", True, False)
@@ -56,26 +56,41 @@ def test_pods_pass_the_restricted_standard() -> None:
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert all("sizeLimit" in volume["emptyDir"] for volume in spec["volumes"])
+    assert all("sizeLimit" in volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume)
 
 
 def test_the_runtime_reads_exactly_the_settings_that_the_operator_writes() -> None:
     settings = read_settings([], env(lora={"maxRank": 8, "slots": 3, "hostCacheBytes": "64Mi"}, maxModelLen=512))
     assert (settings.model, settings.revision, settings.max_rank, settings.slots) == ("hf://org/base", "main", 8, 3)
     assert (settings.max_model_len, settings.host_cache_bytes) == (512, 64 * 2**20)
-    assert (settings.base_label, settings.served_name, settings.token_sha256) == ("team/tiny", "tiny", HASH)
-    assert settings.drain_grace_s < 60
+    assert (settings.base_label, settings.served_name) == ("team/tiny", "tiny")
+    assert 600 < settings.drain_grace_s < RuntimeProfile().termination_grace_period_seconds  # no long answer is cut
 
 
 def test_the_pod_holds_neither_a_secret_nor_a_token() -> None:
     text = json.dumps(made())
     assert "secretKeyRef" not in text
     assert "serviceAccountName" not in text
-    assert env()["LORAPOOL_TOKEN_SHA256"] == HASH
+
+
+def test_the_hashes_of_both_tokens_are_mounted_and_a_rotation_rolls_no_pod() -> None:
+    other = "cd" * 32
+    before, after = (
+        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=hashes)
+        for hashes in ((HASH,), (other, HASH))
+    )
+    assert after[0]["data"] == {"sha256": f"{other}\n{HASH}\n"}
+    assert before[1:] == after[1:]
+    assert before[0] != after[0]
+    spec = after[1]["spec"]["template"]["spec"]
+    assert {"name": "token", "configMap": {"name": after[0]["metadata"]["name"]}} in spec["volumes"]
+    mount = {"name": "token", "mountPath": "/etc/lorapool/token", "readOnly": True}
+    assert mount in spec["containers"][0]["volumeMounts"], "without subPath, which would keep the first version"
+    assert env()["LORAPOOL_TOKEN_SHA256_FILE"] == "/etc/lorapool/token/sha256"
 
 
 def test_a_recreated_base_never_adopts_old_pods() -> None:
-    deployment, service, budget = made()
+    _, deployment, service, budget = made()
     wanted = {LABEL_BASE: "tiny", LABEL_BASE_UID: "base-uid"}
     assert deployment["spec"]["selector"]["matchLabels"] == wanted
     assert service["spec"]["selector"] == wanted
@@ -84,9 +99,9 @@ def test_a_recreated_base_never_adopts_old_pods() -> None:
 
 
 def test_a_change_of_the_spec_changes_the_template_and_scaling_does_not() -> None:
-    one = pod_template(base(), RuntimeProfile(), IMAGE, token_sha256=HASH)
-    two = pod_template(base(scaling={"maxReplicas": 9}), RuntimeProfile(), IMAGE, token_sha256=HASH)
-    other = pod_template(base(lora={"slots": 9}), RuntimeProfile(), IMAGE, token_sha256=HASH)
+    one = pod_template(base(), RuntimeProfile(), IMAGE)
+    two = pod_template(base(scaling={"maxReplicas": 9}), RuntimeProfile(), IMAGE)
+    other = pod_template(base(lora={"slots": 9}), RuntimeProfile(), IMAGE)
     assert content_hash(one) == content_hash(two) != content_hash(other)
     assert all(child["metadata"]["annotations"][ANNOTATION_SPEC_HASH] for child in made())
 
@@ -105,7 +120,7 @@ def test_a_profile_decides_image_nodes_and_volumes_and_never_overrides_the_opera
             shmSizeLimit: 1Gi
             env:
               - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: hub, key: token}}}
-              - {name: LORAPOOL_TOKEN_SHA256, value: stolen}
+              - {name: LORAPOOL_TOKEN_SHA256_FILE, value: /tmp/stolen}
         """,
         origin="values",
     )["gpu"]
@@ -116,7 +131,7 @@ def test_a_profile_decides_image_nodes_and_volumes_and_never_overrides_the_opera
     assert spec["imagePullSecrets"] == [{"name": "pull"}]
     assert {"name": "pvc-0", "mountPath": "/pvc/models", "readOnly": True} in container["volumeMounts"]
     assert any(mount["mountPath"] == "/dev/shm" for mount in container["volumeMounts"])
-    assert env(profile)["LORAPOOL_TOKEN_SHA256"] == HASH
+    assert env(profile)["LORAPOOL_TOKEN_SHA256_FILE"] == "/etc/lorapool/token/sha256"
     assert any(item["name"] == "HF_TOKEN" for item in container["env"])
 
 
@@ -143,8 +158,8 @@ def test_pods_drain_before_the_kubelet_kills_them() -> None:
 
 def test_objects_with_different_uids_have_different_selectors() -> None:
     other = replace(base(), meta=replace(base().meta, uid="other"))
-    one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
-    two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)[0]
+    one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))[1]
+    two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))[1]
     assert one["spec"]["selector"] != two["spec"]["selector"]
 
 
@@ -158,6 +173,7 @@ CPU = {"requests": {"cpu": "1"}, "limits": {"memory": "1Gi"}}
         (CPU, {}, 1, 0),
         (GPU, {}, 0, 1),
         ({"requests": {"amd.com/gpu": "2"}}, {}, 0, 1),
+        ({"claims": [{"name": "gpu"}]}, {}, 0, 1),
         (GPU, {"maxSurge": 1}, 1, 0),
         (GPU, {"maxUnavailable": 0}, 1, 0),
         (CPU, {"maxSurge": 0}, 0, 1),
@@ -169,12 +185,12 @@ def test_pods_are_replaced_without_a_spare_gpu_unless_the_profile_says_otherwise
 ) -> None:
     profile = RuntimeProfile.model_validate({"resources": resources, "rollout": rollout})
     bounds = {"maxSurge": surge, "maxUnavailable": unavailable}
-    assert made(profile)[0]["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": bounds}
+    assert made(profile)[1]["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": bounds}
 
 
 def test_a_profile_may_stop_all_pods_before_it_starts_new_ones() -> None:
     profile = RuntimeProfile.model_validate({"rollout": {"strategy": "Recreate"}})
-    assert made(profile)[0]["spec"]["strategy"] == {"type": "Recreate"}
+    assert made(profile)[1]["spec"]["strategy"] == {"type": "Recreate"}
 
 
 def test_a_rollout_that_could_replace_no_pod_is_refused() -> None:
@@ -184,8 +200,8 @@ def test_a_rollout_that_could_replace_no_pod_is_refused() -> None:
 
 
 def test_pods_carry_the_hash_of_their_template_which_scaling_does_not_change() -> None:
-    first = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=HASH)
-    scaled = children(base(), RuntimeProfile(), IMAGE, replicas=5, token_sha256=HASH, paused=True)
-    changed = children(base(), RuntimeProfile(threads=2), IMAGE, replicas=1, token_sha256=HASH)
+    first = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))
+    scaled = children(base(), RuntimeProfile(), IMAGE, replicas=5, token_sha256=(HASH,), paused=True)
+    changed = children(base(), RuntimeProfile(threads=2), IMAGE, replicas=1, token_sha256=(HASH,))
     assert template_hash(first) == template_hash(scaled) != template_hash(changed)
-    assert (first[0]["spec"]["paused"], scaled[0]["spec"]["paused"]) == (False, True)
+    assert (first[1]["spec"]["paused"], scaled[1]["spec"]["paused"]) == (False, True)

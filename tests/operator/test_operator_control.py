@@ -16,6 +16,8 @@ from kubernetes.aio.client.configuration import Configuration
 
 from lorapool_api.common import GROUP, AdapterKey
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_operator import reconciler
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import KubeEvent
@@ -67,7 +69,7 @@ class FakeTarget:
 class World:
     def __init__(self, *, fence: Fence | None = None) -> None:
         settings = ControlSettings(
-            master_token=MASTER_TOKEN,
+            tokens=RuntimeTokens([MASTER_TOKEN]).of,
             image=RuntimeImage("image", "Never"),
             profiles={"default": RuntimeProfile()},
             inspections=4,
@@ -137,6 +139,21 @@ async def test_other_tasks_run_between_the_keys_of_a_full_queue() -> None:
             await asyncio.sleep(0)
     ticking.cancel()
     assert turns >= 100  # at most one key for each worker between two turns
+
+
+async def test_workers_together_leave_the_loop_when_their_slice_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler, "SLICE_S", -1.0)  # over at once: one key in each pass of the loop
+    slice_, passed = reconciler.Slice(), list[int]()
+
+    async def worker(number: int) -> None:
+        await slice_.turn()
+        passed.append(number)
+
+    tasks = [asyncio.create_task(worker(number)) for number in range(5)]
+    await asyncio.sleep(0)
+    assert len(passed) == 1
+    await asyncio.gather(*tasks)
+    assert sorted(passed) == [0, 1, 2, 3, 4]
 
 
 async def test_all_adapters_are_marked_over_the_interval_and_not_at_once() -> None:

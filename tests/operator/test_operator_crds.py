@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from operator_world import Api, Refused
+from operator_world import Api, RefusedError
 
 pytestmark = pytest.mark.apiserver
 
 
 async def refused(attempt: Any) -> str:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RefusedError) as caught:
         await attempt
     assert caught.value.status == 422
     return caught.value.message

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from fakes_operator import FakeInspector, digest, found
 
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.inspect import BaseInspection
 from lorapool_operator.decisions.plan import InspectionJob
@@ -44,7 +45,9 @@ async def tracker(concurrency: int) -> AsyncIterator[tuple[InspectionTracker, as
     cache, finished = ClusterCache(), asyncio.Queue[Key]()
     spec = {"metadata": {"namespace": "team", "name": "tiny", "uid": "b"}, "spec": {"source": {"uri": "hf://org/base"}}}
     cache.bases.put(BaseObject.parse(spec))
-    runtimes = RuntimeTracker(cache, master_token="m" * 64, settings=PollSettings(), changed=lambda *_, **__: None)
+    runtimes = RuntimeTracker(
+        cache, tokens=RuntimeTokens(["m" * 64]).of, settings=PollSettings(), changed=lambda *_, **__: None
+    )
     made = InspectionTracker(
         cache,
         HangingInspector(),

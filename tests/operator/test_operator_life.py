@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from fakes_operator import FakeInspector, ScriptedRuntime, digest, found
-from operator_world import Api, condition, running_operator, token_of, until
+from operator_world import MASTER_TOKEN, Api, condition, running_operator, token_of, until
 
-from lorapool_api.common import ANNOTATION_RETRY, AdapterKey, FailureReason
+from lorapool_api.common import ANNOTATION_DELETION_COST, ANNOTATION_RETRY, AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
-from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier
+from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier, runtime_token, token_sha256
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_operator.world.observed import SourceFailure
 
@@ -534,6 +534,41 @@ async def test_children_that_someone_changes_or_deletes_are_restored_by_the_resy
         await until(service_exists)
 
 
+async def test_a_rotated_token_reaches_the_runtimes_without_a_rollout(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=0.5):
+        base = await api.base()
+        old = token_of(base)
+        new = runtime_token("n" * 64, base["metadata"]["uid"])
+
+        async def hashes() -> list[str]:
+            found = await api.find("configmaps", "tiny-runtime")
+            return found["data"]["sha256"].split() if found else []
+
+        await until(hashes, [token_sha256(old)])
+        before = await until(lambda: api.find("deployments", "tiny-runtime"))
+        async with ScriptedRuntime(token=old).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+            await until(lambda: base_ready(api), ("True", "Ready"))
+            (tmp_path / "token").write_text(f"{'n' * 64}\n{MASTER_TOKEN}\n")
+            await until(hashes, [token_sha256(new), token_sha256(old)])
+            polled = runtime.polls
+            await until(lambda: polls_after(runtime, polled))
+            assert await base_ready(api) == ("True", "Ready"), "a runtime that has not read the new hash yet"
+            runtime.token = new
+            (tmp_path / "token").write_text(f"{'n' * 64}\n")
+            await until(hashes, [token_sha256(new)])
+            polled = runtime.polls
+            await until(lambda: polls_after(runtime, polled))
+            assert await base_ready(api) == ("True", "Ready")
+        after = await api.get("deployments", "tiny-runtime")
+        assert after["spec"]["template"] == before["spec"]["template"]
+
+
+async def polls_after(runtime: ScriptedRuntime, before: int) -> bool:
+    """True once the runtime has answered two more polls."""
+    return runtime.polls > before + 1
+
+
 async def test_an_object_of_others_with_the_name_of_a_child_is_left_alone(api: Api, tmp_path: Path) -> None:
     service = {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": "tiny-runtime"}, "spec": {"ports": [{"port": 1}]},
@@ -543,3 +578,83 @@ async def test_an_object_of_others_with_the_name_of_a_child_is_left_alone(api: A
         await api.base()
         await until(lambda: base_ready(api), ("False", "NameConflict"))
         assert (await api.get("services", "tiny-runtime"))["spec"]["ports"][0]["port"] == 1
+
+
+async def test_an_external_autoscalers_number_stays_and_runs_no_more_pods_than_allowed(
+    api: Api, tmp_path: Path
+) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=0.5):
+        base = await api.base(scaling={"mode": "External", "maxReplicas": 2, "scaleDownDelay": "0s"})
+        async with ScriptedRuntime(token=token_of(base)).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+            await until(lambda: base_ready(api), ("True", "Ready"))
+            await api.patch("basemodels", "tiny", {"spec": {"replicas": 3}}, sub="scale")
+
+            async def pods_wanted() -> int:
+                return int((await api.get("deployments", "tiny-runtime"))["spec"]["replicas"])
+
+            await until(pods_wanted, 2)
+            await asyncio.sleep(2.0)  # several resyncs
+            assert (await api.get("basemodels", "tiny"))["spec"]["replicas"] == 3
+
+
+async def test_the_emptier_pod_is_marked_before_the_number_of_replicas_is_lowered(api: Api, tmp_path: Path) -> None:
+    async with running_operator(api, tmp_path, FakeInspector()):
+        base = await api.base(scaling={"maxReplicas": 2, "scaleDownDelay": "0s"})
+        token = token_of(base)
+        async with ScriptedRuntime(token=token).running() as busy, ScriptedRuntime(token=token).running() as empty:
+            busy.load = {"in_flight": 20, "last_request_unix_s": time.time()}
+            await api.runtime_pod(base, "tiny-0", busy.port)
+
+            async def replicas() -> int:
+                return int((await api.get("basemodels", "tiny"))["spec"].get("replicas", -1))
+
+            await until(replicas, 2)
+            await api.runtime_pod(base, "tiny-1", empty.port)
+            busy.load = {"in_flight": 1, "last_request_unix_s": time.time()}
+            busy.change()
+            await until(replicas, 1)
+            costs = {
+                pod["metadata"]["name"]: pod["metadata"].get("annotations", {}).get(ANNOTATION_DELETION_COST)
+                for pod in await api.items("pods")
+            }
+            assert costs == {"tiny-0": None, "tiny-1": "-1"}
+
+
+async def test_a_hot_adapter_spreads_over_the_replicas_and_a_restart_of_the_operator_changes_nothing(
+    api: Api, tmp_path: Path
+) -> None:
+    base = await api.base(scaling={"minReplicas": 2, "maxReplicas": 2, "targetInFlight": 4})
+    hot, token = await api.adapter("hot"), token_of(base)
+    key = key_of(hot)
+
+    async def placement() -> dict[str, Any]:
+        return ((await api.get("loraadapters", "hot")).get("status") or {}).get("placement") or {}
+
+    async with ScriptedRuntime(token=token).running() as one, ScriptedRuntime(token=token).running() as two:
+        async with running_operator(api, tmp_path, FakeInspector(), usage_interval_s=60.0):
+            await until(lambda: ready(api, "hot"), ("True", "Parked"))
+            for runtime in (one, two):
+                runtime.have(key, f"{api.namespace}/hot")
+                runtime.reports[key] = {"in_flight": 1}
+            two.adapters.clear()
+            await api.runtime_pod(base, "tiny-0", one.port)
+            await api.runtime_pod(base, "tiny-1", two.port)
+            await until(lambda: loaded(api, "hot"), ("True", "Loaded"))
+            assert await placement() == {}
+            one.reports[key] = {"in_flight": 8}
+            one.change()
+            found = await until(placement)
+            assert (found["k"], sorted(found["replicas"])) == (2, ["tiny-0", "tiny-1"])
+            assert "8 requests" in found["why"]
+
+            async def on_both() -> bool:
+                return bool((await api.get("loraadapters", "hot"))["status"]["loadedReplicas"] == 2)
+
+            await until(on_both)
+            assert two.adapters[key].descriptor.load
+        version = (await api.get("loraadapters", "hot"))["metadata"]["resourceVersion"]
+        async with running_operator(api, tmp_path, FakeInspector(), usage_interval_s=60.0):
+            await asyncio.sleep(2.0)
+            assert await placement() == found
+            assert (await api.get("loraadapters", "hot"))["metadata"]["resourceVersion"] == version

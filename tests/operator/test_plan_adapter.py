@@ -593,6 +593,16 @@ def test_an_adapter_of_a_base_that_cannot_serve_is_not_ready_and_says_why(reason
     assert condition(stalled, "Stalled") == ("True", "BaseNotReady")
 
 
+def test_a_base_that_may_recover_soon_does_not_make_its_adapters_unready() -> None:
+    one, since = settled(adapter(), base()), "2023-11-14T22:13:20Z"
+    crashed = failing("CrashLooping")
+    conditions = [item.model_copy(update={"last_transition_time": since}) for item in crashed.status.conditions]
+    crashed = replace(crashed, status=BaseModelStatus(conditions=conditions))
+    early = plan(ObservedAdapter(one, crashed), NOW + 29)
+    assert (early.status, early.requeue_at) == (None, NOW + 30)
+    assert condition(plan(ObservedAdapter(one, crashed), NOW + 30), "Ready") == ("False", "BaseNotReady")
+
+
 @pytest.mark.parametrize("reason", ["Starting"])
 def test_an_adapter_of_a_base_that_starts_stays_ready(reason: str) -> None:
     one = settled(adapter(), base())

@@ -43,7 +43,7 @@ def test_a_new_base_is_inspected_first_and_then_started_once() -> None:
     assert first.children == ()
     assert first.status is None
     made = plan(world())
-    assert [child["kind"] for child in made.children] == ["Deployment", "Service", "PodDisruptionBudget"]
+    assert [child["kind"] for child in made.children] == ["ConfigMap", "Deployment", "Service", "PodDisruptionBudget"]
     assert made.scale_to == 1
     assert condition(made, "SourceResolved") == ("True", "Resolved")
     assert condition(made, "Ready") == ("False", "Starting")
@@ -77,7 +77,7 @@ def test_a_base_at_zero_replicas_is_ready_since_a_request_starts_one() -> None:
     made = plan(world(base(replicas=0)))
     assert condition(made, "Ready") == ("True", "ScaledToZero")
     assert condition(made, "RuntimeAvailable") == ("False", "ScaledToZero")
-    assert made.children[0]["spec"]["replicas"] == 0
+    assert made.children[1]["spec"]["replicas"] == 0
 
 
 def test_a_pod_that_cannot_run_is_quoted() -> None:
@@ -146,7 +146,7 @@ def test_an_idle_base_scales_to_zero_and_an_event_says_so() -> None:
     assert plan(observed, NOW + 599).requeue_at == NOW + 600
     made = plan(observed, NOW + 600)
     assert made.scale_to == 0
-    assert made.children[0]["spec"]["replicas"] == 0
+    assert made.children[1]["spec"]["replicas"] == 0
     assert [note.reason for note in made.events] == ["Scaled"]
 
 
@@ -178,6 +178,12 @@ def test_a_base_without_its_profile_gets_no_children() -> None:
     assert condition(made, "Ready") == ("False", "ProfileNotFound")
 
 
+def test_a_profile_of_other_namespaces_is_refused_with_its_own_reason() -> None:
+    made = plan(world(profile=None, profile_denied=True))
+    assert made.children == ()
+    assert condition(made, "Ready") == ("False", "ProfileNotPermitted")
+
+
 @pytest.mark.parametrize(("age_s", "removed"), [(9.0, 0), (10.0, 1)])
 def test_a_stray_is_unregistered_only_after_a_while_and_only_if_its_object_is_gone(age_s: float, removed: int) -> None:
     stray = StrayReport("pod-uid", "pod", AdapterKey("x", digest("x")), "team/x", NOW - age_s)
@@ -195,7 +201,7 @@ def test_nothing_is_written_when_nothing_changed() -> None:
 
 
 def test_the_plan_applies_what_the_manifests_make() -> None:
-    wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256="ab" * 32)
+    wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=("ab" * 32,))
     assert list(plan(world()).children) == wanted
 
 
@@ -373,7 +379,7 @@ def test_no_more_pods_run_than_the_owner_allows_whatever_an_autoscaler_asks_for(
     two = tuple(runtime(f"p{number}", in_flight=1) for number in range(2))
     made = plan(world(base(replicas=5, scaling=scaling), pods=(pod("p0"), pod("p1")), runtimes=two))
     assert made.scale_to is None
-    assert made.children[0]["spec"]["replicas"] == 2
+    assert made.children[1]["spec"]["replicas"] == 2
     assert condition(made, "RuntimeAvailable") == ("True", "Available")
     assert condition(made, "Progressing") == ("False", "Stable")
 

@@ -34,7 +34,7 @@ def observed(*pods: PodObject, **more: Any) -> ObservedBase:
     known: dict[str, Any] = {
         "profile": RuntimeProfile(),
         "image": RuntimeImage("runtime:2", "IfNotPresent"),
-        "token_sha256": "ab" * 32,
+        "token_sha256": ("ab" * 32,),
         "inspection": InspectionResult("base-uid/", 1, SourceFacts("sha256:" + "a" * 64, "rev"), NOW - 1, 0.5),
         "deployment": deployment("old"),
     }
@@ -46,7 +46,7 @@ def plan(of: ObservedBase, **settings: Any) -> BasePlan:
 
 
 def paused(made: BasePlan) -> bool:
-    return bool(made.children[0]["spec"]["paused"])
+    return bool(made.children[1]["spec"]["paused"])
 
 
 def progressing(made: BasePlan) -> tuple[str, str, str]:
@@ -65,11 +65,11 @@ def test_one_base_replaces_its_pods_and_the_next_one_waits() -> None:
 
 def test_a_waiting_rollout_does_not_stop_scaling() -> None:
     waiting = plan(observed(pod("old"), rolling_elsewhere=("team/other",), spec={"scaling": {"maxReplicas": 2}}))
-    assert waiting.children[0]["spec"]["replicas"] == 2
+    assert waiting.children[1]["spec"]["replicas"] == 2
 
 
 def test_a_rollout_that_is_under_way_is_not_interrupted() -> None:
-    template = plan(observed()).children[0]["spec"]["template"]["metadata"]["annotations"]["lorapool.dev/template-hash"]
+    template = plan(observed()).children[1]["spec"]["template"]["metadata"]["annotations"]["lorapool.dev/template-hash"]
     going = observed(pod("old"), deployment=deployment(template), rolling_elsewhere=("team/other",))
     assert not paused(plan(going))
     assert paused(plan(replace(going, deployment=deployment(template, paused=True))))
@@ -95,3 +95,9 @@ def test_a_paused_base_keeps_its_pods_and_says_so() -> None:
 def test_what_a_rollout_lacks_is_named_while_the_old_pod_serves() -> None:
     made = plan(observed(pod("old"), pod("new", "new", ready=False, problem=FULL)))
     assert "Insufficient nvidia.com/gpu" in progressing(made)[2]
+
+
+def test_nothing_waits_while_the_template_is_not_known() -> None:
+    made = plan(observed(pod("old"), profile=None, rolling_elsewhere=("team/other",)))
+    assert made.children == ()
+    assert progressing(made)[1] != "RolloutWaiting"

@@ -11,6 +11,7 @@ from fakes_operator import ScriptedRuntime
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import runtime_token
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker, clock_skew
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, Meta, ObjectKind, PodObject
 
@@ -23,7 +24,10 @@ BASE = BaseObject(META, BaseModelSpec.model_validate({"source": {"uri": "hf://or
 async def test_a_nodes_wrong_clock_shifts_no_time_of_its_runtime(behind_s: float) -> None:
     cache, changed = ClusterCache(), asyncio.Event()
     tracker = RuntimeTracker(
-        cache, master_token=MASTER_TOKEN, settings=PollSettings(), changed=lambda *_, **__: changed.set()
+        cache,
+        tokens=RuntimeTokens([MASTER_TOKEN]).of,
+        settings=PollSettings(),
+        changed=lambda *_, **__: changed.set(),
     )
     used = time.time() - 3
     async with ScriptedRuntime(token=runtime_token(MASTER_TOKEN, "base-uid")).running() as runtime:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fakes_runtime import Served, descriptor, key_of, save_byte_tokenizer, serving, until
+from fakes_runtime import Served, acquire, descriptor, key_of, save_byte_tokenizer, serving, until
 
+from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.world.cluster_cache import ClusterCache, Key, Meta, ObjectKind, PodObject
 
@@ -31,7 +32,7 @@ def tracker_of(served: Served, changes: Changes) -> RuntimeTracker:
     assert port is not None
     cache.pods.put(PodObject(META, BASE, "base-uid", "127.0.0.1", port, True, False, ""))
     settings = PollSettings(wait_s=5.0, pause_s=0.0)
-    tracker = RuntimeTracker(cache, master_token="m" * 64, settings=settings, changed=changes)
+    tracker = RuntimeTracker(cache, tokens=RuntimeTokens(["m" * 64]).of, settings=settings, changed=changes)
     tracker.follow_pods()
     return tracker
 
@@ -45,7 +46,7 @@ async def test_a_change_of_one_adapter_touches_that_adapter_alone(tmp_path: Path
         try:
             await until(lambda: tracker.holders_of("uid-a49"))
             changes.calls.clear()
-            (await served.runtime.adapters.acquire(key_of("a7"))).release()
+            (await acquire(served.runtime.adapters, key_of("a7"))).release()
             await until(lambda: tracker.holders_of("uid-a7")[0].reports[0].last_used_unix_s)
             await served.runtime.adapters.delete(key_of("a8"))
             await until(lambda: not tracker.holders_of("uid-a8"))

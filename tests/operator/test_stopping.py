@@ -66,7 +66,7 @@ def observed(pods: tuple[PodObject, ...], runtimes: tuple[RuntimeView, ...], **m
     known: dict[str, Any] = {
         "profile": RuntimeProfile.model_validate({"resources": {"limits": {GPU: 1}}}),
         "image": RuntimeImage("runtime:1", "IfNotPresent"),
-        "token_sha256": "ab" * 32,
+        "token_sha256": ("ab" * 32,),
         "inspection": InspectionResult("base-uid/", 1, SourceFacts(digest("base"), "rev"), NOW - 1, 0.5),
         "deployment": DeploymentObject(replace(META, name="tiny-runtime"), KEY, "base-uid", ""),
         "memory": ScaleMemory(low_since_unix_s=NOW - 60),

@@ -62,7 +62,7 @@ def world(of: BaseObject | None = None, **more: Any) -> ObservedBase:
     known: dict[str, Any] = {
         "profile": RuntimeProfile(),
         "image": IMAGE,
-        "token_sha256": "ab" * 32,
+        "token_sha256": ("ab" * 32,),
         "inspection": FOUND,
     }
     return ObservedBase(base=of or base(), **{**known, **more})

@@ -84,7 +84,7 @@ def find_tool(name: str) -> Path | None:
     """A program that hack/cluster built, else one on the PATH, else None."""
     sys.path.append(str(REPOSITORY / "hack"))  # a script's package, not installed
     try:
-        built = Path(importlib.import_module("cluster.build").bin_dir()) / name
+        built = Path(importlib.import_module("cluster.programs.build").bin_dir()) / name
     finally:
         sys.path.pop()
     if built.exists():

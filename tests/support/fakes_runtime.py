@@ -29,6 +29,8 @@ from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.protocol import AdapterDescriptor, ErrorDetail, ResolveAnswer, ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import StoredAdapter
+from lorapool_runtime.adapters.entry import Lease
+from lorapool_runtime.adapters.manager import AdapterManager
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
@@ -376,6 +378,7 @@ def settings_for_tests(**changes: Any) -> RuntimeSettings:
         "drain_notice_s": 0.0,
         "sweep_interval_s": 0.02,
         "retry_base_s": 5.0,
+        "min_residency_s": 0.0,
     }
     return RuntimeSettings(**{**values, **changes})
 
@@ -384,6 +387,14 @@ def settings_for_tests(**changes: Any) -> RuntimeSettings:
 def tokenizer_of(folder: Path) -> BaseTokenizer:
     """Loaded once per folder, which takes a quarter of a second. It keeps no state."""
     return BaseTokenizer(folder, threads=2, timeout_s=5.0)
+
+
+async def acquire(manager: AdapterManager, key: AdapterKey) -> Lease:
+    """A lease on the adapter's slot, once it is loaded."""
+    while True:
+        waited_s = await manager.loaded(key)
+        if (lease := manager.lease(key, waited_s)) is not None:
+            return lease
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:

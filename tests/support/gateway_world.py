@@ -134,6 +134,8 @@ class World:
     keys: LiveKeys = field(default_factory=lambda: LiveKeys(KeyTable.of([api_key(KEY)])))
     metrics: Metrics = field(default_factory=Metrics)
     waker: FakeWaker = field(default_factory=FakeWaker)
+    tokens: tuple[str, ...] = ("t" * 64,)
+    """Bearer tokens of all runtimes, in the order in which the gateway tries them."""
     url: str = ""
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -144,7 +146,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.http = HttpClient(read_timeout_s=self.settings.request_timeout_s)
-        self.runtimes = RuntimeClient(self.http, lambda base: "t" * 64)
+        self.runtimes = RuntimeClient(self.http, lambda base: self.tokens)
         dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics)
         self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
 

@@ -33,6 +33,7 @@ OURS = f"/apis/{GROUP}/{VERSION}"
 ROOTS = {
     "basemodels": OURS,
     "loraadapters": OURS,
+    "configmaps": "/api/v1",
     "deployments": "/apis/apps/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
@@ -43,7 +44,7 @@ ROOTS = {
 }
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         super().__init__(f"{status} {body.get('message')}")
         self.status = status
@@ -65,7 +66,7 @@ class Api:
         async with self._session.request(method, self.server.url + path, json=body, headers=headers) as response:
             answer: dict[str, Any] = await response.json()
             if response.status >= 300:
-                raise Refused(response.status, answer)
+                raise RefusedError(response.status, answer)
             return answer
 
     def path(self, plural: str, name: str = "", *, namespace: str | None = None, sub: str = "") -> str:
@@ -81,7 +82,7 @@ class Api:
     async def find(self, plural: str, name: str) -> dict[str, Any] | None:
         try:
             return await self.get(plural, name)
-        except Refused as error:
+        except RefusedError as error:
             if error.status == 404:
                 return None
             raise

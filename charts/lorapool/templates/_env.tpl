@@ -6,6 +6,15 @@
 {{- with $artifacts.insecureRegistries -}}
 {{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- $maxBytes := toString (int64 $artifacts.maxBaseBytes) -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_MAX_BYTES" "value" $maxBytes) -}}
+{{- $timeout := toString (int64 $artifacts.baseFetchTimeoutSeconds) -}}
+{{- $env = append $env (dict "name" "LORAPOOL_BASE_FETCH_TIMEOUT_S" "value" $timeout) -}}
+{{- if $artifacts.caBundle.configMap -}}
+{{- range $name := list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" -}}
+{{- $env = append $env (dict "name" $name "value" "/etc/lorapool/ca/ca.crt") -}}
+{{- end -}}
+{{- end -}}
 {{- $env = concat $env $artifacts.env -}}
 {{- with $artifacts.credentials.existingSecret -}}
 {{- $secret := . -}}
@@ -13,8 +22,42 @@
 {{- $ref := dict "name" $secret "key" $key "optional" true -}}
 {{- $env = append $env (dict "name" $key "valueFrom" (dict "secretKeyRef" $ref)) -}}
 {{- end -}}
+{{- $env = append $env (dict "name" "LORAPOOL_CREDENTIALS_DIR" "value" "/etc/lorapool/credentials") -}}
 {{- end -}}
 {{- toJson $env -}}
+{{- end -}}
+
+{{/* Files that the values name, mounted into a pod. Call with (list $ withCaBundle); a JSON object of volumes, mounts and
+     the metrics' variables without their prefix. */}}
+{{- define "lorapool.files" -}}
+{{- $root := index . 0 -}}{{- $bundle := $root.Values.artifacts.caBundle -}}{{- $metrics := $root.Values.metrics -}}
+{{- $volumes := list -}}{{- $mounts := list -}}{{- $env := dict -}}
+{{- if index . 1 -}}
+{{- with $root.Values.artifacts.credentials.existingSecret -}}
+{{- $items := list -}}
+{{- range $key := $root.Values.artifacts.credentials.keys -}}{{- $items = append $items (dict "key" $key "path" $key) -}}{{- end -}}
+{{- $secret := dict "secretName" . "optional" true "defaultMode" 288 "items" $items -}}
+{{- $volumes = append $volumes (dict "name" "credentials" "secret" $secret) -}}
+{{- $mounts = append $mounts (dict "name" "credentials" "mountPath" "/etc/lorapool/credentials" "readOnly" true) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (index . 1) $bundle.configMap -}}
+{{- $item := dict "key" $bundle.key "path" "ca.crt" -}}
+{{- $volumes = append $volumes (dict "name" "ca-bundle" "configMap" (dict "name" $bundle.configMap "items" (list $item))) -}}
+{{- $mounts = append $mounts (dict "name" "ca-bundle" "mountPath" "/etc/lorapool/ca" "readOnly" true) -}}
+{{- end -}}
+{{- with $metrics.tls.secret -}}
+{{- $volumes = append $volumes (dict "name" "metrics-tls" "secret" (dict "secretName" . "defaultMode" 288)) -}}
+{{- $mounts = append $mounts (dict "name" "metrics-tls" "mountPath" "/etc/lorapool/metrics-tls" "readOnly" true) -}}
+{{- $_ := set $env "METRICS_TLS_DIR" "/etc/lorapool/metrics-tls" -}}
+{{- end -}}
+{{- with $metrics.token.secret -}}
+{{- $item := dict "key" $metrics.token.key "path" "token" -}}
+{{- $volumes = append $volumes (dict "name" "metrics-token" "secret" (dict "secretName" . "defaultMode" 288 "items" (list $item))) -}}
+{{- $mounts = append $mounts (dict "name" "metrics-token" "mountPath" "/etc/lorapool/metrics-token" "readOnly" true) -}}
+{{- $_ := set $env "METRICS_TOKEN_FILE" "/etc/lorapool/metrics-token/token" -}}
+{{- end -}}
+{{- dict "volumes" $volumes "mounts" $mounts "env" $env | toJson -}}
 {{- end -}}
 
 {{- define "lorapool.env.gateway" -}}
@@ -39,6 +82,10 @@
   value: {{ $gateway.drainSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
+- name: LORAPOOL_GATEWAY_{{ $name }}
+  value: {{ $value }}
+{{- end }}
 {{- end -}}
 
 {{- define "lorapool.env.operator" -}}
@@ -75,12 +122,14 @@
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY
   value: {{ $operator.judgeConcurrency | int64 | quote }}
-- name: LORAPOOL_OPERATOR_MAX_BASE_BYTES
-  value: {{ .Values.artifacts.maxBaseBytes | int64 | quote }}
 - name: LORAPOOL_OPERATOR_USAGE_INTERVAL_S
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- range $name, $value := (include "lorapool.files" (list . true) | fromJson).env }}
+- name: LORAPOOL_OPERATOR_{{ $name }}
+  value: {{ $value }}
+{{- end }}
 {{- range include "lorapool.env.artifacts" . | fromJsonArray }}
 - {{ toYaml . | nindent 2 | trim }}
 {{- end }}

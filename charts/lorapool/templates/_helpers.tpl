@@ -98,6 +98,29 @@ annotations:
 {{- default .Release.Namespace .Values.apiKeys.namespace -}}
 {{- end -}}
 
+{{/* A component's PodDisruptionBudget. Call with (list $ "gateway"). */}}
+{{- define "lorapool.podDisruptionBudget" -}}
+{{- $root := index . 0 -}}{{- $component := index . 1 -}}
+{{- $budget := (index $root.Values $component).podDisruptionBudget -}}
+{{- if $budget.enabled }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ include "lorapool.fullname" $root }}-{{ $component }}
+  namespace: {{ $root.Release.Namespace }}
+  labels:
+    {{- include "lorapool.labels" . | nindent 4 }}
+  {{- include "lorapool.annotations" (list $root dict) | nindent 2 }}
+spec:
+  maxUnavailable: {{ $budget.maxUnavailable }}
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  selector:
+    matchLabels:
+      {{- include "lorapool.selectorLabels" . | nindent 6 }}
+{{- end }}
+{{- end -}}
+
 {{- define "lorapool.runtimeTokenSecret" -}}
 {{- default (printf "%s-runtime-token" (include "lorapool.fullname" .)) .Values.runtimeToken.existingSecret -}}
 {{- end -}}
@@ -109,9 +132,11 @@ annotations:
 {{/* securityContext of a pod under Pod Security `restricted`. */}}
 {{- define "lorapool.podSecurityContext" -}}
 runAsNonRoot: true
+{{- if .Values.fixedUsers }}
 runAsUser: 65532
 runAsGroup: 65532
 fsGroup: 65532
+{{- end }}
 seccompProfile:
   type: RuntimeDefault
 {{- end -}}
@@ -124,6 +149,18 @@ runAsNonRoot: true
 capabilities:
   drop:
     - ALL
+{{- end -}}
+
+{{- define "lorapool.probeScheme" -}}
+{{- if .Values.metrics.tls.secret }}, scheme: HTTPS{{ end -}}
+{{- end -}}
+
+{{/* A process may take two minutes to start, on a busy node or a slow disk, before its liveness counts. */}}
+{{- define "lorapool.startupProbe" -}}
+httpGet: {path: /healthz, port: metrics{{ include "lorapool.probeScheme" . }}}
+periodSeconds: 2
+timeoutSeconds: 3
+failureThreshold: 60
 {{- end -}}
 
 {{/* Pod fields that the values of every component can set. Call with (list $ $.Values.gateway). */}}
@@ -156,6 +193,7 @@ affinity:
 {{- $annotations := dict -}}
 {{- if $root.Values.metrics.scrapeAnnotations -}}
 {{- $annotations = dict "prometheus.io/scrape" "true" "prometheus.io/port" "9090" "prometheus.io/path" "/metrics" -}}
+{{- if $root.Values.metrics.tls.secret -}}{{- $_ := set $annotations "prometheus.io/scheme" "https" -}}{{- end -}}
 {{- end -}}
 {{- with mergeOverwrite $annotations (deepCopy $root.Values.commonAnnotations) (deepCopy $component.podAnnotations) -}}
 {{- toYaml . -}}

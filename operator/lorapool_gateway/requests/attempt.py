@@ -10,14 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import uuid
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 from urllib.parse import quote
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE, AdapterKey
+from lorapool_api.common import (
+    HEADER_ADAPTER,
+    HEADER_ATTEMPT,
+    HEADER_COLD_START,
+    HEADER_REQUEST_ID,
+    HEADER_USAGE,
+    AdapterKey,
+)
 from lorapool_api.openai import (
     CODE_DRAINING,
     CODE_NO_SLOT,
@@ -27,7 +35,7 @@ from lorapool_api.openai import (
     ServerError,
     UnavailableError,
 )
-from lorapool_api.protocol import ROUTE_ADAPTER
+from lorapool_api.protocol import ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
 from lorapool_gateway.requests.http_client import (
     ConnectError,
     ConnectionLostError,
@@ -37,6 +45,7 @@ from lorapool_gateway.requests.http_client import (
     ReadTimeoutError,
 )
 from lorapool_gateway.requests.request import InferenceRequest
+from lorapool_gateway.requests.sse import parse_usage
 from lorapool_gateway.routing.objects import BaseRoute
 from lorapool_gateway.routing.routes import RuntimeReplica, Target
 
@@ -44,6 +53,7 @@ log = logging.getLogger(__name__)
 
 ERROR_BODY_MAX_BYTES = 64 * 1024
 REGISTER_TIMEOUT_S = 10.0
+CANCEL_TIMEOUT_S = 2.0
 
 
 class Refusal(StrEnum):
@@ -69,12 +79,25 @@ class Passed:
 
 
 @dataclass(slots=True)
+class _Sent:
+    """A request that was sent to a runtime; `id` is unknown to any other."""
+
+    url: str
+    token: str
+    cancelled: Callable[[Usage | None], None]
+    """Receives what it has used if its client leaves before the response begins."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(slots=True)
 class Accepted:
     """A response that has begun. Its owner must `close` it, which ends a generation that is not complete."""
 
     response: HttpResponse
     replica: RuntimeReplica
     runtime_cold_ms: int | None
+    cancel: Callable[[], Awaitable[Usage | None]]
+    """Ends the generation because the client has left; returns what it has used, if the runtime says it."""
     _release: Callable[[], None]
 
     def close(self) -> None:
@@ -92,10 +115,11 @@ class RuntimeClient:
     def __init__(
         self,
         http: HttpClient,
-        token: Callable[[BaseRoute], str],
+        tokens: Callable[[BaseRoute], tuple[str, ...]],
     ) -> None:
+        """`tokens(base)` are the bearer tokens of its runtimes, in the order in which to try them."""
         self._http = http
-        self._token = token
+        self._tokens = tokens
         self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
         self.in_flight: Counter[str] = Counter()
         """Requests of this gateway by pod uid."""
@@ -108,8 +132,12 @@ class RuntimeClient:
         request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
+        cancelled: Callable[[Usage | None], None] = lambda usage: None,
     ) -> Accepted | Refusal | Passed:
-        """Raises LoadTimeoutError if no response begins within `patience_s` while `still_loading()`, and ApiError."""
+        """Raises LoadTimeoutError if no response begins within `patience_s` while `still_loading()`, and ApiError.
+
+        When it is cancelled, since the client has left, `cancelled` receives what the request has used.
+        """
         pod = replica.endpoint.pod_uid
         self.in_flight[pod] += 1
         released = False
@@ -123,9 +151,11 @@ class RuntimeClient:
                     del self.in_flight[pod]
 
         try:
-            result = await self._attempt(target, replica, request, request_id, still_loading, patience_s)
-            if isinstance(result, HttpResponse):
-                return Accepted(result, replica, _whole(result.headers.get(HEADER_COLD_START)), release)
+            result = await self._attempt(target, replica, request, request_id, still_loading, patience_s, cancelled)
+            if isinstance(result, tuple):
+                response, sent = result
+                cold_ms = _whole(response.headers.get(HEADER_COLD_START))
+                return Accepted(response, replica, cold_ms, lambda: self._cancel(sent), release)
         except BaseException:
             release()
             raise
@@ -140,28 +170,65 @@ class RuntimeClient:
         request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
+        cancelled: Callable[[Usage | None], None],
+    ) -> tuple[HttpResponse, _Sent] | Refusal | Passed:
+        for token in self._tokens(target.base):
+            sent = _Sent(replica.endpoint.url, token, cancelled)
+            result = await self._attempt_with(sent, target, replica, request, request_id, still_loading, patience_s)
+            if isinstance(result, HttpResponse):
+                return result, sent
+            if result is not Refusal.UNAUTHORIZED:
+                return result
+        log.error("runtime refuses the gateway's token", extra=_where(target, replica))
+        return Refusal.UNAUTHORIZED
+
+    async def _attempt_with(
+        self,
+        sent: _Sent,
+        target: Target,
+        replica: RuntimeReplica,
+        request: InferenceRequest,
+        request_id: str,
+        still_loading: Callable[[], bool],
+        patience_s: float,
     ) -> HttpResponse | Refusal | Passed:
         headers = {
-            "Authorization": f"Bearer {self._token(target.base)}",
+            "Authorization": f"Bearer {sent.token}",
             "Content-Type": "application/json",
             HEADER_ADAPTER: target.header,
+            HEADER_ATTEMPT: sent.id,
             HEADER_USAGE: "1",
             HEADER_REQUEST_ID: request_id,
         }
         for registered in (False, True):
-            sent = await self._post(replica.endpoint.url, request, headers, still_loading, patience_s)
-            if isinstance(sent, Refusal):
-                return sent
-            result = await self._classify(sent, target, replica)
+            response = await self._post(sent, request, headers, still_loading, patience_s)
+            if isinstance(response, Refusal):
+                return response
+            result = await self._classify(response, target, replica)
             if result is not None:
                 return result
-            if not registered and (obstacle := await self._register(target, replica)) is not None:
+            if not registered and (obstacle := await self._register(sent.token, target, replica)) is not None:
                 return obstacle
         raise ServerError(f"A runtime of {target.base.ref} does not keep registrations.")
 
+    async def _cancel(self, sent: _Sent) -> Usage | None:
+        """Ends a request whose client has left. None: the runtime has not begun it, or does not answer in time."""
+        path, headers = ROUTE_ATTEMPT.format(id=sent.id), {"Authorization": f"Bearer {sent.token}"}
+        try:
+            async with asyncio.timeout(CANCEL_TIMEOUT_S):
+                response = await self._http.send(sent.url, "DELETE", path, headers, b"")
+                try:
+                    await response.head()
+                    body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
+                    return parse_usage(body) if response.status == 200 else None
+                finally:
+                    response.close()
+        except (HttpClientError, TimeoutError):
+            return None
+
     async def _post(
         self,
-        url: str,
+        sent: _Sent,
         request: InferenceRequest,
         headers: dict[str, str],
         still_loading: Callable[[], bool],
@@ -169,7 +236,7 @@ class RuntimeClient:
     ) -> HttpResponse | Refusal:
         """A response whose status and headers have arrived."""
         try:
-            response = await self._http.send(url, "POST", request.route, headers, request.body)
+            response = await self._http.send(sent.url, "POST", request.route, headers, request.body)
         except ConnectError:
             return Refusal.CONNECT
         try:
@@ -183,6 +250,12 @@ class RuntimeClient:
             ) from None
         except ConnectionLostError:
             return Refusal.LOST
+        except asyncio.CancelledError:
+            try:
+                sent.cancelled(await self._cancel(sent))
+            finally:
+                response.close()
+            raise
         except BaseException:
             response.close()
             raise
@@ -214,7 +287,6 @@ class RuntimeClient:
             case 429, code if code == CODE_QUEUE_FULL:
                 return Refusal.QUEUE_FULL
             case 401 | 403, _:
-                log.error("runtime refuses the gateway's token", extra=_where(target, replica))
                 return Refusal.UNAUTHORIZED
             case 400 | 413 | 422 | 429 | 500 | 503, str():
                 return Passed(response.status, body, response.headers.get("retry-after"))
@@ -231,24 +303,24 @@ class RuntimeClient:
         )
         raise ServerError("The runtime answered for another model; the answer was withheld.", code="wrong_adapter")
 
-    async def _register(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+    async def _register(self, token: str, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
         """One PUT for all concurrent requests that need this adapter on this replica. None: registered."""
         if target.key is None:
             return None
         pending = (replica.endpoint.pod_uid, target.key)
         task = self._registering.get(pending)
         if task is None:
-            task = asyncio.create_task(self._put(target, replica), name=f"register {target.identity}")
+            task = asyncio.create_task(self._put(token, target, replica), name=f"register {target.identity}")
             self._registering[pending] = task
             task.add_done_callback(lambda _: self._registering.pop(pending, None))
         return await asyncio.shield(task)  # a client that disconnects does not cancel it for the others
 
-    async def _put(self, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
+    async def _put(self, token: str, target: Target, replica: RuntimeReplica) -> Refusal | Passed | None:
         descriptor, key = target.descriptor(), target.key
         assert descriptor is not None
         assert key is not None
         path = ROUTE_ADAPTER.format(uid=quote(key.uid, safe=""), digest=quote(key.digest, safe=":"))
-        headers = {"Authorization": f"Bearer {self._token(target.base)}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = json.dumps(descriptor.dump()).encode()
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):

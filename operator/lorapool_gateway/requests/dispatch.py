@@ -74,7 +74,7 @@ class Dispatcher:
                     self._wake_if_down(table, resolved)
             else:
                 record.identity = resolved.identity
-                result = await self._try(table, resolved, request, request_id, deadline_s)
+                result = await self._try(table, resolved, request, request_id, deadline_s, record)
                 if isinstance(result, Accepted | Passed):
                     self._note_cold(record, result, held_s if was_held else None)
                     return result
@@ -93,7 +93,13 @@ class Dispatcher:
             was_held = True
 
     async def _try(
-        self, table: RouteTable, target: Target, request: InferenceRequest, request_id: str, deadline_s: float
+        self,
+        table: RouteTable,
+        target: Target,
+        request: InferenceRequest,
+        request_id: str,
+        deadline_s: float,
+        record: RequestRecord,
     ) -> Accepted | Passed | Refusal | None:
         """Tries the replicas in order. None: there is no usable replica. A Refusal is that of the last one."""
         no_slot = 0
@@ -107,6 +113,7 @@ class Dispatcher:
                     request_id,
                     lambda pod=replica.endpoint.pod_uid: self._still_loading(target, pod),  # type: ignore[misc]
                     max(MIN_PATIENCE_S, deadline_s - self._clock()),
+                    record.used,
                 )
             except LoadTimeoutError:
                 raise UnavailableError(

@@ -34,13 +34,13 @@ SSE = "text/event-stream"
 async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
     """The body of the response. Raises UnavailableError when the runtime is lost; the request is not sent again."""
     response = accepted.response
+    record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
     try:
         body = await response.read_all(RESPONSE_MAX_BYTES)
     except HttpClientError:
         raise _lost("was lost while it answered") from None
     if body is None:
         raise _lost("sent a response that is too long")
-    record.usage = parse_usage(response.headers.get(HEADER_USAGE, ""))
     return body
 
 
@@ -81,9 +81,12 @@ async def relay_stream(
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
     except ConnectionError:
-        pass  # the client has disconnected
+        record.used(await accepted.cancel())  # the client has disconnected
+    except asyncio.CancelledError:
+        record.used(await accepted.cancel())
+        raise
     finally:
-        record.usage = events.usage()
+        record.used(events.usage())
         accepted.close()
     if broken is not None:
         log.warning(

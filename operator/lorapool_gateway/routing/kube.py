@@ -1,4 +1,4 @@
-"""The three calls that this process makes to the API server, with the credentials and TLS of `kubernetes.aio`'s client.
+"""The few calls that this process makes to the API server, with the credentials and TLS of `kubernetes.aio`'s client.
 
 Answers stay plain JSON, because converting thousands of objects to generated classes first would be slow. A request
 in flight never causes a call, except to scale its base up while none of its replicas serves.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -65,6 +66,16 @@ class Kube:
         async with self._call("GET", path, params={**params, "watch": "true"}, limits=limits) as response:
             async for line in response.content:
                 yield json.loads(line)
+
+    async def create_event(self, event: Mapping[str, Any]) -> None:
+        """Creates an Event unless one of this name exists."""
+        path = f"/api/v1/namespaces/{event['metadata']['namespace']}/events"
+        try:
+            async with self._call("POST", path, body=event) as response:
+                await response.read()
+        except KubeError as error:
+            if error.status != HTTPStatus.CONFLICT:
+                raise
 
     async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
         """Writes over the resource version that was just read, so a number written in the meantime is never lowered."""

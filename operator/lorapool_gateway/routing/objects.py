@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from lorapool_api.basemodel import BaseModelSpec
-from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, Reason, duration_s
+from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
+from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, BaseCondition, Reason, duration_s
 from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.protocol import RUNTIME_PORT, AdapterState, RuntimeSnapshot, Tier
 
 PORT_NAME = "http"
+_NO_POD_REASONS = frozenset(
+    {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}
+)
+"""With these, a base has no pods, and waking it changes nothing."""
 
 
 class ObjectRef(NamedTuple):
@@ -35,6 +39,8 @@ class BaseRoute:
     spec: BaseModelSpec = field(repr=False)
     max_wait_s: float
     max_queued: int
+    obstacle: str = ""
+    """Why no pod of the base could start: its source or its profile cannot be used. Empty: nothing is known of it."""
     failed_start: str = ""
     """Reason of the last failed start; empty if none failed since a replica served."""
     next_start_unix_s: float = 0.0
@@ -108,9 +114,24 @@ def base_route(raw: Mapping[str, Any]) -> BaseRoute:
         spec=spec,
         max_wait_s=duration_s(spec.cold_start.max_wait),
         max_queued=spec.cold_start.max_queued,
+        obstacle=_obstacle(raw),
         failed_start=str(start.get("reason") or ""),
         next_start_unix_s=unix_s(start.get("retryAt")),
     )
+
+
+def _obstacle(raw: Mapping[str, Any]) -> str:
+    """The message of the condition that keeps every pod of a base from starting; empty if its status is outdated."""
+    status = BaseModelStatus.model_validate(raw.get("status") or {})
+    if (status.observed_generation or 0) < int(raw["metadata"].get("generation", 0)):
+        return ""
+    blocking = (
+        condition.message
+        for condition in status.conditions
+        if condition.status == "False"
+        and (condition.type == BaseCondition.SOURCE_RESOLVED or condition.reason in _NO_POD_REASONS)
+    )
+    return next(blocking, "")
 
 
 def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:

@@ -9,6 +9,7 @@ replicas and no request waits for a load while it could be answered.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from lorapool_api import placement
 from lorapool_gateway.routing.routes import RuntimeReplica, Target
@@ -28,8 +29,7 @@ def candidates(
 
     if target.adapter is None:
         return sorted(usable, key=lambda item: (item.poll_failed, load(item), item.endpoint.pod_uid))
-    order = placement.placement_order(target.adapter.uid, (placement.Replica(item.endpoint.pod_uid) for item in usable))
-    rank = {pod_uid: position for position, pod_uid in enumerate(order)}
+    rank = _ranks(target.adapter.uid, tuple(replica.endpoint.pod_uid for replica in usable))
 
     preferred = target.adapter.preferred_replicas
 
@@ -38,6 +38,12 @@ def candidates(
         return replica.poll_failed, not loaded, position >= preferred, load(replica) if loaded else 0, position
 
     return sorted(usable, key=preference)
+
+
+@lru_cache(maxsize=2048)  # with 100 replicas the order costs more than all else that the gateway does for a request
+def _ranks(adapter_uid: str, pod_uids: tuple[str, ...]) -> Mapping[str, int]:
+    order = placement.placement_order(adapter_uid, map(placement.Replica, pod_uids))
+    return {pod_uid: position for position, pod_uid in enumerate(order)}
 
 
 def is_loaded(target: Target, replica: RuntimeReplica) -> bool:

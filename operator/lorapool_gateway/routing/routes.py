@@ -5,7 +5,7 @@ falls back to the base. Names are tried in this order: `namespace/name`; `name`,
 may see has it; an alias or a base's served name, which belongs to the oldest object that claims it.
 
     check -> Target    pinned to the base, or to the adapter's uid and digest
-          -> Pending   no digest yet, or the source is being retried: hold the request
+          -> Pending   no digest yet, or the source is being checked again: hold the request
           -> raises    UnprocessableError, UnavailableError
 """
 
@@ -124,8 +124,7 @@ class RouteTable:
         for entry in entries:
             canonical.setdefault(str(entry.ref), []).append(entry)
             short.setdefault(entry.ref.name, []).append(entry)
-            other = entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
-            if other:
+            if other := _other_name(entry):
                 extra.setdefault(other, []).append(entry)
         return cls(
             bases={entry.ref: entry for entry in entries if isinstance(entry, BaseRoute)},
@@ -157,6 +156,7 @@ class RouteTable:
     def check(self, entry: Entry, now_unix_s: float) -> Target | Pending:
         """The weights that a request for this object runs on now. Raises UnprocessableError, UnavailableError."""
         if isinstance(entry, BaseRoute):
+            self._refuse_without_pods(entry)
             return Target(entry)
         base = self.bases.get(entry.base_ref)
         if base is None:
@@ -166,7 +166,18 @@ class RouteTable:
                 code="base_not_found",
                 retry_after_s=RETRY_AFTER_S,
             )
+        self._refuse_without_pods(base)
         return _check(entry, base, now_unix_s)
+
+    def _refuse_without_pods(self, base: BaseRoute) -> None:
+        """Raises UnavailableError for a base that has no replica and whose pods cannot start."""
+        if base.obstacle and not any(replica.usable for replica in self.replicas_of(base)):
+            raise UnavailableError(
+                f"BaseModel {base.ref} cannot start: {base.obstacle}",
+                param="model",
+                code="base_unavailable",
+                retry_after_s=RETRY_AFTER_S,
+            )
 
     def visible(self, key: ApiKey) -> list[Entry]:
         """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
@@ -180,6 +191,20 @@ class RouteTable:
         adapters.sort(key=lambda item: item.ref)
         return [*bases, *adapters]
 
+    def names_of(self, entry: Entry, key: ApiKey) -> list[str]:
+        """The model names under which the list shows an object: its full name, and its alias if that leads to it."""
+        found = [str(entry.ref)]
+        other = _other_name(entry)
+        if other and self._leads_to(other, entry, key):
+            found.append(other)
+        return found
+
+    def _leads_to(self, model: str, entry: Entry, key: ApiKey) -> bool:
+        try:
+            return self.find(model, key) is entry
+        except ModelNotFoundError:
+            return False
+
     def replicas_of(self, base: BaseRoute) -> tuple[RuntimeReplica, ...]:
         """The replicas of this very object: a recreated base never adopts the pods of its predecessor."""
         return tuple(
@@ -192,6 +217,10 @@ class RouteTable:
         """Whether the base does not, or no longer, admit this adapter's namespace."""
         base = self.bases.get(adapter.base_ref)
         return base is not None and not base.admits(adapter.ref.namespace)
+
+
+def _other_name(entry: Entry) -> str | None:
+    return entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
 
 
 def start_refusal(base: BaseRoute, now_unix_s: float) -> ApiError | None:
@@ -219,6 +248,8 @@ def _check(adapter: AdapterRoute, base: BaseRoute, now_unix_s: float) -> Target 
         raise failure
     if adapter.digest is not None:
         return Target(base, adapter, adapter.digest)
+    if failure is not None and not adapter.awaiting_runtime and _retry_in_s(adapter, now_unix_s) > 0:
+        raise failure  # the source is known to be down until its next check
     late = failure or UnavailableError(
         f"`{adapter.ref}` is not ready yet{': ' + adapter.message if adapter.message else ''}.",
         param="model",
@@ -233,7 +264,7 @@ def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
     if adapter.failure is None or adapter.ready or not adapter.status_is_current:
         return None
     failure = adapter.failure
-    retry_after_s = max(1.0, _unix_s(failure.retry_at) - now_unix_s) if failure.retry_at is not None else None
+    retry_after_s = max(1.0, _retry_in_s(adapter, now_unix_s)) if failure.retry_at is not None else None
     message = f"`{adapter.ref}` cannot be served: {failure.message}"
     try:
         reason = FailureReason(failure.reason)
@@ -242,6 +273,13 @@ def _failure(adapter: AdapterRoute, now_unix_s: float) -> ApiError | None:
             return UnprocessableError(message, param="model", code="adapter_failed")
         return UnavailableError(message, param="model", code="adapter_failed", retry_after_s=retry_after_s)
     return client_fault(reason, message, retry_after_s)
+
+
+def _retry_in_s(adapter: AdapterRoute, now_unix_s: float) -> float:
+    """Seconds until the operator checks a failed source again; not positive if that is due, or if none is planned."""
+    if adapter.failure is None or adapter.failure.retry_at is None:
+        return 0.0
+    return _unix_s(adapter.failure.retry_at) - now_unix_s
 
 
 def _unix_s(text: str) -> float:

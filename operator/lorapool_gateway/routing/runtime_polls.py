@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import NamedTuple
 
 import aiohttp
@@ -38,11 +39,11 @@ class PolledPod(NamedTuple):
 
 class RuntimePolls:
     def __init__(
-        self, session: aiohttp.ClientSession, token: Callable[[str], str], on_change: Callable[[], None]
+        self, session: aiohttp.ClientSession, tokens: Callable[[str], tuple[str, ...]], on_change: Callable[[], None]
     ) -> None:
-        """`token(base_uid)` is the bearer token of a base's runtimes."""
+        """`tokens(base_uid)` are the bearer tokens of a base's runtimes, in the order in which to try them."""
         self._session = session
-        self._token = token
+        self._tokens = tokens
         self._on_change = on_change
         self._tasks: dict[str, tuple[PolledPod, asyncio.Task[None]]] = {}
         self.states: dict[str, RuntimeState] = {}
@@ -93,8 +94,18 @@ class RuntimePolls:
             await asyncio.sleep(max(INTERVAL_S, PARSE_SHARE * spent_s))
 
     async def _get(self, polled: PolledPod, after: int, state: RuntimeState | None) -> bytes:
+        *earlier, last = self._tokens(polled.base_uid)
+        for token in earlier:
+            try:
+                return await self._call(polled, after, state, token)
+            except aiohttp.ClientResponseError as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+        return await self._call(polled, after, state, last)
+
+    async def _call(self, polled: PolledPod, after: int, state: RuntimeState | None, token: str) -> bytes:
         params = {} if state is None else {"after": str(after), "boot": state.boot_id, "wait": str(POLL_WAIT_S)}
-        headers = {"Authorization": f"Bearer {self._token(polled.base_uid)}"}
+        headers = {"Authorization": f"Bearer {token}"}
         limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + 10, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(
             polled.url + ROUTE_RUNTIME, params=params, headers=headers, timeout=limits, allow_redirects=False

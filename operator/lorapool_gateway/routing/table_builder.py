@@ -35,17 +35,15 @@ class TableBuilder:
         self._metrics = metrics
         self._dirty = asyncio.Event()
         self._objects_dirty = self._keys_dirty = False
+        self.synced = False
+        """All objects were read once and both tables were built from them. It stays True: later changes are applied to
+        a table that serves."""
         self.polls: RuntimePolls | None = None
         """Set before `run`; it reports back through `runtimes_changed`."""
         self._bases = source.caches(Kind.BASES, base_route, self._objects_changed)
         self._adapters = source.caches(Kind.ADAPTERS, adapter_route, self._objects_changed)
         self._slices = source.caches(Kind.ENDPOINT_SLICES, lambda raw: tuple(endpoints(raw)), self.runtimes_changed)
         self._secrets = source.caches(Kind.API_KEYS, parse_key, self._secrets_changed)
-
-    @property
-    def synced(self) -> bool:
-        """All objects were read and both tables were built from them."""
-        return all(cache.synced for cache in self._all()) and not self._dirty.is_set()
 
     async def run(self) -> None:
         """Keeps the caches current and rebuilds the tables until cancelled."""
@@ -95,6 +93,7 @@ class TableBuilder:
         pods = merge_endpoints(chain.from_iterable(slices))
         self._routes.publish(dataclasses.replace(table, replicas=self._replicas(pods)))
         self._follow(pods, table)
+        self.synced = self.synced or all(cache.synced for cache in self._all())
 
     def _replicas(self, pods: Iterable[Endpoint]) -> dict[ObjectRef, tuple[RuntimeReplica, ...]]:
         states = self.polls.states if self.polls is not None else {}

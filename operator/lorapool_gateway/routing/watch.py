@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import aiohttp
 
 from lorapool_api.common import GROUP, LABEL_API_KEY, LABEL_BASE, VERSION
+from lorapool_gateway.routing.key_events import EventTarget, KeyEvents
 from lorapool_gateway.routing.kube import KubeError
 from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import Kind, ObjectCache
@@ -40,7 +41,7 @@ API_OF = {
 SELECTOR_OF = {Kind.ENDPOINT_SLICES: LABEL_BASE, Kind.API_KEYS: f"{LABEL_API_KEY}=true"}
 
 
-class KubeApi(Protocol):
+class KubeApi(EventTarget, Protocol):
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]: ...
 
     def watch(
@@ -63,12 +64,15 @@ class KubeSource:
         self._scopes = [""] if namespaces is None else [f"/namespaces/{name}" for name in sorted(namespaces)]
         self._keys_scope = f"/namespaces/{keys_namespace}"
         self._on_error = on_error
+        self._key_events = KeyEvents(kube)
         self.watches: list[Watch[Any]] = []
 
     def caches(
         self, kind: Kind, parse: Callable[[Mapping[str, Any]], T], on_change: Callable[[], None]
     ) -> Sequence[ObjectCache[T]]:
-        scopes = [self._keys_scope] if kind is Kind.API_KEYS else self._scopes
+        scopes = self._scopes
+        if kind is Kind.API_KEYS:
+            scopes, parse = [self._keys_scope], self._key_events.reporting(parse)
         made = [ObjectCache(kind, parse, on_change) for _ in scopes]
         for scope, cache in zip(scopes, made, strict=True):
             path = f"{API_OF[kind]}{scope}/{kind}"

@@ -6,12 +6,12 @@ Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or start
 
 from __future__ import annotations
 
-from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason, set_conditions
+from lorapool_api.common import AdapterCondition, FailureReason, Reason, set_conditions
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import usage
-from lorapool_operator.decisions.blocker import Blocker
+from lorapool_operator.decisions.blocker import Blocker, base_failure
 from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
@@ -53,7 +53,7 @@ def status_of(
     adapter, before, facts = observed.adapter, observed.adapter.status, validity.facts
     replicas = _replicas(observed, facts.digest if facts is not None else None)
     on_device = sum(1 for item in replicas if item.tier == Tier.DEVICE)
-    values = conditions_of(observed, blocker, validity, on_device)
+    values = conditions_of(observed, blocker, validity, on_device, now)
     after = LoraAdapterStatus(
         observed_generation=adapter.meta.generation,
         conditions=set_conditions(before.conditions, values, generation=adapter.meta.generation, now=iso(now)),
@@ -79,12 +79,12 @@ def status_of(
 
 
 def conditions_of(
-    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, on_device: int, now: float
 ) -> dict[str, ConditionValue]:
     """Returns the value of each condition type."""
     resolved, compatible = _source(observed, blocker, validity)
     loaded = _loaded(observed, blocker, validity, on_device)
-    ready, progressing = _ready(observed, blocker, validity, loaded), _progressing(blocker, validity)
+    ready, progressing = _ready(observed, blocker, validity, loaded, now), _progressing(blocker, validity)
     values = {
         AdapterCondition.RESOLVED.value: resolved,
         AdapterCondition.COMPATIBLE.value: compatible,
@@ -249,13 +249,13 @@ def _lost(observed: ObservedAdapter) -> bool:
 
 
 def _ready(
-    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, loaded: ConditionValue
+    observed: ObservedAdapter, blocker: Blocker | None, validity: Validity, loaded: ConditionValue, now: float
 ) -> ConditionValue:
     if blocker is not None:
         return ("False", blocker.reason.value, blocker.message)
     if validity.failure is not None and not validity.newer_failed:
         return ("False", validity.failure.reason, validity.failure.message)
-    failed = observed.base.failure if observed.base is not None else None
+    failed = base_failure(observed.base, now)
     if failed is not None and observed.base is not None:
         message = f"BaseModel {observed.base.key} cannot serve: {failed.reason}: {failed.message}"
         return ("False", Reason.BASE_NOT_READY.value, message)
@@ -310,8 +310,7 @@ def _stalled(
         return _progressing(blocker, validity)
     if validity.failure is not None and validity.failure.retry_at is None:
         return ready
-    base_stalled = observed.base is not None and find_condition(observed.base.status.conditions, BaseCondition.STALLED)
-    return ready if base_stalled and ready[0] == "False" else None
+    return ready if observed.base is not None and observed.base.stalled and ready[0] == "False" else None
 
 
 def _progressing(blocker: Blocker | None, validity: Validity) -> ConditionValue:

@@ -20,7 +20,7 @@ from lorapool_operator.world.observed import ObservedBase
 
 RESTART_REPORT_S = 3600.0
 """A process that ended is reported for this long after its pod is ready again."""
-TOKEN_REFUSED = "the runtime refuses the operator's token: it was started with another master token; restart the pod."
+TOKEN_REFUSED = "the runtime refuses the operator's token; if that lasts for minutes after a rotation, restart the pod."
 
 
 def status_of(
@@ -225,9 +225,15 @@ def _stalled(
     return None
 
 
-def _no_profile(observed: ObservedBase) -> str:
+def _no_profile(observed: ObservedBase) -> ConditionValue:
     name = observed.base.spec.runtime_profile
-    return f"spec.runtimeProfile {name!r} names no profile of the chart's runtimeProfiles; name one or add it there."
+    if observed.profile_denied:
+        message = (
+            f"spec.runtimeProfile {name!r} is not for this namespace; name another or add it to allowedNamespaces."
+        )
+        return ("False", Reason.PROFILE_NOT_PERMITTED.value, message)
+    message = f"spec.runtimeProfile {name!r} names no profile of the chart's runtimeProfiles; name one or add it there."
+    return ("False", Reason.PROFILE_NOT_FOUND.value, message)
 
 
 def _pods(observed: ObservedBase) -> list[PodStatus]:
@@ -254,7 +260,7 @@ def blocked_by(observed: ObservedBase) -> ConditionValue | None:
     if observed.child_problem is not None:
         return ("False", observed.child_problem.reason.value, observed.child_problem.message)
     if observed.profile is None:
-        return ("False", Reason.PROFILE_NOT_FOUND.value, _no_profile(observed))
+        return _no_profile(observed)
     return None
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorapool_api.common import Reason
+from lorapool_api.common import Condition, Reason
+from lorapool_operator.clock import unix
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
+
+BASE_FAILURE_S = 30.0
+"""A base whose pod restarts may serve again soon: its thousands of adapters report its failure only after this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +41,17 @@ def blocker_of(adapter: AdapterObject, base: BaseObject | None, *, unreadable: b
 def permitted(adapter: AdapterObject, base: BaseObject) -> bool:
     """True if the adapter is in the base's own namespace or in one that the base's owner lists."""
     return adapter.meta.namespace == base.meta.namespace or adapter.meta.namespace in base.spec.access.namespaces
+
+
+def base_failure(base: BaseObject | None, now: float) -> Condition | None:
+    """Returns why the base cannot serve; None while it may still recover soon."""
+    due = base_failure_due(base)
+    return base.failure if base is not None and due is not None and now >= due else None
+
+
+def base_failure_due(base: BaseObject | None) -> float | None:
+    """Returns from when on the base's failure is the adapters' too; None for a base that did not fail."""
+    failed = base.failure if base is not None else None
+    if base is None or failed is None:
+        return None
+    return (unix(failed.last_transition_time) or 0.0) + (0.0 if base.stalled else BASE_FAILURE_S)

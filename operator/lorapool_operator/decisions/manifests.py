@@ -1,15 +1,16 @@
 """The children of a BaseModel as plain objects, ready for server-side apply.
 
 Pods pass the `restricted` pod security standard. They hold no service-account token and no Secret of Lorapool, only the
-sha256 of the bearer token that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
+sha256 of the bearer tokens that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
 volume; those come from the administrator's profile.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorapool_api.basemodel import KIND
@@ -19,20 +20,24 @@ from lorapool_api.common import (
     API_VERSION,
     LABEL_BASE,
     LABEL_BASE_UID,
+    LABEL_CLOUD_IDENTITY,
     LABEL_COMPONENT,
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
     LABEL_NAME,
     quantity_bytes,
 )
-from lorapool_api.protocol import ENV_TOKEN_SHA256, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
+from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
-from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile, device_names
+from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile, device_names
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
 CACHE_DIR = "/cache"
+MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
+TOKEN_DIR = "/etc/lorapool/token"
+TOKEN_HASHES_FILE = "sha256"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
@@ -63,14 +68,16 @@ def children(
     image: RuntimeImage,
     *,
     replicas: int,
-    token_sha256: str,
+    token_sha256: tuple[str, ...],
     paused: bool = False,
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
     made = [
-        deployment(base, profile, image, replicas=replicas, token_sha256=token_sha256, paused=paused),
+        token_hashes(base, token_sha256),
+        *model_cache_claim(base, profile),
+        deployment(base, profile, image, replicas=replicas, paused=paused),
         service(base),
-        pdb(base),
+        pdb(base, profile),
     ]
     for child in made:
         child["metadata"]["annotations"] = {ANNOTATION_SPEC_HASH: content_hash(child)}
@@ -82,11 +89,28 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def token_hashes(base: BaseObject, token_sha256: tuple[str, ...]) -> Manifest:
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens; a change of it restarts no pod."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(base),
+        "data": {TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256)},
+    }
+
+
+def model_cache_claim(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
+    """Yields the claim of the base's own cache volume, if the profile asks for one."""
+    if profile.cache is not None and profile.cache.pvc is not None:
+        kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+        yield {**kind, "metadata": _metadata(base), "spec": profile.cache.pvc}
+
+
 def deployment(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, token_sha256: str, paused: bool
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool
 ) -> Manifest:
     """Returns the Deployment. While it is paused, its pods are not replaced when the template changes."""
-    template = pod_template(base, profile, image, token_sha256=token_sha256)
+    template = pod_template(base, profile, image)
     template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(template)
     return {
         "apiVersion": "apps/v1",
@@ -97,6 +121,7 @@ def deployment(
             "paused": paused,
             "selector": {"matchLabels": selector_labels(base)},
             "strategy": strategy(profile),
+            "minReadySeconds": profile.min_ready_seconds,
             "progressDeadlineSeconds": profile.startup_timeout_seconds + 60,
             "revisionHistoryLimit": 2,
             "template": template,
@@ -111,7 +136,8 @@ def strategy(profile: RuntimeProfile) -> Manifest:
         return {"type": "Recreate"}
     surge = rollout.max_surge
     if surge is None:
-        surge = 0 if device_names(profile.resources) and rollout.max_unavailable not in (0, "0%") else 1
+        devices = device_names(profile.resources) or profile.resources.get("claims")
+        surge = 0 if devices and rollout.max_unavailable not in (0, "0%") else 1
     unavailable = rollout.max_unavailable
     if unavailable is None:
         unavailable = 1 if surge in (0, "0%") else 0
@@ -120,9 +146,8 @@ def strategy(profile: RuntimeProfile) -> Manifest:
 
 def template_hash(made: Sequence[Manifest]) -> str:
     """Returns the hash of the pod template among these children; empty without a Deployment."""
-    if not made:
-        return ""
-    return str(made[0]["spec"]["template"]["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH])
+    templates = (child["spec"]["template"] for child in made if child["kind"] == "Deployment")
+    return next((str(item["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH]) for item in templates), "")
 
 
 def service(base: BaseObject) -> Manifest:
@@ -142,21 +167,21 @@ def service(base: BaseObject) -> Manifest:
     }
 
 
-def pdb(base: BaseObject) -> Manifest:
-    """Returns a budget of one: the drain of a node can proceed, but never stops two replicas at once."""
+def pdb(base: BaseObject, profile: RuntimeProfile) -> Manifest:
+    """Returns the budget, by default of one: the drain of a node can proceed, but never stops two replicas at once."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": _metadata(base),
         "spec": {
-            "maxUnavailable": 1,
-            "selector": {"matchLabels": selector_labels(base)},
             "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            **profile.pod_disruption_budget,
+            "selector": {"matchLabels": selector_labels(base)},
         },
     }
 
 
-def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
+def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -> Manifest:
     """Returns the pod template: restricted, without a service-account token, placed as the profile says."""
     spec: Manifest = {
         "automountServiceAccountToken": False,
@@ -164,14 +189,12 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage,
         "terminationGracePeriodSeconds": profile.termination_grace_period_seconds,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": profile.run_as_user,
-            "runAsGroup": profile.run_as_user,
-            "fsGroup": profile.run_as_user,
+            **_user(profile.run_as_user),
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(base, profile, image, token_sha256=token_sha256)],
-        "volumes": _volumes(profile),
+        "containers": [_container(base, profile, image)],
+        "volumes": _volumes(base, profile),
     }
     optional = {
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
@@ -182,9 +205,13 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage,
         "runtimeClassName": profile.runtime_class_name,
     }
     spec.update({name: value for name, value in optional.items() if value})
+    spec = merged(spec, profile.pod)
+    for constraint in spec.get("topologySpreadConstraints", ()):
+        constraint.setdefault("labelSelector", {"matchLabels": selector_labels(base)})
+    identity = {LABEL_CLOUD_IDENTITY: "true"} if profile.cloud_identity else {}
     return {
         "metadata": {
-            "labels": {**profile.pod_labels, **_labels(base)},
+            "labels": {**profile.pod_labels, **identity, **_labels(base)},
             "annotations": {
                 "prometheus.io/scrape": "true",
                 "prometheus.io/port": str(METRICS_PORT),
@@ -197,13 +224,31 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage,
     }
 
 
-def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, token_sha256: str) -> Manifest:
-    return {
+def merged(ours: Manifest, overlay: Mapping[str, Any]) -> Manifest:
+    """Returns a copy of `ours` with the overlay: maps are merged by key, lists are appended, other values replaced."""
+    result = copy.deepcopy(ours)
+    for name, value in overlay.items():
+        before = result.get(name)
+        if isinstance(before, dict) and isinstance(value, Mapping):
+            result[name] = merged(before, value)
+        elif isinstance(before, list) and isinstance(value, list):
+            result[name] = before + copy.deepcopy(value)
+        else:
+            result[name] = copy.deepcopy(value)
+    return result
+
+
+def _user(user: int) -> Manifest:
+    return {"runAsUser": user, "runAsGroup": user, "fsGroup": user} if user else {}
+
+
+def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -> Manifest:
+    ours: Manifest = {
         "name": "runtime",
         "image": profile.image or image.image,
         "imagePullPolicy": profile.image_pull_policy or image.pull_policy,
         "command": ["python", "-m", "lorapool_runtime"],
-        "env": _env(base, profile, token_sha256=token_sha256),
+        "env": _env(base, profile),
         "ports": [
             {"name": RUNTIME_PORT_NAME, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
@@ -226,9 +271,10 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *
         "volumeMounts": _mounts(profile),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that the pod's status says why the process ended
     }
+    return merged(ours, profile.container)
 
 
-def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> list[Manifest]:
+def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     """Returns the runtime's settings from the spec, after the profile's variables so that they take precedence."""
     spec = base.spec
     cache_bytes = int(quantity_bytes(profile.cache_size_limit) * (1 - CACHE_RESERVE))
@@ -251,7 +297,9 @@ def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> lis
         "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
     }
     ours = [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
-    ours.append({"name": ENV_TOKEN_SHA256, "value": token_sha256})
+    if profile.cache is not None:
+        ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
+    ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours += [
         {"name": "HOME", "value": "/tmp"},
         {"name": "HF_HOME", "value": f"{CACHE_DIR}/hf"},
@@ -261,11 +309,14 @@ def _env(base: BaseObject, profile: RuntimeProfile, *, token_sha256: str) -> lis
     return [item for item in profile.env if item.get("name") not in taken] + ours
 
 
-def _volumes(profile: RuntimeProfile) -> list[Manifest]:
+def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     volumes: list[Manifest] = [
+        {"name": "token", "configMap": {"name": children_name(base.meta.name)}},
         {"name": "tmp", "emptyDir": {"sizeLimit": profile.tmp_size_limit}},
         {"name": "cache", "emptyDir": {"sizeLimit": profile.cache_size_limit}},
     ]
+    if profile.cache is not None:
+        volumes.append({"name": "models", **_model_cache(base, profile.cache)})
     if profile.shm_size_limit:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size_limit}})
     for index, volume in enumerate(profile.volumes):
@@ -274,11 +325,20 @@ def _volumes(profile: RuntimeProfile) -> list[Manifest]:
     return volumes
 
 
+def _model_cache(base: BaseObject, cache: ModelCache) -> Manifest:
+    if cache.pvc is not None:
+        return {"persistentVolumeClaim": {"claimName": children_name(base.meta.name)}}
+    return {"hostPath": cache.host_path} if cache.host_path is not None else {"ephemeral": cache.ephemeral}
+
+
 def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     mounts: list[Manifest] = [
+        {"name": "token", "mountPath": TOKEN_DIR, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "cache", "mountPath": CACHE_DIR},
     ]
+    if profile.cache is not None:
+        mounts.append({"name": "models", "mountPath": MODELS_DIR})
     if profile.shm_size_limit:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     for index, volume in enumerate(profile.volumes):

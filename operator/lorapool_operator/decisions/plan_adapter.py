@@ -13,7 +13,7 @@ from lorapool_api.common import AdapterCondition, AdapterKey, FailureReason, Rea
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
 from lorapool_operator.decisions.adapter_status import status_of
-from lorapool_operator.decisions.blocker import Blocker, blocker_of
+from lorapool_operator.decisions.blocker import Blocker, base_failure_due, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
 from lorapool_operator.decisions.spread import SpreadDecision, decide
 from lorapool_operator.decisions.stopping import takes_over
@@ -55,7 +55,10 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
     base_due = _base_due(observed, blocker, now)
     if base_due is not None:
         status = None
-    due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s)
+    failure_due = base_failure_due(observed.base)
+    if failure_due is not None and failure_due <= now:
+        failure_due = None
+    due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s, failure_due)
     return AdapterPlan(
         status=status,
         registers=_registers(observed, observed.base, validity, spread.k, now)

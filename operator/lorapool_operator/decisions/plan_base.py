@@ -85,7 +85,7 @@ def _replicas(
     if unusable(observed, source):
         return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
     if observed.profile is None:
-        return ScaleDecision(current, "the profile does not exist", ScaleMemory(), None), Standing()
+        return ScaleDecision(current, "the profile cannot be used", ScaleMemory(), None), Standing()
     load = _load(observed, current)
     standing = standing_of(observed, load, lowest_replicas(spec.scaling, floor))
     if observed.yields_to is not None and standing.idle_since_unix_s is not None:

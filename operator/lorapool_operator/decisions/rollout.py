@@ -33,7 +33,7 @@ def decide(observed: ObservedBase, template: str, max_concurrent: int, now: floa
     """Decides for the template of this hash. `max_concurrent` 0 is no bound. A base without old pods never waits."""
     old = [pod for pod in observed.pods if not pod.terminating and pod.template_hash != template]
     deployment = observed.deployment
-    if not old or deployment is None:
+    if not template or not old or deployment is None:
         return RolloutDecision()
     if observed.base.spec.paused:
         message = f"spec.paused is true: {len(old)} pods keep running as they are."

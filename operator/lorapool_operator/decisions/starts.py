@@ -202,5 +202,5 @@ def _changed(observed: ObservedBase, start: StartStatus) -> bool:
 def _configuration(observed: ObservedBase) -> str | None:
     if observed.profile is None:
         return None
-    template = pod_template(observed.base, observed.profile, observed.image, token_sha256=observed.token_sha256)
+    template = pod_template(observed.base, observed.profile, observed.image)
     return content_hash(template)

@@ -48,9 +48,9 @@ class Inspector(Protocol):
 class ArtifactInspector:
     """Inspects the sources themselves, each within `timeout_s`."""
 
-    def __init__(self, settings: SourceSettings, *, timeout_s: float, max_base_bytes: int) -> None:
+    def __init__(self, settings: SourceSettings, *, timeout_s: float) -> None:
         self._settings = settings
-        self._limits = FetchLimits(total_timeout_s=timeout_s, max_total_bytes=max_base_bytes)
+        self._limits = FetchLimits(total_timeout_s=timeout_s)
 
     async def base(self, uri: str, revision: str | None) -> BaseInspection:
         return await inspect_base(uri, revision, self._settings, fetch_limits=self._limits)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol, TypeVar
 
 import aiohttp
@@ -29,7 +30,6 @@ from lorapool_api.protocol import (
     ResolveAnswer,
     ResolveRequest,
     RuntimeSnapshot,
-    runtime_token,
 )
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
@@ -107,15 +107,16 @@ class RuntimeTracker:
         self,
         cache: ClusterCache,
         *,
-        master_token: str,
+        tokens: Callable[[str], tuple[str, ...]],
         settings: PollSettings,
         changed: RuntimeChanged,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
+        """`tokens(base_uid)` are the bearer tokens of its runtimes, in the order in which to try them."""
         self._cache = cache
-        self._master_token = master_token
+        self._tokens = tokens
         self._settings = settings
         self._changed = changed
         self._fence = fence or Fence()
@@ -389,12 +390,32 @@ class RuntimeTracker:
         query: dict[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> bytes:
+        *earlier, last = self._tokens(pod.base_uid)
+        for token in earlier:
+            try:
+                return await self._call_with(token, pod, method, path, body=body, query=query, timeout_s=timeout_s)
+            except RuntimeRefusedError as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+        return await self._call_with(last, pod, method, path, body=body, query=query, timeout_s=timeout_s)
+
+    async def _call_with(
+        self,
+        token: str,
+        pod: PodObject,
+        method: str,
+        path: str,
+        *,
+        body: str | None,
+        query: dict[str, str] | None,
+        timeout_s: float | None,
+    ) -> bytes:
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
         host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         total_s = timeout_s if timeout_s is not None else self._settings.timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
-        headers = {"Authorization": f"Bearer {runtime_token(self._master_token, pod.base_uid)}"}
+        headers = {"Authorization": f"Bearer {token}"}
         if body is not None:
             headers["Content-Type"] = "application/json"
         call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"

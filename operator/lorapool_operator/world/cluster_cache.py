@@ -100,6 +100,11 @@ class BaseObject:
         waits = ready is None or ready.status != "False" or ready.reason == Reason.STARTING
         return None if waits else ready
 
+    @property
+    def stalled(self) -> bool:
+        """True if nothing about the base changes until a person, or a request, acts."""
+        return find_condition(self.status.conditions, BaseCondition.STALLED) is not None
+
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> BaseObject:
         """Parses the API server's JSON. Raises ValidationError or KeyError."""

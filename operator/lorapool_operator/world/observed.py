@@ -358,7 +358,8 @@ class ObservedBase:
     base: BaseObject
     profile: RuntimeProfile | None
     image: RuntimeImage
-    token_sha256: str
+    token_sha256: tuple[str, ...]
+    """The hash of each bearer token that the runtimes accept."""
     pods: tuple[PodObject, ...] = ()
     runtimes: tuple[RuntimeView, ...] = ()
     deployment: DeploymentObject | None = None
@@ -385,6 +386,8 @@ class ObservedBase:
     """When a refused apply is tried again."""
     name_holder: Key | None = None
     """The object that has this one's served name, if any."""
+    profile_denied: bool = False
+    """True if the profile exists, but not for this namespace; `profile` is then None."""
     profile_changed: bool = False
     """True if the last plan used another profile."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from lorapool_api.common import Quantity
@@ -35,12 +35,75 @@ class ClaimVolume(_Strict):
     claim: str = Field(min_length=1, max_length=253)
     """A PersistentVolumeClaim in the BaseModel's namespace, mounted at /pvc/<claim>."""
     read_only: bool = True
+    """Whether the runtime may not write to it."""
+
+
+class ModelCache(_Strict):
+    """A volume that keeps the files of base models when a pod ends. Exactly one kind; each is Kubernetes' own type."""
+
+    pvc: dict[str, Any] | None = None
+    """Spec of a PersistentVolumeClaim. The operator creates one claim per BaseModel, which is deleted with it."""
+    host_path: dict[str, Any] | None = None
+    """A folder of the node (`{path, type}`), which bases may share. The user of the pod must be able to write to it,
+    and the namespace must permit hostPath."""
+    ephemeral: dict[str, Any] | None = None
+    """`{volumeClaimTemplate}`: a volume per pod that is larger or faster than the node's disk."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelCache:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("cache takes exactly one of pvc, hostPath and ephemeral")
+        return self
+
+
+POD_FIELDS = frozenset(
+    {
+        "automountServiceAccountToken",
+        "containers",
+        "dnsConfig",
+        "dnsPolicy",
+        "hostAliases",
+        "initContainers",
+        "preemptionPolicy",
+        "resourceClaims",
+        "schedulerName",
+        "securityContext",
+        "serviceAccountName",
+        "topologySpreadConstraints",
+        "volumes",
+    }
+)
+"""The fields of a PodSpec that a profile may add to; the operator writes the others."""
+CONTAINER_FIELDS = frozenset(
+    {
+        "envFrom",
+        "lifecycle",
+        "livenessProbe",
+        "readinessProbe",
+        "securityContext",
+        "startupProbe",
+        "volumeDevices",
+        "volumeMounts",
+    }
+)
+"""The fields of the runtime's Container that a profile may add to."""
+
+
+def _only(allowed: frozenset[str]) -> AfterValidator:
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(value.keys() - allowed)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} cannot be set here; possible are {', '.join(sorted(allowed))}")
+        return value
+
+    return AfterValidator(check)
 
 
 class Rollout(_Strict):
     """How pods are replaced. Where neither bound is set, a profile that asks for devices replaces pods in place."""
 
     strategy: Literal["RollingUpdate", "Recreate"] = "RollingUpdate"
+    """Recreate stops all pods before it starts new ones."""
     max_surge: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
     """Pods above the wanted number that may exist meanwhile. Default: 0 with devices, else 1."""
     max_unavailable: Annotated[int, Field(ge=0, le=100)] | Percentage | None = None
@@ -56,35 +119,70 @@ class Rollout(_Strict):
 class RuntimeProfile(_Strict):
     """One profile. Values of Kubernetes' own types are passed on unchanged."""
 
+    allowed_namespaces: tuple[str, ...] = ()
+    """Namespaces whose BaseModels may use the profile; empty: all."""
     image: str = ""
     """Empty: the operator's runtime image."""
     image_pull_policy: str = Field(default="", pattern="^(Always|IfNotPresent|Never)?$")
+    """Empty: the chart's value for runtimes."""
     image_pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets in the BaseModel's namespace."""
     resources: dict[str, Any] = Field(default_factory=dict)
+    """Requests, limits and claims of the runtime's container."""
     node_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels that a node must have."""
     tolerations: tuple[dict[str, Any], ...] = ()
+    """Kubernetes' tolerations."""
     affinity: dict[str, Any] = Field(default_factory=dict)
+    """Kubernetes' affinity."""
     priority_class_name: str = ""
+    """Name of a PriorityClass."""
     runtime_class_name: str = ""
+    """Name of a RuntimeClass, such as nvidia."""
     env: tuple[dict[str, Any], ...] = ()
     """Kubernetes EnvVar items; with `valueFrom.secretKeyRef` the kubelet reads the Secret, not the operator."""
     volumes: tuple[ClaimVolume, ...] = ()
+    """Claims for pvc:// sources."""
     cache_size_limit: Quantity = "20Gi"
-    """emptyDir at /cache: base files and adapters on disk."""
+    """emptyDir at /cache: adapters on disk, and the base's files unless `cache` keeps them."""
+    cache: ModelCache | None = None
+    """Volume at /models for the files of base models, so that a pod that starts later does not download them again.
+    Files are stored by their digest, and several pods may write to it."""
     tmp_size_limit: Quantity = "1Gi"
+    """emptyDir at /tmp."""
     shm_size_limit: str = ""
     """Size of a memory-backed emptyDir at /dev/shm; empty for none."""
     threads: int = Field(default=0, ge=0)
     """Number of torch threads; 0 means all cores that the container may use."""
-    termination_grace_period_seconds: int = Field(default=60, ge=5)
-    """Running requests get this time, less 5 s, to finish."""
+    termination_grace_period_seconds: int = Field(default=900, ge=5)
+    """Running requests get this time, less 5 s, to finish. A pod that has none ends at once."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
     """Time to download and load the base; after it the kubelet restarts the container. The operator gives a base up
     this long, plus the time to schedule it and to pull the image, after it was asked for."""
-    run_as_user: int = Field(default=10001, ge=1)
+    min_ready_seconds: int = Field(default=0, ge=0)
+    """A new pod must have been ready for this long before a rollout continues."""
+    pod_disruption_budget: dict[str, Any] = Field(default={"maxUnavailable": 1})
+    """`maxUnavailable` or `minAvailable` of the base's PodDisruptionBudget, and further fields of its spec."""
+    run_as_user: int = Field(default=10001, ge=0)
+    """0: no user is asked for, and the platform assigns one (OpenShift)."""
+    cloud_identity: bool = False
+    """Lets the pods reach the address at which the cloud gives their service account (`pod.serviceAccountName`) an
+    identity, such as 169.254.169.254. Other pods are kept from it by the NetworkPolicy."""
+    pod: Annotated[dict[str, Any], _only(POD_FIELDS)] = Field(default_factory=dict)
+    """Fields of the PodSpec, merged into the operator's: maps by key, lists by appending. `containers` are sidecars. A
+    topology spread constraint without a labelSelector gets the one of the base's pods."""
+    container: Annotated[dict[str, Any], _only(CONTAINER_FIELDS)] = Field(default_factory=dict)
+    """Fields of the runtime's container, merged likewise: `envFrom`, `volumeMounts`, thresholds of probes."""
     pod_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the pods; the operator's own take precedence."""
     pod_annotations: dict[str, str] = Field(default_factory=dict)
+    """Annotations of the pods."""
     rollout: Rollout = Field(default_factory=Rollout)
+    """How pods are replaced when their template changes."""
+
+    def permits(self, namespace: str) -> bool:
+        """Whether BaseModels of this namespace may use the profile."""
+        return not self.allowed_namespaces or namespace in self.allowed_namespaces
 
 
 Profiles = Mapping[str, RuntimeProfile]

@@ -17,6 +17,7 @@ def open_source(uri: ArtifactUri, revision: str | None, settings: SourceSettings
 
     Blocks. Raises ArtifactError.
     """
+    settings = settings.current()
     if revision is not None and not is_revision(revision):
         raise ArtifactError(
             FailureReason.INVALID_SOURCE, f"{uri}: {revision[:80]!r} is not a branch, tag, commit or digest."

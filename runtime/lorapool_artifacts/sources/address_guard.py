@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from urllib.parse import urlsplit
+
+from requests.utils import get_environ_proxies, select_proxy
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
@@ -71,8 +74,15 @@ class PeerGuard:
             raise _refused(self._where, f"it redirects to {host} inside the private network")
 
 
-def check_host(host: str, *, where: str) -> None:
-    """Raises ArtifactError unless all addresses of `host` are allowed. For clients that do not expose connections."""
+def check_host(url: str, *, where: str) -> None:
+    """Raises ArtifactError unless all addresses of the URL's host are allowed. For clients that hide connections.
+
+    Behind a proxy, which looks names up itself, only an address that is written in the URL is checked.
+    """
+    host = urlsplit(url).hostname or ""
+    if select_proxy(url, get_environ_proxies(url)) is not None:
+        PeerGuard(host, where=where).check_literal(host)
+        return
     try:
         found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -22,7 +22,14 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.address_guard import check_host
-from lorapool_artifacts.sources.http import GuardedSession, error_of_status, iter_body, range_header, translated
+from lorapool_artifacts.sources.http import (
+    GuardedSession,
+    error_of_status,
+    iter_body,
+    range_header,
+    translated,
+    unreachable,
+)
 from lorapool_artifacts.uri import HfUri
 
 PUBLIC_HUB = "https://huggingface.co"
@@ -69,7 +76,7 @@ class HfSource:
 def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> HfSource:
     """Asks the hub for the commit of the revision and lists its files. Raises ArtifactError."""
     endpoint = settings.hf_endpoint or PUBLIC_HUB
-    check_host(urlsplit(endpoint).hostname or "", where=str(uri))
+    check_host(endpoint, where=str(uri))
     deadline.progress()
     api = HfApi(endpoint=endpoint, token=settings.hf_token, library_name="lorapool")
     try:
@@ -87,10 +94,7 @@ def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline
     except httpx2.TimeoutException as error:
         raise deadline.idle_error() from error
     except (httpx2.HTTPError, OSError) as error:
-        raise ArtifactError(
-            FailureReason.SOURCE_UNAVAILABLE,
-            f"{uri}: the hub at {endpoint} cannot be reached ({type(error).__name__}); it is retried.",
-        ) from error
+        raise unreachable(error, where=f"{uri} at the hub {endpoint}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _not_a_hub(uri, endpoint) from error
     if not isinstance(info.sha, str) or not _COMMIT.match(info.sha):

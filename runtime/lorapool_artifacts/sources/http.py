@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import socket
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -154,17 +156,37 @@ def translated(deadline: Deadline) -> Iterator[None]:
         raise deadline.idle_error() from error
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
         raise ArtifactError(FailureReason.INVALID_SOURCE, f"{deadline.where}: its address cannot be used.") from error
-    except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
-        raise ArtifactError(
-            FailureReason.SOURCE_UNAVAILABLE,
-            f"{deadline.where}: no trusted TLS connection; check its certificate, or list the host as insecure if it "
-            "only supports plain HTTP.",
-        ) from error
     except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise ArtifactError(
-            FailureReason.SOURCE_UNAVAILABLE,
-            f"{deadline.where} cannot be reached or broke off ({type(error).__name__}); it is retried.",
-        ) from error
+        raise unreachable(error, where=deadline.where) from error
+
+
+def unreachable(error: BaseException, *, where: str) -> ArtifactError:
+    """The error of a connection that could not be opened or broke off, with the remedy for its root cause."""
+    causes = tuple(_causes(error))
+    if any(isinstance(cause, socket.gaierror) for cause in causes):
+        message = f"{where}: its host name is not found (DNS); check the address. It is retried."
+    elif any(isinstance(cause, ssl.SSLError | requests.exceptions.SSLError) for cause in causes):
+        message = (
+            f"{where}: no trusted TLS connection; check its certificate, add its authority to the chart's "
+            "artifacts.caBundle, or list the host as insecure if it only supports plain HTTP. It is retried."
+        )
+    elif any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+        message = f"{where}: the connection is refused; check the port and whether the service runs. It is retried."
+    else:
+        message = f"{where} cannot be reached or broke off ({type(error).__name__}); it is retried."
+    return ArtifactError(FailureReason.SOURCE_UNAVAILABLE, message)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it: requests and urllib3 keep that in `args` and `reason`, others in `__cause__`."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, BaseException) and here not in seen:
+            seen.append(here)
+            waiting += [*here.args, getattr(here, "reason", None), here.__cause__, here.__context__]
+    yield from seen
 
 
 def error_of_status(status: int, headers: Mapping[str, str], *, where: str, what: str, access: str) -> ArtifactError:

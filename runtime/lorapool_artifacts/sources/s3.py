@@ -91,7 +91,7 @@ def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline
             f"{uri}: a bucket has no named revisions; remove spec.source.revision and give spec.source.digest instead.",
         )
     if settings.s3_endpoint:
-        check_host(urlsplit(settings.s3_endpoint).hostname or "", where=str(uri))
+        check_host(settings.s3_endpoint, where=str(uri))
     return S3Source(uri, _store(uri, settings, deadline), settings, deadline)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -75,13 +75,13 @@ class DiskStore:
         sources: SourceSettings,
         *,
         max_rank: int,
-        fetch_timeout_s: float,
+        fetch_limits: FetchLimits,
     ) -> None:
         self._cache = cache
         self._base = base
         self._sources = sources
         self._max_rank = max_rank
-        self._fetch_timeout_s = fetch_timeout_s
+        self._fetch_limits = fetch_limits
         self._inspectors = ThreadPoolExecutor(
             MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=lower_thread_priority
         )
@@ -92,7 +92,7 @@ class DiskStore:
         folder, tier = self._cache.get(digest), Tier.DISK
         if folder is None:
             tier = Tier.SOURCE
-            limits = FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s)
+            limits = replace(self._fetch_limits, max_total_bytes=limit)
             resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, self._sources)
             folder = await self._cache.obtain(resolved, digest)
         self._cache.touch(digest)
@@ -140,7 +140,7 @@ class DiskStore:
                 self._base,
                 AdapterLimits(self._max_rank, max_bytes=limit),
                 self._sources,
-                fetch_limits=FetchLimits(max_total_bytes=limit, total_timeout_s=self._fetch_timeout_s),
+                fetch_limits=replace(self._fetch_limits, max_total_bytes=limit),
             )
         except ArtifactError as error:
             return ResolveAnswer(failure=ErrorDetail(reason=error.reason.value, message=error.message))

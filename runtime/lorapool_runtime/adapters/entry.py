@@ -67,21 +67,24 @@ class AdapterEntry:
     rank: int | None = None
     device_bytes: int = 0
     waiting: int = 0
-    """Requests that wait for its load."""
+    """Requests that wait for its load, or for their turn."""
     failure: LoadFailure | None = None
     loading: asyncio.Task[ApiError | None] | None = None
-    fetching: bool = False
-    """True while the load fetches and reads files, which takes long and may be cancelled."""
+    load_may_be_cancelled: bool = False
+    """True while the load fetches and reads files or waits for a slot, which may take long."""
     unloading: asyncio.Task[int] | None = None
     deleting: asyncio.Task[DeleteAnswer] | None = None
     leases: set[Lease] = field(default_factory=set)
     unused: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while it has no lease."""
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set unless it makes room for another adapter."""
     _report: tuple[tuple[Any, ...], AdapterReport] | None = None
     """The last report, and the values that it was made of."""
 
     def __post_init__(self) -> None:
         self.unused.set()
+        self.settled.set()
 
     def describe(self, descriptor: AdapterDescriptor) -> None:
         """Replaces the descriptor. Forgets the last failure if the new one may lead to other files."""
@@ -112,6 +115,15 @@ class AdapterEntry:
 
     def set_unloaded(self, unix_s: float) -> None:
         self.device_bytes, self.unloading, self.since_unix_s = 0, None, unix_s
+        self.settled.set()
+        self.on_change(self.key)
+
+    def begin_drain(self) -> None:
+        self.settled.clear()
+        self.on_change(self.key)
+
+    def end_drain(self) -> None:
+        self.settled.set()
         self.on_change(self.key)
 
     def count_failed_load(self) -> None:
@@ -130,13 +142,13 @@ class AdapterEntry:
         self.on_change(self.key)
 
     @contextmanager
-    def fetching_files(self) -> Iterator[None]:
-        """Marks the load as cancellable while inside."""
-        self.fetching = True
+    def cancellable_load(self) -> Iterator[None]:
+        """Lets the load be cancelled while inside."""
+        self.load_may_be_cancelled = True
         try:
             yield
         finally:
-            self.fetching = False
+            self.load_may_be_cancelled = False
 
     def begin_unload(self, task: asyncio.Task[int]) -> None:
         self.unloading = task
@@ -150,7 +162,7 @@ class AdapterEntry:
 
     @contextmanager
     def waiting_request(self) -> Iterator[None]:
-        """Counts one more request that waits for the load while inside."""
+        """Counts one more request that waits for the load or for its turn while inside."""
         self._count_waiting(1)
         try:
             yield

@@ -1,8 +1,8 @@
 """Loads adapters into slots (source → disk → host memory → slot), unloads them, and remembers failures.
 
 There is one load per adapter at a time, however many requests wait for it. A load's task never raises: its result is
-the error of every request that waits. Only the registered digest is loaded, and nothing is evicted that is in use,
-waited for or pinned.
+the error of every request that waits. Only the registered digest is loaded. `slot_queue` decides which adapter gets a
+slot and which one makes room; here its plans are applied.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
-from lorapool_api.common import FailureReason
+from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import (
     CODE_DRAINING,
     ApiError,
@@ -26,6 +28,7 @@ from lorapool_api.protocol import Tier
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, LoadFailure
+from lorapool_runtime.adapters.fetch_queue import FetchQueue
 from lorapool_runtime.adapters.registry import AdapterRegistry
 from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import Engine, HostAdapter
@@ -34,7 +37,7 @@ from lorapool_runtime.metrics import Metrics
 log = logging.getLogger(__name__)
 
 MAX_FETCHES = 16
-"""Concurrent fetches, so that a slow source does not delay the others for long."""
+"""Concurrent fetches, which the namespaces share."""
 MAX_READS = 2
 """Files read and checked concurrently: this takes processor time that serving needs."""
 CLOSE_GRACE_S = 10.0
@@ -45,21 +48,34 @@ _NO_SLOT = "Every adapter slot of this replica is in use or pinned"
 
 class AdapterLoader:
     def __init__(
-        self, registry: AdapterRegistry, engine: Engine, store: AdapterStore, metrics: Metrics, rng: random.Random
+        self,
+        registry: AdapterRegistry,
+        engine: Engine,
+        store: AdapterStore,
+        metrics: Metrics,
+        on_drain: Callable[[AdapterKey], None],
+        rng: random.Random,
     ) -> None:
         self._registry = registry
         self._engine = engine
         self._store = store
         self._metrics = metrics
+        self._on_drain = on_drain
         self._rng = rng
         self._clock = registry.clock
         self._changes = registry.changes
         self._limits = registry.limits
-        self._fetches = asyncio.Semaphore(MAX_FETCHES)
+        self._fetches = FetchQueue(MAX_FETCHES)
+        self._fetch_turns: dict[AdapterKey, asyncio.Future[None]] = {}
         self._readers = ThreadPoolExecutor(
             MAX_READS, thread_name_prefix="read-adapter", initializer=lower_thread_priority
         )
         self._unloads: set[asyncio.Task[int]] = set()
+        self._drains: set[asyncio.Task[None]] = set()
+        self._grants: dict[AdapterKey, asyncio.Future[int]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        registry.call_on_use(self.arrange_slots)
 
     # --- load ---------------------------------------------------------------------------
 
@@ -69,7 +85,8 @@ class AdapterLoader:
             return
         if entry.failure is not None and not entry.failure.retryable(self._clock.now_s()):
             return
-        if self._registry.can_admit() is None:
+        pinned = entry.descriptor.pinned
+        if not (self._registry.can_get_slot() if pinned else self._registry.has_unused_slot()):
             self._registry.set_failed(entry, self._no_capacity(entry), emit=False)
             return
         self.start(entry)
@@ -102,6 +119,7 @@ class AdapterLoader:
         finally:
             entry.end_load()
             self._changes.bump()
+            self.arrange_slots()
         return None
 
     async def _host_copy(self, entry: AdapterEntry) -> tuple[HostAdapter, Tier]:
@@ -109,8 +127,9 @@ class AdapterLoader:
         digest = entry.key.digest
         if (kept := self._registry.host_copy(digest)) is not None:
             return kept, Tier.HOST
-        with entry.fetching_files(), self._store.pinned(digest):
-            async with self._fetches:
+        with entry.cancellable_load(), self._store.pinned(digest):
+            turn = nullcontext() if self._store.on_disk(digest) else self._fetch_turn(entry)
+            async with turn:
                 stored = await self._store.fetch(digest, entry.descriptor.source, entry.descriptor.max_bytes)
             if stored.digest != digest:
                 raise ArtifactError(
@@ -125,9 +144,26 @@ class AdapterLoader:
         self._registry.add_host_copy(digest, host)
         return host, stored.tier
 
+    @asynccontextmanager
+    async def _fetch_turn(self, entry: AdapterEntry) -> AsyncIterator[None]:
+        """Waits for its turn to fetch, and ends it with the context."""
+        turn = self._fetch_turns[entry.key] = asyncio.get_running_loop().create_future()
+        self._fetches.join(entry.key, entry.descriptor.display.partition("/")[0])
+        self._start_fetches()
+        try:
+            await asyncio.shield(turn)
+            yield
+        finally:
+            del self._fetch_turns[entry.key]
+            self._fetches.leave(entry.key)
+            self._start_fetches()
+
+    def _start_fetches(self) -> None:
+        while (key := self._fetches.start_next(self._registry.is_wanted)) is not None:
+            self._fetch_turns[key].set_result(None)
+
     async def _into_slot(self, entry: AdapterEntry, host: HostAdapter, started_s: float, tier: Tier) -> None:
-        slot = await self._free_slot()
-        self._registry.allocate(entry, slot)
+        slot = await self._slot_for(entry)
         try:
             outcome = await asyncio.wrap_future(self._engine.load(slot, host))
         except BaseException:
@@ -141,15 +177,72 @@ class AdapterLoader:
             extra={"adapter": entry.descriptor.display, "digest": entry.key.digest, "seconds": round(seconds, 3)},
         )
 
-    async def _free_slot(self) -> int:
-        """A free slot, after evicting the least recently used adapter if need be. Raises NoFreeSlotError."""
-        while True:
-            admission = self._registry.can_admit()
-            if admission is None:
-                raise no_free_slot()
-            if admission.victim is None:
-                return admission.slot
-            await self.unload(self._registry[admission.victim])
+    # --- slots --------------------------------------------------------------------------
+
+    async def _slot_for(self, entry: AdapterEntry) -> int:
+        """The slot that is allocated to it, in the order of the queue. Raises NoFreeSlotError after `slot_wait_s`."""
+        granted = self._grants[entry.key] = asyncio.get_running_loop().create_future()
+        self._registry.queue_for_slot(entry, ready=True)
+        self.arrange_slots()
+        try:
+            with entry.cancellable_load():
+                async with asyncio.timeout(None if entry.descriptor.pinned else self._limits.slot_wait_s):
+                    return await asyncio.shield(granted)
+        except BaseException as error:
+            if granted.done():
+                self._registry.release(entry)  # it was granted at the last moment
+            if isinstance(error, TimeoutError):
+                raise no_free_slot() from None
+            raise
+        finally:
+            del self._grants[entry.key]
+            self._registry.leave_slot_queue(entry)
+
+    def queue_again(self, entry: AdapterEntry) -> None:
+        """Queues an adapter for the slot that it has to give up, since requests wait for it again."""
+        self._registry.queue_for_slot(entry, ready=False)
+        self.arrange_slots()
+
+    def arrange_slots(self) -> None:
+        """Grants free slots and asks adapters to make room. To be called after each change of slots and waiters."""
+        if self._closed:
+            return
+        plan = self._registry.plan_slots()
+        for key, slot in plan.grants:
+            self._registry.allocate(self._registry[key], slot)
+            self._grants[key].set_result(slot)
+            self._registry.leave_slot_queue(self._registry[key])
+        for key in plan.staying:
+            self._registry.stop_drain(self._registry[key])
+            self._registry.leave_slot_queue(self._registry[key])
+        for key in plan.leaving:
+            self._make_room(self._registry[key])
+        self._call_again(plan.due_s)
+        if plan.staying:
+            self.arrange_slots()
+
+    def _make_room(self, entry: AdapterEntry) -> None:
+        if not entry.leases:
+            self.unload(entry)
+        else:
+            self._registry.begin_drain(entry)
+            self._drains.add(task := asyncio.create_task(self._unload_unused(entry), name=f"drain {entry.key}"))
+            task.add_done_callback(self._drains.discard)
+        self._on_drain(entry.key)
+
+    async def _unload_unused(self, entry: AdapterEntry) -> None:
+        """Unloads it when its last request has ended, unless it may stay after all."""
+        await entry.unused.wait()
+        if self._registry.draining(entry):
+            self.unload(entry)
+
+    def _call_again(self, due_s: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if due_s is not None:
+            wait_s = max(0.0, due_s - self._clock.now_s())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self.arrange_slots)
 
     # --- failures -----------------------------------------------------------------------
 
@@ -209,12 +302,15 @@ class AdapterLoader:
             "adapter unloaded",
             extra={"adapter": entry.descriptor.display, "digest": entry.key.digest, "freed_bytes": freed},
         )
+        self.arrange_slots()
         return freed
 
     async def close(self) -> None:
         """Cancels the loads in progress and waits for the unloads. Every lease must be released before."""
+        self._call_again(None)
+        self._closed = True
         loading = [entry.loading for entry in self._registry if entry.loading is not None]
-        for task in loading:
+        for task in [*loading, *self._drains]:
             task.cancel()
         pending: list[asyncio.Task[ApiError | None] | asyncio.Task[int]] = [*loading, *self._unloads]
         if pending:

@@ -1,7 +1,7 @@
 """The life of this runtime's adapters: registered, used by requests, unloaded when idle, deleted.
 
-Runs on the event loop. A request holds a `Lease` while the engine runs it; an adapter with a lease, or one that a
-request waits for, is never evicted. `loader` moves adapters into slots and out of them; `registry` holds the state.
+Runs on the event loop. A request holds a `Lease` while the engine runs it, and an adapter with a lease is never
+unloaded. `loader` moves adapters into slots and out of them; `registry` holds the state.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.openai import (
@@ -47,8 +48,11 @@ class AdapterManager:
         events: EventRing,
         metrics: Metrics,
         usage: UsageTracker,
+        on_drain: Callable[[AdapterKey], None],
         rng: random.Random | None = None,
     ) -> None:
+        """`on_drain` is called when an adapter stops admitting requests."""
+        self._on_drain = on_drain
         self._store = store
         self._limits = limits
         self._clock = clock
@@ -56,7 +60,7 @@ class AdapterManager:
         self._registry = AdapterRegistry(
             limits, boot_id=boot_id, clock=clock, changes=changes, events=events, usage=usage
         )
-        self._loader = AdapterLoader(self._registry, engine, store, metrics, rng or random.Random())
+        self._loader = AdapterLoader(self._registry, engine, store, metrics, on_drain, rng or random.Random())
 
     # --- state --------------------------------------------------------------------------
 
@@ -128,13 +132,14 @@ class AdapterManager:
             raise RuntimeNotRegisteredError(f"No adapter {key} is registered here.")
         if entry.deleting is None:
             entry.begin_delete(asyncio.create_task(self._delete(entry), name=f"delete {key}"))
+            self._on_drain(key)
             self._changes.bump()
         assert entry.deleting is not None  # begun above, or before
         return await asyncio.shield(entry.deleting)
 
     async def _delete(self, entry: AdapterEntry) -> DeleteAnswer:
         if entry.loading is not None:
-            if entry.fetching:
+            if entry.load_may_be_cancelled:
                 entry.loading.cancel()
             await asyncio.wait([entry.loading])
         await self._drain(entry)
@@ -160,26 +165,60 @@ class AdapterManager:
 
     # --- use ----------------------------------------------------------------------------
 
-    async def acquire(self, key: AdapterKey) -> Lease:
-        """A lease on the adapter's slot, after its load when it is cold.
+    async def loaded(self, key: AdapterKey, *, has_waited: bool = False) -> float | None:
+        """Waits until requests may run on the adapter's slot, and starts its load if need be.
 
-        Raises ApiError: not registered, failed, no slot, queue full.
+        `has_waited`: the request was accepted earlier, so that the number of others does not matter. Returns for how
+        many seconds it has waited, None if the adapter was ready. Raises ApiError: not registered, failed, no slot,
+        queue full.
         """
         asked_s: float | None = None
         while True:
-            entry = self._registry.get(key)
-            if entry is None or entry.deleting is not None:
-                raise RuntimeNotRegisteredError(f"No adapter {key} is registered here; register it and repeat.")
+            entry = self._registered(key)
             if self._registry.usable(entry):
-                return self._registry.lease(entry, None if asked_s is None else self._clock.now_s() - asked_s)
+                return None if asked_s is None else self._clock.now_s() - asked_s
             if asked_s is None:
                 asked_s = self._clock.now_s()
-            if entry.unloading is not None:
-                await asyncio.wait([entry.unloading])
-                continue
-            error = await self._wait_for_load(entry)
+                if not has_waited:
+                    self._refuse_too_many(entry)
+            error = await self._wait_for_slot(entry)
             if error is not None:
                 raise error
+
+    def lease(self, key: AdapterKey, cold_start_s: float | None) -> Lease | None:
+        """A lease on the adapter's slot; None when it must be waited for again. Raises RuntimeNotRegisteredError."""
+        entry = self._registered(key)
+        return self._registry.lease(entry, cold_start_s) if self._registry.usable(entry) else None
+
+    def waiting_request(self, key: AdapterKey) -> AbstractContextManager[None]:
+        """Counts one more request that waits while inside. Raises RuntimeNotRegisteredError."""
+        return self._registered(key).waiting_request()
+
+    def _registered(self, key: AdapterKey) -> AdapterEntry:
+        entry = self._registry.get(key)
+        if entry is None or entry.deleting is not None:
+            raise RuntimeNotRegisteredError(f"No adapter {key} is registered here; register it and repeat.")
+        return entry
+
+    async def _wait_for_slot(self, entry: AdapterEntry) -> ApiError | None:
+        """Waits for the adapter's unload or load, whatever comes next. The result is the request's own error."""
+        if entry.unloading is not None:
+            await asyncio.wait([entry.unloading])
+            return None
+        if self._registry.draining(entry):
+            return await self._wait_for_drain(entry)
+        return await self._wait_for_load(entry)
+
+    async def _wait_for_drain(self, entry: AdapterEntry) -> ApiError | None:
+        """Waits until it has made room for another adapter, with a place in the queue for the next slot."""
+        with entry.waiting_request():
+            self._loader.queue_again(entry)
+            try:
+                async with asyncio.timeout(self._limits.slot_wait_s):
+                    await entry.settled.wait()
+            except TimeoutError:
+                return no_free_slot()
+        return None
 
     async def _wait_for_load(self, entry: AdapterEntry) -> ApiError | None:
         """Joins the load in progress or starts one. The result is the request's own error."""
@@ -187,15 +226,9 @@ class AdapterManager:
             if entry.failure is not None and (refusal := entry.failure.refusal(self._clock.now_s())) is not None:
                 entry.count_failed_load()
                 return refusal
-            if self._registry.can_admit() is None:
+            if not self._registry.can_get_slot():
                 return no_free_slot()
             self._loader.start(entry)
-        elif entry.waiting >= self._limits.max_load_waiting:
-            return TooManyRequestsError(
-                f"{entry.waiting} requests already wait for this adapter's load.",
-                code=CODE_QUEUE_FULL,
-                retry_after_s=2,
-            )
         assert entry.loading is not None  # started above, or in progress
         try:
             with entry.waiting_request():
@@ -206,6 +239,12 @@ class AdapterManager:
         if error is not None and entry.failure is not None and not isinstance(error, NoFreeSlotError):
             entry.count_failed_load()
         return error
+
+    def _refuse_too_many(self, entry: AdapterEntry) -> None:
+        if entry.waiting >= self._limits.max_load_waiting:
+            raise TooManyRequestsError(
+                f"{entry.waiting} requests already wait for this adapter.", code=CODE_QUEUE_FULL, retry_after_s=2
+            )
 
     # --- idle ---------------------------------------------------------------------------
 
@@ -218,6 +257,7 @@ class AdapterManager:
         for entry in self._registry:
             if entry.descriptor.pinned:
                 self._loader.preload(entry)
+        self._loader.arrange_slots()
         if self._registry.drop_idle_host_copies():
             return_free_memory()
 

@@ -6,7 +6,7 @@ since residency is billed per object; host and disk copies belong to the digest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState
 from lorapool_runtime.adapters.deltas import ReportChanges
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
-from lorapool_runtime.adapters.slot_table import Admission, SlotTable
+from lorapool_runtime.adapters.slot_queue import SlotPlan, SlotQueue
+from lorapool_runtime.adapters.slot_table import SlotTable
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import HostAdapter
 from lorapool_runtime.events import Changes, EventRing
@@ -36,6 +37,8 @@ class AdapterLimits:
     retry_base_s: float
     retry_max_s: float
     drain_adapter_s: float
+    min_residency_s: float
+    slot_wait_s: float
 
 
 class AdapterRegistry:
@@ -59,6 +62,8 @@ class AdapterRegistry:
         self._on_disk: set[str] = set()  # digests
         self._host = HostCache(limits.host_cache_bytes)
         self._slots = SlotTable(limits.slots)
+        self._slot_queue = SlotQueue(self._slots, limits.min_residency_s, limits.slot_wait_s)
+        self._on_use: Callable[[], None] = lambda: None
         self._report_changes = ReportChanges(changes)
 
     def __len__(self) -> int:
@@ -114,6 +119,7 @@ class AdapterRegistry:
 
     def remove(self, entry: AdapterEntry) -> None:
         del self._entries[entry.key]
+        self._slot_queue.leave(entry.key)
         self._report_changes.remove(entry.key)
         self._usage.unregister(entry.key.uid)
         if not self._is_registered(entry.key.digest):
@@ -185,13 +191,41 @@ class AdapterRegistry:
         """True when a request may start to run on its slot."""
         return self._slots.usable(entry.key)
 
-    def can_admit(self) -> Admission | None:
-        """The slot for the next load. Pinned adapters and those that requests wait for are not evicted."""
-        return self._slots.can_admit(self._may_evict)
+    def draining(self, entry: AdapterEntry) -> bool:
+        """True while it makes room for another adapter: no further request may start, and its unload follows."""
+        return self._slots.draining(entry.key)
 
-    def _may_evict(self, key: AdapterKey) -> bool:
+    def can_get_slot(self) -> bool:
+        """Whether an adapter that joins the queue now can get a slot in time, where others may have to make room."""
+        return not self._slot_queue.takes_too_long(self._may_leave)
+
+    def has_unused_slot(self) -> bool:
+        """Whether a slot is free, or can become free without making a request wait."""
+        return self._slot_queue.has_unused_slot(wanted=self.is_wanted, may_leave=self._may_leave)
+
+    def queue_for_slot(self, entry: AdapterEntry, *, ready: bool) -> None:
+        """Queues it for a slot, `ready` when its weights are in host memory. It keeps its place in the queue."""
+        self._slot_queue.join(entry.key, ready=ready)
+
+    def call_on_use(self, arrange: Callable[[], None]) -> None:
+        """Calls `arrange` when a request begins or ends to use a slot while adapters wait for one."""
+        self._on_use = arrange
+
+    def leave_slot_queue(self, entry: AdapterEntry) -> None:
+        self._slot_queue.leave(entry.key)
+
+    def plan_slots(self) -> SlotPlan:
+        """Which adapter gets which slot, and which ones make room now. Changes nothing."""
+        return self._slot_queue.plan(self.clock.now_s(), wanted=self.is_wanted, may_leave=self._may_leave)
+
+    def is_wanted(self, key: AdapterKey) -> bool:
+        """Whether a request waits for the adapter, or it is pinned."""
+        entry = self._entries.get(key)
+        return entry is not None and (entry.waiting > 0 or entry.descriptor.pinned)
+
+    def _may_leave(self, key: AdapterKey) -> bool:
         entry = self._entries[key]
-        return not entry.waiting and not entry.descriptor.pinned
+        return not entry.descriptor.pinned and entry.deleting is None
 
     def allocate(self, entry: AdapterEntry, slot: int) -> None:
         """Gives a free slot to an adapter whose weights are about to be loaded."""
@@ -204,10 +238,22 @@ class AdapterRegistry:
     def set_loaded(self, entry: AdapterEntry, *, rank: int, device_bytes: int, load_seconds: float) -> None:
         """Makes the adapter usable, counts the load and emits the event."""
         now_s = self.clock.now_s()
-        self._slots.set_loaded(entry.key)
+        self._slots.set_loaded(entry.key, now_s)
         entry.set_loaded(rank, device_bytes, now_s=now_s, unix_s=self.clock.unix_s())
         entry.usage.loaded(entry.key.digest, now_s, load_seconds)
         self._emit(EventType.LOADED, entry, seconds=load_seconds, device_bytes=device_bytes)
+
+    def begin_drain(self, entry: AdapterEntry) -> None:
+        """Lets no further request run on its slot. Raises ValueError when it is not usable."""
+        self._slots.begin_drain(entry.key)
+        entry.begin_drain()
+        self.changes.bump()
+
+    def stop_drain(self, entry: AdapterEntry) -> None:
+        """Makes a draining adapter usable again."""
+        self._slots.stop_drain(entry.key)
+        entry.end_drain()
+        self.changes.bump()
 
     def begin_unload(self, entry: AdapterEntry) -> int:
         """Makes the slot unusable and returns its number. Raises ValueError while a request runs on it."""
@@ -256,14 +302,19 @@ class AdapterRegistry:
         lease = Lease(entry, slot, cold_start_s, self._release_lease)
         entry.add_lease(lease)
         entry.touch(self.clock.now_s(), self.clock.unix_s())
-        self.changes.bump_soon()
+        self._used()
         return lease
 
     def _release_lease(self, entry: AdapterEntry, lease: Lease) -> None:
         self._slots.leave(entry.key, self.clock.now_s())
         entry.remove_lease(lease)
         entry.touch(self.clock.now_s(), self.clock.unix_s())
+        self._used()
+
+    def _used(self) -> None:
         self.changes.bump_soon()
+        if not self._slot_queue.is_empty:
+            self._on_use()
 
     # --- reports ------------------------------------------------------------------------
 
@@ -275,7 +326,7 @@ class AdapterRegistry:
         delta = self._report_changes.since(seq)
         if delta is None:
             return None
-        keys = dict.fromkeys((*delta.changed, *self._slots.occupants))
+        keys = dict.fromkeys((*delta.changed, *(occupant.key for occupant in self._slots.occupants())))
         return [self.report(self._entries[key]) for key in keys], delta.removed
 
     def report(self, entry: AdapterEntry) -> AdapterReport:
@@ -321,7 +372,7 @@ class AdapterRegistry:
         )
 
     def _state(self, entry: AdapterEntry) -> AdapterState:
-        if entry.deleting is not None or entry.unloading is not None:
+        if entry.deleting is not None or entry.unloading is not None or self.draining(entry):
             return AdapterState.DRAINING
         if self.slot_of(entry) is not None:
             return AdapterState.LOADED

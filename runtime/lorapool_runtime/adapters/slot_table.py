@@ -1,55 +1,66 @@
-"""Which adapter occupies which slot, and which one can be evicted: a pure table, no clock and no engine.
+"""Which adapter occupies which slot: a pure table, no clock and no engine.
 
-The only owner of slot state. `can_admit` changes nothing; every other method makes one move and raises ValueError if
-it is illegal. A slot in use is never given away.
+The only owner of slot state. Every method but the questions makes one move and raises ValueError if it is illegal. A
+slot in use is never given away.
+
+    allocate -> set_loaded -> usable --begin_unload--> unloading -> release
+                                |  ^                       ^
+                     begin_drain v  | stop_drain            | begin_unload, when no request runs any more
+                               draining --------------------+
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorapool_api.common import AdapterKey
 
 
-@dataclass(slots=True)
-class _Occupant:
+@dataclass(frozen=True, slots=True)
+class Occupant:
     """The adapter in one slot. `loaded` is False from allocation until its weights are in the slot."""
 
+    key: AdapterKey
     slot: int
     last_used_s: float
     loaded: bool = False
+    loaded_s: float = 0.0
+    """When its weights were in the slot."""
+    draining: bool = False
+    """It admits no further request, and is unloaded when the running ones have ended."""
     unloading: bool = False
-    """Its unload has begun: no request may use the slot, and it is not chosen as a victim again."""
+    """Its unload has begun: no request may use the slot."""
     users: int = 0
     """Requests that run on it."""
+    served: bool = False
+    """Whether a request has run on it since its load."""
 
     @property
     def usable(self) -> bool:
-        return self.loaded and not self.unloading
+        return self.loaded and not self.making_room
 
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """A free slot, or the slot of a victim that has to be unloaded first."""
-
-    slot: int
-    victim: AdapterKey | None = None
+    @property
+    def making_room(self) -> bool:
+        """Whether its slot becomes free without a further decision."""
+        return self.draining or self.unloading
 
 
 @dataclass(slots=True)
 class SlotTable:
     total: int
-    _occupants: dict[AdapterKey, _Occupant] = field(default_factory=dict)
+    _occupants: dict[AdapterKey, Occupant] = field(default_factory=dict)
 
     @property
     def used(self) -> int:
         return len(self._occupants)
 
-    @property
-    def occupants(self) -> tuple[AdapterKey, ...]:
-        """The adapters that have a slot, also while they are being loaded or unloaded."""
-        return tuple(self._occupants)
+    def occupants(self) -> list[Occupant]:
+        """In the order of their allocation."""
+        return list(self._occupants.values())
+
+    def free_slots(self) -> list[int]:
+        taken = {occupant.slot for occupant in self._occupants.values()}
+        return [slot for slot in range(self.total) if slot not in taken]
 
     def slot_of(self, key: AdapterKey) -> int | None:
         """The slot that holds the adapter's weights, also while it is being unloaded."""
@@ -61,45 +72,44 @@ class SlotTable:
         occupant = self._occupants.get(key)
         return occupant is not None and occupant.usable
 
+    def draining(self, key: AdapterKey) -> bool:
+        """True while the adapter makes room: it admits nothing, and requests still run or its unload follows."""
+        occupant = self._occupants.get(key)
+        return occupant is not None and occupant.draining
+
     def users(self, key: AdapterKey) -> int:
         """How many requests run on the adapter's slot."""
         return self._occupants[key].users
 
-    def can_admit(self, may_evict: Callable[[AdapterKey], bool] = lambda _key: True) -> Admission | None:
-        """A free slot, else the slot of the least recently used adapter that may be evicted, else None."""
-        taken = {occupant.slot for occupant in self._occupants.values()}
-        for slot in range(self.total):
-            if slot not in taken:
-                return Admission(slot)
-        victims = [
-            (occupant.last_used_s, occupant.slot, key)
-            for key, occupant in self._occupants.items()
-            if occupant.usable and occupant.users == 0 and may_evict(key)
-        ]
-        if not victims:
-            return None
-        _, slot, victim = min(victims)
-        return Admission(slot, victim)
-
     def allocate(self, slot: int, key: AdapterKey, now_s: float) -> None:
         """Gives a free slot to `key`, whose weights are about to be loaded."""
-        if not 0 <= slot < self.total or any(occupant.slot == slot for occupant in self._occupants.values()):
+        if slot not in self.free_slots():
             raise ValueError(f"slot {slot} is not free")
         if key in self._occupants:
             raise ValueError(f"{key} already has a slot")
-        self._occupants[key] = _Occupant(slot, last_used_s=now_s)
+        self._occupants[key] = Occupant(key, slot, last_used_s=now_s)
 
-    def set_loaded(self, key: AdapterKey) -> None:
-        """Makes the slot usable, and its adapter a possible victim."""
-        occupant = self._occupants[key]
-        occupant.loaded = True
+    def set_loaded(self, key: AdapterKey, now_s: float) -> None:
+        """Makes the slot usable."""
+        self._change(key, loaded=True, loaded_s=now_s)
+
+    def begin_drain(self, key: AdapterKey) -> None:
+        """Lets no further request run on the slot."""
+        self._must_be_usable(key)
+        self._change(key, draining=True)
+
+    def stop_drain(self, key: AdapterKey) -> None:
+        """Makes a draining slot usable again."""
+        if not self.draining(key) or self._occupants[key].unloading:
+            raise ValueError(f"slot {self._occupants[key].slot} does not drain")
+        self._change(key, draining=False)
 
     def begin_unload(self, key: AdapterKey) -> int:
         """Makes the slot unusable and returns its number."""
         occupant = self._occupants[key]
         if occupant.users or occupant.unloading:
             raise ValueError(f"slot {occupant.slot} is in use or already unloading")
-        occupant.unloading = True
+        self._change(key, unloading=True)
         return occupant.slot
 
     def release(self, key: AdapterKey) -> None:
@@ -111,11 +121,8 @@ class SlotTable:
 
     def enter(self, key: AdapterKey, now_s: float) -> int:
         """Counts one more request that runs on the adapter's slot, and returns its number."""
-        occupant = self._occupants[key]
-        if not occupant.usable:
-            raise ValueError(f"slot {occupant.slot} holds no usable adapter")
-        occupant.users += 1
-        occupant.last_used_s = now_s
+        occupant = self._must_be_usable(key)
+        self._change(key, users=occupant.users + 1, last_used_s=now_s, served=True)
         return occupant.slot
 
     def leave(self, key: AdapterKey, now_s: float) -> None:
@@ -123,5 +130,13 @@ class SlotTable:
         occupant = self._occupants[key]
         if occupant.users < 1:
             raise ValueError(f"slot {occupant.slot} is not in use")
-        occupant.users -= 1
-        occupant.last_used_s = now_s
+        self._change(key, users=occupant.users - 1, last_used_s=now_s)
+
+    def _must_be_usable(self, key: AdapterKey) -> Occupant:
+        occupant = self._occupants[key]
+        if not occupant.usable:
+            raise ValueError(f"slot {occupant.slot} holds no usable adapter")
+        return occupant
+
+    def _change(self, key: AdapterKey, **changes: object) -> None:
+        self._occupants[key] = replace(self._occupants[key], **changes)  # type: ignore[arg-type]

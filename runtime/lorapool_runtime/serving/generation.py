@@ -96,13 +96,18 @@ class Generation:
         n: int,
         stops: Sequence[str],
         decode: Decode,
+        on_token: Callable[[int], None],
         on_end: Callable[[Outcome, Usage], None],
         score_end_token: bool = False,
     ) -> None:
-        """`score_end_token`: reports the log-probability of an end-of-sequence token too, though it is not text."""
+        """`on_token` is called with the number of new tokens, `on_end` once.
+
+        `score_end_token`: reports the log-probability of an end-of-sequence token too, though it is not text.
+        """
         self._engine = engine
         self._mailbox = mailbox
         self._n = n
+        self._on_token = on_token
         self._on_end: Callable[[Outcome, Usage], None] | None = on_end
         self._score_end_token = score_end_token
         self._requests = requests
@@ -115,6 +120,8 @@ class Generation:
         self._left = False
         self._deltas: deque[Delta] = deque()
         self._reader: asyncio.Future[None] | None = None
+        self.ended = asyncio.Event()
+        """Set when the engine has ended every sequence: `usage` is then final."""
 
     def start(self) -> None:
         """Submits all sequences. Raises what `Engine.submit` raises: ValueError for a request that can never run."""
@@ -181,7 +188,7 @@ class Generation:
     def _receive(self, output: TokenOutput) -> None:
         number = self._numbers[output.request_id]
         sequence = self._sequences[number]
-        if sequence.ended:
+        if sequence.ended or self._on_end is None:
             return
         self._count(number, output)
         if not sequence.finished:
@@ -242,6 +249,7 @@ class Generation:
     def _count(self, number: int, output: TokenOutput) -> None:
         """Counts a sequence up to its stop string, though the engine may be a token ahead."""
         sequence = self._sequences[number]
+        self._on_token(int(output.token_id is not None))
         prompt = number // self._n
         self._prompt_tokens[prompt] = max(self._prompt_tokens[prompt], output.prompt_tokens)
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], output.cached_tokens)
@@ -255,5 +263,6 @@ class Generation:
 
     def _finish(self) -> None:
         on_end, self._on_end = self._on_end, None
+        self.ended.set()
         if on_end is not None:
             on_end(self._outcome, self.usage())

@@ -8,7 +8,6 @@ decides about adapters or engines.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import uuid
@@ -18,7 +17,8 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.common import HEADER_ADAPTER, HEADER_ATTEMPT, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -32,6 +32,7 @@ from lorapool_api.openai import (
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
+    ROUTE_ATTEMPT,
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
     ROUTE_EVENTS,
@@ -44,10 +45,10 @@ from lorapool_api.protocol import (
     AdapterDescriptor,
     PutAnswer,
     ResolveRequest,
-    token_sha256,
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from lorapool_runtime.serving.generation import Generation
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
 
@@ -72,6 +73,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
     app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
     app.router.add_post(ROUTE_RESOLVE, server.resolve)
+    app.router.add_delete(ROUTE_ATTEMPT, server.cancel)
     app.router.add_get(ROUTE_MODELS, server.models)
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
     app.router.add_post(ROUTE_CHAT, server.chat)
@@ -79,9 +81,16 @@ def make_app(runtime: Runtime) -> web.Application:
     return app
 
 
-def make_metrics_app(runtime: Runtime) -> web.Application:
-    """The metrics listener, which needs no token: our own names, and on a second path those of inference gateways."""
-    app = web.Application()
+def make_metrics_app(runtime: Runtime, access: MetricsAccess) -> web.Application:
+    """The metrics listener: our own names, and on a second path those that inference gateways read."""
+
+    @web.middleware
+    async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not access.permits(request.headers.get("Authorization")):
+            return web.Response(status=401)
+        return await handler(request)
+
+    app = web.Application(middlewares=[check_access])
     server = _Server(runtime)
     app.router.add_get(ROUTE_METRICS, server.own_metrics)
     app.router.add_get(ROUTE_METRICS + "/vllm", server.gateway_metrics)
@@ -92,6 +101,8 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
+        self._attempts: dict[str, Generation] = {}
+        """The running requests by the ids of the gateways' attempts."""
         self._responder = Responder(runtime.clock, runtime.metrics, write_timeout_s=runtime.settings.write_timeout_s)
 
     # --- around every route -------------------------------------------------------------
@@ -121,18 +132,10 @@ class _Server:
     @web.middleware
     async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses requests without the token, except to the probes. Checks the matched handler, not the URL."""
-        if request.match_info.handler not in (self.health, self.readiness):
-            self._check_token(request.headers.get("Authorization", ""))
-        return await handler(request)
-
-    def _check_token(self, header: str) -> None:
-        wanted = self._settings.token_sha256
-        if wanted is None:
-            return
-        scheme, _, token = header.partition(" ")
-        given = token_sha256(token.strip()) if token.isascii() else ""
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given, wanted):
+        is_probe = request.match_info.handler in (self.health, self.readiness)
+        if not is_probe and not self._runtime.tokens.accepts(request.headers.get("Authorization", "")):
             raise UnauthenticatedError("Missing or wrong bearer token.")
+        return await handler(request)
 
     # --- health and state -----------------------------------------------------------------
 
@@ -217,10 +220,22 @@ class _Server:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
         started_s = self._runtime.clock.now_s()
         admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER))
+        attempt = request.headers.get(HEADER_ATTEMPT) or uuid.uuid4().hex
+        self._attempts[attempt] = admitted.generation
         try:
             return await self._responder.respond(request, parsed, admitted, started_s=started_s)
         finally:
+            self._attempts.pop(attempt, None)
             admitted.generation.cancel()
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """Ends a request whose client has left, and answers what it has used. Raises RouteNotFoundError."""
+        generation = self._attempts.get(request.match_info["id"])
+        if generation is None:
+            raise RouteNotFoundError("There is no such attempt.")
+        generation.cancel()
+        await generation.ended.wait()
+        return _json(generation.usage())
 
     async def _body(self, request: web.Request) -> bytes:
         try:

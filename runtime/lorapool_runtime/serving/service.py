@@ -1,7 +1,8 @@
 """The runtime without HTTP: admits parsed requests within bounds, drains them at the end, and reports its state.
 
-It owns the open requests: each holds its queue slots and its adapter's lease until the engine has ended it. It refuses
-requests while starting or draining and when the queue is full, before anything is accepted.
+It owns the open requests. Each waits for its adapter and for its turn, then holds its turn and its adapter's lease
+until the engine has ended it. Requests are refused while starting or draining and when the queue is full, before
+anything is accepted.
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ from lorapool_runtime.openai.encoding import EncodedRequest, encode
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.serving.fair_queue import FairBound
 from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requests
+from lorapool_runtime.serving.tokens import BearerTokens
+from lorapool_runtime.serving.turns import Turn, Turns
 from lorapool_runtime.settings import RuntimeSettings
+from lorapool_runtime.startup_progress import StartupProgress
 from lorapool_runtime.usage import Outcome, UsageTracker
 
 log = logging.getLogger(__name__)
 
 BASE_SALT = "base"
+STARTUP_REPORT_S = 2.0
+"""Time between two reports of the progress of the start."""
 SNAPSHOT_AGE_S = 0.5
 """A cached snapshot is used for at most this long: some counts change without a new sequence number."""
 
@@ -72,6 +79,12 @@ class _Serving:
     base: LoadedBase
     adapters: AdapterManager
     mailbox: Mailbox
+    turns: Turns
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a load or for their turn."""
+        return self.adapters.waiting + self.turns.waiting(BASE_SALT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +102,13 @@ class AdmittedRequest:
 
 
 class Runtime:
+    """Raises SettingsError when a file that the settings name cannot be read."""
+
     def __init__(self, settings: RuntimeSettings, *, clock: Clock | None = None, boot_id: str | None = None) -> None:
         self.settings = settings
         self.clock = clock or Clock()
+        self.tokens = BearerTokens(settings, self.clock)
+        self.startup = StartupProgress(self.clock.now_s)
         self.boot_id = boot_id or uuid.uuid4().hex
         self.started_unix_s = self.clock.unix_s()
         self.changes = Changes()
@@ -102,8 +119,8 @@ class Runtime:
         self.draining = False
         self._serving: _Serving | None = None
         self._open: set[Generation] = set()
-        self._sequences = 0
-        """Sequences queued or running."""
+        self._sequences = FairBound(settings.max_batch + settings.max_waiting)
+        """Sequences queued or running, by flow."""
         self._requests = 0
         """Requests queued or running, including those that wait for a load."""
         self._quiet = asyncio.Event()
@@ -126,7 +143,10 @@ class Runtime:
             retry_base_s=self.settings.retry_base_s,
             retry_max_s=self.settings.retry_max_s,
             drain_adapter_s=self.settings.drain_adapter_s,
+            min_residency_s=self.settings.min_residency_s,
+            slot_wait_s=self.settings.slot_wait_s,
         )
+        turns = Turns(self.settings.max_batch)
         manager = AdapterManager(
             base.engine,
             base.store,
@@ -137,8 +157,9 @@ class Runtime:
             events=self.events,
             metrics=self.metrics,
             usage=self.usage,
+            on_drain=lambda key: turns.recall(str(key)),
         )
-        self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()))
+        self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()), turns)
         self.changes.bump()
 
     @property
@@ -158,6 +179,12 @@ class Runtime:
                 if not self.healthy:
                     return
                 self._serving.adapters.sweep()
+
+    async def report_startup(self) -> None:
+        """Lets long-polls see the progress of the start. Runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(STARTUP_REPORT_S)
+            self.changes.bump()
 
     async def drain(self, *, notice_s: float, grace_s: float) -> None:
         """Refuses new requests, lets running ones finish for `grace_s`, then ends the rest."""
@@ -188,6 +215,8 @@ class Runtime:
     def _end_all(self, message: str) -> None:
         for generation in list(self._open):
             generation.abort(message)
+        if self._serving is not None:
+            self._serving.turns.close()
 
     # --- adapters -----------------------------------------------------------------------
 
@@ -236,27 +265,57 @@ class Runtime:
         target = self.target_of(header, request.model)
         encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts)
         self._refuse_when_draining()
-        self._enter_queue(len(encoded.sampling))
+        flow, sequences = BASE_SALT if target is None else str(target), len(encoded.sampling)
+        self._enter_queue(flow, sequences)
         try:
-            lease = None if target is None else await serving.adapters.acquire(target)
+            turn, lease = await self._turn_and_lease(serving, target, encoded)
         except BaseException:
-            self._leave_queue(len(encoded.sampling))
+            self._leave_queue(flow, sequences)
             raise
         return AdmittedRequest(
-            self._submit(serving, request, encoded, lease),
+            self._submit(serving, request, encoded, turn, lease),
             base.tokenizer,
-            sequences=len(encoded.sampling),
+            sequences=sequences,
             echo=encoded.echo,
             target=BASE_TARGET if lease is None else f"{lease.display}@{lease.key.digest}",
             cold_start_s=None if lease is None else lease.cold_start_s,
             fingerprint=self._fingerprint(base.digest, lease),
         )
 
+    async def _turn_and_lease(
+        self, serving: _Serving, target: AdapterKey | None, encoded: EncodedRequest
+    ) -> tuple[Turn, Lease | None]:
+        """Waits until the adapter is loaded and it is this request's turn; again when the adapter leaves meanwhile."""
+        sequences, tokens = len(encoded.sampling), sum(map(len, encoded.prompts))
+        if target is None:
+            turn = await serving.turns.take(BASE_SALT, sequences=sequences, tokens=tokens)
+            assert turn is not None  # the base is never recalled
+            return turn, None
+        cold_start_s: float | None = None
+        has_waited = False
+        while True:
+            waited_s = await serving.adapters.loaded(target, has_waited=has_waited)
+            cold_start_s = waited_s if cold_start_s is None else cold_start_s + (waited_s or 0.0)
+            has_waited = True
+            with serving.adapters.waiting_request(target):
+                turn = await serving.turns.take(str(target), sequences=sequences, tokens=tokens)
+            if turn is None:
+                continue
+            try:
+                lease = serving.adapters.lease(target, cold_start_s)
+            except BaseException:
+                turn.end()
+                raise
+            if lease is not None:
+                return turn, lease
+            turn.end()
+
     def _submit(
         self,
         serving: _Serving,
         request: ChatRequest | CompletionRequest,
         encoded: EncodedRequest,
+        turn: Turn,
         lease: Lease | None,
     ) -> Generation:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)
@@ -264,7 +323,8 @@ class Runtime:
 
         def on_end(outcome: Outcome, usage: Usage) -> None:
             self._open.discard(generation)
-            self._leave_queue(len(encoded.sampling))
+            self._leave_queue(BASE_SALT if lease is None else str(lease.key), len(encoded.sampling))
+            turn.end()
             if lease is not None:
                 lease.usage.count(outcome, usage)
                 lease.release()
@@ -278,6 +338,7 @@ class Runtime:
             n=request.n,
             stops=request.stops,
             decode=serving.base.tokenizer.decode,
+            on_token=turn.charge,
             on_end=on_end,
             # evaluation harnesses count tokens (lm-eval drops the last one, whatever it is)
             score_end_token=isinstance(request, CompletionRequest),
@@ -297,21 +358,21 @@ class Runtime:
                 "This replica is shutting down and accepts nothing new.", code=CODE_DRAINING, retry_after_s=1
             )
 
-    def _enter_queue(self, sequences: int) -> None:
-        bound = self.settings.max_batch + self.settings.max_waiting
-        if self._sequences + sequences > bound:
+    def _enter_queue(self, flow: str, sequences: int) -> None:
+        if not self._sequences.admits(flow, sequences):
             raise TooManyRequestsError(
-                f"This replica has {self._sequences} sequences queued or running; its maximum is {bound}.",
+                f"This replica has {self._sequences.taken} sequences queued or running; its maximum is "
+                f"{self._sequences.places}.",
                 code=CODE_QUEUE_FULL,
                 retry_after_s=2,
             )
-        self._sequences += sequences
+        self._sequences.enter(flow, sequences)
         self._requests += 1
         self._quiet.clear()
         self._note_request()
 
-    def _leave_queue(self, sequences: int) -> None:
-        self._sequences -= sequences
+    def _leave_queue(self, flow: str, sequences: int) -> None:
+        self._sequences.leave(flow, sequences)
         self._requests -= 1
         if self._requests == 0:
             self._quiet.set()
@@ -355,9 +416,10 @@ class Runtime:
             device_bytes=stats.device_bytes,
             host_bytes=0 if serving is None else serving.adapters.host_bytes,
             in_flight=self._requests,
-            waiting=stats.waiting + (0 if serving is None else serving.adapters.waiting),
+            waiting=stats.waiting + (0 if serving is None else serving.waiting),
             kv_usage=_kv_usage(stats),
             last_request_unix_s=self._last_request_unix_s,
+            startup=self.startup.report() if serving is None else None,
             full=delta is None,
             adapters=reports,
             removed=[] if delta is None else [RemovedAdapter(uid=uid, digest=digest) for uid, digest in delta[1]],
@@ -391,7 +453,7 @@ class Runtime:
         running, waiting = serving.adapters.activity()
         return Gauges(
             running=stats.running,
-            waiting=stats.waiting + serving.adapters.waiting,
+            waiting=stats.waiting + serving.waiting,
             kv_usage=_kv_usage(stats),
             slots_total=self.settings.slots,
             slots_used=serving.adapters.slots_used,

@@ -16,6 +16,7 @@ from fakes_runtime import (
     FakeEngine,
     FakeStore,
     Served,
+    acquire,
     descriptor,
     digest_of_name,
     key_of,
@@ -99,35 +100,33 @@ async def test_every_request_gets_its_own_adapter_while_slots_change_hands(byte_
         for name in names:  # one at a time, each must get a slot
             status, body, _ = await ask(served.url, key_of(name), session)
             assert (status, said(body)) == (200, f"I am {name}.")
-    assert {status for status, *_ in results} <= {200, 409}
-    assert all(text == f"I am {name}." for status, name, text in results if status == 200)
-    assert {text for status, _, text in results if status == 409} <= {"no_slot"}
-    assert sum(status == 200 for status, *_ in results) > 20
+    assert {status for status, *_ in results} == {200}
+    assert all(text == f"I am {name}." for _, name, text in results)
     assert served.engine.unloads > 0
 
 
 async def test_the_least_recently_used_leaves_and_never_one_in_use_or_pinned(byte_tokenizer: Path) -> None:
     clock = FakeClock()
-    async with serving(byte_tokenizer, clock=clock.clock(), slots=3) as served:
+    async with serving(byte_tokenizer, clock=clock.clock(), slots=3, slot_wait_s=0.05) as served:
         manager = served.runtime.adapters
         for name in ("old", "busy", "pinned", "new", "newer"):
             await manager.register(key_of(name), descriptor(name))
         await manager.register(key_of("pinned"), descriptor("pinned", pinned=True))
         await until(lambda: report(manager, key_of("pinned")).state is AdapterState.LOADED)
-        busy = await manager.acquire(key_of("busy"))
+        busy = await acquire(manager, key_of("busy"))
         clock.pass_s(10)
-        (await manager.acquire(key_of("old"))).release()
+        (await acquire(manager, key_of("old"))).release()
         clock.pass_s(10)
-        lease = await manager.acquire(key_of("new"))  # `busy` was used earlier, but is in use
+        lease = await acquire(manager, key_of("new"))  # `busy` was used earlier, but is in use
         loaded = {item.display for item in manager.reports() if item.state is AdapterState.LOADED}
         assert loaded == {"team/busy", "team/pinned", "team/new"}
         with pytest.raises(NoFreeSlotError) as caught:
-            await manager.acquire(key_of("newer"))
+            await acquire(manager, key_of("newer"))
         assert caught.value.code == "no_slot"
         assert report(manager, key_of("newer")).failure is None  # its own state is untouched
         lease.release()
         busy.release()
-        (await manager.acquire(key_of("newer"))).release()
+        (await acquire(manager, key_of("newer"))).release()
 
 
 async def test_an_idle_adapter_is_unloaded_and_leaves_host_memory_later(byte_tokenizer: Path) -> None:
@@ -135,7 +134,7 @@ async def test_an_idle_adapter_is_unloaded_and_leaves_host_memory_later(byte_tok
     async with serving(byte_tokenizer, clock=clock.clock(), host_idle_s=100.0) as served:
         manager = served.runtime.adapters
         await manager.register(key_of("poet"), descriptor("poet", idle_after_s=60.0))
-        lease = await manager.acquire(key_of("poet"))
+        lease = await acquire(manager, key_of("poet"))
         clock.pass_s(1000)
         manager.sweep()
         assert report(manager, key_of("poet")).state is AdapterState.LOADED  # in use, however long
@@ -163,9 +162,9 @@ async def test_an_unloaded_adapter_comes_back_from_host_memory_without_its_sourc
     async with serving(byte_tokenizer, clock=clock.clock()) as served:
         manager = served.runtime.adapters
         await manager.register(key_of("poet"), descriptor("poet", idle_after_s=0.0))
-        (await manager.acquire(key_of("poet"))).release()
+        (await acquire(manager, key_of("poet"))).release()
         manager.sweep()
-        (await manager.acquire(key_of("poet"))).release()
+        (await acquire(manager, key_of("poet"))).release()
     assert served.store.fetches.total() == 1
     assert served.engine.loads["poet"] == 2
 
@@ -195,7 +194,7 @@ async def test_an_adapter_pinned_while_it_loads_is_not_evicted(byte_tokenizer: P
         await until(lambda: report(manager, key_of("vip")).state is AdapterState.LOADED)
         await manager.register(key_of("other"), descriptor("other"))
         with pytest.raises(NoFreeSlotError):
-            await manager.acquire(key_of("other"))
+            await acquire(manager, key_of("other"))
         assert report(manager, key_of("vip")).state is AdapterState.LOADED
 
 
@@ -244,18 +243,18 @@ async def test_a_transient_failure_backs_off_and_is_tried_again(byte_tokenizer: 
         waits = []
         for attempt in (1, 2):
             with pytest.raises(UnavailableError) as caught:
-                await manager.acquire(key_of("poet"))
+                await acquire(manager, key_of("poet"))
             assert caught.value.code == "source_unavailable"
             assert report(manager, key_of("poet")).failure.attempts == attempt
             waits.append(caught.value.retry_after_s)
             clock.pass_s(7.9 * attempt)
             with pytest.raises(UnavailableError):
-                await manager.acquire(key_of("poet"))  # too early: answered without a try
+                await acquire(manager, key_of("poet"))  # too early: answered without a try
             assert store.fetches.total() == attempt
             clock.pass_s(2.2 * attempt)
         assert 8.0 <= waits[0] <= 10.0
         assert 16.0 <= waits[1] <= 20.0
-        (await manager.acquire(key_of("poet"))).release()
+        (await acquire(manager, key_of("poet"))).release()
         assert report(manager, key_of("poet")).failure is None
 
 
@@ -264,7 +263,7 @@ async def test_a_source_with_another_digest_than_the_registered_one_is_a_failure
     async with serving(byte_tokenizer, store=store) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
         with pytest.raises(UnprocessableError) as caught:
-            await served.runtime.adapters.acquire(key_of("poet"))
+            await acquire(served.runtime.adapters, key_of("poet"))
         assert caught.value.code == "digest_mismatch"
         assert served.engine.loads.total() == 0
 
@@ -285,7 +284,7 @@ async def test_an_unforeseen_failure_of_the_engine_frees_the_slot_and_is_transie
     async with serving(byte_tokenizer, engine=engine) as served:
         await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
         with pytest.raises(UnavailableError) as caught:
-            await served.runtime.adapters.acquire(key_of("poet"))
+            await acquire(served.runtime.adapters, key_of("poet"))
         assert caught.value.code == "load_failed"
         assert served.runtime.adapters.slots_used == 0
 
@@ -295,10 +294,10 @@ async def test_requests_that_wait_for_a_load_are_bounded_and_leave_with_their_cl
     async with serving(byte_tokenizer, store=store, max_load_waiting=2) as served:
         manager = served.runtime.adapters
         await manager.register(key_of("poet"), descriptor("poet"))
-        waiting = [asyncio.create_task(manager.acquire(key_of("poet"))) for _ in range(2)]
+        waiting = [asyncio.create_task(acquire(manager, key_of("poet"))) for _ in range(2)]
         await until(lambda: manager.waiting == 2)
         with pytest.raises(TooManyRequestsError) as caught:
-            await manager.acquire(key_of("poet"))
+            await acquire(manager, key_of("poet"))
         assert caught.value.code == "queue_full"
         waiting[0].cancel()
         await asyncio.wait([waiting[0]])
@@ -369,7 +368,7 @@ async def test_delete_during_a_load_stops_it_and_answers_those_who_wait(byte_tok
     async with serving(byte_tokenizer, store=store) as served:
         manager = served.runtime.adapters
         await manager.register(key_of("poet"), descriptor("poet"))
-        waiting = asyncio.create_task(manager.acquire(key_of("poet")))
+        waiting = asyncio.create_task(acquire(manager, key_of("poet")))
         await until(lambda: manager.waiting == 1)
         async with asyncio.timeout(2):
             answer = await manager.delete(key_of("poet"))
@@ -383,8 +382,8 @@ async def test_two_objects_with_the_same_files_share_the_host_copy_but_not_the_s
     twin = AdapterKey("uid-twin", one.digest)
     await manager.register(one, descriptor("poet"))
     await manager.register(twin, descriptor("twin", source=descriptor("poet").source))
-    (await manager.acquire(one)).release()
-    (await manager.acquire(twin)).release()
+    (await acquire(manager, one)).release()
+    (await acquire(manager, twin)).release()
     assert (served.store.fetches.total(), manager.slots_used) == (1, 2)
     assert (await manager.delete(one)).freed_host_bytes == 0
     assert (await manager.delete(twin)).freed_host_bytes == 1000
@@ -395,7 +394,7 @@ async def test_host_memory_is_bounded(byte_tokenizer: Path) -> None:
         manager = served.runtime.adapters
         for name in ("a", "b", "c"):
             await manager.register(key_of(name), descriptor(name))
-            (await manager.acquire(key_of(name))).release()
+            (await acquire(manager, key_of(name))).release()
         assert manager.host_bytes == 2000
 
 
@@ -407,7 +406,7 @@ async def test_the_longest_unused_registration_is_forgotten_when_there_are_too_m
             clock.pass_s(1)
             await manager.register(key_of(name), descriptor(name))
             if name == "used":
-                (await manager.acquire(key_of(name))).release()
+                (await acquire(manager, key_of(name))).release()
         assert {item.display for item in manager.reports()} == {"team/used", "team/late", "team/latest"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fakes_runtime import FakeClock, descriptor, key_of, serving, until
+from fakes_runtime import FakeClock, acquire, descriptor, key_of, serving, until
 
 from lorapool_api.protocol import AdapterState, Tier, Usage
 from lorapool_runtime.usage import Outcome
@@ -28,7 +28,7 @@ async def test_a_report_is_made_again_after_every_change(byte_tokenizer: Path) -
         manager = served.runtime.adapters
         await manager.register(key_of("poet"), descriptor("poet", idle_after_s=0.0))
         manager.reports()
-        lease = await manager.acquire(key_of("poet"))
+        lease = await acquire(manager, key_of("poet"))
         (used,) = manager.reports()
         assert (used.state, used.in_flight, used.usage.loads) == (AdapterState.LOADED, 1, 1)
         clock.pass_s(7)

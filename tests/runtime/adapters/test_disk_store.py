@@ -15,7 +15,7 @@ from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.settings import SourceSettings
+from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters import disk_store as store_module
 from lorapool_runtime.adapters.disk_store import DiskStore
 
@@ -35,7 +35,9 @@ class World:
         self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
         self.cache.start()
         facts = BaseFacts(MODULES, loaded=True)
-        self.store = DiskStore(self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_timeout_s=30.0)
+        self.store = DiskStore(
+            self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_limits=FetchLimits()
+        )
         inspect = store_module.inspect_adapter_folder
 
         def counted(*given: object) -> object:

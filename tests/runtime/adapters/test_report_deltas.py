@@ -14,6 +14,7 @@ from fakes_runtime import (
     FakeClock,
     FakeEngine,
     Served,
+    acquire,
     descriptor,
     digest_of_name,
     key_of,
@@ -64,7 +65,7 @@ async def test_one_change_among_a_thousand_adapters_costs_one_report(served: Ser
     async with aiohttp.ClientSession(served.url) as session:
         first, whole = await poll(session, 0, "")
         assert (first.full, len(first.adapters)) == (True, 1000)
-        (await manager.acquire(key_of("a7"))).release()
+        (await acquire(manager, key_of("a7"))).release()
         second, part = await poll(session, first.seq, first.boot_id)
         assert (second.full, [item.display for item in second.adapters]) == (False, ["team/a7"])
         assert part < whole / 100
@@ -99,10 +100,10 @@ async def test_a_refused_request_changes_the_report_of_its_adapter(served: Serve
     manager = served.runtime.adapters
     await manager.register(key_of("poet"), descriptor("poet"))
     with pytest.raises(UnprocessableError):
-        await manager.acquire(key_of("poet"))
+        await acquire(manager, key_of("poet"))
     before = served.runtime.changes.seq
     with pytest.raises(UnprocessableError):
-        await manager.acquire(key_of("poet"))
+        await acquire(manager, key_of("poet"))
     (item,) = served.runtime.snapshot(before).adapters
     assert item.usage.failed_requests == 2
 
@@ -141,7 +142,7 @@ async def test_the_sum_of_all_changes_is_the_whole_state(byte_tokenizer: Path, s
                     await manager.register(key_of(name), descriptor(name, idle_after_s=rng.choice([5.0, 500.0])))
                 case 2:
                     with contextlib.suppress(NoFreeSlotError, RuntimeNotRegisteredError):
-                        (await manager.acquire(key_of(name))).release()
+                        (await acquire(manager, key_of(name))).release()
                 case 3:
                     with contextlib.suppress(RuntimeNotRegisteredError):
                         await manager.delete(key_of(name))

@@ -281,3 +281,24 @@ def test_norms_and_gated_products_are_found_by_what_they_compute(
     base = load_base(str(tmp_path), dtype="float32", device=torch.device("cpu"))
     found = [module for module in base.model.modules() if isinstance(module, NativeNorm | NativeMLP)]
     assert len(found) == fitted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("limit", [25.0, 900.0])
+def test_modules_that_clamp_large_activations_are_not_replaced(
+    dtype: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    norm, mlp = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaMLP.forward
+    tiny_model("Llama").save_pretrained(tmp_path)
+
+    def native() -> list[torch.nn.Module]:
+        base = load_base(str(tmp_path), dtype=dtype, device=torch.device("cpu"))
+        return [module for module in base.model.modules() if isinstance(module, NativeNorm | NativeMLP)]
+
+    assert len(native()) == 7
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: norm(self, x.clamp(-limit, limit)))
+    assert {type(module) for module in native()} == {NativeMLP}
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: mlp(self, x.clamp(max=limit)))
+    assert native() == []

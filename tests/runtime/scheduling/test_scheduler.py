@@ -219,3 +219,100 @@ def test_thousands_of_random_moves_leave_nothing_behind_and_starve_no_sequence(s
     assert s.allocator.used == 0
     assert not s.has_work
     assert finished > 40
+
+
+# --- shares -----------------------------------------------------------------------------------
+
+
+def run(s: Scheduler) -> list[Sequence]:
+    """One step; the sequences that ended in it."""
+    plan = s.schedule()
+    apply(plan)
+    ended = [c.sequence for c in plan.chunks if c.sequence.generated >= c.sequence.request.sampling.max_tokens]
+    for sequence in ended:
+        s.finish(sequence, FinishReason.LENGTH)
+    return ended
+
+
+def flooded(*, blocks: int = 400, max_batch: int = 8) -> Scheduler:
+    """Adapter 0 has filled the batch with answers that take a thousand steps, and has more waiting."""
+    s = scheduler(blocks=blocks, max_batch=max_batch, max_batch_tokens=64)
+    for arrival in range(2 * max_batch):
+        s.add(make(arrival, 4, slot=0, max_tokens=1000))
+    for _ in range(3):
+        run(s)
+    return s
+
+
+def test_an_adapter_below_its_share_gets_rows_from_one_above_at_once() -> None:
+    s = flooded()
+    assert len(s.running) == 8
+    for arrival in range(100, 106):
+        s.add(make(arrival, 4, slot=1))
+    plan = s.schedule()
+    assert [c.sequence.arrival for c in plan.prefills] == [100, 101, 102, 103]  # half of the batch, and no more
+    assert [victim.arrival for victim in plan.preempted] == [7, 6, 5, 4]
+    apply(plan)
+    assert s.schedule().preempted == ()
+
+
+def test_a_preempted_sequence_continues_when_there_is_room_again_and_keeps_its_text() -> None:
+    s = flooded()
+    s.add(make(100, 4, slot=1, max_tokens=5))
+    victim = s.schedule().preempted[0]
+    text = list(victim.tokens)
+    while victim.status is SequenceStatus.WAITING:
+        run(s)
+    assert victim.tokens[: len(text)] == text
+    assert victim.cached_tokens == 0  # counted at the first admission only
+
+
+def test_blocks_are_shared_like_rows() -> None:
+    s = scheduler(blocks=20, block_size=4, max_batch=8, max_batch_tokens=64)
+    for arrival in range(4):
+        s.add(make(arrival, 14, slot=0, max_tokens=100))
+    run(s)
+    assert not s.allocator.can_allocate(6)
+    s.add(make(100, 14, slot=1))
+    plan = s.schedule()
+    assert [c.sequence.arrival for c in plan.prefills] == [100]
+    assert [victim.arrival for victim in plan.preempted] == [3]
+
+
+def test_no_sequence_is_preempted_for_an_adapter_when_it_is_the_only_one_of_its_own() -> None:
+    s = scheduler(blocks=20, block_size=4, max_batch=8, max_batch_tokens=64)
+    s.add(make(0, 60, slot=0, max_tokens=10))
+    run(s)
+    s.add(make(100, 24, slot=1))
+    assert s.schedule().preempted == ()
+
+
+def test_one_adapter_alone_has_the_whole_batch_and_is_never_preempted_for_itself() -> None:
+    s = flooded()
+    for _ in range(50):
+        assert s.schedule().preempted == ()
+        run(s)
+    assert len(s.running) == 8
+
+
+def test_a_flooding_adapter_delays_the_answers_of_others_by_less_than_half() -> None:
+    """Steps from arrival to end of every answer of seven adapters, without and with one that floods the batch."""
+
+    def slowest(s: Scheduler) -> int:
+        took, arrival = [], 1000
+        for _ in range(40):
+            begun: dict[int, int] = {}
+            for slot in range(1, 8):
+                arrival += 1
+                s.add(make(arrival, 4, slot=slot, max_tokens=20))
+                begun[arrival] = 0
+            step = 0
+            while begun:
+                step += 1
+                took += [step for sequence in run(s) if begun.pop(sequence.arrival, None) is not None]
+        return sorted(took)[int(len(took) * 0.99)]
+
+    quiet = slowest(scheduler(blocks=4000, max_batch=8, max_batch_tokens=64))
+    flooding = slowest(flooded(blocks=4000))
+    assert quiet == 20
+    assert flooding <= 1.5 * quiet

@@ -40,6 +40,7 @@ from lorapool_runtime.serving.server import make_app, make_metrics_app
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import read_settings
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
+from lorapool_runtime.startup_progress import StartupProgress
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "tiny", "messages": HI}
@@ -335,6 +336,28 @@ async def test_promtool_accepts_our_own_metrics(byte_tokenizer: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
+def test_series_begin_at_zero_before_the_first_request() -> None:
+    text = Runtime(settings_for_tests(base_label="team/tiny")).metrics.render().decode()
+    where = 'base="team/tiny"'
+    for outcome in ("completed", "failed", "cancelled"):
+        assert f'lorapool_runtime_requests_total{{{where},outcome="{outcome}"}} 0.0' in text
+    for kind in ("prompt", "completion"):
+        assert f'lorapool_runtime_tokens_total{{{where},type="{kind}"}} 0.0' in text
+    assert f'lorapool_runtime_load_failures_total{{{where},reason="SourceTimeout"}} 0.0' in text
+    assert f'lorapool_runtime_load_seconds_count{{{where},tier="source"}} 0.0' in text
+
+
+async def test_the_series_of_an_adapter_begin_at_zero_when_it_is_registered(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer, base_label="team/tiny") as served:
+        await served.runtime.adapters.register(key_of("poet"), descriptor("poet"))
+        text = await scrape(served)
+    where = 'adapter="team/poet",base="team/tiny"'
+    for outcome in ("completed", "failed", "cancelled"):
+        assert f'lorapool_runtime_adapter_requests_total{{{where},outcome="{outcome}"}} 0.0' in text
+    for name in ("prompt_tokens", "completion_tokens", "loads"):
+        assert f"lorapool_runtime_adapter_{name}_total{{{where}}} 0.0" in text
+
+
 # --- settings -------------------------------------------------------------------------------
 
 
@@ -361,6 +384,10 @@ def test_flags_win_over_the_environment_and_both_are_checked() -> None:
 # --- the base's folder ------------------------------------------------------------------------
 
 
+def progress() -> StartupProgress:
+    return StartupProgress(time.monotonic)
+
+
 def make_base(folder: Path) -> Path:
     """The files that make a folder a base, with next to nothing in them."""
     folder.mkdir(parents=True)
@@ -373,7 +400,7 @@ def make_base(folder: Path) -> Path:
 def test_a_base_on_a_volume_is_read_where_it_is_mounted(tmp_path: Path) -> None:
     make_base(tmp_path / "claim" / "models" / "tiny")
     settings = settings_for_tests(model="pvc://claim/models/tiny", pvc_root=tmp_path)
-    found = base_folder(settings, SourceSettings(pvc_root=tmp_path))
+    found = base_folder(settings, SourceSettings(pvc_root=tmp_path), progress())
     assert found.path == tmp_path / "claim" / "models" / "tiny"
     assert found.digest is not None
     assert found.digest.startswith("sha256:")
@@ -386,7 +413,7 @@ def test_a_base_on_a_volume_is_read_where_it_is_mounted(tmp_path: Path) -> None:
 )
 def test_a_missing_base_is_refused_with_its_remedy(tmp_path: Path, model: str, words: str) -> None:
     with pytest.raises((BaseError, ArtifactError)) as caught:
-        base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path))
+        base_folder(settings_for_tests(model=model, pvc_root=tmp_path), SourceSettings(pvc_root=tmp_path), progress())
     assert words in reason_of(caught.value)
 
 
@@ -402,7 +429,7 @@ def test_work_during_a_fetch_is_done_once_and_is_over_when_the_fetch_is(
 
     settings = settings_for_tests(model=model, pvc_root=tmp_path)
     with pytest.raises((BaseError, ArtifactError)):
-        bring_up(settings, lambda *_: FakeEngine(), meanwhile=meanwhile)
+        bring_up(settings, lambda *_: FakeEngine(), progress(), meanwhile=meanwhile)
     assert calls == ["during-fetch"] * called
 
 
@@ -412,4 +439,46 @@ def test_a_disk_cache_that_the_base_would_fill_is_refused_before_loading(
     base = BaseFolder(make_base(tmp_path / "base"), None, (), cached_bytes=2**30)
     monkeypatch.setattr("lorapool_runtime.startup.base_folder", lambda *_: base)
     with pytest.raises(BaseError, match="raise cache_bytes"):
-        bring_up(settings_for_tests(cache_bytes=2**30), lambda *_: FakeEngine())
+        bring_up(settings_for_tests(cache_bytes=2**30), lambda *_: FakeEngine(), progress())
+
+
+async def test_the_state_shows_how_far_the_download_of_the_base_is() -> None:
+    clock = FakeClock()
+    runtime = Runtime(settings_for_tests(), clock=clock.clock())
+
+    async def report(session: aiohttp.ClientSession) -> Any:
+        async with session.get("/v1/runtime") as response:
+            return (await response.json())["startup"]
+
+    async with listening(runtime) as url, aiohttp.ClientSession(url) as session:
+        assert await report(session) == {
+            "phase": "fetching", "fetchedBytes": 0, "totalBytes": None, "bytesPerS": 0.0,
+        }  # fmt: skip
+        runtime.startup.begin_fetch(1000)
+        runtime.startup.fetched(400)  # most of it by an earlier process
+        for on_disk in (450, 500):
+            clock.pass_s(2)
+            runtime.startup.fetched(on_disk)
+        assert await report(session) == {
+            "phase": "fetching", "fetchedBytes": 500, "totalBytes": 1000, "bytesPerS": 25.0,
+        }  # fmt: skip
+        runtime.startup.begin_load()
+        clock.pass_s(1)
+        assert (await report(session))["phase"] == "loading"
+
+
+async def test_a_long_poll_returns_while_the_base_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorapool_runtime.serving.service.STARTUP_REPORT_S", 0.01)
+    runtime = Runtime(settings_for_tests())
+    reporting = asyncio.create_task(runtime.report_startup())
+    async with listening(runtime) as url, aiohttp.ClientSession(url) as session:
+        for _ in range(2):
+            query = {"after": runtime.changes.seq, "wait": 20}
+            async with asyncio.timeout(5), session.get("/v1/runtime", params=query) as response:
+                assert (await response.json())["ready"] is False
+    reporting.cancel()
+
+
+async def test_a_served_base_reports_no_startup(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer) as served:
+        assert served.runtime.snapshot().startup is None

@@ -1,8 +1,8 @@
 """Replaces the model's norms and gated MLPs by native modules that are verified to compute the same.
 
 No module is matched by the name of an architecture. A module is replaced only if it has the right parts (`_norm_of`,
-`_mlp_of`) and gives the same result for a random input; all others stay. The engine's self-check compares the whole
-model afterwards.
+`_mlp_of`) and gives the same result for random inputs from tiny to huge, so that a module that clamps is not taken for
+one that does not; all others stay. The engine's self-check compares the whole model afterwards.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from lorapool_runtime.engines.torch.kernels.base_step import RowGate, RowNorm
 from lorapool_runtime.engines.torch.lora.layer import LoraGroup, LoraLinear
 
-_ROWS = 5
+_MAGNITUDES = (0.0, 1e-2, 1.0, 2.0, 30.0, 1e3, -1.0, -1e3)
+"""One row of the input for each: random numbers times so much; a row of a negative one has negative numbers only."""
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-"""Relative to the largest result: another order of summation, or one rounding in bfloat16. Other maths is far above."""
+"""Relative to the largest result of the row: another order of summation, or one rounding in bfloat16. Other maths is
+far above."""
 
 
 class NativeNorm(nn.Module):
@@ -102,13 +104,15 @@ def _mlp_of(module: Any) -> NativeMLP | None:
 
 
 def _random(width: int, dtype: torch.dtype) -> Tensor:
-    """[1, _ROWS, width]"""
-    return (torch.randn(1, _ROWS, width, generator=torch.Generator().manual_seed(width)) * 2).to(dtype)
+    """[1, len(_MAGNITUDES), width]"""
+    rows = torch.randn(len(_MAGNITUDES), width, generator=torch.Generator().manual_seed(width))
+    scaled = [row * scale if scale >= 0 else row.abs() * scale for row, scale in zip(rows, _MAGNITUDES, strict=True)]
+    return torch.stack(scaled)[None].to(dtype)
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether both have the same shape and type, and values within the tolerance."""
+    """Whether both have the same shape and type, and in each row values within the tolerance."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
-    off = float((ours.float() - theirs.float()).abs().max())
-    return off <= _TOLERANCE[theirs.dtype] * float(theirs.float().abs().max())
+    off = (ours.float() - theirs.float()).abs().amax(-1)
+    return bool((off <= _TOLERANCE[theirs.dtype] * theirs.float().abs().amax(-1)).all())

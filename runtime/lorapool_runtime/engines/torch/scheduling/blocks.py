@@ -60,6 +60,10 @@ class BlockAllocator:
         revived = sum(not self._holders[block] for block in once_shared)
         return count + revived <= self.free
 
+    def held_once(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks become free when one holder releases them."""
+        return sum(self._holders[block] == 1 for block in blocks)
+
     def allocate(self, count: int) -> list[int]:
         """Allocates blocks for one holder. The caller must wipe their previous contents. Raises OutOfBlocksError."""
         if not self.can_allocate(count):

@@ -5,8 +5,12 @@
 prompts with fewer tokens left, so that neither a long prompt nor a series of short ones waits for the others.
 
 Sequences are admitted first come, first served, when blocks for all their tokens are free; shared blocks count once.
-When a decoding sequence finds no free block, the youngest running sequence is preempted and recomputed later. The
-oldest sequence always advances, so no sequence starves.
+When a decoding sequence finds no free block, a young running sequence is preempted and recomputed later. The oldest
+sequence always advances, so no sequence starves.
+
+The adapters (and the base) that have sequences share rows and blocks: one that has less than its share is admitted
+first, and where there is no room, the youngest sequences of one above its share are preempted for it. What they have
+computed stays in the prefix cache, so that they soon continue.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
+from lorapool_runtime.engines.torch.scheduling.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Scheduler:
         self._fresh = []
         preempted = self._grow_decodes()
         if not preempted:
-            self._admit()
+            preempted = self._admit()
         decodes = [Chunk(s, s.computed, 1) for s in self.running if s.pending == 1]
         prefilling = self._prefilling()
         sizes = split_prefill_budget([s.pending for s in prefilling], self._prefill_budget(len(decodes)))
@@ -130,7 +135,8 @@ class Scheduler:
     def _grow_decodes(self) -> list[Sequence]:
         """Allocates blocks for the next token of every decoding sequence, oldest first.
 
-        Preempts the youngest sequences where blocks are missing, and returns them.
+        Preempts the youngest sequences, first of the slot that is most above its share, where blocks are missing, and
+        returns them.
         """
         preempted: list[Sequence] = []
         for sequence in list(self.running):
@@ -138,9 +144,8 @@ class Scheduler:
                 continue
             missing = self.allocator.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
             while not self.allocator.can_allocate(missing):
-                victim = self.running.pop()
-                self.allocator.release(victim.preempt())
-                self.add(victim)
+                victim = self._youngest(self._shares().most_above())
+                self._preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
                     break
@@ -155,13 +160,19 @@ class Scheduler:
         left = self.max_batch_tokens - decodes
         return min(left, self.max_prefill_tokens) if decodes else left
 
-    def _admit(self) -> None:
-        """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one."""
-        prefilling = self._prefilling()
+    def _admit(self) -> list[Sequence]:
+        """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one.
+
+        Returns the running sequences that were preempted for them.
+        """
+        if not self.waiting:
+            return []
+        shares = self._shares()
+        entitled = {sequence.slot for sequence in self.waiting if shares.entitled(sequence.slot)}
+        preempted: list[Sequence] = []
         budget = self._prefill_budget(sum(s.pending == 1 for s in self.running))
-        for sequence in self.waiting[: self.max_batch]:
-            if len(self.running) >= self.max_batch:
-                return
+        for sequence in sorted(self.waiting, key=lambda s: s.slot not in entitled)[: self.max_batch]:
+            prefilling = self._prefilling()
             found = self._cached_blocks(sequence)
             if self._is_being_computed(sequence, len(found), prefilling):
                 continue
@@ -170,11 +181,49 @@ class Scheduler:
             left.insert(older, len(sequence.tokens) - len(found) * self.allocator.block_size)
             if not split_prefill_budget(left, budget)[older]:
                 continue
-            if not self._can_admit(sequence, found):
-                return
+            victims = self._make_room(sequence, found, shares)
+            if victims is None:
+                break
+            for victim in victims:
+                self._preempt(victim)
+            preempted += victims
             self._start(sequence, found)
-            if sequence.pending > 1:
-                prefilling.insert(older, sequence)
+            shares.add(sequence)
+        return preempted
+
+    def _make_room(self, sequence: Sequence, found: list[int], shares: Shares) -> list[Sequence] | None:
+        """The sequences to preempt so that this one can run, taken out of `shares`; None when it has to wait."""
+        needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
+        victims: list[Sequence] = []
+        while not self._has_room(needed, found, victims):
+            slot = shares.most_above() if shares.entitled(sequence.slot, needed) else None
+            if slot is None:
+                for victim in victims:
+                    shares.add(victim)
+                return None
+            victims.append(self._youngest(slot, besides=victims))
+            shares.remove(victims[-1])
+        return victims
+
+    def _has_room(self, needed: int, found: list[int], victims: list[Sequence]) -> bool:
+        """Whether a row and `needed` blocks are free without the victims. One block more per row avoids preemption."""
+        rows = len(self.running) - len(victims)
+        freed = self.allocator.held_once({block for v in victims for block in v.block_table} - set(found))
+        return rows < self.max_batch and self.allocator.can_allocate(needed + rows - freed, once_shared=found)
+
+    def _shares(self) -> Shares:
+        slots = {sequence.slot for sequence in (*self.running, *self.waiting)}
+        return Shares(self.running, slots, rows=self.max_batch, blocks=self.allocator.total)
+
+    def _youngest(self, slot: int | None, besides: list[Sequence] | None = None) -> Sequence:
+        """The youngest running sequence of the slot, of any slot if it is None."""
+        candidates = (s for s in reversed(self.running) if slot is None or s.slot == slot)
+        return next(s for s in candidates if s not in (besides or []))
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.allocator.release(victim.preempt())
+        self.add(victim)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Cached blocks for the longest prefix of its tokens, except the last token, whose logits are needed."""
@@ -194,11 +243,6 @@ class Scheduler:
             other.computed // size <= index < len(other.tokens) // size and other.block_key(index, size) == key
             for other in prefilling
         )
-
-    def _can_admit(self, sequence: Sequence, found: list[int]) -> bool:
-        """Whether blocks are free for all its tokens and one more per running sequence, which avoids preemption."""
-        needed = self.allocator.blocks_for(len(sequence.tokens)) - len(found)
-        return self.allocator.can_allocate(needed + len(self.running), once_shared=found)
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.allocator.share(found)

@@ -6,15 +6,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster import install
-from cluster.errors import MissingTool
+from cluster.errors import MissingToolError
+from cluster.programs import install
 from cluster.say import say
 
 
 def take_programs(packages: Mapping[str, Sequence[str]], target: Path) -> None:
     """Gives `target` every named program: a link to the machine's own, else the file from its package.
 
-    Raises MissingTool when a package cannot be had.
+    Raises MissingToolError when a package cannot be had.
     """
     for package, programs in packages.items():
         own = [install.find(program) for program in programs]
@@ -39,7 +39,7 @@ def _download(package: str, folder: Path) -> Path:
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]
     try:
         _run(command, package, folder)
-    except MissingTool:  # apt's lists may be absent or old
+    except MissingToolError:  # apt's lists may be absent or old
         _run(["apt-get", "-q", "update"], package)
         _run(command, package, folder)
     return next(folder.glob("*.deb"))
@@ -53,7 +53,7 @@ def _run(command: list[str], package: str, cwd: Path | None = None) -> None:
             command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        raise MissingTool(f"this machine has neither {package} nor {command[0]}", remedy=remedy) from None
+        raise MissingToolError(f"this machine has neither {package} nor {command[0]}", remedy=remedy) from None
     if done.returncode:
         what = f"`{' '.join(command)}` ended with {done.returncode}"
-        raise MissingTool(f"cannot fetch {package}: {what}", log_tail=done.stderr[-2000:], remedy=remedy)
+        raise MissingToolError(f"cannot fetch {package}: {what}", log_tail=done.stderr[-2000:], remedy=remedy)

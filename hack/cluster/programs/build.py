@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import debian, install, pins
-from cluster.errors import BuildFailed
+from cluster.errors import BuildFailedError
 from cluster.places import GO_SOURCES, cache_dir, tail
+from cluster.programs import debian, install, pins
 from cluster.say import say
 
 HEARTBEAT_S = 15.0
@@ -34,7 +34,7 @@ def bin_dir() -> Path:
 
 
 def build() -> Path:
-    """Makes the folder if it is absent and returns it. Raises BuildFailed, or MissingTool without Go."""
+    """Makes the folder if it is absent and returns it. Raises BuildFailedError, or MissingToolError without Go."""
     folder = bin_dir()
     if folder.exists():
         return folder
@@ -97,7 +97,7 @@ def _compile(go: str, target: Path, temporary: Path) -> None:
             _end(process)
             raise
     if code != 0:
-        raise BuildFailed(
+        raise BuildFailedError(
             f"go build ended with {code}",
             log_tail=tail(log),
             remedy=f"read {log}; Go modules must be reachable (GOPROXY) on the first build; then run this again",

@@ -1,0 +1,91 @@
+"""The bearer tokens that requests may carry, known by their SHA-256 only.
+
+They come from a setting, or from a file that is read again when it changes: while a token is replaced, the file lists
+the old and the new one, and no request is refused.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import re
+from pathlib import Path
+
+from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, token_sha256
+from lorapool_api.settings import SettingsError
+from lorapool_runtime.clock import Clock
+from lorapool_runtime.settings import RuntimeSettings
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S = 5.0
+"""Longest time that a token which was removed from the file stays valid. A refused token is looked up at once."""
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+
+_Signature = tuple[int, int, int, int]
+
+
+class BearerTokens:
+    """Raises SettingsError when the settings name a file that cannot be used at the start."""
+
+    def __init__(self, settings: RuntimeSettings, clock: Clock) -> None:
+        self._required = settings.needs_token
+        self._file = settings.token_sha256_file
+        self._clock = clock
+        self._checked_s = clock.now_s()
+        self._read: _Signature | None = None
+        self._hashes = frozenset({settings.token_sha256} if settings.token_sha256 else ())
+        if self._file is not None:
+            self._read = _signature(self._file)
+            self._hashes = _hashes_in(self._file)
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether the value of an Authorization header holds a valid token, or none is needed."""
+        if not self._required:
+            return True
+        if self._clock.now_s() - self._checked_s >= CHECK_INTERVAL_S:
+            self._read_again()
+        return self._is_valid(authorization) or (self._read_again() and self._is_valid(authorization))
+
+    def _is_valid(self, authorization: str) -> bool:
+        scheme, _, token = authorization.partition(" ")
+        given = token_sha256(token.strip()) if token.isascii() else ""
+        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all, whichever matches
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _read_again(self) -> bool:
+        """Reads the file if it has changed; true if it was read. The last valid hashes are kept while it is broken."""
+        self._checked_s = self._clock.now_s()
+        if self._file is None or (signature := _signature(self._file)) == self._read:
+            return False
+        self._read = signature
+        try:
+            self._hashes = _hashes_in(self._file)
+        except SettingsError as error:
+            log.error("%s; the tokens that were read before stay valid", error)
+            return False
+        log.info("the tokens were read again", extra={"tokens": len(self._hashes)})
+        return True
+
+
+def _signature(file: Path) -> _Signature | None:
+    """Changes when the file, or the link to it, is replaced or written; None while it cannot be read."""
+    try:
+        info = os.stat(file)
+    except OSError:
+        return None
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def _hashes_in(file: Path) -> frozenset[str]:
+    try:
+        lines = file.read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise SettingsError(f"{ENV_TOKEN_SHA256_FILE}: {file} cannot be read: {reason}") from None
+    if not lines or not all(_SHA256.match(line) for line in lines):
+        raise SettingsError(
+            f"{ENV_TOKEN_SHA256_FILE}: {file} must have the SHA-256 (64 lower-case hex digits) of one token per line"
+        )
+    return frozenset(lines)
