@@ -70,8 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with running_apiserver(tmp_path_factory.mktemp("api")) as server:
         server.kubectl("create", "namespace", NAMESPACE)
         server.kubectl("-n", NAMESPACE, "create", "serviceaccount", "default")  # no controllers run here
-        server.kubectl("apply", "-f", str(REPOSITORY / "crds" / "lorapool.dev_basemodels.yaml"))
-        server.kubectl("wait", "--for=condition=Established", "crd/basemodels.lorapool.dev", "--timeout=30s")
+        server.install_crds(REPOSITORY / "crds" / "lorapool.dev_basemodels.yaml")
         yield server
 
 

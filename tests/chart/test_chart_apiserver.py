@@ -389,7 +389,7 @@ def test_watched_namespaces_get_their_roles_and_policies(server: ApiServer) -> N
         assert may(server, "operator", "create deployments.apps", "team-a")
         assert not may(server, "operator", "create deployments.apps", "default")
         names = [item["metadata"]["name"] for item in get(server, "networkpolicies", "-n", "team-a")["items"]]
-        assert names == ["lorapool-runtimes"]
+        assert names == ["lorapool-cloud-identity", "lorapool-runtimes"]
 
 
 def test_the_server_accepts_every_object_with_everything_switched_on(server: ApiServer, tmp_path: Path) -> None:

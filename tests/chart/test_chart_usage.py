@@ -15,6 +15,8 @@ import yaml
 from aiohttp import web
 from chart_kit import CHART, tool
 
+from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.settings import ProcessSettings
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache
 
@@ -48,6 +50,9 @@ class Adapters:
         self.cache.put_adapter(AdapterObject.parse({"metadata": meta, "spec": spec, "status": status}))
 
 
+OPEN = MetricsAccess(ProcessSettings())
+
+
 @asynccontextmanager
 async def operator(adapters: Adapters, port: int) -> AsyncIterator[None]:
     registry = Metrics().registry
@@ -56,7 +61,7 @@ async def operator(adapters: Adapters, port: int) -> AsyncIterator[None]:
             adapters.cache, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, leading=lambda: True, max_tracked_adapters=9
         )
     )
-    runner = web.AppRunner(status_app(registry, healthy=lambda: "", ready=lambda: ""), shutdown_timeout=0.1)
+    runner = web.AppRunner(status_app(registry, OPEN, healthy=lambda: "", ready=lambda: ""), shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -68,9 +68,7 @@ subjects: [{kind: ServiceAccount, name: gateway, namespace: lorapool-system}]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with running_apiserver(tmp_path_factory.mktemp("gateway")) as server:
-        for path in sorted(CRDS.glob("*.yaml")):
-            server.kubectl("apply", "-f", str(path))
-        server.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        server.install_crds(*sorted(CRDS.glob("*.yaml")))
         server.kubectl("create", "namespace", KEYS_NAMESPACE)
         server.kubectl("create", "serviceaccount", "gateway", "-n", KEYS_NAMESPACE)
         server.kubectl("apply", "-f", "-", stdin=RIGHTS)

@@ -15,9 +15,7 @@ CRDS = Path(__file__).resolve().parents[2] / "crds"
 @pytest.fixture(scope="session")
 def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with running_apiserver(tmp_path_factory.mktemp("operator")) as server:
-        for path in sorted(CRDS.glob("*.yaml")):
-            server.kubectl("apply", "--server-side", "-f", str(path))
-        server.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        server.install_crds(*sorted(CRDS.glob("*.yaml")))
         yield server
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _COMMAND = (sys.executable, str(REPOSITORY / "hack" / "cluster"))
 _BUILD_TIMEOUT_S = 1800
 _START_TIMEOUT_S = 180
+CRDS_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class ApiServer:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, f"{' '.join(arguments)}: {done.stderr}"
         return done.stdout
+
+    def install_crds(self, *paths: Path) -> None:
+        """Applies CRDs and waits until the server serves them."""
+        for path in paths:
+            self.kubectl("apply", "--server-side", "-f", str(path))
+        deadline = time.monotonic() + CRDS_TIMEOUT_S
+        while True:
+            try:
+                return self._established()
+            except AssertionError:  # kubectl refuses to wait for an object that has no conditions at all yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _established(self) -> None:
+        self.kubectl("wait", "--for=condition=Established", "crd", "--all", f"--timeout={CRDS_TIMEOUT_S}s")
 
     def interrupt(self) -> None:
         """Stops the API server's process; etcd keeps running. `resume` starts it again on the same address."""
