@@ -45,7 +45,7 @@ def main() -> int:
 async def _run(settings: Settings) -> int:
     try:
         process = Process(settings, sources=settings.sources)
-        for number in (signal.SIGTERM, signal.SIGINT):  # kopf handles them while it runs
+        for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, process.stop)
         await process.run()
     except (SettingsError, ProfilesError, AccessError) as error:

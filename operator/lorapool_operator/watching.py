@@ -75,6 +75,11 @@ def _feed(event: Event) -> None:
         log.exception("event not taken", extra={"object": str((event.raw.get("metadata") or {}).get("name"))})
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """False for kopf's remark that it leaves signals alone in a thread: the process handles them itself."""
+    return "OS signals are ignored" not in record.getMessage()
+
+
 class KopfThread:
     """One kopf, which watches one namespace or the whole cluster (None)."""
 
@@ -88,6 +93,8 @@ class KopfThread:
         """Runs until cancelled. Raises WatchError when kopf ends by itself."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
+
+        logging.getLogger("kopf._core.reactor.running").addFilter(_says_something)  # adding it again has no effect
 
         def body() -> None:
             reason = self._body()
