@@ -110,9 +110,10 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e -n 2 --dist loadfile
 
 .PHONY: test-deep
-test-deep: install lm-eval ## the numeric tests under every instruction set this machine has (about half an hour)
+test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	$(PY) -m pytest -v -rs -m deep tests/runtime/test_instruction_sets.py
+	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
 # The folders that have tests of these marks (tests/test_layout.py checks it); the others need not be imported.
 WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
@@ -126,7 +127,7 @@ apiserver: install binaries ## tests against a real etcd and kube-apiserver
 .PHONY: e2e
 e2e: install binaries lm-eval ## tests on a real one-node cluster with the real models
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -q -m cluster $(WITH_CLUSTER)
+	$(PY) -m pytest -q -m "cluster and not deep" $(WITH_CLUSTER)
 
 .PHONY: test
 test: ## everything CI runs, on a bare machine

@@ -82,7 +82,14 @@ def _drain(world: World) -> None:
         world.kubectl("uncordon", node)
 
 
-@pytest.mark.parametrize("end", [_evict, _restart, _drain], ids=["eviction", "rollout restart", "drain"])
+DEEP = pytest.mark.deep
+
+
+@pytest.mark.parametrize(
+    "end",
+    [_evict, pytest.param(_restart, marks=DEEP), pytest.param(_drain, marks=DEEP)],
+    ids=["eviction", "rollout restart", "drain"],
+)
 async def test_a_pod_that_is_ended_with_notice_costs_no_request(world: World, end) -> None:  # type: ignore[no-untyped-def]
     world.chat(COLD)
     before = {pod["metadata"]["uid"] for pod in world.runtime_pods()}
