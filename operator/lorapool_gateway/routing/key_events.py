@@ -1,4 +1,4 @@
-"""Events on Secrets that carry the label of an API key but are none, so that their owner learns why a key is refused.
+"""Events on Secrets that are labelled as an API key but hold none, so that their owner learns why a key is refused.
 
 All gateways of a release see the same Secret, so the name of the event is derived from its content: it exists once.
 """
