@@ -4,7 +4,8 @@
 
 Each source is compiled once per instruction set, so that the wheel runs on any CPU of its architecture and uses the
 best instructions it has. Without a compiler the wheel is pure Python and the runtime uses plain torch products, except
-with LORAPOOL_NATIVE=require (the images), where that is an error; LORAPOOL_NATIVE=0 builds no library.
+with LORAPOOL_NATIVE=require (the images), where that is an error; LORAPOOL_NATIVE=0 builds no library, and a wheel made
+with LORAPOOL_NATIVE=compiled takes the libraries that `make native` left, or fails where it left none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ VARIANTS = {
 }
 """Instruction sets by machine; NAME.cpp chooses among them at run time."""
 
-BUILD_SETTINGS = ("auto", "0", "require", "baseline", "avx2", "avx512")
+BUILD_SETTINGS = ("auto", "0", "require", "compiled", "baseline", "avx2", "avx512")
 """Of LORAPOOL_NATIVE. The instruction sets choose among the variants at run time (`lorapool_runtime.native_library`);
 all variants are built."""
 
@@ -106,17 +107,24 @@ else:
             wish = os.environ.get("LORAPOOL_NATIVE", "auto")
             if wish not in BUILD_SETTINGS:
                 raise ValueError(f"LORAPOOL_NATIVE is {wish!r}, not one of {', '.join(BUILD_SETTINGS)}")
-            for name in (*LIBRARIES, *SINGLE):
-                (BUILT / f"lib{name}.so").unlink(missing_ok=True)
-            if wish == "0":
-                return
-            try:
-                compile_all()
-            except CompilerMissingError as error:
-                if wish == "require":
-                    raise
-                self.app.display_warning(f"{error}: the wheel has no native kernels")
-                return
+            libraries = [BUILT / f"lib{name}.so" for name in (*LIBRARIES, *SINGLE)]
+            if wish == "compiled":
+                if missing := [library.name for library in libraries if not library.exists()]:
+                    raise ValueError(
+                        f"LORAPOOL_NATIVE=compiled, but {', '.join(missing)} is missing: run `make native`"
+                    )
+            else:
+                for library in libraries:
+                    library.unlink(missing_ok=True)
+                if wish == "0":
+                    return
+                try:
+                    compile_all()
+                except CompilerMissingError as error:
+                    if wish == "require":
+                        raise
+                    self.app.display_warning(f"{error}: the wheel has no native kernels")
+                    return
             build_data["pure_python"] = False
             if version != "editable":
                 build_data["tag"] = f"py3-none-linux_{platform.machine()}"

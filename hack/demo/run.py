@@ -143,7 +143,8 @@ def plan(demo: Demo) -> list[Step]:
             Step("programs", "compile Kubernetes, etcd, CoreDNS, Helm", lambda: _programs(demo), ("tools",)),
             Step("images", "build the two images", lambda: _images(demo), ("tools", "environment")),
             base,
-            Step("cluster", "start the one-node cluster", lambda: _cluster(demo), ("programs",)),
+            Step("unpack", "unpack the runtime image for the node", lambda: _unpack(demo), ("images",)),
+            Step("cluster", "start the one-node cluster", lambda: _cluster(demo), ("programs", "unpack")),
         ]
     else:
         before = [
@@ -153,7 +154,7 @@ def plan(demo: Demo) -> list[Step]:
         ]
     placed = ("images",) if demo.options.context else ("images", "cluster")
     tag = Step("tag", "put the images into the registry", lambda: _tag_images(demo), placed)
-    pull = Step("pull", "unpack the runtime image on the node", lambda: _pull(demo), ("tag",))
+    pull = Step("pull", "put the runtime image on the node", lambda: _pull(demo), ("tag",))
     pulled = [pull] if demo.options.context is None else []
     return [
         *before,
@@ -295,8 +296,15 @@ def _push(demo: Demo) -> None:
     demo.adapter_uris = {task: _push_artifact(demo, FINETUNES / task, f"adapters/{task}") for task in tasks}
 
 
+def _unpack(demo: Demo) -> None:
+    """Unpacks the runtime image while the programs are compiled. A cluster that is up unpacks it when it pulls it."""
+    if not demo.had_cluster:
+        argv = (sys.executable, HACK / "images", "unpack", "--name", demo.options.name)
+        demo.run("unpack", *argv, remedy="`make demo-down`, then again.", timeout_s=900)
+
+
 def _pull(demo: Demo) -> None:
-    """Unpacks the runtime image while the chart is installed; else the first question would wait for it."""
+    """Gives the unpacked image its name; unpacks it where that is still to be done, while the chart is installed."""
     image = f"{demo.ground.pull_registry}/{Image('runtime', cpu_only=True).repository}:{demo.tag}"
     argv = ("exec", "--name", demo.options.name, "--", "ctr", "images", "pull", "--plain-http", image)
     demo.cluster("pull", *argv, remedy="`make demo-down`, then again.", timeout_s=600)

@@ -5,9 +5,15 @@ unchanged image costs one request and needs no local store.
 """
 
 import hashlib
+import os
+import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,21 +81,54 @@ def _build_and_push(image: Image, where: str) -> None:
     name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
     say(f"{image.repository}: building")
-    # The stage `wheel` gets a name of its own: no image is based on its layers, and layers without a name are removed
-    # by `rmi --prune`.
-    for target, tag in (("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)):
-        buildah.run(
-            "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
-            *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
-            *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"),
-            *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
-        )  # fmt: skip
+    with _wheel() as wheel:
+        # Without a wheel from this machine the stage `wheel` makes one, under a name of its own: no image is based on
+        # its layers, and layers without a name are removed by `rmi --prune`.
+        stages = (
+            [(image.target, name)] if wheel else [("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)]
+        )
+        for target, tag in stages:
+            buildah.run(
+                "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
+                *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
+                *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"), *wheel,
+                *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
+            )  # fmt: skip
     say(f"{image.repository}: built in {time.monotonic() - began:.0f} s, pushing")
     fast = ("--compression-format", "zstd", "--compression-level", "1")
     target = f"docker://{where}/{image.repository}:{image.key()}"
     buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, target)
     buildah.run("rmi", "--prune", quiet=True)  # layers of earlier builds, which no image is based on
     say(f"{image.repository}: built and pushed in {time.monotonic() - began:.0f} s")
+
+
+@contextmanager
+def _wheel() -> Iterator[list[str]]:
+    """The option that puts a wheel made on this machine in place of the stage `wheel`; empty where none can be made.
+
+    The wheel takes the native kernels that `make install` compiled. They run in the image only where this machine is
+    of the image's Debian release; elsewhere the stage compiles its own.
+    """
+    hatchling = REPOSITORY / ".venv" / "bin" / "hatchling"
+    make = shutil.which("make")
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") != base.SUITE or not (make and hatchling.exists()):
+        yield []
+        return
+    subprocess.run([make, "-s", "native", f"PYTHON={sys.executable}"], cwd=REPOSITORY, stdout=sys.stderr, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = Path(folder, "sources")
+        shutil.copytree(REPOSITORY, sources, ignore=_not_in_wheel)
+        done = subprocess.run(
+            [hatchling, "build", "-t", "wheel", "-d", f"{folder}/context/dist"],
+            cwd=sources, stdout=sys.stderr, check=False,
+            env={**os.environ, "LORAPOOL_NATIVE": "compiled", "SOURCE_DATE_EPOCH": "1700000000", "PYTHONSAFEPATH": "1"},
+        )  # fmt: skip
+        yield ["--build-context", f"wheel={folder}/context"] if done.returncode == 0 else []
+
+
+def _not_in_wheel(folder: str, names: list[str]) -> list[str]:
+    kept = {*SOURCES, "pyproject.toml", "README.md", "LICENSE"}
+    return [n for n in names if n == "__pycache__" or (folder == str(REPOSITORY) and n not in kept)]
 
 
 def _mounts() -> list[str]:

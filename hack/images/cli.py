@@ -8,7 +8,8 @@ from contextlib import nullcontext
 
 from cluster.errors import ClusterError
 from cluster.kernel import end_like_interrupt
-from images import build, buildah, registry
+from cluster.places import state_dir
+from images import build, buildah, registry, unpack
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--only", choices=build.TARGETS, action="append", help="just this image")
     sub.add_argument("--gpu", action="store_true", help="keep what only a GPU uses (doubles the runtime image)")
     sub.add_argument("--prune", action="store_true", help="empty the local store afterwards; the registry keeps all")
+    sub = commands.add_parser("unpack", help="unpack the runtime image for a local cluster that is not up yet")
+    sub.add_argument("--name", default="demo", help="the cluster's name (default: demo)")
     commands.add_parser("prune", help="empty the local store: the next change of code fetches torch again")
     options = parser.parse_args(argv)
     end_like_interrupt()
@@ -31,6 +34,8 @@ def main(argv: list[str]) -> int:
             targets = tuple(options.only or build.TARGETS)
             with nullcontext(options.registry) if options.registry else registry.serving() as where:
                 print(json.dumps(build.build(where, options.tag, targets, cpu_only=not options.gpu)))
+        if options.command == "unpack":
+            unpack.unpack(build.Image("runtime", cpu_only=True), state_dir(options.name))
         if empty_afterwards:
             prune()
     except ClusterError as error:
