@@ -4,7 +4,7 @@
 #   docker build --target control -t lorapool-control .
 #   docker build --target runtime -t lorapool-runtime .
 #
-# CPU_ONLY=1 leaves out what is only used with a GPU (half of the runtime image). hack/images builds both without Docker.
+# CPU_ONLY=1 leaves out what is only used with a GPU (three quarters of the runtime image). hack/images builds both without Docker.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS wheel
@@ -56,14 +56,14 @@ FROM python AS runtime-dependencies
 ARG CPU_ONLY=0
 # hack/images names the cache that `make install` filled: no wheel is fetched again.
 ARG UV_CACHE_DIR=/root/.cache/uv
-COPY requirements-runtime.lock hack/images/trim_cpu.py /opt/lorapool/
+COPY requirements-runtime.lock hack/images/trim_cpu.py hack/images/elf_stub.py /opt/lorapool/
 # The import proves that nothing needed was removed, and compiles the modules that the runtime imports: compiling all of
 # torch and transformers would take a minute and be of no use.
 RUN --mount=type=cache,target=/root/.cache/uv \
     pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
  && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
  && pip --no-cache-dir uninstall -qy uv \
- && if [ "${CPU_ONLY}" = 1 ]; then python /opt/lorapool/trim_cpu.py; fi \
+ && if [ "${CPU_ONLY}" = 1 ]; then PYTHONSAFEPATH= python /opt/lorapool/trim_cpu.py; fi \
  && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
 
 FROM runtime-dependencies AS runtime

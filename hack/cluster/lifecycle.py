@@ -198,7 +198,7 @@ def _spec(
     ports = planning.Ports(**earlier["ports"]) if earlier.get("whole") == whole else None
     if ports is None or not all(_is_free(p) for p in _host_ports(ports, whole)):
         a, b, c, d = (_free_port() for _ in range(4))
-        registry = _registry_port(storage)
+        registry = registry_port(storage)
         ports = planning.Ports(a, registry, c) if whole else planning.Ports(a, etcd=b, etcd_peer=c, controllers=d)
     if whole:
         storage.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _registry_port(storage: Path) -> int:
+def registry_port(storage: Path) -> int:
     """Derived from the storage, so that it stays the same: a builder remembers by address what it has pushed."""
     low, high = PORT_RANGE
     port = low + int.from_bytes(hashlib.sha256(str(storage).encode()).digest()[:4]) % (high - low)

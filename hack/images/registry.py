@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import configs, forward, kernel
+from cluster import configs, kernel
 from cluster.errors import ClusterError
+from cluster.lifecycle import registry_port
 from cluster.places import cache_dir
 from cluster.programs import install
 
@@ -33,11 +34,10 @@ def serving() -> Iterator[str]:
     """
     storage = cache_dir() / "registry"
     storage.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, forward.listen(0) as free:
-        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        port = registry_port(storage)
         config = Path(folder, "registry.yaml")
         config.write_text(configs.registry(storage, port, host="127.0.0.1"))
-        free.close()
         process = subprocess.Popen(
             [install.require("docker-registry"), "serve", str(config)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
