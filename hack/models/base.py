@@ -144,8 +144,9 @@ def _convert(work: Path, folder: Path) -> None:
     ):
         settings.pop(inherited, None)
     settings.update(bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"), eos_token_id=end, pad_token_id=end)
-    plain = LlamaForCausalLM(LlamaConfig(**settings))
-    plain.load_state_dict(quantized.state_dict())
+    with torch.device("meta"):  # its weights are replaced, so none are drawn
+        plain = LlamaForCausalLM(LlamaConfig(**settings))
+    plain.load_state_dict(quantized.state_dict(), assign=True)
     plain.tie_weights()
     plain.to(torch.bfloat16)
     plain.config._name_or_path = BASE_NAME

@@ -60,6 +60,8 @@ async def _prompts(
         return (await tokenizer.prompt_of_messages(request.messages, tools),)
     prompts = []
     for prompt in request.prompts:
+        if isinstance(prompt, str):
+            _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len)
         ids = await tokenizer.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidRequestError("The prompt has no tokens.", param="prompt")
@@ -70,6 +72,16 @@ async def _prompts(
             )
         prompts.append(ids)
     return tuple(prompts)
+
+
+def _refuse_beyond_context(least_tokens: int, max_model_len: int) -> None:
+    """Refuses a text that is too long however it is tokenized, before that costs anything."""
+    if least_tokens > max_model_len:
+        raise InvalidRequestError(
+            f"This model's context is {max_model_len} tokens, but the prompt has at least {least_tokens}. Shorten it.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 def _grammar_spec(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> GrammarSpec | None:

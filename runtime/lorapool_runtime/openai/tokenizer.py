@@ -60,6 +60,7 @@ class Tokenizer:
         self._control_tokens = frozenset(
             token.content for token in inner.added_tokens_decoder.values() if token.special
         )
+        self._characters_per_token = _characters_per_token(backend) if self._byte_level else 0
         self.has_chat_template = bool(inner.chat_template)
         eos = inner.eos_token_id
         self.eos_token_ids = frozenset([eos] if isinstance(eos, int) else [])
@@ -90,6 +91,10 @@ class Tokenizer:
                 code="no_chat_template",
             )
         return await self._within_limits(functools.partial(self._render, messages, tools))
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the number of tokens of a text, without tokenizing it; 0 where none is known."""
+        return -(-len(text) // self._characters_per_token) if self._characters_per_token else 0
 
     async def prompt_of_text(self, text: str) -> tuple[int, ...]:
         """Ids of a prompt without a template, with the start token if the base has one. Raises UnavailableError."""
@@ -133,7 +138,9 @@ class Tokenizer:
             self._refuse_control_keys(inner)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text, add_special_tokens=True).ids)
+        # Unlike `encode`, `encode_batch` lets other threads of Python run: a long text does not stop the event loop.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=True)
+        return tuple(encoding.ids)
 
     def _own_copy(self) -> Any:
         """The calling thread's copy of the tokenizer, whose calls change internal settings."""
@@ -185,6 +192,14 @@ class Tokenizer:
 
 def _is_byte_level(backend: Any) -> bool:
     return "ByteLevel" in repr(type(backend.decoder)) or "ByteLevel" in repr(backend.decoder)
+
+
+def _characters_per_token(backend: Any) -> int:
+    """The most characters that one token of a byte-level tokenizer stands for; 0 where a normalizer may shorten texts.
+
+    Each byte of a text is in exactly one token, and a character has at least one byte.
+    """
+    return 0 if backend.normalizer is not None else max(map(len, backend.get_vocab(with_added_tokens=True)))
 
 
 @functools.cache

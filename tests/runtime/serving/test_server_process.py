@@ -154,6 +154,29 @@ async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_e
     tokenizer.close()
 
 
+async def test_other_work_goes_on_while_a_long_text_is_tokenized(byte_tokenizer: Path) -> None:
+    tokenizer = Tokenizer(byte_tokenizer, threads=1, timeout_s=60.0)
+    encoding = asyncio.create_task(tokenizer.prompt_of_text("long " * 200_000))
+    passes = 0
+    while not encoding.done():
+        await asyncio.sleep(0)
+        passes += 1
+    assert len(await encoding) == 1_000_000
+    assert passes > 1000  # about 20 while the tokenizer keeps Python's lock
+    tokenizer.close()
+
+
+async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokenized(
+    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "_encode", lambda *_: pytest.fail("the text was tokenized"))
+    async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
+        wish = {"model": "tiny", "prompt": "a" * 200_000}
+        async with session.post("/v1/completions", json=wish) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "context_length_exceeded"
+
+
 async def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokenizer = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
