@@ -198,11 +198,11 @@ def test_after_a_restart_the_recorded_wait_is_kept() -> None:
     assert (after_restart.inspect, after_restart.requeue_at) == (None, made.requeue_at)
 
 
-def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change() -> None:
+@pytest.mark.parametrize("reason", [reason for reason in FailureReason if not reason.repeated])
+def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change(reason: FailureReason) -> None:
     one, on = adapter(), base()
-    made = plan(
-        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401"), one, on))
-    )
+    made = plan(ObservedAdapter(one, on, inspection=inspected(SourceFailure(reason, "it is bad"), one, on)))
+    assert condition(made, "Ready") == ("False", reason.value)
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is None
