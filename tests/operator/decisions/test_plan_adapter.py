@@ -16,6 +16,7 @@ from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, Error
 from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
 from lorapool_operator.decisions.plan_adapter import plan_adapter
 from lorapool_operator.decisions.validity import RETRY_HINT
+from lorapool_operator.world import observed
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
@@ -344,6 +345,15 @@ def test_a_warm_adapter_is_pinned_on_its_preferred_replica_and_on_no_other() -> 
     assert len(made.registers) == 1
     assert made.registers[0].descriptor.pinned
     assert plan(ObservedAdapter(one, on, replicas=replicas[::-1])).registers[0].pod == made.registers[0].pod
+
+
+def test_the_plan_of_an_idle_adapter_computes_no_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = base()
+    one = settled(adapter(), on)
+    replicas = tuple(replica(pod=f"pod-{number}") for number in range(4))
+    registered = replica(report(AdapterState.REGISTERED), pod="pod-4")
+    monkeypatch.setattr(observed, "placement_order", None)  # a hash for each replica, for each of thousands of plans
+    assert plan(ObservedAdapter(one, on, replicas=(*replicas, registered))) == AdapterPlan()
 
 
 def test_an_unchanged_descriptor_is_not_registered_twice() -> None:
