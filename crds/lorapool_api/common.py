@@ -163,7 +163,7 @@ class Reason(StrEnum):
 class FailureReason(StrEnum):
     """Why an artifact cannot be served. Each reason is either transient or terminal, see `transient`."""
 
-    # terminal: not retried until the spec, a secret or the retry annotation changes
+    # terminal: not retried until the spec or the retry annotation changes, but for those in `repeated`
     SOURCE_NOT_FOUND = "SourceNotFound"
     UNAUTHORIZED = "Unauthorized"
     INVALID_SOURCE = "InvalidSource"
@@ -191,8 +191,9 @@ class FailureReason(StrEnum):
 
     @property
     def repeated(self) -> bool:
-        """Whether the source is inspected again without any change. A missing artifact may still be uploaded."""
-        return self.transient or self is FailureReason.SOURCE_NOT_FOUND
+        """Whether the source is inspected again without a change of the object. A missing artifact may still be
+        uploaded, and access may still be granted."""
+        return self.transient or self in (FailureReason.SOURCE_NOT_FOUND, FailureReason.UNAUTHORIZED)
 
     @property
     def code(self) -> str:

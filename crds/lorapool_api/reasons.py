@@ -187,8 +187,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.UNAUTHORIZED: Explanation(
         "The source refuses access.",
         "Correct the Secret of the chart's value artifacts.credentials.existingSecret in the release's and the base's "
-        "namespace; no restart is needed. Then change the annotation lorapool.dev/retry. On a volume: make the files "
-        "readable (fsGroup).",
+        "namespace, or grant access at the source; no restart is needed. The source is read again at once when the "
+        "operator's credentials or the annotation lorapool.dev/retry change, and every 10 minutes at least. On a "
+        "volume: make the files readable (fsGroup).",
     ),
     FailureReason.INVALID_SOURCE: Explanation(
         "The address, the revision or a file in the source is of a kind that is never read.",

@@ -68,6 +68,8 @@ class Observer:
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
+        self.credentials_unix_s = 0.0
+        """When the credentials with which sources are inspected changed last; 0 for never."""
         self._cache = cache
         self._runtimes = runtimes
         self._inspections = inspections
@@ -116,6 +118,7 @@ class Observer:
             allowed_pins=self._allowed_pins(base, uid) if pinned and base is not None else None,
             spread_memory=self._spread.get(uid, SpreadMemory()),
             leaving=self._leaving.get(base_key, frozenset()),
+            credentials_unix_s=self.credentials_unix_s,
         )
 
     def base(self, key: Key) -> ObservedBase | None:
@@ -155,6 +158,7 @@ class Observer:
             apply_retry_unix_s=memory.apply_retry_unix_s,
             name_holder=self._cache.name_holder(base),
             profile_changed=None not in (before, profile) and before != profile,
+            credentials_unix_s=self.credentials_unix_s,
         )
 
     def unreadable(self, key: Key) -> UnreadableObject | None:

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 STUCK_S = 300.0
 """If a key is due for this long, the workers hang and the liveness probe fails."""
-PROFILES_CHECK_S = 2.0
-"""How often the file of profiles is looked at for a change."""
+FILES_CHECK_S = 2.0
+"""How often the mounted profiles and credentials are looked at for a change."""
 
 
 class Process:
@@ -55,6 +55,7 @@ class Process:
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
+        self._sources = sources
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
         self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
@@ -168,6 +169,7 @@ class Process:
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
+                group.create_task(self._watch_credentials(), name="credentials")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -199,9 +201,9 @@ class Process:
             control.mark_all(interval_s)
 
     async def _watch_profiles(self) -> None:
-        """Plans the bases again whose profile changed in the file, within `PROFILES_CHECK_S`."""
+        """Plans the bases again whose profile changed in the file, within `FILES_CHECK_S`."""
         while True:
-            await asyncio.sleep(PROFILES_CHECK_S)
+            await asyncio.sleep(FILES_CHECK_S)
             before = self.control.observer.profiles
             self._reload_profiles()
             after = self.control.observer.profiles
@@ -221,6 +223,17 @@ class Process:
             log.info("read the changed profiles")
         except (ProfilesError, OSError) as error:
             log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})
+
+    async def _watch_credentials(self) -> None:
+        """Has sources that refused access inspected again, within `FILES_CHECK_S` of a change of the credentials."""
+        known = self._sources.credentials_digest()
+        while True:
+            await asyncio.sleep(FILES_CHECK_S)
+            found = self._sources.credentials_digest()
+            if found != known:
+                known = found
+                log.info("the credentials of sources changed; those that refused access are inspected again")
+                self.control.credentials_changed()
 
     # --- probes
 

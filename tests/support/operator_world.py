@@ -224,9 +224,12 @@ def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
 
 
 @asynccontextmanager
-async def running_operator(api: Api, folder: Path, inspector: FakeInspector, **changes: Any) -> AsyncIterator[Process]:
+async def running_operator(
+    api: Api, folder: Path, inspector: FakeInspector, *, sources: SourceSettings | None = None, **changes: Any
+) -> AsyncIterator[Process]:
     """The whole process, in this event loop."""
-    process = Process(operator_settings(api, folder, **changes), sources=SourceSettings(), inspector=inspector)
+    settings = operator_settings(api, folder, **changes)
+    process = Process(settings, sources=sources or SourceSettings(), inspector=inspector)
     task = asyncio.create_task(process.run())
     try:
 

@@ -140,6 +140,8 @@ class InspectionResult:
     at_unix_s: float
     jitter: float
     """A random number in [0, 1) that spreads retries over time."""
+    began_unix_s: float = 0.0
+    """When it began, and used the credentials of that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,8 @@ class ObservedAdapter:
     spread_memory: SpreadMemory = field(default_factory=SpreadMemory)
     leaving: frozenset[str] = frozenset()
     """Uids of pods that are about to be stopped or replaced."""
+    credentials_unix_s: float = 0.0
+    """When the credentials with which this process inspects sources changed last; 0 for never."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -390,6 +394,8 @@ class ObservedBase:
     """True if the profile exists, but not for this namespace; `profile` is then None."""
     profile_changed: bool = False
     """True if the last plan used another profile."""
+    credentials_unix_s: float = 0.0
+    """When the credentials with which this process inspects sources changed last; 0 for never."""
 
     @property
     def floor(self) -> int:

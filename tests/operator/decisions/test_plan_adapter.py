@@ -201,7 +201,7 @@ def test_after_a_restart_the_recorded_wait_is_kept() -> None:
 def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change() -> None:
     one, on = adapter(), base()
     made = plan(
-        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401"), one, on))
+        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.TOO_LARGE, "3 GiB"), one, on))
     )
     assert made.status is not None
     assert made.status.failure is not None
@@ -625,12 +625,12 @@ def test_an_adapter_on_a_volume_of_a_sleeping_base_is_ready_but_unverified() -> 
 
 def test_a_terminal_failure_is_stalled_and_says_what_makes_the_operator_check_again() -> None:
     one, on = adapter(), base()
-    failure = SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")
+    failure = SourceFailure(FailureReason.INVALID_SOURCE, "a pickle; save it again")
     made = plan(ObservedAdapter(one, on, inspection=inspected(failure, one, on)))
-    assert condition(made, "Stalled") == ("True", "Unauthorized")
-    assert text_of(made, "Ready").startswith("401; set HF_TOKEN")
+    assert condition(made, "Stalled") == ("True", "InvalidSource")
+    assert text_of(made, "Ready").startswith("a pickle; save it again")
     assert "lorapool.dev/retry" in text_of(made, "Ready")
-    longest = SourceFailure(FailureReason.UNAUTHORIZED, "x" * 2000)
+    longest = SourceFailure(FailureReason.INVALID_SOURCE, "x" * 2000)
     cut = plan(ObservedAdapter(one, on, inspection=inspected(longest, one, on)))
     assert text_of(cut, "Ready").endswith("lorapool.dev/retry changes.")
 
@@ -642,13 +642,16 @@ def test_a_namespace_that_is_not_permitted_is_stalled_and_a_missing_base_is_not(
     assert "Stalled" not in types(plan(ObservedAdapter(adapter(), None)))
 
 
-def test_a_source_that_does_not_exist_yet_is_inspected_again_within_ten_minutes() -> None:
+@pytest.mark.parametrize("reason", [FailureReason.SOURCE_NOT_FOUND, FailureReason.UNAUTHORIZED])
+def test_a_source_that_may_still_be_uploaded_or_shared_is_inspected_again_within_ten_minutes(
+    reason: FailureReason,
+) -> None:
     one, on = adapter(), base()
-    missing, now, waits = SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; upload it"), NOW, []
+    missing, now, waits = SourceFailure(reason, "it is not there"), NOW, []
     for attempt in range(1, 10):
         result = replace(inspected(missing, one, on, attempt), at_unix_s=now, jitter=1.0)
         made = plan(ObservedAdapter(one, on, inspection=result), now)
-        assert condition(made, "Ready") == ("False", "SourceNotFound")
+        assert condition(made, "Ready") == ("False", reason.value)
         assert "Stalled" not in types(made)
         assert made.requeue_at is not None
         assert made.status is not None
@@ -659,12 +662,35 @@ def test_a_source_that_does_not_exist_yet_is_inspected_again_within_ten_minutes(
     assert 595 <= waits[-1] <= 601
 
 
-def test_files_that_a_runtime_did_not_find_are_looked_for_again_by_a_later_request() -> None:
+def test_a_source_that_refused_access_is_inspected_at_once_when_the_credentials_change() -> None:
+    one, on = adapter(), base()
+    refused = replace(inspected(SourceFailure(FailureReason.UNAUTHORIZED, "x" * 2000), one, on), began_unix_s=NOW - 2)
+    status = plan(ObservedAdapter(one, on, inspection=refused)).status
+    assert status is not None
+    failed = ObservedAdapter(replace(one, status=status), on, inspection=refused)
+    assert plan(failed).inspect is None
+    assert plan(replace(failed, credentials_unix_s=NOW - 3)).inspect is None
+    job = plan(replace(failed, credentials_unix_s=NOW)).inspect
+    assert job is not None
+    assert job.attempt == 2
+    assert plan(replace(failed, inspection=None, credentials_unix_s=NOW)).inspect is not None
+    assert status.failure is not None
+    assert "mounted credentials" in status.failure.message
+    assert "lorapool.dev/retry" in status.failure.message
+    missing = inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404"), one, on)
+    waits = plan(ObservedAdapter(one, on, inspection=missing)).status
+    assert waits is not None
+    unmoved = ObservedAdapter(replace(one, status=waits), on, inspection=missing, credentials_unix_s=NOW)
+    assert plan(unmoved).inspect is None
+
+
+@pytest.mark.parametrize("reason", ["SourceNotFound", "Unauthorized"])
+def test_files_that_a_runtime_could_not_get_are_asked_for_again_by_a_later_request(reason: str) -> None:
     one, on = settled(adapter(), base()), base()
-    detail = ErrorDetail(reason="SourceNotFound", message="404")
+    detail = ErrorDetail(reason=reason, message="404")
     missing = report(AdapterState.FAILED, failure=detail, since_unix_s=NOW)
     made = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 59)
-    assert condition(made, "Ready") == ("False", "SourceNotFound")
+    assert condition(made, "Ready") == ("False", reason)
     assert made.unregisters == ()
     after = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 60)
     assert [item.adapter.digest for item in after.unregisters] == [OLD]
