@@ -138,6 +138,8 @@ class Reason(StrEnum):
     """Pods are to be replaced once other bases have replaced theirs."""
     PROFILE_NOT_FOUND = "ProfileNotFound"
     """The chart's values have no profile with the name in spec.runtimeProfile."""
+    PROFILES_UNREADABLE = "ProfilesUnreadable"
+    """The chart's runtime profiles cannot be read; the last ones that could be stay in force."""
     UNVERIFIED = "Unverified"
     """Only a runtime can read the source, none is running, and nothing is known to be wrong."""
     ALIAS_TAKEN = "AliasTaken"

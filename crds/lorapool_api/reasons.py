@@ -116,6 +116,11 @@ REASONS: Mapping[Reason, Explanation] = {
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
         "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",
     ),
+    Reason.PROFILES_UNREADABLE: Explanation(
+        "The operator cannot read the changed runtime profiles. It keeps the last ones that it could read; an operator "
+        "that starts now refuses to.",
+        "Correct the field of the chart's value runtimeProfiles that the message names, and upgrade the release.",
+    ),
     Reason.UNVERIFIED: Explanation(
         "Only a runtime can read this source (pvc://), and none is running. Nothing is known to be wrong.",
         "Send a request to the model: it starts a replica of the base, which checks the source.",

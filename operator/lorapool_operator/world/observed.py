@@ -186,6 +186,8 @@ class ObservedAdapter:
     """Uids of pods that are about to be stopped or replaced."""
     credentials_unix_s: float = 0.0
     """When the credentials with which this process inspects sources changed last; 0 for never."""
+    load_writes_until_unix_s: float = 0.0
+    """When the writes of its load state that were made are paid for, at one in each interval; 0 for none."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -392,6 +394,8 @@ class ObservedBase:
     """The object that has this one's served name, if any."""
     profile_denied: bool = False
     """True if the profile exists, but not for this namespace; `profile` is then None."""
+    profiles_problem: str = ""
+    """Why the changed file of profiles cannot be read; empty if nothing is wrong."""
     profile_changed: bool = False
     """True if the last plan used another profile."""
     credentials_unix_s: float = 0.0

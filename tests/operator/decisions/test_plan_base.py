@@ -342,6 +342,16 @@ def test_a_changed_profile_is_an_event() -> None:
     assert [(note.type, note.reason) for note in made.events] == [("Normal", "ProfileChanged")]
 
 
+def test_profiles_that_cannot_be_read_are_a_condition_and_an_event_and_change_nothing_else() -> None:
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    usual, made = plan(running), plan(replace(running, profiles_problem="profiles.yaml: profiles.a: no such field"))
+    assert condition(made, "Stalled") == ("True", "ProfilesUnreadable")
+    assert "profiles.a: no such field. Correct the chart's value runtimeProfiles." in message(made, "Stalled")
+    assert [(note.type, note.reason) for note in made.events] == [("Warning", "ProfilesUnreadable")]
+    assert condition(made, "Ready") == condition(usual, "Ready")
+    assert made.children == usual.children
+
+
 def test_a_served_name_that_another_object_has_is_a_condition() -> None:
     holder = Key(ObjectKind.ADAPTER, "team", "older")
     made = plan(world(base(replicas=0, servedName="fast"), name_holder=holder))
