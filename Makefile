@@ -112,7 +112,8 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 .PHONY: test-deep
 test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/runtime/test_instruction_sets.py tests/bench
+	$(PY) -m pytest -v -rs -m "deep and not cluster" \
+		tests/runtime/test_instruction_sets.py tests/serve tests/bench
 	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
 # The folders that have tests of these marks (tests/test_layout.py checks it); the others need not be imported.

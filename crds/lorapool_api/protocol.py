@@ -99,6 +99,24 @@ class AdapterDescriptor(ApiModel):
     """Load immediately, without waiting for a request."""
 
 
+class Preload(ApiModel):
+    """One adapter that a runtime loads before it is ready."""
+
+    uid: str
+    """Uid of the LoraAdapter."""
+    digest: str = Field(pattern=DIGEST_PATTERN)
+    """Digest of its files."""
+    descriptor: AdapterDescriptor
+    """As `PUT /v1/adapters/{uid}/{digest}` takes it."""
+
+
+class PreloadList(ApiModel):
+    """The file `LORAPOOL_RUNTIME_PRELOAD_FILE`: what the pods that a rollout replaces have loaded."""
+
+    adapters: list[Preload] = Field(default_factory=list)
+    """One a slot at most."""
+
+
 class ErrorDetail(ApiModel):
     """A failure of an adapter."""
 

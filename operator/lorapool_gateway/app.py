@@ -36,6 +36,7 @@ from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.attempt import Passed
 from lorapool_gateway.requests.dispatch import Dispatcher
+from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
 from lorapool_gateway.requests.request import parse_request, request_id
 from lorapool_gateway.routing.auth import ApiKey, authenticate
@@ -93,6 +94,7 @@ class Gateway:
         self.idle.set()
         self.draining = False
         """True after SIGTERM: responses then ask clients to open their next connection elsewhere."""
+        self._ending = Ending()
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
             ROUTE_CHAT: {"POST": self._infer},
@@ -123,6 +125,10 @@ class Gateway:
             keepalive_timeout=KEEPALIVE_S,
         )
 
+    def end_requests(self) -> None:
+        """Answers every request in flight with an error: a stream by its last event, others by 503."""
+        self._ending.end()
+
     # --- handlers
 
     def _handler(self, request: web.BaseRequest) -> Handler:
@@ -143,8 +149,9 @@ class Gateway:
         request, record = exchange.request, exchange.record
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
         with self._admitted(key):
-            parsed = parse_request(request.path, await self._body(request))
-            result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
+            async with self._ending.bound():
+                parsed = parse_request(request.path, await self._body(request))
+                result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
             headers = exchange.headers()
             if isinstance(result, Passed):
                 if result.retry_after is not None:
@@ -153,8 +160,8 @@ class Gateway:
             try:
                 if parsed.stream and result.response.headers.get("content-type", "").startswith(SSE):
                     timeout_s = self._settings.write_timeout_s
-                    return await relay_stream(request, result, record, headers, write_timeout_s=timeout_s)
-                return _json(await relay_whole(result, record), headers)
+                    return await relay_stream(request, result, record, headers, self._ending, write_timeout_s=timeout_s)
+                return _json(await relay_whole(result, record, self._ending), headers)
             finally:
                 result.close()
 
@@ -222,8 +229,8 @@ class Gateway:
             response = await self._answer(exchange)
             if not response.prepared:
                 record.code = response.status
-                if self.draining:
-                    response.force_close()
+            if self.draining:
+                response.force_close()
             return response
         except asyncio.CancelledError:
             record.code = CODE_CLIENT_GONE

@@ -37,6 +37,8 @@ log = logging.getLogger("lorapool_gateway")
 
 BACKLOG = 1024
 SHUTDOWN_S = 1.0
+LAST_WORDS_S = 3.0
+"""Time for the error events of streams that a stop ends."""
 YOUNG_OBJECTS = 20_000
 """The garbage collector runs after this many more live objects instead of after 700. Reference counting alone frees
 what a request allocates."""
@@ -95,16 +97,26 @@ def client_session() -> aiohttp.ClientSession:
 
 
 async def drain(process: GatewayProcess, settings: Settings) -> None:
-    """First not ready but accepting, then no new connections; then waits for requests in flight."""
-    log.info("draining", extra={"in_flight": process.gateway.in_flight})
-    process.gateway.draining = True
+    """First not ready but accepting, then no new connections; waits for requests in flight, at last ends them."""
+    gateway = process.gateway
+    log.info("draining", extra={"in_flight": gateway.in_flight})
+    gateway.draining = True
     await asyncio.sleep(settings.shutdown_delay_s)
     await process.api_site.stop()
+    if await _idle_within(gateway, settings.drain_timeout_s):
+        return
+    log.warning("ending requests that did not finish in time", extra={"in_flight": gateway.in_flight})
+    gateway.end_requests()
+    await _idle_within(gateway, LAST_WORDS_S)
+
+
+async def _idle_within(gateway: Gateway, timeout_s: float) -> bool:
     try:
-        async with asyncio.timeout(settings.drain_timeout_s):
-            await process.gateway.idle.wait()
+        async with asyncio.timeout(timeout_s):
+            await gateway.idle.wait()
     except TimeoutError:
-        log.warning("drain timeout", extra={"in_flight": process.gateway.in_flight})
+        return False
+    return True
 
 
 async def listen(

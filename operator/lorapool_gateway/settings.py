@@ -50,8 +50,9 @@ class Settings(ProcessSettings):
     shutdown_delay_s: Annotated[float, Field(ge=0)] = 5.0
     """After SIGTERM the gateway reports not ready but still accepts requests for this long, so that load balancers
     remove this pod first."""
-    drain_timeout_s: Annotated[float, Field(ge=0)] = 120.0
-    """After that delay, requests in flight have this long to finish."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 900.0
+    """After that delay, requests in flight have this long to finish. Then streams end with an error event, and other
+    requests get 503. The default is the time that a runtime which stops gives its requests."""
     max_tracked_adapters: Annotated[int, Field(ge=0)] = 500
     """Adapters with metric series of their own; the others share one label value."""
 

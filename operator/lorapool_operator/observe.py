@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lorapool_api.common import AdapterCondition
 from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
+from lorapool_operator.decisions.hot_set import preload_of
 from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
 from lorapool_operator.decisions.preemption import choose
@@ -242,14 +243,18 @@ class Observer:
         ready = find_condition(adapter.status.conditions, AdapterCondition.READY)
         loaded = find_condition(adapter.status.conditions, AdapterCondition.LOADED)
         is_ready = ready is not None and ready.status == "True"
+        is_loaded = loaded is not None and loaded.status == "True"
         pinned = min_replicas(adapter.spec, base.spec) if is_ready and blocker_of(adapter, base) is None else 0
         summary = AdapterSummary(
             ready=is_ready,
-            loaded=loaded is not None and loaded.status == "True",
+            loaded=is_loaded,
             failed=adapter.status.failure is not None and not is_ready,
             warm_replicas=kept_replicas(pinned, base.spec, guest=adapter.meta.namespace != base.meta.namespace),
             pinned_replicas=pinned,
             display=str(adapter.key),
+            preload=preload_of(adapter, base) if is_loaded and blocker_of(adapter, base) is None else None,
+            preferred_replicas=adapter.status.placement.k if adapter.status.placement is not None else 1,
+            last_used=adapter.status.last_used or "",
         )
         self._summaries[adapter.key] = (adapter, base, summary)
         return summary

@@ -26,6 +26,7 @@ import aiohttp
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
 from lorapool_gateway.routing.objects import PORT_NAME, ObjectRef
 from lorapool_gateway.routing.source import ref_of
+from lorapool_operator.decisions.manifests import TOKEN_HASHES_FILE
 from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, ENDPOINT_SLICE, POD, Objects, Raw, object_of
 
 HOST = "127.0.0.1"
@@ -35,6 +36,8 @@ STOP_TIMEOUT_S = 8.0
 PROBE_INTERVAL_S = 0.1
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 PROBLEM_CHARS = 300
+LEFT_OUT = ("LORAPOOL_RUNTIME_METRICS_PORT", "LORAPOOL_RUNTIME_PRELOAD_FILE")
+"""A process takes the place of the one before it, so that there is nothing to preload from."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -107,7 +110,8 @@ class Node:
         given = {
             item["name"]: item.get("value", "") for item in container["env"] if item["name"].startswith("LORAPOOL_")
         }
-        given.pop("LORAPOOL_RUNTIME_METRICS_PORT", None)
+        for name in LEFT_OUT:
+            given.pop(name, None)
         model = given["LORAPOOL_RUNTIME_MODEL"]
         given["LORAPOOL_RUNTIME_MODEL"] = str(self._local_bases.get(model, model))
         given["LORAPOOL_RUNTIME_CACHE_DIR"] = str(self._folder / "cache" / f"{ref.namespace}-{ref.name}")
@@ -118,7 +122,7 @@ class Node:
         """Writes the file that a pod would mount, with the hashes of the accepted tokens."""
         file = self._folder / f"{ref.namespace}-{ref.name}.token-hashes"
         mounted = (raw["data"] for raw in self._objects.of(CONFIG_MAP) if ref_of(raw) == ref)
-        file.write_text("".join(text for data in mounted for text in data.values()))
+        file.write_text("".join(data[TOKEN_HASHES_FILE] for data in mounted))
         return file
 
     async def _replace(self, previous: asyncio.Task[None] | None, pod: _Pod, environ: Mapping[str, str]) -> None:

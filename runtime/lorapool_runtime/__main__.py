@@ -37,6 +37,9 @@ log = logging.getLogger("lorapool_runtime")
 
 ENGINE_STOP_S = 5.0
 """The engine finishes the step in progress; a step takes tens of milliseconds."""
+LAST_ARRIVALS_S = 0.25
+"""Between closing the listening sockets and closing the connections. Requests that have arrived are still refused in
+words, which a gateway takes elsewhere; a connection that is cut may have begun its request."""
 HEADER_MAX_BYTES = 16 * 1024
 WAIT_POLICY = "PASSIVE"
 """OMP_WAIT_POLICY of torch's CPU threads between two parallel regions. Spinning threads starve each other when the
@@ -123,7 +126,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
     finally:
         sweeping.cancel()
         await runtime.close()
-        base.engine.stop(ENGINE_STOP_S)
+        await asyncio.to_thread(base.engine.stop, ENGINE_STOP_S)  # requests that arrive meanwhile are refused
         base.tokenizer.close()
         base.grammars.close()
         log.info("stopped")
@@ -131,7 +134,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
 
 @contextlib.asynccontextmanager
 async def _listening(runtime: Runtime) -> AsyncIterator[None]:
-    """HTTP answers while inside. The sockets close last."""
+    """HTTP answers while inside. The sockets close last, those that listen before those of connections."""
     settings = runtime.settings
     runner = web.AppRunner(
         make_app(runtime),
@@ -155,6 +158,9 @@ async def _listening(runtime: Runtime) -> AsyncIterator[None]:
             await web.TCPSite(open_runner, settings.host, settings.metrics_port, ssl_context=access.tls).start()
         yield
     finally:
+        for site in [site for each in runners for site in each.sites]:
+            await site.stop()
+        await asyncio.sleep(LAST_ARRIVALS_S)
         for each in runners:
             await each.cleanup()
 

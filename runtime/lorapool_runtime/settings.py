@@ -128,6 +128,11 @@ class RuntimeSettings(ProcessSettings):
     slot_wait_s: float = Field(default=30.0, gt=0)
     """An adapter that requests wait for is queued for a slot for this long; then they get 409 `no_slot`, and the
     gateway tries another replica. Adapters that cannot get one in time are refused at once."""
+    preload_file: Path | None = None
+    """A JSON file (`PreloadList`) with the adapters that are loaded at the start, before the runtime is ready. The
+    operator writes it during rollouts. None, a missing or a malformed file: no adapter is."""
+    preload_timeout_s: float = Field(default=30.0, ge=0)
+    """The runtime is ready after this time at the latest, also if such an adapter still loads."""
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 

@@ -9,7 +9,9 @@ from typing import Any
 import chart_kit
 import pytest
 import yaml
-from chart_kit import ALL_ON, CHART, NAMESPACE, RELEASE, environment, of_kind, pod_of, refusal, render, run
+from chart_kit import ALL_ON, CHART, NAMESPACE, RELEASE, Manifest, environment, of_kind, pod_of, refusal, render, run
+
+from lorapool_operator.world.profiles import RuntimeProfile
 
 CLUSTER: dict[str, Any] = {**ALL_ON, "scope": "cluster", "watchNamespaces": []}
 ALL_OFF: dict[str, Any] = {
@@ -149,6 +151,19 @@ def test_a_gateway_has_time_to_drain_before_it_is_killed() -> None:
     ]["spec"]["template"]["spec"]
 
     assert spec["terminationGracePeriodSeconds"] == 217
+
+
+def test_a_gateway_waits_for_its_requests_as_long_as_the_slowest_runtime_does() -> None:
+    def drain_seconds(profiles: Manifest) -> tuple[str, int]:
+        deployment = of_kind(render({"runtimeProfiles": profiles}), "Deployment")["lorapool-gateway"]
+        spec = deployment["spec"]["template"]["spec"]
+        env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
+        return env["LORAPOOL_GATEWAY_DRAIN_TIMEOUT_S"], spec["terminationGracePeriodSeconds"]
+
+    default = RuntimeProfile().termination_grace_period_seconds
+    assert drain_seconds({}) == (str(default), default + 15)
+    assert drain_seconds({"long": {"terminationGracePeriodSeconds": 3600}}) == ("3600", 3615)
+    assert drain_seconds({"default": {"terminationGracePeriodSeconds": 60}}) == ("60", 75)
 
 
 def test_no_pod_gets_the_variables_of_services() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import os
 import signal
 import sys
@@ -212,9 +213,6 @@ async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_die
             await until(lambda: made.replica() is not None and made.replica().usable)
             runtime.have(key_of("route"), "demo/route")
             await until(lambda: tuple(key_of("route")) in made.replica().state.loaded)
-            runtime.faults.draining = True
-            runtime.change()
-            await until(lambda: not made.replica().usable)
             assert runtime.polls < 10
         await until(lambda: made.replica().state is None)
         assert made.replica().poll_failed
@@ -225,6 +223,27 @@ async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_die
             assert not made.replica().state.loaded
             api.put("endpointslices", slice_of(runtime.port, terminating=True))
             await until(lambda: not made.replica().usable)
+
+
+async def test_a_runtime_that_drained_is_not_usable_after_its_end_until_another_process_answers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its pod may still be listed as ready, and each request that is sent there may be lost."""
+    caplog.set_level(logging.INFO)
+    runtime = FakeRuntime()
+    async with aiohttp.ClientSession() as session:
+        polls = RuntimePolls(session, lambda uid: ("t" * 64,), lambda: None)
+        async with runtime.running():
+            polls.follow({"pod": PolledPod(runtime.url, "uid")})
+            await until(lambda: "pod" in polls.states)
+            runtime.faults.draining = True
+            runtime.change()
+            await until(lambda: polls.states["pod"].draining)
+        await until(lambda: "runtime does not answer" in caplog.text)
+        assert polls.states["pod"].draining
+        async with FakeRuntime(boot_id="boot-2").running(runtime.port):
+            await until(lambda: not polls.states["pod"].draining)
+        await polls.close()
 
 
 async def test_runtimes_are_polled_with_the_previous_token_until_they_accept_the_current_one() -> None:

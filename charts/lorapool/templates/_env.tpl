@@ -60,6 +60,15 @@
 {{- dict "volumes" $volumes "mounts" $mounts "env" $env | toJson -}}
 {{- end -}}
 
+{{/* How long a gateway that stops waits for requests in flight. The operator gives a profile without a value 900 s. */}}
+{{- define "lorapool.drainSeconds" -}}
+{{- $longest := 0 -}}
+{{- range $profile := .Values.runtimeProfiles -}}
+{{- $longest = max $longest (dig "terminationGracePeriodSeconds" 900 $profile) -}}
+{{- end -}}
+{{- .Values.gateway.drainSeconds | default $longest | int64 -}}
+{{- end -}}
+
 {{- define "lorapool.env.gateway" -}}
 {{- $gateway := .Values.gateway -}}
 - name: LORAPOOL_GATEWAY_NAMESPACES
@@ -79,7 +88,7 @@
 - name: LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S
   value: {{ $gateway.shutdownDelaySeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_DRAIN_TIMEOUT_S
-  value: {{ $gateway.drainSeconds | int64 | quote }}
+  value: {{ include "lorapool.drainSeconds" . | quote }}
 - name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}

@@ -1,8 +1,9 @@
 """Relays an accepted response to the client, whole or as a stream, and records its usage.
 
 Backpressure is passed on: no more is read from the runtime than the client takes. When the runtime is lost in the
-middle of a stream, the client receives one error event and no [DONE]. When the client disconnects, the connection to
-the runtime is closed at once, which ends the generation. Tokens are counted in every case.
+middle of a stream, or this process ends first, the client receives one error event and no [DONE]. When the client
+disconnects, the connection to the runtime is closed at once, which ends the generation. Tokens are counted in every
+case.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lorapool_api.common import HEADER_USAGE
 from lorapool_api.openai import ApiError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
+from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.http_client import HttpClientError
 from lorapool_gateway.requests.sse import EventFilter, EventTooLongError, error_event, parse_usage
 
@@ -31,12 +33,13 @@ CODE_BROKEN_STREAM = 502
 SSE = "text/event-stream"
 
 
-async def relay_whole(accepted: Accepted, record: RequestRecord) -> bytes:
+async def relay_whole(accepted: Accepted, record: RequestRecord, ending: Ending) -> bytes:
     """The body of the response. Raises UnavailableError when the runtime is lost; the request is not sent again."""
     response = accepted.response
     record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
     try:
-        body = await response.read_all(RESPONSE_MAX_BYTES)
+        async with ending.bound():
+            body = await response.read_all(RESPONSE_MAX_BYTES)
     except HttpClientError:
         raise _lost("was lost while it answered") from None
     if body is None:
@@ -49,6 +52,7 @@ async def relay_stream(
     accepted: Accepted,
     record: RequestRecord,
     headers: dict[str, str],
+    ending: Ending,
     *,
     write_timeout_s: float,
     clock: Callable[[], float] = time.monotonic,
@@ -61,21 +65,19 @@ async def relay_stream(
     record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
     try:
         await out.prepare(request)
-        while True:
-            try:
-                chunk = await accepted.response.read()
-                data = events.feed(chunk)
-            except (HttpClientError, EventTooLongError) as error:
-                broken = _lost(f"was lost mid-answer ({type(error).__name__})")
-                break
-            if data:
-                if record.first_token_s is None:
-                    record.first_token_s = clock()
-                await _write(request, out, data, write_timeout_s)
-            if not chunk:
-                break
-        if broken is None and not events.done and not events.failed:
-            broken = _lost("ended its answer early")
+        try:
+            async with ending.bound():
+                while chunk := await accepted.response.read():
+                    if data := events.feed(chunk):
+                        if record.first_token_s is None:
+                            record.first_token_s = clock()
+                        await _write(request, out, data, write_timeout_s)
+            if not events.done and not events.failed:
+                broken = _lost("ended its answer early")
+        except (HttpClientError, EventTooLongError) as error:
+            broken = _lost(f"was lost mid-answer ({type(error).__name__})")
+        except UnavailableError as error:
+            broken = error
         if broken is not None:
             await _write(request, out, error_event(broken), write_timeout_s)
         await out.write_eof()

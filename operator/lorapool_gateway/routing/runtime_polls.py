@@ -2,7 +2,8 @@
 
 A pod is polled from the moment it has an address. A starting runtime is therefore used as soon as it reports itself
 ready, also while the API server is down. When a poll fails, the pod's state is dropped, not guessed, and the next poll
-asks for all adapters; after a poll that succeeded it asks for the changes since.
+asks for all adapters; after a poll that succeeded it asks for the changes since. Only a state of draining is kept: that
+process accepts nothing any more, though its pod may be listed as ready for a while.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class RuntimePolls:
                 if failures == 0:
                     log.info("runtime does not answer", extra={"replica": polled.url, "error": repr(error)[:200]})
                 state = None
-                self._set(pod_uid, None)
+                if (known := self.states.get(pod_uid)) is None or not known.draining:
+                    self._set(pod_uid, None)
                 await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)] * random.uniform(0.7, 1.3))
                 failures += 1
                 continue

@@ -27,7 +27,14 @@ from lorapool_api.common import (
     LABEL_NAME,
     quantity_bytes,
 )
-from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
+from lorapool_api.protocol import (
+    ENV_TOKEN_SHA256_FILE,
+    ROUTE_HEALTH,
+    ROUTE_METRICS,
+    ROUTE_READY,
+    RUNTIME_PORT,
+    PreloadList,
+)
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
 from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile, device_names
 
@@ -38,11 +45,14 @@ MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
 TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
+PRELOAD_FILE = "preload.json"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
 DRAIN_RESERVE_S = 5
 """The runtime stops draining this long before the kubelet kills it."""
+
+NO_PRELOAD = PreloadList()
 
 Manifest = dict[str, Any]
 
@@ -69,11 +79,12 @@ def children(
     *,
     replicas: int,
     token_sha256: tuple[str, ...],
+    preload: PreloadList = NO_PRELOAD,
     paused: bool = False,
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
     made = [
-        token_hashes(base, token_sha256),
+        files(base, token_sha256, preload),
         *model_cache_claim(base, profile),
         deployment(base, profile, image, replicas=replicas, paused=paused),
         service(base),
@@ -89,13 +100,17 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def token_hashes(base: BaseObject, token_sha256: tuple[str, ...]) -> Manifest:
-    """Returns the ConfigMap with the hashes of the accepted bearer tokens; a change of it restarts no pod."""
+def files(base: BaseObject, token_sha256: tuple[str, ...], preload: PreloadList) -> Manifest:
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens, and what new pods load first.
+
+    A change of it restarts no pod.
+    """
+    hot = {PRELOAD_FILE: json.dumps(preload.dump(), sort_keys=True)} if preload.adapters else {}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(base),
-        "data": {TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256)},
+        "data": {TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256), **hot},
     }
 
 
@@ -300,6 +315,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     if profile.cache is not None:
         ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
+    ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
     ours += [
         {"name": "HOME", "value": "/tmp"},
         {"name": "HF_HOME", "value": f"{CACHE_DIR}/hf"},

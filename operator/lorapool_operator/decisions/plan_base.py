@@ -12,10 +12,12 @@ from dataclasses import replace
 
 from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.common import BaseCondition, Condition, Reason
+from lorapool_api.protocol import PreloadList
 from lorapool_operator.decisions import rollout, starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, source_of, unusable
 from lorapool_operator.decisions.base_status import can_start, status_of
-from lorapool_operator.decisions.manifests import Manifest, children, content_hash, template_hash
+from lorapool_operator.decisions.hot_set import hot_set
+from lorapool_operator.decisions.manifests import NO_PRELOAD, Manifest, children, content_hash, template_hash
 from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType, PlanSettings, Unregister
 from lorapool_operator.decisions.preemption import standing_of
 from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
@@ -41,8 +43,9 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
     made = _children(observed, source, run.replicas) if not foreign else ()
     replacing = rollout.decide(observed, template_hash(made), settings.max_concurrent_rollouts, now)
-    if replacing.paused:
-        made = _children(observed, source, run.replicas, paused=True)
+    hot = hot_set(observed, replacing)
+    if replacing.paused or hot.adapters:
+        made = _children(observed, source, run.replicas, preload=hot, paused=replacing.paused)
     made_hash = content_hash({"children": list(made)}) if made else ""
     apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
     status, last_used_due = status_of(observed, source, run, replacing, now, settings)
@@ -119,15 +122,28 @@ def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, fl
 
 
 def _children(
-    observed: ObservedBase, source: BaseSource, replicas: int, *, paused: bool = False
+    observed: ObservedBase,
+    source: BaseSource,
+    replicas: int,
+    *,
+    preload: PreloadList = NO_PRELOAD,
+    paused: bool = False,
 ) -> tuple[Manifest, ...]:
     profile = observed.profile
     if profile is None or observed.base.meta.deleting:
         return ()
     if first_inspection(observed, source) or unusable(observed, source):
         return ()
-    token = observed.token_sha256
-    return tuple(children(observed.base, profile, observed.image, replicas=replicas, token_sha256=token, paused=paused))
+    made = children(
+        observed.base,
+        profile,
+        observed.image,
+        replicas=replicas,
+        token_sha256=observed.token_sha256,
+        preload=preload,
+        paused=paused,
+    )
+    return tuple(made)
 
 
 def _load(observed: ObservedBase, wanted: int) -> Load:

@@ -24,6 +24,8 @@ class RolloutDecision:
     paused: bool = False
     begins: bool = False
     """True when this plan starts to replace pods."""
+    replaces: bool = False
+    """True when this plan starts to replace pods or an earlier one has started and old pods are left."""
     progressing: ConditionValue | None = None
     """The condition Progressing while the rollout waits."""
     recheck_unix_s: float | None = None
@@ -39,10 +41,10 @@ def decide(observed: ObservedBase, template: str, max_concurrent: int, now: floa
         message = f"spec.paused is true: {len(old)} pods keep running as they are."
         return RolloutDecision(paused=True, progressing=("False", Reason.PAUSED.value, message))
     if deployment.template_hash == template and not deployment.paused:
-        return RolloutDecision()  # under way
+        return RolloutDecision(replaces=True)  # under way
     if max_concurrent and len(observed.rolling_elsewhere) >= max_concurrent:
         names = ", ".join(observed.rolling_elsewhere[:3])
         message = f"{len(old)} pods are to be replaced; waiting for the rollout of {names}."
         waiting = ("True", Reason.ROLLOUT_WAITING.value, message)
         return RolloutDecision(paused=True, progressing=waiting, recheck_unix_s=now + RECHECK_S)
-    return RolloutDecision(begins=True)
+    return RolloutDecision(begins=True, replaces=True)

@@ -16,7 +16,7 @@ from lorapool_api.basemodel import BaseModelSpec
 from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
-from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, RuntimeSnapshot
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, Preload, RuntimeSnapshot
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -286,6 +286,12 @@ class AdapterSummary:
     """minReplicas of an adapter that may be served."""
     display: str = ""
     """`namespace/name`."""
+    preload: Preload | None = None
+    """How to load it elsewhere; None unless it is loaded."""
+    preferred_replicas: int = 1
+    """The number of preferred replicas that its status publishes."""
+    last_used: str = ""
+    """When it was last used, as RFC 3339 text; empty for never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 from lorapool_api.common import AdapterKey
@@ -20,7 +20,7 @@ from lorapool_api.openai import (
     RuntimeNotRegisteredError,
     TooManyRequestsError,
 )
-from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer
+from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, Preload
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease
 from lorapool_runtime.adapters.loader import AdapterLoader, no_free_slot
@@ -124,6 +124,19 @@ class AdapterManager:
             self._loader.preload(entry)
         self._changes.bump()
         return self._registry.report(entry)
+
+    async def preload(self, items: Sequence[Preload], timeout_s: float) -> int:
+        """Registers and loads these adapters, and waits until each is loaded or has failed, or for `timeout_s`.
+
+        Returns how many are loaded.
+        """
+        keys = [AdapterKey(item.uid, item.digest) for item in items]
+        for key, item in zip(keys, items, strict=True):
+            await self.register(key, item.descriptor.model_copy(update={"load": True}))
+        entries = [entry for key in keys if (entry := self._registry.get(key)) is not None]
+        if loads := [entry.loading for entry in entries if entry.loading is not None]:
+            await asyncio.wait(loads, timeout=timeout_s)
+        return sum(self._registry.slot_of(entry) is not None for entry in entries)
 
     async def delete(self, key: AdapterKey) -> DeleteAnswer:
         """Stops admitting, lets running requests finish, unloads and removes. Goes on when the caller leaves."""

@@ -127,6 +127,8 @@ class _Server:
         if not response.prepared:
             response.headers[HEADER_REQUEST_ID] = request[REQUEST_ID]
             response.headers[HEADER_PROCESSING_MS] = milliseconds(self._runtime.clock.now_s() - started_s)
+            if self._runtime.draining:
+                response.force_close()  # the next request on this connection would come too late
         return response
 
     @web.middleware

@@ -14,6 +14,7 @@ import logging
 import uuid
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
@@ -27,6 +28,8 @@ from lorapool_api.openai import (
 )
 from lorapool_api.protocol import (
     BaseReport,
+    Preload,
+    PreloadList,
     RemovedAdapter,
     ResolveAnswer,
     ResolveRequest,
@@ -118,6 +121,7 @@ class Runtime:
         self.metrics.gauges = self.gauges
         self.draining = False
         self._serving: _Serving | None = None
+        self._preloading: asyncio.Task[None] | None = None
         self._open: set[Generation] = set()
         self._sequences = FairBound(settings.max_batch + settings.max_waiting)
         """Sequences queued or running, by flow."""
@@ -132,7 +136,7 @@ class Runtime:
     # --- life ---------------------------------------------------------------------------
 
     def serve(self, base: LoadedBase) -> None:
-        """Accepts requests from now on. The engine must be running."""
+        """Accepts requests from now on, and is ready once the adapters to preload are loaded. The engine must run."""
         limits = AdapterLimits(
             slots=self.settings.slots,
             max_rank=self.settings.max_rank,
@@ -160,11 +164,21 @@ class Runtime:
             on_drain=lambda key: turns.recall(str(key)),
         )
         self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()), turns)
+        if wanted := read_preloads(self.settings.preload_file):
+            self._preloading = asyncio.create_task(self._preload(manager, wanted), name="preload")
         self.changes.bump()
+
+    async def _preload(self, adapters: AdapterManager, wanted: list[Preload]) -> None:
+        try:
+            loaded = await adapters.preload(wanted[: self.settings.slots], self.settings.preload_timeout_s)
+            log.info("adapters preloaded", extra={"loaded": loaded, "wanted": len(wanted)})
+        finally:
+            self._preloading = None
+            self.changes.bump()
 
     @property
     def ready(self) -> bool:
-        return self._serving is not None and not self.draining and self.healthy
+        return self._serving is not None and self._preloading is None and not self.draining and self.healthy
 
     @property
     def healthy(self) -> bool:
@@ -203,6 +217,8 @@ class Runtime:
     async def close(self) -> None:
         """Ends the remaining requests and loads. Does not stop the engine."""
         self._end_all("The replica is shutting down.")
+        if self._preloading is not None:
+            self._preloading.cancel()
         if self._serving is not None:
             await self._serving.adapters.close()
         self.changes.close()
@@ -475,6 +491,17 @@ class Runtime:
         if self._serving is None:
             return EngineStats(0, 0, 0, 0, self.settings.slots, 0, 0, 0, True, 0)
         return self._serving.base.engine.observe()
+
+
+def read_preloads(file: Path | None) -> list[Preload]:
+    """The adapters to load before the runtime is ready; none if the file is missing or malformed."""
+    if file is None or not file.is_file():
+        return []
+    try:
+        return PreloadList.model_validate_json(file.read_bytes()).adapters
+    except (OSError, ValueError) as error:
+        log.warning("no adapter is preloaded: %s cannot be read", file, extra={"error": str(error)[:300]})
+        return []
 
 
 def _kv_usage(stats: EngineStats) -> float:
