@@ -85,10 +85,17 @@ verify: install ## fail where a generated file differs from what is committed
 
 # --- tests -------------------------------------------------------------------------------
 
-.PHONY: binaries
-binaries: ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
+.PHONY: tools
+tools: ## install what a node and the building of images need (containerd, runc, buildah, …)
 	$(CLUSTER) install
+
+.PHONY: binaries
+binaries: tools ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) build
+
+.PHONY: images
+images: install tools ## build the demo's two images (cached by content)
+	$(PYTHON) hack/images build
 
 .PHONY: model
 model: install ## make the demo's base model folder (cached)
@@ -107,35 +114,40 @@ unit: install lm-eval ## tests that need nothing but the virtual environment (an
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e -n 2 --dist loadfile
+	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e \
+		-n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-deep
 test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -v -rs -m "deep and not cluster" \
-		tests/runtime/test_instruction_sets.py tests/serve tests/bench
+	export OMP_WAIT_POLICY=passive
+	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/bench tests/runtime tests/serve
 	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
-# The folders that have tests of these marks (tests/test_layout.py checks it); the others need not be imported.
-WITH_APISERVER := tests/bench tests/chart tests/cluster tests/gateway tests/operator
-WITH_CLUSTER := tests/cluster tests/e2e
+# The files that have tests of a mark; the others need not be imported.
+marked = $$(grep -rl --include='test_*.py' 'pytest.mark.$(1)' tests)
 
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
-	# Each worker has its own; they mostly wait, so two share the cores well.
-	$(PY) -m pytest -q -m apiserver -n 2 --dist loadfile $(WITH_APISERVER)
+	# Each worker has its own; they mostly wait, so four share two cores well.
+	$(PY) -m pytest -q -m apiserver -n 4 --dist loadfile $(call marked,apiserver)
+
+.PHONY: local-cluster
+local-cluster: install binaries ## tests of the local cluster itself, two at a time
+	$(PY) -m pytest -q -m cluster $(call marked,cluster)
 
 .PHONY: e2e
 e2e: install binaries lm-eval ## tests on a real one-node cluster with the real models
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
-	$(PY) -m pytest -q -m "cluster and not deep" $(WITH_CLUSTER)
+	$(PY) -m pytest -q -m "cluster and not deep" tests/e2e
 
 .PHONY: test
 test: ## everything CI runs, on a bare machine
 	@$(MAKE) --no-print-directory install
-	$(MAKE) --no-print-directory lint type verify
-	$(MAKE) --no-print-directory binaries model
-	$(MAKE) --no-print-directory unit apiserver e2e
+	$(MAKE) --no-print-directory --jobs=2 --output-sync lint verify type binaries model lm-eval images
+	# The first uses the cores, the other two mostly wait.
+	$(MAKE) --no-print-directory --jobs=3 unit apiserver local-cluster
+	$(MAKE) --no-print-directory e2e
 
 # --- without Kubernetes -------------------------------------------------------------------
 

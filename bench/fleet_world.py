@@ -1,9 +1,9 @@
-"""A process that stands in for the API server and the runtimes of a large fleet, and counts what an operator does.
+"""A process that fills an API server with a large fleet, stands in for its runtimes, and counts what they are asked.
 
-The API server lists in pages, watches, patches with resource versions and answers discovery, over plain HTTP and
-without checks. Each runtime reports its adapters as registered; a PUT of an adapter that it does not have loaded counts
-as a load. Prints its port as JSON, then serves until it is ended. `GET /stats` has the counts; `POST /edit/{count}`
-suspends so many adapters, `POST /age` begins a new count.
+The objects and pods are real ones of the API server. Each runtime reports its adapters as registered; a PUT of an
+adapter that it does not have loaded counts as a load, a DELETE as a move. Prints its port as JSON once everything
+exists, then serves until it is ended. `GET /stats` has the counts, `POST /edit/{count}` suspends so many adapters,
+`POST /age` begins a new count.
 """
 
 from __future__ import annotations
@@ -11,172 +11,66 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import itertools
 import json
+import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 
 NAMESPACE = "fleet"
 BASE = "tiny"
 GROUP = "lorapool.dev"
-PATHS = {
-    "basemodels": f"/apis/{GROUP}/v1alpha1",
-    "loraadapters": f"/apis/{GROUP}/v1alpha1",
-    "pods": "/api/v1",
-    "services": "/api/v1",
-    "events": "/api/v1",
-    "deployments": "/apis/apps/v1",
-    "poddisruptionbudgets": "/apis/policy/v1",
-    "leases": "/apis/coordination.k8s.io/v1",
-}
-VERBS = ["get", "list", "watch", "patch", "create", "delete"]
+OURS = f"/apis/{GROUP}/v1alpha1/namespaces/{NAMESPACE}"
+CORE = f"/api/v1/namespaces/{NAMESPACE}"
 PINNED = 32
 """Adapters with minReplicas 1, which a restart must neither load again nor move."""
+CONCURRENT = 32
+MERGE = "application/merge-patch+json"
 
 
 def digest_of(uri: str) -> str:
     return f"sha256:{hashlib.sha256(uri.encode()).hexdigest()}"
 
 
-def merged(target: Any, patch: Any) -> Any:
-    """RFC 7386."""
-    if not isinstance(patch, dict):
-        return patch
-    result = dict(target) if isinstance(target, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            result.pop(name, None)
-        else:
-            result[name] = merged(result.get(name), value)
-    return result
+class Api:
+    """A client with an administrator's rights."""
 
+    def __init__(self, url: str, token: str, ca_file: str) -> None:
+        self._url, self._token = url, token
+        self._tls = ssl.create_default_context(cafile=ca_file)
+        self._session: aiohttp.ClientSession | None = None
+        self._free = asyncio.Semaphore(CONCURRENT)
 
-class Objects:
-    """All objects by plural, with versions and watches."""
+    async def call(self, method: str, path: str, body: Any, content: str = "application/json") -> dict[str, Any]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=CONCURRENT))
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": content}
+        async with self._free, self._session.request(method, self._url + path, json=body, headers=headers) as response:
+            answer: dict[str, Any] = await response.json()
+            if response.status >= 300:
+                raise RuntimeError(f"{method} {path}: {response.status} {answer.get('message')}")
+            return answer
 
-    def __init__(self) -> None:
-        self._version = itertools.count(1)
-        self.items: dict[str, dict[str, dict[str, Any]]] = {plural: {} for plural in PATHS}
-        self._watches: dict[str, set[asyncio.Queue[bytes]]] = {plural: set() for plural in PATHS}
-        self.version = 0
+    async def own(self, kind: str, plural: str, name: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+        return await self.call("POST", f"{OURS}/{plural}", body)
 
-    def put(self, plural: str, item: dict[str, Any]) -> dict[str, Any]:
-        kind = "MODIFIED" if item["metadata"]["name"] in self.items[plural] else "ADDED"
-        self.version = next(self._version)
-        item["metadata"]["resourceVersion"] = str(self.version)
-        self.items[plural][item["metadata"]["name"]] = item
-        event = json.dumps({"type": kind, "object": item}).encode() + b"\n"
-        for queue in self._watches[plural]:
-            queue.put_nowait(event)
-        return item
-
-    async def watch(self, plural: str) -> AsyncIterator[bytes]:
-        queue: asyncio.Queue[bytes] = asyncio.Queue()
-        self._watches[plural].add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._watches[plural].discard(queue)
-
-
-class FakeApiServer:
-    def __init__(self, objects: Objects) -> None:
-        self._objects = objects
-        self.counts: Counter[str] = Counter()
-
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=2**24)
-        app.router.add_get("/api", self._core)
-        app.router.add_get("/apis", self._groups)
-        app.router.add_get("/api/v1", self._resources)
-        app.router.add_get("/apis/{group}/{version}", self._resources)
-        for root in ("/api/v1", "/apis/{group}/{version}"):
-            path = root + "/namespaces/{namespace}/{plural}"
-            app.router.add_get(path, self._list)
-            app.router.add_post(path, self._create)
-            app.router.add_get(path + "/{name}", self._get)
-            app.router.add_put(path + "/{name}", self._replace)
-            app.router.add_patch(path + "/{name}", self._patch)
-            app.router.add_patch(path + "/{name}/{sub}", self._patch)
-            app.router.add_delete(path + "/{name}", self._delete)
-        return app
-
-    async def _core(self, _: web.Request) -> web.Response:
-        return web.json_response({"versions": ["v1"]})
-
-    async def _groups(self, _: web.Request) -> web.Response:
-        roots = sorted({path.removeprefix("/apis/") for path in PATHS.values() if path != "/api/v1"})
-        groups = [root.split("/") for root in roots]
-        return web.json_response(
-            {
-                "groups": [
-                    {"name": group, "versions": [{"version": version}], "preferredVersion": {"version": version}}
-                    for group, version in groups
-                ]
-            }
-        )
-
-    async def _resources(self, request: web.Request) -> web.Response:
-        found = [
-            {"name": plural, "kind": plural, "singularName": plural, "namespaced": True, "verbs": VERBS}
-            for plural, path in PATHS.items()
-            if path == request.path
-        ]
-        return web.json_response({"resources": found})
-
-    async def _list(self, request: web.Request) -> web.StreamResponse:
-        plural, query = request.match_info["plural"], request.query
-        if query.get("watch") == "true":
-            return await self._watch(request, plural)
-        items = list(self._objects.items[plural].values())
-        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(items) or 1)
-        page = items[begin : begin + limit]
-        if "PartialObjectMetadataList" in request.headers.get("Accept", ""):
-            page = [{"metadata": item["metadata"]} for item in page]
-        more = str(begin + limit) if begin + limit < len(items) else ""
-        return web.json_response(
-            {"metadata": {"resourceVersion": str(self._objects.version), "continue": more}, "items": page}
-        )
-
-    async def _watch(self, request: web.Request, plural: str) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        async for event in self._objects.watch(plural):
-            await response.write(event)
-        return response
-
-    async def _get(self, request: web.Request) -> web.Response:
-        found = self._objects.items[request.match_info["plural"]].get(request.match_info["name"])
-        return web.json_response(found) if found is not None else web.json_response({"message": "none"}, status=404)
-
-    async def _create(self, request: web.Request) -> web.Response:
-        plural = request.match_info["plural"]
-        self.counts[f"create {plural}"] += 1
-        return web.json_response(self._objects.put(plural, await request.json()), status=201)
-
-    async def _replace(self, request: web.Request) -> web.Response:
-        return web.json_response(self._objects.put(request.match_info["plural"], await request.json()))
-
-    async def _delete(self, request: web.Request) -> web.Response:
-        self.counts[f"delete {request.match_info['plural']}"] += 1
-        return web.json_response({})
-
-    async def _patch(self, request: web.Request) -> web.Response:
-        plural, name, sub = (request.match_info.get(part, "") for part in ("plural", "name", "sub"))
-        patch = await request.json()
-        held = self._objects.items[plural].get(name)
-        if held is None:  # server-side apply of a child
-            patch["metadata"].setdefault("uid", f"{plural}-{name}")
-            return web.json_response(self._objects.put(plural, patch))
-        wanted = patch.get("metadata", {}).pop("resourceVersion", None)
-        if wanted not in (None, held["metadata"]["resourceVersion"]):
-            return web.json_response({"message": "another version"}, status=409)
-        self.counts[f"{sub or 'apply'} {plural}"] += 1
-        return web.json_response(self._objects.put(plural, merged(held, patch)))
+    async def pod(self, name: str, base_uid: str, port: int) -> None:
+        """Creates a ready runtime pod whose runtime listens on a port of this machine."""
+        container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": port}]}
+        labels = {f"{GROUP}/base": BASE, f"{GROUP}/base-uid": base_uid}
+        spec = {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"}
+        await self.call("POST", f"{CORE}/pods", {"metadata": {"name": name, "labels": labels}, "spec": spec})
+        status = {
+            "phase": "Running",
+            "podIP": "127.0.0.1",
+            "podIPs": [{"ip": "127.0.0.1"}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        }
+        await self.call("PATCH", f"{CORE}/pods/{name}/status", {"status": status}, MERGE)
 
 
 class FakeRuntime:
@@ -238,7 +132,7 @@ class FakeRuntime:
         key = (request.match_info["uid"], request.match_info["digest"])
         display = (await request.json())["display"]
         if self._reports.get(key, {}).get("state") != "loaded":
-            self._counts["runtime load"] += 1
+            self._counts["load"] += 1
             self._seq += 1
             self._reports[key] = self._report(key, display, loaded=True) | {"seq": self._seq}
             self._changed.set()
@@ -246,7 +140,7 @@ class FakeRuntime:
         return web.json_response({"bootId": f"boot-{self.name}", "adapter": self._reports[key]})
 
     async def _remove(self, request: web.Request) -> web.Response:
-        self._counts["runtime delete"] += 1
+        self._counts["move"] += 1
         self._reports.pop((request.match_info["uid"], request.match_info["digest"]), None)
         usage = {"bootID": f"boot-{self.name}"}
         answer = {"bootId": f"boot-{self.name}", "freedDeviceBytes": 0, "freedHostBytes": 0, "usage": usage}
@@ -254,69 +148,55 @@ class FakeRuntime:
 
 
 class World:
-    def __init__(self, adapters: int, pods: int, reports: int) -> None:
-        self.objects = Objects()
-        self.api = FakeApiServer(self.objects)
-        self._base = self._object("basemodels", BASE, {"source": {"uri": "hf://org/tiny"}, "replicas": pods} | SCALING)
-        keys = [self._adapter(number) for number in range(adapters)]
-        self.runtimes = [
-            FakeRuntime(
-                number,
-                {
-                    keys[at % adapters]: f"{NAMESPACE}/a{at % adapters}"
-                    for at in range(number * reports, (number + 1) * reports)
-                },
-                self.api.counts,
-            )
-            for number in range(pods)
-        ]
+    def __init__(self, api: Api, adapters: int) -> None:
+        self._api = api
+        self._adapters = adapters
+        self._counts: Counter[str] = Counter()
 
-    def _object(self, plural: str, name: str, spec: dict[str, Any], **more: Any) -> dict[str, Any]:
-        meta = {
-            "namespace": NAMESPACE, "name": name, "uid": f"{plural}-{name}-uid", "generation": 1,
-            "creationTimestamp": "2026-01-01T00:00:00Z", **more.pop("metadata", {}),
-        }  # fmt: skip
-        return self.objects.put(plural, {"metadata": meta, "spec": spec, **more})
+    async def fill(self, pods: int, reports: int) -> None:
+        """Creates everything; each runtime reports its own part of the adapters, around in a circle."""
+        await self._api.call("POST", "/api/v1/namespaces", {"metadata": {"name": NAMESPACE}})
+        await self._api.call("POST", f"{CORE}/serviceaccounts", {"metadata": {"name": "default"}})
+        scaling = {"minReplicas": pods, "maxReplicas": 64}
+        spec = {"source": {"uri": "hf://org/tiny"}, "replicas": pods, "scaling": scaling}
+        base = await self._api.own("BaseModel", "basemodels", BASE, spec)
+        keys = await asyncio.gather(*(self._adapter(number) for number in range(self._adapters)))
+        for number in range(pods):
+            held = (keys[at % self._adapters] for at in range(number * reports, (number + 1) * reports))
+            await self._runtime(number, base["metadata"]["uid"], held)
 
-    def _adapter(self, number: int) -> tuple[str, str]:
+    async def _adapter(self, number: int) -> tuple[tuple[str, str], str]:
         uri = f"hf://org/a{number}"
-        spec = {"baseModelRef": {"name": BASE}, "source": {"uri": uri}} | (
-            {"minReplicas": 1} if number < PINNED else {}
-        )
-        made = self._object("loraadapters", f"a{number}", spec)
-        return made["metadata"]["uid"], digest_of(uri)
+        pinned = {"minReplicas": 1} if number < PINNED else {}
+        spec = {"baseModelRef": {"name": BASE}, "source": {"uri": uri}, **pinned}
+        made = await self._api.own("LoraAdapter", "loraadapters", f"a{number}", spec)
+        return (made["metadata"]["uid"], digest_of(uri)), f"{NAMESPACE}/a{number}"
 
-    def add_pod(self, name: str, port: int) -> None:
-        labels = {f"{GROUP}/base": BASE, f"{GROUP}/base-uid": self._base["metadata"]["uid"]}
-        self._object(
-            "pods",
-            name,
-            {"containers": [{"ports": [{"name": "http", "containerPort": port}]}]},
-            metadata={"labels": labels},
-            status={"phase": "Running", "podIP": "127.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
-        )
+    async def _runtime(self, number: int, base_uid: str, held: Iterable[tuple[tuple[str, str], str]]) -> None:
+        runtime = FakeRuntime(number, dict(held), self._counts)
+        await self._api.pod(runtime.name, base_uid, await listen(runtime.app()))
 
-    async def stats(self, _: web.Request) -> web.Response:
-        adapters = self.objects.items["loraadapters"].values()
-        known = sum(
-            1 for item in adapters if item.get("status", {}).get("observedGeneration") == item["metadata"]["generation"]
-        )
-        return web.json_response({"known": known, "counts": self.api.counts})
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/stats", self._stats)
+        app.router.add_post("/age", self._age)
+        app.router.add_post("/edit/{count}", self._edit)
+        return app
 
-    async def age(self, _: web.Request) -> web.Response:
-        self.api.counts.clear()
+    async def _stats(self, _: web.Request) -> web.Response:
+        return web.json_response(self._counts)
+
+    async def _age(self, _: web.Request) -> web.Response:
+        self._counts.clear()
         return web.json_response({})
 
-    async def edit(self, request: web.Request) -> web.Response:
-        for number in range(PINNED, PINNED + int(request.match_info["count"])):
-            item = self.objects.items["loraadapters"][f"a{number}"]
-            item["spec"] = {**item["spec"], "suspend": True}
-            item["metadata"] = {**item["metadata"], "generation": 2}
-            self.objects.put("loraadapters", item)
+    async def _edit(self, request: web.Request) -> web.Response:
+        edited = range(PINNED, PINNED + int(request.match_info["count"]))
+        patches = (
+            self._api.call("PATCH", f"{OURS}/loraadapters/a{n}", {"spec": {"suspend": True}}, MERGE) for n in edited
+        )
+        await asyncio.gather(*patches)
         return web.json_response({})
-
-
-SCALING = {"scaling": {"minReplicas": 1, "maxReplicas": 64}}
 
 
 async def listen(app: web.Application) -> int:
@@ -326,24 +206,24 @@ async def listen(app: web.Application) -> int:
     return int(runner.addresses[0][1])
 
 
-async def serve(adapters: int, pods: int, reports: int) -> None:
-    world = World(adapters, pods, reports)
-    for runtime in world.runtimes:
-        world.add_pod(runtime.name, await listen(runtime.app()))
-    app = world.api.app()
-    app.router.add_get("/stats", world.stats)
-    app.router.add_post("/age", world.age)
-    app.router.add_post("/edit/{count}", world.edit)
-    print(json.dumps({"port": await listen(app)}), flush=True)
+async def serve(api: Api, adapters: int, pods: int, reports: int) -> None:
+    world = World(api, adapters)
+    await world.fill(pods, reports)
+    print(json.dumps({"port": await listen(world.app())}), flush=True)
     await asyncio.Event().wait()
+
+
+async def run(given: argparse.Namespace) -> None:
+    await serve(Api(given.url, given.token, given.ca_file), given.adapters, given.pods, given.reports)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("url", "token", "ca-file"):
+        parser.add_argument(f"--{name}", required=True)
     for name in ("adapters", "pods", "reports"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    given = parser.parse_args()
-    asyncio.run(serve(given.adapters, given.pods, given.reports))
+    asyncio.run(run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The `operator/` trap and other rules of the house that only show when they are broken."""
 
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -28,16 +27,6 @@ def test_tests_are_no_packages_and_their_file_names_are_unique() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
     names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
     assert [name for name, count in names.items() if count > 1] == []
-
-
-@pytest.mark.parametrize(("mark", "variable"), [("apiserver", "WITH_APISERVER"), ("cluster", "WITH_CLUSTER")])
-def test_make_looks_for_tests_of_a_mark_wherever_there_are_some(mark: str, variable: str) -> None:
-    """`tests/e2e/conftest.py` puts its mark on every test there by itself."""
-    (folders,) = re.findall(rf"^{variable} := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    marked = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if f"pytest.mark.{mark}" in path.read_text()}
-    marked |= {ROOT / "tests" / "e2e"} if mark == "cluster" else set()
-    marked.discard(ROOT / "tests")  # this file
-    assert {str(folder.relative_to(ROOT)) for folder in marked} == set(folders.split())
 
 
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:

@@ -342,6 +342,14 @@ def set_conditions(
     result = []
     for kind, (status, reason, message) in wanted.items():
         old = before.get(kind)
+        if old is not None and (old.status, old.reason, old.message, old.observed_generation) == (
+            status,
+            reason,
+            message[:1024],
+            generation,
+        ):
+            result.append(old)
+            continue
         since = old.last_transition_time if old is not None and old.status == status else now
         result.append(
             Condition(

@@ -12,7 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import kopf
+from aiohttp import ClientMiddlewareType
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import load_kube_config
@@ -45,6 +47,7 @@ async def load_configuration(kubeconfig: Path | None) -> Configuration:
             )
         await load_kube_config(config_file=str(path), client_configuration=configuration, persist_config=False)
     configuration.connection_pool_maxsize = CONNECTIONS
+    configuration.client_session_kwargs = {"trust_env": False}  # proxies of the environment are for sources alone
     return configuration
 
 
@@ -53,14 +56,16 @@ def make_client(configuration: Configuration) -> ApiClient:
     return ApiClient(configuration=configuration)
 
 
-def login_handler(kubeconfig: Path | None) -> Callable[..., Awaitable[kopf.ConnectionInfo]]:
-    """Returns kopf's login handler, which uses the same configuration."""
+def login_handler(
+    kubeconfig: Path | None, *middlewares: ClientMiddlewareType
+) -> Callable[..., Awaitable[kopf.AiohttpSession]]:
+    """Returns kopf's login handler, which uses the same configuration. All requests pass the middlewares."""
 
-    async def login(**_: Any) -> kopf.ConnectionInfo:
+    async def login(**_: Any) -> kopf.AiohttpSession:
         configuration = await load_configuration(kubeconfig)
         header: object = await configuration.get_api_key_with_prefix("BearerToken")
         scheme, _space, token = (header if isinstance(header, str) else "").partition(" ")
-        return kopf.ConnectionInfo(
+        access = kopf.ConnectionInfo(
             server=configuration.host,
             ca_path=configuration.ssl_ca_cert,
             insecure=not configuration.verify_ssl,
@@ -70,6 +75,14 @@ def login_handler(kubeconfig: Path | None) -> Callable[..., Awaitable[kopf.Conne
             token=token or None,
             certificate_path=configuration.cert_file,
             private_key_path=configuration.key_file,
+        )
+        return kopf.AiohttpSession(
+            server=access.server,
+            aiohttp_session=aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=access.as_ssl_context()),
+                headers=access.as_http_headers(),
+                middlewares=middlewares,
+            ),
             expiration=datetime.now(UTC) + TOKEN_LIFE if in_cluster(kubeconfig) else None,
         )
 

@@ -16,6 +16,7 @@ from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
+from lorapool_operator.slices import Slices
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
 from lorapool_operator.world.intake import Intake
@@ -57,12 +58,14 @@ class Control:
     ) -> None:
         self.cache = ClusterCache()
         self.queue: WorkQueue[Key] = WorkQueue()
+        self.slices = Slices()
         self._usage_delay_s = settings.usage_delay_s
         self.runtimes = RuntimeTracker(
             self.cache,
             tokens=settings.tokens,
             settings=settings.polls,
             changed=self._runtime_changed,
+            turn=self.slices.turn,
             fence=fence,
         )
         self.inspections = InspectionTracker(
@@ -97,6 +100,7 @@ class Control:
             self.inspections,
             metrics,
             settings.plan,
+            self.slices.turn,
         )
 
     def mark_all(self, spread_s: float) -> None:
@@ -127,9 +131,13 @@ class Control:
         delay_s = 0.0 if urgent else self._usage_delay_s
         owner = self.cache.bases.get(base.namespace, base.name)
         soon = set() if urgent or owner is None else self._may_spread(owner, reported)
-        for adapter in self.cache.adapters_of(base):
-            if adapter.meta.uid in reported or (serving and owner is not None and _needs_runtime(adapter, owner)):
-                self.queue.add(adapter.key, LOAD_DELAY_S if adapter.meta.uid in soon else delay_s)
+        for uid in reported:
+            adapter = self.cache.adapter_of(uid)
+            if adapter is not None and adapter.base_key == base:
+                self.queue.add(adapter.key, LOAD_DELAY_S if uid in soon else delay_s)
+        for adapter in self.cache.adapters_of(base) if serving and owner is not None else ():
+            if owner is not None and adapter.meta.uid not in reported and _needs_runtime(adapter, owner):
+                self.queue.add(adapter.key, delay_s)
 
     def _may_spread(self, base: BaseObject, adapter_uids: set[str]) -> set[str]:
         """Returns the adapters whose number of preferred replicas may have to change with their load."""

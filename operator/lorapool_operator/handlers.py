@@ -45,6 +45,38 @@ def registry_of(
     return registry
 
 
+class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]  # mypy does not read kopf
+    """No handler asks for differences; kopf's own storages copy the whole object twice for every event."""
+
+    def build(self, *, body: kopf.Body, extra_fields: object = None) -> kopf.BodyEssence:
+        return kopf.BodyEssence()
+
+    def fetch(self, *, body: kopf.Body) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Keeps nothing."""
+
+
+class NoProgress(kopf.ProgressStorage):  # type: ignore[misc]  # the same
+    """No handler is tried again by kopf, so there is no progress to keep."""
+
+    def fetch(self, *, key: str, body: kopf.Body) -> kopf.ProgressRecord | None:
+        return None
+
+    def store(self, *, key: str, record: kopf.ProgressRecord, body: kopf.Body, patch: kopf.Patch) -> None:
+        """Keeps nothing."""
+
+    def purge(self, *, key: str, body: kopf.Body, patch: kopf.Patch) -> None:
+        """Has nothing to remove."""
+
+    def touch(self, *, body: kopf.Body, patch: kopf.Patch, value: str | None) -> None:
+        """Writes nothing."""
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
 def pinned_settings() -> kopf.OperatorSettings:
     """Returns kopf's settings with every value that the operator relies on pinned.
 
@@ -55,6 +87,7 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.watching.client_timeout = 330
     settings.watching.inactivity_timeout = 70
     settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = 500  # one answer with thousands of objects would stop all threads while it is parsed
     settings.watching.label_selectors["pods"] = LABEL_BASE
     settings.watching.label_selectors["deployments.apps"] = LABEL_BASE
     settings.networking.request_timeout = 15
@@ -67,8 +100,8 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.posting.enabled = False  # the operator posts its own few events
     settings.posting.level = logging.WARNING
     settings.persistence.finalizer = f"{GROUP}/never-used"
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)
+    settings.persistence.progress_storage = NoProgress()
+    settings.persistence.diffbase_storage = NoDiffBase()
     settings.process.ultimate_exiting_timeout = None  # kopf would kill the process for one namespace that hangs
     settings.background.cancellation_polling = 5
     settings.peering.standalone = True

@@ -7,6 +7,7 @@ totals survive every process, so that a bill can be made of them.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 
@@ -64,18 +65,20 @@ class Metrics:
         self.repairs = Counter(
             "lorapool_operator_resync_repairs", "Objects that a watch had missed.", registry=self.registry
         )
-        for kind in ObjectKind:
-            self._durations.labels(kind.value)
-            for outcome in ("done", "conflict", "error"):
-                self._reconciles.labels(kind.value, outcome)
+        self._durations_of = {kind: self._durations.labels(kind.value) for kind in ObjectKind}
+        self._reconciles_of = {
+            (kind, outcome): self._reconciles.labels(kind.value, outcome)
+            for kind in ObjectKind
+            for outcome in ("done", "conflict", "error")
+        }
 
     def reconciled(self, kind: ObjectKind, outcome: str, seconds: float) -> None:
-        self._reconciles.labels(kind.value, outcome).inc()
-        self._durations.labels(kind.value).observe(seconds)
+        self._reconciles_of[kind, outcome].inc()
+        self._durations_of[kind].observe(seconds)
 
 
 class StateCollector(Collector):
-    """Gauges of the present state of caches, queue and trackers."""
+    """Gauges of the present state of caches, queue and trackers. Is read in a thread of its own."""
 
     def __init__(
         self,
@@ -235,7 +238,8 @@ def status_app(
     async def show(request: web.Request) -> web.Response:
         if not access.permits(request.headers.get("Authorization")):
             return web.Response(status=401)
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        body = await asyncio.to_thread(generate_latest, registry)  # series of thousands of adapters take long
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def probe(check: Callable[[], str]) -> Callable[[web.Request], object]:
         async def respond(_: web.Request) -> web.Response:

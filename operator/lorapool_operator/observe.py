@@ -7,7 +7,7 @@ thousands of adapters does not compute all of them again for every plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
@@ -82,7 +82,9 @@ class Observer:
         self._now = now
         self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
-        self._summaries: dict[Key, tuple[AdapterObject, BaseObject | None, AdapterSummary]] = {}
+        self._terms: dict[Key, BaseObject] = {}
+        self._summaries: dict[str, tuple[AdapterObject, BaseObject, AdapterSummary]] = {}
+        """By the adapter's uid."""
         self._spread: dict[str, SpreadMemory] = {}
         self._load_writes: dict[str, float] = {}
         self._pins: dict[Key, _Pins] = {}
@@ -139,7 +141,7 @@ class Observer:
         denied = profile is not None and not profile.permits(key.namespace)
         profile = None if denied else profile
         before, memory.profile = memory.profile, profile
-        summaries = {item.key: self._summary(item, base) for item in adapters}
+        summaries = self._summaries_of(base, adapters)
         return ObservedBase(
             base=base,
             profile=profile,
@@ -152,7 +154,7 @@ class Observer:
             deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),
             inspection=self._inspections.result(base.meta.uid),
             running=self._inspections.running(base.meta.uid),
-            adapters=tuple(summaries.values()),
+            adapters=tuple(summaries),
             moved=self._moved(base, adapters, summaries, self._leaving_pods(base, memory)),
             yields_to=self._yields.pop(key, None),
             strays=tuple(self._runtimes.strays_of(base, known.__contains__, self._now())),
@@ -226,18 +228,41 @@ class Observer:
         for memory in self._bases.values():
             memory.apply_again = True
 
-    def forget(self, key: Key) -> None:
-        """Drops what is remembered of a deleted object."""
+    def forget_adapter(self, uid: str) -> None:
+        """Drops what is remembered of a deleted adapter."""
+        for kept in (self._summaries, self._spread, self._load_writes):
+            kept.pop(uid, None)
+
+    def forget_base(self, key: Key) -> None:
+        """Drops what is remembered of a deleted base."""
         self._bases.pop(key, None)
-        for kept in (self._pins, self._pins_seen, self._leaving, self._standings, self._yields, self._asked_to_yield):
+        for kept in (
+            self._terms,
+            self._pins,
+            self._pins_seen,
+            self._leaving,
+            self._standings,
+            self._yields,
+            self._asked_to_yield,
+        ):
             kept.pop(key, None)
-        summary = self._summaries.pop(key, None)
-        if summary is not None:
-            self._spread.pop(summary[0].meta.uid, None)
-            self._load_writes.pop(summary[0].meta.uid, None)
+
+    def _summaries_of(self, base: BaseObject, adapters: Sequence[AdapterObject]) -> list[AdapterSummary]:
+        terms = self._terms_of(base)
+        return [self._summary(item, terms) for item in adapters]
+
+    def _terms_of(self, base: BaseObject) -> BaseObject:
+        """Returns the first version of the base that is the same to its adapters as this one.
+
+        A base's own status changes often, and must not cause the summaries of thousands of adapters to be made again.
+        """
+        known = self._terms.get(base.key)
+        if known is None or _terms(known) != _terms(base):
+            known = self._terms[base.key] = base
+        return known
 
     def _summary(self, adapter: AdapterObject, base: BaseObject) -> AdapterSummary:
-        cached = self._summaries.get(adapter.key)
+        cached = self._summaries.get(adapter.meta.uid)
         if cached is not None and cached[0] is adapter and cached[1] is base:
             return cached[2]
         ready = find_condition(adapter.status.conditions, AdapterCondition.READY)
@@ -256,7 +281,7 @@ class Observer:
             preferred_replicas=adapter.status.placement.k if adapter.status.placement is not None else 1,
             last_used=adapter.status.last_used or "",
         )
-        self._summaries[adapter.key] = (adapter, base, summary)
+        self._summaries[adapter.meta.uid] = (adapter, base, summary)
         return summary
 
     # --- pins
@@ -266,7 +291,7 @@ class Observer:
         known = self._pins.get(base.key)
         if known is None:
             adapters = self._cache.adapters_of(base.key)
-            wanted = self._wanted_pins(adapters, {item.key: self._summary(item, base) for item in adapters})
+            wanted = _wanted_pins(adapters, self._summaries_of(base, adapters))
         else:
             wanted = known.wanted
         return self._compute_pins(base, wanted).get(adapter_uid, frozenset())
@@ -274,24 +299,24 @@ class Observer:
     def _moved(
         self,
         base: BaseObject,
-        adapters: Iterable[AdapterObject],
-        summaries: Mapping[Key, AdapterSummary],
+        adapters: Sequence[AdapterObject],
+        summaries: Sequence[AdapterSummary],
         leaving: frozenset[str],
     ) -> tuple[Key, ...]:
         """Computes the pins again. Returns the adapters that the operator itself places and that may have to move."""
         known, seen = self._leaving.get(base.key, frozenset()), self._pins_seen.get(base.key)
-        allowed = self._compute_pins(base, self._wanted_pins(adapters, summaries))
+        allowed = self._compute_pins(base, _wanted_pins(adapters, summaries))
         pins, self._leaving[base.key] = self._pins[base.key], leaving
         self._pins_seen[base.key] = pins
         if seen is None or (seen is pins and leaving == known):
             return ()
         before = seen.allowed
 
-        def placed(item: AdapterObject) -> bool:
-            hot = item.status.placement is not None or (bool(leaving) and summaries[item.key].loaded)
+        def placed(item: AdapterObject, summary: AdapterSummary) -> bool:
+            hot = item.status.placement is not None or (bool(leaving) and summary.loaded)
             return hot or before.get(item.meta.uid) != allowed.get(item.meta.uid)
 
-        return tuple(item.key for item in adapters if placed(item))
+        return tuple(item.key for item, summary in zip(adapters, summaries, strict=True) if placed(item, summary))
 
     def _leaving_pods(self, base: BaseObject, memory: BaseMemory) -> frozenset[str]:
         """Returns the pods that are about to be stopped, or replaced by a rollout that is under way."""
@@ -301,17 +326,6 @@ class Observer:
         old = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.template_hash != deployment.template_hash}
         return frozenset(memory.scale.leaving) | old
 
-    def _wanted_pins(
-        self, adapters: Iterable[AdapterObject], summaries: Mapping[Key, AdapterSummary]
-    ) -> tuple[PinWanted, ...]:
-        return tuple(
-            sorted(
-                PinWanted(item.meta.created_unix_s, item.meta.uid, item.meta.namespace, replicas)
-                for item in adapters
-                if (replicas := summaries[item.key].pinned_replicas)
-            )
-        )
-
     def _compute_pins(self, base: BaseObject, wanted: tuple[PinWanted, ...]) -> Mapping[str, frozenset[str]]:
         pods = tuple(sorted(view.pod_uid for view in self._runtimes.views_of(base) if view.serving))
         known = self._pins.get(base.key)
@@ -320,3 +334,18 @@ class Observer:
         allowed = allowed_pins(wanted, pods, base.spec)
         self._pins[base.key] = _Pins(base, wanted, pods, allowed)
         return allowed
+
+
+def _wanted_pins(adapters: Sequence[AdapterObject], summaries: Sequence[AdapterSummary]) -> tuple[PinWanted, ...]:
+    return tuple(
+        sorted(
+            PinWanted(item.meta.created_unix_s, item.meta.uid, item.meta.namespace, summary.pinned_replicas)
+            for item, summary in zip(adapters, summaries, strict=True)
+            if summary.pinned_replicas
+        )
+    )
+
+
+def _terms(base: BaseObject) -> tuple[object, ...]:
+    """Returns the part of a base that the summaries of its adapters depend on."""
+    return base.meta.uid, base.meta.deleting, base.spec.model_copy(update={"replicas": None})

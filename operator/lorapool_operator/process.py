@@ -7,6 +7,7 @@ process ends; the next leader starts from the state of the API server and of the
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import time
@@ -152,14 +153,16 @@ class Process:
     # --- acting, once the Lease is held
 
     async def _act(self) -> None:
-        inbox = Inbox()
+        inbox = Inbox(self.control.slices.turn)
+        resync = Resync(self.cluster, self.control.cache, self.control.intake, self.control.slices.turn)
+        login = functools.partial(login_handler, self.settings.kubeconfig)
         namespaces = Namespaces(
             self.settings.watched,
-            Resync(self.cluster, self.control.cache, self.control.intake),
+            resync,
             self.reports,
             self.control.cache,
             self.metrics,
-            watch=watcher(inbox, self.control.intake, login_handler(self.settings.kubeconfig)),
+            watch=watcher(inbox, self.control.intake, login, resync.versions),
             resync_s=self.settings.resync_s,
         )
         try:
@@ -167,6 +170,8 @@ class Process:
                 group.create_task(inbox.empty_forever(), name="inbox")
                 group.create_task(namespaces.run(), name="namespaces")
                 await self._until_listed(namespaces)
+                await self.control.runtimes.answered(self.settings.snapshot_stale_s)
+                gc.freeze()  # thousands of parsed objects live long: a full collection of them would stop the loop
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
@@ -180,7 +185,6 @@ class Process:
     async def _until_listed(self, namespaces: Namespaces) -> None:
         began = time.monotonic()
         await namespaces.listed()
-        gc.freeze()  # thousands of parsed objects live long: a full collection of them would stop the loop
         self.synced = True
         cache = self.control.cache
         log.info(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,8 +31,6 @@ from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.01
-"""Planning takes this long, and one key more, in one pass of the event loop; then the Lease, polls and probes come."""
 CONFLICT_DELAY_S = 0.3
 """Another client changed the object; the watch event of the change is on its way."""
 
@@ -43,24 +42,6 @@ class Outcome:
     name: Literal["done", "conflict", "error"]
     retry_after_s: float = 0.0
     """The least wait before an error is tried again."""
-
-
-class Slice:
-    """Bounds how long all workers together keep one pass of the event loop."""
-
-    def __init__(self) -> None:
-        self._ends_s: float | None = None
-
-    async def turn(self) -> None:
-        """Returns in a pass of the event loop that has time left."""
-        while self._ends_s is not None and time.monotonic() > self._ends_s:  # noqa: ASYNC110  the pass has no event
-            await asyncio.sleep(0)
-        if self._ends_s is None:
-            self._ends_s = time.monotonic() + SLICE_S
-            asyncio.get_running_loop().call_soon(self._end)
-
-    def _end(self) -> None:
-        self._ends_s = None
 
 
 class Reconciler:
@@ -76,7 +57,9 @@ class Reconciler:
         inspections: InspectionTracker,
         metrics: Metrics,
         settings: PlanSettings,
+        turn: Callable[[], Awaitable[None]],
     ) -> None:
+        """`turn()` waits until the event loop has time for one more plan."""
         self._queue = queue
         self._observer = observer
         self._applier = applier
@@ -85,7 +68,7 @@ class Reconciler:
         self._inspections = inspections
         self._metrics = metrics
         self._settings = settings
-        self._slice = Slice()
+        self._turn = turn
 
     async def work(self, workers: int) -> None:
         """Runs until cancelled. Raises an ExceptionGroup of FencedError once this process may not write any more."""
@@ -96,7 +79,7 @@ class Reconciler:
     async def _worker(self) -> None:
         while True:
             key = await self._queue.get()
-            await self._slice.turn()
+            await self._turn()
             began = time.monotonic()
             outcome = Outcome("error")
             try:
@@ -138,9 +121,9 @@ class Reconciler:
         failure = await self._unregister_deleted(key)
         observed = self._observer.adapter(key)
         requeue_at: float | None = None
-        if observed is None:
-            self._observer.forget(key)
-        elif observed.base is not None or not self._observer.may_exist(observed.adapter.base_key):
+        if observed is not None and (
+            observed.base is not None or not self._observer.may_exist(observed.adapter.base_key)
+        ):
             plan = plan_adapter(observed, time.time(), self._settings)
             self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
             self._observer.keep_load_writes(observed.adapter.meta.uid, plan.load_writes_until_unix_s)
@@ -153,7 +136,7 @@ class Reconciler:
     async def _base(self, key: Key) -> float | None:
         observed = self._observer.base(key)
         if observed is None:
-            self._observer.forget(key)
+            self._observer.forget_base(key)
             return None
         for adapter in observed.moved:
             self._queue.add(adapter)
@@ -173,6 +156,7 @@ class Reconciler:
         for uid in self._intake.deleted_adapters(key):
             failure = await self._unregister_everywhere(uid)
             self._inspections.forget(uid)
+            self._observer.forget_adapter(uid)
             if failure is None:
                 self._runtimes.forget_adapter(uid)
                 self._intake.forget_deleted(key, uid)

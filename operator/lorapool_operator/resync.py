@@ -7,12 +7,11 @@ objects as last known.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, ObjectNotFoundError
+from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, ObjectNotFoundError, Page, plural_of
 from lorapool_operator.world.cluster_cache import ClusterCache, ObjectKind
 from lorapool_operator.world.intake import Intake
 
@@ -29,8 +28,12 @@ class Resync:
         cluster: Cluster,
         cache: ClusterCache,
         intake: Intake,
+        turn: Callable[[], Awaitable[None]],
     ) -> None:
+        """`turn()` waits until the event loop has time for one more object."""
+        self._turn = turn
         self._cluster = cluster
+        self._versions: dict[str | None, dict[str, str]] = {}
         self._kinds: tuple[tuple[str, str, Feed, Callable[[], Any]], ...] = (
             ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: cache.pods),
             ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
@@ -44,9 +47,18 @@ class Resync:
         An object's absence from a cache means nothing before this.
         """
         for kind, labels, feed, _ in self._kinds:
-            async for raw in self._cluster.objects(kind, namespace, labels=labels):
-                feed(raw)
-                await asyncio.sleep(0)  # parsing a page of objects takes long
+            async for page in self._cluster.pages(kind, namespace, labels=labels):
+                self._listed_at(kind, namespace, page)
+                for raw in page.items:
+                    await self._turn()
+                    feed(raw)
+
+    def versions(self, namespace: str | None) -> Mapping[str, str]:
+        """Returns the version of the last listing of each kind, by its plural. A watch can continue from there."""
+        return dict(self._versions.get(namespace, {}))
+
+    def _listed_at(self, kind: str, namespace: str | None, page: Page) -> None:
+        self._versions.setdefault(namespace, {})[plural_of(kind)] = page.version
 
     async def again(self, namespace: str | None) -> int:
         """Compares names and versions, fetches what differs, and returns the number of repairs. Raises ClusterError."""
@@ -65,13 +77,16 @@ class Resync:
         }
         listed: set[tuple[str, str]] = set()
         repaired = 0
-        async for raw in self._cluster.objects(kind, namespace, labels=labels, metadata_only=True):
-            meta = raw["metadata"]
-            at = (meta["namespace"], meta["name"])
-            listed.add(at)
-            cached = cache().get(*at)
-            if cached is None or cached.meta.uid != meta["uid"] or _behind(cached.meta.resource_version, meta):
-                repaired += await self._fetch(kind, at, feed)
+        async for page in self._cluster.pages(kind, namespace, labels=labels, metadata_only=True):
+            self._listed_at(kind, namespace, page)
+            for raw in page.items:
+                await self._turn()
+                meta = raw["metadata"]
+                at = (meta["namespace"], meta["name"])
+                listed.add(at)
+                cached = cache().get(*at)
+                if cached is None or cached.meta.uid != meta["uid"] or _behind(cached.meta.resource_version, meta):
+                    repaired += await self._fetch(kind, at, feed)
         for at, old in before.items():
             if at in listed:
                 continue

@@ -12,6 +12,7 @@ import heapq
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -22,7 +23,7 @@ BACKOFF_MAX_S = 30.0
 
 
 class WorkQueue(Generic[K]):
-    """Belongs to one event loop; it is not thread-safe."""
+    """Belongs to one event loop; only its depth and age may be read in another thread."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, *, jitter: Callable[[], float] = random.random
@@ -36,7 +37,8 @@ class WorkQueue(Generic[K]):
         self._working: set[K] = set()
         self._again: dict[K, float] = {}
         self._failures: dict[K, int] = {}
-        self._changed = asyncio.Event()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, key: K, delay_s: float = 0.0) -> None:
         """Marks a key dirty: it is due in `delay_s` seconds at the latest."""
@@ -50,13 +52,9 @@ class WorkQueue(Generic[K]):
                 _, _, key = heapq.heappop(self._heap)
                 del self._due[key]
                 self._working.add(key)
+                self._wake_for_next()
                 return key
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            await self._wait()
 
     def done(self, key: K, *, failed: bool = False, wait_s: float = 0.0) -> None:
         """Marks the work on a key as finished; a failed one is due again after its back-off, added to `wait_s`.
@@ -78,12 +76,12 @@ class WorkQueue(Generic[K]):
     def ready_depth(self) -> int:
         """Returns the number of keys that are due now."""
         now = self._clock()
-        return sum(1 for due in self._due.values() if due <= now)
+        return sum(1 for due in tuple(self._due.values()) if due <= now)
 
     def oldest_age_s(self) -> float:
         """Returns how many seconds the most overdue key has waited; 0 if none is due."""
         now = self._clock()
-        return max(0.0, max((now - due for due in self._due.values()), default=0.0))
+        return max(0.0, now - min(tuple(self._due.values()), default=now))
 
     def idle(self) -> bool:
         """True if no key is due and no worker has one."""
@@ -96,7 +94,33 @@ class WorkQueue(Generic[K]):
         waiting[key] = due
         if waiting is self._due:
             heapq.heappush(self._heap, (due, next(self._order), key))
-            self._changed.set()
+            if self._heap[0][0] == due:  # else a caller is woken for an earlier key first, and then for this one
+                self._wake_for_next()
+
+    async def _wait(self) -> None:
+        """Waits until it is this caller's turn to look for a due key."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(woken)
+        self._wake_for_next()
+        try:
+            await woken
+        except asyncio.CancelledError:
+            if woken.done() and not woken.cancelled():
+                self._wake_for_next()  # another caller takes the turn
+            raise
+
+    def _wake_for_next(self) -> None:
+        """Wakes one waiting caller, now or when the first key is due: of many workers only one is needed for a key."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiters and self._waiters[0].done():
+            self._waiters.popleft()
+        wait_s = self._next_wait_s() if self._waiters else None
+        if wait_s is not None and wait_s <= 0:
+            self._waiters.popleft().set_result(None)
+        elif wait_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake_for_next)
 
     def _next_wait_s(self) -> float | None:
         """Returns the seconds until the first key is due; None if no key is queued."""

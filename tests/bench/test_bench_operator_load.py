@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from operator_load import EDITS, measure
 
+pytestmark = pytest.mark.apiserver
+
 
 def test_a_restart_and_an_edit_cost_no_write_too_many() -> None:
     figures = measure(adapters=150, pods=2, reports=60)
+    assert figures["operator.first_writes_per_adapter"] >= 1
     assert figures["operator.restart_status_writes"] == 0
     assert figures["operator.restart_loads"] == 0
     assert figures["operator.restart_moves"] == 0

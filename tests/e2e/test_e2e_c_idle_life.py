@@ -51,26 +51,35 @@ def test_an_adapter_is_loaded_used_parked_and_its_base_goes_to_zero_and_back(wor
     assert len(world.runtime_pods()) == 1
 
 
+STEADY_S = 10.0
+"""More than twice `idleAfter`: requests alone keep the base up."""
 GAPS_S = (3.75, 4.5)
 """Gaps around `idleAfter`: whether the request or the decision to stop comes first varies."""
-AFTER_DECISION_S = (0.0, 0.4, 0.8, 1.2, 2.0)
-"""The pod answers `draining` for a second, then closes its socket; later it is gone, as in the test above."""
+DRAINING_S, CLOSED_S = 0.4, 1.2
+"""After the decision the pod answers `draining` for a second, then closes its socket; later it is gone, as above."""
 
 
-async def test_a_prober_that_sends_throughout_loses_no_request(world: World, short_lives: None) -> None:
+@pytest.mark.parametrize(
+    "after_decision_s",
+    [(DRAINING_S, CLOSED_S), pytest.param((0.0, DRAINING_S, 0.8, CLOSED_S, 2.0), marks=pytest.mark.deep)],
+    ids=["draining and closed", "sweep"],
+)
+async def test_a_prober_that_sends_throughout_loses_no_request(
+    world: World, short_lives: None, after_decision_s: tuple[float, ...]
+) -> None:
     """Requests are steady first; then their gaps sweep the moments at which the base stops."""
     world.patch("bm", BASE, {"scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": "4s"}})
     tasks = ("routing", "sentiment", "entities")
     prober = Prober(world, list(tasks[:2]), pause_s=0.2)
     steady = asyncio.create_task(prober.run())
-    await asyncio.sleep(20)
+    await asyncio.sleep(STEADY_S)
     prober.stop()
     await steady
     async with world.async_client() as client:
         for gap_s in GAPS_S:
             await asyncio.sleep(gap_s)
             await asyncio.gather(*(prober.ask(client, task) for task in tasks))
-        for after_s in AFTER_DECISION_S:
+        for after_s in after_decision_s:
             await asyncio.to_thread(_wait_for_the_decision_to_stop, world)
             await asyncio.sleep(after_s)
             await asyncio.gather(*(prober.ask(client, task) for task in tasks))

@@ -22,7 +22,8 @@ def _truth(world: World, task: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("grace_s", [30, 0], ids=["gracefully", "killed"])
+# That a pod which ends with notice costs no request is tested by eviction as well.
+@pytest.mark.parametrize("grace_s", [pytest.param(30, marks=pytest.mark.deep), 0], ids=["gracefully", "killed"])
 async def test_a_deleted_runtime_pod_costs_no_wrong_answer(world: World, grace_s: int) -> None:
     tasks = world.tasks[:4]
     prober = Prober(world, tasks, pause_s=0.05)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from chart_kit import dashboard_expressions
-from e2e_adapters import copy_of_routing
-from e2e_world import BASE, World
+from e2e_world import BASE, World, copies_of_routing
 
 
 @pytest.mark.parametrize("component", ["gateway", "operator", "runtime"])
@@ -36,7 +35,7 @@ def test_every_dashboard_expression_returns_a_series(world: World) -> None:
 
 
 def test_the_series_of_a_deleted_adapter_vanish(world: World, tmp_path: Path) -> None:
-    copy_of_routing(world, "shortlived")
+    world.apply(*copies_of_routing(world, ["shortlived"]))
     world.wait("Ready", lambda: world.condition("lora", "shortlived", "Ready")[0] == "True", timeout_s=30)
     with world.client() as client:
         client.chat.completions.create(**{**world.question("routing"), "model": world.model("shortlived")})

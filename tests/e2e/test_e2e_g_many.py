@@ -3,8 +3,7 @@
 import time
 from datetime import UTC, datetime
 
-from e2e_adapters import copy_manifests
-from e2e_world import World
+from e2e_world import World, copies_of_routing
 
 COUNT = 200
 LABEL = "e2e"
@@ -12,7 +11,7 @@ LABEL = "e2e"
 
 def test_two_hundred_adapters_at_once(world: World) -> None:
     names = [f"many-{number:03}" for number in range(COUNT)]
-    manifests = copy_manifests(world, names, labels={LABEL: "many"})
+    manifests = copies_of_routing(world, names, labels={LABEL: "many"})
     began, started = datetime.now(UTC).isoformat(), time.monotonic()
     try:
         world.apply(*manifests)

@@ -16,9 +16,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fake_kube import FakeKube
 from fakes import FakeRuntime
-from gateway_world import KEY, adapter_object, base_object, key_of, until, until_it
+from gateway_world import KEY, FakeKube, adapter_object, base_object, key_of, until, until_it
 
 from lorapool_api.protocol import runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens

@@ -16,6 +16,7 @@ PINNED = {
     "watching.client_timeout": 330,
     "watching.inactivity_timeout": 70,
     "watching.connect_timeout": 10,
+    "watching.chunk_size": 500,
     "networking.request_timeout": 15,
     "networking.error_backoffs": (1, 1, 2, 3, 5, 8),
     "queueing.error_delays": (1, 1, 2, 3, 5, 8, 13, 21, 30),
@@ -65,8 +66,13 @@ def test_kopf_watches_only_pods_and_deployments_of_bases() -> None:
     assert selectors["pods"] == selectors["deployments.apps"] == "lorapool.dev/base"
 
 
-def test_kopfs_unused_annotations_have_lorapools_prefix() -> None:
+def test_kopf_neither_copies_an_object_nor_writes_to_it() -> None:
     persistence = pinned_settings().persistence
-    assert type(persistence.progress_storage) is kopf.AnnotationsProgressStorage
-    assert type(persistence.diffbase_storage) is kopf.AnnotationsDiffBaseStorage
-    assert persistence.progress_storage.prefix == persistence.diffbase_storage.prefix == "lorapool.dev"
+    body, patch = kopf.Body({"metadata": {}, "spec": {"a": 1}}), kopf.Patch()
+    progress, base = persistence.progress_storage, persistence.diffbase_storage
+    assert base.build(body=body) == {}  # kopf's own would copy the object
+    assert base.fetch(body=body) is None
+    base.store(body=body, patch=patch, essence=kopf.BodyEssence())
+    progress.touch(body=body, patch=patch, value="now")
+    progress.purge(key=kopf.HandlerId("h"), body=body, patch=patch)
+    assert not patch

@@ -17,7 +17,7 @@ from kubernetes.aio.client.configuration import Configuration
 from lorapool_api.common import GROUP, AdapterKey
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_operator import reconciler
+from lorapool_operator import slices
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import KubeEvent
@@ -142,11 +142,11 @@ async def test_other_tasks_run_between_the_keys_of_a_full_queue() -> None:
 
 
 async def test_workers_together_leave_the_loop_when_their_slice_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconciler, "SLICE_S", -1.0)  # over at once: one key in each pass of the loop
-    slice_, passed = reconciler.Slice(), list[int]()
+    monkeypatch.setattr(slices, "SLICE_S", -1.0)  # over at once: one key in each pass of the loop
+    shared, passed = slices.Slices(), list[int]()
 
     async def worker(number: int) -> None:
-        await slice_.turn()
+        await shared.turn()
         passed.append(number)
 
     tasks = [asyncio.create_task(worker(number)) for number in range(5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from fakes_operator import FakeInspector
-from operator_world import Api, condition, operator_settings, until
+from operator_world import Api, condition, operator_settings, running_operator, until
 
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_operator import namespaces, watching
+from lorapool_operator import namespaces, slices, watching
 from lorapool_operator.decisions.plan import KubeEvent
 from lorapool_operator.effects.cluster import ClusterError, Subject
 from lorapool_operator.effects.namespace_reports import NamespaceReports
@@ -22,7 +25,8 @@ from lorapool_operator.handlers import pinned_settings
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.namespaces import Namespaces
 from lorapool_operator.process import Process
-from lorapool_operator.watching import Inbox, WatchError
+from lorapool_operator.resync import Resync
+from lorapool_operator.watching import Inbox, WatchError, continue_from
 from lorapool_operator.world.cluster_cache import ClusterCache
 
 LEASE = Subject("Lease", "own", "lorapool-operator")
@@ -156,8 +160,8 @@ async def test_a_failed_comparison_leaves_the_watches_alone() -> None:
 
 
 async def test_the_inbox_lets_other_tasks_run_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "SLICE_S", 0.0)
-    inbox, turns, fed = Inbox(), list[int](), list[int]()
+    monkeypatch.setattr(slices, "SLICE_S", -1.0)  # over at once: one event in each pass of the loop
+    inbox, turns, fed = Inbox(slices.Slices().turn), list[int](), list[int]()
 
     def feed(raw: Any, *, deleted: bool = False) -> None:
         fed.append(raw["n"])
@@ -173,7 +177,59 @@ async def test_the_inbox_lets_other_tasks_run_between_events(monkeypatch: pytest
     assert len(turns) >= 40
 
 
+async def test_kopfs_first_listing_of_each_kind_is_empty_and_of_the_version_that_was_listed_before() -> None:
+    asked: list[dict[str, str]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(dict(request.query))
+        return web.json_response({})
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    middleware = continue_from({"loraadapters": "7", "pods": "8"})
+    async with TestClient(TestServer(app), middlewares=(middleware,)) as client:
+        for path in ("/apis", "/x/loraadapters?watch=true", "/x/loraadapters?limit=5", "/x/pods", "/x/loraadapters"):
+            await client.get(path)
+    nothing = {"fieldSelector": "metadata.name=none", "resourceVersionMatch": "Exact"}
+    assert asked == [
+        {},
+        {"watch": "true"},
+        {"limit": "5", "resourceVersion": "7", **nothing},
+        {"resourceVersion": "8", **nothing},
+        {},  # the server has forgotten the version: kopf lists
+    ]
+
+
 # --- with a real API server
+
+
+@pytest.mark.apiserver
+async def test_kopf_lists_no_object_again_and_misses_no_change_since_the_operators_listing(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await api.base()
+    for number in range(5):
+        await api.adapter(f"a-{number}")
+    first = Resync.first
+
+    async def first_and_then_a_change(self: Resync, namespace: str | None) -> None:
+        await first(self, namespace)
+        await api.patch("loraadapters", "a-3", {"spec": {"suspend": True}})
+
+    monkeypatch.setattr(Resync, "first", first_and_then_a_change)
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):
+
+        async def suspended() -> bool:
+            return condition(await api.get("loraadapters", "a-3"), "Ready") == ("False", "Suspended")
+
+        await until(suspended)
+    listings = [
+        event["requestURI"]
+        for event in map(json.loads, api.server.audit_log.read_text().splitlines())
+        if event["verb"] == "list" and "kopf" in event.get("userAgent", "") and api.namespace in event["requestURI"]
+    ]
+    assert len(listings) == 4
+    assert all("resourceVersionMatch=Exact" in uri and "fieldSelector=metadata.name" in uri for uri in listings)
 
 
 @pytest.mark.apiserver

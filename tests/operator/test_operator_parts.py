@@ -127,6 +127,50 @@ async def test_the_age_of_the_oldest_key_is_known() -> None:
     assert queue.oldest_age_s() == 7.0
 
 
+async def test_one_key_wakes_one_of_many_waiting_workers() -> None:
+    class Counted(Clock):
+        calls = 0
+
+        def __call__(self) -> float:
+            self.calls += 1
+            return self.now
+
+    clock = Counted()
+    queue: WorkQueue[str] = WorkQueue(clock)
+    workers = [asyncio.create_task(queue.get()) for _ in range(50)]
+    await asyncio.sleep(0)
+    clock.calls = 0
+    queue.add("a")
+    done, waiting = await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.sleep(0)
+    assert [task.result() for task in done] == ["a"]
+    assert clock.calls < 10  # each worker that wakes looks at the clock
+    for task in waiting:
+        task.cancel()
+
+
+async def test_a_worker_that_is_cancelled_when_it_is_woken_leaves_the_key_to_another() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    first, second = (asyncio.create_task(queue.get()) for _ in range(2))
+    await asyncio.sleep(0)
+    queue.add("a")
+    first.cancel()
+    async with asyncio.timeout(20):
+        assert await second == "a"
+
+
+async def test_waiting_workers_get_keys_that_become_due_later() -> None:
+    queue: WorkQueue[str] = WorkQueue()
+    workers = [asyncio.create_task(queue.get()) for _ in range(3)]
+    await asyncio.sleep(0)
+    queue.add("c", 0.03)
+    queue.add("b", 0.02)
+    queue.add("a", 0.02)
+    queue.add("a", 0.01)
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*workers) == ["a", "b", "c"]
+
+
 # --- cache and intake
 
 

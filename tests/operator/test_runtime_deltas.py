@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from fakes_runtime import Served, acquire, descriptor, key_of, save_byte_tokenizer, serving, until
 
+from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
-from lorapool_operator.world.cluster_cache import ClusterCache, Key, Meta, ObjectKind, PodObject
+from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, Meta, ObjectKind, PodObject
 
 BASE = Key(ObjectKind.BASE, "team", "tiny")
+SPEC = {"source": {"uri": "hf://org/tiny"}}
 META = Meta("team", "pod", "pod-uid", 1, "1", 0.0, False, None)
 
 
@@ -27,8 +30,8 @@ class Changes:
         self.calls.append(set(adapter_uids))
 
 
-def tracker_of(served: Served, changes: Changes) -> RuntimeTracker:
-    cache, port = ClusterCache(), urlsplit(served.url).port
+def tracker_of(served: Served, changes: Changes, port: int | None = None) -> RuntimeTracker:
+    cache, port = ClusterCache(), port or urlsplit(served.url).port
     assert port is not None
     cache.pods.put(PodObject(META, BASE, "base-uid", "127.0.0.1", port, True, False, ""))
     settings = PollSettings(wait_s=5.0, pause_s=0.0)
@@ -71,3 +74,39 @@ async def test_one_of_two_digests_goes_and_the_other_stays(tmp_path: Path) -> No
             assert tracker.lost_usage("uid-a") == ()  # the process still reports it
         finally:
             await tracker.close()
+
+
+async def test_the_view_of_a_runtime_is_one_object_until_something_about_it_changes(tmp_path: Path) -> None:
+    on = BaseObject(replace(META, name="tiny", uid="base-uid"), BaseModelSpec.model_validate(SPEC), BaseModelStatus())
+    async with serving(save_byte_tokenizer(tmp_path)) as served:
+        tracker = tracker_of(served, Changes())
+        try:
+            await tracker.answered(20.0)
+            (view,) = tracker.views_of(on)
+            assert view.serving
+            assert tracker.views_of(on)[0] is view
+            assert tracker.replicas_of(on, "unknown")[0].runtime is view
+            await served.runtime.adapters.register(key_of("a"), descriptor("a"))
+            await until(lambda: tracker.holders_of("uid-a"))
+            (changed,) = tracker.views_of(on)
+            assert changed.snapshot is not view.snapshot
+        finally:
+            await tracker.close()
+
+
+async def test_waiting_for_first_answers_ends_when_each_runtime_has_answered_or_failed(tmp_path: Path) -> None:
+    async with serving(save_byte_tokenizer(tmp_path)) as served:
+        tracker = tracker_of(served, Changes())
+        try:
+            async with asyncio.timeout(20):
+                await tracker.answered(3600.0)
+            assert tracker.polls == 1
+        finally:
+            await tracker.close()
+        failing = tracker_of(served, Changes(), port=1)
+        try:
+            async with asyncio.timeout(20):
+                await failing.answered(3600.0)
+            assert failing.poll_failures == 1
+        finally:
+            await failing.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,9 @@ from pathlib import Path
 import openai
 import pytest
 from fakes import digest_of
-from serve_kit import FAKE_RUNTIME, TIMEOUT_S, Served, adapter, arguments, base, serving
+from serve_kit import FAKE_RUNTIME, TIMEOUT_S, Served, adapter, base, serving
+
+from lorapool_serve.__main__ import main
 
 COMMAND = (sys.executable, str(FAKE_RUNTIME))
 
@@ -123,15 +124,16 @@ def test_a_runtime_that_dies_is_started_again(served: Served) -> None:
     served.until(lambda: answers_with(served, "route", "pvc://adapters/route"))
 
 
-def test_a_second_start_names_the_url_of_the_first_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+def test_a_second_start_names_the_url_of_the_first_and_ctrl_c_leaves_no_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, state = tmp_path / "objects", tmp_path / "serve"
     folder.mkdir()
     with serving(folder, state, COMMAND) as first:
         first.write("base.yaml", base())
         first.until((state / "summary.json").exists)
-        again = subprocess.run(arguments(folder, state, COMMAND), capture_output=True, text=True, timeout=120)
-        assert (again.returncode, again.stderr) == (0, "")
-        assert first.summary()["gateway_url"] in again.stdout
+        assert main([str(folder), "--state", str(state), "--port", "0"]) == 0
+        assert first.summary()["gateway_url"] in capsys.readouterr().out
         children = first.children()
         assert first.interrupt() == 0
     assert len(children) == 1
@@ -157,7 +159,10 @@ def test_a_runtime_does_not_outlive_a_killed_server(tmp_path: Path) -> None:
     ("argv", "message"),
     [(("nowhere",), "nowhere is no folder"), ((".", "--local-base", "hf://a/b=nowhere"), "contains no config.json")],
 )
-def test_a_command_line_that_cannot_work_says_why(argv: tuple[str, ...], message: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "lorapool_serve", *argv], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_a_command_line_that_cannot_work_says_why(
+    argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

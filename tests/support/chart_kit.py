@@ -123,7 +123,7 @@ def render(
     """The release's objects, hooks included. Equal calls share one run of Helm; a new nonce causes another run."""
     result = _template(yaml.safe_dump(dict(values or {})), release, namespace, nonce)
     assert result.returncode == 0, result.stderr
-    return [document for document in yaml.safe_load_all(result.stdout) if document]
+    return [document for document in yaml.load_all(result.stdout, Loader=yaml.CSafeLoader) if document]
 
 
 def refusal(values: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,3 +208,19 @@ class Prober:
 
     def stop(self) -> None:
         self._stop.set()
+
+
+def copies_of_routing(
+    world: World, names: Iterable[str], *, labels: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """LoraAdapters with these names and labels, and the source of the routing fine-tune."""
+    source = world.get("lora", "routing")["spec"]["source"]
+    return [
+        {
+            "apiVersion": "lorapool.dev/v1alpha1",
+            "kind": "LoraAdapter",
+            "metadata": {"name": name, "namespace": world.namespace, "labels": dict(labels or {})},
+            "spec": {"baseModelRef": {"name": BASE}, "source": source},
+        }
+        for name in names
+    ]

@@ -111,10 +111,10 @@ def _with_usage(
     """Adds usage and last use if something else is written anyway, or if they are due."""
     before = observed.adapter.status
     changed = after != before
-    reports = [report for replica in observed.replicas for report in replica.reports]
+    reports = [report for replica in observed.holders for report in replica.reports]
     counted = [*(report.usage for report in reports), *observed.lost_usage]
     folded = usage.fold(before.usage, counted, observed.gone_boot_ids, iso(now))
-    last = max((item.last_used_unix_s for item in observed.replicas), default=0.0)
+    last = max((item.last_used_unix_s for item in observed.holders), default=0.0)
     newer = int(last) > int(unix(before.last_used) or 0.0)
     if not newer and not usage.differs(before.usage, folded):
         return (after if changed else None), None
@@ -128,7 +128,7 @@ def _with_usage(
 def _replicas(observed: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
     """Returns the runtimes that currently report these files on the device or in host memory."""
     found = []
-    for replica in observed.replicas:
+    for replica in observed.holders:
         snapshot, report = replica.runtime.current, replica.report(digest)
         if snapshot is None or report is None:
             continue
@@ -188,7 +188,7 @@ def _loaded(observed: ObservedAdapter, blocker: Blocker | None, validity: Validi
         _, reason, message = _not_inspected(observed)
         return ("False", reason, message)
     digest = validity.facts.digest if validity.facts is not None else None
-    if any(_is_loading(replica, digest) for replica in observed.replicas):
+    if any(_is_loading(replica, digest) for replica in observed.holders):
         return ("False", Reason.LOADING.value, "A runtime is loading it.")
     silent = next((item.runtime.pod for item in observed.replicas if _silent_holder(observed, item)), None)
     if silent is not None:
@@ -208,7 +208,7 @@ def pin_refusal(observed: ObservedAdapter) -> str:
     base, wanted = observed.base, observed.min_replicas
     if base is None or not wanted:
         return ""
-    possible, pinned = min(wanted, len(observed.serving_pod_uids)), len(observed.pinned_pod_uids)
+    possible, pinned = min(wanted, observed.serving), len(observed.pinned_pod_uids)
     if pinned < possible:
         return (
             f"Pinned on {pinned} of {wanted} replicas: older adapters use what the owner of BaseModel {base.key} "
@@ -242,7 +242,7 @@ def _silent_holder(observed: ObservedAdapter, replica: AdapterOnReplica) -> bool
 def _lost(observed: ObservedAdapter) -> bool:
     """True if the process that had the adapter on its device is gone and no other one serves yet."""
     base, before = observed.base, observed.adapter.status
-    if base is None or base.spec.replicas == 0 or observed.serving_pod_uids:
+    if base is None or base.spec.replicas == 0 or observed.serving:
         return False
     loaded = find_condition(before.conditions, AdapterCondition.LOADED)
     return loaded is not None and (loaded.status != "False" or loaded.reason == Reason.RUNTIME_RESTARTED)

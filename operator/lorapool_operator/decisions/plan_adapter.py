@@ -117,7 +117,7 @@ def _spread(observed: ObservedAdapter, served: bool, now: float) -> SpreadDecisi
         before,
         observed.requests,
         lowest=max(1, len(observed.pinned_pod_uids)),
-        highest=min(len(observed.serving_pod_uids), max_replicas(observed.adapter.spec, base.spec)),
+        highest=min(observed.serving, max_replicas(observed.adapter.spec, base.spec)),
         target=base.spec.scaling.target_in_flight,
         down_delay_s=duration_s(base.spec.scaling.scale_down_delay),
         memory=observed.spread_memory,
@@ -127,11 +127,12 @@ def _spread(observed: ObservedAdapter, served: bool, now: float) -> SpreadDecisi
 
 def _placement(observed: ObservedAdapter, spread: SpreadDecision) -> PlacementStatus | None:
     """Returns the placement to publish; None for an adapter with the one preferred replica that every adapter has."""
-    before, names = observed.adapter.status.placement, {r.runtime.pod_uid: r.runtime.pod for r in observed.replicas}
+    before = observed.adapter.status.placement
     if observed.silent and spread.k == observed.preferred_replicas:
         return before
-    if not observed.serving_pod_uids or (spread.k == 1 and not observed.pinned_pod_uids):
+    if not observed.serving or (spread.k == 1 and not observed.pinned_pod_uids):
         return None
+    names = {item.runtime.pod_uid: item.runtime.pod for item in observed.replicas}
     why = spread.why or (before.why if before is not None else f"minReplicas is {observed.min_replicas}")
     return PlacementStatus(k=spread.k, replicas=[names[uid] for uid in observed.serving_pod_uids[: spread.k]], why=why)
 
@@ -144,10 +145,10 @@ def _registers(
     hot = warm | set(observed.serving_pod_uids[:k] if k > 1 else ())
     if validity.facts is not None:
         hot |= takes_over(observed, validity.facts.digest, k, now)
-    trial = set(observed.serving_pod_uids[: max(k, observed.min_replicas)])
+    trial = set(observed.serving_pod_uids[: max(k, observed.min_replicas)] if validity.candidate is not None else ())
     source = observed.adapter.spec.source
     wanted: list[Register] = []
-    for replica in observed.replicas:
+    for replica in observed.replicas if hot or trial else observed.holders:
         snapshot, pod_uid = replica.runtime.current, replica.runtime.pod_uid
         if snapshot is None or not replica.runtime.serving:
             continue
@@ -198,7 +199,7 @@ def _unregisters(
     """Returns what to unregister now, and when to look again at digests that may still be in use after a switch."""
     leave: list[Unregister] = []
     later: list[float] = []
-    for replica in observed.replicas:
+    for replica in observed.holders:
         if replica.runtime.current is None:
             continue
         for report in replica.reports:

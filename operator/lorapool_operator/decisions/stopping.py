@@ -62,7 +62,9 @@ def emptiest(observed: ObservedBase, number: int) -> list[PodObject]:
 
 def takes_over(observed: ObservedAdapter, digest: str, k: int, now: float) -> frozenset[str]:
     """Returns the replicas that should load an adapter because one that has it loaded is about to be stopped."""
-    holders = {item.runtime.pod_uid: item for item in observed.replicas if item.holds(digest)}
+    if not observed.leaving:
+        return frozenset()
+    holders = {item.runtime.pod_uid: item for item in observed.holders if item.holds(digest)}
     going = [item for uid, item in holders.items() if uid in observed.leaving]
     if not going or (now >= max(item.last_used_unix_s for item in going) + RECENT_S and not observed.requests):
         return frozenset()

@@ -38,10 +38,8 @@ def fold(
     shares = {part.boot_id: part for part in before.parts}
     room = MAX_PARTS - len(shares.keys() - gone)
     totals: dict[str, float] = {name: getattr(before, name) for name in COUNTERS}
-    for report in _latest(reports):
+    for report in _latest(item for item in reports if item.boot_id in shares or _used(item)):
         share = shares.get(report.boot_id)
-        if share is None and not any(getattr(report, name) for name in COUNTERS):
-            continue  # registered but never used
         if share is None and report.boot_id not in gone:
             if room <= 0:
                 continue
@@ -58,6 +56,11 @@ def differs(before: UsageStatus | None, after: UsageStatus) -> bool:
     """True if anything was counted since, or a share can be removed."""
     old = before or UsageStatus()
     return old.model_copy(update={"as_of": after.as_of}) != after
+
+
+def _used(part: UsagePart) -> bool:
+    """False for a process with which the adapter is only registered, as on most replicas."""
+    return any(getattr(part, name) for name in COUNTERS)
 
 
 def _latest(reports: Iterable[UsagePart]) -> list[UsagePart]:

@@ -327,7 +327,7 @@ def _runtime_failure(observed: ObservedAdapter, digest: str) -> FailureStatus | 
     """Returns the failure that a runtime reports for these files, unless another runtime has them loaded."""
     reports = [
         report
-        for replica in observed.replicas
+        for replica in observed.holders
         if replica.runtime.current is not None and (report := replica.report(digest)) is not None
     ]
     if any(report.state is AdapterState.LOADED for report in reports):

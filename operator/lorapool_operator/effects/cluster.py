@@ -18,7 +18,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 from kubernetes.aio.client.api_client import ApiClient
@@ -88,6 +88,14 @@ class Subject:
     api_version: str = API_VERSION
 
 
+class Page(NamedTuple):
+    """A part of a listing."""
+
+    version: str
+    """The version of the cluster's state that all pages of the listing show."""
+    items: list[dict[str, Any]]
+
+
 def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the JSON merge patch (RFC 7386) from one document to another; a list is replaced as a whole."""
     patch: dict[str, Any] = {name: None for name in before if name not in after}
@@ -145,9 +153,9 @@ class Cluster:
 
     # --- reads
 
-    async def objects(
+    async def pages(
         self, kind: str, namespace: str | None, *, labels: str = "", metadata_only: bool = False
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[Page]:
         """Yields all objects of a kind in one namespace, or in all if it is None, page by page. Raises ClusterError."""
         token: str | None = ""
         headers = {"Accept": METADATA_ONLY} if metadata_only else {}
@@ -156,9 +164,9 @@ class Cluster:
             query += [("labelSelector", labels)] if labels else []
             query += [("continue", token)] if token else []
             page = await self._call("GET", _path(kind, namespace), query=query, headers=headers)
-            for item in page.get("items") or ():
-                yield item
-            token = (page.get("metadata") or {}).get("continue") or None
+            meta = page.get("metadata") or {}
+            yield Page(str(meta.get("resourceVersion", "")), page.get("items") or [])
+            token = meta.get("continue") or None
 
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         """Reads one object. Raises ObjectNotFoundError."""
@@ -302,15 +310,11 @@ class Cluster:
             self.writes[writes] = self.writes.get(writes, 0) + 1
         try:
             async with asyncio.timeout(self._timeout_s):
-                request = await self._client.param_serialize(
-                    method,
-                    path,
-                    query_params=query or [],
-                    header_params=accept,
-                    body=body,
-                    auth_settings=["BearerToken"],
+                # without the body, which is JSON already: the client would copy it value by value
+                _, url, made_headers, *_ = await self._client.param_serialize(
+                    method, path, query_params=query or [], header_params=accept, auth_settings=["BearerToken"]
                 )
-                response = await self._client.call_api(*request)
+                response = await self._client.call_api(method, url, made_headers, body)
                 raw = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ClusterError(
@@ -348,6 +352,11 @@ def _error(method: str, path: str, status: int, raw: bytes, wait_s: float) -> Cl
         message = raw[:200].decode(errors="replace")
     kind = {404: ObjectNotFoundError, 409: ObjectConflictError}.get(status, ClusterError)
     return kind(f"{method} {path}: {status} {message}", status, message, retry_after_s=wait_s)
+
+
+def plural_of(kind: str) -> str:
+    """Returns the name of a kind in paths."""
+    return PATHS[kind][1]
 
 
 def _path(kind: str, namespace: str | None, name: str = "") -> str:

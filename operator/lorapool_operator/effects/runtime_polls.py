@@ -7,9 +7,10 @@ fail. A runtime that does not answer is reported as such; nothing is assumed abo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol, TypeVar
@@ -33,6 +34,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
+from lorapool_operator.world.compact import compact_report
 from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,10 @@ CONNECT_TIMEOUT_S = 2.0
 MAX_SNAPSHOT_BYTES = 64 * 2**20
 SKEW_TOLERANCE_S = 2.0
 """Clocks that differ by less count as equal: a runtime may send a snapshot half a second after it was made."""
+
+
+async def _at_once() -> None:
+    """Does not wait."""
 
 
 class RuntimeCallError(Exception):
@@ -81,6 +87,8 @@ class _Polled:
     stale_reported: bool = False
     token_refused: bool = False
     """The last answer was that the operator's token is not valid."""
+    viewed: tuple[tuple[object, ...], AdapterOnReplica] | None = None
+    """The last view of it, without reports, and what it shows: each of thousands of plans asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +118,17 @@ class RuntimeTracker:
         tokens: Callable[[str], tuple[str, ...]],
         settings: PollSettings,
         changed: RuntimeChanged,
+        turn: Callable[[], Awaitable[None]] = _at_once,
         fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
-        """`tokens(base_uid)` are the bearer tokens of its runtimes, in the order in which to try them."""
+        """`tokens(base_uid)` are the bearer tokens of its runtimes, in the order in which to try them.
+
+        `turn()` waits until the event loop has time to take one more answer.
+        """
         self._cache = cache
+        self._turn = turn
         self._tokens = tokens
         self._settings = settings
         self._changed = changed
@@ -123,6 +136,8 @@ class RuntimeTracker:
         self._clock = clock
         self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
+        self._by_base: dict[tuple[Key, str], list[_Polled]] = {}
+        self._heard = asyncio.Event()
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
         self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
@@ -147,6 +162,15 @@ class RuntimeTracker:
                     self._changed(pod.base, list(polled.reports), urgent=True, serving=True)
         for uid in [uid for uid in self._polled if uid not in wanted]:
             self._forget(uid)
+        self._index()
+
+    async def answered(self, within_s: float) -> None:
+        """Waits until each runtime has answered or failed once, but not longer than `within_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while any(item.snapshot is None and item.failing_since is None for item in self._polled.values()):
+                    self._heard.clear()
+                    await self._heard.wait()
 
     async def close(self) -> None:
         """Stops all polls."""
@@ -155,11 +179,13 @@ class RuntimeTracker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._polled.clear()
+        self._by_base.clear()
         if self._session is not None:
             await self._session.close()
 
     def _forget(self, uid: str) -> None:
         polled = self._polled.pop(uid)
+        self._index()
         if polled.task is not None:
             polled.task.cancel()
         for adapter_uid, reports in polled.reports.items():
@@ -171,16 +197,16 @@ class RuntimeTracker:
 
     def views_of(self, base: BaseObject) -> list[RuntimeView]:
         """Returns the runtimes of this very object."""
-        return [self._view(polled) for polled in self._of(base)]
+        return [self._view(polled).runtime for polled in self._of(base)]
 
     def replicas_of(self, base: BaseObject, adapter_uid: str) -> list[AdapterOnReplica]:
         """Returns the runtimes of this very object, each with its reports of one adapter."""
-        return [AdapterOnReplica(self._view(polled), polled.reports.get(adapter_uid, ())) for polled in self._of(base)]
+        return [_with_reports(self._view(polled), polled.reports.get(adapter_uid)) for polled in self._of(base)]
 
     def holders_of(self, adapter_uid: str) -> list[AdapterOnReplica]:
         """Returns the runtimes of any base that report this adapter."""
         return [
-            AdapterOnReplica(self._view(polled), polled.reports[adapter_uid])
+            _with_reports(self._view(polled), polled.reports[adapter_uid])
             for polled in self._polled.values()
             if adapter_uid in polled.reports
         ]
@@ -244,25 +270,24 @@ class RuntimeTracker:
         self._registered.pop(adapter_uid, None)
 
     def _of(self, base: BaseObject) -> list[_Polled]:
-        return [
-            polled
-            for polled in self._polled.values()
-            if polled.pod.base == base.key and polled.pod.base_uid == base.meta.uid
-        ]
+        return self._by_base.get((base.key, base.meta.uid), [])
 
-    def _view(self, polled: _Polled) -> RuntimeView:
-        silent_s = self._clock() - polled.failing_since if polled.failing_since is not None else 0.0
-        stale_s = self._settings.stale_s if polled.pod.ready else 0.0
-        return RuntimeView(
-            pod=polled.pod.meta.name,
-            pod_uid=polled.pod.meta.uid,
-            ready=polled.pod.ready,
-            terminating=polled.pod.terminating,
-            snapshot=polled.snapshot,
-            fresh=polled.snapshot is not None and (polled.failing_since is None or silent_s < stale_s),
-            token_refused=polled.token_refused,
-            skew_s=polled.skew_s,
-        )
+    def _index(self) -> None:
+        self._by_base = {}
+        for polled in self._polled.values():
+            self._by_base.setdefault((polled.pod.base, polled.pod.base_uid), []).append(polled)
+
+    def _view(self, polled: _Polled) -> AdapterOnReplica:
+        """Returns the present view of a runtime, without reports."""
+        shown = (polled.pod, polled.snapshot, self._fresh(polled), polled.token_refused, polled.skew_s)
+        if polled.viewed is None or polled.viewed[0] != shown:
+            polled.viewed = (shown, AdapterOnReplica(_make_view(*shown), ()))
+        return polled.viewed[1]
+
+    def _fresh(self, polled: _Polled) -> bool:
+        if polled.snapshot is None or polled.failing_since is None:
+            return polled.snapshot is not None
+        return self._clock() - polled.failing_since < (self._settings.stale_s if polled.pod.ready else 0.0)
 
     # --- polling
 
@@ -281,16 +306,20 @@ class RuntimeTracker:
                     query=query,
                     timeout_s=self._settings.wait_s + self._settings.timeout_s,
                 )
+                await self._turn()
                 snapshot = RuntimeSnapshot.model_validate_json(raw)
             except (RuntimeCallError, ValidationError) as error:
                 self.poll_failures += 1
                 self._failed(polled, error)
+                self._heard.set()
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
                 continue
             self.polls += 1
             backoff_s = BACKOFF_MIN_S
+            await self._turn()
             self._arrived(polled, snapshot)
+            self._heard.set()
             await asyncio.sleep(self._settings.pause_s)
 
     def _failed(self, polled: _Polled, error: Exception) -> None:
@@ -451,11 +480,31 @@ def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) ->
         for item in snapshot.removed:
             listed[item.uid].pop(item.digest, None)
     for report in snapshot.adapters:
-        listed.setdefault(report.uid, {})[report.digest] = report
+        kept = compact_report(report)
+        listed.setdefault(kept.uid, {})[kept.digest] = kept
     after = {uid: tuple(reports.values()) for uid, reports in listed.items()}
     uids = known.keys() | after.keys() if snapshot.full else after.keys()
     pairs = {uid: (known.get(uid, ()), after.get(uid, ())) for uid in uids}
     return {uid: (old, new) for uid, (old, new) in pairs.items() if old != new}
+
+
+def _make_view(
+    pod: PodObject, snapshot: RuntimeSnapshot | None, fresh: bool, token_refused: bool, skew_s: float
+) -> RuntimeView:
+    return RuntimeView(
+        pod=pod.meta.name,
+        pod_uid=pod.meta.uid,
+        ready=pod.ready,
+        terminating=pod.terminating,
+        snapshot=snapshot,
+        fresh=fresh,
+        token_refused=token_refused,
+        skew_s=skew_s,
+    )
+
+
+def _with_reports(replica: AdapterOnReplica, reports: Reports | None) -> AdapterOnReplica:
+    return AdapterOnReplica(replica.runtime, reports) if reports else replica
 
 
 def _requests(polled: _Polled, adapter_uid: str) -> int:

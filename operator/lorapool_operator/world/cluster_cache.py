@@ -9,6 +9,7 @@ indexes take quadratic time to list thousands of objects.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from lorapool_api.common import (
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
+from lorapool_operator.world.compact import compact, share_conditions
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ class ObjectKind(StrEnum):
 
     BASE = "BaseModel"
     ADAPTER = "LoraAdapter"
+
+    __hash__ = str.__hash__  # the enum's own is a Python function, and every look-up by a key calls it
 
 
 class Key(NamedTuple):
@@ -73,9 +77,9 @@ class Meta:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Meta:
         return cls(
-            namespace=raw["namespace"],
+            namespace=sys.intern(raw["namespace"]),
             name=raw["name"],
-            uid=raw["uid"],
+            uid=sys.intern(raw["uid"]),
             generation=int(raw.get("generation") or 0),
             resource_version=str(raw.get("resourceVersion") or "0"),
             created_unix_s=unix(raw.get("creationTimestamp")) or 0.0,
@@ -157,10 +161,12 @@ class AdapterObject:
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterObject:
         """Parses the API server's JSON. Raises UnreadableError or KeyError."""
+        status = dict(raw.get("status") or {})
+        status["conditions"] = share_conditions(status.get("conditions") or [])
         return cls(
             Meta.parse(raw["metadata"]),
-            _part(LoraAdapterSpec, raw, "spec"),
-            _part(LoraAdapterStatus, raw, "status"),
+            compact(_part(LoraAdapterSpec, raw, "spec")),
+            compact(_part(LoraAdapterStatus, {"status": status}, "status")),
         )
 
 
@@ -361,7 +367,8 @@ class ClusterCache:
         """Watched namespaces that were never listed (None: the cluster): an object missing there may exist."""
         self.unreadable: dict[Key, UnreadableObject] = {}
         """Objects whose newest version cannot be parsed; the last one that could be stays in the caches above."""
-        self._adapters_of: dict[Key, set[Key]] = {}
+        self._adapters_of: dict[Key, dict[Key, AdapterObject]] = {}
+        self._by_uid: dict[str, AdapterObject] = {}
         self._aliases: dict[tuple[str, str], set[Key]] = {}
 
     def put_adapter(self, item: AdapterObject) -> bool:
@@ -371,7 +378,8 @@ class ClusterCache:
             return False
         if held is not None:
             self._unlink(held)
-        self._adapters_of.setdefault(item.base_key, set()).add(item.key)
+        self._adapters_of.setdefault(item.base_key, {})[item.key] = item
+        self._by_uid[item.meta.uid] = item
         if item.spec.alias:
             self._aliases.setdefault((item.meta.namespace, item.spec.alias), set()).add(item.key)
         return True
@@ -389,9 +397,11 @@ class ClusterCache:
 
     def adapters_of(self, base: Key) -> list[AdapterObject]:
         """Returns the adapters that name this base, permitted or not."""
-        keys = self._adapters_of.get(base, ())
-        found = (self.adapters.get(key.namespace, key.name) for key in keys)
-        return [item for item in found if item is not None]
+        return list(self._adapters_of.get(base, {}).values())
+
+    def adapter_of(self, uid: str) -> AdapterObject | None:
+        """Returns the adapter with this uid."""
+        return self._by_uid.get(uid)
 
     def name_holder(self, item: BaseObject | AdapterObject) -> Key | None:
         """Returns the object of the same namespace that has this one's additional model name, if any.
@@ -420,7 +430,10 @@ class ClusterCache:
         return [pod for pod in self.pods if pod.base == base.key and pod.base_uid == base.meta.uid]
 
     def _unlink(self, item: AdapterObject) -> None:
-        _discard(self._adapters_of, item.base_key, item.key)
+        adapters = self._adapters_of[item.base_key]
+        del adapters[item.key], self._by_uid[item.meta.uid]
+        if not adapters:
+            del self._adapters_of[item.base_key]
         if item.spec.alias:
             _discard(self._aliases, (item.meta.namespace, item.spec.alias), item.key)
 

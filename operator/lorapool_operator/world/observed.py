@@ -23,7 +23,7 @@ from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 # --- runtimes ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: they leave no room for cached properties
 class RuntimeView:
     """One runtime pod: its state in Kubernetes, and the snapshot that the runtime itself reported."""
 
@@ -41,12 +41,12 @@ class RuntimeView:
     skew_s: float = 0.0
     """The operator's clock minus the runtime's."""
 
-    @property
+    @cached_property
     def current(self) -> RuntimeSnapshot | None:
         """The snapshot if it describes the present: it is fresh and the pod is not terminating."""
         return self.snapshot if self.fresh and not self.terminating else None
 
-    @property
+    @cached_property
     def has_free_slot(self) -> bool:
         now = self.current
         return now is not None and now.slots_used < now.slots_total
@@ -55,7 +55,7 @@ class RuntimeView:
         """Converts a time that the runtime reported to the operator's clock; 0 if there is none."""
         return unix_s + self.skew_s if unix_s is not None else 0.0
 
-    @property
+    @cached_property
     def serving(self) -> bool:
         """True if the runtime accepts requests and adapters now."""
         now = self.current
@@ -90,6 +90,8 @@ class AdapterOnReplica:
         return self.runtime.current is not None and report is not None and report.state is AdapterState.LOADED
 
     def report(self, digest: str | None) -> AdapterReport | None:
+        if not self.reports:  # as on nearly all replicas
+            return None
         return next((item for item in self.reports if item.digest == digest), None)
 
 
@@ -202,11 +204,24 @@ class ObservedAdapter:
     @cached_property
     def awaits_runtime(self) -> bool:
         """True if only a runtime can inspect the source and none serves."""
-        return self.runtime_reads_source and not self.serving_pod_uids
+        return self.runtime_reads_source and not self.serving
+
+    @cached_property
+    def serving(self) -> int:
+        """The number of replicas that serve."""
+        return sum(item.runtime.serving for item in self.replicas)
+
+    @cached_property
+    def holders(self) -> tuple[AdapterOnReplica, ...]:
+        """The replicas that report the adapter: few of many."""
+        return tuple(item for item in self.replicas if item.reports)
 
     @cached_property
     def serving_pod_uids(self) -> tuple[str, ...]:
-        """The replicas that serve, in the adapter's placement order: the preferred ones come first."""
+        """The replicas that serve, in the adapter's placement order: the preferred ones come first.
+
+        The order takes a hash for each replica; `serving` is their number without it.
+        """
         serving = [Replica(item.runtime.pod_uid) for item in self.replicas if item.runtime.serving]
         return tuple(placement_order(self.adapter.meta.uid, serving))
 
@@ -218,7 +233,7 @@ class ObservedAdapter:
     @cached_property
     def pinned_pod_uids(self) -> tuple[str, ...]:
         """The serving replicas on which it is pinned: the preferred ones, as far as the base's owner allows."""
-        wanted = self.serving_pod_uids[: self.min_replicas]
+        wanted = self.serving_pod_uids[: self.min_replicas] if self.min_replicas else ()
         return tuple(uid for uid in wanted if self.allowed_pins is None or uid in self.allowed_pins)
 
     @cached_property
@@ -236,7 +251,7 @@ class ObservedAdapter:
     @cached_property
     def requests(self) -> int:
         """Its running and waiting requests on all replicas that answer."""
-        current = [item for item in self.replicas if item.runtime.current is not None]
+        current = [item for item in self.holders if item.runtime.current is not None]
         return sum(report.in_flight + report.waiting for item in current for report in item.reports)
 
 

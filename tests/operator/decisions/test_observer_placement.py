@@ -13,7 +13,7 @@ from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, Placeme
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator.observe import ROLLOUT_SEEN_S, YIELD_PAUSE_S, Observer
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache, Key, ObjectKind
-from lorapool_operator.world.observed import RuntimeView, ScaleMemory, Standing
+from lorapool_operator.world.observed import AdapterSummary, RuntimeView, ScaleMemory, Standing
 from lorapool_operator.world.profiles import RuntimeProfile
 
 GPU = frozenset({"nvidia.com/gpu"})
@@ -44,6 +44,11 @@ class Here:
         item = AdapterObject(of, LoraAdapterSpec.model_validate(made), known)
         self.cache.put_adapter(item)
         return item.key
+
+    def summaries(self) -> tuple[AdapterSummary, ...]:
+        observed = self.observer.base(KEY)
+        assert observed is not None
+        return observed.adapters
 
     def moved(self) -> tuple[Key, ...]:
         observed = self.observer.base(KEY)
@@ -138,3 +143,17 @@ def test_one_idle_base_at_a_time_is_asked_to_yield() -> None:
     assert observed.yields_to == OTHER
     here.now += YIELD_PAUSE_S
     assert here.observer.keep_standing(OTHER, waking) == KEY
+
+
+def test_a_bases_own_status_causes_no_new_summaries_of_its_adapters_and_a_change_of_its_terms_does() -> None:
+    here = Here()
+    here.adapter("a", minReplicas=2)
+    (before,) = here.summaries()
+    written = base(replicas=3)
+    here.cache.bases.put(replace(written, meta=replace(written.meta, resource_version="2")))
+    (same,) = here.summaries()
+    assert same is before
+    deleting = replace(written, meta=replace(written.meta, resource_version="3", deleting=True))
+    here.cache.bases.put(deleting)
+    (changed,) = here.summaries()
+    assert (before.pinned_replicas, changed.pinned_replicas) == (2, 0)

@@ -31,6 +31,7 @@ from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterReport, AdapterState, ErrorDetail, SourceRef, Tier
 from lorapool_operator.decisions.plan import AdapterPlan, Unregister
 from lorapool_operator.decisions.validity import RETRY_HINT
+from lorapool_operator.world import observed
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
@@ -138,11 +139,11 @@ def test_after_a_restart_the_recorded_wait_is_kept() -> None:
     assert (after_restart.inspect, after_restart.requeue_at) == (None, made.requeue_at)
 
 
-def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change() -> None:
+@pytest.mark.parametrize("reason", [reason for reason in FailureReason if not reason.repeated])
+def test_a_terminal_failure_is_not_inspected_again_until_its_inputs_change(reason: FailureReason) -> None:
     one, on = adapter(), base()
-    made = plan(
-        ObservedAdapter(one, on, inspection=inspected(SourceFailure(FailureReason.TOO_LARGE, "3 GiB"), one, on))
-    )
+    made = plan(ObservedAdapter(one, on, inspection=inspected(SourceFailure(reason, "it is bad"), one, on)))
+    assert condition(made, "Ready") == ("False", reason.value)
     assert made.status is not None
     assert made.status.failure is not None
     assert made.status.failure.retry_at is None
@@ -284,6 +285,15 @@ def test_a_warm_adapter_is_pinned_on_its_preferred_replica_and_on_no_other() -> 
     assert len(made.registers) == 1
     assert made.registers[0].descriptor.pinned
     assert plan(ObservedAdapter(one, on, replicas=replicas[::-1])).registers[0].pod == made.registers[0].pod
+
+
+def test_the_plan_of_an_idle_adapter_computes_no_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = base()
+    one = settled(adapter(), on)
+    replicas = tuple(replica(pod=f"pod-{number}") for number in range(4))
+    registered = replica(report(AdapterState.REGISTERED), pod="pod-4")
+    monkeypatch.setattr(observed, "placement_order", None)  # a hash for each replica, for each of thousands of plans
+    assert plan(ObservedAdapter(one, on, replicas=(*replicas, registered))) == AdapterPlan()
 
 
 def test_an_unchanged_descriptor_is_not_registered_twice() -> None:

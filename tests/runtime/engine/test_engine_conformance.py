@@ -27,11 +27,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> PeftWorld:
     return peft_world(tmp_path_factory.mktemp("world"), tiny_model("Llama"), configs)
 
 
-@pytest.fixture(params=["torch"])
-def engine(world: PeftWorld) -> Iterator[Engine]:
-    made = started(world.base, slots=3, max_batch=4, max_batch_tokens=32, kv_block_tokens=8)
+SLOTS = 3
+
+
+@pytest.fixture(scope="module", params=["torch"])
+def shared(world: PeftWorld) -> Iterator[Engine]:
+    made = started(world.base, slots=SLOTS, max_batch=4, max_batch_tokens=32, kv_block_tokens=8)
     yield made
     made.stop(10)
+
+
+@pytest.fixture
+def engine(shared: Engine) -> Iterator[Engine]:
+    """An engine that runs nothing and has no adapter; a test ends what it submits."""
+    yield shared
+    for slot in range(SLOTS):
+        shared.unload(slot).result(10)
+    state = shared.observe()
+    assert (state.running, state.waiting, state.kv_blocks_used, state.healthy) == (0, 0, 0, True)
 
 
 def load(engine: Engine, world: PeftWorld, name: str, slot: int) -> int:
@@ -213,8 +226,9 @@ def test_one_id_runs_once(engine: Engine) -> None:
     with pytest.raises(ValueError, match="running already"):
         engine.submit(request("a", PROMPT, greedy(1)), got)
     got.wait(["a"])
-    engine.submit(request("a", PROMPT, greedy(1)), got)
-    got.wait(["a"])
+    again = Collector()
+    engine.submit(request("a", PROMPT, greedy(1)), again)
+    again.wait(["a"])
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(engine: Engine) -> None:
@@ -251,7 +265,7 @@ def test_a_refused_adapter_names_its_reason(engine: Engine, tmp_path: Path) -> N
 
 def test_observe_counts_running_and_waiting_requests(engine: Engine) -> None:
     before, got = engine.observe(), Collector()
-    assert (before.running, before.waiting, before.kv_blocks_used, before.slots_total) == (0, 0, 0, 3)
+    assert (before.running, before.waiting, before.kv_blocks_used, before.slots_total) == (0, 0, 0, SLOTS)
     for i in range(6):
         engine.submit(request(f"r{i}", PROMPT, greedy(120)), got)
     for _ in range(12):
@@ -262,7 +276,8 @@ def test_observe_counts_running_and_waiting_requests(engine: Engine) -> None:
     got.wait([f"r{i}" for i in range(6)])
     after = engine.observe()
     assert (after.running, after.waiting, after.kv_blocks_used) == (0, 0, 0)
-    assert (after.prompt_tokens, after.generated_tokens) == (24, 720)
+    computed = (after.prompt_tokens - before.prompt_tokens, after.generated_tokens - before.generated_tokens)
+    assert computed == (24, 720)
     assert after.healthy
 
 
@@ -275,6 +290,7 @@ def test_device_bytes_follow_loads_and_unloads(engine: Engine, world: PeftWorld)
 
 
 def test_stopping_ends_every_request_and_the_thread(world: PeftWorld) -> None:
+    before = set(threading.enumerate())
     engine, got = started(world.base), Collector()
     engine.submit(request("a", PROMPT, greedy(150)), got)
     got.next()
@@ -282,7 +298,7 @@ def test_stopping_ends_every_request_and_the_thread(world: PeftWorld) -> None:
     engine.stop(10)
     assert time.monotonic() - begin < 5
     assert got.last("a").finish_reason is FinishReason.CANCELLED
-    assert not any(thread.name == "engine" and thread.is_alive() for thread in threading.enumerate())
+    assert not any(thread.name == "engine" for thread in set(threading.enumerate()) - before)
     engine.submit(request("late", PROMPT, greedy(1)), got)
     assert got.last("late").finish_reason is FinishReason.ERROR
     with pytest.raises(RuntimeError):

@@ -19,10 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 SLOTS = 5
 """Fewer than the kinds of adapters, so that each is evicted and loaded again into another slot."""
-SETTINGS: list[dict[str, Any]] = [
-    {"max_batch_tokens": 64, "prefix_cache": True},
-    {"max_batch_tokens": 24, "prefix_cache": False},
-]
+CORNERS = ("Llama", "Gemma2", "Qwen3Moe")
+"""The plain architecture, windows with soft caps, a mixture; all run chunked with `make test-deep`."""
 PREFIX = [11, 45, 7, 203, 98, 150, 31, 64, 5, 277, 19, 88]
 """The beginning of many prompts of all adapters and the base, longer than every sliding window and two KV blocks."""
 
@@ -32,9 +30,16 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return matrix_world(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_all_kinds_in_one_changing_batch_equal_peft_one_by_one(world: World, settings: dict[str, Any]) -> None:
-    equal_peft(world, seed=settings["max_batch_tokens"], **settings)
+def test_all_kinds_in_one_changing_batch_equal_peft_one_by_one(world: World) -> None:
+    equal_peft(world, seed=64, max_batch_tokens=64, prefix_cache=True)
+
+
+# All architectures in the order of the fixture, so that both tests use one world.
+@pytest.mark.parametrize(
+    "world", [pytest.param(a, marks=[pytest.mark.deep] * (a not in CORNERS)) for a in ARCHITECTURES], indirect=True
+)
+def test_short_chunks_without_a_prefix_cache_equal_peft_one_by_one(world: World) -> None:
+    equal_peft(world, seed=24, max_batch_tokens=24, prefix_cache=False)
 
 
 def test_the_operator_accepts_from_the_headers_what_the_engine_runs(world: World) -> None:

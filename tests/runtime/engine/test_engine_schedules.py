@@ -192,7 +192,7 @@ def tensors(engine: TorchEngine) -> int:
     return engine._run_on_engine_thread(count).result(60)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.deep] * (seed >= 2)) for seed in range(6)])
 def test_every_finished_request_equals_its_reference_run_and_nothing_is_left(
     world: PeftWorld, solo: Solo, seed: int
 ) -> None:
@@ -228,7 +228,7 @@ def test_every_finished_request_equals_its_reference_run_and_nothing_is_left(
         engine.stop(10)
 
 
-def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
+def test_thousands_of_requests_with_cancellations_leave_no_block_and_no_tensor(
     world: PeftWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole engine except for the model, whose logits are random."""
@@ -253,7 +253,7 @@ def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
     try:
         thousand(0)
         before = tensors(engine)
-        for turn in range(1, 10):
+        for turn in range(1, 3):
             thousand(turn * 1000)
         stats = engine.observe()
         assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
@@ -267,15 +267,15 @@ def test_ten_thousand_requests_with_cancellations_leave_no_block_and_no_tensor(
         engine.stop(10)
 
 
-def test_a_thousand_requests_through_the_model_leave_no_block(world: PeftWorld) -> None:
+def test_hundreds_of_requests_through_the_model_leave_no_block(world: PeftWorld) -> None:
     engine = started(world.base, max_batch=24, max_batch_tokens=128, kv_block_tokens=4, kv_bytes=60 * BLOCK_BYTES)
     got, rng = Collector(), random.Random(9)
     try:
-        for i in range(1000):
+        for i in range(300):
             engine.submit(request(f"r{i}", [3 + i % 300] * rng.randrange(1, 12), greedy(rng.randrange(1, 4))), got)
             if rng.random() < 0.3:
                 engine.cancel(f"r{rng.randrange(i + 1)}")
-        got.wait([f"r{i}" for i in range(1000)], timeout_s=60)
+        got.wait([f"r{i}" for i in range(300)], timeout_s=60)
         assert all(sum(o.finish_reason is not None for o in outputs) == 1 for outputs in got.outputs.values())
         assert engine.observe().kv_blocks_used == 0
     finally:

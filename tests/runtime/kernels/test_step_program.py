@@ -73,9 +73,20 @@ def logits_of_decodes(core: Core, program: StepProgram | None) -> list[Tensor]:
     return found
 
 
+BFLOAT16 = ("Llama", "Gemma3", "Granite")
+"""Rotary embeddings alone, two kinds of layers, scaled residuals; the others run with `make test-deep`."""
+
+
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [(a, t) for a in TRACED for t in ("float32", "bfloat16") if (a, t) not in UNTRACEABLE],
+    [
+        *((a, "float32") for a in TRACED),
+        *(
+            pytest.param(a, "bfloat16", marks=[pytest.mark.deep] * (a not in BFLOAT16))
+            for a in TRACED
+            if (a, "bfloat16") not in UNTRACEABLE
+        ),
+    ],
 )
 def test_the_program_gives_the_models_logits_bit_for_bit(tmp_path: Path, architecture: str, dtype: str) -> None:
     with torch.inference_mode():

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import triton_kit
-from capture_kit import CaptureGuard, NotCapturableError
 from engine_kit import VOCAB, greedy, peft_world, request, tiny_model
 from torch import Tensor
+from triton_kit import CaptureGuard, NotCapturableError
 
 from lorapool_runtime.engines.interface import TokenOutput
 from lorapool_runtime.engines.torch.config import EngineConfig

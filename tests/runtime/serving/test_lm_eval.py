@@ -1,4 +1,4 @@
-"""Unmodified lm-eval gives the real base and a real fine-tune the scores that transformers and peft give directly."""
+"""Unmodified lm-eval gives the real base the score of transformers (a fine-tune's: tests/e2e), schemas and tools."""
 
 from __future__ import annotations
 
@@ -39,13 +39,10 @@ def call(process: RuntimeProcess, method: str, path: str, body: Any) -> Any:
         return json.loads(answer.read())
 
 
-@pytest.mark.parametrize(("model", "adapter"), [("tiny", None), ("routing", ROUTING)])
-def test_the_score_is_the_one_that_transformers_gives(
-    process: RuntimeProcess, tmp_path: Path, model: str, adapter: Path | None
-) -> None:
+def test_the_score_is_the_one_that_transformers_gives(process: RuntimeProcess, tmp_path: Path) -> None:
     harness()
-    found = score_by_harness(f"{process.url}/v1", TOKEN, model, real_base(), tmp_path)
-    assert_equal(found, score_directly(real_base(), adapter))
+    found = score_by_harness(f"{process.url}/v1", TOKEN, "tiny", real_base(), tmp_path)
+    assert_equal(found, score_directly(real_base(), None))
 
 
 def test_the_real_base_follows_schemas_and_calls_tools(process: RuntimeProcess) -> None:

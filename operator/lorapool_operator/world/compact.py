@@ -1,0 +1,71 @@
+"""Keeps parsed objects small: what thousands of them have in common is stored once.
+
+A parsed model takes several times the memory of its values. Half of that is pydantic's record of which fields were
+given, which no caller reads, and equal conditions of thousands of adapters.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from lorapool_api.common import Condition
+from lorapool_api.loraadapter import UsagePart
+from lorapool_api.protocol import AdapterReport
+
+M = TypeVar("M", bound=BaseModel)
+
+SHARED_CONDITIONS = 1024
+"""Different conditions that are shared; one with a message of its own is replaced by the next."""
+_GIVEN: set[str] = set()
+"""Takes the place of every model's own set of given fields."""
+
+
+def compact(model: M) -> M:
+    """Drops the record of which fields were given from a model and its parts, and returns the model."""
+    if model.__pydantic_fields_set__ is _GIVEN:
+        return model  # as a whole
+    object.__setattr__(model, "__pydantic_fields_set__", _GIVEN)
+    for value in model.__dict__.values():
+        for part in value if type(value) is list else (value,):
+            if isinstance(part, BaseModel):
+                compact(part)
+    return model
+
+
+def compact_report(report: AdapterReport) -> AdapterReport:
+    """Drops the same from a runtime's report, shares its names with other runtimes' reports, and returns it."""
+    compact(report)
+    values = report.__dict__
+    for name in ("uid", "digest", "display"):
+        values[name] = sys.intern(values[name])
+    unused = _unused(report.usage.boot_id)
+    if report.usage == unused:
+        values["usage"] = unused
+    return report
+
+
+@functools.lru_cache(maxsize=SHARED_CONDITIONS)
+def _unused(boot_id: str) -> UsagePart:
+    return compact(UsagePart(boot_id=boot_id))
+
+
+def share_conditions(raw: Any) -> Any:
+    """Parses the conditions of a status such that equal ones are one object; leaves what cannot be parsed as it is."""
+    return [_shared(item) for item in raw] if isinstance(raw, list) else raw
+
+
+def _shared(raw: Any) -> Any:
+    try:
+        return _condition(tuple(raw.items()))
+    except (AttributeError, TypeError):  # no object, or one that has lists or objects as values
+        return raw
+
+
+@functools.lru_cache(maxsize=SHARED_CONDITIONS)
+def _condition(items: Iterable[tuple[str, Any]]) -> Condition:
+    return compact(Condition.model_validate(dict(items)))
