@@ -138,6 +138,8 @@ class Reason(StrEnum):
     """Pods are to be replaced once other bases have replaced theirs."""
     PROFILE_NOT_FOUND = "ProfileNotFound"
     """The chart's values have no profile with the name in spec.runtimeProfile."""
+    PROFILES_UNREADABLE = "ProfilesUnreadable"
+    """The chart's runtime profiles cannot be read; the last ones that could be stay in force."""
     UNVERIFIED = "Unverified"
     """Only a runtime can read the source, none is running, and nothing is known to be wrong."""
     ALIAS_TAKEN = "AliasTaken"
@@ -163,7 +165,7 @@ class Reason(StrEnum):
 class FailureReason(StrEnum):
     """Why an artifact cannot be served. Each reason is either transient or terminal, see `transient`."""
 
-    # terminal: not retried until the spec, a secret or the retry annotation changes
+    # terminal: not retried until the spec or the retry annotation changes, but for those in `repeated`
     SOURCE_NOT_FOUND = "SourceNotFound"
     UNAUTHORIZED = "Unauthorized"
     INVALID_SOURCE = "InvalidSource"
@@ -191,8 +193,9 @@ class FailureReason(StrEnum):
 
     @property
     def repeated(self) -> bool:
-        """Whether the source is inspected again without any change. A missing artifact may still be uploaded."""
-        return self.transient or self is FailureReason.SOURCE_NOT_FOUND
+        """Whether the source is inspected again without a change of the object. A missing artifact may still be
+        uploaded, and access may still be granted."""
+        return self.transient or self in (FailureReason.SOURCE_NOT_FOUND, FailureReason.UNAUTHORIZED)
 
     @property
     def code(self) -> str:

@@ -106,6 +106,8 @@ class Kind:
     description: str
     columns: tuple[tuple[str, str, str, int], ...]
     """Printer columns: (name, type, jsonPath, priority)."""
+    selectable: tuple[str, ...]
+    """Fields for `kubectl --field-selector`, from Kubernetes 1.31 on; older API servers ignore them."""
     scale: bool
 
 
@@ -134,6 +136,7 @@ KINDS = (
             ("SOURCE", "string", ".spec.source.uri", 1),
             ("DIGEST", "string", ".status.digest", 1),
         ),
+        selectable=(".spec.source.uri", ".status.state"),
         scale=True,
     ),
     Kind(
@@ -156,6 +159,7 @@ KINDS = (
             ("SIZE", "integer", ".status.sizeBytes", 1),
             ("DIGEST", "string", ".status.digest", 1),
         ),
+        selectable=(".spec.baseModelRef.name", ".spec.source.uri", ".status.state"),
         scale=True,
     ),
 )
@@ -189,6 +193,7 @@ def crd(kind: Kind) -> dict[str, Any]:
                     "storage": True,
                     "subresources": subresources,
                     "additionalPrinterColumns": [_column(*column) for column in kind.columns],
+                    "selectableFields": [{"jsonPath": path} for path in kind.selectable],
                     "schema": {
                         "openAPIV3Schema": {
                             "type": "object",

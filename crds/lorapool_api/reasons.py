@@ -116,6 +116,11 @@ REASONS: Mapping[Reason, Explanation] = {
         "spec.runtimeProfile names no profile of the chart's value runtimeProfiles.",
         "Name an existing profile, or add this one to runtimeProfiles and upgrade the release.",
     ),
+    Reason.PROFILES_UNREADABLE: Explanation(
+        "The operator cannot read the changed runtime profiles. It keeps the last ones that it could read; an operator "
+        "that starts now refuses to.",
+        "Correct the field of the chart's value runtimeProfiles that the message names, and upgrade the release.",
+    ),
     Reason.UNVERIFIED: Explanation(
         "Only a runtime can read this source (pvc://), and none is running. Nothing is known to be wrong.",
         "Send a request to the model: it starts a replica of the base, which checks the source.",
@@ -187,8 +192,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     FailureReason.UNAUTHORIZED: Explanation(
         "The source refuses access.",
         "Correct the Secret of the chart's value artifacts.credentials.existingSecret in the release's and the base's "
-        "namespace; no restart is needed. Then change the annotation lorapool.dev/retry. On a volume: make the files "
-        "readable (fsGroup).",
+        "namespace, or grant access at the source; no restart is needed. The source is read again at once when the "
+        "operator's credentials or the annotation lorapool.dev/retry change, and every 10 minutes at least. On a "
+        "volume: make the files readable (fsGroup).",
     ),
     FailureReason.INVALID_SOURCE: Explanation(
         "The address, the revision or a file in the source is of a kind that is never read.",

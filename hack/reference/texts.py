@@ -29,7 +29,8 @@ FAILURES = f"""
 
 The message of the condition has the details. A transient failure is tried again at `status.failure.retryAt`. A terminal
 one is checked again when the spec changes or the annotation `{common.ANNOTATION_RETRY}` gets a new value.
-`SourceNotFound` is both: terminal for requests, and the source is read again at `retryAt`, after 10 minutes at most. A
+`SourceNotFound` and `Unauthorized` are both: terminal for requests, and the source is read again at `retryAt`, after 10
+minutes at most; after a change of the operator's mounted credentials `Unauthorized` is tried again at once. A
 request is answered with 503 for a transient and 422 for a terminal failure, and with the error code.
 
 """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from lorapool_api.common import AdapterCondition, Reason
+from lorapool_api.common import AdapterCondition, FailureReason, Reason
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.effects.apply import Applier
 from lorapool_operator.effects.cluster import PlanTarget
@@ -108,6 +109,13 @@ class Control:
             self.queue.add(base.key)
         for number, adapter in enumerate(self.cache.adapters):
             self.queue.add(adapter.key, spread_s * number / len(self.cache.adapters))
+
+    def credentials_changed(self) -> None:
+        """Has the sources that refused access inspected again."""
+        self.observer.credentials_unix_s = time.time()
+        for item in (*self.cache.bases, *self.cache.adapters):
+            if any(entry.reason == FailureReason.UNAUTHORIZED for entry in item.status.conditions):
+                self.queue.add(item.key)
 
     async def close(self) -> None:
         """Ends all inspections and polls."""

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from lorapool_api.common import AdapterCondition
 from lorapool_api.loraadapter import UsageStatus
 from lorapool_api.metrics_access import MetricsAccess
+from lorapool_operator.decisions.usage import COUNTERS
 from lorapool_operator.effects.cluster import Cluster
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.namespace_reports import NamespaceReports
@@ -30,6 +31,8 @@ from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind,
 BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 UNKNOWN_STATE = "Pending"
 STATUSES = ("True", "False", "Unknown")
+OTHER = "__other__"
+"""Name of the series that the adapters of a namespace share beyond the bound; no adapter can have it."""
 
 Metric = GaugeMetricFamily | CounterMetricFamily
 
@@ -107,8 +110,8 @@ class StateCollector(Collector):
         yield _gauge(
             "queue_oldest_age_seconds", "How long the most overdue key has waited.", self._queue.oldest_age_s()
         )
-        yield _gauge("judgements_waiting", "Queued and running inspections.", float(self._inspections.waiting()))
-        yield _counter("judgements_total", "Finished inspections of sources.", "reason", self._inspections.outcomes)
+        yield _gauge("inspections_waiting", "Queued and running inspections.", float(self._inspections.waiting()))
+        yield _counter("inspections_total", "Finished inspections of sources.", "reason", self._inspections.outcomes)
         yield _counter("api_writes_total", "Writes to the API server.", "what", self._cluster.writes)
         polls = {"done": self._runtimes.polls, "failed": self._runtimes.poll_failures}
         yield _counter("runtime_polls_total", "Long-polls of runtimes.", "outcome", polls)
@@ -150,21 +153,26 @@ class StateCollector(Collector):
 
     def _adapters(self) -> Iterator[Metric]:
         states: Tally[tuple[str, str]] = Tally()
-        usage = UsageFamilies()
+        usage, others = UsageFamilies(), dict[tuple[str, str], Tally[str]]()
         ready = GaugeMetricFamily(
             "lorapool_operator_adapter_ready",
-            "1 when the adapter is Ready; exported for the first max_tracked_adapters only.",
+            "1 when the adapter is Ready; exported for the oldest max_tracked_adapters only.",
             labels=["adapter"],
         )
-        for number, adapter in enumerate(self._cache.adapters):
-            base = adapter.base_key
-            states[f"{base.namespace}/{base.name}", adapter.status.state or UNKNOWN_STATE] += 1
+        oldest_first = sorted(self._cache.adapters, key=lambda item: (item.meta.created_unix_s, item.meta.uid))
+        for number, adapter in enumerate(oldest_first):
+            base, counted = str(adapter.base_key), adapter.status.usage or UsageStatus()
+            states[base, adapter.status.state or UNKNOWN_STATE] += 1
             if number < self._max_tracked_adapters:
                 condition = find_condition(adapter.status.conditions, AdapterCondition.READY)
                 is_ready = condition is not None and condition.status == "True"
-                name = f"{adapter.meta.namespace}/{adapter.meta.name}"
-                ready.add_metric([name], float(is_ready))
-                usage.add(f"{base.namespace}/{base.name}", name, adapter.status.usage or UsageStatus())
+                ready.add_metric([str(adapter.key)], float(is_ready))
+                usage.add(base, str(adapter.key), counted)
+            else:
+                shared = others.setdefault((base, f"{adapter.meta.namespace}/{OTHER}"), Tally())
+                shared.update({name: getattr(counted, name) for name in COUNTERS})
+        for (base, name), total in sorted(others.items()):
+            usage.add(base, name, UsageStatus.model_validate(total))
         counts = GaugeMetricFamily(
             "lorapool_operator_adapters", "LoraAdapters by base and state.", labels=["base", "state"]
         )
@@ -206,7 +214,7 @@ class UsageFamilies:
 def _usage(name: str, text: str, *labels: str) -> CounterMetricFamily:
     return CounterMetricFamily(
         f"lorapool_operator_adapter_{name}",
-        f"{text} Totals since the adapter was created, of the first max_tracked_adapters.",
+        f"{text} Totals since the adapter was created; those beyond max_tracked_adapters share <namespace>/{OTHER}.",
         labels=["base", "adapter", *labels],
     )
 

@@ -55,7 +55,8 @@ class _Pins:
 
 
 class Observer:
-    """Reads the caches and trackers of this process; `profiles` may be replaced while it runs."""
+    """Reads the caches and trackers of this process. The process replaces what it reads from files: the profiles, their
+    problem, and when the credentials changed."""
 
     def __init__(
         self,
@@ -69,6 +70,10 @@ class Observer:
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
+        self.profiles_problem = ""
+        """Why the changed profiles cannot be read, so that `profiles` are older; empty if nothing is wrong."""
+        self.credentials_unix_s = 0.0
+        """When the credentials with which sources are inspected changed last; 0 for never."""
         self._cache = cache
         self._runtimes = runtimes
         self._inspections = inspections
@@ -81,6 +86,7 @@ class Observer:
         self._summaries: dict[str, tuple[AdapterObject, BaseObject, AdapterSummary]] = {}
         """By the adapter's uid."""
         self._spread: dict[str, SpreadMemory] = {}
+        self._load_writes: dict[str, float] = {}
         self._pins: dict[Key, _Pins] = {}
         self._pins_seen: dict[Key, _Pins] = {}
         """Those of the base's last plan; `_pins` may be newer, since the plans of adapters compute them too."""
@@ -119,6 +125,8 @@ class Observer:
             allowed_pins=self._allowed_pins(base, uid) if pinned and base is not None else None,
             spread_memory=self._spread.get(uid, SpreadMemory()),
             leaving=self._leaving.get(base_key, frozenset()),
+            credentials_unix_s=self.credentials_unix_s,
+            load_writes_until_unix_s=self._load_writes.get(uid, 0.0),
         )
 
     def base(self, key: Key) -> ObservedBase | None:
@@ -138,6 +146,7 @@ class Observer:
             base=base,
             profile=profile,
             profile_denied=denied,
+            profiles_problem=self.profiles_problem,
             image=self._image,
             token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
@@ -158,6 +167,7 @@ class Observer:
             apply_retry_unix_s=memory.apply_retry_unix_s,
             name_holder=self._cache.name_holder(base),
             profile_changed=None not in (before, profile) and before != profile,
+            credentials_unix_s=self.credentials_unix_s,
         )
 
     def unreadable(self, key: Key) -> UnreadableObject | None:
@@ -206,6 +216,13 @@ class Observer:
         else:
             self._spread[adapter_uid] = memory
 
+    def keep_load_writes(self, adapter_uid: str, until_unix_s: float) -> None:
+        """Hands on when the writes of an adapter's load state are paid for."""
+        if until_unix_s:
+            self._load_writes[adapter_uid] = until_unix_s
+        else:
+            self._load_writes.pop(adapter_uid, None)
+
     def apply_all_again(self) -> None:
         """Makes the next plan of each base apply its children even if they are unchanged."""
         for memory in self._bases.values():
@@ -213,8 +230,8 @@ class Observer:
 
     def forget_adapter(self, uid: str) -> None:
         """Drops what is remembered of a deleted adapter."""
-        self._summaries.pop(uid, None)
-        self._spread.pop(uid, None)
+        for kept in (self._summaries, self._spread, self._load_writes):
+            kept.pop(uid, None)
 
     def forget_base(self, key: Key) -> None:
         """Drops what is remembered of a deleted base."""

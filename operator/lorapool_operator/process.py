@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 STUCK_S = 300.0
 """If a key is due for this long, the workers hang and the liveness probe fails."""
-PROFILES_CHECK_S = 2.0
-"""How often the file of profiles is looked at for a change."""
+FILES_CHECK_S = 2.0
+"""How often the mounted profiles and credentials are looked at for a change."""
 
 
 class Process:
@@ -56,9 +56,10 @@ class Process:
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
+        self._sources = sources
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
         self._metrics_access = MetricsAccess(settings)
-        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.judge_timeout_s)
+        self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.inspection_timeout_s)
         self._stop = asyncio.Event()
         self._finished = False
 
@@ -127,13 +128,14 @@ class Process:
             tokens=self._tokens.of,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
             profiles=self._profiles,
-            inspections=settings.judge_concurrency,
-            inspection_timeout_s=settings.judge_timeout_s,
+            inspections=settings.inspection_concurrency,
+            inspection_timeout_s=settings.inspection_timeout_s,
             counts_interval_s=settings.counts_interval_s,
             usage_delay_s=settings.usage_interval_s,
             plan=PlanSettings(
                 pending_status_s=settings.pending_status_s,
                 usage_interval_s=settings.usage_interval_s,
+                load_status_interval_s=settings.load_status_interval_s,
                 retry_min_s=settings.retry_min_s,
                 retry_max_s=settings.retry_max_s,
                 source_check_s=settings.source_check_s,
@@ -173,6 +175,7 @@ class Process:
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
+                group.create_task(self._watch_credentials(), name="credentials")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -203,28 +206,43 @@ class Process:
             control.mark_all(interval_s)
 
     async def _watch_profiles(self) -> None:
-        """Plans the bases again whose profile changed in the file, within `PROFILES_CHECK_S`."""
+        """Plans the bases again that a change of the file affects, within `FILES_CHECK_S`."""
+        observer = self.control.observer
         while True:
-            await asyncio.sleep(PROFILES_CHECK_S)
-            before = self.control.observer.profiles
+            await asyncio.sleep(FILES_CHECK_S)
+            before, problem = observer.profiles, observer.profiles_problem
             self._reload_profiles()
-            after = self.control.observer.profiles
-            for base in self.control.cache.bases if after is not before else ():
+            for base in self.control.cache.bases:
                 name = base.spec.runtime_profile
-                if before.get(name) != after.get(name):
+                if before.get(name) != observer.profiles.get(name) or problem != observer.profiles_problem:
                     self.control.queue.add(base.key)
 
     def _reload_profiles(self) -> None:
-        """Reads the profiles again if the file changed. Logs a broken file once and keeps the old profiles."""
+        """Reads the profiles again if the file changed. A broken file is logged once, and shown by every base."""
+        observer = self.control.observer
         try:
             stamp = self.settings.profiles_file.stat().st_mtime_ns
             if stamp == self._profiles_stamp:
                 return
             self._profiles_stamp = stamp
-            self.control.observer.profiles = read_profiles(self.settings.profiles_file)
+            observer.profiles = read_profiles(self.settings.profiles_file)
+            observer.profiles_problem = ""
             log.info("read the changed profiles")
         except (ProfilesError, OSError) as error:
-            log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})
+            if observer.profiles_problem != str(error):
+                log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})
+            observer.profiles_problem = str(error)
+
+    async def _watch_credentials(self) -> None:
+        """Has sources that refused access inspected again, within `FILES_CHECK_S` of a change of the credentials."""
+        known = self._sources.credentials_digest()
+        while True:
+            await asyncio.sleep(FILES_CHECK_S)
+            found = self._sources.credentials_digest()
+            if found != known:
+                known = found
+                log.info("the credentials of sources changed; those that refused access are inspected again")
+                self.control.credentials_changed()
 
     # --- probes
 

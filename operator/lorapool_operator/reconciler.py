@@ -126,6 +126,7 @@ class Reconciler:
         ):
             plan = plan_adapter(observed, time.time(), self._settings)
             self._observer.keep_spread(observed.adapter.meta.uid, plan.memory)
+            self._observer.keep_load_writes(observed.adapter.meta.uid, plan.load_writes_until_unix_s)
             await self._applier.adapter(observed, plan)
             requeue_at = plan.requeue_at
         if failure is not None:  # a runtime that refuses does not hold up the plan of a new object of the same name

@@ -58,15 +58,16 @@ class Settings(ProcessSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9090
     """Port of /metrics, /healthz and /readyz. 0 takes a free port (tests)."""
     max_tracked_adapters: Annotated[int, Field(ge=0)] = 2000
-    """Adapters with metric series of their own; the others are only counted."""
+    """Adapters with metric series of their own, the oldest; the others of a namespace share `<namespace>/__other__`, so
+    that sums by base and by namespace are complete."""
 
     resync_s: PositiveS = 45.0
     """Every object is reconciled again this often, which bounds the cost of a lost watch event."""
     workers: Annotated[int, Field(ge=1, le=256)] = 16
     """Objects reconciled concurrently; each mostly waits for the API server."""
-    judge_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    inspection_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     """Sources of adapters inspected concurrently, and as many of base models. One namespace uses half at most."""
-    judge_timeout_s: PositiveS = 120.0
+    inspection_timeout_s: PositiveS = 120.0
     """An inspection that takes longer ends as SourceTimeout and is retried."""
     pending_status_s: PositiveS = 5.0
     """An inspection that takes longer is shown in the status; a shorter one costs no extra write."""
@@ -80,6 +81,9 @@ class Settings(ProcessSettings):
     """The same for adapters with spec.source.updatePolicy Poll."""
     usage_interval_s: PositiveS = 60.0
     """Shortest time between two writes of one adapter's usage and last use."""
+    load_status_interval_s: PositiveS = 10.0
+    """Loading and unloading an adapter is written to its status once in this time on average, and four times in a row
+    at most. A status that says Loaded=True is corrected at once all the same."""
     counts_interval_s: PositiveS = 2.0
     """Shortest time between two writes of a base's adapter counts."""
 

@@ -74,9 +74,17 @@ def _feed(event: Event) -> None:
         log.exception("event not taken", extra={"object": str((event.raw.get("metadata") or {}).get("name"))})
 
 
+KOPF_LOGGERS = ("kopf._core.reactor.orchestration", "kopf._core.reactor.running")
+
+
 def _says_something(record: logging.LogRecord) -> bool:
-    """False for kopf's remark that it leaves signals alone in a thread: the process handles them itself."""
-    return "OS signals are ignored" not in record.getMessage()
+    """False for what kopf says twice or in vain.
+
+    These are that it leaves signals alone in a thread, where the process handles them itself, and the traceback of a
+    watch that ends, which WatchError carries to the report of the namespace.
+    """
+    text = record.getMessage()
+    return "OS signals are ignored" not in text and not (record.exc_info and " has failed: " in text)
 
 
 class KopfThread:
@@ -93,7 +101,8 @@ class KopfThread:
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[str] = loop.create_future()
 
-        logging.getLogger("kopf._core.reactor.running").addFilter(_says_something)  # adding it again has no effect
+        for name in KOPF_LOGGERS:
+            logging.getLogger(name).addFilter(_says_something)  # adding it again has no effect
 
         def body() -> None:
             reason = self._body()

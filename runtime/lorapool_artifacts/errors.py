@@ -2,7 +2,7 @@
 
     ArtifactError(reason, message, retry_after_s)
       reason.transient      -> try again (after `retry_after_s` when the source named a time)
-      not reason.transient  -> terminal until the spec, a secret or the source changes
+      not reason.transient  -> terminal until the spec, the credentials or the source change
 
 The operator turns it into a condition, the runtime into a response. `message` is one or two sentences for the
 adapter's owner and names the remedy. It contains no credential and no file content.

@@ -7,6 +7,7 @@ reads the environment, except that the S3 client finds cloud identities by itsel
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,14 @@ class SourceSettings(SettingsGroup):
                 with contextlib.suppress(OSError, UnicodeDecodeError):
                     found[field] = (self.credentials_dir / name).read_text(encoding="utf-8").strip()
         return SourceSettings.model_validate({**self.model_dump(), **found})
+
+    def credentials_digest(self) -> str:
+        """Returns a hash that changes with every credential that is read again for each use."""
+        docker = b""
+        if self.docker_config is not None:
+            with contextlib.suppress(OSError):
+                docker = (self.docker_config / "config.json").read_bytes()
+        return hashlib.sha256(repr(self.current().model_dump()).encode() + docker).hexdigest()
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:

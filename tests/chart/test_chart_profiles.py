@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +50,9 @@ container:
   startupProbe: {periodSeconds: 5, failureThreshold: 720}
   livenessProbe: {failureThreshold: 20}
 """
+
+
+CLAIM = {"accessModes": ["ReadWriteOnce"], "storageClassName": "fast", "resources": {"requests": {"storage": "200Gi"}}}
 
 
 def profile_of(values: dict[str, Any], name: str = "full") -> RuntimeProfile:
@@ -128,6 +130,17 @@ def test_each_kind_of_cache_is_mounted_and_a_claim_belongs_to_the_base() -> None
     assert "models" not in {item["name"] for item in pod_spec(RuntimeProfile())["volumes"]}
 
 
+def dry_run(server: ApiServer, made: list[dict[str, Any]]) -> None:
+    """Applies objects without storing them; the API server refuses fields that it does not know."""
+    for item in made:
+        item["metadata"].pop("ownerReferences", None)
+        item["metadata"]["namespace"] = NAMESPACE
+    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": made})
+    options = ("--server-side", "--dry-run=server", "--validate=strict", f"--field-manager={FIELD_MANAGER}")
+    said = server.kubectl("apply", *options, "-f", "-", stdin=listed)
+    assert len(said.splitlines()) == len(made)
+
+
 def test_a_cache_has_exactly_one_kind() -> None:
     for cache in ("{}", "{pvc: {}, hostPath: {path: /m}}"):
         with pytest.raises(ProfilesError, match="exactly one"):
@@ -202,6 +215,15 @@ def test_a_bundle_of_authorities_is_trusted_by_operator_and_runtimes() -> None:
     assert "ca-bundle" not in json.dumps(render())
 
 
+def test_variables_of_a_proxy_reach_operator_and_runtimes_and_not_the_gateway() -> None:
+    values = {"artifacts": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]}}
+    deployments = of_kind(render(values), "Deployment")
+    pods = {name: deployment["spec"]["template"]["spec"] for name, deployment in deployments.items()}
+    pods["runtime"] = pod_spec(profile_of(values, "default"))
+    reached = {name for name, spec in pods.items() if "http://proxy:3128" in json.dumps(spec["containers"][0]["env"])}
+    assert reached == {"lorapool-operator", "runtime"}
+
+
 def test_metrics_are_served_with_the_secrets_that_the_values_name() -> None:
     metrics = {
         "tls": {"secret": "metrics-tls", "serverName": "metrics.example"},
@@ -274,20 +296,45 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.mark.apiserver
 def test_the_api_server_accepts_every_child_of_a_profile_that_uses_everything(
-    server: ApiServer, tmp_path: Path
+    server: ApiServer,
 ) -> None:
     values = {
         "runtimeProfiles": {"full": yaml.safe_load(FULL)},
         "artifacts": {"caBundle": {"configMap": "authorities"}},
     }
-    made = list(children_of(profile_of(values)).values())
-    for child in made:
-        child["metadata"].pop("ownerReferences")
-        child["metadata"]["namespace"] = NAMESPACE
-    listed = json.dumps({"apiVersion": "v1", "kind": "List", "items": made})
-
-    options = ("--server-side", "--dry-run=server", "--validate=strict", f"--field-manager={FIELD_MANAGER}")
-    said = server.kubectl("apply", *options, "-f", "-", stdin=listed)
-
-    assert len(said.splitlines()) == len(made)
+    dry_run(server, list(children_of(profile_of(values)).values()))
     assert restricted_violations(pod_spec(full(pod={}, container={}))) == []
+
+
+@pytest.mark.apiserver
+@pytest.mark.parametrize(
+    "profile",
+    [
+        {"cache": {"hostPath": {"path": "/var/models", "type": "DirectoryOrCreate"}}},
+        {"cache": {"ephemeral": {"volumeClaimTemplate": {"spec": CLAIM}}}},
+        {"runAsUser": 0, "podDisruptionBudget": {"maxUnavailable": "50%"}, "rollout": {"strategy": "Recreate"}},
+        {"rollout": {"maxSurge": "25%", "maxUnavailable": 0}, "shmSizeLimit": "1Gi"},
+    ],
+    ids=["hostPath", "ephemeral", "assigned user", "rollout"],
+)
+def test_the_api_server_accepts_each_cache_user_and_rollout(server: ApiServer, profile: dict[str, Any]) -> None:
+    dry_run(server, list(children_of(profile_of({"runtimeProfiles": {"full": profile}})).values()))
+
+
+@pytest.mark.apiserver
+def test_the_api_server_accepts_the_charts_own_objects_with_every_option_for_administrators(server: ApiServer) -> None:
+    values = {
+        "fixedUsers": False,
+        "artifacts": {
+            "caBundle": {"configMap": "authorities"},
+            "credentials": {"existingSecret": "hub"},
+            "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        },
+        "metrics": {"tls": {"secret": "metrics-tls"}, "token": {"secret": "metrics-token"}},
+        "operator": {"cloudIdentity": True},
+        "runtimeProfiles": {"full": yaml.safe_load(FULL)},
+    }
+    kinds = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Role", "Service", "ServiceAccount"}
+    made = [item for item in render(values) if item["kind"] in kinds]
+    assert {item["kind"] for item in made} == kinds
+    dry_run(server, made)

@@ -7,26 +7,20 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
 import yaml
 from aiohttp import web
 from chart_kit import CHART, tool
+from fakes_operator import NOTHING_TO_MEASURE
 
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import ProcessSettings
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache
 
-NOTHING = cast(
-    Any,
-    SimpleNamespace(
-        outcomes={}, writes={}, failures={}, failing={}, polls=0, poll_failures=0,
-        ready_depth=lambda: 0, oldest_age_s=lambda: 0.0, waiting=lambda: 0,
-    ),
-)  # fmt: skip
+NOTHING: Any = NOTHING_TO_MEASURE
 
 
 def free_port() -> int:

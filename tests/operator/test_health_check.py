@@ -63,9 +63,9 @@ def test_a_base_that_sleeps_is_healthy_and_one_that_starts_progresses() -> None:
 
 
 def test_what_a_person_has_to_cure_is_degraded() -> None:
-    refused = inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN"))
+    refused = inspected(SourceFailure(FailureReason.TOO_LARGE, "300 GB; raise the bound."))
     status, message = health(of(inspection=refused))
-    assert (status, message.partition(" It is")[0]) == ("Degraded", "Unauthorized: 401; set HF_TOKEN")
+    assert (status, message.partition(" It is")[0]) == ("Degraded", "TooLarge: 300 GB; raise the bound.")
     running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
     edited = plan(replace(running, profile=None)).status
     assert edited is not None

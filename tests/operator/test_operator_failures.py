@@ -101,6 +101,24 @@ async def test_an_invalid_profile_is_reported_in_the_words_of_the_api_server_and
         assert await base_condition(api, "Stalled") == ("", "")
 
 
+async def test_profiles_that_cannot_be_read_are_shown_by_every_base_and_the_old_ones_stay_in_force(
+    api: Api, tmp_path: Path
+) -> None:
+    async with running_operator(api, tmp_path, FakeInspector(), resync_s=600.0):
+        await api.base()
+        await until(lambda: base_condition(api, "Ready"), ("False", "Starting"))
+        (tmp_path / "profiles.yaml").write_text("profiles:\n  default: {resource: {}}\n")
+        await until(lambda: base_condition(api, "Stalled"), ("True", "ProfilesUnreadable"))
+        text = await message(api, "Stalled")
+        assert "profiles.default.resource: Extra inputs are not permitted" in text
+        assert "Correct the chart's value runtimeProfiles" in text
+        await until(lambda: warned(api, "ProfilesUnreadable"))
+        await api.base("later")  # is started with the old profiles
+        await until(lambda: api.find("deployments", "later-runtime"))
+        (tmp_path / "profiles.yaml").write_text(operator_world.PROFILES)
+        await until(lambda: base_condition(api, "Stalled"), ("", ""))
+
+
 async def test_a_quota_that_refuses_the_deployment_is_reported(api: Api, tmp_path: Path) -> None:
     hard = {"count/deployments.apps": "0"}
     path = f"/api/v1/namespaces/{api.namespace}/resourcequotas"
@@ -145,7 +163,7 @@ async def test_an_object_that_cannot_be_parsed_says_so(
 
     def older(raw: dict[str, Any]) -> AdapterObject:
         if raw["spec"].get("alias") == "of-a-newer-version":
-            raise ValueError("spec.alias: not known to this version")
+            return parse({**raw, "spec": {**raw["spec"], "alias": {"names": ["of", "a", "newer", "version"]}}})
         return parse(raw)
 
     monkeypatch.setattr(AdapterObject, "parse", older)
@@ -155,7 +173,10 @@ async def test_an_object_that_cannot_be_parsed_says_so(
         await until(lambda: ready(api, "a"), ("False", "Unreadable"))
         item = await api.get("loraadapters", "a")
         assert condition(item, "Stalled") == ("True", "Unreadable")
-        assert "not known to this version" in await message(api, "Ready", "loraadapters", "a")
+        assert await message(api, "Ready", "loraadapters", "a") == (
+            "This version of the operator cannot read the object: spec.alias: Input should be a valid string. Correct "
+            "the field, or upgrade the operator; nothing was changed."
+        )
         await until(lambda: warned(api, "Unreadable"))
         await api.patch("loraadapters", "a", {"spec": {"alias": "plain"}})
         await until(lambda: ready(api, "a"), ("True", "Parked"))

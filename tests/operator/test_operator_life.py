@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,12 @@ from lorapool_api.common import ANNOTATION_DELETION_COST, ANNOTATION_RETRY, Adap
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier, runtime_token, token_sha256
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.world.observed import SourceFailure
 
 pytestmark = pytest.mark.apiserver
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 async def ready(api: Api, name: str) -> tuple[str, str]:
@@ -93,15 +99,70 @@ async def test_a_terminal_failure_is_typed_and_not_tried_again_at_once(
 
 
 async def test_the_retry_annotation_has_a_terminal_failure_inspected_again(api: Api, tmp_path: Path) -> None:
-    inspector = FakeInspector({"hf://org/a": ArtifactError(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")})
+    inspector = FakeInspector({"hf://org/a": ArtifactError(FailureReason.TOO_LARGE, "3 GiB; save it in bf16")})
     async with running_operator(api, tmp_path, inspector):
         await api.base()
         await api.adapter("a")
-        await until(lambda: ready(api, "a"), ("False", "Unauthorized"))
+        await until(lambda: ready(api, "a"), ("False", "TooLarge"))
         del inspector.answers["hf://org/a"]
         await api.patch("loraadapters", "a", {"metadata": {"annotations": {ANNOTATION_RETRY: "1"}}})
         await until(lambda: ready(api, "a"), ("True", "Parked"))
         assert "failure" not in (await api.get("loraadapters", "a"))["status"]
+
+
+async def test_a_changed_credential_has_what_was_refused_inspected_again_at_once(api: Api, tmp_path: Path) -> None:
+    denied = ArtifactError(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")
+    inspector = FakeInspector({"hf://org/a": denied, "hf://org/tiny": denied})
+    mounted = tmp_path / "credentials"
+    mounted.mkdir()
+    (mounted / "HF_TOKEN").write_text("expired")
+    sources = SourceSettings(credentials_dir=mounted)
+    async with running_operator(api, tmp_path, inspector, sources=sources, retry_min_s=600.0, resync_s=600.0):
+        await api.base()
+        await api.base("other", source={"uri": "hf://org/other"})
+        await api.adapter("a", base="other")
+        await until(lambda: base_ready(api), ("False", "Unauthorized"))
+        await until(lambda: ready(api, "a"), ("False", "Unauthorized"))
+        inspector.answers.clear()
+        (mounted / "HF_TOKEN").write_text("valid")
+        await until(lambda: ready(api, "a"), ("True", "Parked"))
+        await until(lambda: base_ready(api), ("False", "Starting"))
+
+
+async def test_the_documented_commands_retry_what_failed_in_a_namespace(api: Api, tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/debug-a-pending-adapter.md").read_text()
+    [block] = [part for part in re.findall(r"```sh\n(.*?)```", page, re.S) if "--field-selector" in part]
+    commands = re.findall(r"^kubectl.*?(?<!\\)$", block, re.S | re.M)
+    failures = {
+        "hf://my-org/a": ArtifactError(FailureReason.UNAUTHORIZED, "401"),
+        "hf://my-org/b": ArtifactError(FailureReason.INVALID_SOURCE, "no"),
+        "hf://other/c": ArtifactError(FailureReason.INVALID_SOURCE, "no"),
+    }
+    inspector = FakeInspector(dict(failures))
+    async with running_operator(api, tmp_path, inspector, retry_min_s=600.0, resync_s=600.0):
+        await api.base()
+        for uri, failure in failures.items():
+            name = uri[-1]
+            await api.adapter(name, source={"uri": uri})
+            await until(lambda name=name: ready(api, name), ("False", failure.reason.value))
+        for command, retried in zip(commands, ("abc", "a", "ab"), strict=True):
+            inspector.asked.clear()
+            await asyncio.to_thread(shell, api, command.replace("team-support", api.namespace).replace("+%s", "+%N"))
+            expected = {uri for uri in failures if uri[-1] in retried}
+            await until(lambda expected=expected: asked(inspector, expected))
+            await asyncio.sleep(0.3)  # whatever else was annotated would have been inspected by now
+            assert set(inspector.asked) == expected, command
+
+
+def shell(api: Api, command: str) -> None:
+    environ = {**os.environ, "KUBECONFIG": str(api.server.kubeconfig)}
+    environ["PATH"] = f"{api.server.bin_dir}:{environ['PATH']}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+async def asked(inspector: FakeInspector, expected: set[str]) -> bool:
+    return set(inspector.asked) >= expected
 
 
 async def test_a_source_that_is_down_is_tried_again_until_it_is_up(api: Api, tmp_path: Path) -> None:

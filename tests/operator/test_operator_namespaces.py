@@ -234,7 +234,7 @@ async def test_kopf_lists_no_object_again_and_misses_no_change_since_the_operato
 
 @pytest.mark.apiserver
 async def test_a_namespace_whose_role_is_removed_neither_ends_the_operator_nor_prevents_its_start(
-    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone = f"{api.namespace}-gone"
     await api.call("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": gone}})
@@ -279,6 +279,9 @@ async def test_a_namespace_whose_role_is_removed_neither_ends_the_operator_nor_p
     events = [item for item in await api.items("events") if item["reason"] == "WatchFailed"]
     assert len(events) == 2  # one for each process
     assert all(item["involvedObject"]["kind"] == "Lease" and gone in item["message"] for item in events)
+    lines = [record for record in caplog.records if "give the operator its Role" in record.getMessage()]
+    assert len(lines) == 2
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
 async def synced(process: Process) -> bool:

@@ -258,7 +258,7 @@ async def test_an_object_that_cannot_be_parsed_is_due_and_keeps_its_last_version
     del broken["spec"]["source"]
     intake.adapter(broken)
     assert await queue.get() == key
-    assert cache.unreadable[key].error == "source: Field required"
+    assert cache.unreadable[key].error == "spec.source: Field required"
     held = cache.adapters.get("team", "a")
     assert held is not None
     assert held.meta.resource_version == "6"
@@ -276,7 +276,10 @@ def test_an_object_that_cannot_be_parsed_is_not_ready_and_says_so_once(status: d
     conditions = {item["type"]: item for item in plan.status["conditions"]}
     assert (conditions["Ready"]["status"], conditions["Ready"]["reason"]) == ("False", "Unreadable")
     assert (conditions["Stalled"]["status"], conditions["Stalled"]["reason"]) == ("True", "Unreadable")
-    assert "spec.dtype: not known" in conditions["Ready"]["message"]
+    text = (
+        "This version of the operator cannot read the object: spec.dtype: not known. Correct the field, or upgrade the"
+    )
+    assert conditions["Ready"]["message"].startswith(text)
     assert plan.status["observedGeneration"] == 1
     assert plan.event.type == "Warning"
     assert [item for item in plan.status["conditions"] if item["type"] == "Resolved"] == status.get("conditions", [])

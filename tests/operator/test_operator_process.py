@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
 from fakes_operator import FakeInspector, ScriptedRuntime
-from operator_world import MASTER_TOKEN, PROFILES, Api, condition, running_operator, token_of, until
+from operator_world import MASTER_TOKEN, Api, condition, operator_program, running_operator, token_of, until
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.apiserver
@@ -24,26 +23,7 @@ async def scrape(port: int, path: str = "/metrics") -> tuple[int, str]:
 
 
 async def test_the_program_starts_leads_inspects_and_exits_after_a_signal(api: Api, tmp_path: Path) -> None:
-    (tmp_path / "profiles.yaml").write_text(PROFILES)
-    (tmp_path / "token").write_text(MASTER_TOKEN)
-    own = {
-        "NAMESPACES": api.namespace,
-        "OWN_NAMESPACE": api.namespace,
-        "RUNTIME_IMAGE": "runtime:1",
-        "PROFILES_FILE": str(tmp_path / "profiles.yaml"),
-        "MASTER_TOKEN_FILE": str(tmp_path / "token"),
-        "METRICS_HOST": "127.0.0.1",
-        "METRICS_PORT": "0",
-        "LOG_FORMAT": "json",
-    }
-    environment = {**os.environ, **{f"LORAPOOL_OPERATOR_{name}": value for name, value in own.items()}}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "lorapool_operator", "--kubeconfig", str(api.server.kubeconfig),
-        env=environment, cwd=tmp_path, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert program.stderr is not None
-    try:
+    async with operator_program(api, tmp_path) as program:
         await api.base()
         await api.adapter("a")
 
@@ -51,11 +31,8 @@ async def test_the_program_starts_leads_inspects_and_exits_after_a_signal(api: A
             return condition(await api.get("loraadapters", "a"), "Ready")
 
         await until(ready, ("False", "SourceUnavailable"), within_s=60.0)  # nothing listens at that hub
-    finally:
-        program.send_signal(signal.SIGTERM)
-        log = (await program.stderr.read()).decode()
-        code = await asyncio.wait_for(program.wait(), 20)
-    assert code == 0, log
+    log = program.log
+    assert program.code == 0, log
     assert "Traceback" not in log
     assert "Forbidden" not in log
     assert re.search(r"(?<![\d.:])403(?![\d.])", log) is None  # a number of its own, not the digits of a time
@@ -98,7 +75,7 @@ async def test_probes_and_metrics_show_the_state_and_series_disappear_with_the_o
                 "lorapool_operator_queue_depth",
                 "lorapool_operator_queue_oldest_age_seconds",
                 "lorapool_operator_adapters",
-                "lorapool_operator_judgements_waiting",
+                "lorapool_operator_inspections_waiting",
                 "lorapool_operator_base_condition",
                 "lorapool_operator_runtime_polls",
             ):

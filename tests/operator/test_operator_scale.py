@@ -10,8 +10,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes_operator import FakeInspector
-from operator_world import Api, condition, running_operator, until
+from fakes_operator import FakeInspector, ScriptedRuntime, digest
+from operator_world import Api, condition, running_operator, token_of, until
+
+from lorapool_api.common import AdapterKey
+from lorapool_operator.process import Process
 
 pytestmark = pytest.mark.apiserver
 
@@ -51,6 +54,47 @@ async def test_many_adapters_at_once_cost_one_status_write_each(
         assert writes - ADAPTERS <= 1 + took_s / 1.0 + 3  # the base's own, at most one a second
     with capsys.disabled():
         print(f"\n{ADAPTERS} adapters: created in {created_s:.1f} s, all ready after {took_s:.1f} s, {writes} writes")
+
+
+async def test_adapters_that_rotate_over_few_slots_cost_a_bounded_number_of_status_writes(
+    api: Api, tmp_path: Path
+) -> None:
+    """Sixteen adapters take turns in four slots; in an hour-long interval each may be written four times in a row."""
+    names = [f"a-{number}" for number in range(16)]
+    settings = {"load_status_interval_s": 3600.0, "usage_interval_s": 3600.0, "poll_pause_s": 0.01, "resync_s": 600.0}
+    async with running_operator(api, tmp_path, FakeInspector(), **settings) as process:
+        base = await api.base()
+        keys = [AdapterKey((await api.adapter(name))["metadata"]["uid"], digest(f"hf://org/{name}")) for name in names]
+        async with ScriptedRuntime(token=token_of(base)).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+            await until(lambda: condition_of(api, "basemodels", "tiny", "Ready"), ("True", "Ready"))
+            for name in names:
+                await until(lambda name=name: condition_of(api, "loraadapters", name, "Ready"), ("True", "Parked"))
+            for turn in range(24):
+                seen = process.control.runtimes.polls
+                runtime.adapters.clear()
+                for number in range(4 * turn % 16, 4 * turn % 16 + 4):
+                    runtime.have(keys[number], f"{api.namespace}/{names[number]}")
+                await until(lambda seen=seen: polled(process, seen + 2), every_s=0.01)
+            runtime.adapters.clear()
+            runtime.change()
+
+            async def none_loaded() -> bool:
+                return all(not item["status"].get("loadedReplicas") for item in await api.items("loraadapters"))
+
+            await until(none_loaded)
+    writes = {name: count for name, count in _status_writes(api).items() if name in names}
+    assert writes.keys() == set(names)
+    assert max(writes.values()) <= 1 + 4 + 1  # checked, a burst of four, and an unload
+    assert max(writes.values()) > 1  # the turns were seen
+
+
+async def condition_of(api: Api, plural: str, name: str, kind: str) -> tuple[str, str]:
+    return condition(await api.get(plural, name), kind)
+
+
+async def polled(process: Process, polls: int) -> bool:
+    return process.control.runtimes.polls >= polls
 
 
 def _status_writes(api: Api) -> Counter[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from fakes import Adapter, FakeRuntime
@@ -19,6 +20,12 @@ from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection
 from lorapool_operator.world.observed import SourceFacts, SourceFailure
+
+NOTHING_TO_MEASURE = SimpleNamespace(
+    outcomes={}, writes={}, failures={}, failing={}, polls=0, poll_failures=0,
+    ready_depth=lambda: 0, oldest_age_s=lambda: 0.0, waiting=lambda: 0,
+)  # fmt: skip
+"""Stands for the operator's queue and trackers where only its metrics of objects are of interest."""
 
 
 def digest(text: str) -> str:

@@ -7,11 +7,15 @@ loop.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import ssl
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +227,54 @@ def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
     )
 
 
+@dataclass
+class Program:
+    """`python -m lorapool_operator` as a process; `log` and `code` are known after its end."""
+
+    log: str = ""
+    code: int | None = None
+
+
 @asynccontextmanager
-async def running_operator(api: Api, folder: Path, inspector: FakeInspector, **changes: Any) -> AsyncIterator[Process]:
+async def operator_program(api: Api, folder: Path, *, profiles: str = PROFILES, **own: str) -> AsyncIterator[Program]:
+    """Runs the program until the end of the block, then ends it by a signal. `own`: its settings, in upper case."""
+    (folder / "profiles.yaml").write_text(profiles)
+    (folder / "token").write_text(MASTER_TOKEN)
+    own = {
+        "NAMESPACES": api.namespace,
+        "OWN_NAMESPACE": api.namespace,
+        "RUNTIME_IMAGE": "runtime:1",
+        "PROFILES_FILE": str(folder / "profiles.yaml"),
+        "MASTER_TOKEN_FILE": str(folder / "token"),
+        "METRICS_HOST": "127.0.0.1",
+        "METRICS_PORT": "0",
+        "LOG_FORMAT": "json",
+        **own,
+    }
+    environment = {**os.environ, **{f"LORAPOOL_OPERATOR_{name}": value for name, value in own.items()}}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-m", "lorapool_operator", "--kubeconfig", str(api.server.kubeconfig),
+        env=environment, cwd=folder, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    program = Program()
+    assert process.stderr is not None
+    reading = asyncio.create_task(process.stderr.read())
+    try:
+        yield program
+    finally:
+        process.send_signal(signal.SIGTERM)
+        program.log = (await reading).decode()
+        program.code = await asyncio.wait_for(process.wait(), 20)
+
+
+@asynccontextmanager
+async def running_operator(
+    api: Api, folder: Path, inspector: FakeInspector, *, sources: SourceSettings | None = None, **changes: Any
+) -> AsyncIterator[Process]:
     """The whole process, in this event loop."""
-    process = Process(operator_settings(api, folder, **changes), sources=SourceSettings(), inspector=inspector)
+    settings = operator_settings(api, folder, **changes)
+    process = Process(settings, sources=sources or SourceSettings(), inspector=inspector)
     task = asyncio.create_task(process.run())
     try:
 

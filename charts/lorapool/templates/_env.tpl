@@ -129,8 +129,8 @@
   value: {{ $operator.rollout.maxConcurrentBases | int64 | quote }}
 - name: LORAPOOL_OPERATOR_RESYNC_S
   value: {{ $operator.resyncSeconds | int64 | quote }}
-- name: LORAPOOL_OPERATOR_JUDGE_CONCURRENCY
-  value: {{ $operator.judgeConcurrency | int64 | quote }}
+- name: LORAPOOL_OPERATOR_INSPECTION_CONCURRENCY
+  value: {{ $operator.inspectionConcurrency | int64 | quote }}
 - name: LORAPOOL_OPERATOR_USAGE_INTERVAL_S
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS

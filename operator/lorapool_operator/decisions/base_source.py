@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorapool_api.common import BaseCondition, FailureReason, Reason
 from lorapool_operator.decisions.plan import ConditionValue, InspectionJob, PlanSettings
-from lorapool_operator.decisions.validity import retry_due, with_hint
+from lorapool_operator.decisions.validity import credentials_changed, retry_due, with_hint
 from lorapool_operator.world.cluster_cache import find_condition
 from lorapool_operator.world.observed import ObservedBase, SourceFacts, SourceFailure
 
@@ -67,14 +67,15 @@ def _failed(
 ) -> tuple[BaseSource, InspectionJob | None, float | None]:
     result = observed.inspection
     assert result is not None
-    message = failure.message if failure.reason.repeated else with_hint(failure.message)
+    message = with_hint(failure.reason, failure.message)
     source = BaseSource(None, ("False", failure.reason.value, message), failure.reason)
     if result.fingerprint != observed.fingerprint:
         return source, _job(observed, 1), None
     if not failure.reason.repeated:
         return source, None, None
     due = retry_due(failure, result, settings)
-    if now < due:
+    refused = failure.reason is FailureReason.UNAUTHORIZED
+    if now < due and not (refused and credentials_changed(result, observed.credentials_unix_s)):
         return source, None, due
     return source, _job(observed, result.attempt + 1), None
 

@@ -222,7 +222,16 @@ def _stalled(
         return source.condition
     if decision.replicas == 0 and start is not None and start.reason is not None:
         return ("False", start.reason, _failed_start(observed, decision, start))
+    if observed.profiles_problem:
+        return ("False", Reason.PROFILES_UNREADABLE.value, _stale_profiles(observed))
     return None
+
+
+def _stale_profiles(observed: ObservedBase) -> str:
+    return (
+        f"The changed runtime profiles cannot be read, so the previous ones stay in force: {observed.profiles_problem}."
+        " Correct the chart's value runtimeProfiles."
+    )[:1024]
 
 
 def _no_profile(observed: ObservedBase) -> ConditionValue:

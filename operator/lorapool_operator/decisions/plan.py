@@ -23,6 +23,7 @@ class PlanSettings:
 
     pending_status_s: float = 5.0
     usage_interval_s: float = 60.0
+    load_status_interval_s: float = 10.0
     retry_min_s: float = 5.0
     retry_max_s: float = 300.0
     source_check_s: float = 3600.0
@@ -99,6 +100,8 @@ class AdapterPlan:
     inspect: InspectionJob | None = None
     events: tuple[KubeEvent, ...] = ()
     memory: SpreadMemory = field(default_factory=SpreadMemory)
+    load_writes_until_unix_s: float = 0.0
+    """`ObservedAdapter.load_writes_until_unix_s` of the next plan."""
     requeue_at: float | None = None
 
 

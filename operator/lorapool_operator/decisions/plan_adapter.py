@@ -9,15 +9,16 @@ unregistered.
 
 from __future__ import annotations
 
-from lorapool_api.common import AdapterCondition, AdapterKey, FailureReason, Reason, duration_s
+from lorapool_api.common import AdapterCondition, AdapterKey, Reason, duration_s
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
+from lorapool_operator.decisions import load_writes
 from lorapool_operator.decisions.adapter_status import status_of
 from lorapool_operator.decisions.blocker import Blocker, base_failure_due, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
 from lorapool_operator.decisions.spread import SpreadDecision, decide
 from lorapool_operator.decisions.stopping import takes_over
-from lorapool_operator.decisions.validity import NOT_FOUND_AGAIN_S, Validity, decide_validity
+from lorapool_operator.decisions.validity import RUNTIME_RETRY_S, Validity, decide_validity, reason_of
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
 from lorapool_operator.world.observed import ObservedAdapter, SourceFacts, SpreadMemory, max_replicas
 
@@ -55,10 +56,15 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
     base_due = _base_due(observed, blocker, now)
     if base_due is not None:
         status = None
+    writes = load_writes.decide(
+        observed.adapter.status, status, observed.load_writes_until_unix_s, now, settings.load_status_interval_s
+    )
+    if writes.due_unix_s is not None:
+        status = None
     failure_due = base_failure_due(observed.base)
     if failure_due is not None and failure_due <= now:
         failure_due = None
-    due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s, failure_due)
+    due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s, failure_due, writes.due_unix_s)
     return AdapterPlan(
         status=status,
         registers=_registers(observed, observed.base, validity, spread.k, now)
@@ -68,6 +74,7 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
         inspect=decided.job,
         events=_events(observed.adapter.status, status, validity) if status is not None else (),
         memory=spread.memory,
+        load_writes_until_unix_s=writes.until_unix_s,
         requeue_at=min((at for at in due if at is not None), default=None),
     )
 
@@ -228,10 +235,10 @@ def _outdated_failure(
 
 
 def _try_again(report: AdapterReport, since_unix_s: float, now: float) -> bool:
-    """True if a runtime did not find the files a while ago; without its failure the next request loads them again."""
-    detail = report.failure if report.state is AdapterState.FAILED else None
-    missing = detail is not None and detail.reason == FailureReason.SOURCE_NOT_FOUND
-    return missing and now >= since_unix_s + NOT_FOUND_AGAIN_S
+    """True if a runtime could not find or read the files a while ago; the next request then loads them again."""
+    reason = reason_of(report.failure.reason) if report.state is AdapterState.FAILED and report.failure else None
+    may_heal = reason is not None and reason.repeated and not reason.transient
+    return may_heal and now >= since_unix_s + RUNTIME_RETRY_S
 
 
 def _events(before: LoraAdapterStatus, after: LoraAdapterStatus, validity: Validity) -> tuple[KubeEvent, ...]:

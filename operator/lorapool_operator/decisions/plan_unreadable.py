@@ -24,7 +24,10 @@ class UnreadablePlan:
 def plan_unreadable(item: UnreadableObject, now: float) -> UnreadablePlan | None:
     """Returns the patch and the event; None if the status says so already."""
     generation = int(item.raw["metadata"].get("generation") or 0)
-    message = f"This version of the operator cannot parse {item.error}. Correct it, or upgrade; nothing was changed."
+    message = (
+        f"This version of the operator cannot read the object: {item.error}. Correct the field, or upgrade the "
+        "operator; nothing was changed."
+    )
     before = [entry for entry in (item.raw.get("status") or {}).get("conditions") or () if isinstance(entry, dict)]
     wanted = [_condition(kind, message[:1024], generation, before, now) for kind in SHOWN]
     if all(entry in before for entry in wanted):

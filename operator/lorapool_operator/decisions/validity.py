@@ -20,15 +20,20 @@ from lorapool_operator.decisions.plan import InspectionJob, PlanSettings
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition
 from lorapool_operator.world.observed import InspectionResult, ObservedAdapter, SourceFacts, SourceFailure
 
-NOT_FOUND_RETRY_MAX_S = 600.0
-"""A source that does not exist may still be uploaded; it is inspected at least this often."""
-NOT_FOUND_AGAIN_S = 60.0
-"""A runtime that did not find the files at the source of a checked adapter may try again after this time."""
+TERMINAL_RETRY_MAX_S = 600.0
+"""A source that does not exist may still be uploaded, one that refuses access may still grant it: both are inspected at
+least this often."""
+RUNTIME_RETRY_S = 60.0
+"""A runtime that could not find or read the source of a checked adapter may try again after this time."""
 RETRY_HINT = "It is checked again when the spec or the annotation lorapool.dev/retry changes."
+CREDENTIALS_HINT = (
+    "It is checked again at once when the operator's mounted credentials or the annotation lorapool.dev/retry change, "
+    "and every 10 minutes at least."
+)
 CHECK = "#check"
 """Ends the fingerprint of an inspection that looks for newer files at a source that was resolved."""
 _IMMUTABLE = re.compile(r"[0-9a-f]{40}|sha256:[0-9a-f]{64}")
-MESSAGE_CHARS = 940
+MESSAGE_CHARS = 860
 """Longest message of a failure, so that the hint fits the bound of a condition's message."""
 
 MAX_INSPECTED_RANK = 256
@@ -100,7 +105,9 @@ def decide_validity(
     if not may_inspect:
         return ValidityDecision(replace(last, failure=failure, pending=last.facts is None))
     due = unix(failure.retry_at) if failure is not None else None
-    if attempts and due is not None and due > now:
+    refused = failure is not None and reason_of(failure.reason) is FailureReason.UNAUTHORIZED
+    again = refused and credentials_changed(result, observed.credentials_unix_s)
+    if attempts and due is not None and due > now and not again:
         return ValidityDecision(replace(last, failure=failure, newer_failed=last.ok), due=due)
     waiting = replace(last, pending=True)
     if observed.running is not None and observed.running.fingerprint == fingerprint:
@@ -273,7 +280,7 @@ def _failure_status(
     due = retry_due(outcome, result, settings) if outcome.reason.repeated else None
     status = FailureStatus(
         reason=outcome.reason.value,
-        message=outcome.message[:1024] if due is not None else with_hint(outcome.message),
+        message=with_hint(outcome.reason, outcome.message),
         attempts=result.attempt,
         retry_at=iso(due + 0.999) if due is not None else None,
     )
@@ -287,14 +294,20 @@ def retry_due(outcome: SourceFailure, result: InspectionResult, settings: PlanSe
         result.attempt,
         result.jitter,
         first_s=settings.retry_min_s,
-        longest_s=settings.retry_max_s if outcome.reason.transient else NOT_FOUND_RETRY_MAX_S,
+        longest_s=settings.retry_max_s if outcome.reason.transient else TERMINAL_RETRY_MAX_S,
         asked_s=outcome.retry_after_s,
     )
 
 
-def with_hint(message: str) -> str:
-    """Returns the message of a terminal failure with what makes the operator check again."""
-    return message if RETRY_HINT in message else f"{message[:MESSAGE_CHARS]} {RETRY_HINT}"
+def credentials_changed(result: InspectionResult | None, changed_unix_s: float) -> bool:
+    """True if the credentials of sources changed after the last inspection had begun."""
+    return changed_unix_s > (result.began_unix_s if result is not None else 0.0)
+
+
+def with_hint(reason: FailureReason, message: str) -> str:
+    """Returns the message of a failure with what makes the operator check again, unless it shows when it does."""
+    hint = CREDENTIALS_HINT if reason is FailureReason.UNAUTHORIZED else "" if reason.repeated else RETRY_HINT
+    return message[:1024] if not hint or hint in message else f"{message[:MESSAGE_CHARS]} {hint}"
 
 
 def rank_failure(facts: SourceFacts, base: BaseObject) -> FailureStatus | None:
@@ -325,13 +338,13 @@ def _runtime_failure(observed: ObservedAdapter, digest: str) -> FailureStatus | 
             repeated = reason_of(detail.reason).repeated
             at = detail.retry_at_unix_s
             if at is None:
-                at = report.since_unix_s + (0.0 if reason_of(detail.reason).transient else NOT_FOUND_AGAIN_S)
+                at = report.since_unix_s + (0.0 if reason_of(detail.reason).transient else RUNTIME_RETRY_S)
             return _runtime_failure_status(detail, retry_at=iso(at) if repeated else None)
     return None
 
 
 def _runtime_failure_status(detail: ErrorDetail, *, retry_at: str | None) -> FailureStatus:
-    message = with_hint(detail.message) if retry_at is None else detail.message
+    message = with_hint(reason_of(detail.reason), detail.message)
     return FailureStatus(reason=detail.reason, message=message, attempts=detail.attempts, retry_at=retry_at)
 
 

@@ -153,8 +153,9 @@ class InspectionTracker:
         try:
             async with self._permits[job.key.kind].permit(job.key.namespace):
                 started = self._started.get(job.uid)
+                began = time.time()
                 if started is not None and started.task is me:
-                    started.running_since_unix_s = time.time()
+                    started.running_since_unix_s = began
                     self._changed(job.key, self._pending_status_s)
                 outcome = await self._outcome(job)
         finally:
@@ -163,7 +164,8 @@ class InspectionTracker:
                 del self._started[job.uid]
         reason = outcome.reason.value if isinstance(outcome, SourceFailure) else "Resolved"
         self.outcomes[reason] = self.outcomes.get(reason, 0) + 1
-        self._results[job.uid] = InspectionResult(job.fingerprint, job.attempt, outcome, time.time(), random.random())
+        jitter = random.random()
+        self._results[job.uid] = InspectionResult(job.fingerprint, job.attempt, outcome, time.time(), jitter, began)
         self._changed(job.key, 0.0)
 
     async def _outcome(self, job: InspectionJob) -> Outcome:

@@ -38,7 +38,8 @@ class NamespaceReports:
         if not first:
             return
         log.warning(
-            "namespace cannot be watched; its objects are kept as last known",
+            "namespace cannot be watched, and its objects are kept as last known: give the operator its Role there, or "
+            "remove the namespace from the chart's watchNamespaces",
             extra={"watched_namespace": label, "error": str(error)},
         )
         try:

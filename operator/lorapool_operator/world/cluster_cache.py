@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
@@ -87,6 +88,24 @@ class Meta:
         )
 
 
+class UnreadableError(ValueError):
+    """A part of an object that this version cannot parse. The message names the fields, without their values."""
+
+
+Part = TypeVar("Part", bound=PydanticModel)
+
+
+def _part(model: type[Part], raw: Mapping[str, Any], name: str) -> Part:
+    """Parses spec or status. Raises UnreadableError, or KeyError if there is no spec."""
+    try:
+        return model.model_validate(raw[name] if name == "spec" else raw.get(name) or {})
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_input=False, include_context=False)
+        fields = (".".join(map(str, (name, *item["loc"]))) for item in items)
+        problems = (f"{field}: {item['msg']}" for field, item in zip(fields, items, strict=True))
+        raise UnreadableError("; ".join(list(problems)[:3])) from error
+
+
 @dataclass(frozen=True, slots=True)
 class BaseObject:
     meta: Meta
@@ -111,11 +130,11 @@ class BaseObject:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> BaseObject:
-        """Parses the API server's JSON. Raises ValidationError or KeyError."""
+        """Parses the API server's JSON. Raises UnreadableError or KeyError."""
         return cls(
             Meta.parse(raw["metadata"]),
-            BaseModelSpec.model_validate(raw["spec"]),
-            BaseModelStatus.model_validate(raw.get("status") or {}),
+            _part(BaseModelSpec, raw, "spec"),
+            _part(BaseModelStatus, raw, "status"),
         )
 
 
@@ -141,13 +160,13 @@ class AdapterObject:
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterObject:
-        """Parses the API server's JSON. Raises ValidationError or KeyError."""
+        """Parses the API server's JSON. Raises UnreadableError or KeyError."""
         status = dict(raw.get("status") or {})
         status["conditions"] = share_conditions(status.get("conditions") or [])
         return cls(
             Meta.parse(raw["metadata"]),
-            compact(LoraAdapterSpec.model_validate(raw["spec"])),
-            compact(LoraAdapterStatus.model_validate(status)),
+            compact(_part(LoraAdapterSpec, raw, "spec")),
+            compact(_part(LoraAdapterStatus, {"status": status}, "status")),
         )
 
 
@@ -428,7 +447,7 @@ def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
 
 
 P = TypeVar("P", BaseObject, AdapterObject, PodObject, DeploymentObject)
-ParseErrors = (ValidationError, KeyError, TypeError, ValueError)
+ParseErrors = (KeyError, TypeError, ValueError)
 
 
 def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
@@ -446,7 +465,4 @@ def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
 
 def parse_error_text(error: Exception) -> str:
     """Returns the fields that cannot be parsed, and why, without their values."""
-    if not isinstance(error, ValidationError):
-        return f"{type(error).__name__}: {error}"
-    items = error.errors(include_url=False, include_input=False, include_context=False)
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items[:3])
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)

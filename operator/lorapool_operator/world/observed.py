@@ -142,6 +142,8 @@ class InspectionResult:
     at_unix_s: float
     jitter: float
     """A random number in [0, 1) that spreads retries over time."""
+    began_unix_s: float = 0.0
+    """When it began, and used the credentials of that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,10 @@ class ObservedAdapter:
     spread_memory: SpreadMemory = field(default_factory=SpreadMemory)
     leaving: frozenset[str] = frozenset()
     """Uids of pods that are about to be stopped or replaced."""
+    credentials_unix_s: float = 0.0
+    """When the credentials with which this process inspects sources changed last; 0 for never."""
+    load_writes_until_unix_s: float = 0.0
+    """When the writes of its load state that were made are paid for, at one in each interval; 0 for none."""
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -409,8 +415,12 @@ class ObservedBase:
     """The object that has this one's served name, if any."""
     profile_denied: bool = False
     """True if the profile exists, but not for this namespace; `profile` is then None."""
+    profiles_problem: str = ""
+    """Why the changed file of profiles cannot be read; empty if nothing is wrong."""
     profile_changed: bool = False
     """True if the last plan used another profile."""
+    credentials_unix_s: float = 0.0
+    """When the credentials with which this process inspects sources changed last; 0 for never."""
 
     @property
     def floor(self) -> int:

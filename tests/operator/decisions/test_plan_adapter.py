@@ -6,103 +6,43 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes_operator import digest
+from adapter_world import (
+    NEW,
+    NOW,
+    OLD,
+    adapter,
+    base,
+    condition,
+    good,
+    inspected,
+    meta,
+    plan,
+    replica,
+    report,
+    settled,
+    text_of,
+    types,
+)
 
-from lorapool_api.basemodel import AdapterDefaults, BaseModelSpec, BaseModelStatus
+from lorapool_api.basemodel import AdapterDefaults, BaseModelStatus
 from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus, UsagePart
+from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, UsagePart
 from lorapool_api.placement import Replica, placement_order
-from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, ErrorDetail, RuntimeSnapshot, SourceRef, Tier
-from lorapool_operator.decisions.plan import AdapterPlan, PlanSettings, Unregister
-from lorapool_operator.decisions.plan_adapter import plan_adapter
+from lorapool_api.protocol import AdapterReport, AdapterState, ErrorDetail, SourceRef, Tier
+from lorapool_operator.decisions.plan import AdapterPlan, Unregister
 from lorapool_operator.decisions.validity import RETRY_HINT
 from lorapool_operator.world import observed
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Meta
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
     InspectionResult,
     ObservedAdapter,
     RunningInspection,
-    RuntimeView,
     SourceFacts,
     SourceFailure,
     SpreadMemory,
     adapter_fingerprint,
 )
-
-NOW = 1_700_000_000.0
-OLD, NEW = digest("old"), digest("new")
-SETTINGS = PlanSettings()
-
-
-def meta(name: str, uid: str, **more: Any) -> Meta:
-    known = {"namespace": "team", "generation": 1, "resource_version": "1", "created_unix_s": 0.0, "deleting": False}
-    return Meta(name=name, uid=uid, **{**known, "retry": None, **more})
-
-
-def base(**spec: Any) -> BaseObject:
-    made = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base"}, "replicas": 1, **spec})
-    return BaseObject(meta("tiny", "base-uid"), made, BaseModelStatus())
-
-
-def adapter(status: LoraAdapterStatus | None = None, **spec: Any) -> AdapterObject:
-    made = LoraAdapterSpec.model_validate({"baseModelRef": {"name": "tiny"}, "source": {"uri": "hf://org/a"}, **spec})
-    return AdapterObject(meta("a", "a-uid"), made, status or LoraAdapterStatus())
-
-
-def report(state: AdapterState = AdapterState.LOADED, of: str = OLD, **more: Any) -> AdapterReport:
-    tier = Tier.DEVICE if state is AdapterState.LOADED else Tier.DISK
-    known = {"uid": "a-uid", "digest": of, "display": "team/a", "state": state, "tier": tier, "since_unix_s": NOW - 9}
-    return AdapterReport.model_validate({**known, "usage": UsagePart(boot_id="boot"), **more})
-
-
-def replica(
-    *reports: AdapterReport, pod: str = "pod-1", fresh: bool = True, terminating: bool = False
-) -> AdapterOnReplica:
-    snapshot = RuntimeSnapshot(
-        seq=1, boot_id="boot", started_unix_s=0.0, base=BaseReport(served_name="t", max_model_len=64, dtype="f"),
-        ready=True, slots_total=8, slots_used=0, max_rank=16, adapters=list(reports),
-    )  # fmt: skip
-    return AdapterOnReplica(
-        RuntimeView(pod, f"{pod}-uid", not terminating, terminating, snapshot, fresh), tuple(reports)
-    )
-
-
-def inspected(
-    outcome: SourceFacts | SourceFailure, of: AdapterObject, on: BaseObject, attempt: int = 1
-) -> InspectionResult:
-    return InspectionResult(adapter_fingerprint(of, on), attempt, outcome, NOW - 1, 0.5)
-
-
-def good(of: str = OLD, rank: int = 8) -> SourceFacts:
-    return SourceFacts(of, "rev", rank, ("q_proj",), 100)
-
-
-def settled(of: AdapterObject, on: BaseObject, facts: SourceFacts | None = None) -> AdapterObject:
-    """Returns the same adapter after a successful inspection was written to its status."""
-    observed = ObservedAdapter(of, on, inspection=inspected(facts or good(), of, on))
-    status = plan_adapter(observed, NOW - 100, SETTINGS).status
-    assert status is not None
-    return replace(of, status=status)
-
-
-def plan(observed: ObservedAdapter, now: float = NOW) -> AdapterPlan:
-    return plan_adapter(observed, now, SETTINGS)
-
-
-def condition(made: AdapterPlan, kind: str) -> tuple[str, str]:
-    assert made.status is not None
-    return next((item.status, item.reason) for item in made.status.conditions if item.type == kind)
-
-
-def text_of(made: AdapterPlan, kind: str) -> str:
-    assert made.status is not None
-    return next(item.message for item in made.status.conditions if item.type == kind)
-
-
-def types(made: AdapterPlan) -> set[str]:
-    assert made.status is not None
-    return {item.type for item in made.status.conditions}
 
 
 def test_a_new_adapter_is_inspected_and_no_status_is_written_meanwhile() -> None:
@@ -635,12 +575,12 @@ def test_an_adapter_on_a_volume_of_a_sleeping_base_is_ready_but_unverified() -> 
 
 def test_a_terminal_failure_is_stalled_and_says_what_makes_the_operator_check_again() -> None:
     one, on = adapter(), base()
-    failure = SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN")
+    failure = SourceFailure(FailureReason.INVALID_SOURCE, "a pickle; save it again")
     made = plan(ObservedAdapter(one, on, inspection=inspected(failure, one, on)))
-    assert condition(made, "Stalled") == ("True", "Unauthorized")
-    assert text_of(made, "Ready").startswith("401; set HF_TOKEN")
+    assert condition(made, "Stalled") == ("True", "InvalidSource")
+    assert text_of(made, "Ready").startswith("a pickle; save it again")
     assert "lorapool.dev/retry" in text_of(made, "Ready")
-    longest = SourceFailure(FailureReason.UNAUTHORIZED, "x" * 2000)
+    longest = SourceFailure(FailureReason.INVALID_SOURCE, "x" * 2000)
     cut = plan(ObservedAdapter(one, on, inspection=inspected(longest, one, on)))
     assert text_of(cut, "Ready").endswith("lorapool.dev/retry changes.")
 
@@ -652,13 +592,16 @@ def test_a_namespace_that_is_not_permitted_is_stalled_and_a_missing_base_is_not(
     assert "Stalled" not in types(plan(ObservedAdapter(adapter(), None)))
 
 
-def test_a_source_that_does_not_exist_yet_is_inspected_again_within_ten_minutes() -> None:
+@pytest.mark.parametrize("reason", [FailureReason.SOURCE_NOT_FOUND, FailureReason.UNAUTHORIZED])
+def test_a_source_that_may_still_be_uploaded_or_shared_is_inspected_again_within_ten_minutes(
+    reason: FailureReason,
+) -> None:
     one, on = adapter(), base()
-    missing, now, waits = SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; upload it"), NOW, []
+    missing, now, waits = SourceFailure(reason, "it is not there"), NOW, []
     for attempt in range(1, 10):
         result = replace(inspected(missing, one, on, attempt), at_unix_s=now, jitter=1.0)
         made = plan(ObservedAdapter(one, on, inspection=result), now)
-        assert condition(made, "Ready") == ("False", "SourceNotFound")
+        assert condition(made, "Ready") == ("False", reason.value)
         assert "Stalled" not in types(made)
         assert made.requeue_at is not None
         assert made.status is not None
@@ -669,12 +612,35 @@ def test_a_source_that_does_not_exist_yet_is_inspected_again_within_ten_minutes(
     assert 595 <= waits[-1] <= 601
 
 
-def test_files_that_a_runtime_did_not_find_are_looked_for_again_by_a_later_request() -> None:
+def test_a_source_that_refused_access_is_inspected_at_once_when_the_credentials_change() -> None:
+    one, on = adapter(), base()
+    refused = replace(inspected(SourceFailure(FailureReason.UNAUTHORIZED, "x" * 2000), one, on), began_unix_s=NOW - 2)
+    status = plan(ObservedAdapter(one, on, inspection=refused)).status
+    assert status is not None
+    failed = ObservedAdapter(replace(one, status=status), on, inspection=refused)
+    assert plan(failed).inspect is None
+    assert plan(replace(failed, credentials_unix_s=NOW - 3)).inspect is None
+    job = plan(replace(failed, credentials_unix_s=NOW)).inspect
+    assert job is not None
+    assert job.attempt == 2
+    assert plan(replace(failed, inspection=None, credentials_unix_s=NOW)).inspect is not None
+    assert status.failure is not None
+    assert "mounted credentials" in status.failure.message
+    assert "lorapool.dev/retry" in status.failure.message
+    missing = inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404"), one, on)
+    waits = plan(ObservedAdapter(one, on, inspection=missing)).status
+    assert waits is not None
+    unmoved = ObservedAdapter(replace(one, status=waits), on, inspection=missing, credentials_unix_s=NOW)
+    assert plan(unmoved).inspect is None
+
+
+@pytest.mark.parametrize("reason", ["SourceNotFound", "Unauthorized"])
+def test_files_that_a_runtime_could_not_get_are_asked_for_again_by_a_later_request(reason: str) -> None:
     one, on = settled(adapter(), base()), base()
-    detail = ErrorDetail(reason="SourceNotFound", message="404")
+    detail = ErrorDetail(reason=reason, message="404")
     missing = report(AdapterState.FAILED, failure=detail, since_unix_s=NOW)
     made = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 59)
-    assert condition(made, "Ready") == ("False", "SourceNotFound")
+    assert condition(made, "Ready") == ("False", reason)
     assert made.unregisters == ()
     after = plan(ObservedAdapter(one, on, replicas=(replica(missing),)), NOW + 60)
     assert [item.adapter.digest for item in after.unregisters] == [OLD]

@@ -229,7 +229,7 @@ def test_an_inspection_job_has_the_whole_question_and_one_runs_at_a_time() -> No
 
 
 def test_the_retry_annotation_starts_another_first_attempt() -> None:
-    gone = inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401"))
+    gone = inspected(SourceFailure(FailureReason.TOO_LARGE, "300 GB"))
     assert plan(world(inspection=gone), NOW + 10_000).inspect is None
     of = replace(base(), meta=replace(base().meta, retry="1"))
     job = plan(world(of, inspection=gone)).inspect
@@ -342,6 +342,16 @@ def test_a_changed_profile_is_an_event() -> None:
     assert [(note.type, note.reason) for note in made.events] == [("Normal", "ProfileChanged")]
 
 
+def test_profiles_that_cannot_be_read_are_a_condition_and_an_event_and_change_nothing_else() -> None:
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    usual, made = plan(running), plan(replace(running, profiles_problem="profiles.yaml: profiles.a: no such field"))
+    assert condition(made, "Stalled") == ("True", "ProfilesUnreadable")
+    assert "profiles.a: no such field. Correct the chart's value runtimeProfiles." in message(made, "Stalled")
+    assert [(note.type, note.reason) for note in made.events] == [("Warning", "ProfilesUnreadable")]
+    assert condition(made, "Ready") == condition(usual, "Ready")
+    assert made.children == usual.children
+
+
 def test_a_served_name_that_another_object_has_is_a_condition() -> None:
     holder = Key(ObjectKind.ADAPTER, "team", "older")
     made = plan(world(base(replicas=0, servedName="fast"), name_holder=holder))
@@ -352,10 +362,20 @@ def test_a_served_name_that_another_object_has_is_a_condition() -> None:
 def test_a_missing_source_is_inspected_again_and_a_terminal_one_says_how() -> None:
     gone = world(inspection=inspected(SourceFailure(FailureReason.SOURCE_NOT_FOUND, "404; correct the uri")))
     assert plan(gone, NOW + 10).inspect is not None
-    made = plan(world(inspection=inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401; set HF_TOKEN"))))
-    assert message(made, "Ready").startswith("401; set HF_TOKEN")
+    made = plan(world(inspection=inspected(SourceFailure(FailureReason.TOO_LARGE, "300 GB; raise the bound"))))
+    assert message(made, "Ready").startswith("300 GB; raise the bound")
     assert "lorapool.dev/retry" in message(made, "Ready")
-    assert condition(made, "Stalled") == ("True", "Unauthorized")
+    assert condition(made, "Stalled") == ("True", "TooLarge")
+
+
+def test_a_base_whose_source_refused_access_is_inspected_at_once_when_the_credentials_change() -> None:
+    refused = replace(inspected(SourceFailure(FailureReason.UNAUTHORIZED, "401")), began_unix_s=NOW - 2)
+    made = plan(world(inspection=refused))
+    assert made.inspect is None
+    assert "mounted credentials" in message(made, "Ready")
+    assert plan(world(inspection=refused, credentials_unix_s=NOW - 3)).inspect is None
+    assert plan(world(inspection=refused, credentials_unix_s=NOW)).inspect is not None
+    assert plan(world(inspection=refused), NOW + 600).inspect is not None
 
 
 def test_a_new_pod_without_a_node_is_named_while_the_old_one_serves() -> None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import artifact_zoo as zoo
+import pytest
 from artifact_hub import Fault, Hub
-from fakes_runtime import FakeEngine, Served, acquire, descriptor, key_of, serving, until
+from fakes_runtime import FakeClock, FakeEngine, Served, acquire, descriptor, key_of, serving, until
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.protocol import AdapterState, ResolveRequest, SourceRef
+from lorapool_api.protocol import AdapterState, ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.inspect import inspect_base
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters.disk_store import DiskStore
+from lorapool_runtime.adapters.entry import AdapterEntry
+from lorapool_runtime.adapters.registry import AdapterRegistry
+from lorapool_runtime.clock import Clock
 
 
 async def ask(session: aiohttp.ClientSession, name: str, tokens: int = 4) -> tuple[int, str]:
@@ -31,7 +35,9 @@ async def ask(session: aiohttp.ClientSession, name: str, tokens: int = 4) -> tup
 
 
 @asynccontextmanager
-async def crowded(folder: Path, *names: str, **settings: Any) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
+async def crowded(
+    folder: Path, *names: str, clock: Clock | None = None, **settings: Any
+) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
     """One slot and room for two sequences, unless `settings` says otherwise; each adapter says its own name."""
     settings = {"slots": 1, "max_batch": 2, **settings}
     engine = FakeEngine(
@@ -39,7 +45,7 @@ async def crowded(folder: Path, *names: str, **settings: Any) -> AsyncIterator[t
     )
     connector = aiohttp.TCPConnector(limit=0)
     async with (
-        serving(folder, engine=engine, **settings) as served,
+        serving(folder, engine=engine, clock=clock, **settings) as served,
         aiohttp.ClientSession(served.url, connector=connector) as session,
     ):
         for name in names:
@@ -49,6 +55,10 @@ async def crowded(folder: Path, *names: str, **settings: Any) -> AsyncIterator[t
 
 def state(served: Served, name: str) -> AdapterState:
     return next(item.state for item in served.runtime.adapters.reports() if item.display == f"team/{name}")
+
+
+def tier(served: Served, name: str) -> Tier:
+    return next(item.tier for item in served.runtime.adapters.reports() if item.display == f"team/{name}")
 
 
 async def test_steady_requests_for_one_adapter_do_not_refuse_another(byte_tokenizer: Path) -> None:
@@ -87,27 +97,49 @@ async def test_requests_that_wait_for_their_turn_do_not_hold_the_slot(byte_token
         assert served.engine.loads == Counter(a=2, b=1)
 
 
-async def test_an_adapter_serves_on_when_the_one_that_waited_for_its_slot_gives_up(byte_tokenizer: Path) -> None:
+async def test_an_adapter_serves_on_when_the_one_that_waited_for_its_slot_gives_up(
+    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with crowded(byte_tokenizer, "a", "b", slot_wait_s=0.1) as (served, _):
         manager = served.runtime.adapters
         lease = await acquire(manager, key_of("a"))  # it never ends in this time
+        drained: list[AdapterKey] = []
+        monkeypatch.setattr(AdapterRegistry, "begin_drain", recording(AdapterRegistry.begin_drain, drained))
         waiting = asyncio.create_task(acquire(manager, key_of("b")))
-        await until(lambda: state(served, "a") is AdapterState.DRAINING)
         await asyncio.wait([waiting])
         assert getattr(waiting.exception(), "code", None) == "no_slot"
+        assert drained == [key_of("a")]
         (await acquire(manager, key_of("a"))).release()
         assert state(served, "a") is AdapterState.LOADED
         lease.release()
         assert served.engine.unloads == 0
 
 
+def recording(begin_drain: Callable[..., None], drained: list[AdapterKey]) -> Callable[..., None]:
+    """The same method, which also notes the adapters that have to make room."""
+
+    def begin(registry: AdapterRegistry, entry: AdapterEntry) -> None:
+        drained.append(entry.key)
+        begin_drain(registry, entry)
+
+    return begin
+
+
 async def test_an_adapter_is_not_displaced_before_its_minimum_residency(byte_tokenizer: Path) -> None:
-    async with crowded(byte_tokenizer, "a", "b", min_residency_s=0.3) as (served, session):
-        clock = served.runtime.clock
+    clock = FakeClock()
+    async with crowded(byte_tokenizer, "a", "b", clock=clock.clock(), min_residency_s=100.0, slot_wait_s=1000.0) as (
+        served,
+        session,
+    ):
         await ask(session, "a")
-        loaded_s = clock.now_s()
-        assert await ask(session, "b") == (200, "bbbb")
-        assert clock.now_s() - loaded_s > 0.25
+        waiting = asyncio.create_task(ask(session, "b"))
+        await until(lambda: tier(served, "b") is Tier.HOST)  # it was read, and waits for the slot
+        clock.pass_s(99.0)
+        served.runtime.adapters.sweep()
+        assert (state(served, "a"), served.engine.unloads) == (AdapterState.LOADED, 0)
+        clock.pass_s(2.0)
+        served.runtime.adapters.sweep()
+        assert await waiting == (200, "bbbb")
         assert served.engine.unloads == 1
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 from engine_kit import PeftWorld, peft_world, tiny_model
-from fakes_runtime import save_byte_tokenizer, tokenizer_of, until
+from fakes_runtime import save_byte_tokenizer, tokenizer_of
 from runtime_process import TOKEN, runtime_process
 
 from lorapool_api.common import AdapterKey
@@ -66,7 +66,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     (tunes / "pickled").mkdir()
     (tunes / "pickled" / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tunes / "pickled" / "adapter_config.json").write_text("{}")
-    settings = {"pvc_root": folder / "pvc", "host_idle_s": 0.5, "sweep_interval_s": 0.1}
+    settings = {"pvc_root": folder / "pvc", "host_idle_s": 0.5, "sweep_interval_s": 0.1, "drain_grace_s": 600.0}
     with runtime_process(folder, world.base, **settings) as running:
         yield Process(running.url, running.popen, world, folder / "pvc", tokenizer, running.log)
 
@@ -193,7 +193,7 @@ async def test_on_sigterm_running_requests_finish_and_the_process_exits_with_0(p
         assert rest.endswith("data: [DONE]\n\n")
         events = [json.loads(line[6:]) for line in rest.split("\n") if line.startswith("data: {")]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
-    await until(lambda: process.popen.poll() is not None, timeout_s=30)
+    await asyncio.to_thread(process.popen.wait, 600)
     log = process.log.read_text()
     assert process.popen.returncode == 0, log
     assert "Traceback" not in log
