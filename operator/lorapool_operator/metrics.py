@@ -127,7 +127,7 @@ class StateCollector(Collector):
             "1 while a watched namespace cannot be listed or watched; its objects are kept as last known.",
             labels=["watched_namespace"],
         )
-        for namespace in self._namespaces.failures:
+        for namespace in tuple(self._namespaces.failures):
             family.add_metric([namespace], float(namespace in self._namespaces.failing))
         return family
 
