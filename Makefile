@@ -129,8 +129,8 @@ marked = $$(grep -rl --include='test_*.py' 'pytest.mark.$(1)' tests)
 
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
-	# Each worker has its own; they mostly wait, so four share two cores well.
-	$(PY) -m pytest -q -m apiserver -n 4 --dist loadfile $(call marked,apiserver)
+	# Each worker has its own; they mostly wait, so three share two cores well.
+	$(PY) -m pytest -q -m apiserver -n 3 --dist loadfile $(call marked,apiserver)
 
 .PHONY: local-cluster
 local-cluster: install binaries ## tests of the local cluster itself, two at a time
@@ -145,8 +145,8 @@ e2e: install binaries lm-eval ## tests on a real one-node cluster with the real 
 test: ## everything CI runs, on a bare machine
 	@$(MAKE) --no-print-directory install
 	$(MAKE) --no-print-directory --jobs=2 --output-sync lint verify type binaries model lm-eval images
-	# The first uses the cores, the other two mostly wait.
-	$(MAKE) --no-print-directory --jobs=3 unit apiserver local-cluster
+	$(MAKE) --no-print-directory unit
+	$(MAKE) --no-print-directory --jobs=2 apiserver local-cluster  # they mostly wait
 	$(MAKE) --no-print-directory e2e
 
 # --- without Kubernetes -------------------------------------------------------------------
