@@ -32,7 +32,9 @@ def upgraded(world: World, *values: str) -> Iterator[None]:
     chart = str(ROOT / "charts" / "lorapool")
     sets = [word for value in values for word in ("--set", value)]
     try:
-        world.helm("upgrade", "lorapool", chart, "--reuse-values", *sets, "--wait", "--timeout", "5m", timeout_s=400)
+        world.helm(
+            "upgrade", "lorapool", chart, "--reset-then-reuse-values", *sets, "--wait", "--timeout", "5m", timeout_s=400
+        )
         yield
     finally:
         world.helm("rollback", "lorapool", "--wait", "--timeout", "5m", timeout_s=400)
