@@ -110,7 +110,7 @@ lm-eval: .venv-lm-eval/.installed ## install lm-eval in an environment of its ow
 	touch $@
 
 .PHONY: unit
-unit: install lm-eval ## tests that need nothing but the virtual environment (and the base model, made once)
+unit: install ## tests that need nothing but the virtual environment (and the base model, made once)
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive

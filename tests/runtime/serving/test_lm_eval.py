@@ -39,6 +39,7 @@ def call(process: RuntimeProcess, method: str, path: str, body: Any) -> Any:
         return json.loads(answer.read())
 
 
+@pytest.mark.deep  # every run of the tests has one run of lm-eval, on a fine-tune: tests/e2e
 def test_the_score_is_the_one_that_transformers_gives(process: RuntimeProcess, tmp_path: Path) -> None:
     harness()
     found = score_by_harness(f"{process.url}/v1", TOKEN, "tiny", real_base(), tmp_path)
