@@ -39,6 +39,7 @@ QUICK = (
     Step("loading.py", ("BASE", "--seconds", "10"), 240.0),
     Step("startup.py", (), 240.0),
     Step("open_loop_load.py", ("--quick",), 1200.0),
+    Step("fairness.py", ("BASE",), 600.0),
     Step("closed_batch.py", ("--quick", "--dtype", "bfloat16", "--only", "vllm,peft", "--new", "32"), 900.0),
 )
 FULL = (
@@ -48,6 +49,7 @@ FULL = (
     Step("loading.py", ("BASE",), 600.0),
     Step("startup.py", ("--rounds", "5"), 600.0),
     Step("gateway_overhead.py", (), 600.0),
+    Step("fairness.py", ("BASE", "--rounds", "5"), 900.0),
     Step("scale_to_zero.py", (), 1500.0),
 )
 

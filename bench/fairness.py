@@ -32,13 +32,19 @@ FLOOD = 64
 CLAIM = "tunes"
 
 
+class NoSlotError(Exception):
+    """The adapter got no slot within the runtime's `slot_wait_s`."""
+
+
 class Clients:
     def __init__(self, session: aiohttp.ClientSession, keys: dict[str, str]) -> None:
         self._session = session
         self._keys = keys
+        self.refused = 0
+        """Requests that were answered 409, since their adapter got no slot in time."""
 
     async def ask(self, name: str, new: int, number: int = 0) -> float:
-        """Seconds of one answer."""
+        """Seconds of one answer. Raises NoSlotError for a 409."""
         body = {
             "model": "base", "prompt": [5 + (number * 7 + i) % 1000 for i in range(16)],
             "max_tokens": new, "temperature": 0, "ignore_eos": True,
@@ -46,6 +52,8 @@ class Clients:
         began_s = time.perf_counter()
         headers = {HEADER_ADAPTER: self._keys[name]}
         async with self._session.post("/v1/completions", json=body, headers=headers) as response:
+            if response.status == 409:
+                raise NoSlotError
             if response.status != 200:
                 raise RuntimeError(f"{response.status}: {await response.text()}")
             await response.read()
@@ -85,8 +93,11 @@ class Clients:
 
         async def hot(name: str) -> None:
             while time.perf_counter() < ends_s:
-                await self.ask(name, 8)
-                answers[name] += 1
+                try:
+                    await self.ask(name, 8)
+                    answers[name] += 1
+                except NoSlotError:
+                    self.refused += 1
 
         names = [f"a{number}" for number in range(HOT)]
         await asyncio.gather(*(hot(name) for name in names for _ in range(2)))
@@ -109,7 +120,7 @@ async def share_records(port: int, keys: dict[str, str], rounds: int, seconds: f
     async with _session(port) as session:
         clients = Clients(session, keys)
         runs = [await clients.shares(seconds) for _ in range(rounds)]
-    note = f"{HOT} hot adapters on {SLOTS} slots"
+    note = f"{HOT} hot adapters on {SLOTS} slots; {clients.refused} requests refused"
     return [measured("fairness.smallest_share", "of fair", runs, note)]
 
 

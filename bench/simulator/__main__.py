@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=4.0, help="length of the day; a short one is harder to follow")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the adapters' popularity")
     parser.add_argument("--start", type=float, default=90.0, help="seconds that the start of a pod takes")
-    parser.add_argument("--one-home", action="store_true", help="without spreading of hot adapters, to compare")
+    parser.add_argument("--no-spreading", action="store_true", help="without spreading of hot adapters, to compare")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder for the pictures scale-*.svg")
     options = parser.parse_args()
@@ -82,7 +82,7 @@ def plans_of(options: argparse.Namespace) -> list[Plan]:
                 start_s=options.start,
                 losses=((seconds / 2, 0.1), *((float(at), 0.001) for at in rng.random(3) * seconds)),
                 seed=number,
-                spreading=not options.one_home,
+                spreading=not options.no_spreading,
             )
         )
     return plans
