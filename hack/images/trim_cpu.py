@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from elf_stub import exports, stub
+from elf_stub import exports, stub  # type: ignore[import-not-found]  # inside the build the two files lie side by side
 
 SITE = Path(sysconfig.get_path("purelib"))
 STUB_ABOVE_BYTES = 20_000_000
