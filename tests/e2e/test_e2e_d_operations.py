@@ -28,7 +28,8 @@ INTERNAL = {"mode": "Internal", "minReplicas": 0, "maxReplicas": 1, "idleAfter":
 
 @contextmanager
 def upgraded(world: World, *values: str) -> Iterator[None]:
-    """The release with changed values; rolled back afterwards."""
+    """The release with changed values; afterwards as it was before."""
+    before = json.loads(world.helm("status", "lorapool", "-o", "json"))["version"]
     chart = str(ROOT / "charts" / "lorapool")
     sets = [word for value in values for word in ("--set", value)]
     try:
@@ -37,7 +38,7 @@ def upgraded(world: World, *values: str) -> Iterator[None]:
         )
         yield
     finally:
-        world.helm("rollback", "lorapool", "--wait", "--timeout", "5m", timeout_s=400)
+        world.helm("rollback", "lorapool", str(before), "--wait", "--timeout", "5m", timeout_s=400)
 
 
 @contextmanager
