@@ -1,4 +1,4 @@
-"""A thousand requests on one cold adapter, counted by two real runtime processes and by the log of the source."""
+"""Many requests on one cold adapter, counted by real runtime processes and by the log of the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from runtime_process import TOKEN, RuntimeProcess, runtime_process
 
 from lorapool_api.protocol import ResolveAnswer
 
-REQUESTS = 1000
 LOADS = "lorapool_runtime_adapter_loads_total"
 
 
@@ -48,8 +47,9 @@ async def loads(session: aiohttp.ClientSession) -> list[float]:
     return [float(line.split()[-1]) for line in lines if line.startswith(LOADS)]
 
 
-async def test_a_thousand_requests_on_a_cold_adapter_are_one_fetch_and_one_load_a_pod(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "pods"), [(100, 1), pytest.param(1000, 2, marks=pytest.mark.deep)])
+async def test_all_requests_on_a_cold_adapter_are_one_fetch_and_one_load_a_pod(
+    count: int, pods: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = peft_world(tmp_path / "tunes", tiny_model("Llama", eos_token_id=257), {"poet": {"r": 4}})
     for file in save_byte_tokenizer(tmp_path / "tokenizer").iterdir():
@@ -58,9 +58,8 @@ async def test_a_thousand_requests_on_a_cold_adapter_are_one_fetch_and_one_load_
     with Hub() as hub:
         hub.repos["acme/poet"] = files
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        bounds = {"max_load_waiting": 2 * REQUESTS, "max_waiting": 2 * REQUESTS}
-        pods = [tmp_path / "pod-0", tmp_path / "pod-1"]
-        for pod in pods:
+        bounds = {"max_load_waiting": 2 * count, "max_waiting": 2 * count}
+        for pod in [tmp_path / f"pod-{number}" for number in range(pods)]:
             pod.mkdir()
             with runtime_process(pod, world.base, **bounds) as process:
                 async with session_with(process) as session:
@@ -68,7 +67,7 @@ async def test_a_thousand_requests_on_a_cold_adapter_are_one_fetch_and_one_load_
                     assert await loads(session) == [0.0]
                     hub.requests.clear()
                     hub.faults = [Fault("adapter_model.safetensors", delay_s=0.5)]  # all requests come before its end
-                    answers = Counter(await asyncio.gather(*(ask(session, target) for _ in range(REQUESTS))))
-                    assert answers == {(200, named): REQUESTS}
+                    answers = Counter(await asyncio.gather(*(ask(session, target) for _ in range(count))))
+                    assert answers == {(200, named): count}
                     assert hub.bodies_sent_of("adapter_model.safetensors") == 1
                     assert await loads(session) == [1.0]
