@@ -59,41 +59,39 @@ def _counts(path: Path) -> bool:
 def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> dict[str, str]:
     """Pushes the images to the registry at `where` under `tag`, building what it lacks; target -> image reference."""
     registry.check(where)
-    references = {}
-    for target in targets:
-        image = Image(target, cpu_only)
-        content = registry.manifest(where, image.repository, image.key())
-        if content is None:
-            with buildah.exclusive():
+    images = [Image(target, cpu_only) for target in targets]
+    missing = [image for image in images if registry.manifest(where, image.repository, image.key()) is None]
+    if missing:
+        with buildah.exclusive(), _wheel() as wheel:
+            for image in missing:
                 if registry.manifest(where, image.repository, image.key()) is None:
-                    _build_and_push(image, where)
-            content = registry.manifest(where, image.repository, image.key())
-            assert content is not None, "buildah reported success"
-        else:
+                    _build_and_push(image, where, wheel)
+    references = {}
+    for image in images:
+        if image not in missing:
             say(f"{image.repository}: unchanged")
+        content = registry.manifest(where, image.repository, image.key())
+        assert content is not None, "buildah reported success"
         registry.tag(where, image.repository, content, tag)
-        references[target] = f"{where}/{image.repository}:{tag}"
+        references[image.target] = f"{where}/{image.repository}:{tag}"
     return references
 
 
-def _build_and_push(image: Image, where: str) -> None:
+def _build_and_push(image: Image, where: str, wheel: list[str]) -> None:
     began = time.monotonic()
     name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
     say(f"{image.repository}: building")
-    with _wheel() as wheel:
-        # Without a wheel from this machine the stage `wheel` makes one, under a name of its own: no image is based on
-        # its layers, and layers without a name are removed by `rmi --prune`.
-        stages = (
-            [(image.target, name)] if wheel else [("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)]
-        )
-        for target, tag in stages:
-            buildah.run(
-                "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(),
-                *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
-                *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"), *wheel,
-                *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
-            )  # fmt: skip
+    # Without a wheel from this machine the stage `wheel` makes one, under a name of its own: no image is based on its
+    # layers, and layers without a name are removed by `rmi --prune`.
+    stages = [(image.target, name)] if wheel else [("wheel", "localhost/lorapool-wheel:latest"), (image.target, name)]
+    for target, tag in stages:
+        buildah.run(
+            "bud", "--quiet", "--layers", "--format", "oci", "--pull-never", "--network", "host", *_mounts(), *wheel,
+            *("--build-arg", f"BASE={base_name}", "--build-arg", f"CPU_ONLY={int(image.cpu_only)}"),
+            *("--build-arg", f"UV_CACHE_DIR={_UV_CACHE}"),
+            *("--target", target, "--tag", tag, "--file", str(REPOSITORY / "Dockerfile"), str(REPOSITORY)),
+        )  # fmt: skip
     say(f"{image.repository}: built in {time.monotonic() - began:.0f} s, pushing")
     fast = ("--compression-format", "zstd", "--compression-level", "1")
     target = f"docker://{where}/{image.repository}:{image.key()}"
