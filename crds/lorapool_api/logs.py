@@ -29,6 +29,7 @@ FIELDS = {
     "freed_bytes": "device memory that unloading freed",
     "identity": "holder of the Lease",
     "in_flight": "requests in flight",
+    "loaded": "adapters that a new pod has loaded before it is ready",
     "isa": "instruction set of the native kernels",
     "kind": "kind of `object`",
     "object": "namespace/name of a Kubernetes object",
@@ -42,6 +43,7 @@ FIELDS = {
     "tokens": "number of bearer tokens that are valid",
     "verified_conditions": "number of conditions under which the decode program was verified",
     "watched_namespace": "namespace whose objects are watched; empty for the whole cluster",
+    "wanted": "adapters that a new pod is to load before it is ready",
 }
 """Every field that a line may have of its own, so that one thing has the same name in all processes."""
 

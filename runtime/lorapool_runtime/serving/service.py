@@ -171,7 +171,7 @@ class Runtime:
     async def _preload(self, adapters: AdapterManager, wanted: list[Preload]) -> None:
         try:
             loaded = await adapters.preload(wanted[: self.settings.slots], self.settings.preload_timeout_s)
-            log.info("preloaded %d of %d adapters", loaded, len(wanted))
+            log.info("adapters preloaded", extra={"loaded": loaded, "wanted": len(wanted)})
         finally:
             self._preloading = None
             self.changes.bump()
