@@ -130,7 +130,7 @@ marked = $$(grep -rl --include='test_*.py' 'pytest.mark.$(1)' tests)
 .PHONY: apiserver
 apiserver: install binaries ## tests against a real etcd and kube-apiserver
 	# Each worker has its own; they mostly wait, so three share two cores well.
-	$(PY) -m pytest -q -m apiserver -n 3 --dist loadfile $(call marked,apiserver)
+	$(PY) -m pytest -q -m "apiserver and not deep" -n 3 --dist loadfile $(call marked,apiserver)
 
 .PHONY: local-cluster
 local-cluster: install binaries ## tests of the local cluster itself, two at a time
