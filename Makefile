@@ -145,9 +145,7 @@ e2e: install binaries lm-eval ## tests on a real one-node cluster with the real 
 test: ## everything CI runs, on a bare machine
 	@$(MAKE) --no-print-directory install
 	$(MAKE) --no-print-directory --jobs=2 --output-sync lint verify type binaries model lm-eval images
-	$(MAKE) --no-print-directory unit
-	$(MAKE) --no-print-directory --jobs=2 apiserver local-cluster  # they mostly wait
-	$(MAKE) --no-print-directory e2e
+	$(MAKE) --no-print-directory unit apiserver local-cluster e2e
 
 # --- without Kubernetes -------------------------------------------------------------------
 
