@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from elf_stub import exports, stub  # type: ignore[import-not-found]  # inside the build the two files lie side by side
+from elf_stub import NotStubbableError, exports, stub  # type: ignore[import-not-found]  # inside the build the two files lie side by side
 
 SITE = Path(sysconfig.get_path("purelib"))
 STUB_ABOVE_BYTES = 20_000_000
@@ -41,11 +41,15 @@ def _remove(path: Path) -> int:
 
 
 def _replace(path: Path) -> int:
-    """Replaces a large library by a stub; bytes freed."""
+    """Replaces a large library by a stub where that can be made (x86-64), else keeps it; bytes freed."""
     size = path.stat().st_size
     if path.is_symlink() or size < STUB_ABOVE_BYTES:
         return 0
-    content = stub(path.name, exports(path))
+    try:
+        content = stub(path.name, exports(path))
+    except NotStubbableError as error:
+        print(f"kept {path.name}: {error}")
+        return 0
     path.unlink()  # not written in place: the cache of the package manager may share the file
     path.write_bytes(content)
     return size - len(content)
