@@ -31,6 +31,10 @@ ROUTE_HEALTH = "/healthz"
 ROUTE_READY = "/readyz"
 ROUTE_METRICS = "/metrics"
 
+HEADER_TENANT = "x-lorapool-tenant"
+"""To the runtime: an opaque identifier of the caller's tenant, 1 to 64 letters and digits, so that the tenants of a
+replica share it fairly. Absent: the caller is not known."""
+
 LONG_POLL_MAX_S = 30.0
 
 USAGE_COMMENT = b": lorapool-usage "

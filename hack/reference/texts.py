@@ -66,6 +66,8 @@ HEADERS = {
     "`model` is. Answer: what answered.",
     common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
+    protocol.HEADER_TENANT: "Request: an opaque identifier of the caller's tenant, a hash. Tenants share a replica "
+    "fairly.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",

@@ -150,7 +150,7 @@ class Gateway:
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
         with self._admitted(key):
             async with self._ending.bound():
-                parsed = parse_request(request.path, await self._body(request))
+                parsed = parse_request(request.path, await self._body(request), key.tenant)
                 result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
             headers = exchange.headers()
             if isinstance(result, Passed):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import openai
 import pytest
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
 
+from lorapool_api.protocol import HEADER_TENANT
 from lorapool_gateway.routing.auth import KeyTable
 
 USER = [{"role": "user", "content": "where is my parcel"}]
@@ -43,6 +45,17 @@ async def test_a_chat_answer_names_the_adapter_and_digest_that_gave_it(here: Wor
     assert int(raw.headers["openai-processing-ms"]) >= 0
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 6)
+
+
+async def test_a_runtime_sees_which_requests_are_of_one_tenant_and_nothing_of_the_key(
+    here: World, runtime: FakeRuntime
+) -> None:
+    here.keys.publish(KeyTable.of([api_key(KEY), api_key(OTHER_KEY)]))
+    for key in (KEY, OTHER_KEY, KEY):
+        await here.post(here.ask("route"), headers={"Authorization": f"Bearer {key}"})
+    tenants = [seen.headers[HEADER_TENANT] for seen in runtime.seen]
+    assert tenants[0] == tenants[2] != tenants[1]
+    assert all(re.fullmatch(r"[0-9a-f]{16}", tenant) for tenant in tenants)
 
 
 @pytest.mark.parametrize("model", ["demo/route", "route", "router"])

@@ -35,7 +35,7 @@ from lorapool_api.openai import (
     ServerError,
     UnavailableError,
 )
-from lorapool_api.protocol import ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
+from lorapool_api.protocol import HEADER_TENANT, ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
 from lorapool_gateway.requests.http_client import (
     ConnectError,
     ConnectionLostError,
@@ -199,6 +199,7 @@ class RuntimeClient:
             HEADER_ATTEMPT: sent.id,
             HEADER_USAGE: "1",
             HEADER_REQUEST_ID: request_id,
+            HEADER_TENANT: request.tenant,
         }
         for registered in (False, True):
             response = await self._post(sent, request, headers, still_loading, patience_s)

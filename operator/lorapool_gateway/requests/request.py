@@ -23,9 +23,11 @@ class InferenceRequest:
     model: str
     stream: bool
     body: bytes
+    tenant: str
+    """Identifies the caller's tenant to runtimes (`HEADER_TENANT`)."""
 
 
-def parse_request(route: str, body: bytes) -> InferenceRequest:
+def parse_request(route: str, body: bytes, tenant: str) -> InferenceRequest:
     """Raises InvalidRequestError naming what is wrong with the body."""
     try:
         fields = json.loads(body)
@@ -47,7 +49,7 @@ def parse_request(route: str, body: bytes) -> InferenceRequest:
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequestError("`stream` must be true or false.", param="stream", code="invalid_value")
-    return InferenceRequest(route=route, model=model, stream=bool(stream), body=body)
+    return InferenceRequest(route=route, model=model, stream=bool(stream), body=body, tenant=tenant)
 
 
 def request_id(sent: str | None) -> str:

@@ -40,6 +40,11 @@ class ApiKey:
     namespaces: frozenset[str] | None
     max_in_flight: int | None = None
 
+    @property
+    def tenant(self) -> str:
+        """Identifies the tenant to runtimes (`HEADER_TENANT`): 16 hex digits that depend on the key's name only."""
+        return hashlib.sha256(f"lorapool-tenant/{self.id}".encode()).hexdigest()[:16]
+
     def sees(self, namespace: str) -> bool:
         """Whether the key may use models of this namespace."""
         return self.namespaces is None or namespace in self.namespaces
