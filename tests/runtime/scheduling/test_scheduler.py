@@ -10,6 +10,7 @@ from lorapool_runtime.engines.interface import FinishReason, GenerationRequest, 
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
+from lorapool_runtime.engines.torch.scheduling.step_cost import StepCost
 
 
 def make(arrival: int, prompt_tokens: int, slot: int = -1, max_tokens: int = 8) -> Sequence:
@@ -316,3 +317,79 @@ def test_a_flooding_adapter_delays_the_answers_of_others_by_less_than_half() -> 
     flooding = slowest(flooded(blocks=4000))
     assert quiet == 20
     assert flooding <= 1.5 * quiet
+
+
+# --- lent rows ---------------------------------------------------------------------------------
+
+
+def measured(s: Scheduler, fixed_s: float, per_row_s: float) -> int:
+    """One step that takes that time. Returns its number of rows."""
+    plan = s.schedule()
+    apply(plan)
+    s.took(plan, fixed_s + per_row_s * len(plan.chunks))
+    for sequence in [c.sequence for c in plan.chunks if c.sequence.generated >= 20 and c.sequence.slot]:
+        s.finish(sequence, FinishReason.LENGTH)
+    return len(plan.chunks)
+
+
+def learned(fixed_s: float, per_row_s: float) -> Scheduler:
+    """A batch of 16 that adapter 0 fills, and whose steps of different sizes were measured."""
+    s = scheduler(blocks=4000, max_batch=16, max_batch_tokens=64)
+    for arrival in range(32):
+        s.add(make(arrival, 4, slot=0, max_tokens=10_000))
+        for _ in range(3):
+            measured(s, fixed_s, per_row_s)
+    return s
+
+
+def beside_others(s: Scheduler, fixed_s: float, per_row_s: float, steps: int) -> list[int]:
+    """The rows of each step while seven other adapters always have one request."""
+    rows, arrival = [], 1000
+    for _ in range(steps):
+        busy = {sequence.slot for sequence in (*s.running, *s.waiting)}
+        for slot in set(range(1, 8)) - busy:
+            arrival += 1
+            s.add(make(arrival, 4, slot=slot, max_tokens=20))
+        rows.append(measured(s, fixed_s, per_row_s))
+    return rows
+
+
+def test_rows_above_a_share_are_lent_only_while_they_lengthen_the_step_by_a_tenth() -> None:
+    s = learned(fixed_s=0.05, per_row_s=0.005)
+    rows = beside_others(s, 0.05, 0.005, 200)
+    # 9 rows are wanted within the shares (2 of adapter 0): 95 ms; a tenth more are 104.5 ms, so 10 rows
+    assert max(rows[10:]) == 10
+    assert sum(rows[10:]) / len(rows[10:]) > 9
+
+
+def test_rows_that_cost_nothing_are_all_lent() -> None:
+    assert min(beside_others(learned(0.02, 0.0), 0.02, 0.0, 100)) == 16
+
+
+def test_rows_are_lent_again_soon_after_the_others_are_gone() -> None:
+    s = learned(0.02, 0.005)
+    beside_others(s, 0.02, 0.005, 100)
+    rows = [measured(s, 0.02, 0.005) for _ in range(80)]
+    assert rows[-1] == 16
+
+
+def test_a_sequence_is_not_preempted_again_and_again_between_the_requests_of_others() -> None:
+    s = learned(0.02, 0.005)
+    beside_others(s, 0.02, 0.005, 100)
+    before = {sequence.arrival: sequence.preemptions for sequence in (*s.running, *s.waiting) if not sequence.slot}
+    beside_others(s, 0.02, 0.005, 400)
+    after = {sequence.arrival: sequence.preemptions for sequence in (*s.running, *s.waiting) if not sequence.slot}
+    assert after == before
+
+
+def test_steps_of_one_size_tell_nothing_about_the_cost_of_rows() -> None:
+    cost = StepCost()
+    for _ in range(100):
+        cost.observe(16, 0.1)
+    assert cost.rows_within(4, 1.2, 16) == 16
+    for _ in range(100):
+        cost.observe(4, 0.04)
+    assert cost.rows_within(4, 1.25, 16) == 6
+    for _ in range(5000):
+        cost.observe(4, 0.04)  # the last line is kept
+    assert cost.rows_within(4, 1.25, 16) == 6

@@ -174,9 +174,11 @@ class Core:
     def step(self) -> list[TokenOutput]:
         """Computes one step: schedules it, runs the model, samples, registers shareable blocks, returns the outputs."""
         plan = self.scheduler.schedule()
+        began_s = time.perf_counter()
         logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         sampled = sample(logits, [_sample_row(sequence) for sequence in sampling])
+        self.scheduler.took(plan, time.perf_counter() - began_s)
         self._count(plan)
         for chunk in plan.chunks:
             chunk.sequence.advance(chunk.num_tokens)

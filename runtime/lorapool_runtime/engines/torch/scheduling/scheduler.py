@@ -10,7 +10,8 @@ sequence always advances, so no sequence starves.
 
 The adapters (and the base) that have sequences share rows and blocks: one that has less than its share is admitted
 first, and where there is no room, the youngest sequences of one above its share are preempted for it. What they have
-computed stays in the prefix cache, so that they soon continue.
+computed stays in the prefix cache, so that they soon continue. Rows above an adapter's share are lent only as long as
+they lengthen the step by less than `LENT_ROWS_COST`; those that their adapter used a moment ago are kept for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from dataclasses import dataclass
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence, SequenceStatus
-from lorapool_runtime.engines.torch.scheduling.shares import Shares
+from lorapool_runtime.engines.torch.scheduling.shares import Shares, WantedRows
+from lorapool_runtime.engines.torch.scheduling.step_cost import StepCost
+
+LENT_ROWS_COST = 0.1
+"""Part of a step's time by which rows that an adapter has above its share may lengthen it while others run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class Scheduler:
         self.queried_tokens = 0
         """Prompt tokens looked up in the prefix cache; `hit_tokens` of them were found."""
         self.hit_tokens = 0
+        self._cost = StepCost()
+        self._wanted = WantedRows()
         self._fresh: list[int] = []
 
     @property
@@ -100,16 +107,20 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a waiting or running sequence and releases its blocks. Those of a failed one leave the prefix cache."""
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
-        blocks = sequence.finish(reason)
-        if reason is FinishReason.ERROR:
-            self.allocator.forget(blocks)
-        self.allocator.release(blocks)
+        if reason is FinishReason.ERROR and self.prefix_cache:
+            size = self.allocator.block_size
+            for index in range(len(sequence.tokens) // size):  # also those that it filled before it was preempted
+                self.allocator.forget(self.allocator.find([sequence.block_key(index, size)]))
+        self.allocator.release(sequence.finish(reason))
 
     def schedule(self) -> StepPlan:
         self._fresh = []
         preempted = self._grow_decodes()
         if not preempted:
-            preempted = self._admit()
+            shares = self._shares()
+            entitled = self._wanted.observe(self.running, self.waiting, shares)
+            limit = self._cost.rows_within(entitled, 1 + LENT_ROWS_COST, self.max_batch)
+            preempted = self._take_back(shares, limit) or self._admit(shares, limit - self._wanted.unused(shares))
         decodes = [Chunk(s, s.computed, 1) for s in self.running if s.pending == 1]
         prefilling = self._prefilling()
         sizes = split_prefill_budget([s.pending for s in prefilling], self._prefill_budget(len(decodes)))
@@ -120,6 +131,11 @@ class Scheduler:
             fresh_blocks=tuple(self._fresh),
             preempted=tuple(preempted),
         )
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """Takes the time that the step of this plan took."""
+        if not plan.prefills:
+            self._cost.observe(len(plan.decodes), seconds)
 
     def completed(self, plan: StepPlan) -> list[tuple[int, bytes]]:
         """The blocks that this step filled, with their keys in the prefix cache."""
@@ -160,18 +176,28 @@ class Scheduler:
         left = self.max_batch_tokens - decodes
         return min(left, self.max_prefill_tokens) if decodes else left
 
-    def _admit(self) -> list[Sequence]:
+    def _take_back(self, shares: Shares, limit: int) -> list[Sequence]:
+        """Preempts lent rows beyond the limit. Returns their sequences."""
+        preempted: list[Sequence] = []
+        while len(self.running) > limit and (slot := shares.most_above()) is not None:
+            preempted.append(self._youngest(slot))
+            shares.remove(preempted[-1])
+            self._preempt(preempted[-1])
+        return preempted
+
+    def _admit(self, shares: Shares, limit: int) -> list[Sequence]:
         """Admits waiting sequences that would get tokens in this step. None takes the blocks of an earlier one.
 
         Returns the running sequences that were preempted for them.
         """
         if not self.waiting:
             return []
-        shares = self._shares()
         entitled = {sequence.slot for sequence in self.waiting if shares.entitled(sequence.slot)}
         preempted: list[Sequence] = []
         budget = self._prefill_budget(sum(s.pending == 1 for s in self.running))
         for sequence in sorted(self.waiting, key=lambda s: s.slot not in entitled)[: self.max_batch]:
+            if len(self.running) >= limit and not shares.entitled(sequence.slot):
+                continue
             prefilling = self._prefilling()
             found = self._cached_blocks(sequence)
             if self._is_being_computed(sequence, len(found), prefilling):
