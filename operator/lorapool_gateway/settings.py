@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from lorapool_api.basemodel import Namespace
-from lorapool_api.settings import Namespaces, ProcessSettings, read
+from lorapool_api.settings import Namespaces, ServingSettings, read
 
 
-class Settings(ProcessSettings):
+class Settings(ServingSettings):
     """What an administrator may set of a gateway, from LORAPOOL_GATEWAY_<FIELD>."""
 
     prefix: ClassVar[str] = "LORAPOOL_GATEWAY_"

@@ -18,7 +18,6 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_ATTEMPT, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -30,6 +29,7 @@ from lorapool_api.openai import (
     UnauthenticatedError,
 )
 from lorapool_api.protocol import (
+    HEADER_TENANT,
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
     ROUTE_ATTEMPT,
@@ -49,6 +49,7 @@ from lorapool_api.protocol import (
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from lorapool_runtime.serving.generation import Generation
+from lorapool_runtime.serving.probes import exposition, health_response, name_no_software, readiness_response
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
 
@@ -65,6 +66,7 @@ def make_app(runtime: Runtime) -> web.Application:
     server = _Server(runtime)
     app = web.Application(middlewares=[server.answer_errors, server.check_token],
                           client_max_size=runtime.settings.body_max_bytes)  # fmt: skip
+    app.on_response_prepare.append(name_no_software)
     app.router.add_get(ROUTE_HEALTH, server.health)
     app.router.add_get(ROUTE_READY, server.readiness)
     app.router.add_get(ROUTE_METRICS, server.metrics)
@@ -78,22 +80,6 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
     app.router.add_post(ROUTE_CHAT, server.chat)
     app.router.add_post(ROUTE_COMPLETIONS, server.completions)
-    return app
-
-
-def make_metrics_app(runtime: Runtime, access: MetricsAccess) -> web.Application:
-    """The metrics listener: our own names, and on a second path those that inference gateways read."""
-
-    @web.middleware
-    async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not access.permits(request.headers.get("Authorization")):
-            return web.Response(status=401)
-        return await handler(request)
-
-    app = web.Application(middlewares=[check_access])
-    server = _Server(runtime)
-    app.router.add_get(ROUTE_METRICS, server.own_metrics)
-    app.router.add_get(ROUTE_METRICS + "/vllm", server.gateway_metrics)
     return app
 
 
@@ -142,22 +128,13 @@ class _Server:
     # --- health and state -----------------------------------------------------------------
 
     async def health(self, _request: web.Request) -> web.Response:
-        healthy = self._runtime.healthy
-        return web.Response(text="ok\n" if healthy else "the engine has died\n", status=200 if healthy else 503)
+        return health_response(self._runtime)
 
     async def readiness(self, _request: web.Request) -> web.Response:
-        if self._runtime.ready:
-            return web.Response(text="ready\n")
-        return web.Response(text="draining\n" if self._runtime.draining else "loading\n", status=503)
+        return readiness_response(self._runtime)
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        return _exposition(self._runtime.metrics.render() + self._runtime.metrics.render_gateway_names())
-
-    async def own_metrics(self, _request: web.Request) -> web.Response:
-        return _exposition(self._runtime.metrics.render())
-
-    async def gateway_metrics(self, _request: web.Request) -> web.Response:
-        return _exposition(self._runtime.metrics.render_gateway_names())
+        return exposition(self._runtime.metrics.render() + self._runtime.metrics.render_gateway_names())
 
     async def snapshot(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
@@ -221,7 +198,8 @@ class _Server:
     async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
         started_s = self._runtime.clock.now_s()
-        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER))
+        tenant = request.headers.get(HEADER_TENANT, "")
+        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER), tenant)
         attempt = request.headers.get(HEADER_ATTEMPT) or uuid.uuid4().hex
         self._attempts[attempt] = admitted.generation
         try:
@@ -259,10 +237,6 @@ def _api_error(error: Exception) -> ApiError:
             RouteNotFoundError("There is no such route.") if error.status == 404 else InvalidRequestError(error.reason)
         )
     return ServerError("An internal error occurred; the runtime's log has the details.")
-
-
-def _exposition(body: bytes) -> web.Response:
-    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 def _json(model: BaseModel) -> web.Response:

@@ -270,7 +270,9 @@ class Runtime:
 
     # --- requests -----------------------------------------------------------------------
 
-    async def admit(self, request: ChatRequest | CompletionRequest, header: str | None) -> AdmittedRequest:
+    async def admit(
+        self, request: ChatRequest | CompletionRequest, header: str | None, tenant: str = ""
+    ) -> AdmittedRequest:
         """Encodes the request, takes its queue slots and its adapter's lease, and submits it. Raises ApiError.
 
         Cancelling it releases everything that it has taken.
@@ -279,7 +281,7 @@ class Runtime:
         base = serving.base
         self._refuse_when_draining()
         target = self.target_of(header, request.model)
-        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts)
+        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts, tenant)
         self._refuse_when_draining()
         flow, sequences = BASE_SALT if target is None else str(target), len(encoded.sampling)
         self._enter_queue(flow, sequences)
