@@ -208,7 +208,8 @@ class _Connection(asyncio.Protocol):
     # --- events from llhttp
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        if not self._in_body:  # trailers belong to no later response
+            self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
