@@ -12,6 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 import kopf
+from kopf._core.reactor.inventory import (
+    ResourceMemories,
+    ResourceMemory,
+)  # `kopf.operator` takes one, but none is public
 
 from lorapool_api.basemodel import PLURAL as BASES
 from lorapool_api.common import GROUP, LABEL_BASE, VERSION
@@ -43,6 +47,20 @@ def registry_of(
     kopf.on.event("", "v1", "pods", registry=registry)(passes_to(intake.pod))
     kopf.on.event("apps", "v1", "deployments", registry=registry)(passes_to(intake.deployment))
     return registry
+
+
+class NoMemories(ResourceMemories):  # type: ignore[misc]  # mypy does not read kopf
+    """No handler keeps anything between events; kopf's own memories hold the last body of every object."""
+
+    async def recall(
+        self,
+        raw_body: Mapping[str, Any],
+        *,
+        memobase: Any = None,
+        noticed_by_listing: bool = False,
+        ephemeral: bool = True,
+    ) -> ResourceMemory:
+        return await super().recall(raw_body, memobase=memobase, noticed_by_listing=noticed_by_listing, ephemeral=True)
 
 
 class NoDiffBase(kopf.DiffBaseStorage):  # type: ignore[misc]  # mypy does not read kopf

@@ -7,7 +7,7 @@ thousands of adapters does not compute all of them again for every plan.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorapool_api.common import AdapterCondition
@@ -246,6 +246,19 @@ class Observer:
             self._asked_to_yield,
         ):
             kept.pop(key, None)
+
+    async def prepare(self, key: Key, turn: Callable[[], Awaitable[None]]) -> None:
+        """Makes the summaries of a base's adapters, which `base` then finds: all of them at once would be a pause.
+
+        `turn()` waits until the event loop has time for one more.
+        """
+        base = self._cache.bases.get(key.namespace, key.name)
+        if base is None:
+            return
+        terms = self._terms_of(base)
+        for adapter in self._cache.adapters_of(key):
+            await turn()
+            self._summary(adapter, terms)
 
     def _summaries_of(self, base: BaseObject, adapters: Sequence[AdapterObject]) -> list[AdapterSummary]:
         terms = self._terms_of(base)

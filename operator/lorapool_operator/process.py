@@ -10,6 +10,7 @@ import asyncio
 import functools
 import gc
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 
 STUCK_S = 300.0
 """If a key is due for this long, the workers hang and the liveness probe fails."""
+COLLECT_S = 3600.0
+"""How often the garbage collector examines the objects that live long: thousands of them take half a second."""
+NEVER = 2**31 - 1
+GIL_SWITCH_S = 0.0005
+"""For how long kopf's threads may keep the interpreter while the event loop waits for it after a system call."""
 FILES_CHECK_S = 2.0
 """How often the mounted profiles and credentials are looked at for a change."""
 
@@ -165,13 +171,14 @@ class Process:
             watch=watcher(inbox, self.control.intake, login, resync.versions),
             resync_s=self.settings.resync_s,
         )
+        sys.setswitchinterval(GIL_SWITCH_S)
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(_collect_seldom(), name="collections")
                 group.create_task(inbox.empty_forever(), name="inbox")
                 group.create_task(namespaces.run(), name="namespaces")
                 await self._until_listed(namespaces)
                 await self.control.runtimes.answered(self.settings.snapshot_stale_s)
-                gc.freeze()  # thousands of parsed objects live long: a full collection of them would stop the loop
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
@@ -272,3 +279,14 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+async def _collect_seldom() -> None:
+    """Collects young garbage as ever, and examines all objects once in `COLLECT_S` instead of whenever they grow.
+
+    What the caches drop is freed by its reference count. Only rare cycles that lived long wait for the collection.
+    """
+    gc.set_threshold(*gc.get_threshold()[:2], NEVER)
+    while True:
+        await asyncio.sleep(COLLECT_S)
+        gc.collect()

@@ -22,7 +22,8 @@ from lorapool_operator.effects.apply import Applier
 from lorapool_operator.effects.cluster import ClusterError, ObjectConflictError
 from lorapool_operator.effects.fence import FencedError
 from lorapool_operator.effects.inspections import InspectionTracker
-from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
+from lorapool_operator.effects.runtime_calls import RuntimeCallError
+from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.observe import Observer
 from lorapool_operator.workqueue import WorkQueue
@@ -134,6 +135,7 @@ class Reconciler:
         return requeue_at
 
     async def _base(self, key: Key) -> float | None:
+        await self._observer.prepare(key, self._turn)
         observed = self._observer.base(key)
         if observed is None:
             self._observer.forget_base(key)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import kopf
 from aiohttp import ClientHandlerType, ClientMiddlewareType, ClientRequest, ClientResponse
 
-from lorapool_operator.handlers import Feed, pinned_settings, registry_of
+from lorapool_operator.handlers import Feed, NoMemories, pinned_settings, registry_of
 from lorapool_operator.world.intake import Intake
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,12 @@ def _says_something(record: logging.LogRecord) -> bool:
     return "OS signals are ignored" not in text and not (record.exc_info and " has failed: " in text)
 
 
+def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Leaves out the tasks of watches that ended: their failure is WatchError's, whenever they are collected."""
+    if "never retrieved" not in context["message"]:
+        loop.default_exception_handler(context)
+
+
 class KopfThread:
     """One kopf, which watches one namespace or the whole cluster (None)."""
 
@@ -133,13 +139,16 @@ class KopfThread:
 
     async def _kopf(self) -> None:
         stop = asyncio.Event()
-        self._stop = (asyncio.get_running_loop(), stop)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_unexpected)
+        self._stop = (loop, stop)
         if self._stop_requested:
             return
         try:
             await kopf.operator(
                 registry=self._make_registry(),
                 settings=pinned_settings(),
+                memories=NoMemories(),
                 standalone=True,
                 clusterwide=self._namespace is None,
                 namespaces=(self._namespace,) if self._namespace is not None else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ def test_the_error_of_a_wrong_condition_names_the_condition(wrong: Any) -> None:
         AdapterObject.parse(raw_adapter("a", conditions=[wrong]))
     text = parse_error_text(caught.value)
     assert "status" in text or "conditions.0" in text
+
+
+def test_adapters_of_one_base_share_its_name_their_modules_and_equal_digests() -> None:
+    raw = [json.loads(json.dumps(raw_adapter(name, digest="sha256:1", targetModules=["q_proj"]))) for name in "ab"]
+    first, second = AdapterObject.parse(raw[0]), AdapterObject.parse(raw[1])
+    assert first.spec.base_model_ref.name is second.spec.base_model_ref.name
+    assert first.status.target_modules is second.status.target_modules
+    assert first.status.digest is second.status.digest
+    assert first.status.target_modules == ["q_proj"]
 
 
 def test_reports_of_one_adapter_share_names_and_the_counts_of_an_unused_one() -> None:

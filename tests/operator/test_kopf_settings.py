@@ -9,7 +9,7 @@ from typing import Any
 import kopf
 import pytest
 
-from lorapool_operator.handlers import pinned_settings
+from lorapool_operator.handlers import NoMemories, pinned_settings
 
 PINNED = {
     "watching.server_timeout": 300,
@@ -76,3 +76,10 @@ def test_kopf_neither_copies_an_object_nor_writes_to_it() -> None:
     progress.touch(body=body, patch=patch, value="now")
     progress.purge(key=kopf.HandlerId("h"), body=body, patch=patch)
     assert not patch
+
+
+async def test_kopf_keeps_nothing_of_an_object_between_its_events() -> None:
+    memories, body = NoMemories(), {"metadata": {"uid": "a"}}
+    await memories.recall(body, noticed_by_listing=True)
+    await memories.recall(body)
+    assert list(memories.iter_all_memories()) == []

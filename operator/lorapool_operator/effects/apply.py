@@ -22,7 +22,8 @@ from lorapool_operator.effects.cluster import (
     Subject,
 )
 from lorapool_operator.effects.inspections import InspectionTracker
-from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
+from lorapool_operator.effects.runtime_calls import RuntimeCallError
+from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,

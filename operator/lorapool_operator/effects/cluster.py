@@ -303,7 +303,7 @@ class Cluster:
         headers: Mapping[str, str] | None = None,
         writes: str = "",
     ) -> dict[str, Any]:
-        accept = {"Accept": "application/json", **(headers or {})}
+        accept = {"Accept": "application/json", "Accept-Encoding": "identity", **(headers or {})}
         await self._rate_limit.acquire()
         if writes:
             self._fence.check()  # after the wait, in which the Lease may have been lost

@@ -24,7 +24,8 @@ from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.fair_permits import FairPermits
-from lorapool_operator.effects.runtime_polls import RuntimeCallError, RuntimeTracker
+from lorapool_operator.effects.runtime_calls import RuntimeCallError
+from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import InspectionResult, RunningInspection, SourceFacts, SourceFailure
 

@@ -1,4 +1,4 @@
-"""Snapshots from all runtimes by long-poll, and the calls that register and unregister adapters.
+"""Snapshots from all runtimes by long-poll, and what is known of them.
 
 Each runtime pod has one long-poll, directly to its IP. Only facts are kept: the latest snapshot and since when polls
 fail. A runtime that does not answer is reported as such; nothing is assumed about it.
@@ -12,18 +12,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import aiohttp
 from pydantic import ValidationError
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import (
-    ROUTE_ADAPTER,
-    ROUTE_RESOLVE,
-    ROUTE_RUNTIME,
     AdapterDescriptor,
     AdapterReport,
     DeleteAnswer,
@@ -33,6 +28,12 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
 )
 from lorapool_operator.effects.fence import Fence
+from lorapool_operator.effects.runtime_calls import (
+    RuntimeCallError,
+    RuntimeClient,
+    RuntimeGoneError,
+    RuntimeRefusedError,
+)
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
 from lorapool_operator.world.compact import compact_report
 from lorapool_operator.world.observed import AdapterOnReplica, RuntimeView, StrayReport
@@ -41,34 +42,12 @@ log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S = 0.3
 BACKOFF_MAX_S = 3.0
-CONNECT_TIMEOUT_S = 2.0
-MAX_SNAPSHOT_BYTES = 64 * 2**20
 SKEW_TOLERANCE_S = 2.0
 """Clocks that differ by less count as equal: a runtime may send a snapshot half a second after it was made."""
 
 
 async def _at_once() -> None:
     """Does not wait."""
-
-
-class RuntimeCallError(Exception):
-    """A call to a runtime failed."""
-
-
-class RuntimeGoneError(RuntimeCallError):
-    """The runtime's pod is gone, or cannot be reached."""
-
-
-class RuntimeTimeoutError(RuntimeGoneError):
-    """The runtime did not respond in time."""
-
-
-class RuntimeRefusedError(RuntimeCallError):
-    """The runtime responded with an error status, or with a body that cannot be parsed."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass
@@ -129,10 +108,9 @@ class RuntimeTracker:
         """
         self._cache = cache
         self._turn = turn
-        self._tokens = tokens
         self._settings = settings
         self._changed = changed
-        self._fence = fence or Fence()
+        self._client = RuntimeClient(tokens, timeout_s=settings.timeout_s, fence=fence or Fence())
         self._clock = clock
         self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
@@ -141,7 +119,6 @@ class RuntimeTracker:
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
         self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
-        self._session: aiohttp.ClientSession | None = None
         self.polls = 0
         self.poll_failures = 0
 
@@ -180,8 +157,7 @@ class RuntimeTracker:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._polled.clear()
         self._by_base.clear()
-        if self._session is not None:
-            await self._session.close()
+        await self._client.close()
 
     def _forget(self, uid: str) -> None:
         polled = self._polled.pop(uid)
@@ -299,12 +275,8 @@ class RuntimeTracker:
                 after, boot = str(polled.snapshot.seq), polled.snapshot.boot_id
                 query = {"after": after, "boot": boot, "wait": str(self._settings.wait_s)}
             try:
-                raw = await self._call(
-                    polled.pod,
-                    "GET",
-                    ROUTE_RUNTIME,
-                    query=query,
-                    timeout_s=self._settings.wait_s + self._settings.timeout_s,
+                raw = await self._client.snapshot(
+                    polled.pod, query, timeout_s=self._settings.wait_s + self._settings.timeout_s
                 )
                 await self._turn()
                 snapshot = RuntimeSnapshot.model_validate_json(raw)
@@ -371,9 +343,7 @@ class RuntimeTracker:
 
     async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
         """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
-        path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
-        raw = await self._call(self._pod(pod_uid), "PUT", path, body=descriptor.model_dump_json(by_alias=True))
-        answer = _parse(PutAnswer, raw)
+        answer = await self._client.register(self._pod(pod_uid), adapter, descriptor)
         self._registered.setdefault(adapter.uid, {})[answer.boot_id, adapter.digest] = descriptor
         return answer
 
@@ -382,90 +352,21 @@ class RuntimeTracker:
 
         Raises FencedError, RuntimeGoneError, RuntimeRefusedError.
         """
-        path = ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
-        try:
-            raw = await self._call(self._pod(pod_uid), "DELETE", path)
-        except RuntimeRefusedError as error:
-            if error.status == 404:
-                return None
-            raise
-        except RuntimeTimeoutError:
-            return None
-        answer = _parse(DeleteAnswer, raw)
-        self._lost.setdefault(adapter.uid, {})[answer.boot_id] = answer.usage
-        self._registered.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
+        answer = await self._client.unregister(self._pod(pod_uid), adapter)
+        if answer is not None:
+            self._lost.setdefault(adapter.uid, {})[answer.boot_id] = answer.usage
+            self._registered.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
         return answer
 
     async def resolve(self, pod_uid: str, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
         """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
-        raw = await self._call(
-            self._pod(pod_uid), "POST", ROUTE_RESOLVE, body=request.model_dump_json(by_alias=True), timeout_s=timeout_s
-        )
-        return _parse(ResolveAnswer, raw)
+        return await self._client.resolve(self._pod(pod_uid), request, timeout_s=timeout_s)
 
     def _pod(self, pod_uid: str) -> PodObject:
         polled = self._polled.get(pod_uid)
         if polled is None:
             raise RuntimeGoneError(f"pod {pod_uid} is gone")
         return polled.pod
-
-    async def _call(
-        self,
-        pod: PodObject,
-        method: str,
-        path: str,
-        *,
-        body: str | None = None,
-        query: dict[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> bytes:
-        *earlier, last = self._tokens(pod.base_uid)
-        for token in earlier:
-            try:
-                return await self._call_with(token, pod, method, path, body=body, query=query, timeout_s=timeout_s)
-            except RuntimeRefusedError as error:
-                if error.status != HTTPStatus.UNAUTHORIZED:
-                    raise
-        return await self._call_with(last, pod, method, path, body=body, query=query, timeout_s=timeout_s)
-
-    async def _call_with(
-        self,
-        token: str,
-        pod: PodObject,
-        method: str,
-        path: str,
-        *,
-        body: str | None,
-        query: dict[str, str] | None,
-        timeout_s: float | None,
-    ) -> bytes:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
-        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
-        total_s = timeout_s if timeout_s is not None else self._settings.timeout_s
-        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
-        headers = {"Authorization": f"Bearer {token}"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
-        if method in ("PUT", "DELETE"):
-            self._fence.check()
-        try:
-            async with self._session.request(
-                method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
-            ) as response:
-                raw = await response.content.read(MAX_SNAPSHOT_BYTES)
-                while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
-                    raw += await response.content.read(MAX_SNAPSHOT_BYTES)
-                if response.status >= 300:
-                    raise RuntimeRefusedError(
-                        f"{call}: {response.status} {raw[:200].decode(errors='replace')}", response.status
-                    )
-                return raw
-        except TimeoutError as error:
-            raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
 
 
 Reports = tuple[AdapterReport, ...]
@@ -531,15 +432,3 @@ def _base_shape(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
 def _load(snapshot: RuntimeSnapshot) -> tuple[object, ...]:
     """Returns the part of a snapshot that can change the number of replicas, or the reported progress of a start."""
     return snapshot.in_flight + snapshot.waiting, snapshot.last_request_unix_s, snapshot.startup
-
-
-RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
-
-
-def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:
-    try:
-        return kind.model_validate_json(raw)
-    except ValidationError as error:
-        raise RuntimeRefusedError(
-            f"a runtime's response is not a valid {kind.__name__}: {error.error_count()} errors", 502
-        ) from error

@@ -33,7 +33,7 @@ from lorapool_api.common import (
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
-from lorapool_operator.world.compact import compact, share_conditions
+from lorapool_operator.world.compact import compact_adapter, share_conditions
 
 log = logging.getLogger(__name__)
 
@@ -163,11 +163,13 @@ class AdapterObject:
         """Parses the API server's JSON. Raises UnreadableError or KeyError."""
         status = dict(raw.get("status") or {})
         status["conditions"] = share_conditions(status.get("conditions") or [])
-        return cls(
+        item = cls(
             Meta.parse(raw["metadata"]),
-            compact(_part(LoraAdapterSpec, raw, "spec")),
-            compact(_part(LoraAdapterStatus, {"status": status}, "status")),
+            _part(LoraAdapterSpec, raw, "spec"),
+            _part(LoraAdapterStatus, {"status": status}, "status"),
         )
+        compact_adapter(item.spec, item.status)
+        return item
 
 
 @dataclass(frozen=True, slots=True)

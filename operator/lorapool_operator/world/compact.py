@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from lorapool_api.common import Condition
-from lorapool_api.loraadapter import UsagePart
+from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport
 
 M = TypeVar("M", bound=BaseModel)
@@ -41,8 +41,7 @@ def compact_report(report: AdapterReport) -> AdapterReport:
     """Drops the same from a runtime's report, shares its names with other runtimes' reports, and returns it."""
     compact(report)
     values = report.__dict__
-    for name in ("uid", "digest", "display"):
-        values[name] = sys.intern(values[name])
+    _intern(values, "uid", "digest", "display")
     unused = _unused(report.usage.boot_id)
     if report.usage == unused:
         values["usage"] = unused
@@ -52,6 +51,24 @@ def compact_report(report: AdapterReport) -> AdapterReport:
 @functools.lru_cache(maxsize=SHARED_CONDITIONS)
 def _unused(boot_id: str) -> UsagePart:
     return compact(UsagePart(boot_id=boot_id))
+
+
+def compact_adapter(spec: LoraAdapterSpec, status: LoraAdapterStatus) -> None:
+    """Drops the same from an adapter, and shares with others what is often equal: the base, the digest, the modules."""
+    compact(spec)
+    compact(status)
+    _intern(spec.base_model_ref.__dict__, "name", "namespace")
+    _intern(status.__dict__, "state", "digest")
+    status.__dict__["target_modules"] = _modules(tuple(status.target_modules))
+
+
+def _intern(values: dict[str, Any], *names: str) -> None:
+    values.update((name, sys.intern(values[name])) for name in names if values[name] is not None)
+
+
+@functools.lru_cache(maxsize=SHARED_CONDITIONS)
+def _modules(names: tuple[str, ...]) -> list[str]:
+    return [sys.intern(name) for name in names]
 
 
 def share_conditions(raw: Any) -> Any:

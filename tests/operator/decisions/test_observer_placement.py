@@ -157,3 +157,18 @@ def test_a_bases_own_status_causes_no_new_summaries_of_its_adapters_and_a_change
     here.cache.bases.put(deleting)
     (changed,) = here.summaries()
     assert (before.pinned_replicas, changed.pinned_replicas) == (2, 0)
+
+
+async def test_the_summaries_of_a_base_are_made_in_pieces_before_its_plan() -> None:
+    here = Here()
+    for name in ("a", "b", "c"):
+        here.adapter(name)
+    made: list[int] = []
+
+    async def turn() -> None:
+        made.append(len(here.observer._summaries))
+
+    await here.observer.prepare(KEY, turn)
+    assert made == [0, 1, 2]
+    known = {uid: summary for uid, (_, _, summary) in here.observer._summaries.items()}
+    assert all(known[f"{name}-uid"] is summary for name, summary in zip("abc", here.summaries(), strict=True))

@@ -1,0 +1,165 @@
+"""Requests to runtimes, directly to the IP of a pod: snapshots, and the calls that register and unregister adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import TypeVar
+
+import aiohttp
+from pydantic import ValidationError
+
+from lorapool_api.common import AdapterKey
+from lorapool_api.protocol import (
+    ROUTE_ADAPTER,
+    ROUTE_RESOLVE,
+    ROUTE_RUNTIME,
+    AdapterDescriptor,
+    DeleteAnswer,
+    PutAnswer,
+    ResolveAnswer,
+    ResolveRequest,
+)
+from lorapool_operator.effects.fence import Fence
+from lorapool_operator.world.cluster_cache import PodObject
+
+CONNECT_TIMEOUT_S = 2.0
+MAX_SNAPSHOT_BYTES = 64 * 2**20
+
+
+class RuntimeCallError(Exception):
+    """A call to a runtime failed."""
+
+
+class RuntimeGoneError(RuntimeCallError):
+    """The runtime's pod is gone, or cannot be reached."""
+
+
+class RuntimeTimeoutError(RuntimeGoneError):
+    """The runtime did not respond in time."""
+
+
+class RuntimeRefusedError(RuntimeCallError):
+    """The runtime responded with an error status, or with a body that cannot be parsed."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RuntimeClient:
+    """The requests over one session. Belongs to one event loop."""
+
+    def __init__(self, tokens: Callable[[str], tuple[str, ...]], *, timeout_s: float, fence: Fence) -> None:
+        """`tokens(base_uid)` are the bearer tokens of its runtimes, in the order in which to try them."""
+        self._tokens = tokens
+        self._timeout_s = timeout_s
+        self._fence = fence
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def snapshot(self, pod: PodObject, query: Mapping[str, str], *, timeout_s: float) -> bytes:
+        """Returns the JSON of a RuntimeSnapshot. Raises RuntimeGoneError, RuntimeRefusedError."""
+        return await self._call(pod, "GET", ROUTE_RUNTIME, query=query, timeout_s=timeout_s)
+
+    async def register(self, pod: PodObject, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
+        """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        body = descriptor.model_dump_json(by_alias=True)
+        return _parse(PutAnswer, await self._call(pod, "PUT", _route_of(adapter), body=body))
+
+    async def unregister(self, pod: PodObject, adapter: AdapterKey) -> DeleteAnswer | None:
+        """Unregisters an adapter. Returns None if it was not registered, or if the runtime still waits for requests.
+
+        Raises FencedError, RuntimeGoneError, RuntimeRefusedError.
+        """
+        try:
+            return _parse(DeleteAnswer, await self._call(pod, "DELETE", _route_of(adapter)))
+        except RuntimeRefusedError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        except RuntimeTimeoutError:
+            return None
+
+    async def resolve(self, pod: PodObject, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
+        """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
+        body = request.model_dump_json(by_alias=True)
+        return _parse(ResolveAnswer, await self._call(pod, "POST", ROUTE_RESOLVE, body=body, timeout_s=timeout_s))
+
+    async def _call(
+        self,
+        pod: PodObject,
+        method: str,
+        path: str,
+        *,
+        body: str | None = None,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> bytes:
+        *earlier, last = self._tokens(pod.base_uid)
+        for token in earlier:
+            try:
+                return await self._call_with(token, pod, method, path, body=body, query=query, timeout_s=timeout_s)
+            except RuntimeRefusedError as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+        return await self._call_with(last, pod, method, path, body=body, query=query, timeout_s=timeout_s)
+
+    async def _call_with(
+        self,
+        token: str,
+        pod: PodObject,
+        method: str,
+        path: str,
+        *,
+        body: str | None,
+        query: Mapping[str, str] | None,
+        timeout_s: float | None,
+    ) -> bytes:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
+        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
+        total_s = timeout_s if timeout_s is not None else self._timeout_s
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {token}"}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
+        if method in ("PUT", "DELETE"):
+            self._fence.check()
+        try:
+            async with self._session.request(
+                method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
+            ) as response:
+                raw = await response.content.read(MAX_SNAPSHOT_BYTES)
+                while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
+                    raw += await response.content.read(MAX_SNAPSHOT_BYTES)
+                if response.status >= 300:
+                    raise RuntimeRefusedError(
+                        f"{call}: {response.status} {raw[:200].decode(errors='replace')}", response.status
+                    )
+                return raw
+        except TimeoutError as error:
+            raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
+
+
+def _route_of(adapter: AdapterKey) -> str:
+    return ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
+
+
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
+
+
+def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise RuntimeRefusedError(
+            f"a runtime's response is not a valid {kind.__name__}: {error.error_count()} errors", 502
+        ) from error
