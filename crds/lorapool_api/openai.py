@@ -9,6 +9,7 @@ Gateway and runtime raise them and each turns them into a response in one place.
     ├─ RouteNotFoundError 404            ├─ ServerError 500
     ├─ RuntimeNotRegisteredError 404 *   └─ UnavailableError 503 + Retry-After
     ├─ MethodNotAllowedError 405
+    ├─ UnsupportedMediaTypeError 415
     └─ NoFreeSlotError 409 *
 
     * only between runtime and gateway
@@ -104,6 +105,14 @@ class PayloadTooLargeError(ApiError):
     status = 413
     type = "invalid_request_error"
     default_code = "payload_too_large"
+
+
+class UnsupportedMediaTypeError(ApiError):
+    """The request body is encoded in a way that is not supported."""
+
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_encoding"
 
 
 class UnprocessableError(ApiError):

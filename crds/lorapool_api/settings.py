@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorapool_api.basemodel import Namespace
 from lorapool_api.logs import LogFormat
@@ -87,6 +87,14 @@ class ProcessSettings(SettingsGroup):
     """Folder with tls.crt and tls.key, with which metrics and their port's probes are served. None: plain HTTP."""
     metrics_token_file: Path | None = None
     """File with the bearer token that /metrics on the metrics port requires. None: none is required."""
+
+
+class ServingSettings(ProcessSettings):
+    """What gateway and runtime have in common, whose event loops serve requests."""
+
+    loop_stuck_s: Annotated[float, Field(gt=0)] = 30.0
+    """The probes fail when the process' event loop has not run for this long. They are answered from a thread of their
+    own: a loop that is busy for less delays them no more than any other thread does."""
 
 
 G = TypeVar("G", bound=SettingsGroup)

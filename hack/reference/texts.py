@@ -64,7 +64,9 @@ The port is {protocol.RUNTIME_PORT}.
 HEADERS = {
     common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
     "`model` is. Answer: what answered.",
-    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
+    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` at each step. JSON answer: the usage.",
+    "accept": "Request, `text/event-stream`, together with the usage: the head of the answer is sent as soon as the "
+    "request is admitted, and the body of a whole answer, or an error that occurs later, is one data event.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
     protocol.HEADER_TENANT: "Request: an opaque identifier of the caller's tenant, a hash. Tenants share a replica "
     "fairly.",
@@ -108,6 +110,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         "reader's last snapshot, the answer has only what changed since `after`."
     ),
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
+    ("GET", protocol.ROUTE_REQUESTS): "Long poll of the requests that have ended, of the last 15 minutes or the last "
+    "100,000, with `after` and `wait`: `FinishedRequests`.",
     (
         "PUT",
         protocol.ROUTE_ADAPTER,
@@ -120,7 +124,7 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     (
         "DELETE",
         protocol.ROUTE_ATTEMPT,
-    ): "Ends the request that was sent with this `x-lorapool-attempt`, whose client has left. Answers its `Usage`.",
+    ): "Ends the request that was sent with this `x-lorapool-attempt`, if it has not ended. Answers its final `Usage`.",
     ("GET", protocol.ROUTE_MODELS): "The base and the registered adapters, as OpenAI lists models.",
     ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
@@ -170,22 +174,28 @@ ERROR_CODES: dict[str, str] = {
     "adapter_not_registered": "Runtime only: register the adapter with `PUT` and repeat. The gateway does so itself.",
     "adapter_suspended": "The adapter's spec.suspend is true.",
     "bad_upstream": "A runtime sent an answer that the gateway does not understand. Compare their versions.",
+    "bad_http": "The request is not valid HTTP/1.1, or its headers are too long.",
     "base_not_found": "The adapter's BaseModel does not exist.",
     "base_unavailable": "No pod of the BaseModel can start: the message quotes the condition that says why.",
     "base_start_failed": "The base failed to start and may not be started again yet; its conditions say why. Try again "
     "after `Retry-After`.",
+    "bodies_exceeded": "The gateway holds as many bytes of bodies as `gateway.maxHeldBodyBytes` allows. Try again.",
     "body_timeout": "The client sent its body too slowly.",
     "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",
     "context_length_exceeded": "The prompt, or prompt and `max_tokens`, are longer than the context. Shorten either.",
+    "deadline_exceeded": "The request took longer than `gateway.deadlineSeconds`. Ask for fewer tokens.",
     "draining": "This runtime is shutting down. The gateway tries another replica.",
     "grammar_timeout": "Compiling the schema took too long. Simplify it.",
     "internal_error": "A fault of Lorapool: its log has the `x-request-id`.",
     "invalid_api_key": "The key is missing, unknown or deleted.",
-    "invalid_body": "The body's encoding cannot be decoded.",
+    "invalid_body": "The body is not what its headers say.",
     "invalid_json": "The body is not a JSON object, or is nested too deeply.",
     "invalid_value": "`model` or `stream` is missing or of the wrong type.",
+    "key_bodies_exceeded": "The requests of this API key hold as many bytes of bodies as "
+    "`gateway.maxHeldBodyBytesPerKey` allows. Try again.",
     "key_in_flight_exceeded": "This API key has as many requests under way as its `maxInFlight` allows.",
+    "key_share_exceeded": "The gateway is nearly full; a part of its room is kept for keys with fewer requests.",
     "load_timeout": "The adapter's load did not end in time. Try again after `Retry-After`.",
     "method_not_allowed": "The route exists, the method does not; see the header `Allow`.",
     "model_not_found": "There is no such model, or the key may not use it.",
@@ -200,9 +210,11 @@ ERROR_CODES: dict[str, str] = {
     "schema_too_large": "The schema is larger than a grammar may be. Simplify it.",
     "starting": "The runtime's base is still loading. The gateway waits or tries another replica.",
     "too_many_adapters": "The runtime knows as many adapters as `LORAPOOL_RUNTIME_MAX_ADAPTERS` allows, all in use.",
+    "too_many_connections": "The client's address, or all clients, have as many connections open as a gateway allows.",
     "too_many_held_requests": "As many requests wait for this base as spec.coldStart.maxQueued allows.",
     "unknown_parameter": "There is no such parameter.",
     "unsupported_content": "Only text can be read: no images, audio or files.",
+    "unsupported_encoding": "The body has a `Content-Encoding`. Send it uncompressed.",
     "unsupported_parameter": "OpenAI's parameter is not supported with this value.",
     "unsupported_role": "The role of a message is unknown.",
     "unsupported_schema": "The schema uses a keyword that cannot be enforced; the message names it.",

@@ -10,22 +10,16 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from aiohttp import StreamReader, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import web
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_REQUEST_ID
 from lorapool_api.openai import (
     ApiError,
-    InvalidRequestError,
     MethodNotAllowedError,
-    PayloadTooLargeError,
     RouteNotFoundError,
     ServerError,
     TooManyRequestsError,
@@ -33,23 +27,25 @@ from lorapool_api.openai import (
     UnavailableError,
 )
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
+from lorapool_gateway.connections import ConnectionLimits, Server
 from lorapool_gateway.metrics import Metrics, RequestRecord
-from lorapool_gateway.requests.attempt import Passed
+from lorapool_gateway.requests.attempt import Accepted
+from lorapool_gateway.requests.body import BodyBudget, HeldBody, read_body
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.ending import Ending
-from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
+from lorapool_gateway.requests.refusal import Passed
+from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream, relay_whole
 from lorapool_gateway.requests.request import parse_request, request_id
 from lorapool_gateway.routing.auth import ApiKey, authenticate
 from lorapool_gateway.routing.live_tables import KeySource, RouteSource
-from lorapool_gateway.routing.objects import AdapterRoute
-from lorapool_gateway.routing.routes import Entry
+from lorapool_gateway.routing.model_lists import ModelLists, model_object
 from lorapool_gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
-KEEPALIVE_S = 75.0
-"""Longer than the idle timeout of common load balancers, so that they close the connection first."""
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+KEY_SHARE = 8
+"""A key has at most this many times as many requests in flight as there is room for, so that a part of the room, a
+ninth while there is one key alone, is always left for keys that have none."""
 
 
 @dataclass(slots=True)
@@ -87,14 +83,17 @@ class Gateway:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._by_key: Counter[str] = Counter()
+        self._bodies = BodyBudget(settings.max_held_body_bytes, settings.max_held_body_bytes_per_key)
         self.in_flight = 0
         metrics.in_flight.set_function(lambda: self.in_flight)
+        metrics.held_body_bytes.set_function(lambda: self._bodies.held)
         self.idle = asyncio.Event()
         """Set while no request is in flight."""
         self.idle.set()
         self.draining = False
         """True after SIGTERM: responses then ask clients to open their next connection elsewhere."""
-        self._ending = Ending()
+        self._ending = Ending(settings.deadline_s)
+        self._model_lists = ModelLists()
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
             ROUTE_CHAT: {"POST": self._infer},
@@ -102,28 +101,13 @@ class Gateway:
             ROUTE_MODELS: {"GET": self._list_models, "HEAD": self._list_models},
         }
 
-    def server(self) -> web.Server:
+    def server(self) -> Server:
         """aiohttp's server without its application object: four routes need no router and no signals."""
-
-        def make(
-            message: RawRequestMessage,
-            payload: StreamReader,
-            protocol: RequestHandler,
-            writer: AbstractStreamWriter,
-            task: asyncio.Task[None],
-        ) -> web.BaseRequest:
-            loop = asyncio.get_running_loop()
-            bound = self._settings.max_body_bytes
-            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=bound)
-
-        # handler_cancellation: a client that disconnects cancels its handler, which ends the wait and the generation.
-        return web.Server(
-            self.handle,
-            request_factory=make,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_S,
+        settings = self._settings
+        limits = ConnectionLimits(
+            settings.max_connections, settings.max_connections_per_address, settings.head_timeout_s
         )
+        return Server(self.handle, limits, self._metrics.connection_refused)
 
     def end_requests(self) -> None:
         """Answers every request in flight with an error: a stream by its last event, others by 503."""
@@ -148,33 +132,44 @@ class Gateway:
     async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
         request, record = exchange.request, exchange.record
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
+        deadline = self._ending.deadline()
         with self._admitted(key):
-            async with self._ending.bound():
-                parsed = parse_request(request.path, await self._body(request), key.tenant)
+            async with self._ending.bound(deadline), self._body(request, key) as body:
+                parsed = parse_request(request.path, body, key.tenant)
                 result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
-            headers = exchange.headers()
             if isinstance(result, Passed):
-                if result.retry_after is not None:
-                    headers["Retry-After"] = result.retry_after
-                return _json(result.body, headers, result.status)
+                return _passed(result, exchange.headers())
             try:
-                if parsed.stream and result.response.headers.get("content-type", "").startswith(SSE):
-                    timeout_s = self._settings.write_timeout_s
-                    return await relay_stream(request, result, record, headers, self._ending, write_timeout_s=timeout_s)
-                return _json(await relay_whole(result, record, self._ending), headers)
+                answer = await self._relay(exchange, result, parsed.stream, deadline)
             finally:
                 result.close()
+        if isinstance(answer, Passed):
+            return _passed(answer, exchange.headers())
+        return _json(answer, exchange.headers()) if isinstance(answer, bytes) else answer
+
+    async def _relay(
+        self, exchange: _Exchange, accepted: Accepted, stream: bool, deadline: float
+    ) -> web.StreamResponse | Passed | bytes:
+        if not stream or not accepted.sends_events:
+            return await relay_whole(accepted, exchange.record, self._ending, deadline)
+        return await relay_stream(
+            exchange.request,
+            accepted,
+            exchange.record,
+            exchange.headers,
+            self._ending,
+            deadline,
+            write_timeout_s=self._settings.write_timeout_s,
+        )
 
     async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
         key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
-        table = self._routes.table
-        data = [_model(entry, name) for entry in table.visible(key) for name in table.names_of(entry, key)]
-        return _json(json.dumps({"object": "list", "data": data}).encode(), exchange.headers())
+        return _json(self._model_lists.body(self._routes.table, key), exchange.headers())
 
     async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
         key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
         name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
-        return _json(json.dumps(_model(self._routes.table.find(name, key), name)).encode(), exchange.headers())
+        return _json(json.dumps(model_object(self._routes.table.find(name, key), name)).encode(), exchange.headers())
 
     # --- limits
 
@@ -183,6 +178,12 @@ class Gateway:
         """Counts the request against the limits of the process and of its key. Raises TooManyRequestsError."""
         if self.in_flight > self._settings.max_requests:  # this one is counted already
             raise TooManyRequestsError("The gateway is full.", retry_after_s=1)
+        if self._by_key[key.id] > KEY_SHARE * (self._settings.max_requests - self.in_flight):
+            raise TooManyRequestsError(
+                "The gateway is nearly full, and this API key has too many of its requests in flight.",
+                code="key_share_exceeded",
+                retry_after_s=1,
+            )
         if key.max_in_flight is not None and self._by_key[key.id] >= key.max_in_flight:
             raise TooManyRequestsError(
                 f"This API key may have {key.max_in_flight} requests in flight at one time.",
@@ -197,26 +198,16 @@ class Gateway:
             if self._by_key[key.id] <= 0:
                 del self._by_key[key.id]
 
-    async def _body(self, request: web.BaseRequest) -> bytes:
-        bound = self._settings.max_body_bytes
-        if request.content_length is not None and request.content_length > bound:
-            raise _too_large(bound)
+    @asynccontextmanager
+    async def _body(self, request: web.BaseRequest, key: ApiKey) -> AsyncIterator[HeldBody]:
+        """The body, dropped at the end of the block."""
+        body = HeldBody(self._bodies, key.id)
         try:
-            if request.content.is_eof() and "Content-Encoding" not in request.headers:
-                body = request.content.read_nowait()  # a short body arrived together with its headers: no wait
-                if len(body) > bound:
-                    raise _too_large(bound)
-                return body
-            if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-                request.transport.write(CONTINUE)
-            async with asyncio.timeout(self._settings.body_timeout_s):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise _too_large(bound) from None
-        except TimeoutError:
-            raise InvalidRequestError("The request body was not sent in time.", code="body_timeout") from None
-        except ValueError:
-            raise InvalidRequestError("The request body cannot be decoded.", code="invalid_body") from None
+            settings = self._settings
+            await read_body(request, body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+            yield body
+        finally:
+            body.drop()
 
     # --- one place for all responses
 
@@ -278,19 +269,7 @@ def _json(body: bytes, headers: dict[str, str], status: int = 200) -> web.Respon
     return web.Response(body=body, status=status, headers=headers)
 
 
-def _model(entry: Entry, name: str) -> dict[str, Any]:
-    """The object under one of its names; `root` is the name that never changes its meaning."""
-    model: dict[str, Any] = {
-        "id": name,
-        "object": "model",
-        "created": int(entry.created_unix_s),
-        "owned_by": entry.ref.namespace,
-        "root": str(entry.ref),
-    }
-    if isinstance(entry, AdapterRoute):
-        model["parent"] = str(entry.base_ref)
-    return model
-
-
-def _too_large(bound: int) -> ApiError:
-    return PayloadTooLargeError(f"The request body must not be larger than {bound} bytes.")
+def _passed(result: Passed, headers: dict[str, str]) -> web.Response:
+    if result.retry_after is not None:
+        headers["Retry-After"] = result.retry_after
+    return _json(result.body, headers, result.status)

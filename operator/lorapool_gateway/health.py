@@ -1,4 +1,7 @@
-"""Metrics and probes on their own port, so that they need no key and no client can reach them."""
+"""Metrics and probes on their own port, so that they need no key and no client can reach them.
+
+They are served in a thread of their own, so that busy requests delay neither. What they read is safe to read there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from lorapool_gateway.metrics import Metrics
 def health_app(
     metrics: Metrics, access: MetricsAccess, alive: Callable[[], bool], ready: Callable[[], bool]
 ) -> web.Application:
-    """`alive`: the task that builds the tables runs. `ready`: they were complete once, and it is not draining."""
+    """Serves metrics and probes.
+
+    `alive`: the event loop and the task that builds the tables run. `ready`: they were complete once, and it is not
+    draining.
+    """
 
     def probe(ask: Callable[[], bool]) -> Callable[[web.Request], object]:
         async def handler(_: web.Request) -> web.Response:
@@ -27,7 +34,11 @@ def health_app(
             return web.Response(status=401)
         return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
+    async def name_no_software(_: web.Request, response: web.StreamResponse) -> None:
+        response.headers.pop("Server", None)
+
     app = web.Application()
+    app.on_response_prepare.append(name_no_software)
     app.router.add_get("/healthz", probe(alive))  # type: ignore[arg-type]  # aiohttp's Handler alias is not exported
     app.router.add_get("/readyz", probe(ready))  # type: ignore[arg-type]
     app.router.add_get("/metrics", text)

@@ -112,6 +112,16 @@ class Metrics:
             f"{name}held_requests", "Requests that wait for a replica.", ("base",), registry=self.registry
         )
         self.in_flight = Gauge(f"{name}in_flight_requests", "Requests under way.", registry=self.registry)
+        self.held_body_bytes = Gauge(
+            f"{name}held_body_bytes",
+            "Bytes of request bodies that no runtime has accepted yet.",
+            registry=self.registry,
+        )
+        self.refused_connections = Counter(
+            f"{name}refused_connections_total",
+            "Connections beyond the limit in all or of their address.",
+            registry=self.registry,
+        )
         self.retries = Counter(
             f"{name}retries_total",
             "Attempts that a runtime did not answer, by why; each was followed by another or by an error.",
@@ -159,6 +169,9 @@ class Metrics:
 
     def wake(self, base: str, result: str) -> None:
         self._inc("wakes", (base if base in self._bases.known else OTHER, result))
+
+    def connection_refused(self) -> None:
+        self.refused_connections.inc()
 
     def watch_failed(self, kind: str) -> None:
         """Counts a list or watch of this kind that failed."""

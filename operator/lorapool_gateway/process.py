@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from lorapool_api.keep_alive import keep_alive
+from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway.app import Gateway
@@ -57,7 +60,7 @@ class GatewayProcess:
 async def running(
     settings: Settings, tokens: RuntimeTokens, source: ObjectSource, scale: ScaleClient, metrics: Metrics
 ) -> AsyncIterator[GatewayProcess]:
-    """Serves inside the context: on the API port, and metrics and probes on their own port."""
+    """Serves inside the context: on the API port, and metrics and probes on a port and in a thread of their own."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         routes, keys = LiveRoutes(), LiveKeys()
@@ -73,13 +76,17 @@ async def running(
         watching = asyncio.create_task(tables.run(), name="tables")
         stack.push_async_callback(_cancel, watching)
 
+        heartbeat = Heartbeat(settings.loop_stuck_s)
+        beating = asyncio.create_task(heartbeat.run(), name="heartbeat")
+        stack.push_async_callback(_cancel, beating)
+
         def alive() -> bool:
-            return not watching.done()
+            return heartbeat.alive and not watching.done()
 
         access = MetricsAccess(settings)
         health = health_app(metrics, access, alive, lambda: alive() and tables.synced and not gateway.draining)
-        open_runner = web.AppRunner(health, access_log=None, shutdown_timeout=SHUTDOWN_S)
-        _, metrics_port = await listen(stack, open_runner, settings.listen_host, settings.metrics_port, access.tls)
+        probes = in_own_thread(lambda: _probes(health, settings, access.tls), "probes")
+        metrics_port = await stack.enter_async_context(probes)
         runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
@@ -89,11 +96,19 @@ async def running(
 def client_session() -> aiohttp.ClientSession:
     """For long-polls of runtimes (requests use `HttpClient`): no limit, no decompression, no proxy."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, socket_factory=poll_socket),
         auto_decompress=False,
         headers={"Accept-Encoding": "identity", "User-Agent": "lorapool-gateway"},
         cookie_jar=aiohttp.DummyCookieJar(),
     )
+
+
+def poll_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that the kernel closes when the runtime's machine is lost."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    keep_alive(made)
+    return made
 
 
 async def drain(process: GatewayProcess, settings: Settings) -> None:
@@ -117,6 +132,14 @@ async def _idle_within(gateway: Gateway, timeout_s: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+@asynccontextmanager
+async def _probes(app: web.Application, settings: Settings, tls: SSLContext | None) -> AsyncIterator[int]:
+    """Serves metrics and probes; yields their port."""
+    async with AsyncExitStack() as stack:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        yield (await listen(stack, runner, settings.listen_host, settings.metrics_port, tls))[1]
 
 
 async def listen(

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorapool_api.basemodel import Namespace
-from lorapool_api.settings import Namespaces, ProcessSettings, read
+from lorapool_api.settings import Namespaces, ServingSettings, read
 
 
-class Settings(ProcessSettings):
+class Settings(ServingSettings):
     """What an administrator may set of a gateway, from LORAPOOL_GATEWAY_<FIELD>."""
 
     prefix: ClassVar[str] = "LORAPOOL_GATEWAY_"
@@ -39,12 +39,25 @@ class Settings(ProcessSettings):
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """A client must send its whole body within this time, so that a slow sender cannot occupy a handler."""
     max_requests: Annotated[int, Field(ge=1)] = 4096
-    """Requests in flight in this process, held ones included. Bounds memory to this number of bodies."""
+    """Requests in flight in this process, held ones included."""
+    max_held_body_bytes: Annotated[int, Field(ge=1024)] = 192 * 2**20
+    """Bytes of request bodies that no runtime has accepted yet; the next request gets 429. Bounds memory."""
+    max_held_body_bytes_per_key: Annotated[int, Field(ge=1024)] = 64 * 2**20
+    """The same for the requests of one API key."""
+    max_connections: Annotated[int, Field(ge=1)] = 8192
+    """Open connections of clients; one more is answered with 503 and closed."""
+    max_connections_per_address: Annotated[int, Field(ge=1)] = 4096
+    """The same for one client address. Behind a proxy, all clients have the addresses of the proxy."""
+    head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """A connection is closed when a request's headers are not complete this long after their first byte."""
 
     connect_timeout_s: Annotated[float, Field(gt=0)] = 1.0
     """TCP connect to a runtime. Pods are near, so a longer connect means that the pod is gone."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A runtime that sends no byte for this long is given up. OpenAI's client waits as long."""
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A request that takes longer in all, from its arrival to its last byte, is ended with an error, and so is its
+    generation."""
     write_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A client that reads nothing of its stream for this long is disconnected, and its generation ended."""
     shutdown_delay_s: Annotated[float, Field(ge=0)] = 5.0
@@ -55,6 +68,16 @@ class Settings(ProcessSettings):
     requests get 503. The default is the time that a runtime which stops gives its requests."""
     max_tracked_adapters: Annotated[int, Field(ge=0)] = 500
     """Adapters with metric series of their own; the others share one label value."""
+
+    @model_validator(mode="after")
+    def _a_body_fits_its_budgets(self) -> Settings:
+        smallest = min(self.max_held_body_bytes, self.max_held_body_bytes_per_key)
+        if smallest < self.max_body_bytes:
+            raise ValueError(
+                f"max_body_bytes {self.max_body_bytes} must not be above max_held_body_bytes or "
+                f"max_held_body_bytes_per_key ({smallest}): no request could have the longest body"
+            )
+        return self
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:

@@ -21,13 +21,15 @@ from typing import Any
 
 from aiohttp import web
 
+from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.logs import set_up_logs
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
 from lorapool_runtime.openai.tokenizer import TokenizerError
-from lorapool_runtime.serving.server import make_app, make_metrics_app
+from lorapool_runtime.serving.probes import probes
+from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings, read_settings
 from lorapool_runtime.startup import BaseError, bring_up, reason_of
@@ -134,7 +136,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
 
 @contextlib.asynccontextmanager
 async def _listening(runtime: Runtime) -> AsyncIterator[None]:
-    """HTTP answers while inside. The sockets close last, those that listen before those of connections."""
+    """HTTP answers while inside. Listening sockets close before those of connections."""
     settings = runtime.settings
     runner = web.AppRunner(
         make_app(runtime),
@@ -145,24 +147,34 @@ async def _listening(runtime: Runtime) -> AsyncIterator[None]:
         shutdown_timeout=1.0,
     )
     await runner.setup()
-    runners = [runner]
     try:
         await web.TCPSite(runner, settings.host, settings.listen_port).start()
         for address in runner.addresses:
             log.info("listening on http://%s:%d", *address[:2])
-        if settings.metrics_port is not None:
-            access = MetricsAccess(settings)
-            open_runner = web.AppRunner(make_metrics_app(runtime, access), access_log=None)
-            await open_runner.setup()
-            runners.append(open_runner)
-            await web.TCPSite(open_runner, settings.host, settings.metrics_port, ssl_context=access.tls).start()
-        yield
+        async with _probed(runtime):
+            yield
     finally:
-        for site in [site for each in runners for site in each.sites]:
+        for site in list(runner.sites):
             await site.stop()
         await asyncio.sleep(LAST_ARRIVALS_S)
-        for each in runners:
-            await each.cleanup()
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def _probed(runtime: Runtime) -> AsyncIterator[None]:
+    """Probes and scrapers are answered in a thread of their own while inside, on the metrics port if there is one."""
+    port = runtime.settings.metrics_port
+    if port is None:
+        yield
+        return
+    access, heartbeat = MetricsAccess(runtime.settings), Heartbeat(runtime.settings.loop_stuck_s)
+    loop = asyncio.get_running_loop()
+    beating = loop.create_task(heartbeat.run(), name="heartbeat")
+    try:
+        async with in_own_thread(lambda: probes(runtime, access, heartbeat, loop, port), "probes"):
+            yield
+    finally:
+        beating.cancel()
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -15,11 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ENV_TOKEN_SHA256_FILE, RUNTIME_PORT
-from lorapool_api.settings import Env, ProcessSettings, read
+from lorapool_api.settings import Env, ServingSettings, read
 from lorapool_artifacts.settings import SourceSettings
 
 
-class RuntimeSettings(ProcessSettings):
+class RuntimeSettings(ServingSettings):
     """What an administrator may set of a runtime, from LORAPOOL_RUNTIME_<FIELD> or --<field>."""
 
     prefix: ClassVar[str] = "LORAPOOL_RUNTIME_"
@@ -68,8 +68,9 @@ class RuntimeSettings(ProcessSettings):
     listen_port: int = Field(default=RUNTIME_PORT, ge=0, le=65535)
     """0 takes a free port (tests)."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """A second listener without authentication, for scrapers that cannot hold a token. It serves only /metrics and
-    /metrics/vllm, the names that inference gateways read. None: no such listener."""
+    """A second listener for probes and for scrapers that cannot hold the token, served in a thread of its own:
+    /healthz, /readyz, /metrics, and /metrics/vllm with the names that inference gateways read. None: no such
+    listener."""
     token_sha256: Annotated[str | None, Env(ENV_TOKEN_SHA256, "LORAPOOL_RUNTIME_TOKEN_SHA256")] = Field(
         default=None, pattern=r"^[0-9a-f]{64}$"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 from collections.abc import AsyncIterator
@@ -14,12 +15,13 @@ from aiohttp import web
 from artifact_hub import self_signed
 from prometheus_client import CollectorRegistry
 
+from lorapool_api.liveness import Heartbeat
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import ProcessSettings, SettingsError
 from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics
 from lorapool_operator.metrics import status_app
-from lorapool_runtime.serving.server import make_metrics_app
+from lorapool_runtime.serving.probes import make_probes_app
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings
 
@@ -57,7 +59,9 @@ def apps(rules: MetricsAccess) -> dict[str, web.Application]:
     return {
         "gateway": health_app(Metrics(), rules, lambda: True, lambda: True),
         "operator": status_app(CollectorRegistry(), rules, healthy=lambda: "", ready=lambda: ""),
-        "runtime": make_metrics_app(Runtime(RuntimeSettings(model="any")), rules),
+        "runtime": make_probes_app(
+            Runtime(RuntimeSettings(model="any")), rules, Heartbeat(30.0), asyncio.get_running_loop()
+        ),
     }
 
 
@@ -67,8 +71,7 @@ async def test_metrics_need_the_token_and_probes_need_none(tmp_path: Path, proce
     file.write_text("secret\n")
     async with listening(apps(access(metrics_token_file=file))[process]) as url:
         assert [await status(f"{url}/metrics", token=token) for token in (None, "wrong", "secret")] == [401, 401, 200]
-        if process != "runtime":
-            assert await status(f"{url}/healthz") == 200
+        assert await status(f"{url}/healthz") == 200
         file.write_text("another")
         assert [await status(f"{url}/metrics", token=token) for token in ("secret", "another")] == [401, 200]
         file.unlink()

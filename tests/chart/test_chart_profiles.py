@@ -98,9 +98,12 @@ def test_probes_keep_what_a_profile_does_not_tune() -> None:
     runtime = pod_spec(full())["containers"][0]
 
     assert (runtime["startupProbe"]["periodSeconds"], runtime["startupProbe"]["failureThreshold"]) == (5, 720)
-    assert runtime["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert runtime["startupProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
     assert runtime["livenessProbe"]["failureThreshold"] == 20
     assert runtime["livenessProbe"]["httpGet"]["path"] == "/healthz"
+    encrypted = full(env=[{"name": "LORAPOOL_RUNTIME_METRICS_TLS_DIR", "value": "/tls"}])
+    probe = pod_spec(encrypted)["containers"][0]["readinessProbe"]
+    assert probe["httpGet"] == {"path": "/readyz", "port": "metrics", "scheme": "HTTPS"}
 
 
 def test_a_spread_without_a_selector_selects_the_pods_of_the_base() -> None:

@@ -200,10 +200,11 @@ async def test_a_key_has_at_most_its_own_number_of_requests_under_way(here: Worl
     ("body", "status", "param", "words"),
     [
         (b"{not json", 400, None, "not valid JSON"),
-        (b'{"model": "route"', 400, None, "line 1"),
+        (b'{"model": "route"', 400, None, "truncated"),
+        (b'{"model": nope}', 400, None, "byte 11"),
         (b"\xff\xfe", 400, None, "JSON"),
         (b"[1, 2]", 400, None, "JSON object"),
-        (b"[" * 100_000, 400, None, "nested too deeply"),
+        (b'{"model":' + b"[" * 100_000, 400, None, "nested too deeply"),
         (b"{}", 400, "model", "`model` is required"),
         (b'{"model": 3}', 400, "model", "string"),
         (b'{"model": "route", "stream": "yes"}', 400, "stream", "true or false"),

@@ -174,6 +174,16 @@ async def test_bytes_behind_an_answer_end_the_connection_and_reach_no_other_requ
         assert await ask(http, url) == (200, b"ok")
 
 
+async def test_trailers_become_no_headers_of_the_next_answer(http: HttpClient) -> None:
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-one\r\n\r\n2\r\nok\r\n0\r\nX-One: b\r\n\r\n"
+    async with runtime(scripted(chunked, OK)) as url:
+        for headers in ({"transfer-encoding": "chunked", "trailer": "x-one"}, {"content-length": "2", "x-one": "a"}):
+            answer = await http.send(url, "POST", "/", {}, b"")
+            assert await answer.head()
+            assert (answer.headers, await answer.read_all(10)) == (headers, b"ok")
+            answer.close()
+
+
 async def test_an_interim_answer_is_not_the_answer(http: HttpClient) -> None:
     async with runtime(scripted(b"HTTP/1.1 100 Continue\r\nX-One: no\r\n\r\n" + OK)) as url:
         answer = await http.send(url, "POST", "/", {}, b"")

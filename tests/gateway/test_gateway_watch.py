@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from gateway_world import KEY, FakeKube, adapter_object, base_object, key_of, un
 from lorapool_api.protocol import runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.process import running
+from lorapool_gateway.process import GatewayProcess, running
 from lorapool_gateway.routing.kube import Kube
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.objects import ObjectRef
@@ -260,15 +262,21 @@ async def test_runtimes_are_polled_with_the_previous_token_until_they_accept_the
         await polls.close()
 
 
-async def test_a_ready_gateway_stays_ready_while_its_tables_change(api: FakeKube, tmp_path: Path) -> None:
-    settings = Settings(keys_namespace="lorapool", listen_host="127.0.0.1", api_port=0, metrics_port=0)
-    async with AsyncExitStack() as stack:
-        kube = await Kube.connect(api.kubeconfig(tmp_path))
-        stack.push_async_callback(kube.close)
+@asynccontextmanager
+async def process_of(api: FakeKube, tmp_path: Path, **changes: Any) -> AsyncIterator[GatewayProcess]:
+    settings = Settings(keys_namespace="lorapool", listen_host="127.0.0.1", api_port=0, metrics_port=0, **changes)
+    kube = await Kube.connect(api.kubeconfig(tmp_path))
+    try:
         metrics = Metrics()
         source = KubeSource(kube, None, "lorapool", metrics.watch_failed)
-        process = await stack.enter_async_context(running(settings, RuntimeTokens(["m" * 64]), source, kube, metrics))
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        async with running(settings, RuntimeTokens(["m" * 64]), source, kube, metrics) as process:
+            yield process
+    finally:
+        await kube.close()
+
+
+async def test_a_ready_gateway_stays_ready_while_its_tables_change(api: FakeKube, tmp_path: Path) -> None:
+    async with process_of(api, tmp_path) as process, aiohttp.ClientSession() as session:
 
         async def ready() -> bool:
             async with session.get(f"http://127.0.0.1:{process.metrics_port}/readyz") as response:
@@ -283,6 +291,32 @@ async def test_a_ready_gateway_stays_ready_while_its_tables_change(api: FakeKube
         assert all(answers), f"{answers.count(False)} of {len(answers)} probes failed"
         process.gateway.draining = True
         assert not await ready()
+
+
+def status_without_the_loop(process: GatewayProcess, path: str) -> int:
+    """Asks while the calling thread, and with it the event loop, waits."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{process.metrics_port}{path}", timeout=20) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+async def test_probes_and_metrics_are_answered_while_the_event_loop_is_busy(api: FakeKube, tmp_path: Path) -> None:
+    async with process_of(api, tmp_path) as process:
+        await until(lambda: process.tables.synced)
+        paths = ("/healthz", "/readyz", "/metrics")
+        assert [status_without_the_loop(process, path) for path in paths] == [200, 200, 200]
+
+
+async def test_probes_fail_once_the_event_loop_has_not_run_for_its_bound(api: FakeKube, tmp_path: Path) -> None:
+    async with process_of(api, tmp_path, loop_stuck_s=0.2) as process:
+        await until(lambda: process.tables.synced)
+        while status_without_the_loop(process, "/healthz") == 200:
+            pass
+        assert status_without_the_loop(process, "/readyz") == 503
+        await until(lambda: status_without_the_loop(process, "/readyz") == 200)
 
 
 async def test_on_sigterm_the_process_goes_unready_finishes_its_streams_and_leaves(

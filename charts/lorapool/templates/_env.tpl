@@ -83,8 +83,18 @@
   value: {{ $gateway.maxBodyBytes | int64 | quote }}
 - name: LORAPOOL_GATEWAY_MAX_REQUESTS
   value: {{ $gateway.maxRequests | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_HELD_BODY_BYTES
+  value: {{ $gateway.maxHeldBodyBytes | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_HELD_BODY_BYTES_PER_KEY
+  value: {{ $gateway.maxHeldBodyBytesPerKey | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_CONNECTIONS
+  value: {{ $gateway.maxConnections | int64 | quote }}
+- name: LORAPOOL_GATEWAY_MAX_CONNECTIONS_PER_ADDRESS
+  value: {{ $gateway.maxConnectionsPerAddress | int64 | quote }}
 - name: LORAPOOL_GATEWAY_REQUEST_TIMEOUT_S
   value: {{ $gateway.requestTimeoutSeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_DEADLINE_S
+  value: {{ $gateway.deadlineSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S
   value: {{ $gateway.shutdownDelaySeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_DRAIN_TIMEOUT_S

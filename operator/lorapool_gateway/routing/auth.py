@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,11 @@ class ApiKey:
     def tenant(self) -> str:
         """Identifies the tenant to runtimes (`HEADER_TENANT`): 16 hex digits that depend on the key's name only."""
         return hashlib.sha256(f"lorapool-tenant/{self.id}".encode()).hexdigest()[:16]
+
+    @property
+    def visibility(self) -> Hashable:
+        """Equal for keys that see the same models under the same names."""
+        return self.namespaces
 
     def sees(self, namespace: str) -> bool:
         """Whether the key may use models of this namespace."""

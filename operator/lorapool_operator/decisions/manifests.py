@@ -40,6 +40,8 @@ from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimePr
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
+METRICS_PORT_NAME = "metrics"
+METRICS_TLS_VARIABLE = "LORAPOOL_RUNTIME_METRICS_TLS_DIR"
 CACHE_DIR = "/cache"
 MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
@@ -176,7 +178,7 @@ def service(base: BaseObject) -> Manifest:
             "selector": selector_labels(base),
             "ports": [
                 {"name": RUNTIME_PORT_NAME, "port": RUNTIME_PORT, "targetPort": RUNTIME_PORT_NAME, "protocol": "TCP"},
-                {"name": "metrics", "port": METRICS_PORT, "targetPort": "metrics", "protocol": "TCP"},
+                {"name": METRICS_PORT_NAME, "port": METRICS_PORT, "targetPort": METRICS_PORT_NAME, "protocol": "TCP"},
             ],
         },
     }
@@ -266,7 +268,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -
         "env": _env(base, profile),
         "ports": [
             {"name": RUNTIME_PORT_NAME, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
-            {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
+            {"name": METRICS_PORT_NAME, "containerPort": METRICS_PORT, "protocol": "TCP"},
         ],
         "resources": profile.resources,
         "securityContext": {
@@ -277,12 +279,12 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "startupProbe": {
-            **_probe(ROUTE_READY),
+            **_probe(ROUTE_READY, profile),
             "periodSeconds": 2,
             "failureThreshold": max(1, profile.startup_timeout_seconds // 2),
         },
-        "readinessProbe": {**_probe(ROUTE_READY), "periodSeconds": 3, "failureThreshold": 2},
-        "livenessProbe": {**_probe(ROUTE_HEALTH), "periodSeconds": 10, "failureThreshold": 6},
+        "readinessProbe": {**_probe(ROUTE_READY, profile), "periodSeconds": 3, "failureThreshold": 2},
+        "livenessProbe": {**_probe(ROUTE_HEALTH, profile), "periodSeconds": 10, "failureThreshold": 6},
         "volumeMounts": _mounts(profile),
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that the pod's status says why the process ended
     }
@@ -363,8 +365,11 @@ def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     return mounts
 
 
-def _probe(path: str) -> Manifest:
-    return {"httpGet": {"path": path, "port": RUNTIME_PORT_NAME}, "timeoutSeconds": 3}
+def _probe(path: str, profile: RuntimeProfile) -> Manifest:
+    """On the metrics port, which a thread of its own answers however busy the runtime is."""
+    encrypted = any(item["name"] == METRICS_TLS_VARIABLE and item.get("value") for item in profile.env)
+    scheme = {"scheme": "HTTPS"} if encrypted else {}
+    return {"httpGet": {"path": path, "port": METRICS_PORT_NAME, **scheme}, "timeoutSeconds": 3}
 
 
 def _labels(base: BaseObject) -> dict[str, str]:

@@ -5,6 +5,7 @@ This is done before a request waits for anything, so that a request beyond the b
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
@@ -12,13 +13,15 @@ from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
 from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
-from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, ParsedRequest
+from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tokenizer import Tokenizer
 from lorapool_runtime.openai.tools import tools_grammar
 
 MAX_REQUEST_TOKENS = 65_536
 """Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
 it one caller would occupy the whole queue."""
+MAX_WHOLE_LOGPROBS = 640_000
+"""Log-probabilities of an answer that is not streamed, of some 100 bytes of JSON each: it is in memory as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,37 +35,42 @@ class EncodedRequest:
 
 
 async def encode(
-    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, grammars: GrammarCompiler, facts: ModelFacts
+    request: ChatRequest | CompletionRequest,
+    tokenizer: Tokenizer,
+    grammars: GrammarCompiler,
+    facts: ModelFacts,
+    tenant: str,
 ) -> EncodedRequest:
     """Encodes a request for the base.
 
     Raises InvalidRequestError beyond the base's bounds, UnavailableError or TooManyRequestsError under load.
     """
-    prompts = await _prompts(request, tokenizer, facts)
+    prompts = await _prompts(request, tokenizer, facts, tenant)
     spec = _grammar_spec(request, tokenizer)
     grammar = None if spec is None else await grammars.compile(spec)
+    share = _share_of_logprobs(request, prompts)
     sampling = tuple(
-        _sampling(request, request.prompt_param, len(prompt), choice, len(prompts) * request.n, tokenizer, facts)
+        _sampling(request, len(prompt), choice, len(prompts) * request.n, share, tokenizer, facts)
         for prompt in prompts
         for choice in range(request.n)
     )
     echo: tuple[EchoedPrompt, ...] = ()
     if isinstance(request, CompletionRequest) and request.echo:
-        echo = tuple([await tokenizer.echo(prompt) for prompt in prompts])
+        echo = tuple([await tokenizer.echo(prompt, tenant=tenant) for prompt in prompts])
     return EncodedRequest(prompts, sampling, grammar, echo)
 
 
 async def _prompts(
-    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, facts: ModelFacts
+    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, facts: ModelFacts, tenant: str
 ) -> tuple[tuple[int, ...], ...]:
     if isinstance(request, ChatRequest):
         tools = [tool.definition for tool in request.tools.offered]
-        return (await tokenizer.prompt_of_messages(request.messages, tools),)
+        return (await tokenizer.prompt_of_messages(request.messages, tools, tenant=tenant),)
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
             _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len)
-        ids = await tokenizer.prompt_of_text(prompt) if isinstance(prompt, str) else prompt
+        ids = await tokenizer.prompt_of_text(prompt, tenant=tenant) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidRequestError("The prompt has no tokens.", param="prompt")
         if max(ids) >= facts.vocab_size:
@@ -91,17 +99,20 @@ def _grammar_spec(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer
 
 
 def _sampling(
-    request: ParsedRequest,
-    prompt_param: str,
+    request: ChatRequest | CompletionRequest,
     prompt_tokens: int,
     choice: int,
     sequences: int,
+    share_of_logprobs: int,
     tokenizer: Tokenizer,
     facts: ModelFacts,
 ) -> SamplingParams:
     """The engine's parameters of one sequence."""
     given = request.sampling
-    max_tokens = _max_tokens(request.max_tokens, prompt_param, prompt_tokens, sequences, facts.max_model_len)
+    wanted = request.max_tokens
+    if wanted is not None and wanted > share_of_logprobs:
+        raise _too_many_logprobs()
+    max_tokens = _max_tokens(wanted, request.prompt_param, prompt_tokens, sequences, facts.max_model_len)
     if given.logit_bias and max(given.logit_bias) >= facts.vocab_size:
         raise InvalidRequestError(
             f"`logit_bias` names token {max(given.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
@@ -109,9 +120,32 @@ def _sampling(
         )
     return replace(
         given,
-        max_tokens=max_tokens,
+        max_tokens=min(max_tokens, share_of_logprobs),
         seed=None if given.seed is None else given.seed + choice,
         stop_token_ids=frozenset() if given.ignore_eos else tokenizer.eos_token_ids,
+    )
+
+
+def _share_of_logprobs(request: ChatRequest | CompletionRequest, prompts: tuple[tuple[int, ...], ...]) -> int:
+    """Completion tokens of one sequence whose log-probabilities fit into one whole answer.
+
+    Raises InvalidRequestError when those of the echoed prompts do not.
+    """
+    top_logprobs = request.sampling.top_logprobs
+    if request.stream or top_logprobs is None:
+        return sys.maxsize
+    echoed = 0 if request.prompt_logprobs is None else request.n * sum(map(len, prompts))
+    left = MAX_WHOLE_LOGPROBS // (1 + top_logprobs) - echoed
+    if left < 0:
+        raise _too_many_logprobs()
+    return left // (request.n * len(prompts))
+
+
+def _too_many_logprobs() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The answer could hold more than {MAX_WHOLE_LOGPROBS} log-probabilities. Set `stream` to true, or ask for "
+        "fewer tokens, choices or log-probabilities of each token.",
+        param="logprobs",
     )
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from lorapool_api.openai import InvalidRequestError
 
 MAX_JSON_DEPTH = 32
+MAX_CONTAINERS = 100_000
+"""Lists and objects of one body. Each costs the event loop some 0.3 µs; 4 MiB could hold 1.4 million of them."""
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 _LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
 """Labels for the caller's own use, accepted without effect, like `user`."""
@@ -99,10 +103,12 @@ class Body:
 
 
 def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:
-    """The body as an object of bounded depth. Raises InvalidRequestError.
+    """The body as an object of bounded depth and number of values. Raises InvalidRequestError.
 
     `constants` lets NaN and Infinity through, which are not JSON, so that the caller can name their parameter.
     """
+    if _containers(raw) > MAX_CONTAINERS and _containers(_STRING.sub(b"", raw)) > MAX_CONTAINERS:
+        raise InvalidRequestError(f"The body holds more than {MAX_CONTAINERS} lists and objects.", code="invalid_json")
     try:
         value = json.loads(raw, parse_constant=None if constants else _no_constant)
     except (ValueError, RecursionError) as error:
@@ -115,6 +121,10 @@ def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:
             shown = printable(name)
             raise InvalidRequestError(f"`{shown}` holds a number that is not finite.", param=shown)
     return value
+
+
+def _containers(raw: bytes) -> int:
+    return raw.count(b"[") + raw.count(b"{")
 
 
 def _all_finite(value: Any) -> bool:

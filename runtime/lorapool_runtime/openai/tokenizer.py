@@ -13,7 +13,6 @@ import functools
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ import jinja2
 
 from lorapool_api.openai import InvalidRequestError, UnavailableError
 from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
+from lorapool_runtime.openai.fair_pool import FairPool
 from lorapool_runtime.openai.tool_format import PLAIN, infer_format, plain_messages
 
 T = TypeVar("T")
@@ -35,7 +35,10 @@ class TokenizerError(Exception):
 
 
 class Tokenizer:
-    """Prompts to ids and ids to text. `prompt_of_*` run in worker threads; the rest is fast and thread-safe."""
+    """Prompts to ids and ids to text.
+
+    What is awaited runs in worker threads, of which each tenant has a share; the rest is fast and thread-safe.
+    """
 
     def __init__(self, folder: Path, *, threads: int, timeout_s: float) -> None:
         from transformers import AutoTokenizer  # takes seconds, so not at the top of the module
@@ -51,7 +54,7 @@ class Tokenizer:
         self._backend: Any = backend
         self._timeout_s = timeout_s
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._pool = FairPool(threads, "tokenize")
         self._byte_level = _is_byte_level(backend)
         # Cached, because every step of every stream decodes its last token alone.
         self._decode_one = functools.lru_cache(ONE_TOKEN_TEXTS)(
@@ -67,7 +70,7 @@ class Tokenizer:
         self.tool_format = infer_format(self._probe, sorted(self._control_tokens)) if inner.chat_template else PLAIN
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     # --- prompts ------------------------------------------------------------------------
 
@@ -77,7 +80,7 @@ class Tokenizer:
         return text
 
     async def prompt_of_messages(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, tenant: str = ""
     ) -> tuple[int, ...]:
         """Ids of a conversation, up to the beginning of the assistant's turn.
 
@@ -90,19 +93,19 @@ class Tokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        return await self._within_limits(functools.partial(self._render, messages, tools))
+        return await self._within_limits(functools.partial(self._render, messages, tools), tenant)
 
     def least_tokens(self, text: str) -> int:
         """A lower bound of the number of tokens of a text, without tokenizing it; 0 where none is known."""
         return -(-len(text) // self._characters_per_token) if self._characters_per_token else 0
 
-    async def prompt_of_text(self, text: str) -> tuple[int, ...]:
+    async def prompt_of_text(self, text: str, *, tenant: str = "") -> tuple[int, ...]:
         """Ids of a prompt without a template, with the start token if the base has one. Raises UnavailableError."""
-        return await self._within_limits(functools.partial(self._encode, text))
+        return await self._within_limits(functools.partial(self._encode, text), tenant)
 
-    async def echo(self, token_ids: Sequence[int]) -> EchoedPrompt:
+    async def echo(self, token_ids: Sequence[int], *, tenant: str = "") -> EchoedPrompt:
         """The decoded prompt, for a response that begins with it. Raises UnavailableError."""
-        return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids))
+        return await self._within_limits(functools.partial(echo_prompt, self.decode, token_ids), tenant)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         if not self.tool_format.native:
@@ -149,11 +152,10 @@ class Tokenizer:
             mine = self._local.tokenizer = copy.deepcopy(self._inner)
         return mine
 
-    async def _within_limits(self, work: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
+    async def _within_limits(self, work: Callable[[], T], tenant: str) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await loop.run_in_executor(self._pool, work)
+                return await self._pool.run(tenant, work)
         except TimeoutError as error:
             raise UnavailableError(
                 f"The prompt could not be prepared within {self._timeout_s:g} s. Shorten it or try again.",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +35,18 @@ from fakes_runtime import (
     until,
 )
 
+from lorapool_api.liveness import Heartbeat, in_own_thread
+from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.openai import InvalidRequestError, UnavailableError
-from lorapool_api.protocol import token_sha256
+from lorapool_api.protocol import HEADER_TENANT, token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
+from lorapool_runtime.openai import encoding, json_body
+from lorapool_runtime.openai.fair_pool import FairPool
 from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
-from lorapool_runtime.serving.server import make_app, make_metrics_app
+from lorapool_runtime.serving.probes import probes
+from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import read_settings
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, bring_up, reason_of
@@ -150,7 +160,7 @@ async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_e
     with pytest.raises(UnavailableError) as caught:
         await tokenizer.prompt_of_messages(HI)
     assert caught.value.code == "prompt_timeout"
-    assert await tokenizer.prompt_of_text("ab") == (97, 98)
+    assert await tokenizer.prompt_of_text("ab", tenant="another") == (97, 98)
     tokenizer.close()
 
 
@@ -175,6 +185,121 @@ async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokeni
         async with session.post("/v1/completions", json=wish) as response:
             assert response.status == 400
             assert (await response.json())["error"]["code"] == "context_length_exceeded"
+
+
+async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_another(
+    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, go_on = Tokenizer._encode, threading.Event()
+
+    def slow(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+        if text.startswith("long"):
+            assert go_on.wait(20)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "_encode", slow)
+    async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
+
+        async def ask(tenant: str, prompt: str) -> int:
+            wish, headers = {"model": "tiny", "prompt": prompt, "max_tokens": 1}, {HEADER_TENANT: tenant}
+            async with session.post("/v1/completions", json=wish, headers=headers) as response:
+                return response.status
+
+        flood = [asyncio.create_task(ask("a", f"long {number}")) for number in range(4)]
+        try:
+            assert await ask("b", "short") == 200
+            assert not any(task.done() for task in flood)
+        finally:
+            go_on.set()
+        assert [await task for task in flood] == [200] * 4
+
+
+async def test_a_tenant_whose_callers_give_up_takes_no_more_threads_than_before() -> None:
+    pool, go_on = FairPool(2, "test"), threading.Event()
+    begun = []
+
+    def work() -> None:
+        begun.append(threading.current_thread().name)
+        assert go_on.wait(20)
+
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await pool.run("a", work)
+    assert len(begun) == 1
+    assert await pool.run("b", lambda: "done") == "done"
+    go_on.set()
+    assert await pool.run("a", lambda: "again") == "again"
+    pool.close()
+
+
+async def test_an_error_in_a_thread_reaches_its_caller() -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    pool = FairPool(1, "test")
+    with pytest.raises(ValueError, match="no"):
+        await pool.run("a", fail)
+    pool.close()
+
+
+@pytest.mark.parametrize("value", [b"[],", b'{"a":1},'])
+def test_a_body_of_very_many_small_values_is_refused_before_it_is_parsed(
+    value: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_body.json, "loads", lambda *_, **__: pytest.fail("the body was parsed"))
+    body = b'{"model":"tiny","x":[' + value * (4 * 2**20 // len(value)) + b"1]}"
+    with pytest.raises(InvalidRequestError, match="more than 100000 lists and objects"):
+        json_body.parse_json_object(body)
+
+
+def test_braces_in_a_text_are_no_objects() -> None:
+    text = 'if (a[0]) { s = "\\"; }\n' * 100_000
+    assert json_body.parse_json_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("wish", "status"),
+    [
+        ({"max_tokens": 33}, 200),
+        ({"max_tokens": 34}, 400),
+        ({"max_tokens": 34, "stream": True}, 200),
+        ({"max_tokens": 34, "logprobs": 1}, 200),
+        ({"max_tokens": 34, "logprobs": None}, 200),
+        ({"max_tokens": 17, "n": 2}, 400),
+        ({"max_tokens": 1, "echo": True, "prompt": "a" * 32}, 200),
+        ({"max_tokens": 1, "echo": True, "prompt": "a" * 33}, 400),
+        ({"max_tokens": 0, "echo": True, "prompt": "a" * 34}, 400),
+    ],
+)
+async def test_a_whole_answer_that_could_be_very_large_is_refused_before_anything_is_generated(
+    byte_tokenizer: Path, wish: dict[str, Any], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "MAX_WHOLE_LOGPROBS", 100)
+    engine = FakeEngine()
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        body = {"model": "tiny", "prompt": "a", "logprobs": 2, **wish}
+        async with session.post("/v1/completions", json=body) as response:
+            answer = await response.read()
+            assert response.status == status
+    if status == 400:
+        error = json.loads(answer)["error"]
+        assert error["param"] == "logprobs"
+        assert "`stream`" in error["message"]
+        assert engine.tokens_made == 0
+
+
+async def test_a_chat_without_max_tokens_gets_as_many_as_a_whole_answer_may_hold(
+    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "MAX_WHOLE_LOGPROBS", 100)
+    engine = FakeEngine(reply=lambda *_: "x" * 400)
+    async with serving(byte_tokenizer, engine=engine) as served, aiohttp.ClientSession(served.url) as session:
+        wish = {**CHAT, "logprobs": True, "top_logprobs": 9}
+        async with session.post("/v1/chat/completions", json=wish) as response:
+            answer = await response.json()
+    assert answer["usage"]["completion_tokens"] == 10
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 async def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
@@ -210,6 +335,43 @@ async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_get_5
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "starting"
             assert int(response.headers["Retry-After"]) >= 1
+
+
+@asynccontextmanager
+async def probed(runtime: Runtime, *, stuck_s: float = 30.0) -> AsyncIterator[str]:
+    """The listener for probes and scrapers in its own thread, as the process runs it."""
+    heartbeat, loop = Heartbeat(stuck_s), asyncio.get_running_loop()
+    beating = asyncio.create_task(heartbeat.run())
+    enter = functools.partial(probes, runtime, MetricsAccess(runtime.settings), heartbeat, loop, 0)
+    try:
+        async with in_own_thread(enter, "probes") as port:
+            yield f"http://127.0.0.1:{port}"
+    finally:
+        beating.cancel()
+
+
+def status_without_the_loop(url: str) -> int:
+    """Asks while the calling thread, and with it the event loop, waits."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+async def test_probes_are_answered_while_the_event_loop_is_busy(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer) as served, probed(served.runtime) as url:
+        assert [status_without_the_loop(url + path) for path in ("/healthz", "/readyz")] == [200, 200]
+
+
+async def test_probes_fail_once_the_event_loop_has_not_run_for_its_bound(byte_tokenizer: Path) -> None:
+    async with serving(byte_tokenizer) as served, probed(served.runtime, stuck_s=0.2) as url:
+        while status_without_the_loop(url + "/healthz") == 200:
+            pass
+        assert [status_without_the_loop(url + path) for path in ("/healthz", "/readyz")] == [503, 503]
+        await asyncio.sleep(0)
+        await until(lambda: status_without_the_loop(url + "/readyz") == 200)
 
 
 async def test_draining_refuses_new_requests_and_finishes_the_running_ones(byte_tokenizer: Path) -> None:
@@ -345,7 +507,7 @@ PROMTOOL = shutil.which("promtool") or (path if (path := "/tmp/warm/kbin/promtoo
 async def test_promtool_accepts_our_own_metrics(byte_tokenizer: Path) -> None:
     async with serving(byte_tokenizer) as served:
         await used_once(served, "poet")
-        async with listening(served.runtime, make_metrics_app) as url, aiohttp.ClientSession(url) as session:
+        async with probed(served.runtime) as url, aiohttp.ClientSession(url) as session:
             async with session.get("/metrics") as response:
                 own = await response.text()
             async with session.get("/metrics/vllm") as response:
