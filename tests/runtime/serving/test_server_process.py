@@ -190,14 +190,20 @@ async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokeni
 async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_another(
     byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, go_on = Tokenizer._encode, threading.Event()
+    encode, run, go_on = Tokenizer._encode, FairPool.run, threading.Event()
+    arrived = []
 
     def slow(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
         if text.startswith("long"):
             assert go_on.wait(20)
         return encode(tokenizer, text)
 
+    async def counted(pool: FairPool, tenant: str, work: Any) -> Any:
+        arrived.append(tenant)
+        return await run(pool, tenant, work)
+
     monkeypatch.setattr(Tokenizer, "_encode", slow)
+    monkeypatch.setattr(FairPool, "run", counted)
     async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
 
         async def ask(tenant: str, prompt: str) -> int:
@@ -206,6 +212,7 @@ async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_anothe
                 return response.status
 
         flood = [asyncio.create_task(ask("a", f"long {number}")) for number in range(4)]
+        await until(lambda: arrived == ["a"] * 4)
         try:
             assert await ask("b", "short") == 200
             assert not any(task.done() for task in flood)
