@@ -64,7 +64,9 @@ The port is {protocol.RUNTIME_PORT}.
 HEADERS = {
     common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
     "`model` is. Answer: what answered.",
-    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` before each event. JSON answer: the usage.",
+    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` at each step. JSON answer: the usage.",
+    "accept": "Request, `text/event-stream`, together with the usage: the head of the answer is sent as soon as the "
+    "request is admitted, and the body of a whole answer, or an error that occurs later, is one data event.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
     protocol.HEADER_TENANT: "Request: an opaque identifier of the caller's tenant, a hash. Tenants share a replica "
     "fairly.",
@@ -108,6 +110,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         "reader's last snapshot, the answer has only what changed since `after`."
     ),
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
+    ("GET", protocol.ROUTE_REQUESTS): "Long poll of the requests that have ended, of the last 15 minutes or the last "
+    "100,000, with `after` and `wait`: `FinishedRequests`.",
     (
         "PUT",
         protocol.ROUTE_ADAPTER,
@@ -120,7 +124,7 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     (
         "DELETE",
         protocol.ROUTE_ATTEMPT,
-    ): "Ends the request that was sent with this `x-lorapool-attempt`, whose client has left. Answers its `Usage`.",
+    ): "Ends the request that was sent with this `x-lorapool-attempt`, if it has not ended. Answers its final `Usage`.",
     ("GET", protocol.ROUTE_MODELS): "The base and the registered adapters, as OpenAI lists models.",
     ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
@@ -180,6 +184,7 @@ ERROR_CODES: dict[str, str] = {
     "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",
     "context_length_exceeded": "The prompt, or prompt and `max_tokens`, are longer than the context. Shorten either.",
+    "deadline_exceeded": "The request took longer than `gateway.deadlineSeconds`. Ask for fewer tokens.",
     "draining": "This runtime is shutting down. The gateway tries another replica.",
     "grammar_timeout": "Compiling the schema took too long. Simplify it.",
     "internal_error": "A fault of Lorapool: its log has the `x-request-id`.",
@@ -190,6 +195,7 @@ ERROR_CODES: dict[str, str] = {
     "key_bodies_exceeded": "The requests of this API key hold as many bytes of bodies as "
     "`gateway.maxHeldBodyBytesPerKey` allows. Try again.",
     "key_in_flight_exceeded": "This API key has as many requests under way as its `maxInFlight` allows.",
+    "key_share_exceeded": "The gateway is nearly full; a part of its room is kept for keys with fewer requests.",
     "load_timeout": "The adapter's load did not end in time. Try again after `Retry-After`.",
     "method_not_allowed": "The route exists, the method does not; see the header `Allow`.",
     "model_not_found": "There is no such model, or the key may not use it.",

@@ -29,11 +29,12 @@ from lorapool_api.openai import (
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
 from lorapool_gateway.connections import ConnectionLimits, Server
 from lorapool_gateway.metrics import Metrics, RequestRecord
-from lorapool_gateway.requests.attempt import Passed
+from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.body import BodyBudget, HeldBody, read_body
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.ending import Ending
-from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, SSE, relay_stream, relay_whole
+from lorapool_gateway.requests.refusal import Passed
+from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream, relay_whole
 from lorapool_gateway.requests.request import parse_request, request_id
 from lorapool_gateway.routing.auth import ApiKey, authenticate
 from lorapool_gateway.routing.live_tables import KeySource, RouteSource
@@ -41,6 +42,10 @@ from lorapool_gateway.routing.model_lists import ModelLists, model_object
 from lorapool_gateway.settings import Settings
 
 log = logging.getLogger(__name__)
+
+KEY_SHARE = 8
+"""A key has at most this many times as many requests in flight as there is room for, so that a part of the room, a
+ninth while there is one key alone, is always left for keys that have none."""
 
 
 @dataclass(slots=True)
@@ -87,7 +92,7 @@ class Gateway:
         self.idle.set()
         self.draining = False
         """True after SIGTERM: responses then ask clients to open their next connection elsewhere."""
-        self._ending = Ending()
+        self._ending = Ending(settings.deadline_s)
         self._model_lists = ModelLists()
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
@@ -127,22 +132,35 @@ class Gateway:
     async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
         request, record = exchange.request, exchange.record
         key = authenticate(self._keys.table, request.headers.get("Authorization"))
+        deadline = self._ending.deadline()
         with self._admitted(key):
-            async with self._ending.bound(), self._body(request, key) as body:
+            async with self._ending.bound(deadline), self._body(request, key) as body:
                 parsed = parse_request(request.path, body, key.tenant)
                 result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
-            headers = exchange.headers()
             if isinstance(result, Passed):
-                if result.retry_after is not None:
-                    headers["Retry-After"] = result.retry_after
-                return _json(result.body, headers, result.status)
+                return _passed(result, exchange.headers())
             try:
-                if parsed.stream and result.response.headers.get("content-type", "").startswith(SSE):
-                    timeout_s = self._settings.write_timeout_s
-                    return await relay_stream(request, result, record, headers, self._ending, write_timeout_s=timeout_s)
-                return _json(await relay_whole(result, record, self._ending), headers)
+                answer = await self._relay(exchange, result, parsed.stream, deadline)
             finally:
                 result.close()
+        if isinstance(answer, Passed):
+            return _passed(answer, exchange.headers())
+        return _json(answer, exchange.headers()) if isinstance(answer, bytes) else answer
+
+    async def _relay(
+        self, exchange: _Exchange, accepted: Accepted, stream: bool, deadline: float
+    ) -> web.StreamResponse | Passed | bytes:
+        if not stream or not accepted.sends_events:
+            return await relay_whole(accepted, exchange.record, self._ending, deadline)
+        return await relay_stream(
+            exchange.request,
+            accepted,
+            exchange.record,
+            exchange.headers,
+            self._ending,
+            deadline,
+            write_timeout_s=self._settings.write_timeout_s,
+        )
 
     async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
         key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
@@ -160,6 +178,12 @@ class Gateway:
         """Counts the request against the limits of the process and of its key. Raises TooManyRequestsError."""
         if self.in_flight > self._settings.max_requests:  # this one is counted already
             raise TooManyRequestsError("The gateway is full.", retry_after_s=1)
+        if self._by_key[key.id] > KEY_SHARE * (self._settings.max_requests - self.in_flight):
+            raise TooManyRequestsError(
+                "The gateway is nearly full, and this API key has too many of its requests in flight.",
+                code="key_share_exceeded",
+                retry_after_s=1,
+            )
         if key.max_in_flight is not None and self._by_key[key.id] >= key.max_in_flight:
             raise TooManyRequestsError(
                 f"This API key may have {key.max_in_flight} requests in flight at one time.",
@@ -243,3 +267,9 @@ def _error_response(exchange: _Exchange, error: ApiError) -> web.Response:
 def _json(body: bytes, headers: dict[str, str], status: int = 200) -> web.Response:
     headers["Content-Type"] = "application/json"
     return web.Response(body=body, status=status, headers=headers)
+
+
+def _passed(result: Passed, headers: dict[str, str]) -> web.Response:
+    if result.retry_after is not None:
+        headers["Retry-After"] = result.retry_after
+    return _json(result.body, headers, result.status)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from lorapool_api.keep_alive import keep_alive
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
@@ -94,11 +96,19 @@ async def running(
 def client_session() -> aiohttp.ClientSession:
     """For long-polls of runtimes (requests use `HttpClient`): no limit, no decompression, no proxy."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, socket_factory=poll_socket),
         auto_decompress=False,
         headers={"Accept-Encoding": "identity", "User-Agent": "lorapool-gateway"},
         cookie_jar=aiohttp.DummyCookieJar(),
     )
+
+
+def poll_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that the kernel closes when the runtime's machine is lost."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    keep_alive(made)
+    return made
 
 
 async def drain(process: GatewayProcess, settings: Settings) -> None:

@@ -55,6 +55,9 @@ class Settings(ServingSettings):
     """TCP connect to a runtime. Pods are near, so a longer connect means that the pod is gone."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A runtime that sends no byte for this long is given up. OpenAI's client waits as long."""
+    deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A request that takes longer in all, from its arrival to its last byte, is ended with an error, and so is its
+    generation."""
     write_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A client that reads nothing of its stream for this long is disconnected, and its generation ended."""
     shutdown_delay_s: Annotated[float, Field(ge=0)] = 5.0

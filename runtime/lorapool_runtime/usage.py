@@ -1,10 +1,12 @@
 """Usage of each adapter in this process: requests, tokens, loads and residency, per uid over all its digests.
 
 Totals survive DELETE, so an adapter that is registered again continues its counts: per boot id the numbers only grow.
+They include the tokens so far of requests that run, so that a process that is killed has reported most of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -32,8 +34,12 @@ class AdapterUsage:
     completed: int = 0
     failed: int = 0
     cancelled: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    past_prompt_tokens: int = 0
+    """Of requests that have ended."""
+    past_completion_tokens: int = 0
+    """Of requests that have ended."""
+    running: set[Callable[[], Usage]] = field(default_factory=set)
+    """The usage so far of each request that runs."""
     loads: int = 0
     load_seconds: float = 0.0
     resident_since_s: dict[str, float] = field(default_factory=dict)
@@ -43,6 +49,18 @@ class AdapterUsage:
 
     def rename(self, display: str) -> None:
         self.display = display
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.past_prompt_tokens + sum(usage().prompt_tokens for usage in self.running)
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.past_completion_tokens + sum(usage().completion_tokens for usage in self.running)
+
+    def begin(self, usage: Callable[[], Usage]) -> None:
+        """Counts a request that runs; `usage` returns its usage so far."""
+        self.running.add(usage)
 
     def count(self, outcome: Outcome, usage: Usage) -> None:
         """Counts a request that ended; a refused one is not counted."""
@@ -55,8 +73,13 @@ class AdapterUsage:
                 self.cancelled += 1
             case Outcome.REFUSED:
                 return
-        self.prompt_tokens += usage.prompt_tokens
-        self.completion_tokens += usage.completion_tokens
+        self.past_prompt_tokens += usage.prompt_tokens
+        self.past_completion_tokens += usage.completion_tokens
+
+    def end(self, usage: Callable[[], Usage], outcome: Outcome) -> None:
+        """Counts the end of a request. One that the engine refused was not begun."""
+        self.running.discard(usage)
+        self.count(outcome, usage())
 
     def count_failed_load(self) -> None:
         """Counts a request that failed because its adapter could not be loaded."""

@@ -304,22 +304,24 @@ class FakeRuntime:
         headers = {HEADER_ADAPTER: self.faults.wrong_identity or identity}
         if cold_ms:
             headers[HEADER_COLD_START] = str(cold_ms)
-        if not body.get("stream"):
+        if not body.get("stream") and request.headers.get("Accept") != "text/event-stream":
             await asyncio.sleep(self.token_s * self.words)
             seen.completion_tokens = len(words)
-            usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(words))
-            return await self._whole(request, body, " ".join(words), usage, headers)
+            headers[HEADER_USAGE] = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(words)).model_dump_json()
+            return web.json_response(_whole(body, words, prompt_tokens), headers=headers)
         out = web.StreamResponse(headers=headers)
         out.content_type = "text/event-stream"
-        await asyncio.sleep(self.token_s)
         await out.prepare(request)
         for number, word in enumerate(words, start=1):
+            await asyncio.sleep(self.token_s)
             if self.faults.die_after_events is not None and number > self.faults.die_after_events:
                 await _cut(request)
-            if number > 1:
-                await asyncio.sleep(self.token_s)
             seen.completion_tokens = number
-            await out.write(_comment(prompt_tokens, number) + _event(body, word if number == 1 else f" {word}", None))
+            comment = _comment(prompt_tokens, number)
+            event = _event(body, word if number == 1 else f" {word}", None) if body.get("stream") else b"\n"
+            await out.write(comment + event)
+        if not body.get("stream"):
+            return await self._end_whole(request, out, _whole(body, words, prompt_tokens))
         if not self.faults.end_early:
             await out.write(_comment(prompt_tokens, len(words)) + _event(body, "", "stop"))
             if (body.get("stream_options") or {}).get("include_usage"):
@@ -328,28 +330,16 @@ class FakeRuntime:
         await out.write_eof()
         return out
 
-    async def _whole(
-        self, request: web.Request, body: dict[str, Any], text: str, usage: Usage, headers: dict[str, str]
+    async def _end_whole(
+        self, request: web.Request, out: web.StreamResponse, answer: dict[str, Any]
     ) -> web.StreamResponse:
-        chat = "messages" in body
-        choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        answer = {
-            "id": "cmpl-1",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": 1,
-            "model": body["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, **choice}],
-            "usage": _usage(usage.prompt_tokens, usage.completion_tokens),
-        }
-        payload = json.dumps(answer).encode()
-        headers[HEADER_USAGE] = usage.model_dump_json()
+        event = b"data: " + json.dumps(answer).encode() + b"\n\n"
         if self.faults.die_mid_body > 0:
             self.faults.die_mid_body -= 1
-            out = web.StreamResponse(headers={**headers, "Content-Length": str(len(payload))})
-            await out.prepare(request)
-            await out.write(payload[: len(payload) // 2])
+            await out.write(event[: len(event) // 2])
             await _cut(request)
-        return web.Response(body=payload, content_type="application/json", headers=headers)
+        await out.write_eof(event)
+        return out
 
     def _report(self, key: AdapterKey, adapter: Adapter) -> AdapterReport:
         state = AdapterState.LOADED if adapter.loaded else AdapterState.REGISTERED
@@ -362,6 +352,19 @@ class FakeRuntime:
             since_unix_s=1.0,
             usage=UsagePart(boot_id=self.boot_id),
         )
+
+
+def _whole(body: dict[str, Any], words: list[str], prompt_tokens: int) -> dict[str, Any]:
+    chat, text = "messages" in body, " ".join(words)
+    choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {
+        "id": "cmpl-1",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, **choice}],
+        "usage": _usage(prompt_tokens, len(words)),
+    }
 
 
 async def _cut(request: web.Request) -> None:

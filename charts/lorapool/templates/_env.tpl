@@ -93,6 +93,8 @@
   value: {{ $gateway.maxConnectionsPerAddress | int64 | quote }}
 - name: LORAPOOL_GATEWAY_REQUEST_TIMEOUT_S
   value: {{ $gateway.requestTimeoutSeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_DEADLINE_S
+  value: {{ $gateway.deadlineSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S
   value: {{ $gateway.shutdownDelaySeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_DRAIN_TIMEOUT_S

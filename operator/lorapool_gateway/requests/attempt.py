@@ -1,8 +1,9 @@
 """One attempt at one runtime: sends the request, registers the adapter if the runtime does not know it.
 
 An attempt ends in `Accepted` (an open response that must be closed), in a `Refusal` that permits another replica, in
-`Passed` (the runtime's own error response), or in an ApiError for the client. A request that a runtime may have begun
-is never sent again here. A response for any other weights than the pinned ones is withheld.
+`Passed` (the runtime's own error response), or in an ApiError for the client. A runtime sends the head of its response
+when it has admitted the request, so that no admitted request is sent again. A response for any other weights than the
+pinned ones is withheld.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
 from urllib.parse import quote
 
 from lorapool_api.common import (
@@ -26,15 +25,7 @@ from lorapool_api.common import (
     HEADER_USAGE,
     AdapterKey,
 )
-from lorapool_api.openai import (
-    CODE_DRAINING,
-    CODE_NO_SLOT,
-    CODE_NOT_REGISTERED,
-    CODE_QUEUE_FULL,
-    CODE_STARTING,
-    ServerError,
-    UnavailableError,
-)
+from lorapool_api.openai import ServerError, UnavailableError
 from lorapool_api.protocol import HEADER_TENANT, ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
 from lorapool_gateway.requests.http_client import (
     ConnectError,
@@ -44,6 +35,8 @@ from lorapool_gateway.requests.http_client import (
     HttpResponse,
     ReadTimeoutError,
 )
+from lorapool_gateway.requests.pod_watch import PodLostError, PodWatch
+from lorapool_gateway.requests.refusal import Passed, Refusal, sort_error
 from lorapool_gateway.requests.request import InferenceRequest
 from lorapool_gateway.requests.sse import parse_usage
 from lorapool_gateway.routing.objects import BaseRoute
@@ -54,38 +47,18 @@ log = logging.getLogger(__name__)
 ERROR_BODY_MAX_BYTES = 64 * 1024
 REGISTER_TIMEOUT_S = 10.0
 CANCEL_TIMEOUT_S = 2.0
-
-
-class Refusal(StrEnum):
-    """Why a runtime did not accept a request. Nothing was generated, except possibly for LOST."""
-
-    CONNECT = "connect"
-    LOST = "lost"
-    """The connection was lost after the request was sent and before the response began."""
-    DRAINING = "draining"
-    STARTING = "starting"
-    QUEUE_FULL = "queue_full"
-    NO_SLOT = "no_slot"
-    UNAUTHORIZED = "unauthorized"
-
-
-@dataclass(slots=True)
-class Passed:
-    """An error response of the runtime that is passed on to the client."""
-
-    status: int
-    body: bytes
-    retry_after: str | None
+SSE = "text/event-stream"
 
 
 @dataclass(slots=True)
 class _Sent:
     """A request that was sent to a runtime; `id` is unknown to any other."""
 
-    url: str
+    replica: RuntimeReplica
     token: str
     cancelled: Callable[[Usage | None], None]
     """Receives what it has used if its client leaves before the response begins."""
+    response: HttpResponse | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -97,8 +70,13 @@ class Accepted:
     replica: RuntimeReplica
     runtime_cold_ms: int | None
     cancel: Callable[[], Awaitable[Usage | None]]
-    """Ends the generation because the client has left; returns what it has used, if the runtime says it."""
+    """Ends the generation; returns what it has used, if the runtime says it."""
     _release: Callable[[], None]
+
+    @property
+    def sends_events(self) -> bool:
+        """False for a runtime of an earlier version that answers a whole request with JSON alone."""
+        return self.response.headers.get("content-type", "").startswith(SSE)
 
     def close(self) -> None:
         self.response.close()
@@ -121,6 +99,7 @@ class RuntimeClient:
         self._http = http
         self._tokens = tokens
         self._registering: dict[tuple[str, AdapterKey], asyncio.Task[Refusal | Passed | None]] = {}
+        self.pods = PodWatch(http.read_timeout_s)
         self.in_flight: Counter[str] = Counter()
         """Requests of this gateway by pod uid."""
 
@@ -173,8 +152,8 @@ class RuntimeClient:
         cancelled: Callable[[Usage | None], None],
     ) -> tuple[HttpResponse, _Sent] | Refusal | Passed:
         for token in self._tokens(target.base):
-            sent = _Sent(replica.endpoint.url, token, cancelled)
-            result = await self._attempt_with(sent, target, replica, request, request_id, still_loading, patience_s)
+            sent = _Sent(replica, token, cancelled)
+            result = await self._attempt_with(sent, target, request, request_id, still_loading, patience_s)
             if isinstance(result, HttpResponse):
                 return result, sent
             if result is not Refusal.UNAUTHORIZED:
@@ -186,7 +165,6 @@ class RuntimeClient:
         self,
         sent: _Sent,
         target: Target,
-        replica: RuntimeReplica,
         request: InferenceRequest,
         request_id: str,
         still_loading: Callable[[], bool],
@@ -195,6 +173,7 @@ class RuntimeClient:
         headers = {
             "Authorization": f"Bearer {sent.token}",
             "Content-Type": "application/json",
+            "Accept": SSE,
             HEADER_ADAPTER: target.header,
             HEADER_ATTEMPT: sent.id,
             HEADER_USAGE: "1",
@@ -205,19 +184,21 @@ class RuntimeClient:
             response = await self._post(sent, request, headers, still_loading, patience_s)
             if isinstance(response, Refusal):
                 return response
-            result = await self._classify(response, target, replica)
-            if result is not None:
+            result = await self._classify(response, target, sent.replica)
+            if result is not Refusal.NOT_REGISTERED:
                 return result
-            if not registered and (obstacle := await self._register(sent.token, target, replica)) is not None:
+            if not registered and (obstacle := await self._register(sent.token, target, sent.replica)) is not None:
                 return obstacle
         raise ServerError(f"A runtime of {target.base.ref} does not keep registrations.")
 
     async def _cancel(self, sent: _Sent) -> Usage | None:
-        """Ends a request whose client has left. None: the runtime has not begun it, or does not answer in time."""
+        """Ends a request; returns its final usage. None: the runtime has not begun it, or does not answer in time."""
+        if sent.response is not None:
+            sent.response.close()  # first, so that a request which still waits is not admitted afterwards
         path, headers = ROUTE_ATTEMPT.format(id=sent.id), {"Authorization": f"Bearer {sent.token}"}
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT_S):
-                response = await self._http.send(sent.url, "DELETE", path, headers, b"")
+                response = await self._http.send(sent.replica.endpoint.url, "DELETE", path, headers, b"")
                 try:
                     await response.head()
                     body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
@@ -237,25 +218,28 @@ class RuntimeClient:
     ) -> HttpResponse | Refusal:
         """A response whose status and headers have arrived."""
         try:
-            response = await self._http.send(sent.url, "POST", request.route, headers, request.body)
+            response = await self._http.send(sent.replica.endpoint.url, "POST", request.route, headers, request.body)
         except ConnectError:
             return Refusal.CONNECT
+        sent.response = response
+        self.pods.add(sent.replica, response)
         try:
             if not await response.head(max(0.0, patience_s)):
                 if still_loading():
                     raise LoadTimeoutError
                 await response.head()
         except ReadTimeoutError:
+            if not self.pods.answers(sent.replica.endpoint.pod_uid):
+                return Refusal.SILENT
             raise UnavailableError(
                 "The runtime did not answer in time.", code="upstream_timeout", retry_after_s=5
             ) from None
+        except PodLostError:
+            return Refusal.SILENT
         except ConnectionLostError:
             return Refusal.LOST
         except asyncio.CancelledError:
-            try:
-                sent.cancelled(await self._cancel(sent))
-            finally:
-                response.close()
+            sent.cancelled(await self._cancel(sent))
             raise
         except BaseException:
             response.close()
@@ -264,33 +248,20 @@ class RuntimeClient:
 
     async def _classify(
         self, response: HttpResponse, target: Target, replica: RuntimeReplica
-    ) -> HttpResponse | Refusal | Passed | None:
-        """Sorts a response by status and error code. None: the adapter must be registered first."""
+    ) -> HttpResponse | Refusal | Passed:
+        """Sorts a response by status and error code. Raises ServerError for one that is not of the protocol."""
         if response.status == 200:
             self._check_identity(response, target, replica)
             return response
         try:
             body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
         except HttpClientError:
-            body = b""
+            return Refusal.LOST
         finally:
             response.close()
-        code = _code(body)
-        match response.status, code:
-            case 404, code if code == CODE_NOT_REGISTERED and target.adapter is not None:
-                return None
-            case 409, code if code == CODE_NO_SLOT:
-                return Refusal.NO_SLOT
-            case 503, code if code == CODE_DRAINING:
-                return Refusal.DRAINING
-            case 503, code if code == CODE_STARTING:
-                return Refusal.STARTING
-            case 429, code if code == CODE_QUEUE_FULL:
-                return Refusal.QUEUE_FULL
-            case 401 | 403, _:
-                return Refusal.UNAUTHORIZED
-            case 400 | 413 | 422 | 429 | 500 | 503, str():
-                return Passed(response.status, body, response.headers.get("retry-after"))
+        result = sort_error(response.status, body, response.headers.get("retry-after"))
+        if result is not None and (result is not Refusal.NOT_REGISTERED or target.adapter is not None):
+            return result
         log.error("unexpected response of a runtime", extra={**_where(target, replica), "code": response.status})
         raise ServerError("The runtime gave a response that the gateway does not understand.", code="bad_upstream")
 
@@ -337,17 +308,6 @@ class RuntimeClient:
                     response.close()
         except (HttpClientError, TimeoutError):
             return Refusal.CONNECT  # idempotent, and no generation has begun
-
-
-def _code(body: bytes) -> str | None:
-    """`error.code`, or `error.type` if the code is null, of an OpenAI error body; None for any other body."""
-    try:
-        answer: Any = json.loads(body)
-        error = answer["error"]
-        code = error["code"] or error["type"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return code if isinstance(code, str) else None
 
 
 def _whole(text: str | None) -> int | None:

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from lorapool_api.keep_alive import keep_alive
+
 HEAD_MAX_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 256 * 1024
 """Unread bytes of a response's body; beyond this the connection is paused until they are read."""
@@ -47,8 +49,8 @@ class HttpResponse:
     """A response in progress. Its owner awaits `head`, then calls `read` until it returns b"", and always closes it."""
 
     __slots__ = (
-        "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop", "_timeout_s",
-        "_timer", "_waiter", "headers", "status",
+        "__weakref__", "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop",
+        "_timeout_s", "_timer", "_waiter", "headers", "status",
     )  # fmt: skip
 
     def __init__(self, connection: _Connection, loop: asyncio.AbstractEventLoop, read_timeout_s: float) -> None:
@@ -65,6 +67,11 @@ class HttpResponse:
         self._timeout_s = read_timeout_s
         self._last_s = loop.time()
         self._timer = loop.call_later(read_timeout_s, self._check_timeout)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether status and headers have arrived."""
+        return self._begun
 
     async def head(self, patience_s: float | None = None) -> bool:
         """Waits for status and headers; False if `patience_s` passes first. Raises HttpClientError."""
@@ -117,6 +124,20 @@ class HttpResponse:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.drop()
+
+    def end(self, error: HttpClientError) -> None:
+        """Cuts the connection; its reader gets `error`. Does nothing to a complete response."""
+        connection = self._connection
+        self.failed(error)
+        if connection is not None:
+            connection.drop()
+
+    def limit_silence(self, timeout_s: float) -> None:
+        """Sets how long the runtime may send nothing, counted from the last byte."""
+        self._timeout_s = timeout_s
+        if self._connection is not None:
+            self._timer.cancel()
+            self._check_timeout()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -186,6 +207,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        keep_alive(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -281,7 +303,7 @@ class HttpClient:
     def __init__(self, *, connect_timeout_s: float = 1.0, read_timeout_s: float = 600.0, idle_s: float = 15.0) -> None:
         """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection."""
         self._connect_timeout_s = connect_timeout_s
-        self._read_timeout_s = read_timeout_s
+        self.read_timeout_s = read_timeout_s
         self._idle_s = idle_s
         self._idle: dict[str, deque[_Connection]] = {}
         self._sweeping: asyncio.TimerHandle | None = None
@@ -295,7 +317,7 @@ class HttpClient:
         connection = self._take(url, loop.time()) or await self._connect(url)
         lines = [f"{method} {path} HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Length: {len(body)}\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        response = HttpResponse(connection, loop, self._read_timeout_s)
+        response = HttpResponse(connection, loop, self.read_timeout_s)
         connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, response)
         return response
 

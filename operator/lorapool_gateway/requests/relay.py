@@ -2,8 +2,8 @@
 
 Backpressure is passed on: no more is read from the runtime than the client takes. When the runtime is lost in the
 middle of a stream, or this process ends first, the client receives one error event and no [DONE]. When the client
-disconnects, the connection to the runtime is closed at once, which ends the generation. Tokens are counted in every
-case.
+disconnects, the generation is ended at once. Tokens are counted in every case: an answer that does not end by itself
+is cancelled at the runtime, which responds with its final usage; if the runtime is lost, the last usage it sent counts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from collections.abc import Callable
 from aiohttp import web
 
 from lorapool_api.common import HEADER_USAGE
-from lorapool_api.openai import ApiError, UnavailableError
+from lorapool_api.openai import ApiError, ServerError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
-from lorapool_gateway.requests.attempt import Accepted
+from lorapool_gateway.requests.attempt import SSE, Accepted
 from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.http_client import HttpClientError
-from lorapool_gateway.requests.sse import EventFilter, EventTooLongError, error_event, parse_usage
+from lorapool_gateway.requests.refusal import Passed
+from lorapool_gateway.requests.sse import (
+    EventFilter,
+    EventTooLongError,
+    WholeAnswer,
+    error_event,
+    error_in,
+    is_error,
+    parse_usage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +39,19 @@ NEVER_WAITS_BYTES = 16 * 1024
 """A shorter write always fits into an empty write buffer (64 KiB) and so needs no timeout."""
 CODE_CLIENT_GONE = 499
 CODE_BROKEN_STREAM = 502
-SSE = "text/event-stream"
 
 
-async def relay_whole(accepted: Accepted, record: RequestRecord, ending: Ending) -> bytes:
-    """The body of the response. Raises UnavailableError when the runtime is lost; the request is not sent again."""
+async def relay_whole(accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float) -> bytes | Passed:
+    """The body of the response, or the error that the runtime reports in it.
+
+    Raises UnavailableError when the runtime is lost; the request is not sent again.
+    """
     response = accepted.response
+    if accepted.sends_events:
+        return await _events_of_whole(accepted, record, ending, deadline)
     record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
     try:
-        async with ending.bound():
+        async with ending.bound(deadline):
             body = await response.read_all(RESPONSE_MAX_BYTES)
     except HttpClientError:
         raise _lost("was lost while it answered") from None
@@ -47,47 +60,70 @@ async def relay_whole(accepted: Accepted, record: RequestRecord, ending: Ending)
     return body
 
 
+async def _events_of_whole(
+    accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float
+) -> bytes | Passed:
+    answer = WholeAnswer()
+    complete = False
+    try:
+        async with ending.bound(deadline):
+            while chunk := await accepted.response.read():
+                answer.feed(chunk)
+                if answer.size > RESPONSE_MAX_BYTES:
+                    raise _lost("sent a response that is too long")
+        complete = True
+    except (HttpClientError, EventTooLongError):
+        raise _lost("was lost while it answered") from None
+    finally:
+        if not complete:
+            record.used(await accepted.cancel())
+        record.used(answer.usage())
+    body = answer.body()
+    if body is None:
+        raise _lost("ended its answer early")
+    return Passed(ServerError.status, body, None) if is_error(body) else body
+
+
 async def relay_stream(
     request: web.BaseRequest,
     accepted: Accepted,
     record: RequestRecord,
-    headers: dict[str, str],
+    headers: Callable[[], dict[str, str]],
     ending: Ending,
+    deadline: float,
     *,
     write_timeout_s: float,
     clock: Callable[[], float] = time.monotonic,
-) -> web.StreamResponse:
+) -> web.StreamResponse | Passed:
+    """Streams the events to the client, whose response begins with the first one.
+
+    Before that, an error is an ordinary one: returned where the runtime reports it, raised as UnavailableError where
+    the runtime is lost.
+    """
     events = EventFilter()
-    out = web.StreamResponse(status=200, headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-    out.content_type = SSE
-    out.charset = "utf-8"
-    broken: ApiError | None = None
-    record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
     try:
+        first = await _first_events(accepted, events, ending, deadline)
+        if (error := error_in(first)) is not None:
+            return Passed(ServerError.status, error, None)
+        record.first_token_s = clock()
+        out = web.StreamResponse(
+            status=200, headers={**headers(), "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        out.content_type = SSE
+        out.charset = "utf-8"
+        record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
         await out.prepare(request)
-        try:
-            async with ending.bound():
-                while chunk := await accepted.response.read():
-                    if data := events.feed(chunk):
-                        if record.first_token_s is None:
-                            record.first_token_s = clock()
-                        await _write(request, out, data, write_timeout_s)
-            if not events.done and not events.failed:
-                broken = _lost("ended its answer early")
-        except (HttpClientError, EventTooLongError) as error:
-            broken = _lost(f"was lost mid-answer ({type(error).__name__})")
-        except UnavailableError as error:
-            broken = error
+        await _write(request, out, first, write_timeout_s)
+        broken = await _rest(request, out, accepted, events, ending, deadline, write_timeout_s)
         if broken is not None:
             await _write(request, out, error_event(broken), write_timeout_s)
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
     except ConnectionError:
-        record.used(await accepted.cancel())  # the client has disconnected
-    except asyncio.CancelledError:
-        record.used(await accepted.cancel())
-        raise
+        return out  # the client has disconnected
     finally:
+        if not (events.done or events.failed):
+            record.used(await accepted.cancel())
         record.used(events.usage())
         accepted.close()
     if broken is not None:
@@ -96,6 +132,39 @@ async def relay_stream(
             extra={"replica": accepted.replica.endpoint.pod_name, "error": broken.message},
         )
     return out
+
+
+async def _first_events(accepted: Accepted, events: EventFilter, ending: Ending, deadline: float) -> bytes:
+    try:
+        async with ending.bound(deadline):
+            while chunk := await accepted.response.read():
+                if data := events.feed(chunk):
+                    return data
+    except (HttpClientError, EventTooLongError):
+        raise _lost("was lost before it answered") from None
+    raise _lost("ended its answer early")
+
+
+async def _rest(
+    request: web.BaseRequest,
+    out: web.StreamResponse,
+    accepted: Accepted,
+    events: EventFilter,
+    ending: Ending,
+    deadline: float,
+    write_timeout_s: float,
+) -> ApiError | None:
+    """Passes on all further events; returns why they broke off, None if they are complete."""
+    try:
+        async with ending.bound(deadline):
+            while chunk := await accepted.response.read():
+                if data := events.feed(chunk):
+                    await _write(request, out, data, write_timeout_s)
+    except (HttpClientError, EventTooLongError) as error:
+        return _lost(f"was lost mid-answer ({type(error).__name__})")
+    except UnavailableError as error:
+        return error
+    return None if events.done or events.failed else _lost("ended its answer early")
 
 
 async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:

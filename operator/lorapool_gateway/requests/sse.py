@@ -1,4 +1,4 @@
-"""Splits a runtime's SSE stream into the events for the client and the usage for the gateway. Pure.
+"""Splits what a runtime sends as server-sent events into the client's answer and the usage for the gateway. Pure.
 
 Data events pass through byte for byte. Comment lines, which contain the cumulative usage, are removed. An event
 without an end is refused, so that a broken runtime cannot fill the memory.
@@ -13,7 +13,9 @@ from lorapool_api.protocol import USAGE_COMMENT, Usage
 
 EVENT_MAX_BYTES = 8 * 2**20
 _DONE = b"data: [DONE]"
-_ERROR = b'data: {"error"'
+_DATA = b"data: "
+_ERROR_BODY = b'{"error"'
+_ERROR = _DATA + _ERROR_BODY
 
 
 class EventTooLongError(Exception):
@@ -60,12 +62,65 @@ class EventFilter:
         return event
 
 
+class WholeAnswer:
+    """Takes apart a whole answer that arrives as events: the usage so far in comments, at last one data event."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._parts: list[bytes] = []
+        self._usage: bytes | None = None
+        self.size = 0
+        """Bytes of the data event so far."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Takes the next bytes. Raises EventTooLongError for a comment without an end."""
+        if self._parts:
+            self._add(chunk)
+            return
+        self._line += chunk
+        *lines, rest = self._line.split(b"\n")
+        for number, line in enumerate(lines):
+            if line.startswith(USAGE_COMMENT):
+                self._usage = bytes(line[len(USAGE_COMMENT) :])
+            elif line.startswith(_DATA):
+                rest = bytearray(b"\n").join((*lines[number:], rest))
+                break
+        if rest.startswith(_DATA):
+            self._add(bytes(rest[len(_DATA) :]))
+        elif len(rest) > EVENT_MAX_BYTES:
+            raise EventTooLongError
+        self._line = rest
+
+    def _add(self, part: bytes) -> None:
+        self._parts.append(part)
+        self.size += len(part)
+
+    def body(self) -> bytes | None:
+        """The data after the last byte was taken; None if the event is not complete."""
+        data = b"".join(self._parts)
+        return data[:-2] if data.endswith(b"\n\n") else None
+
+    def usage(self) -> Usage | None:
+        """The last cumulative count."""
+        return None if self._usage is None else parse_usage(self._usage)
+
+
+def is_error(body: bytes) -> bool:
+    """Whether the body of an answer is an error that the runtime reports after it has begun the answer."""
+    return body.startswith(_ERROR_BODY)
+
+
 def parse_usage(text: bytes | str) -> Usage | None:
     """The usage, or None if the text is not a valid one."""
     try:
         return Usage.model_validate_json(text)
     except ValueError:
         return None
+
+
+def error_in(events: bytes) -> bytes | None:
+    """The body of the error that the first of these events is; None if it is none."""
+    return events[len(_DATA) :].split(b"\n", 1)[0] if events.startswith(_ERROR) else None
 
 
 def error_event(error: ApiError) -> bytes:

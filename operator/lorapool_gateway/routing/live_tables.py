@@ -1,11 +1,11 @@
-"""The current route table and key table: one owner publishes, all others read, and a change wakes waiting tasks.
+"""The current route table and key table: one owner publishes, all others read, and are called with a new route table.
 
 Tables are immutable, so a reader never sees a partial change and needs no lock.
 """
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from lorapool_gateway.routing.auth import NO_KEYS, KeyTable
@@ -16,8 +16,8 @@ class RouteSource(Protocol):
     @property
     def table(self) -> RouteTable: ...
 
-    async def changed(self, known: RouteTable, timeout_s: float) -> None:
-        """Returns as soon as the table is not `known`, and after timeout_s at the latest."""
+    def subscribe(self, on_publish: Callable[[RouteTable], None]) -> None:
+        """Calls `on_publish` with every later table."""
 
 
 class KeySource(Protocol):
@@ -28,7 +28,7 @@ class KeySource(Protocol):
 class LiveRoutes:
     def __init__(self, table: RouteTable | None = None) -> None:
         self._table = table or RouteTable()
-        self._next = asyncio.Event()
+        self._subscribers: list[Callable[[RouteTable], None]] = []
 
     @property
     def table(self) -> RouteTable:
@@ -36,17 +36,11 @@ class LiveRoutes:
 
     def publish(self, table: RouteTable) -> None:
         self._table = table
-        waiters, self._next = self._next, asyncio.Event()
-        waiters.set()
+        for on_publish in self._subscribers:
+            on_publish(table)
 
-    async def changed(self, known: RouteTable, timeout_s: float) -> None:
-        if self._table is not known or timeout_s <= 0:
-            return
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._next.wait()
-        except TimeoutError:
-            return
+    def subscribe(self, on_publish: Callable[[RouteTable], None]) -> None:
+        self._subscribers.append(on_publish)
 
 
 class LiveKeys:

@@ -23,7 +23,9 @@ from lorapool_gateway.routing.objects import RuntimeState, runtime_state
 
 log = logging.getLogger(__name__)
 
-POLL_WAIT_S = 20.0
+POLL_WAIT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0
+"""A poll fails this long after the runtime should have answered. Attempts at the pod are then given up."""
 CONNECT_TIMEOUT_S = 1.0
 INTERVAL_S = 0.1
 """Least time between two answers of one runtime: under load its state changes with every request."""
@@ -108,7 +110,7 @@ class RuntimePolls:
     async def _call(self, polled: PolledPod, after: int, state: RuntimeState | None, token: str) -> bytes:
         params = {} if state is None else {"after": str(after), "boot": state.boot_id, "wait": str(POLL_WAIT_S)}
         headers = {"Authorization": f"Bearer {token}"}
-        limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + 10, sock_connect=CONNECT_TIMEOUT_S)
+        limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + ANSWER_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(
             polled.url + ROUTE_RUNTIME, params=params, headers=headers, timeout=limits, allow_redirects=False
         ) as response:

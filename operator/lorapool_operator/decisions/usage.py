@@ -44,9 +44,10 @@ def fold(
             if room <= 0:
                 continue
             room -= 1
+        latest = report if share is None else _later(share, report)
         for name in COUNTERS:
-            totals[name] += _increase(getattr(report, name), getattr(share, name) if share else 0)
-        shares[report.boot_id] = report
+            totals[name] += getattr(latest, name) - (getattr(share, name) if share else 0)
+        shares[report.boot_id] = latest
     parts = sorted((part for boot, part in shares.items() if boot not in gone), key=lambda part: part.boot_id)
     rounded = {name: _tidy(value) for name, value in totals.items()}
     return UsageStatus.model_validate({**rounded, "as_of": now, "parts": parts})
@@ -78,9 +79,9 @@ def _rounded(part: UsagePart) -> UsagePart:
     return part.model_copy(update={name: _tidy(getattr(part, name)) for name in ("load_seconds", "residency_seconds")})
 
 
-def _increase(now: float, before: float) -> float:
-    """Returns the increase of a counter; one that fell has restarted from 0."""
-    return now - before if now >= before else now
+def _later(share: UsagePart, report: UsagePart) -> UsagePart:
+    """The counts of one process never fall, so a lower one is of an older report, which arrived late."""
+    return report.model_copy(update={name: max(getattr(share, name), getattr(report, name)) for name in COUNTERS})
 
 
 def _tidy(value: float) -> float:

@@ -39,6 +39,11 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens from the second on, with the first delta of a sequence that asked for them."""
 
+    @property
+    def is_output(self) -> bool:
+        """False for a delta that only reports the usage."""
+        return bool(self.text) or self.finish is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:

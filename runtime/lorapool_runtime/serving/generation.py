@@ -99,10 +99,12 @@ class Generation:
         on_token: Callable[[int], None],
         on_end: Callable[[Outcome, Usage], None],
         score_end_token: bool = False,
+        report_steps: bool = False,
     ) -> None:
         """`on_token` is called with the number of new tokens, `on_end` once.
 
         `score_end_token`: reports the log-probability of an end-of-sequence token too, though it is not text.
+        `report_steps`: a token that completes no text has a delta too, with the usage alone.
         """
         self._engine = engine
         self._mailbox = mailbox
@@ -110,6 +112,7 @@ class Generation:
         self._on_token = on_token
         self._on_end: Callable[[Outcome, Usage], None] | None = on_end
         self._score_end_token = score_end_token
+        self._report_steps = report_steps
         self._requests = requests
         self._sequences = [_SequenceState(request.request_id, TextStream(decode, stops)) for request in requests]
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
@@ -145,6 +148,12 @@ class Generation:
             finally:
                 self._reader = None
         return self._deltas.popleft()
+
+    async def next_all(self) -> list[Delta]:
+        """The deltas since the last call, at least one. Only one caller may wait at a time."""
+        found = [await self.next(), *self._deltas]
+        self._deltas.clear()
+        return found
 
     def cancel(self) -> None:
         """Ends the running sequences, because the reader left. Does nothing after the end."""
@@ -222,6 +231,8 @@ class Generation:
                 self._engine.cancel(sequence.request_id)
         if text or finish is not None:
             self._emit(number, text, finish, error)
+        elif self._report_steps and not self._left:
+            self._pass_on(Delta(number, "", (), self.usage()))
 
     def _emit(self, number: int, text: str, finish: FinishReason | None, error: str | None) -> None:
         sequence = self._sequences[number]
@@ -242,6 +253,9 @@ class Generation:
         sequence.pending_logprobs.clear()
         sequence.pending_offsets.clear()
         sequence.prompt_logprobs = ()
+        self._pass_on(delta)
+
+    def _pass_on(self, delta: Delta) -> None:
         self._deltas.append(delta)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

@@ -1,7 +1,8 @@
 """The HTTP response of one admitted request, whole or streamed, with the headers and usage of the internal hop.
 
 An error before the first byte is raised, for `server` to answer; after it the stream sends an error event and closes
-without [DONE]. A client that reads nothing for too long is disconnected.
+without [DONE]. A gateway is sent the head as soon as the request is admitted, then the usage of each step, and the body
+of a whole response, or an error, as one event. A client that reads nothing for too long is disconnected.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.metrics import Metrics
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.response import DONE_EVENT, Delta, ResponseBuilder, ResponseHead, data_event
+from lorapool_runtime.serving.caller import SSE, Caller
 from lorapool_runtime.serving.service import AdmittedRequest
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Responder:
         request: web.Request,
         parsed: ChatRequest | CompletionRequest,
         admitted: AdmittedRequest,
+        caller: Caller,
         *,
         started_s: float,
     ) -> web.StreamResponse:
@@ -47,8 +50,10 @@ class Responder:
         latency = _Latency(self._clock, self._metrics, started_s)
         builder = self._builder(parsed, admitted)
         if parsed.stream:
-            return await self._stream(request, parsed, admitted, builder, latency)
-        return await self._whole(request, admitted, builder, latency)
+            return await self._stream(request, parsed, admitted, caller, builder, latency)
+        if caller.wants_events:
+            return await self._whole_as_events(request, admitted, caller, builder, latency)
+        return await self._whole(admitted, caller, builder, latency)
 
     def _builder(self, parsed: ChatRequest | CompletionRequest, admitted: AdmittedRequest) -> ResponseBuilder:
         tokenizer = admitted.tokenizer
@@ -70,7 +75,7 @@ class Responder:
         )
 
     async def _whole(
-        self, request: web.Request, admitted: AdmittedRequest, builder: ResponseBuilder, latency: _Latency
+        self, admitted: AdmittedRequest, caller: Caller, builder: ResponseBuilder, latency: _Latency
     ) -> web.Response:
         unfinished = admitted.sequences
         usage = admitted.generation.usage()
@@ -82,36 +87,80 @@ class Responder:
             usage = delta.usage
             unfinished -= delta.finish is not None
         response = web.json_response(builder.body(usage), headers=_headers(admitted))
-        if _wants_usage(request):
+        if caller.wants_usage:
             response.headers[HEADER_USAGE] = usage.model_dump_json()
         return response
+
+    async def _whole_as_events(
+        self,
+        request: web.Request,
+        admitted: AdmittedRequest,
+        caller: Caller,
+        builder: ResponseBuilder,
+        latency: _Latency,
+    ) -> web.StreamResponse:
+        response = await self._begin(request, admitted, caller)
+        unfinished = admitted.sequences
+        usage = admitted.generation.usage()
+        while unfinished:
+            for delta in await admitted.generation.next_all():
+                usage = delta.usage
+                if delta.finish is FinishReason.ERROR:
+                    await self._fail(request, response, delta, _usage_comment(usage))
+                    return response
+                if delta.is_output:
+                    latency.observe()
+                    builder.add(delta)
+                unfinished -= delta.finish is not None
+            if unfinished:
+                await self._send(request, response, _usage_comment(usage) + b"\n")
+        await self._send(request, response, _usage_comment(usage) + data_event(builder.body(usage)))
+        await response.write_eof()
+        return response
+
+    async def _begin(self, request: web.Request, admitted: AdmittedRequest, caller: Caller) -> web.StreamResponse:
+        """A response of events whose head is sent."""
+        response = web.StreamResponse(headers={**_headers(admitted), HEADER_REQUEST_ID: caller.request_id,
+                                               "Content-Type": f"{SSE}; charset=utf-8",
+                                               "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # fmt: skip
+        await response.prepare(request)
+        return response
+
+    async def _fail(self, request: web.Request, response: web.StreamResponse, delta: Delta, comment: bytes) -> None:
+        """Sends an error as the last event, without [DONE], so that no client takes it for a whole answer."""
+        error = ServerError(delta.error or "The engine failed.")
+        log.error("response failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
+        await self._send(request, response, comment + data_event(error.body()))
 
     async def _stream(
         self,
         request: web.Request,
         parsed: ChatRequest | CompletionRequest,
         admitted: AdmittedRequest,
+        caller: Caller,
         builder: ResponseBuilder,
         latency: _Latency,
     ) -> web.StreamResponse:
-        delta = await admitted.generation.next()
-        _raise_if_failed(delta)  # nothing is sent yet: an ordinary error
-        response = web.StreamResponse(headers={**_headers(admitted), HEADER_REQUEST_ID: request[REQUEST_ID],
-                                               "Content-Type": "text/event-stream; charset=utf-8",
-                                               "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})  # fmt: skip
-        await response.prepare(request)
-        comment = _usage_comment if _wants_usage(request) else _no_comment
+        if caller.wants_events:
+            response = await self._begin(request, admitted, caller)
+            delta = await admitted.generation.next()
+        else:
+            delta = await admitted.generation.next()
+            _raise_if_failed(delta)  # nothing is sent yet: an ordinary error
+            response = await self._begin(request, admitted, caller)
+        comment = _usage_comment if caller.wants_usage else _no_comment
         unfinished = admitted.sequences
         while True:
-            latency.observe()
             out = b""
             if delta.finish is FinishReason.ERROR:
-                error = ServerError(delta.error or "The engine failed.")
-                log.error("stream failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
-                await self._send(request, response, comment(delta.usage) + data_event(error.body()))
-                return response  # closed without [DONE], so that no client takes it for a whole answer
-            for event in builder.chunks(delta):
-                out += comment(delta.usage) + event
+                await self._fail(request, response, delta, comment(delta.usage))
+                return response
+            if delta.is_output:
+                latency.observe()
+                for event in builder.chunks(delta):
+                    out += comment(delta.usage) + event
+            else:
+                out = comment(delta.usage) + b"\n"
             unfinished -= delta.finish is not None
             if not unfinished:
                 break
@@ -169,10 +218,6 @@ def _headers(admitted: AdmittedRequest) -> dict[str, str]:
 
 def milliseconds(seconds: float) -> str:
     return str(round(seconds * 1000))
-
-
-def _wants_usage(request: web.Request) -> bool:
-    return request.headers.get(HEADER_USAGE) == "1"
 
 
 def _usage_comment(usage: Usage) -> bytes:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_ATTEMPT, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
+from lorapool_api.keep_alive import keep_alive
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -29,7 +30,6 @@ from lorapool_api.openai import (
     UnauthenticatedError,
 )
 from lorapool_api.protocol import (
-    HEADER_TENANT,
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
     ROUTE_ATTEMPT,
@@ -40,6 +40,7 @@ from lorapool_api.protocol import (
     ROUTE_METRICS,
     ROUTE_MODELS,
     ROUTE_READY,
+    ROUTE_REQUESTS,
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
     AdapterDescriptor,
@@ -48,7 +49,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
-from lorapool_runtime.serving.generation import Generation
+from lorapool_runtime.serving.caller import caller_of
 from lorapool_runtime.serving.probes import exposition, health_response, name_no_software, readiness_response
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
@@ -72,6 +73,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_METRICS, server.metrics)
     app.router.add_get(ROUTE_RUNTIME, server.snapshot)
     app.router.add_get(ROUTE_EVENTS, server.events)
+    app.router.add_get(ROUTE_REQUESTS, server.requests)
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
     app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
     app.router.add_post(ROUTE_RESOLVE, server.resolve)
@@ -87,8 +89,6 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
-        self._attempts: dict[str, Generation] = {}
-        """The running requests by the ids of the gateways' attempts."""
         self._responder = Responder(runtime.clock, runtime.metrics, write_timeout_s=runtime.settings.write_timeout_s)
 
     # --- around every route -------------------------------------------------------------
@@ -101,8 +101,10 @@ class _Server:
         started_s = self._runtime.clock.now_s()
         try:
             response = await handler(request)
-        except (asyncio.CancelledError, ConnectionResetError):  # the client has left, so that no response can be sent
+        except asyncio.CancelledError:  # the client has left
             raise
+        except ConnectionResetError:  # so has it here; aiohttp would log the exception as an error
+            return web.Response()
         except Exception as error:
             api_error = _api_error(error)
             if api_error.status >= 500 and not isinstance(error, ApiError):
@@ -143,13 +145,18 @@ class _Server:
 
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
-        ends_s = self._runtime.clock.now_s() + wait_s
-        while after >= self._runtime.events.last_seq:
-            left_s = ends_s - self._runtime.clock.now_s()
-            if left_s <= 0:
-                break
-            await self._runtime.changes.wait(self._runtime.changes.seq, left_s)
+        await self._wait_while(lambda: after >= self._runtime.events.last_seq, wait_s)
         return _json(self._runtime.events.after(after))
+
+    async def requests(self, request: web.Request) -> web.Response:
+        after, wait_s = _poll_params(request.query)
+        await self._wait_while(lambda: after >= self._runtime.finished.last_seq, wait_s)
+        return _json(self._runtime.finished.after(after))
+
+    async def _wait_while(self, nothing_new: Callable[[], bool], wait_s: float) -> None:
+        ends_s = self._runtime.clock.now_s() + wait_s
+        while nothing_new() and (left_s := ends_s - self._runtime.clock.now_s()) > 0:
+            await self._runtime.changes.wait(self._runtime.changes.seq, left_s)
 
     # --- adapters -----------------------------------------------------------------------
 
@@ -198,24 +205,21 @@ class _Server:
     async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
         started_s = self._runtime.clock.now_s()
-        tenant = request.headers.get(HEADER_TENANT, "")
-        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER), tenant)
-        attempt = request.headers.get(HEADER_ATTEMPT) or uuid.uuid4().hex
-        self._attempts[attempt] = admitted.generation
+        if request.transport is not None:
+            keep_alive(request.transport.get_extra_info("socket"), self._settings.write_timeout_s)
+        caller = caller_of(request.headers, request[REQUEST_ID])
+        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER), caller)
         try:
-            return await self._responder.respond(request, parsed, admitted, started_s=started_s)
+            return await self._responder.respond(request, parsed, admitted, caller, started_s=started_s)
         finally:
-            self._attempts.pop(attempt, None)
             admitted.generation.cancel()
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """Ends a request whose client has left, and answers what it has used. Raises RouteNotFoundError."""
-        generation = self._attempts.get(request.match_info["id"])
-        if generation is None:
+        """Ends a request, and answers what it has used. Raises RouteNotFoundError."""
+        usage = await self._runtime.cancel(request.match_info["id"])
+        if usage is None:
             raise RouteNotFoundError("There is no such attempt.")
-        generation.cancel()
-        await generation.ended.wait()
-        return _json(generation.usage())
+        return _json(usage)
 
     async def _body(self, request: web.Request) -> bytes:
         try:

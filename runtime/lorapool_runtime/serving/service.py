@@ -19,11 +19,9 @@ from pathlib import Path
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
     CODE_DRAINING,
-    CODE_QUEUE_FULL,
     CODE_STARTING,
     InvalidRequestError,
     ModelNotFoundError,
-    TooManyRequestsError,
     UnavailableError,
 )
 from lorapool_api.protocol import (
@@ -31,6 +29,7 @@ from lorapool_api.protocol import (
     Preload,
     PreloadList,
     RemovedAdapter,
+    RequestOutcome,
     ResolveAnswer,
     ResolveRequest,
     RuntimeSnapshot,
@@ -49,7 +48,9 @@ from lorapool_runtime.openai.encoding import EncodedRequest, encode
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tokenizer import Tokenizer
-from lorapool_runtime.serving.fair_queue import FairBound
+from lorapool_runtime.serving.admission import Admission, Place
+from lorapool_runtime.serving.caller import Caller
+from lorapool_runtime.serving.finished import FinishedRing
 from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requests
 from lorapool_runtime.serving.tokens import BearerTokens
 from lorapool_runtime.serving.turns import Turn, Turns
@@ -123,12 +124,9 @@ class Runtime:
         self._serving: _Serving | None = None
         self._preloading: asyncio.Task[None] | None = None
         self._open: set[Generation] = set()
-        self._sequences = FairBound(settings.max_batch + settings.max_waiting)
-        """Sequences queued or running, by flow."""
-        self._requests = 0
-        """Requests queued or running, including those that wait for a load."""
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._by_attempt: dict[str, Generation] = {}
+        self.finished = FinishedRing(self.boot_id, self.clock)
+        self._admission = Admission(settings.max_batch + settings.max_waiting, self._note_request)
         self._last_request_unix_s: float | None = None
         self._cached_snapshots: tuple[int, float, dict[int, bytes]] = (0, 0.0, {})
         """(seq, monotonic time, JSON by the number of the reader's last snapshot)."""
@@ -207,9 +205,9 @@ class Runtime:
         await asyncio.sleep(notice_s)
         try:
             async with asyncio.timeout(max(0.0, grace_s - notice_s)):
-                await self._quiet.wait()
+                await self._admission.quiet.wait()
         except TimeoutError:
-            log.warning("ending %d requests that did not finish in time", self._requests)
+            log.warning("ending %d requests that did not finish in time", self._admission.requests)
             self._end_all("The replica is shutting down.")
             if self._serving is not None:
                 await self._serving.adapters.close()
@@ -271,7 +269,7 @@ class Runtime:
     # --- requests -----------------------------------------------------------------------
 
     async def admit(
-        self, request: ChatRequest | CompletionRequest, header: str | None, tenant: str = ""
+        self, request: ChatRequest | CompletionRequest, header: str | None, caller: Caller
     ) -> AdmittedRequest:
         """Encodes the request, takes its queue slots and its adapter's lease, and submits it. Raises ApiError.
 
@@ -281,17 +279,19 @@ class Runtime:
         base = serving.base
         self._refuse_when_draining()
         target = self.target_of(header, request.model)
-        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts, tenant)
+        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts, caller.tenant)
         self._refuse_when_draining()
         flow, sequences = BASE_SALT if target is None else str(target), len(encoded.sampling)
-        self._enter_queue(flow, sequences)
+        place = Place(caller.tenant, flow, sequences)
+        self._admission.enter(place)
         try:
-            turn, lease = await self._turn_and_lease(serving, target, encoded)
+            async with self._admission.waiting(place):
+                turn, lease = await self._turn_and_lease(serving, target, encoded, caller.tenant)
         except BaseException:
-            self._leave_queue(flow, sequences)
+            self._admission.leave(place)
             raise
         return AdmittedRequest(
-            self._submit(serving, request, encoded, turn, lease),
+            self._submit(serving, request, encoded, turn, lease, caller, place),
             base.tokenizer,
             sequences=sequences,
             echo=encoded.echo,
@@ -301,12 +301,12 @@ class Runtime:
         )
 
     async def _turn_and_lease(
-        self, serving: _Serving, target: AdapterKey | None, encoded: EncodedRequest
+        self, serving: _Serving, target: AdapterKey | None, encoded: EncodedRequest, tenant: str
     ) -> tuple[Turn, Lease | None]:
         """Waits until the adapter is loaded and it is this request's turn; again when the adapter leaves meanwhile."""
         sequences, tokens = len(encoded.sampling), sum(map(len, encoded.prompts))
         if target is None:
-            turn = await serving.turns.take(BASE_SALT, sequences=sequences, tokens=tokens)
+            turn = await serving.turns.take(BASE_SALT, tenant=tenant, sequences=sequences, tokens=tokens)
             assert turn is not None  # the base is never recalled
             return turn, None
         cold_start_s: float | None = None
@@ -316,7 +316,7 @@ class Runtime:
             cold_start_s = waited_s if cold_start_s is None else cold_start_s + (waited_s or 0.0)
             has_waited = True
             with serving.adapters.waiting_request(target):
-                turn = await serving.turns.take(str(target), sequences=sequences, tokens=tokens)
+                turn = await serving.turns.take(str(target), tenant=tenant, sequences=sequences, tokens=tokens)
             if turn is None:
                 continue
             try:
@@ -335,18 +335,24 @@ class Runtime:
         encoded: EncodedRequest,
         turn: Turn,
         lease: Lease | None,
+        caller: Caller,
+        place: Place,
     ) -> Generation:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)
         begun_s = self.clock.now_s()
 
         def on_end(outcome: Outcome, usage: Usage) -> None:
             self._open.discard(generation)
-            self._leave_queue(BASE_SALT if lease is None else str(lease.key), len(encoded.sampling))
+            if self._by_attempt.get(caller.attempt) is generation:
+                del self._by_attempt[caller.attempt]
+            self._admission.leave(place)
             turn.end()
             if lease is not None:
-                lease.usage.count(outcome, usage)
+                lease.usage.end(generation.usage, outcome)
                 lease.release()
             if outcome is not Outcome.REFUSED:
+                key = None if lease is None else lease.key
+                self.finished.add(caller, key, RequestOutcome(outcome.value), usage)
                 self.metrics.ended(outcome, usage, self.clock.now_s() - begun_s)
 
         generation = Generation(
@@ -360,6 +366,7 @@ class Runtime:
             on_end=on_end,
             # evaluation harnesses count tokens (lm-eval drops the last one, whatever it is)
             score_end_token=isinstance(request, CompletionRequest),
+            report_steps=caller.wants_usage and (request.stream or caller.wants_events),
         )
         if lease is not None:
             lease.attach(generation)
@@ -368,33 +375,25 @@ class Runtime:
             generation.start()  # from here on `on_end` releases the lease and the queue slots
         except ValueError as error:
             raise InvalidRequestError(str(error), param=request.prompt_param, code="context_length_exceeded") from error
+        self._by_attempt[caller.attempt] = generation
+        if lease is not None:
+            lease.usage.begin(generation.usage)
         return generation
+
+    async def cancel(self, attempt: str) -> Usage | None:
+        """Ends an attempt, if it has not ended; returns its final usage, None for an attempt that is not known."""
+        generation = self._by_attempt.get(attempt)
+        if generation is None:
+            return self.finished.usage_of(attempt)
+        generation.cancel()
+        await generation.ended.wait()
+        return generation.usage()
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
             raise UnavailableError(
                 "This replica is shutting down and accepts nothing new.", code=CODE_DRAINING, retry_after_s=1
             )
-
-    def _enter_queue(self, flow: str, sequences: int) -> None:
-        if not self._sequences.admits(flow, sequences):
-            raise TooManyRequestsError(
-                f"This replica has {self._sequences.taken} sequences queued or running; its maximum is "
-                f"{self._sequences.places}.",
-                code=CODE_QUEUE_FULL,
-                retry_after_s=2,
-            )
-        self._sequences.enter(flow, sequences)
-        self._requests += 1
-        self._quiet.clear()
-        self._note_request()
-
-    def _leave_queue(self, flow: str, sequences: int) -> None:
-        self._sequences.leave(flow, sequences)
-        self._requests -= 1
-        if self._requests == 0:
-            self._quiet.set()
-        self._note_request()
 
     def _note_request(self) -> None:
         self._last_request_unix_s = self.clock.unix_s()
@@ -433,7 +432,7 @@ class Runtime:
             max_rank=self.settings.max_rank,
             device_bytes=stats.device_bytes,
             host_bytes=0 if serving is None else serving.adapters.host_bytes,
-            in_flight=self._requests,
+            in_flight=self._admission.requests,
             waiting=stats.waiting + (0 if serving is None else serving.waiting),
             kv_usage=_kv_usage(stats),
             last_request_unix_s=self._last_request_unix_s,

@@ -19,12 +19,12 @@ class Turns:
         """Requests of the flow that wait for their turn."""
         return self._queue.waiting(flow)
 
-    async def take(self, flow: str, *, sequences: int, tokens: int) -> Turn | None:
+    async def take(self, flow: str, *, tenant: str, sequences: int, tokens: int) -> Turn | None:
         """The turn of a request with so many sequences and prompt tokens; None when its flow was recalled.
 
         Raises UnavailableError when the replica shuts down.
         """
-        ticket = Ticket(flow, sequences, tokens)
+        ticket = Ticket(flow, sequences, tokens, tenant)
         waiter: asyncio.Future[Turn | None] = asyncio.get_running_loop().create_future()
         self._waiters[ticket] = waiter
         self._queue.join(ticket)

@@ -43,9 +43,11 @@ def test_two_digests_of_one_adapter_report_the_same_counts() -> None:
     assert fold(None, [part("a", 5, 1.0), part("a", 5, 1.2)], [], THEN).completion_tokens == 5
 
 
-def test_a_count_that_fell_has_restarted_from_zero() -> None:
-    once = fold(None, [part("a", 5)], [], THEN)
-    assert fold(once, [part("a", 2)], [], THEN).completion_tokens == 7
+def test_a_report_that_is_older_than_the_last_one_counts_nothing() -> None:
+    once = fold(None, [part("a", 1000)], [], THEN)
+    late = fold(once, [part("a", 998)], [], THEN)
+    assert late.completion_tokens == 1000
+    assert fold(late, [part("a", 1005)], [], THEN).completion_tokens == 1005
 
 
 @pytest.mark.parametrize("processes", [105, 250])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapool_runtime.serving.fair_queue import FairBound, FairQueue, Ticket
+from lorapool_runtime.serving.fair_queue import FairQueue, Ticket
 
 
 def started(queue: FairQueue) -> list[Ticket]:
@@ -108,22 +109,43 @@ def test_flows_that_always_wait_are_served_the_same_number_of_tokens(flows: int,
     assert min(served) > sum(served) / flows / 2
 
 
-def test_the_places_of_one_flow_do_not_exclude_another() -> None:
-    bound = FairBound(8)
+def test_a_tenant_with_many_adapters_gets_no_more_than_one_with_a_single_one() -> None:
+    queue, served = FairQueue(4), Counter[str]()
+    for flow in "abcdefg":
+        for _ in range(20):
+            queue.join(Ticket(flow, 1, 10, "many"))
+    for _ in range(20):
+        queue.join(Ticket("a", 1, 10, "one"))
+    for ticket in started(queue):
+        queue.end(ticket)
+    for _ in range(30):
+        ticket = queue.start_next()
+        assert ticket is not None
+        served[ticket.tenant] += 1
+        queue.end(ticket)
+    assert abs(served["many"] - served["one"]) <= 7
+
+
+def test_tenants_that_use_the_same_adapter_share_it() -> None:
+    queue = FairQueue(1)
+    for _ in range(50):
+        queue.join(Ticket("base", 1, 10, "flood"))
+    for _ in range(3):
+        queue.join(Ticket("base", 1, 10, "other"))
+    order = []
     for _ in range(8):
-        assert bound.admits("a", 1)
-        bound.enter("a", 1)
-    assert not bound.admits("a", 1)
-    for _ in range(4):
-        assert bound.admits("b", 1)
-        bound.enter("b", 1)
-    assert not bound.admits("b", 1)
-    assert bound.admits("c", 2)
-    assert not bound.admits("c", 3)
-    bound.enter("c", 2)
-    assert bound.admits("d", 2)
-    bound.enter("d", 2)
-    assert not bound.admits("e", 1)  # never more than twice as many
-    for _ in range(8):
-        bound.leave("a", 1)
-    assert bound.admits("e", 1)
+        ticket = queue.start_next()
+        assert ticket is not None
+        order.append(ticket.tenant)
+        queue.end(ticket)
+    assert order[:6].count("other") == 3
+
+
+def test_an_adapter_that_leaves_its_slot_recalls_the_requests_of_all_tenants() -> None:
+    queue = FairQueue(1)
+    tickets = [Ticket("a", 1, 1, tenant) for tenant in "xyx"] + [Ticket("b", 1, 1, "x")]
+    for ticket in tickets:
+        queue.join(ticket)
+    assert queue.waiting("a") == 3
+    assert queue.recall("a") == [tickets[0], tickets[2], tickets[1]]
+    assert started(queue) == [tickets[3]]
