@@ -407,7 +407,7 @@ async def test_draining_refuses_new_requests_and_finishes_the_running_ones(byte_
             await draining
 
 
-async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_an_error_event(
+async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_an_error_event_and_done(
     byte_tokenizer: Path,
 ) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
@@ -415,8 +415,9 @@ async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_
         response = await session.post("/v1/chat/completions", json={**CHAT, "stream": True})
         await served.runtime.drain(notice_s=0.0, grace_s=0.05)
         text = (await response.read()).decode()
-        assert "shutting down" in text.rstrip().split("\n")[-1]
-        assert "[DONE]" not in text
+        *_, error, done = text.rstrip().split("\n\n")
+        assert "shutting down" in error
+        assert done == "data: [DONE]"
         await until(lambda: served.runtime.snapshot().in_flight == 0)
 
 
