@@ -34,7 +34,8 @@ from lorapool_gateway.requests.body import BodyBudget, HeldBody, read_body
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.refusal import Passed
-from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream, relay_whole
+from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream
+from lorapool_gateway.requests.relay_whole import relay_whole
 from lorapool_gateway.requests.request import parse_request, request_id
 from lorapool_gateway.routing.auth import ApiKey, authenticate
 from lorapool_gateway.routing.live_tables import KeySource, RouteSource
@@ -150,9 +151,8 @@ class Gateway:
     async def _relay(
         self, exchange: _Exchange, accepted: Accepted, stream: bool, deadline: float
     ) -> web.StreamResponse | Passed | bytes:
-        if not stream or not accepted.sends_events:
-            return await relay_whole(accepted, exchange.record, self._ending, deadline)
-        return await relay_stream(
+        relay = relay_stream if stream and accepted.sends_events else relay_whole
+        return await relay(
             exchange.request,
             accepted,
             exchange.record,

@@ -9,7 +9,9 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
+import aiohttp
 import pytest
 from fakes import FakeRuntime
 from gateway_world import KEY, OTHER_KEY, World, adapter_object, api_key, base_object, until, until_it, world
@@ -17,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapool_api.openai import InvalidRequestError, TooManyRequestsError
+from lorapool_api.protocol import USAGE_COMMENT, Usage
 from lorapool_gateway.requests.body import BodyBudget, HeldBody
 from lorapool_gateway.requests.request import parse_request
+from lorapool_gateway.requests.sse import WholeAnswer
 from lorapool_gateway.routing.auth import KeyTable
 from lorapool_gateway.routing.model_lists import ModelLists
 from lorapool_gateway.routing.objects import adapter_route, base_route
@@ -337,6 +341,48 @@ async def test_connections_are_bounded_in_all() -> None:
         writer.write(head("Content-Length: 0"))
         assert (await answer(reader))[0] == 400
         assert (await sent(here, b""))[0] == 503
+
+
+# --- long answers ---------------------------------------------------------------------------
+
+
+async def test_a_whole_answer_of_more_than_64_mib_is_delivered_and_counted() -> None:
+    async with FakeRuntime(words=68, filler="w" * MIB).running() as runtime, world() as here:
+        here.base()
+        here.replica(runtime)
+        response = await here.post(here.ask("tiny"))
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("application/json")
+        assert response.headers["x-lorapool-adapter"] == "base"
+        text = (await response.json())["choices"][0]["message"]["content"]
+        assert len(text) > 64 * MIB
+        assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") == 68
+        assert here.sample("requests_total", base="demo/tiny", adapter="base", code="200") == 1
+
+
+async def test_a_long_answer_that_breaks_off_is_no_complete_response_and_is_not_generated_again() -> None:
+    async with FakeRuntime(words=8, filler="w" * MIB).running() as runtime, world() as here:
+        here.base()
+        here.replica(runtime)
+        runtime.faults.die_mid_body = 1
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await here.post(here.ask("tiny"))
+        await until(lambda: here.sample("requests_total", base="demo/tiny", adapter="base", code="502") == 1)
+        assert len(runtime.seen) == 1
+        assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") == 8
+
+
+@given(st.binary(max_size=40).filter(lambda data: b"\n" not in data), st.lists(st.integers(0, 120), max_size=6))
+def test_a_whole_answer_taken_in_parts_is_the_answer(data: bytes, cuts: list[int]) -> None:
+    wire = USAGE_COMMENT + b'{"prompt_tokens":1,"completion_tokens":2}\n' + b"data: " + data + b"\n\n"
+    answer, taken = WholeAnswer(), b""
+    edges = [0, *sorted(cuts), len(wire)]
+    for start, end in pairwise(edges):
+        answer.feed(wire[start:end])
+        if answer.size:
+            taken += answer.take()
+    assert (answer.body(), taken) == (b"", data)
+    assert answer.usage() == Usage(prompt_tokens=1, completion_tokens=2)
 
 
 # --- the model list -------------------------------------------------------------------------

@@ -47,15 +47,16 @@ async def ask(here: World, body: dict[str, Any]) -> tuple[int, str, str]:
     return response.status, response.headers.get("Retry-After", ""), await response.text()
 
 
-async def test_a_stream_that_takes_longer_ends_with_an_error_event(here: World, runtime: FakeRuntime) -> None:
+async def test_a_stream_that_takes_longer_ends_with_an_error_event_and_done(here: World, runtime: FakeRuntime) -> None:
     asking = asyncio.create_task(ask(here, here.ask("route", stream=True)))
     await until(lambda: runtime.seen and runtime.seen[-1].completion_tokens > 2)
     await stop(here)
     status, _, text = await asking
     assert status == 200
     assert text.count("data: ") > 1
-    assert ERROR in text.rstrip().rpartition("data: ")[2]
-    assert "[DONE]" not in text
+    *_, error, done = text.rstrip().split("\n\n")
+    assert ERROR in error
+    assert done == "data: [DONE]"
     assert here.sample("requests_total", base="demo/tiny", adapter="demo/route", code="502") == 1
 
 

@@ -1,9 +1,10 @@
-"""Relays an accepted response to the client, whole or as a stream, and records its usage.
+"""Relays an accepted stream to the client, and records its usage.
 
 Backpressure is passed on: no more is read from the runtime than the client takes. When the runtime is lost in the
-middle of a stream, or this process ends first, the client receives one error event and no [DONE]. When the client
-disconnects, the generation is ended at once. Tokens are counted in every case: an answer that does not end by itself
-is cancelled at the runtime, which responds with its final usage; if the runtime is lost, the last usage it sent counts.
+middle of a stream, the client receives one error event and no [DONE]; when this process ends it, one error event and
+[DONE]. When the client disconnects, the generation is ended at once. Tokens are counted in every case: an answer that
+does not end by itself is cancelled at the runtime, which responds with its final usage; if the runtime is lost, the
+last usage it sent counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from lorapool_api.common import HEADER_USAGE
 from lorapool_api.openai import ApiError, ServerError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import SSE, Accepted
@@ -23,65 +23,19 @@ from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.http_client import HttpClientError
 from lorapool_gateway.requests.refusal import Passed
 from lorapool_gateway.requests.sse import (
+    DONE_EVENT,
     EventFilter,
     EventTooLongError,
-    WholeAnswer,
     error_event,
     error_in,
-    is_error,
-    parse_usage,
 )
 
 log = logging.getLogger(__name__)
 
-RESPONSE_MAX_BYTES = 64 * 2**20
 NEVER_WAITS_BYTES = 16 * 1024
 """A shorter write always fits into an empty write buffer (64 KiB) and so needs no timeout."""
 CODE_CLIENT_GONE = 499
 CODE_BROKEN_STREAM = 502
-
-
-async def relay_whole(accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float) -> bytes | Passed:
-    """The body of the response, or the error that the runtime reports in it.
-
-    Raises UnavailableError when the runtime is lost; the request is not sent again.
-    """
-    response = accepted.response
-    if accepted.sends_events:
-        return await _events_of_whole(accepted, record, ending, deadline)
-    record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
-    try:
-        async with ending.bound(deadline):
-            body = await response.read_all(RESPONSE_MAX_BYTES)
-    except HttpClientError:
-        raise _lost("was lost while it answered") from None
-    if body is None:
-        raise _lost("sent a response that is too long")
-    return body
-
-
-async def _events_of_whole(
-    accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float
-) -> bytes | Passed:
-    answer = WholeAnswer()
-    complete = False
-    try:
-        async with ending.bound(deadline):
-            while chunk := await accepted.response.read():
-                answer.feed(chunk)
-                if answer.size > RESPONSE_MAX_BYTES:
-                    raise _lost("sent a response that is too long")
-        complete = True
-    except (HttpClientError, EventTooLongError):
-        raise _lost("was lost while it answered") from None
-    finally:
-        if not complete:
-            record.used(await accepted.cancel())
-        record.used(answer.usage())
-    body = answer.body()
-    if body is None:
-        raise _lost("ended its answer early")
-    return Passed(ServerError.status, body, None) if is_error(body) else body
 
 
 async def relay_stream(
@@ -113,10 +67,11 @@ async def relay_stream(
         out.charset = "utf-8"
         record.code = CODE_CLIENT_GONE  # until shown otherwise: this task is cancelled when the client disconnects
         await out.prepare(request)
-        await _write(request, out, first, write_timeout_s)
+        await write(request, out, first, write_timeout_s)
         broken = await _rest(request, out, accepted, events, ending, deadline, write_timeout_s)
         if broken is not None:
-            await _write(request, out, error_event(broken), write_timeout_s)
+            end = b"" if broken.code == "upstream_lost" else DONE_EVENT  # a lost answer must not look complete
+            await write(request, out, error_event(broken) + end, write_timeout_s)
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
     except ConnectionError:
@@ -141,8 +96,8 @@ async def _first_events(accepted: Accepted, events: EventFilter, ending: Ending,
                 if data := events.feed(chunk):
                     return data
     except (HttpClientError, EventTooLongError):
-        raise _lost("was lost before it answered") from None
-    raise _lost("ended its answer early")
+        raise lost("was lost before it answered") from None
+    raise lost("ended its answer early")
 
 
 async def _rest(
@@ -159,16 +114,16 @@ async def _rest(
         async with ending.bound(deadline):
             while chunk := await accepted.response.read():
                 if data := events.feed(chunk):
-                    await _write(request, out, data, write_timeout_s)
+                    await write(request, out, data, write_timeout_s)
     except (HttpClientError, EventTooLongError) as error:
-        return _lost(f"was lost mid-answer ({type(error).__name__})")
+        return lost(f"was lost mid-answer ({type(error).__name__})")
     except UnavailableError as error:
         return error
-    return None if events.done or events.failed else _lost("ended its answer early")
+    return None if events.done or events.failed else lost("ended its answer early")
 
 
-async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
-    """Raises ConnectionError when the client has disconnected or reads too slowly."""
+async def write(request: web.BaseRequest, out: web.StreamResponse, data: bytes, timeout_s: float) -> None:
+    """Writes a part of the response. Raises ConnectionError when the client has disconnected or reads too slowly."""
     transport = request.transport
     try:
         if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:
@@ -182,5 +137,5 @@ async def _write(request: web.BaseRequest, out: web.StreamResponse, data: bytes,
         raise ConnectionAbortedError("the client reads too slowly") from None
 
 
-def _lost(what: str) -> ApiError:
+def lost(what: str) -> ApiError:
     return UnavailableError(f"The runtime {what}.", code="upstream_lost", retry_after_s=1)

@@ -13,6 +13,7 @@ from lorapool_api.protocol import USAGE_COMMENT, Usage
 
 EVENT_MAX_BYTES = 8 * 2**20
 _DONE = b"data: [DONE]"
+DONE_EVENT = _DONE + b"\n\n"
 _DATA = b"data: "
 _ERROR_BODY = b'{"error"'
 _ERROR = _DATA + _ERROR_BODY
@@ -95,8 +96,14 @@ class WholeAnswer:
         self._parts.append(part)
         self.size += len(part)
 
+    def take(self) -> bytes:
+        """The data that was not taken before, without what may be the end of the event."""
+        data = b"".join(self._parts)
+        self._parts = [data[-2:]]
+        return data[:-2]
+
     def body(self) -> bytes | None:
-        """The data after the last byte was taken; None if the event is not complete."""
+        """The data that was not taken, after the last byte was fed; None if the event is not complete."""
         data = b"".join(self._parts)
         return data[:-2] if data.endswith(b"\n\n") else None
 
@@ -124,5 +131,5 @@ def error_in(events: bytes) -> bytes | None:
 
 
 def error_event(error: ApiError) -> bytes:
-    """The last event of a stream that was cut off; no [DONE] follows."""
+    """The event of a stream that was cut off."""
     return b"data: " + json.dumps(error.body()).encode() + b"\n\n"

@@ -20,8 +20,8 @@ from lorapool_runtime.openai.tools import tools_grammar
 MAX_REQUEST_TOKENS = 65_536
 """Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond
 it one caller would occupy the whole queue."""
-MAX_WHOLE_LOGPROBS = 640_000
-"""Log-probabilities of an answer that is not streamed, of some 100 bytes of JSON each: it is in memory as a whole."""
+MAX_WHOLE_LOGPROBS = 200_000
+"""Log-probabilities of an answer that is not streamed: 20 MB of JSON, which is made at once and is in memory whole."""
 
 
 @dataclass(frozen=True, slots=True)

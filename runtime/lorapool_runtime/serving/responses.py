@@ -1,14 +1,16 @@
 """The HTTP response of one admitted request, whole or streamed, with the headers and usage of the internal hop.
 
 An error before the first byte is raised, for `server` to answer; after it the stream sends an error event and closes
-without [DONE]. A gateway is sent the head as soon as the request is admitted, then the usage of each step, and the body
-of a whole response, or an error, as one event. A client that reads nothing for too long is disconnected.
+without [DONE], or with it where the replica shuts down. A gateway is sent the head as soon as the request is admitted,
+then the usage of each step, and the body of a whole response, or an error, as one event. A client that reads nothing
+for too long is disconnected.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from aiohttp import web
 
@@ -27,15 +29,17 @@ log = logging.getLogger(__name__)
 
 NEVER_WAITS_BYTES = 16 * 1024
 """A write of this size fits an empty write buffer (64 KiB before a write waits): it needs no timeout."""
+PIECE_BYTES = 256 * 1024
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 """Set by `server` for every request."""
 
 
 class Responder:
-    def __init__(self, clock: Clock, metrics: Metrics, *, write_timeout_s: float) -> None:
+    def __init__(self, clock: Clock, metrics: Metrics, *, write_timeout_s: float, draining: Callable[[], bool]) -> None:
         self._clock = clock
         self._metrics = metrics
         self._write_timeout_s = write_timeout_s
+        self._draining = draining
 
     async def respond(
         self,
@@ -114,7 +118,9 @@ class Responder:
                 unfinished -= delta.finish is not None
             if unfinished:
                 await self._send(request, response, _usage_comment(usage) + b"\n")
-        await self._send(request, response, _usage_comment(usage) + data_event(builder.body(usage)))
+        body = _usage_comment(usage) + data_event(builder.body(usage))
+        for start in range(0, len(body), PIECE_BYTES):  # each piece has the whole timeout
+            await self._send(request, response, body[start : start + PIECE_BYTES])
         await response.write_eof()
         return response
 
@@ -126,11 +132,13 @@ class Responder:
         await response.prepare(request)
         return response
 
-    async def _fail(self, request: web.Request, response: web.StreamResponse, delta: Delta, comment: bytes) -> None:
-        """Sends an error as the last event, without [DONE], so that no client takes it for a whole answer."""
+    async def _fail(
+        self, request: web.Request, response: web.StreamResponse, delta: Delta, comment: bytes, end: bytes = b""
+    ) -> None:
+        """Sends an error as the last event."""
         error = ServerError(delta.error or "The engine failed.")
         log.error("response failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
-        await self._send(request, response, comment + data_event(error.body()))
+        await self._send(request, response, comment + data_event(error.body()) + end)
 
     async def _stream(
         self,
@@ -153,7 +161,8 @@ class Responder:
         while True:
             out = b""
             if delta.finish is FinishReason.ERROR:
-                await self._fail(request, response, delta, comment(delta.usage))
+                end = DONE_EVENT if self._draining() else b""
+                await self._fail(request, response, delta, comment(delta.usage), end)
                 return response
             if delta.is_output:
                 latency.observe()

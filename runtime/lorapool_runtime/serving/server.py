@@ -65,8 +65,7 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:/+=-]{1,128}$")
 def make_app(runtime: Runtime) -> web.Application:
     """The application with every route of the runtime protocol and of the OpenAI API."""
     server = _Server(runtime)
-    app = web.Application(middlewares=[server.answer_errors, server.check_token],
-                          client_max_size=runtime.settings.body_max_bytes)  # fmt: skip
+    app = web.Application(middlewares=[server.answer_errors, server.check_token])
     app.on_response_prepare.append(name_no_software)
     app.router.add_get(ROUTE_HEALTH, server.health)
     app.router.add_get(ROUTE_READY, server.readiness)
@@ -89,7 +88,12 @@ class _Server:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._settings = runtime.settings
-        self._responder = Responder(runtime.clock, runtime.metrics, write_timeout_s=runtime.settings.write_timeout_s)
+        self._responder = Responder(
+            runtime.clock,
+            runtime.metrics,
+            write_timeout_s=runtime.settings.write_timeout_s,
+            draining=lambda: runtime.draining,
+        )
 
     # --- around every route -------------------------------------------------------------
 
@@ -222,18 +226,24 @@ class _Server:
         return _json(usage)
 
     async def _body(self, request: web.Request) -> bytes:
+        """The body. `request.read` would keep it as long as the response takes."""
+        body, bound = bytearray(), self._settings.body_max_bytes
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
-                return await request.read()
+                while part := await request.content.readany():
+                    body += part
+                    if len(body) > bound:
+                        raise PayloadTooLargeError(f"The body must not be larger than {bound} bytes.")
         except TimeoutError as error:
             raise InvalidRequestError("The body did not arrive in time.", code="request_timeout") from error
+        except web.RequestPayloadError as error:
+            raise InvalidRequestError("The body is not valid HTTP/1.1.", code="invalid_body") from error
+        return bytes(body)
 
 
 def _api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return PayloadTooLargeError("The body is larger than this server accepts (4 MiB unless configured otherwise).")
     if isinstance(error, web.HTTPMethodNotAllowed):
         return MethodNotAllowedError(f"Method {error.method} is not allowed here.")
     if isinstance(error, web.HTTPException) and error.status < 500:

@@ -190,14 +190,20 @@ async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokeni
 async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_another(
     byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, go_on = Tokenizer._encode, threading.Event()
+    encode, run, go_on = Tokenizer._encode, FairPool.run, threading.Event()
+    arrived = []
 
     def slow(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
         if text.startswith("long"):
             assert go_on.wait(20)
         return encode(tokenizer, text)
 
+    async def counted(pool: FairPool, tenant: str, work: Any) -> Any:
+        arrived.append(tenant)
+        return await run(pool, tenant, work)
+
     monkeypatch.setattr(Tokenizer, "_encode", slow)
+    monkeypatch.setattr(FairPool, "run", counted)
     async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
 
         async def ask(tenant: str, prompt: str) -> int:
@@ -206,6 +212,7 @@ async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_anothe
                 return response.status
 
         flood = [asyncio.create_task(ask("a", f"long {number}")) for number in range(4)]
+        await until(lambda: arrived == ["a"] * 4)
         try:
             assert await ask("b", "short") == 200
             assert not any(task.done() for task in flood)
@@ -400,7 +407,7 @@ async def test_draining_refuses_new_requests_and_finishes_the_running_ones(byte_
             await draining
 
 
-async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_an_error_event(
+async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_an_error_event_and_done(
     byte_tokenizer: Path,
 ) -> None:
     engine = FakeEngine(reply=lambda *_: "x" * 400, step_s=0.01)
@@ -408,8 +415,9 @@ async def test_a_request_that_does_not_finish_within_the_grace_period_ends_with_
         response = await session.post("/v1/chat/completions", json={**CHAT, "stream": True})
         await served.runtime.drain(notice_s=0.0, grace_s=0.05)
         text = (await response.read()).decode()
-        assert "shutting down" in text.rstrip().split("\n")[-1]
-        assert "[DONE]" not in text
+        *_, error, done = text.rstrip().split("\n\n")
+        assert "shutting down" in error
+        assert done == "data: [DONE]"
         await until(lambda: served.runtime.snapshot().in_flight == 0)
 
 
