@@ -20,11 +20,16 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from lorapool_api.common import GROUP, LABEL_BASE, LABEL_BASE_UID, LABEL_MANAGED_BY
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge
+from lorapool_api.protocol import runtime_token, token_sha256
+
 NAMESPACE = "fleet"
 BASE = "tiny"
-GROUP = "lorapool.dev"
 OURS = f"/apis/{GROUP}/v1alpha1/namespaces/{NAMESPACE}"
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
+APPS = f"/apis/apps/v1/namespaces/{NAMESPACE}"
+MASTER_TOKEN = "m" * 64
 PINNED = 32
 """Adapters with minReplicas 1, which a restart must neither load again nor move."""
 CONCURRENT = 32
@@ -58,12 +63,25 @@ class Api:
         body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
         return await self.call("POST", f"{OURS}/{plural}", body)
 
-    async def pod(self, name: str, base_uid: str, port: int) -> None:
+    async def replica_set(self, base_uid: str) -> dict[str, Any]:
+        """Creates the Deployment of the base and its ReplicaSet, as its controllers would; returns the latter."""
+        labels, name = labels_of(base_uid), f"{BASE}-runtime"
+        template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "runtime", "image": "none"}]}}
+        spec = {"selector": {"matchLabels": labels}, "template": template}
+        owner = {"apiVersion": f"{GROUP}/v1alpha1", "kind": "BaseModel", "name": BASE, "uid": base_uid}
+        managed = {**labels, LABEL_MANAGED_BY: "lorapool-operator"}
+        metadata = {"name": name, "labels": managed, "ownerReferences": [{**owner, "controller": True}]}
+        made = await self.call("POST", f"{APPS}/deployments", {"metadata": metadata, "spec": spec})
+        metadata = {"name": f"{name}-1", "labels": labels, "ownerReferences": [controller("Deployment", made)]}
+        return await self.call("POST", f"{APPS}/replicasets", {"metadata": metadata, "spec": spec})
+
+    async def pod(self, name: str, base_uid: str, replica_set: dict[str, Any], port: int) -> None:
         """Creates a ready runtime pod whose runtime listens on a port of this machine."""
         container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": port}]}
-        labels = {f"{GROUP}/base": BASE, f"{GROUP}/base-uid": base_uid}
+        owners = [controller("ReplicaSet", replica_set)]
+        metadata = {"name": name, "labels": labels_of(base_uid), "ownerReferences": owners}
         spec = {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"}
-        await self.call("POST", f"{CORE}/pods", {"metadata": {"name": name, "labels": labels}, "spec": spec})
+        await self.call("POST", f"{CORE}/pods", {"metadata": metadata, "spec": spec})
         status = {
             "phase": "Running",
             "podIP": "127.0.0.1",
@@ -73,11 +91,23 @@ class Api:
         await self.call("PATCH", f"{CORE}/pods/{name}/status", {"status": status}, MERGE)
 
 
+def labels_of(base_uid: str) -> dict[str, str]:
+    return {LABEL_BASE: BASE, LABEL_BASE_UID: base_uid}
+
+
+def controller(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
+    metadata = raw["metadata"]
+    named = {"apiVersion": "apps/v1", "kind": kind, "name": metadata["name"], "uid": metadata["uid"]}
+    return {**named, "controller": True}
+
+
 class FakeRuntime:
     """One pod's runtime, with reports that change only by PUT and DELETE."""
 
-    def __init__(self, number: int, reports: Mapping[tuple[str, str], str], counts: Counter[str]) -> None:
+    def __init__(self, number: int, reports: Mapping[tuple[str, str], str], counts: Counter[str], token: str) -> None:
+        """`token`: its bearer token, which it proves to know to each poller as the pod that is polled."""
         self.name = f"{BASE}-{number}"
+        self._token_sha256 = token_sha256(token)
         self._counts = counts
         self._reports = {key: self._report(key, display) for key, display in reports.items()}
         self._seq = 1
@@ -113,7 +143,7 @@ class FakeRuntime:
                 pass
         after = int(query.get("after", 0)) if same else 0
         changed = [report for report in self._reports.values() if not after or report.get("seq", 0) > after]
-        return web.json_response(
+        answer = json.dumps(
             {
                 "seq": self._seq,
                 "bootId": f"boot-{self.name}",
@@ -126,7 +156,10 @@ class FakeRuntime:
                 "full": not after,
                 "adapters": changed,
             }
-        )
+        ).encode()
+        challenge = Challenge.parse(request.headers.get("Authorization", ""))
+        proof = challenge.answer(self._token_sha256, answer) if challenge is not None else ""
+        return web.Response(body=answer, content_type="application/json", headers={HEADER_PROOF: proof})
 
     async def _put(self, request: web.Request) -> web.Response:
         key = (request.match_info["uid"], request.match_info["digest"])
@@ -161,9 +194,10 @@ class World:
         spec = {"source": {"uri": "hf://org/tiny"}, "replicas": pods, "scaling": scaling}
         base = await self._api.own("BaseModel", "basemodels", BASE, spec)
         keys = await asyncio.gather(*(self._adapter(number) for number in range(self._adapters)))
+        replica_set = await self._api.replica_set(base["metadata"]["uid"])
         for number in range(pods):
             held = (keys[at % self._adapters] for at in range(number * reports, (number + 1) * reports))
-            await self._runtime(number, base["metadata"]["uid"], held)
+            await self._runtime(number, base["metadata"]["uid"], replica_set, held)
 
     async def _adapter(self, number: int) -> tuple[tuple[str, str], str]:
         uri = f"hf://org/a{number}"
@@ -172,9 +206,11 @@ class World:
         made = await self._api.own("LoraAdapter", "loraadapters", f"a{number}", spec)
         return (made["metadata"]["uid"], digest_of(uri)), f"{NAMESPACE}/a{number}"
 
-    async def _runtime(self, number: int, base_uid: str, held: Iterable[tuple[tuple[str, str], str]]) -> None:
-        runtime = FakeRuntime(number, dict(held), self._counts)
-        await self._api.pod(runtime.name, base_uid, await listen(runtime.app()))
+    async def _runtime(
+        self, number: int, base_uid: str, replica_set: dict[str, Any], held: Iterable[tuple[tuple[str, str], str]]
+    ) -> None:
+        runtime = FakeRuntime(number, dict(held), self._counts, runtime_token(MASTER_TOKEN, base_uid))
+        await self._api.pod(runtime.name, base_uid, replica_set, await listen(runtime.app()))
 
     def app(self) -> web.Application:
         app = web.Application()

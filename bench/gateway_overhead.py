@@ -28,7 +28,7 @@ from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, c
 
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.process import listen, run
+from lorapool_gateway.process import key_guard, listen, run
 from lorapool_gateway.requests.attempt import RuntimeClient
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.http_client import HttpClient
@@ -64,19 +64,20 @@ def _object(name: str, **spec: object) -> dict[str, object]:
 
 async def _gateway(runtime_url: str) -> None:
     ref, source = ObjectRef("demo", "tiny"), {"uri": "hf://org/x"}
-    endpoint = Endpoint(ref, None, "pod-1", "pod-1", runtime_url, ready=True, terminating=False)
+    base = base_route(_object("tiny", source=source))
+    endpoint = Endpoint(ref, base.uid, "pod-1", "pod-1", runtime_url, ready=True, terminating=False)
     state = RuntimeState("boot", ready=True, draining=False, in_flight=0, loaded=frozenset({("uid-a0", DIGEST)}))
     adapters = [adapter_route(_object(f"a{i}", baseModelRef={"name": "tiny"}, source=source)) for i in range(ADAPTERS)]
-    base = base_route(_object("tiny", source=source))
-    routes = LiveRoutes(RouteTable.of([base], adapters, {ref: (RuntimeReplica(endpoint, state),)}))
+    routes = LiveRoutes(RouteTable.of([base], adapters, {ref: (RuntimeReplica(endpoint, state, proven=True),)}))
     keys = LiveKeys(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), frozenset({"demo"}))]))
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
     async with AsyncExitStack() as stack:
         http = HttpClient()
         stack.push_async_callback(http.close)
-        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics)
-        server = Gateway(Settings(keys_namespace="x"), routes, keys, dispatcher, metrics).server()
+        guard = key_guard(Settings(keys_namespace="x"), keys, metrics)
+        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics, guard)
+        server = Gateway(Settings(keys_namespace="x"), routes, guard, dispatcher, metrics).server()
         _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
         await _serve_until_the_parent_goes(port)
 

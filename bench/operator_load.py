@@ -215,7 +215,7 @@ def fleet(adapters: int, pods: int, reports: int) -> Iterator[Place]:
     with tempfile.TemporaryDirectory() as name, api_server(Path(name)) as about:
         folder = Path(name)
         (folder / "profiles.yaml").write_text("profiles:\n  default: {resources: {requests: {cpu: 100m}}}\n")
-        (folder / "token").write_text("m" * 64)
+        (folder / "token").write_text(fleet_world.MASTER_TOKEN)
         where = ["--url", about["api_url"], "--token", about["token"], "--ca-file", about["ca_file"]]
         size = ["--adapters", str(adapters), "--pods", str(pods), "--reports", str(reports)]
         command = [sys.executable, str(BENCH / "fleet_world.py"), *where, *size]

@@ -209,6 +209,10 @@ class BaseModelSpec(ApiModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.source == oldSelf.source", "source is immutable: create a new BaseModel for other weights"),
+            rule(
+                "!has(self.servedName) || !self.servedName.contains('/')",
+                "servedName must not contain a slash: that is a full name",
+            ),
         )
     )
 
@@ -218,7 +222,8 @@ class BaseModelSpec(ApiModel):
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$",
-        description="Additional model name of the base itself for clients.",
+        description="Additional model name of the base itself for clients, without a slash. It is unique among the "
+        "models of the namespace: the first object to claim it keeps it; others have the condition NameConflict.",
     )
     dtype: DType = DType.AUTO
     max_model_len: int = Field(
@@ -341,6 +346,9 @@ class BaseModelStatus(ApiModel):
     """Pods whose runtime serves requests."""
     selector: str | None = Field(
         default=None, max_length=512, description="Label selector of the pods, for the scale subresource."
+    )
+    served_name: str | None = Field(
+        default=None, max_length=128, description="The value of spec.servedName while the base has that model name."
     )
     revision: str | None = Field(
         default=None, max_length=256, description="Immutable revision to which the source was resolved."

@@ -16,7 +16,8 @@ from typing import Literal
 LogFormat = Literal["auto", "json", "text"]
 
 FIELDS = {
-    "adapter": "namespace/name of a LoraAdapter",
+    "adapter": "namespace/name of a LoraAdapter, or its uid where the name is not known",
+    "api_key": "name of the Secret of an API key",
     "adapters": "number of LoraAdapters",
     "answered": "target that a runtime named in its response",
     "base": "namespace/name of a BaseModel",
@@ -34,6 +35,7 @@ FIELDS = {
     "kind": "kind of `object`",
     "object": "namespace/name of a Kubernetes object",
     "operators": "number of operators in the decode program",
+    "owner": "owner of an API key, as its Secret says",
     "reason": "reason as in the object's conditions",
     "remote": "address of the client",
     "replica": "name of a runtime pod",
@@ -46,6 +48,15 @@ FIELDS = {
     "wanted": "adapters that a new pod is to load before it is ready",
 }
 """Every field that a line may have of its own, so that one thing has the same name in all processes."""
+
+_AUDIT = logging.getLogger("lorapool.audit")
+_AUDIT.setLevel(logging.INFO)
+
+
+def audit(message: str, *args: object, **fields: object) -> None:
+    """Logs who was refused, or who changed what, whatever the log level is; `fields` are names of FIELDS."""
+    _AUDIT.info(message, *args, extra=fields)
+
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "settings", "k8s_skip"}
 """Attributes that are not fields of a line: those of every record, and two that kopf adds for its own handlers."""

@@ -72,6 +72,9 @@ class LoraAdapterSpec(ApiModel):
                 "!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
                 "minReplicas must not exceed maxReplicas",
             ),
+            rule(
+                "!has(self.alias) || !self.alias.contains('/')", "alias must not contain a slash: that is a full name"
+            ),
         )
     )
 
@@ -82,7 +85,8 @@ class LoraAdapterSpec(ApiModel):
         min_length=1,
         max_length=128,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$",
-        description="Additional model name for clients. When two objects claim one name, the older object keeps it.",
+        description="Additional model name for clients, without a slash. It is unique among the models of the base's "
+        "namespace: the first object to claim it keeps it; others have the condition NameConflict.",
     )
     idle_after: Duration | None = Field(
         default=None,
@@ -207,6 +211,9 @@ class LoraAdapterStatus(ApiModel):
     )
     state: str | None = Field(
         default=None, max_length=64, description="The most specific reason of all conditions, for the STATE column."
+    )
+    alias: str | None = Field(
+        default=None, max_length=128, description="The value of spec.alias while the adapter has that model name."
     )
     revision: str | None = Field(
         default=None, max_length=256, description="Immutable revision to which the source was resolved."

@@ -17,6 +17,7 @@ Gateway and runtime raise them and each turns them into a response in one place.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from lorapool_api.common import FailureReason
@@ -71,8 +72,12 @@ class ModelNotFoundError(ApiError):
     type = "invalid_request_error"
     default_code = "model_not_found"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model[:128]}` does not exist or you do not have access to it.", param="model")
+    def __init__(self, model: str, full_names: Iterable[str] = ()) -> None:
+        """`full_names`: the models that this short name may mean, all of which the key may use."""
+        message = f"The model `{model[:128]}` does not exist or you do not have access to it."
+        if names := [f"`{name}`" for name in full_names]:
+            message = f"`{model[:128]}` is the name of several models. Use one of the full names {', '.join(names)}."
+        super().__init__(message, param="model")
 
 
 class RouteNotFoundError(ApiError):

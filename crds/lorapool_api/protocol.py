@@ -1,7 +1,7 @@
 """The runtime protocol: JSON over HTTP, between a runtime as server and gateway and operator as clients.
 
 All three parse with these models, so that each field is defined once. Every route except `/healthz` and `/readyz`
-requires the bearer token.
+requires the bearer token; operator and gateway poll `GET /v1/runtime` with a proof instead (`poll_proof`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ BASE_CONDITIONS: Mapping[BaseCondition, str] = {
     BaseCondition.RUNTIME_AVAILABLE: "At least one replica answers requests now.",
     BaseCondition.READY: "A request would be answered: at once, or after a replica has been started for it.",
     BaseCondition.PROGRESSING: "The pods that exist and are ready are not yet as many as are wanted.",
-    BaseCondition.NAME_CONFLICT: "Another object has the model name in spec.servedName. Absent otherwise.",
+    BaseCondition.NAME_CONFLICT: "The base does not have the model name in spec.servedName. Absent otherwise.",
     BaseCondition.RECONCILING: "Something changes, as Progressing says. Absent otherwise, as kstatus expects it.",
     BaseCondition.STALLED: "Nothing changes by itself: a person, or the next request, has to act. Absent otherwise.",
 }
@@ -33,7 +33,7 @@ ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
     AdapterCondition.LOADED: "A runtime reports, in its present process, that this digest is in a slot on its device.",
     AdapterCondition.READY: "A request would be answered. An unloaded adapter is ready too: a request loads it.",
     AdapterCondition.PROGRESSING: "A changed source is being checked or loaded while the previous files keep serving.",
-    AdapterCondition.NAME_CONFLICT: "Another object has the model name in spec.alias. Absent otherwise.",
+    AdapterCondition.NAME_CONFLICT: "The adapter does not have the model name in spec.alias. Absent otherwise.",
     AdapterCondition.OUTDATED: "The source holds other files than those that are served. Absent otherwise.",
     AdapterCondition.RECONCILING: "The source is being checked or loaded. Absent otherwise, as kstatus expects it.",
     AdapterCondition.STALLED: "Nothing changes by itself: a person has to act. Absent otherwise.",
@@ -51,14 +51,15 @@ REASONS: Mapping[Reason, Explanation] = {
         "Send a request to the model: it starts a replica of the base, which then reads the source.",
     ),
     Reason.BASE_NOT_FOUND: Explanation(
-        "The BaseModel in spec.baseModelRef does not exist.", "Create the BaseModel, or delete the adapter."
+        "The BaseModel in spec.baseModelRef, of the adapter's own namespace or one that listed it, does not exist.",
+        "Create the BaseModel, or delete the adapter.",
     ),
     Reason.BASE_NOT_READY: Explanation(
         "The adapter's BaseModel cannot serve, for the reason in the message.",
         "Correct the BaseModel: its condition Ready says what is wrong.",
     ),
     Reason.NOT_PERMITTED: Explanation(
-        "The BaseModel is in another namespace and does not list the adapter's.",
+        "The BaseModel is in another namespace, where it does not exist or does not list the adapter's.",
         "Ask the owner of the BaseModel to add the namespace to spec.access.namespaces.",
     ),
     Reason.NAME_CONFLICT: Explanation(
@@ -126,7 +127,11 @@ REASONS: Mapping[Reason, Explanation] = {
         "Send a request to the model: it starts a replica of the base, which checks the source.",
     ),
     Reason.ALIAS_TAKEN: Explanation(
-        "Another object has this name, or is older and claims the same one.", "Choose another alias or servedName."
+        "Another model of the base's owner has this name, or claimed it first.", "Choose another alias or servedName."
+    ),
+    Reason.NAME_RESERVED: Explanation(
+        "A name with a slash is kept for the full names of objects, namespace/name.",
+        "Choose an alias or servedName without a slash.",
     ),
     Reason.SOURCE_CHANGED: Explanation(
         "The files at the source changed after they were resolved: a tag was pushed again, a folder was overwritten.",

@@ -8,6 +8,8 @@ from typing import Any
 NAMESPACE = "lorapool"
 RELEASE = "lorapool"
 BASE = "smollm2"
+KEYS_NAMESPACE = "lorapool-keys"
+"""The chart's default for a release in that namespace."""
 KEY_SECRET = "demo-key"
 
 Manifest = dict[str, Any]
@@ -19,7 +21,9 @@ def namespace(name: str = NAMESPACE) -> Manifest:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
-def api_key(key: str, *, name: str = KEY_SECRET, keys_namespace: str = NAMESPACE, namespaces: str = "*") -> Manifest:
+def api_key(
+    key: str, *, name: str = KEY_SECRET, keys_namespace: str = KEYS_NAMESPACE, namespaces: str = "*"
+) -> Manifest:
     """The Secret of an API key: it holds only the key's hash."""
     return {
         "apiVersion": "v1",

@@ -224,7 +224,8 @@ def _end_cluster(demo: Demo) -> None:
 def _uninstall(demo: Demo) -> None:
     argv = [*demo.ground.helm_argv(), "uninstall", objects.RELEASE, "-n", objects.NAMESPACE, "--ignore-not-found"]
     demo.run("down", *argv, remedy="`helm list -A` shows what is left.", timeout_s=180)
-    demo.kubectl("delete", "namespace", objects.NAMESPACE, "--ignore-not-found", timeout_s=300)
+    for namespace in (objects.NAMESPACE, objects.KEYS_NAMESPACE):
+        demo.kubectl("delete", "namespace", namespace, "--ignore-not-found", timeout_s=300)
 
 
 def _tools(demo: Demo) -> None:

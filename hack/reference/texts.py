@@ -5,7 +5,7 @@ The generator fails where a text is missing, and where one is left over.
 
 from __future__ import annotations
 
-from lorapool_api import common, protocol
+from lorapool_api import common, poll_proof, protocol
 from lorapool_runtime.openai import encoding, request, tools
 
 PATTERNS = {
@@ -72,6 +72,8 @@ HEADERS = {
     "fairly.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
+    poll_proof.HEADER_PROOF: "Answer to a poll whose `Authorization` is a `LorapoolPoll` challenge in place of the "
+    "token: proves the pod and the body (`lorapool_api.poll_proof`).",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
 }
 
@@ -198,7 +200,9 @@ ERROR_CODES: dict[str, str] = {
     "key_share_exceeded": "The gateway is nearly full; a part of its room is kept for keys with fewer requests.",
     "load_timeout": "The adapter's load did not end in time. Try again after `Retry-After`.",
     "method_not_allowed": "The route exists, the method does not; see the header `Allow`.",
-    "model_not_found": "There is no such model, or the key may not use it.",
+    "keys_stale": "The API server has not confirmed the API keys for longer than `apiKeys.maxAgeSeconds`, and "
+    "`apiKeys.whenStale` is `refuse`.",
+    "model_not_found": "There is no such model, or the key may not use it, or its short name means several models.",
     "no_chat_template": "The base has no chat template. Use `/v1/completions`.",
     "no_slot": "All slots of the base are in use or pinned. Raise spec.lora.slots or spec.scaling.maxReplicas.",
     "not_found": "There is no such route.",

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_REQUEST_ID
+from lorapool_api.logs import audit
 from lorapool_api.openai import (
     ApiError,
     MethodNotAllowedError,
     RouteNotFoundError,
     ServerError,
     TooManyRequestsError,
-    UnauthenticatedError,
     UnavailableError,
 )
 from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
@@ -37,13 +37,16 @@ from lorapool_gateway.requests.refusal import Passed
 from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream
 from lorapool_gateway.requests.relay_whole import relay_whole
 from lorapool_gateway.requests.request import parse_request, request_id
-from lorapool_gateway.routing.auth import ApiKey, authenticate
-from lorapool_gateway.routing.live_tables import KeySource, RouteSource
+from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.key_guard import KeyGuard
+from lorapool_gateway.routing.live_tables import RouteSource
 from lorapool_gateway.routing.model_lists import ModelLists, model_object
 from lorapool_gateway.settings import Settings
 
 log = logging.getLogger(__name__)
 
+AUDITED = (401, 403, 404, 429)
+"""Statuses of requests that a key, a permission or a limit forbids; a forbidden model looks like a missing one."""
 KEY_SHARE = 8
 """A key has at most this many times as many requests in flight as there is room for, so that a part of the room, a
 ninth while there is one key alone, is always left for keys that have none."""
@@ -56,6 +59,8 @@ class _Exchange:
     request: web.BaseRequest
     id: str
     record: RequestRecord
+    key: ApiKey | None = None
+    """None before the request is authenticated."""
 
     def headers(self, *, failed: bool = False) -> dict[str, str]:
         """The headers of every response. The adapter header is left out of a failed one."""
@@ -76,7 +81,7 @@ Handler = Callable[[_Exchange], Awaitable[web.StreamResponse]]
 
 class Gateway:
     def __init__(
-        self, settings: Settings, routes: RouteSource, keys: KeySource, dispatcher: Dispatcher, metrics: Metrics
+        self, settings: Settings, routes: RouteSource, keys: KeyGuard, dispatcher: Dispatcher, metrics: Metrics
     ) -> None:
         self._settings = settings
         self._routes = routes
@@ -132,7 +137,7 @@ class Gateway:
 
     async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
         request, record = exchange.request, exchange.record
-        key = authenticate(self._keys.table, request.headers.get("Authorization"))
+        key = self._key(exchange)
         deadline = self._ending.deadline()
         with self._admitted(key):
             async with self._ending.bound(deadline), self._body(request, key) as body:
@@ -162,12 +167,16 @@ class Gateway:
             write_timeout_s=self._settings.write_timeout_s,
         )
 
+    def _key(self, exchange: _Exchange) -> ApiKey:
+        exchange.key = self._keys.authenticate(exchange.request.headers.get("Authorization"))
+        return exchange.key
+
     async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
-        key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
+        key = self._key(exchange)
         return _json(self._model_lists.body(self._routes.table, key), exchange.headers())
 
     async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
-        key = authenticate(self._keys.table, exchange.request.headers.get("Authorization"))
+        key = self._key(exchange)
         name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
         return _json(json.dumps(model_object(self._routes.table.find(name, key), name)).encode(), exchange.headers())
 
@@ -237,9 +246,8 @@ class Gateway:
         try:
             return await self._handler(exchange.request)(exchange)
         except ApiError as error:
-            if isinstance(error, UnauthenticatedError):
-                # For audits: a key was refused and where the request came from; nothing of the key itself.
-                log.info("key refused", extra={"request_id": exchange.id, "remote": exchange.request.remote})
+            if error.status in AUDITED:
+                _audit_refusal(exchange, error)
             return _error_response(exchange, error)
         except (asyncio.CancelledError, ConnectionError):
             raise  # the client has disconnected
@@ -255,6 +263,13 @@ class _MethodError(MethodNotAllowedError):
 
     def headers(self) -> dict[str, str]:
         return {**super().headers(), "Allow": self.allowed}
+
+
+def _audit_refusal(exchange: _Exchange, error: ApiError) -> None:
+    """Logs who was refused what, and why; nothing of the key itself, or of the request's content."""
+    known = {"api_key": exchange.key.id, "owner": exchange.key.owner} if exchange.key is not None else {}
+    where = {"request_id": exchange.id, "remote": exchange.request.remote}
+    audit("request refused", **where, **known, code=error.status, reason=error.code)
 
 
 def _error_response(exchange: _Exchange, error: ApiError) -> web.Response:

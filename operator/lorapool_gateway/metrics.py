@@ -135,9 +135,33 @@ class Metrics:
             registry=self.registry,
         )
         self.adapters = Gauge(f"{name}adapters", "LoraAdapters in the route table.", ("base",), registry=self.registry)
+        self.key_last_used = Gauge(
+            f"{name}key_last_used_timestamp_seconds",
+            "When this gateway last accepted a request with an API key, by the name of its Secret; 0: not yet.",
+            ("key",),
+            registry=self.registry,
+        )
+        self.keys_age = Gauge(
+            f"{name}keys_age_seconds",
+            "Time since the API server last confirmed the API keys.",
+            registry=self.registry,
+        )
+        self._key_ids: frozenset[str] = frozenset()
         self.watch_errors = Counter(
             f"{name}watch_errors_total", "Failed lists and watches.", ("kind",), registry=self.registry
         )
+
+    def sync_keys(self, key_ids: Iterable[str]) -> None:
+        """Adds and removes series so that there is one for each key."""
+        known, self._key_ids = self._key_ids, frozenset(key_ids)
+        for key_id in self._key_ids - known:
+            self.key_last_used.labels(key_id)
+        for key_id in known - self._key_ids:
+            self.key_last_used.remove(key_id)
+
+    def key_used(self, key_id: str) -> None:
+        """Records a request with this key."""
+        self.key_last_used.labels(key_id).set_to_current_time()
 
     def finish(self, record: RequestRecord, now_s: float) -> None:
         """Counts one finished request."""

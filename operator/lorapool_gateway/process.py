@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from lorapool_gateway.requests.attempt import RuntimeClient
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.http_client import HttpClient
 from lorapool_gateway.requests.wake import ScaleWaker
+from lorapool_gateway.routing.key_guard import KeyGuard
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.runtime_polls import RuntimePolls
 from lorapool_gateway.routing.source import ObjectSource, ScaleClient
@@ -71,8 +73,9 @@ async def running(
         stack.push_async_callback(waker.close)
         http = HttpClient(connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s)
         stack.push_async_callback(http.close)
-        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics)
-        gateway = Gateway(settings, routes, keys, dispatcher, metrics)
+        guard = key_guard(settings, keys, metrics)
+        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics, guard)
+        gateway = Gateway(settings, routes, guard, dispatcher, metrics)
         watching = asyncio.create_task(tables.run(), name="tables")
         stack.push_async_callback(_cancel, watching)
 
@@ -91,6 +94,13 @@ async def running(
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
         yield GatewayProcess(gateway, tables, site, api_port, metrics_port)
+
+
+def key_guard(settings: Settings, keys: LiveKeys, metrics: Metrics) -> KeyGuard:
+    """The check of keys as the settings want it."""
+    metrics.keys_age.set_function(lambda: max(0.0, time.monotonic() - keys.confirmed_s()))
+    max_age_s = settings.keys_max_age_s if settings.keys_when_stale == "refuse" else None
+    return KeyGuard(keys, max_age_s=max_age_s, used=metrics.key_used)
 
 
 def client_session() -> aiohttp.ClientSession:

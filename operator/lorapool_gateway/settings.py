@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,11 @@ class Settings(ServingSettings):
     """Namespaces whose objects are watched: a comma-separated list, or "*" for the whole cluster."""
     keys_namespace: Namespace
     """Namespace of the API key Secrets. There is no default, since a wrong guess would read other Secrets."""
+    keys_max_age_s: Annotated[float, Field(ge=30)] = 300.0
+    """Keys count as stale when the API server has not confirmed them for this long. It does so every 20 seconds."""
+    keys_when_stale: Literal["serve", "refuse"] = "serve"
+    """What follows for requests with stale keys. serve: the last known keys stay valid, so that an outage of the API
+    server ends no service; a revocation is then noticed when it is back. refuse: 503 for every request."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
     two lines, the current token and the previous one. A change is noticed without a restart."""

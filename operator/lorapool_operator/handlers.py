@@ -45,6 +45,7 @@ def registry_of(
     kopf.on.event(GROUP, VERSION, BASES, registry=registry)(passes_to(intake.base))
     kopf.on.event(GROUP, VERSION, ADAPTERS, registry=registry)(passes_to(intake.adapter))
     kopf.on.event("", "v1", "pods", registry=registry)(passes_to(intake.pod))
+    kopf.on.event("apps", "v1", "replicasets", registry=registry)(passes_to(intake.replica_set))
     kopf.on.event("apps", "v1", "deployments", registry=registry)(passes_to(intake.deployment))
     return registry
 
@@ -107,6 +108,7 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.watching.connect_timeout = 10
     settings.watching.chunk_size = 500  # one answer with thousands of objects would stop all threads while it is parsed
     settings.watching.label_selectors["pods"] = LABEL_BASE
+    settings.watching.label_selectors["replicasets.apps"] = LABEL_BASE
     settings.watching.label_selectors["deployments.apps"] = LABEL_BASE
     settings.networking.request_timeout = 15
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8)

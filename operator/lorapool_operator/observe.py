@@ -111,9 +111,7 @@ class Observer:
         return ObservedAdapter(
             adapter=adapter,
             base=base,
-            replicas=tuple(
-                self._runtimes.replicas_of(base, uid) if base is not None else self._runtimes.holders_of(uid)
-            ),
+            replicas=tuple(self._runtimes.replicas_of(base, uid) if base is not None else ()),
             inspection=self._inspections.result(uid),
             running=self._inspections.running(uid),
             name_holder=self._cache.name_holder(adapter),

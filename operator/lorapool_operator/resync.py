@@ -36,6 +36,7 @@ class Resync:
         self._versions: dict[str | None, dict[str, str]] = {}
         self._kinds: tuple[tuple[str, str, Feed, Callable[[], Any]], ...] = (
             ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: cache.pods),
+            ("ReplicaSet", RUNTIME_SELECTOR, intake.replica_set, lambda: cache.replica_sets),
             ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
             (ObjectKind.BASE.value, "", intake.base, lambda: cache.bases),
             (ObjectKind.ADAPTER.value, "", intake.adapter, lambda: cache.adapters),

@@ -18,7 +18,7 @@ from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
-from lorapool_serve.objects import ADAPTER, BASE, DEPLOYMENT, POD, Objects
+from lorapool_serve.objects import ADAPTER, BASE, DEPLOYMENT, POD, REPLICA_SET, Objects
 
 WORKERS = 4
 INSPECTIONS = 4
@@ -63,6 +63,7 @@ class Controller:
         self._control = Control(objects, inspector, settings, Metrics())
         intake = self._control.intake
         objects.listen(POD, lambda raw, deleted: intake.pod(raw, deleted=deleted))
+        objects.listen(REPLICA_SET, lambda raw, deleted: intake.replica_set(raw, deleted=deleted))
         objects.listen(DEPLOYMENT, lambda raw, deleted: intake.deployment(raw, deleted=deleted))
         objects.listen(BASE, lambda raw, deleted: intake.base(raw, deleted=deleted))
         objects.listen(ADAPTER, lambda raw, deleted: intake.adapter(raw, deleted=deleted))

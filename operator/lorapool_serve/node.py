@@ -1,8 +1,8 @@
 """Runs Deployments as processes of this machine, as a kubelet runs them as pods.
 
 Each has one process at most, whatever its number of replicas: two copies of a base on one machine would only compete
-for its cores and memory. A process that ends is started again, with a growing pause. Pod and EndpointSlice show its
-state to operator and gateway.
+for its cores and memory. A process that ends is started again, with a growing pause. A Pod shows its state to operator
+and gateway; a ReplicaSet links the pod to its Deployment, as in Kubernetes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
 from lorapool_gateway.routing.objects import PORT_NAME, ObjectRef
 from lorapool_gateway.routing.source import ref_of
-from lorapool_operator.decisions.manifests import TOKEN_HASHES_FILE
-from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, ENDPOINT_SLICE, POD, Objects, Raw, object_of
+from lorapool_operator.decisions.manifests import ENV_POD_UID, TOKEN_HASHES_FILE
+from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, POD, REPLICA_SET, Objects, Raw, object_of
 
 HOST = "127.0.0.1"
 COMMAND = (sys.executable, "-m", "lorapool_runtime")
@@ -53,6 +52,7 @@ class _Pod:
 
     ref: ObjectRef
     labels: dict[str, str]
+    deployment_uid: str
     log: Path
     port: int = 0
     ready: bool = False
@@ -98,6 +98,7 @@ class Node:
         pod = _Pod(
             ref=ObjectRef(ref.namespace, f"{ref.name}-{uuid.uuid4().hex[:5]}"),
             labels=raw["spec"]["template"]["metadata"]["labels"],
+            deployment_uid=raw["metadata"]["uid"],
             log=self._folder / f"{ref.namespace}-{ref.name}.log",
         )
         previous = before.task if before is not None else None
@@ -139,12 +140,13 @@ class Node:
                 await asyncio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
         finally:
             self._objects.delete_object(POD, pod.ref)
-            self._objects.delete_object(ENDPOINT_SLICE, pod.ref)
+            self._objects.delete_object(REPLICA_SET, pod.ref)
 
     async def _run(self, pod: _Pod, environ: Mapping[str, str]) -> None:
         """Starts the process, shows it when it is ready, and returns when it has ended."""
         pod.port = free_port()
-        here = {"LORAPOOL_RUNTIME_LISTEN_HOST": HOST, "LORAPOOL_RUNTIME_LISTEN_PORT": str(pod.port)}
+        address = {"LORAPOOL_RUNTIME_LISTEN_HOST": HOST, "LORAPOOL_RUNTIME_LISTEN_PORT": str(pod.port)}
+        here = {**address, ENV_POD_UID: pod.uid}
         with pod.log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -178,7 +180,7 @@ class Node:
                 await asyncio.wait({ended}, timeout=PROBE_INTERVAL_S)
 
     def _show(self, pod: _Pod) -> None:
-        """Writes Pod and EndpointSlice."""
+        """Writes Pod and ReplicaSet."""
         port = {"name": PORT_NAME, "containerPort": pod.port}
         crashed = {"waiting": {"reason": "CrashLoopBackOff", "message": pod.problem}} if pod.problem else {}
         status = {
@@ -187,19 +189,17 @@ class Node:
             "conditions": [{"type": "Ready", "status": str(pod.ready)}],
             "containerStatuses": [{"name": "runtime", "state": crashed}],
         }
-        metadata: Raw = {"uid": pod.uid, "labels": pod.labels}
+        owned: Raw = {"uid": f"{pod.uid}-owner", "labels": pod.labels, **_controlled_by(DEPLOYMENT, pod.deployment_uid)}
+        self._objects.put(object_of(REPLICA_SET, pod.ref, metadata=owned))
+        metadata: Raw = {"uid": pod.uid, "labels": pod.labels, **_controlled_by(REPLICA_SET, f"{pod.uid}-owner")}
         if pod.terminating:
             metadata["deletionTimestamp"] = datetime.now(UTC).isoformat()
         spec = {"containers": [{"ports": [port]}]}
         self._objects.put(object_of(POD, pod.ref, metadata=metadata, spec=spec, status=status))
-        endpoint = {
-            "addresses": [HOST],
-            "targetRef": {"uid": pod.uid, "name": pod.ref.name},
-            "conditions": {"ready": pod.ready, "terminating": pod.terminating},
-        }
-        ports: list[dict[str, Any]] = [{"name": PORT_NAME, "port": pod.port}]
-        labels = {"labels": pod.labels}
-        self._objects.put(object_of(ENDPOINT_SLICE, pod.ref, metadata=labels, endpoints=[endpoint], ports=ports))
+
+
+def _controlled_by(kind: str, uid: str) -> Raw:
+    return {"ownerReferences": [{"kind": kind, "uid": uid, "controller": True}]}
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

@@ -6,6 +6,7 @@ It is the gateway's `ObjectSource` and `ScaleClient`, and the operator's `PlanTa
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,8 +21,15 @@ from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key
 
 BASE, ADAPTER = basemodel.KIND, loraadapter.KIND
 DEPLOYMENT, CONFIG_MAP, POD = "Deployment", "ConfigMap", "Pod"
-ENDPOINT_SLICE, SECRET = "EndpointSlice", "Secret"
-KIND_OF = {Kind.BASES: BASE, Kind.ADAPTERS: ADAPTER, Kind.ENDPOINT_SLICES: ENDPOINT_SLICE, Kind.API_KEYS: SECRET}
+REPLICA_SET, SECRET = "ReplicaSet", "Secret"
+KIND_OF = {
+    Kind.BASES: BASE,
+    Kind.ADAPTERS: ADAPTER,
+    Kind.PODS: POD,
+    Kind.REPLICA_SETS: REPLICA_SET,
+    Kind.DEPLOYMENTS: DEPLOYMENT,
+    Kind.API_KEYS: SECRET,
+}
 IMMUTABLE = {BASE: "source", ADAPTER: "baseModelRef"}
 """A file that changes this field of the spec replaces the object; kubectl would have to delete and create it."""
 
@@ -105,10 +113,11 @@ class Objects:
     # --- the gateway's ObjectSource and ScaleClient
 
     def caches(
-        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T], on_change: Callable[[], None]
+        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T | None], on_change: Callable[[], None]
     ) -> Sequence[ObjectCache[T]]:
         cache = ObjectCache(kind, parse, on_change)
         cache.replace_all({})
+        cache.confirmed_s = math.inf
         self.listen(KIND_OF[kind], lambda raw, deleted: cache.drop(raw) if deleted else cache.put(raw))
         return [cache]
 

@@ -94,8 +94,8 @@ def test_the_simulated_gateway_chooses_as_the_real_one_does(seed: int) -> None:
         loaded = pod in simulation._loaded.get(key, [])
         held = frozenset({(key.uid, key.digest)}) if loaded else frozenset()
         state = RuntimeState("boot", ready=pod.ready, draining=False, in_flight=pod.in_flight, loaded=held)
-        endpoint = Endpoint(ObjectRef("n", "b"), None, pod.uid, pod.uid, "http://x", ready=True, terminating=False)
-        replicas.append(RuntimeReplica(endpoint, state))
+        endpoint = Endpoint(ObjectRef("n", "b"), "base", pod.uid, pod.uid, "http://x", ready=True, terminating=False)
+        replicas.append(RuntimeReplica(endpoint, state, proven=True))
     wanted = [item.endpoint.pod_uid for item in candidates(Target(base, adapter, key.digest), replicas, {})]
     assert [pod.uid for pod in simulation.choose(7)] == wanted
 

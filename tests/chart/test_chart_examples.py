@@ -74,7 +74,7 @@ def test_the_key_example_is_read_by_the_gateway_and_opens_nothing() -> None:
     key = auth.parse_key({"metadata": secret["metadata"], "data": data})
 
     assert secret["metadata"]["labels"] == {common.LABEL_API_KEY: "true"}
-    assert set(secret["stringData"]) == {auth.FIELD_SHA256, auth.FIELD_NAMESPACES, auth.FIELD_MAX_IN_FLIGHT}
+    assert set(secret["stringData"]) == auth.FIELDS & {"keySha256", "namespaces", "owner", "maxInFlight"}
     assert key.max_in_flight == 32
     assert secret["stringData"]["keySha256"] == "0" * 64
 

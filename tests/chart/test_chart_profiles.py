@@ -12,7 +12,7 @@ from apiserver import ApiServer, running_apiserver
 from chart_kit import NAMESPACE, of_kind, pod_of, refusal, render, restricted_violations
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
-from lorapool_api.common import FIELD_MANAGER, LABEL_CLOUD_IDENTITY
+from lorapool_api.common import FIELD_MANAGER
 from lorapool_operator.decisions.manifests import children
 from lorapool_operator.world.cluster_cache import BaseObject, Meta
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
@@ -124,7 +124,14 @@ def test_each_kind_of_cache_is_mounted_and_a_claim_belongs_to_the_base() -> None
     made = children_of(full())
     template = {"spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}}
 
-    assert list(made) == ["ConfigMap", "PersistentVolumeClaim", "Deployment", "Service", "PodDisruptionBudget"]
+    assert list(made) == [
+        "ConfigMap",
+        "PersistentVolumeClaim",
+        "NetworkPolicy",
+        "Deployment",
+        "Service",
+        "PodDisruptionBudget",
+    ]
     assert made["PersistentVolumeClaim"]["spec"]["storageClassName"] == "fast"
     assert made["PersistentVolumeClaim"]["metadata"]["ownerReferences"][0]["name"] == "tiny"
     assert models(yaml.safe_load(FULL)["cache"]) == {"persistentVolumeClaim": {"claimName": "tiny-runtime"}}
@@ -169,26 +176,16 @@ def test_budget_and_min_ready_seconds_come_from_the_profile() -> None:
     assert budget["selector"] == plain["PodDisruptionBudget"]["spec"]["selector"]
 
 
-def test_only_pods_that_ask_for_it_reach_the_clouds_identities() -> None:
-    manifests = render({"watchNamespaces": ["team-a"], "operator": {"cloudIdentity": True}})
-    policies = of_kind(manifests, "NetworkPolicy")
-    for name in ("lorapool-cloud-identity", "team-a/lorapool-cloud-identity"):
-        spec = policies[name]["spec"]
-        assert spec["podSelector"] == {"matchLabels": {LABEL_CLOUD_IDENTITY: "true"}}
-        assert {"ipBlock": {"cidr": "169.254.169.254/32"}} in spec["egress"][0]["to"]
-        assert "ingress" not in spec
-    operator = pod_of(of_kind(manifests, "Deployment")["lorapool-operator"])
-    gateway = pod_of(of_kind(manifests, "Deployment")["lorapool-gateway"])
-    assert operator is not None
-    assert gateway is not None
-    assert operator["metadata"]["labels"][LABEL_CLOUD_IDENTITY] == "true"
-    assert LABEL_CLOUD_IDENTITY not in gateway["metadata"]["labels"]
-    labels = {
-        asked: children_of(RuntimeProfile(cloud_identity=asked))["Deployment"]["spec"]["template"]["metadata"]["labels"]
-        for asked in (True, False)
-    }
-    assert labels[True][LABEL_CLOUD_IDENTITY] == "true"
-    assert LABEL_CLOUD_IDENTITY not in labels[False]
+def test_only_an_operator_that_asks_for_it_reaches_the_clouds_identities() -> None:
+    for asked in (True, False):
+        policies = of_kind(render({"operator": {"cloudIdentity": asked}}), "NetworkPolicy")
+        reached = {
+            name
+            for name, policy in policies.items()
+            for rule in policy["spec"].get("egress", [])
+            if {"ipBlock": {"cidr": "169.254.169.254/32"}} in rule["to"]
+        }
+        assert reached == ({"lorapool-operator"} if asked else set())
 
 
 def test_a_platform_that_assigns_users_is_asked_for_none() -> None:

@@ -16,7 +16,8 @@ from lorapool_operator.world.profiles import RuntimeProfile
 CLUSTER: dict[str, Any] = {**ALL_ON, "scope": "cluster", "watchNamespaces": []}
 ALL_OFF: dict[str, Any] = {
     "crds": {"install": False},
-    "rbac": {"create": False, "aggregateClusterRoles": False},
+    "rbac": {"create": False, "aggregateClusterRoles": {"baseModels": False, "loraAdapters": False}},
+    "apiKeys": {"createNamespace": False},
     "networkPolicy": {"enabled": False},
     "metrics": {"scrapeAnnotations": False},
     "runtimeToken": {"existingSecret": "mine", "key": "master"},
@@ -77,6 +78,7 @@ def test_the_defaults_render_what_a_first_installation_needs_and_no_more() -> No
         "ConfigMap",
         "CustomResourceDefinition",
         "Deployment",
+        "Namespace",
         "NetworkPolicy",
         "Pod",
         "PodDisruptionBudget",
@@ -328,7 +330,9 @@ def test_the_notes_render_with_everything_on(values: dict[str, Any], tmp_path: P
         ({"networkPolicy": {"sources": {"blocks": [{"cidr": "anywhere"}]}}}, "cidr"),
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "interval"),
         ({"scope": "cluster", "watchNamespaces": ["a"]}, "watchNamespaces must be empty"),
-        ({"networkPolicy": {"runtimeNamespaces": ["a"]}}, "scope=cluster only"),
+        ({"networkPolicy": {"runtimeNamespaces": ["a"]}}, "runtimeNamespaces"),
+        ({"rbac": {"aggregateClusterRoles": True}}, "aggregateClusterRoles"),
+        ({"apiKeys": {"whenStale": "guess"}}, "whenStale"),
         ({"ingress": {"enabled": True}}, "ingress.hosts"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"runtimeProfiles": {"default": None}}, "default"),

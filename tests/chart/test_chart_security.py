@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chart_kit import NAMESPACE, Manifest, of_kind, pod_of, render, restricted_violations
+from base_world import base
+from chart_kit import NAMESPACE, Manifest, environment, of_kind, pod_of, render, restricted_violations
+
+from lorapool_operator.decisions.manifests import network_policy
+from lorapool_operator.world.profiles import parse_profiles
 
 GOLDEN = Path(__file__).parent / "golden_rbac.json"
 NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-a", "team-b"], "apiKeys": {"namespace": "lorapool-keys"}}
@@ -183,21 +187,84 @@ def test_each_component_is_selected_by_its_own_policy() -> None:
         assert chosen == [f"lorapool-{component}"]
 
 
-def test_runtimes_of_every_watched_namespace_are_reached_by_gateway_and_operator_only() -> None:
-    policies = of_kind(render(NAMESPACED), "NetworkPolicy")
-    for namespace in ("team-a", "team-b"):
-        spec = policies[f"{namespace}/lorapool-runtimes"]["spec"]
-        assert spec["podSelector"]["matchExpressions"] == [{"key": "lorapool.dev/base", "operator": "Exists"}]
-        assert spec["policyTypes"] == ["Ingress", "Egress"]
-        [inference, metrics] = spec["ingress"]
-        assert [port["port"] for port in inference["ports"]] == [8000]
-        assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in inference["from"]] == [
-            "gateway",
-            "operator",
-        ]
-        for peer in inference["from"]:
-            assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
-        assert [port["port"] for port in metrics["ports"]] == [9090]
+def runtime_policy(values: dict[str, Any], profile: str = "default") -> dict[str, Any]:
+    """The NetworkPolicy that the operator makes for a base of this profile, in whatever namespace."""
+    text = of_kind(render(values), "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"]
+    [policy] = network_policy(base(), parse_profiles(text, origin="chart")[profile])
+    return policy
+
+
+@pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
+def test_runtimes_of_every_namespace_are_reached_by_gateway_operator_and_prometheus_only(
+    values: dict[str, Any],
+) -> None:
+    policy = runtime_policy(values)
+    spec = policy["spec"]
+    assert policy["metadata"]["namespace"] == "team"
+    assert spec["podSelector"]["matchLabels"]["lorapool.dev/base"] == "tiny"
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    [inference, metrics] = spec["ingress"]
+    assert [port["port"] for port in inference["ports"]] == [8000]
+    assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in inference["from"]] == [
+        "gateway",
+        "operator",
+    ]
+    for peer in inference["from"]:
+        assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
+    assert [port["port"] for port in metrics["ports"]] == [9090]
+    assert not [item for item in of_kind(render(values), "NetworkPolicy") if "runtimes" in item]
+
+
+def test_metrics_are_for_prometheus_alone() -> None:
+    policies = of_kind(render(), "NetworkPolicy")
+    rules = [rule for item in policies.values() for rule in item["spec"].get("ingress", [])]
+    scraping = [rule for rule in rules if {"protocol": "TCP", "port": 9090} in rule["ports"]]
+    assert len(scraping) == 2
+    for rule in (*scraping, runtime_policy({})["spec"]["ingress"][1]):
+        [peer] = rule["from"]
+        assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+        assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "prometheus"}
+
+
+def test_only_a_profile_with_a_cloud_identity_reaches_the_address_that_gives_it() -> None:
+    values = {"runtimeProfiles": {"identified": {"cloudIdentity": True}}}
+
+    def addresses(profile: str) -> set[str]:
+        rules = runtime_policy(values, profile)["spec"]["egress"]
+        return {peer["ipBlock"]["cidr"] for rule in rules for peer in rule["to"] if "ipBlock" in peer}
+
+    assert "169.254.169.254/32" in addresses("identified") - addresses("default")
+
+
+def test_without_network_policies_the_operator_makes_none_and_needs_no_right() -> None:
+    values = {"networkPolicy": {"enabled": False}}
+    text = of_kind(render(values), "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"]
+    assert list(network_policy(base(), parse_profiles(text, origin="chart")["default"])) == []
+    assert not any("networkpolicies" in line for lines in grants(render(values)).values() for line in lines)
+
+
+def test_keys_have_a_namespace_of_their_own_which_an_uninstall_keeps() -> None:
+    [namespace] = of_kind(render(), "Namespace").values()
+    assert namespace["metadata"]["name"] == f"{NAMESPACE}-keys"
+    assert namespace["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    secrets = [line for lines in grants(render()).values() for line in lines if "secrets" in line]
+    assert secrets == [f"in {NAMESPACE}-keys: list watch secrets"]
+    assert environment(render(), "gateway")["LORAPOOL_GATEWAY_KEYS_NAMESPACE"] == f"{NAMESPACE}-keys"
+    for values in ({"apiKeys": {"namespace": NAMESPACE}}, {"apiKeys": {"createNamespace": False}}):
+        assert of_kind(render(values), "Namespace") == {}
+
+
+def test_editors_of_a_namespace_write_adapters_and_by_default_no_bases() -> None:
+    for values, kinds in (({}, {"loraadapters"}), ({"baseModels": True}, {"loraadapters", "basemodels"})):
+        roles = of_kind(render({"rbac": {"aggregateClusterRoles": values}}), "ClusterRole")
+        edit = roles[f"{NAMESPACE}-lorapool-edit"]
+        assert {name for rule in edit["rules"] for name in rule["resources"] if "/" not in name} == kinds
+        assert {name for rule in roles[f"{NAMESPACE}-lorapool-view"]["rules"] for name in rule["resources"]} >= {
+            "loraadapters",
+            "basemodels",
+        }
+    off = {"rbac": {"aggregateClusterRoles": {"loraAdapters": False}}}
+    assert not [name for name in of_kind(render(off), "ClusterRole") if name.endswith(("-edit", "-view"))]
 
 
 @pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
@@ -209,12 +276,3 @@ def test_no_pod_reaches_the_credentials_of_its_node(values: dict[str, Any]) -> N
                 block = peer.get("ipBlock", {})
                 if block.get("cidr") == "0.0.0.0/0":
                     assert "169.254.0.0/16" in block["except"], name
-
-
-def test_cluster_mode_covers_the_configured_namespaces() -> None:
-    policies = of_kind(render({**CLUSTER, "networkPolicy": {"runtimeNamespaces": ["one", "two"]}}), "NetworkPolicy")
-
-    assert {name for name in policies if name.endswith("-runtimes")} == {
-        "one/lorapool-runtimes",
-        "two/lorapool-runtimes",
-    }

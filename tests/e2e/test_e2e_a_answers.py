@@ -1,5 +1,7 @@
 """What a user of the OpenAI client gets from real fine-tunes through the real gateway."""
 
+import json
+
 import httpx2 as httpx
 import pytest
 from e2e_world import World
@@ -86,20 +88,19 @@ def test_a_key_of_another_namespace_sees_the_same_404(world: World) -> None:
     import hashlib
 
     key = "lp-" + "k" * 43
-    world.apply(
-        {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": "elsewhere", "namespace": world.namespace, "labels": {"lorapool.dev/api-key": "true"}},
-            "stringData": {"keySha256": hashlib.sha256(key.encode()).hexdigest(), "namespaces": "elsewhere"},
-        }
-    )
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "elsewhere", "labels": {"lorapool.dev/api-key": "true"}},
+        "stringData": {"keySha256": hashlib.sha256(key.encode()).hexdigest(), "namespaces": "elsewhere"},
+    }
+    world.kubectl("apply", "-n", world.keys_namespace, "--server-side", "-f", "-", stdin=json.dumps(secret))
     with world.client(api_key=key) as client:
         world.wait("the key", lambda: _status(world, key) == 200, timeout_s=10)
         with pytest.raises(NotFoundError) as caught:
             client.chat.completions.create(**world.question("routing"))
         assert caught.value.body["code"] == "model_not_found"  # type: ignore[index]
-    world.kubectl("delete", "secret", "elsewhere")
+    world.kubectl("delete", "-n", world.keys_namespace, "secret", "elsewhere")
     world.wait("the revoked key", lambda: _status(world, key) == 401, timeout_s=10)
 
 

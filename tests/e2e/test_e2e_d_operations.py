@@ -200,7 +200,8 @@ def test_with_cluster_scope_one_operator_serves_two_namespaces_without_roles_in_
     world: World, tenant: None
 ) -> None:
     assert "status" not in world.get("-n", TENANT, "lora", "theirs")
-    with upgraded(world, "scope=cluster", f"networkPolicy.runtimeNamespaces={{{world.namespace},{TENANT}}}"):
+    with upgraded(world, "scope=cluster"):
+        assert world.get("-n", TENANT, "networkpolicies")["items"]
         names = {item["metadata"]["name"] for item in world.get("roles", "-A", "-l", OPERATORS)["items"]}
         assert names == {"lorapool-operator-lease"}
         assert world.get("-n", TENANT, "roles")["items"] == []

@@ -134,8 +134,8 @@ async def test_the_model_list_shows_bases_and_adapters_with_their_parent(here: W
 
 
 async def test_the_model_list_shows_an_alias_only_where_it_leads(here: World) -> None:
-    here.adapter("younger", alias="router", created="2026-02-02T00:00:00Z")
-    here.adapter("hidden", alias="route", created="2025-01-01T00:00:00Z")
+    here.adapter("younger", alias="router", alias_granted=False)
+    here.adapter("hidden", alias="route", alias_granted=False, created="2025-01-01T00:00:00Z")
     async with here.client() as client:
         listed = [model.id async for model in client.models.list()]
     assert listed == ["demo/tiny", "tiny-instruct", "demo/hidden", "demo/route", "router", "demo/younger"]

@@ -14,7 +14,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.abc import AbstractResolver, ResolveResult
 from apiserver import ApiServer, running_apiserver
 from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, condition, until, until_it
@@ -23,14 +22,12 @@ from lorapool_api.protocol import runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_gateway import process
 from lorapool_gateway.__main__ import serving_cluster
-from lorapool_gateway.requests.http_client import HttpClient
 from lorapool_gateway.settings import Settings
 
 pytestmark = pytest.mark.apiserver
 
 MASTER = "m" * 64
 KEYS_NAMESPACE = "lorapool-system"
-POD_NAME = "pod.runtime.test"
 PATIENCE_S = 30.0
 """Timeout of waits that take a fraction of a second on an idle machine."""
 CRDS = Path(__file__).parent.parent.parent / "crds"
@@ -42,7 +39,8 @@ metadata: {name: gateway}
 rules:
 - {apiGroups: [lorapool.dev], resources: [basemodels, loraadapters], verbs: [list, watch]}
 - {apiGroups: [lorapool.dev], resources: [basemodels/scale], verbs: [get, patch]}
-- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+- {apiGroups: [""], resources: [pods], verbs: [list, watch]}
+- {apiGroups: [apps], resources: [replicasets, deployments], verbs: [list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role
@@ -127,24 +125,43 @@ class Cluster:
         self.server.kubectl("patch", "-n", self.namespace, *arguments)
 
     def runtime(self, runtime: FakeRuntime, base_uid: str, *, ready: bool = True) -> None:
-        """Writes the EndpointSlice that Kubernetes would write for a pod of the base's Service."""
+        """Writes what Kubernetes' controllers and a kubelet would write for a pod of the base."""
         labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": base_uid}
-        self.apply(
-            {
-                "apiVersion": "discovery.k8s.io/v1",
-                "kind": "EndpointSlice",
-                "metadata": {"name": "tiny-runtime-abc", "namespace": self.namespace, "labels": labels},
-                "addressType": "FQDN",
-                "endpoints": [
-                    {
-                        "addresses": [POD_NAME],
-                        "conditions": {"ready": ready},
-                        "targetRef": {"kind": "Pod", "name": "tiny-runtime-1", "uid": "pod-uid-1"},
-                    }
-                ],
-                "ports": [{"name": "http", "port": runtime.port, "protocol": "TCP"}],
-            }
+        ports = [{"name": "http", "containerPort": runtime.port}]
+        container = {"name": "runtime", "image": "none", "ports": ports}
+        template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
+        spec = {"selector": {"matchLabels": labels}, "template": template}
+        uid = self._owned(
+            "apps/v1", "Deployment", "tiny-runtime", ("lorapool.dev/v1alpha1", "BaseModel", base_uid), spec
         )
+        uid = self._owned("apps/v1", "ReplicaSet", "tiny-runtime-1", ("apps/v1", "Deployment", uid), spec)
+        pod = {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"}
+        self._owned("v1", "Pod", "tiny-runtime-1", ("apps/v1", "ReplicaSet", uid), pod, labels)
+        conditions = [{"type": "Ready", "status": str(ready)}]
+        status = {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}], "conditions": conditions}
+        arguments = ("--subresource=status", "--type=merge", "-p", json.dumps({"status": status}))
+        self.server.kubectl("patch", "-n", self.namespace, "pod", "tiny-runtime-1", *arguments)
+
+    def _owned(
+        self,
+        version: str,
+        kind: str,
+        name: str,
+        owner: tuple[str, str, str],
+        spec: dict[str, Any],
+        *labels: dict[str, str],
+    ) -> str:
+        """Creates an object with a controller (API version, kind, uid); returns its uid."""
+        reference = {**dict(zip(("apiVersion", "kind", "uid"), owner, strict=True)), "name": "any", "controller": True}
+        metadata = {
+            "name": name,
+            "namespace": self.namespace,
+            "labels": labels[0] if labels else spec["template"]["metadata"]["labels"],
+            "ownerReferences": [reference],
+        }
+        self.apply({"apiVersion": version, "kind": kind, "metadata": metadata, "spec": spec})
+        uid: str = self.get(kind, name)["metadata"]["uid"]
+        return uid
 
     def _object(self, kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         metadata = {"name": name, "namespace": self.namespace}
@@ -155,6 +172,7 @@ class Cluster:
 def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     namespace = f"ns-{hashlib.sha256(request.node.name.encode()).hexdigest()[:8]}"
     cluster.kubectl("create", "namespace", namespace)
+    cluster.kubectl("create", "serviceaccount", "default", "-n", namespace)  # no controller creates it here
     token = cluster.kubectl("create", "token", "gateway", "-n", KEYS_NAMESPACE).strip()
     config = {
         "apiVersion": "v1",
@@ -172,22 +190,8 @@ def here(cluster: ApiServer, tmp_path: Path, request: pytest.FixtureRequest) -> 
     cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
-class Loopback(AbstractResolver):
-    """Resolves every host to 127.0.0.1, which an EndpointSlice may not contain."""
-
-    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[ResolveResult]:
-        return [ResolveResult(hostname=host, host="127.0.0.1", port=port, family=2, proto=0, flags=0)]
-
-    async def close(self) -> None:
-        return None
-
-
 @asynccontextmanager
-async def gateway(here: Cluster, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Gateway]:
-    connector = aiohttp.TCPConnector(limit=0, resolver=Loopback(), use_dns_cache=False)
-    monkeypatch.setattr(process, "client_session", lambda: aiohttp.ClientSession(connector=connector))
-    connect = HttpClient._connect
-    monkeypatch.setattr(HttpClient, "_connect", lambda self, url: connect(self, url.replace(POD_NAME, "127.0.0.1")))
+async def gateway(here: Cluster, **more: Any) -> AsyncIterator[Gateway]:
     values: dict[str, Any] = {"namespaces": here.namespace, "keys_namespace": KEYS_NAMESPACE, **more}
     settings = Settings(kubeconfig=here.kubeconfig, listen_host="127.0.0.1", api_port=0, metrics_port=0, **values)
     async with serving_cluster(settings, RuntimeTokens([MASTER])) as running, aiohttp.ClientSession() as session:
@@ -231,15 +235,13 @@ class Gateway:
         await until_it(answers_so, PATIENCE_S)
 
 
-async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
-    here: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_objects_secrets_and_pods_become_routes_and_vanish_with_them(here: Cluster) -> None:
     uid = here.base()
     here.adapter("route")
     here.make_ready("route")
     other = "lp-" + "x" * 43
     here.key(other, "key-other", here.namespace)
-    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here) as front:
         await front.becomes_ready()
         here.runtime(runtime, uid)
         name = f"{here.namespace}/route"
@@ -256,9 +258,7 @@ async def test_objects_secrets_and_slices_become_routes_and_vanish_with_them(
         assert f'adapter="{name}"' not in await front.metrics()
 
 
-async def test_a_malformed_key_gets_one_event_on_its_secret_whatever_the_number_of_gateways(
-    here: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_malformed_key_gets_one_event_on_its_secret_whatever_the_number_of_gateways(here: Cluster) -> None:
     here.key("lp-" + "b" * 43, "key-broken", "Canary_Team")
 
     def events() -> list[dict[str, Any]]:
@@ -266,7 +266,7 @@ async def test_a_malformed_key_gets_one_event_on_its_secret_whatever_the_number_
         return [item for item in json.loads(text)["items"] if item["involvedObject"]["name"] == "key-broken"]
 
     for _ in range(2):
-        async with gateway(here, monkeypatch) as front:
+        async with gateway(here) as front:
             await front.becomes_ready()
             await until(events, PATIENCE_S)
     [event] = events()
@@ -276,13 +276,11 @@ async def test_a_malformed_key_gets_one_event_on_its_secret_whatever_the_number_
     assert "Canary" not in json.dumps(event)
 
 
-async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_subresource(
-    here: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_subresource(here: Cluster) -> None:
     uid = here.base(replicas=0)
     here.adapter("route")
     here.make_ready("route")
-    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here) as front:
         await front.becomes_ready()
         asking = [asyncio.create_task(front.ask("route")) for _ in range(50)]
         await until(lambda: here.get("basemodel", "tiny")["spec"].get("replicas") == 1, PATIENCE_S)
@@ -297,13 +295,13 @@ async def test_a_request_to_a_sleeping_base_scales_it_once_through_the_scale_sub
 
 
 async def test_with_the_api_server_down_everything_known_is_served_and_an_idle_adapter_still_loads(
-    here: Cluster, monkeypatch: pytest.MonkeyPatch
+    here: Cluster,
 ) -> None:
     uid = here.base()
     here.adapter("hot", "idle")
     here.make_ready("hot")
     here.make_ready("idle")
-    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here, monkeypatch) as front:
+    async with FakeRuntime(token=runtime_token(MASTER, uid)).running() as runtime, gateway(here) as front:
         await front.becomes_ready()
         here.runtime(runtime, uid)
         await front.eventually("hot", (200, f"{here.namespace}/hot@{digest_of('hot')}"))
@@ -314,7 +312,7 @@ async def test_with_the_api_server_down_everything_known_is_served_and_an_idle_a
                 await asyncio.sleep(0.02)
             assert await front.ask("idle") == (200, f"{here.namespace}/idle@{digest_of('idle')}")
             assert await front.ready()
-            async with gateway(here, monkeypatch) as restarted:
+            async with gateway(here) as restarted:
                 assert not await restarted.ready()
                 assert (await restarted.ask("hot"))[0] == 401
         finally:
@@ -325,11 +323,9 @@ async def test_with_the_api_server_down_everything_known_is_served_and_an_idle_a
         await front.eventually("after", (200, f"{here.namespace}/after@{digest_of('after')}"))
 
 
-async def test_200_adapters_applied_at_once_are_listed_by_a_gateway_of_the_whole_cluster(
-    here: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_200_adapters_applied_at_once_are_listed_by_a_gateway_of_the_whole_cluster(here: Cluster) -> None:
     here.base()
-    async with gateway(here, monkeypatch, namespaces="*") as front:
+    async with gateway(here, namespaces="*") as front:
         await front.becomes_ready()
         here.adapter(*(f"bulk-{number}" for number in range(200)))
 

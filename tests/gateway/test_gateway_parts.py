@@ -19,6 +19,7 @@ from lorapool_api.settings import SettingsError
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.sse import EVENT_MAX_BYTES, EventFilter, EventTooLongError
 from lorapool_gateway.routing.auth import ApiKey, ApiKeyError, KeyTable, authenticate, parse_key
+from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.settings import read_settings
 
 ENV = {"LORAPOOL_GATEWAY_KEYS_NAMESPACE": "lorapool"}
@@ -65,8 +66,8 @@ def test_a_labelled_secret_becomes_a_key() -> None:
     digest = api_key(KEY).sha256
     key = parse_key(secret(keySha256=digest.upper(), namespaces="a, b", maxInFlight="7"))
     assert key == ApiKey("k", digest, frozenset({"a", "b"}), 7)
-    assert parse_key(secret(keySha256=digest, namespaces="*")).sees("anything")
-    assert not key.sees("c")
+    assert parse_key(secret(keySha256=digest, namespaces="*")).permits(ObjectRef("anything", "x"))
+    assert not key.permits(ObjectRef("c", "x"))
     assert digest not in repr(key)
 
 
@@ -82,6 +83,15 @@ def test_a_labelled_secret_becomes_a_key() -> None:
         {"keySha256": "a" * 64, "namespaces": "../x"},
         {"keySha256": "a" * 64, "namespaces": "*", "maxInFlight": "0"},
         {"keySha256": "a" * 64, "namespaces": "*", "maxInFlight": "many"},
+        {"keySha256": "a" * 64, "namespaces": "*", "expiry": "2027-01-31T12:00:00Z"},
+        {"keySha256": "a" * 64, "namespaces": "*", "expires": "next week"},
+        {"keySha256": "a" * 64, "namespaces": "*", "expires": "2027-01-31T12:00:00"},
+        {"keySha256": "a" * 64, "namespaces": "*", "notBefore": ""},
+        {"keySha256": "a" * 64, "namespaces": "*", "models": "short"},
+        {"keySha256": "a" * 64, "namespaces": "*", "models": " "},
+        {"keySha256": "a" * 64, "namespaces": "a,b", "defaultNamespace": "c"},
+        {"keySha256": "a" * 64, "namespaces": "*", "defaultNamespace": "a,b"},
+        {"keySha256": "a" * 64, "namespaces": "*", "owner": "two\nlines"},
     ],
 )
 def test_a_secret_that_is_not_fully_right_gives_no_access_and_leaks_nothing(data: dict[str, str]) -> None:
@@ -95,8 +105,8 @@ def test_no_header_but_the_right_one_authenticates(header: str) -> None:
     table = KeyTable.of([api_key(KEY)])
     if header != f"Bearer {KEY}":
         with pytest.raises(UnauthenticatedError):
-            authenticate(table, header)
-    assert authenticate(table, f"bearer  {KEY} ").id == api_key(KEY).id
+            authenticate(table, header, 0.0)
+    assert authenticate(table, f"bearer  {KEY} ", 0.0).id == api_key(KEY).id
 
 
 # --- stream

@@ -10,12 +10,23 @@ from fakes import digest_of
 from gateway_world import adapter_object, api_key, base_object, condition, failed_status, ready_status
 from hypothesis import given
 from hypothesis import strategies as st
+from pods import owner_objects, pod_object
 
 from lorapool_api.openai import ApiError, ModelNotFoundError
-from lorapool_gateway.routing.objects import Endpoint, ObjectRef, RuntimeState, adapter_route, base_route, endpoints
+from lorapool_api.ownership import Owners
+from lorapool_gateway.routing.objects import (
+    Endpoint,
+    ObjectRef,
+    RuntimeState,
+    adapter_route,
+    base_route,
+    deployment,
+    replica_set,
+    runtime_pod,
+)
 from lorapool_gateway.routing.pick import candidates
 from lorapool_gateway.routing.routes import Pending, RouteTable, RuntimeReplica, Target
-from lorapool_gateway.routing.table_builder import merge_endpoints
+from lorapool_gateway.routing.table_builder import owned_pods
 
 ALL = api_key("all")
 OLD, NEW = "2025-01-01T00:00:00Z", "2026-06-01T00:00:00Z"
@@ -43,16 +54,76 @@ def test_a_name_shared_by_two_visible_objects_is_not_found_but_each_full_name_is
     assert routes.find("x", api_key("k", "b")).ref == ("b", "x")
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_the_older_object_keeps_an_alias(swapped: bool) -> None:
-    pair = [adapter_object("x", alias="best", created=NEW), adapter_object("y", alias="best", created=OLD)]
-    routes = table(*(reversed(pair) if swapped else pair))
-    assert routes.find("best", ALL).ref == ("demo", "y")
+def test_an_alias_leads_to_the_object_that_the_operator_granted_it_to_however_old_another_is() -> None:
+    routes = table(
+        adapter_object("x", alias="best", created=NEW),
+        adapter_object("y", alias="best", alias_granted=False, created=OLD),
+    )
+    assert routes.find("best", ALL).ref == ("demo", "x")
+    with pytest.raises(ModelNotFoundError):
+        table(adapter_object("x", alias="best", alias_granted=False)).find("best", ALL)
 
 
-def test_an_alias_never_hides_the_name_of_another_object() -> None:
-    routes = table(adapter_object("x", alias="y", created=OLD), adapter_object("y", created=NEW))
-    assert routes.find("y", ALL).ref == ("demo", "y")
+SHARED = base_object("llama", "team-b", access={"namespaces": ["team-a"]}, servedName="gpt-prod")
+VICTIM = adapter_object("support-v7", "team-b", base="llama", alias="support", created=OLD)
+
+
+def guest(name: str, **more: Any) -> dict[str, Any]:
+    return adapter_object(name, "team-a", base="llama", base_namespace="team-b", created=NEW, **more)
+
+
+def test_an_object_named_like_the_alias_or_served_name_of_another_does_not_take_its_requests() -> None:
+    routes = table(VICTIM, guest("support"), guest("gpt-prod"), bases=[SHARED])
+    for key in (ALL, api_key("k", "team-a,team-b")):
+        assert routes.find("support", key).ref == ("team-b", "support-v7")
+        assert routes.find("gpt-prod", key).ref == ("team-b", "llama")
+        assert routes.find("team-a/support", key).ref == ("team-a", "support")
+    assert routes.find("support", api_key("k", "team-a")).ref == ("team-a", "support")  # a key that sees it alone
+
+
+def test_a_name_with_a_slash_is_a_full_name_and_no_alias() -> None:
+    squatter = guest("x", alias="team-b/support-v7")
+    routes = table(VICTIM, squatter, bases=[SHARED])
+    assert routes.find("team-b/support-v7", ALL).ref == ("team-b", "support-v7")
+    with pytest.raises(ModelNotFoundError):
+        table(squatter, bases=[SHARED]).find("team-b/support-v7", ALL)
+
+
+def test_a_short_name_of_several_models_is_refused_with_their_full_names_to_a_key_that_sees_them_only() -> None:
+    routes = table(VICTIM, guest("support-v7"), bases=[SHARED])
+    with pytest.raises(ModelNotFoundError) as caught:
+        routes.find("support-v7", ALL)
+    assert "`team-a/support-v7`, `team-b/support-v7`" in caught.value.message
+    assert caught.value.code == "model_not_found"
+    assert routes.find("support-v7", api_key("k", "team-b")).ref == ("team-b", "support-v7")
+    with pytest.raises(ModelNotFoundError) as caught:
+        routes.find("support-v7", api_key("k", "team-c"))
+    assert caught.value.message == ModelNotFoundError("support-v7").message
+
+
+def test_a_keys_default_namespace_decides_what_a_short_name_means() -> None:
+    routes = table(VICTIM, guest("support-v7"), guest("only-a"), bases=[SHARED])
+    for namespace in ("team-a", "team-b"):
+        key = api_key("k", "team-a,team-b", default_namespace=namespace)
+        assert routes.find("support-v7", key).ref == (namespace, "support-v7")
+        assert routes.find("only-a", key).ref == ("team-a", "only-a")
+
+
+def test_an_adapter_that_its_base_does_not_admit_makes_no_name_ambiguous() -> None:
+    stranger = adapter_object("support-v7", "team-c", base="llama", base_namespace="team-b")
+    assert table(VICTIM, stranger, bases=[SHARED]).find("support-v7", ALL).ref == ("team-b", "support-v7")
+
+
+def test_a_foreign_base_that_does_not_exist_and_one_that_admits_no_guest_are_the_same() -> None:
+    key, found = api_key("k", "team-a"), set()
+    for name in ("secret-base", "no-such-base"):
+        probe = adapter_object("probe", "team-a", base=name, base_namespace="finance")
+        routes = table(probe, bases=[base_object("secret-base", "finance")])
+        with pytest.raises(ApiError) as caught:
+            routes.resolve("team-a/probe", key, 0)
+        found.add((caught.value.status, caught.value.code, caught.value.message))
+        assert routes.visible(key) == []
+    assert len(found) == 1
 
 
 def test_an_alias_of_an_unseen_tenant_takes_nothing_away() -> None:
@@ -176,48 +247,52 @@ def test_a_strange_object_is_refused_with_an_error_that_the_watch_knows(spec: di
         return
 
 
-def slice_object(*pods: tuple[str, dict[str, bool]], uid: str = "base-demo-tiny") -> dict[str, Any]:
-    return {
-        "metadata": {
-            "namespace": "demo",
-            "name": "tiny-runtime-x",
-            "labels": {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": uid},
-        },
-        "endpoints": [
-            {"addresses": [f"10.0.0.{n}"], "conditions": conditions, "targetRef": {"uid": f"uid-{pod}", "name": pod}}
-            for n, (pod, conditions) in enumerate(pods)
-        ],
-        "ports": [{"name": "metrics", "port": 9}, {"name": "http", "port": 8000}],
-    }
+def endpoint(pod: str, uid: str = "base-demo-tiny", **more: Any) -> Endpoint:
+    made = Endpoint(ObjectRef("demo", "tiny"), uid, f"uid-{pod}", pod, "http://x", ready=True, terminating=False)
+    return replace(made, **more)
 
 
-def test_an_endpoint_slice_becomes_pods_with_the_port_named_http() -> None:
-    found = list(
-        endpoints(slice_object(("a", {"ready": True}), ("b", {"ready": False, "terminating": True}), ("c", {})))
-    )
-    assert [(pod.pod_uid, pod.url, pod.ready, pod.terminating) for pod in found] == [
-        ("uid-a", "http://10.0.0.0:8000", True, False),
-        ("uid-b", "http://10.0.0.1:8000", False, True),
-        ("uid-c", "http://10.0.0.2:8000", True, False),
+def test_a_pod_becomes_an_endpoint_at_its_port_named_http() -> None:
+    found = [
+        runtime_pod(pod_object(8000, name="a", ip="10.0.0.1")),
+        runtime_pod(pod_object(8000, name="b", ip="fd00::1", ready=False, terminating=True)),
     ]
+    assert [pod and (pod.endpoint.url, pod.endpoint.ready, pod.endpoint.terminating) for pod in found] == [
+        ("http://10.0.0.1:8000", True, False),
+        ("http://[fd00::1]:8000", False, True),
+    ]
+    assert runtime_pod(pod_object(8000, ip="")) is None  # not placed yet
 
 
-def test_a_pod_in_two_slices_counts_once_and_as_ready_if_one_says_so() -> None:
-    twice = [*endpoints(slice_object(("a", {"ready": False}))), *endpoints(slice_object(("a", {"ready": True})))]
-    assert [pod.ready for pod in merge_endpoints(twice)] == [True]
+def owned(*pods: dict[str, Any], bases: tuple[dict[str, Any], ...] = (base_object(),)) -> list[str]:
+    deployment_raw, replica_set_raw = owner_objects()
+    owners = Owners.of([replica_set(replica_set_raw)], [deployment(deployment_raw)])
+    routes = RouteTable.of([base_route(raw) for raw in bases], [], {})
+    parsed = [pod for raw in pods if (pod := runtime_pod(raw)) is not None]
+    return [pod.pod_name for pod in owned_pods(parsed, owners, routes.bases)]
+
+
+def test_a_pod_serves_a_base_only_if_its_labels_and_each_of_its_owners_lead_to_that_very_base() -> None:
+    other = {"bases": (base_object(), base_object("other"))}
+    assert owned(pod_object(1)) == ["pod-1"]
+    assert owned(pod_object(1, owner="")) == []  # labels alone, which any user may write
+    assert owned(pod_object(1, owner="rs-forged")) == []
+    assert owned(pod_object(1, namespace="evil"), bases=(base_object(), base_object(namespace="evil"))) == []
+    assert owned(pod_object(1, base="other"), **other) == []
+    assert owned(pod_object(1, base="other", base_uid="base-demo-other", owner="rs-base-demo-tiny"), **other) == []
+    assert owned(pod_object(1, base_uid="base-demo-other"), **other) == []
+    assert owned(pod_object(1), bases=()) == []
 
 
 def test_a_recreated_base_never_adopts_the_pods_of_the_one_before() -> None:
     ref = ObjectRef("demo", "tiny")
-    pods = tuple(RuntimeReplica(pod) for pod in endpoints(slice_object(("a", {}), uid="an-older-uid")))
-    routes = table(replicas={ref: pods})
+    routes = table(replicas={ref: (RuntimeReplica(endpoint("a", "an-older-uid"), proven=True),)})
     assert routes.replicas_of(routes.bases[ref]) == ()
 
 
 def replica(pod: str, **state: Any) -> RuntimeReplica:
-    endpoint = Endpoint(ObjectRef("demo", "tiny"), None, f"uid-{pod}", pod, "http://x", ready=True, terminating=False)
     values = {"boot_id": "b", "ready": True, "draining": False, "in_flight": 0, "loaded": frozenset(), **state}
-    return RuntimeReplica(endpoint, RuntimeState(**values))
+    return RuntimeReplica(endpoint(pod), RuntimeState(**values), proven=True)
 
 
 def test_among_replicas_that_hold_the_adapter_the_least_busy_comes_first_and_no_draining_one_at_all() -> None:
@@ -245,8 +320,13 @@ def test_requests_to_the_base_go_to_the_least_busy_replica_by_what_this_gateway_
     assert [item.endpoint.pod_name for item in order] == ["a", "b"]
 
 
-def test_a_runtimes_own_word_beats_a_late_endpoint_slice() -> None:
-    late = Endpoint(ObjectRef("demo", "tiny"), None, "u", "p", "http://x", ready=False, terminating=False)
+def test_a_runtimes_own_report_overrides_its_pods_late_status() -> None:
+    late = endpoint("p", ready=False)
     state = RuntimeState("b", ready=True, draining=False, in_flight=0, loaded=frozenset())
-    assert RuntimeReplica(late, state).usable
-    assert not RuntimeReplica(late).usable
+    assert RuntimeReplica(late, state, proven=True).usable
+    assert not RuntimeReplica(late, proven=True).usable
+
+
+def test_a_pod_that_has_not_proved_itself_gets_no_request_however_ready_it_is() -> None:
+    assert not RuntimeReplica(endpoint("p")).usable
+    assert RuntimeReplica(endpoint("p"), proven=True).usable

@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def served(tokenizer: Path):
-    async with serving(tokenizer, token_sha256=token_sha256("t" * 64)) as runtime:
+    async with serving(tokenizer, token_sha256=token_sha256("t" * 64), pod_uid="pod") as runtime:
         yield runtime
 
 

@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 from fakes import FakeRuntime
 from gateway_world import KEY, FakeKube, adapter_object, base_object, key_of, until, until_it
+from pods import owner_objects, pod_object
 
 from lorapool_api.protocol import runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens
@@ -42,12 +43,12 @@ def secret(name: str = "main", text: str = KEY) -> dict[str, Any]:
     return {"metadata": {"name": name, "namespace": "lorapool"}, "data": encoded}
 
 
-def slice_of(port: int, *, ready: bool = True, terminating: bool = False) -> dict[str, Any]:
-    labels = {"lorapool.dev/base": "tiny", "lorapool.dev/base-uid": "base-demo-tiny"}
-    conditions = {"ready": ready, "terminating": terminating}
-    pod = {"addresses": ["127.0.0.1"], "conditions": conditions, "targetRef": {"uid": "pod-uid-1", "name": "pod-1"}}
-    metadata = {"name": "tiny-x", "namespace": "demo", "labels": labels}
-    return {"metadata": metadata, "endpoints": [pod], "ports": [{"name": "http", "port": port}]}
+def put_pod(api: FakeKube, pod: dict[str, Any]) -> None:
+    """Adds a pod of the base `demo/tiny` with its owners."""
+    deployment, replica_set = owner_objects()
+    api.put("deployments", deployment)
+    api.put("replicasets", replica_set)
+    api.put("pods", pod)
 
 
 class Watching:
@@ -70,6 +71,9 @@ class Watching:
     @property
     def names(self) -> set[str]:
         return {ref.name for ref in self.routes.table.adapters}
+
+    def replicas(self) -> list[Any]:
+        return list(self.routes.table.replicas.get(REF, ()))
 
     def replica(self) -> Any:
         found = self.routes.table.replicas.get(REF, ())
@@ -120,7 +124,7 @@ async def test_a_silent_connection_is_given_up_and_the_watch_goes_on_from_where_
 ) -> None:
     async with watching(api, tmp_path) as made:
         for watch in made.source.watches:
-            watch._inactivity_timeout_s = 0.2
+            watch.inactivity_timeout_s = 0.2
         await until(lambda: made.tables.synced)
         api.silent = True
         api.put("loraadapters", adapter_object("late"))
@@ -135,7 +139,7 @@ async def test_while_the_api_server_refuses_everything_the_last_tables_stay_and_
     async with watching(api, tmp_path) as made:
         await until(lambda: made.tables.synced)
         api.refuse = 503
-        for plural in ("basemodels", "loraadapters", "endpointslices", "secrets"):
+        for plural in ("basemodels", "loraadapters", "pods", "secrets"):
             api.expire(plural)
         await asyncio.sleep(1.0)
         assert made.names == {"route"}
@@ -210,7 +214,7 @@ async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_die
     runtime = FakeRuntime()
     async with watching(api, tmp_path) as made:
         async with runtime.running():
-            api.put("endpointslices", slice_of(runtime.port, ready=False))
+            put_pod(api, pod_object(runtime.port, ready=False))
             await until(lambda: made.replica() is not None and made.replica().usable)
             runtime.have(key_of("route"), "demo/route")
             await until(lambda: tuple(key_of("route")) in made.replica().state.loaded)
@@ -222,8 +226,38 @@ async def test_a_runtimes_state_follows_its_long_poll_and_is_dropped_when_it_die
             await until(lambda: made.replica().state is not None and made.replica().state.boot_id == "boot-2")
             assert made.replica().usable
             assert not made.replica().state.loaded
-            api.put("endpointslices", slice_of(runtime.port, terminating=True))
+            put_pod(api, pod_object(runtime.port, terminating=True))
             await until(lambda: not made.replica().usable)
+
+
+async def test_a_pod_that_does_not_prove_itself_gets_neither_a_request_nor_the_token(
+    api: FakeKube, tmp_path: Path
+) -> None:
+    forged, true = FakeRuntime(token="x" * 64), FakeRuntime()
+    async with watching(api, tmp_path) as made, forged.running(), true.running():
+        put_pod(api, pod_object(forged.port, name="forged"))
+        put_pod(api, pod_object(true.port, name="true"))
+        await until(lambda: [item.proven for item in made.replicas()] == [False, True])
+        assert [item.usable for item in made.replicas()] == [False, True]
+        assert made.replicas()[0].endpoint.ready
+        assert not any("t" * 64 in sent for sent in (*forged.authorizations, *true.authorizations))
+
+
+async def test_a_pod_that_its_base_does_not_own_is_not_even_polled(api: FakeKube, tmp_path: Path) -> None:
+    forged, true = FakeRuntime(), FakeRuntime()
+    async with watching(api, tmp_path) as made, forged.running(), true.running():
+        for number, raw in enumerate(
+            (
+                pod_object(forged.port, owner=""),
+                pod_object(forged.port, namespace="evil"),
+                pod_object(forged.port, owner="x"),
+            )
+        ):
+            raw["metadata"] |= {"name": f"forged-{number}", "uid": f"uid-forged-{number}"}
+            api.put("pods", raw)
+        put_pod(api, pod_object(true.port, name="true"))
+        await until(lambda: [item.usable for item in made.replicas()] == [True])
+    assert forged.authorizations == []
 
 
 async def test_a_runtime_that_drained_is_not_usable_after_its_end_until_another_process_answers(
@@ -338,7 +372,7 @@ async def test_on_sigterm_the_process_goes_unready_finishes_its_streams_and_leav
     environment = {**os.environ, **{prefix + name: value for name, value in values.items()}}
     runtime = FakeRuntime(token=runtime_token("m" * 64, "base-demo-tiny"), words=200, token_s=0.01)
     async with runtime.running():
-        api.put("endpointslices", slice_of(runtime.port))
+        put_pod(api, pod_object(runtime.port))
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "lorapool_gateway", env=environment, stderr=asyncio.subprocess.PIPE
         )

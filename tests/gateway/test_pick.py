@@ -28,10 +28,10 @@ ORDER = placement_order("a", [Placeable(f"pod-{letter}") for letter in "abcd"])
 
 
 def replica(pod: str, *, in_flight: int = 0, loaded: bool = False, failed: bool = False) -> RuntimeReplica:
-    endpoint = Endpoint(REF, None, pod, pod, f"http://{pod}", ready=True, terminating=False)
+    endpoint = Endpoint(REF, BASE.uid, pod, pod, f"http://{pod}", ready=True, terminating=False)
     digests = frozenset({("a", DIGEST)}) if loaded else frozenset()
     state = RuntimeState("boot", ready=True, draining=False, in_flight=in_flight, loaded=digests)
-    return RuntimeReplica(endpoint, state, failed)
+    return RuntimeReplica(endpoint, state, failed, proven=True)
 
 
 def order(target: Target, *replicas: RuntimeReplica, **in_flight: int) -> list[str]:

@@ -60,10 +60,10 @@ def test_no_other_setting_differs_from_kopfs_default() -> None:
     assert changed - NEW_IN_EACH <= PINNED.keys() | OBJECTS
 
 
-def test_kopf_watches_only_pods_and_deployments_of_bases() -> None:
+def test_kopf_watches_only_pods_and_their_owners_of_bases() -> None:
     selectors = pinned_settings().watching.label_selectors
-    assert len(selectors) == 2
-    assert selectors["pods"] == selectors["deployments.apps"] == "lorapool.dev/base"
+    assert len(selectors) == 3
+    assert {selectors[kind] for kind in ("pods", "replicasets.apps", "deployments.apps")} == {"lorapool.dev/base"}
 
 
 def test_kopf_neither_copies_an_object_nor_writes_to_it() -> None:

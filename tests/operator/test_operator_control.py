@@ -13,8 +13,9 @@ from aiohttp import web
 from fakes_operator import FakeInspector, ScriptedRuntime, digest
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from pods import owner_objects, pod_object
 
-from lorapool_api.common import GROUP, AdapterKey
+from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
 from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_operator import slices
@@ -90,10 +91,10 @@ class World:
         self.control.intake.adapter(self._raw(name, uid or f"{name}-uid", body), deleted=deleted)
 
     def pod(self, port: int) -> None:
-        raw = self._raw("pod", "pod-uid", {"containers": [{"ports": [{"name": "http", "containerPort": port}]}]})
-        raw["metadata"]["labels"] = {f"{GROUP}/base": "tiny", f"{GROUP}/base-uid": "base-uid"}
-        raw["status"] = {"podIP": "127.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]}
-        self.control.intake.pod(raw)
+        deployment, replica_set = owner_objects("team", base_uid="base-uid")
+        self.control.intake.pod(pod_object(port, name="pod", namespace="team", base_uid="base-uid"))
+        self.control.intake.replica_set(replica_set)
+        self.control.intake.deployment(deployment)
 
     def _raw(self, name: str, uid: str, spec: dict[str, Any]) -> dict[str, Any]:
         self.version += 1
@@ -177,12 +178,12 @@ async def test_a_process_without_the_lease_sends_no_put_and_no_delete_to_a_runti
         descriptor = AdapterDescriptor.model_validate({"display": "team/a", "source": {"uri": "hf://org/a"}})
         tracker = world.control.runtimes
         await until(lambda: tracker.polls > 0)
-        await tracker.register("pod-uid", key, descriptor)
+        await tracker.register("uid-pod", key, descriptor)
         leads = False
         with pytest.raises(FencedError):
-            await tracker.register("pod-uid", AdapterKey("b-uid", key.digest), descriptor)
+            await tracker.register("uid-pod", AdapterKey("b-uid", key.digest), descriptor)
         with pytest.raises(FencedError):
-            await tracker.unregister("pod-uid", key)
+            await tracker.unregister("uid-pod", key)
         assert list(runtime.adapters) == [key]
         await world.control.close()
 

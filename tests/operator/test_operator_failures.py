@@ -8,9 +8,8 @@ from typing import Any
 import operator_world
 import pytest
 from fakes_operator import FakeInspector, ScriptedRuntime
-from operator_world import Api, condition, running_operator, token_of, until
+from operator_world import Api, condition, labels_of, running_operator, token_of, until
 
-from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID
 from lorapool_operator.world.cluster_cache import AdapterObject
 
 pytestmark = pytest.mark.apiserver
@@ -32,10 +31,10 @@ async def warned(api: Api, reason: str) -> bool:
 
 
 async def failing_pod(api: Api, base: dict[str, Any], state: dict[str, Any]) -> None:
-    labels = {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
+    metadata = {"name": "tiny-0", "labels": labels_of(base), **await api.owners(base)}
     container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": 1}]}
     spec = {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"}
-    await api.create("pods", {"metadata": {"name": "tiny-0", "labels": labels}, "spec": spec})
+    await api.create("pods", {"metadata": metadata, "spec": spec})
     status = {"phase": "Pending", "containerStatuses": [
         {"name": "runtime", "image": "none", "imageID": "", "ready": False, "restartCount": 0, "state": state}
     ]}  # fmt: skip

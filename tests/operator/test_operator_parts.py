@@ -11,15 +11,12 @@ from hypothesis import strategies as st
 
 from lorapool_api.common import GROUP
 from lorapool_api.settings import SettingsError
-from lorapool_gateway.routing.objects import adapter_route
-from lorapool_gateway.routing.routes import RouteTable
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.decisions.plan_unreadable import plan_unreadable
 from lorapool_operator.effects.cluster import merge_patch
 from lorapool_operator.settings import read_settings
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import (
-    AdapterObject,
     ClusterCache,
     Key,
     ObjectKind,
@@ -284,45 +281,6 @@ def test_an_object_that_cannot_be_parsed_is_not_ready_and_says_so_once(status: d
     assert plan.event.type == "Warning"
     assert [item for item in plan.status["conditions"] if item["type"] == "Resolved"] == status.get("conditions", [])
     assert plan_unreadable(UnreadableObject(raw | {"status": plan.status}, "spec.dtype: not known"), 9.0) is None
-
-
-def adapter_of(cache: ClusterCache, name: str) -> AdapterObject:
-    found = cache.adapters.get("team", name)
-    assert found is not None
-    return found
-
-
-def test_an_alias_is_held_by_the_oldest_of_a_namespace() -> None:
-    cache = ClusterCache()
-    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
-    intake.adapter(raw_adapter("young", 2, uid="y", alias="fast", created="2026-02-01T00:00:00Z"))
-    intake.adapter(raw_adapter("old", 3, uid="o", alias="fast"))
-    assert cache.name_holder(adapter_of(cache, "young")) == Key(ObjectKind.ADAPTER, "team", "old")
-    assert cache.name_holder(adapter_of(cache, "old")) is None
-    intake.adapter(raw_adapter("old", 3, uid="o"), deleted=True)
-    assert cache.name_holder(adapter_of(cache, "young")) is None
-
-
-def test_of_two_aliases_of_the_same_second_the_smaller_uid_wins_as_in_the_gateway() -> None:
-    cache = ClusterCache()
-    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
-    intake.adapter(raw_adapter("first", 2, uid="z", alias="fast"))
-    intake.adapter(raw_adapter("second", 3, uid="a", alias="fast"))
-    assert cache.name_holder(adapter_of(cache, "first")) == Key(ObjectKind.ADAPTER, "team", "second")
-    routes = [adapter_route(raw_adapter("first", 2, uid="z", alias="fast")),
-              adapter_route(raw_adapter("second", 3, uid="a", alias="fast"))]  # fmt: skip
-    assert RouteTable.of([], routes, {}).extra["fast"][0].ref.name == "second"
-
-
-def test_served_names_and_names_of_objects_take_part_in_the_conflict() -> None:
-    cache = ClusterCache()
-    intake = Intake(cache, WorkQueue[Key]().add, counts_interval_s=1.0)
-    base = raw_adapter("tiny", 1, uid="b") | {"spec": {"source": {"uri": "hf://org/b"}, "servedName": "fast"}}
-    intake.base(base)
-    intake.adapter(raw_adapter("a", 2, uid="y", alias="fast", created="2026-02-01T00:00:00Z"))
-    intake.adapter(raw_adapter("c", 3, uid="z", alias="a"))
-    assert cache.name_holder(adapter_of(cache, "a")) == Key(ObjectKind.BASE, "team", "tiny")
-    assert cache.name_holder(adapter_of(cache, "c")) == Key(ObjectKind.ADAPTER, "team", "a")
 
 
 def test_a_parsed_pod_has_the_runtimes_address_and_the_reason_why_it_does_not_run() -> None:

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 from fakes_operator import ScriptedRuntime
-from operator_world import Api, condition, operator_program, token_of, until
-
-from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID
+from operator_world import Api, condition, labels_of, operator_program, token_of, until
 
 pytestmark = pytest.mark.apiserver
 
@@ -31,10 +29,10 @@ async def base_of(api: Api, name: str) -> dict[str, Any]:
 
 
 async def pending_pod(api: Api, base: dict[str, Any], name: str) -> None:
-    labels = {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
+    metadata = {"name": name, "labels": labels_of(base), **await api.owners(base)}
     container = {"name": "runtime", "image": "none", "resources": {"limits": {"nvidia.com/gpu": "1"}}}
     spec = {"containers": [container], "automountServiceAccountToken": False}
-    await api.create("pods", {"metadata": {"name": name, "labels": labels}, "spec": spec})
+    await api.create("pods", {"metadata": metadata, "spec": spec})
     status = {"phase": "Pending", "conditions": [UNSCHEDULABLE]}
     await api.patch("pods", name, {"status": status}, sub="status")
 

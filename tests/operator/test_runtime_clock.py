@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from fakes_operator import ScriptedRuntime
+from pods import adopt
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import runtime_token
@@ -34,7 +35,8 @@ async def test_a_nodes_wrong_clock_shifts_no_time_of_its_runtime(behind_s: float
         runtime.load = {"now_unix_s": time.time() - behind_s, "last_request_unix_s": used - behind_s}
         key = Key(ObjectKind.BASE, "team", "tiny")
         meta = replace(META, name="pod", uid="pod-uid")
-        cache.pods.put(PodObject(meta, key, "base-uid", "127.0.0.1", runtime.port, True, False, ""))
+        cache.bases.put(BASE)
+        adopt(cache, PodObject(meta, key, "base-uid", "127.0.0.1", runtime.port, True, False, ""))
         tracker.follow_pods()
         await asyncio.wait_for(changed.wait(), 10)
         [view] = tracker.views_of(BASE)

@@ -34,6 +34,10 @@ class World:
         return str(self.summary["namespace"])
 
     @property
+    def keys_namespace(self) -> str:
+        return f"{self.namespace}-keys"
+
+    @property
     def gateway(self) -> str:
         return str(self.summary["gateway_url"])
 

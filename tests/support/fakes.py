@@ -30,6 +30,7 @@ from lorapool_api.openai import (
     UnauthenticatedError,
     UnavailableError,
 )
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     USAGE_COMMENT,
     AdapterDescriptor,
@@ -91,6 +92,8 @@ class Seen:
 @dataclass
 class FakeRuntime:
     token: str = "t" * 64
+    pod_uid: str | None = None
+    """The pod that this runtime proves to be; None: each one that it is polled as, as a test rarely knows the uid."""
     served_name: str = "tiny"
     token_s: float = 0.0
     load_s: float = 0.0
@@ -106,6 +109,8 @@ class FakeRuntime:
     seen: list[Seen] = field(default_factory=list)
     puts: list[AdapterKey] = field(default_factory=list)
     polls: int = 0
+    authorizations: list[str] = field(default_factory=list)
+    """The credentials of all requests, in order."""
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
     port: int = 0
     _runner: web.AppRunner | None = None
@@ -192,8 +197,10 @@ class FakeRuntime:
     async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             if request.path not in ("/healthz", "/readyz"):
-                sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
-                if token_sha256(sent) != token_sha256(self.token):
+                authorization = request.headers.get("Authorization", "")
+                self.authorizations.append(authorization)
+                sent = token_sha256(authorization.removeprefix("Bearer "))
+                if sent != token_sha256(self.token) and self._challenge(request) is None:
                     raise UnauthenticatedError("wrong token")
             answer: web.StreamResponse = await handler(request)
             return answer
@@ -212,7 +219,16 @@ class FakeRuntime:
                     await self._changed.wait()
             except TimeoutError:
                 pass
-        return web.json_response(self.snapshot().dump())
+        body, challenge = json.dumps(self.snapshot().dump()).encode(), self._challenge(request)
+        proof = challenge.answer(token_sha256(self.token), body) if challenge is not None else ""
+        return web.Response(body=body, content_type="application/json", headers={HEADER_PROOF: proof})
+
+    def _challenge(self, request: web.Request) -> Challenge | None:
+        """The challenge of a poll that means this pod and comes from a poller that knows the token."""
+        challenge = Challenge.parse(request.headers.get("Authorization", ""))
+        if challenge is None or request.path != "/v1/runtime" or not challenge.is_from(token_sha256(self.token)):
+            return None
+        return challenge if self.pod_uid in (None, challenge.pod_uid) else None
 
     async def _put(self, request: web.Request) -> web.Response:
         key = AdapterKey(request.match_info["uid"], request.match_info["digest"])

@@ -20,7 +20,7 @@ from fakes import FakeRuntime, digest_of
 from lorapool_api.common import AdapterKey
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.process import client_session
+from lorapool_gateway.process import client_session, key_guard
 from lorapool_gateway.requests.attempt import RuntimeClient
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.http_client import HttpClient
@@ -66,6 +66,7 @@ def base_object(name: str = "tiny", namespace: str = "demo", created: str = CREA
             "resourceVersion": "1",
         },
         "spec": {"source": {"uri": "hf://org/tiny"}, "replicas": 1, **spec},
+        "status": {"servedName": spec["servedName"]} if "servedName" in spec else {},
     }
 
 
@@ -79,9 +80,11 @@ def adapter_object(
     status: dict[str, Any] | None = None,
     generation: int = 1,
     uid: str | None = None,
+    alias_granted: bool = True,
     **spec: Any,
 ) -> dict[str, Any]:
-    """A LoraAdapter, Ready but not loaded unless a status is given."""
+    """A LoraAdapter, Ready but not loaded unless a status is given, with its alias unless `alias_granted` is False."""
+    found = ready_status(digest_of(name)) if status is None else status
     reference = {"name": base} if base_namespace is None else {"name": base, "namespace": base_namespace}
     return {
         "metadata": {
@@ -93,7 +96,7 @@ def adapter_object(
             "resourceVersion": "1",
         },
         "spec": {"baseModelRef": reference, "source": {"uri": f"hf://org/{name}"}, **spec},
-        "status": ready_status(digest_of(name)) if status is None else status,
+        "status": {**({"alias": spec["alias"]} if "alias" in spec and alias_granted else {}), **found},
     }
 
 
@@ -148,8 +151,9 @@ class World:
     def __post_init__(self) -> None:
         self.http = HttpClient(read_timeout_s=self.settings.request_timeout_s)
         self.runtimes = RuntimeClient(self.http, lambda base: self.tokens)
-        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics)
-        self.gateway = Gateway(self.settings, self.routes, self.keys, dispatcher, self.metrics)
+        guard = key_guard(self.settings, self.keys, self.metrics)
+        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics, guard)
+        self.gateway = Gateway(self.settings, self.routes, guard, dispatcher, self.metrics)
 
     # --- what happens in the cluster
 
@@ -167,10 +171,10 @@ class World:
         """Adds a ready pod of the base with the snapshot of this runtime, or an address where none listens."""
         url = runtime if isinstance(runtime, str) else runtime.url
         ref = ObjectRef("demo", base)
-        endpoint = Endpoint(ref, None, f"uid-{pod}", pod, url, ready=True, terminating=False)
+        endpoint = Endpoint(ref, f"base-demo-{base}", f"uid-{pod}", pod, url, ready=True, terminating=False)
         state = None if isinstance(runtime, str) else runtime_state(runtime.snapshot())
         kept = [item for item in self.replicas.get(ref, []) if item.endpoint.pod_name != pod]
-        self.replicas[ref] = [*kept, replace(RuntimeReplica(endpoint, state), **more)]
+        self.replicas[ref] = [*kept, replace(RuntimeReplica(endpoint, state, proven=True), **more)]
         self.publish()
 
     def gone(self, pod: str = "pod-a") -> None:
@@ -239,6 +243,7 @@ class FakeKube:
     watches: list[str] = field(default_factory=list)
     port: int = 0
     _version: int = 10
+    _deleted: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     _streams: dict[str, list[asyncio.Queue[dict[str, Any]]]] = field(default_factory=dict)
 
     def put(self, plural: str, raw: dict[str, Any]) -> None:
@@ -253,6 +258,7 @@ class FakeKube:
         self._version += 1
         raw = self.objects[plural].pop(name)
         raw["metadata"]["resourceVersion"] = str(self._version)
+        self._deleted.append((plural, raw))
         self._send(plural, {"type": "DELETED", "object": raw})
 
     def expire(self, plural: str) -> None:
@@ -313,6 +319,9 @@ class FakeKube:
         for raw in self.objects.get(plural, {}).values():
             if int(raw["metadata"]["resourceVersion"]) > since and not self.silent:
                 queue.put_nowait({"type": "MODIFIED", "object": raw})
+        for raw in (raw for kind, raw in self._deleted if kind == plural):
+            if int(raw["metadata"]["resourceVersion"]) > since and not self.silent:
+                queue.put_nowait({"type": "DELETED", "object": raw})
         self._streams.setdefault(plural, []).append(queue)
         out = web.StreamResponse()
         await out.prepare(request)

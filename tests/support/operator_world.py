@@ -23,9 +23,10 @@ import aiohttp
 from apiserver import ApiServer
 from fakes_operator import FakeInspector
 
-from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, VERSION
+from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, LABEL_MANAGED_BY, VERSION
 from lorapool_api.protocol import runtime_token
 from lorapool_artifacts.settings import SourceSettings
+from lorapool_operator.decisions.manifests import MANAGED_BY
 from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings
 
@@ -39,6 +40,7 @@ ROOTS = {
     "loraadapters": OURS,
     "configmaps": "/api/v1",
     "deployments": "/apis/apps/v1",
+    "replicasets": "/apis/apps/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
     "serviceaccounts": "/api/v1",
@@ -138,17 +140,31 @@ class Api:
 
     async def runtime_pod(self, base: dict[str, Any], name: str, port: int) -> dict[str, Any]:
         """Creates a ready runtime pod of a base; its runtime listens on a port of this machine."""
-        labels = {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
+        labels = labels_of(base)
         container = {"name": "runtime", "image": "none", "ports": [{"name": "http", "containerPort": port}]}
         body = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
+            "metadata": {"name": name, "labels": labels, **await self.owners(base)},
             "spec": {"containers": [container], "automountServiceAccountToken": False, "nodeName": "nowhere"},
         }
         made = await self.create("pods", body)
         await self.pod_ready(name)
         return made
+
+    async def owners(self, base: dict[str, Any]) -> dict[str, Any]:
+        """The `ownerReferences` of a base's pods. Creates what no controller creates here, a ReplicaSet each time."""
+        name, labels = f"{base['metadata']['name']}-runtime", labels_of(base)
+        deployment = await self.find("deployments", name)
+        template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "runtime", "image": "none"}]}}
+        spec = {"selector": {"matchLabels": labels}, "template": template}
+        if deployment is None:
+            owner = owned_by("BaseModel", base, API_VERSION)
+            metadata = {"name": name, "labels": {**labels, LABEL_MANAGED_BY: MANAGED_BY}, **owner}
+            deployment = await self.create("deployments", {"metadata": metadata, "spec": {"replicas": 1, **spec}})
+        metadata = {"generateName": f"{name}-", "labels": labels, **owned_by("Deployment", deployment, "apps/v1")}
+        replica_set = await self.create("replicasets", {"metadata": metadata, "spec": spec})
+        return owned_by("ReplicaSet", replica_set, "apps/v1")
 
     async def pod_ready(self, name: str, ready: bool = True) -> None:
         status = {
@@ -158,6 +174,16 @@ class Api:
             "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
         }
         await self.patch("pods", name, {"status": status}, sub="status")
+
+
+def labels_of(base: dict[str, Any]) -> dict[str, str]:
+    return {LABEL_BASE: base["metadata"]["name"], LABEL_BASE_UID: base["metadata"]["uid"]}
+
+
+def owned_by(kind: str, owner: dict[str, Any], version: str) -> dict[str, Any]:
+    """The part of an object's metadata that names its controller."""
+    reference = {"apiVersion": version, "kind": kind, "controller": True}
+    return {"ownerReferences": [{**reference, **{key: owner["metadata"][key] for key in ("name", "uid")}}]}
 
 
 def token_of(base: dict[str, Any]) -> str:

@@ -75,6 +75,10 @@
   value: {{ include "lorapool.watchNamespaces" . | fromJsonArray | join "," | default "*" | quote }}
 - name: LORAPOOL_GATEWAY_KEYS_NAMESPACE
   value: {{ include "lorapool.keysNamespace" . }}
+- name: LORAPOOL_GATEWAY_KEYS_MAX_AGE_S
+  value: {{ .Values.apiKeys.maxAgeSeconds | int64 | quote }}
+- name: LORAPOOL_GATEWAY_KEYS_WHEN_STALE
+  value: {{ .Values.apiKeys.whenStale }}
 - name: LORAPOOL_GATEWAY_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
 - name: LORAPOOL_GATEWAY_LOG_LEVEL

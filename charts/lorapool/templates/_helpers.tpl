@@ -84,18 +84,9 @@ annotations:
 {{- end -}}
 {{- end -}}
 
-{{/* Namespaces that get a policy for runtime pods, as a JSON list. */}}
-{{- define "lorapool.runtimeNamespaces" -}}
-{{- if eq .Values.scope "cluster" -}}
-{{- default (list .Release.Namespace) .Values.networkPolicy.runtimeNamespaces | uniq | sortAlpha | toJson -}}
-{{- else -}}
-{{- include "lorapool.watchNamespaces" . -}}
-{{- end -}}
-{{- end -}}
-
 {{/* Namespace of the API key Secrets. */}}
 {{- define "lorapool.keysNamespace" -}}
-{{- default .Release.Namespace .Values.apiKeys.namespace -}}
+{{- default (printf "%s-keys" (.Release.Namespace | trunc 58)) .Values.apiKeys.namespace -}}
 {{- end -}}
 
 {{/* A component's PodDisruptionBudget. Call with (list $ "gateway"). */}}
@@ -205,8 +196,12 @@ affinity:
 {{- if and (eq .Values.scope "cluster") .Values.watchNamespaces -}}
 {{- fail "watchNamespaces must be empty with scope=cluster: the whole cluster is watched. Use scope=namespaced to watch a list." -}}
 {{- end -}}
-{{- if and (eq .Values.scope "namespaced") .Values.networkPolicy.runtimeNamespaces -}}
-{{- fail "networkPolicy.runtimeNamespaces is for scope=cluster only; with scope=namespaced every watched namespace gets the policy." -}}
+{{- if not .Values.apiKeys.namespace -}}
+{{- range (lookup "v1" "Secret" .Release.Namespace "").items -}}
+{{- if eq (dig "labels" "lorapool.dev/api-key" "" .metadata) "true" -}}
+{{- fail (printf "the API key %s is in the release's namespace, where the gateway no longer looks for keys by default. Move the keys to %s (docs/how-to/upgrade.md), or set apiKeys.namespace=%s." .metadata.name (include "lorapool.keysNamespace" $) $.Release.Namespace) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
 {{- fail "ingress.enabled needs at least one entry in ingress.hosts." -}}

@@ -60,3 +60,40 @@
   ports:
     - {protocol: TCP, port: 8000}
 {{- end -}}
+
+{{/* Where clouds give service accounts their identities. */}}
+{{- define "lorapool.netpol.cloudIdentity" -}}
+- to:
+    {{- range .Values.networkPolicy.cloudIdentity.blocks }}
+    - ipBlock:
+        {{- toYaml . | nindent 8 }}
+    {{- end }}
+  ports:
+    {{- range .Values.networkPolicy.cloudIdentity.ports }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+{{- end -}}
+
+{{/* What a runtime pod may connect to, and what may connect to it. Call with (list $ $profile). */}}
+{{- define "lorapool.netpol.runtime" -}}
+{{- $root := index . 0 -}}
+ingress:
+  - from:
+      {{- range $component := list "gateway" "operator" }}
+      - namespaceSelector:
+          matchLabels:
+            kubernetes.io/metadata.name: {{ $root.Release.Namespace }}
+        podSelector:
+          matchLabels:
+            {{- include "lorapool.selectorLabels" (list $root $component) | nindent 12 }}
+      {{- end }}
+    ports:
+      - {protocol: TCP, port: 8000}
+  {{- include "lorapool.netpol.metrics" $root | nindent 2 }}
+egress:
+  {{- include "lorapool.netpol.dns" $root | nindent 2 }}
+  {{- include "lorapool.netpol.sources" $root | nindent 2 }}
+  {{- if (index . 1).cloudIdentity }}
+  {{- include "lorapool.netpol.cloudIdentity" $root | nindent 2 }}
+  {{- end }}
+{{- end -}}

@@ -22,6 +22,7 @@ from lorapool_gateway.requests.refusal import Passed, Refusal
 from lorapool_gateway.requests.request import InferenceRequest
 from lorapool_gateway.requests.wake import Waker
 from lorapool_gateway.routing.auth import ApiKey
+from lorapool_gateway.routing.key_guard import KeyGuard
 from lorapool_gateway.routing.live_tables import RouteSource
 from lorapool_gateway.routing.objects import AdapterRoute, BaseRoute
 from lorapool_gateway.routing.outliers import Outliers
@@ -49,6 +50,7 @@ class Dispatcher:
         waker: Waker,
         runtimes: RuntimeClient,
         metrics: Metrics,
+        keys: KeyGuard,
         *,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
@@ -57,6 +59,7 @@ class Dispatcher:
         self._waker = waker
         self._runtimes = runtimes
         self._metrics = metrics
+        self._keys = keys
         self._hold = Hold(metrics.hold)
         self._outliers = Outliers()
         routes.subscribe(runtimes.pods.follow)
@@ -73,6 +76,7 @@ class Dispatcher:
         left: set[str] = set()
         while True:
             table = self._routes.table
+            key = self._keys.again(key)  # it may have been revoked while the request was held
             entry = table.find(request.model, key)
             record.names = _names(entry)
             resolved = table.check(entry, self._now_unix_s())

@@ -5,6 +5,7 @@ Tables are immutable, so a reader never sees a partial change and needs no lock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,6 +24,10 @@ class RouteSource(Protocol):
 class KeySource(Protocol):
     @property
     def table(self) -> KeyTable: ...
+
+    @property
+    def confirmed_s(self) -> Callable[[], float]:
+        """Returns when the keys were known last to be those of their source, in monotonic time; inf: at any time."""
 
 
 class LiveRoutes:
@@ -46,6 +51,7 @@ class LiveRoutes:
 class LiveKeys:
     def __init__(self, table: KeyTable = NO_KEYS) -> None:
         self._table = table
+        self.confirmed_s: Callable[[], float] = lambda: math.inf
 
     @property
     def table(self) -> KeyTable:

@@ -6,15 +6,17 @@ does not rebuild the tables. An object that cannot be parsed raises ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from lorapool_api.basemodel import KIND as BASE_KIND
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, BaseCondition, Reason, duration_s
 from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
-from lorapool_api.protocol import RUNTIME_PORT, AdapterState, RuntimeSnapshot, Tier
+from lorapool_api.ownership import Owned
+from lorapool_api.protocol import AdapterState, RuntimeSnapshot, Tier
 
 PORT_NAME = "http"
 _NO_POD_REASONS = frozenset(
@@ -45,6 +47,13 @@ class BaseRoute:
     """Reason of the last failed start; empty if none failed since a replica served."""
     next_start_unix_s: float = 0.0
     """The operator asks that the base is not started again before this time."""
+    extra_name: str | None = None
+    """The additional model name that the operator granted."""
+
+    @property
+    def names_in(self) -> str:
+        """The namespace in which its model names are unique."""
+        return self.ref.namespace
 
     @property
     def desired_replicas(self) -> int:
@@ -76,19 +85,36 @@ class AdapterRoute:
     message: str
     preferred_replicas: int = 1
     """The first k replicas of the adapter's placement order share its requests."""
+    extra_name: str | None = None
+    """The additional model name that the operator granted."""
+
+    @property
+    def names_in(self) -> str:
+        """The namespace of its base, whose owner's models have unique names."""
+        return self.base_ref.namespace
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address of an EndpointSlice."""
+    """A runtime pod of a base."""
 
     base_ref: ObjectRef
-    base_uid: str | None
+    base_uid: str
+    """Uid of the BaseModel that owns the pod."""
     pod_uid: str
     pod_name: str
     url: str
     ready: bool
     terminating: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimePod:
+    """A pod with the labels of a runtime; whether it is one, its owners show."""
+
+    owned: Owned
+    endpoint: Endpoint
+    """`base_ref` and `base_uid` are what the labels say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +143,13 @@ def base_route(raw: Mapping[str, Any]) -> BaseRoute:
         obstacle=_obstacle(raw),
         failed_start=str(start.get("reason") or ""),
         next_start_unix_s=unix_s(start.get("retryAt")),
+        extra_name=_granted(spec.served_name, (raw.get("status") or {}).get("servedName")),
     )
+
+
+def _granted(claimed: str | None, granted: str | None) -> str | None:
+    """The additional name, which counts while the operator's status says that the object has it."""
+    return claimed if claimed == granted and "/" not in (claimed or "") else None
 
 
 def _obstacle(raw: Mapping[str, Any]) -> str:
@@ -157,33 +189,38 @@ def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
         failure=status.failure,
         message=ready.message if ready is not None else "",
         preferred_replicas=status.placement.k if status.placement is not None else 1,
+        extra_name=_granted(spec.alias, status.alias),
     )
 
 
-def endpoints(raw: Mapping[str, Any]) -> Iterator[Endpoint]:
-    """The pods of one EndpointSlice; none if its labels name no base."""
-    metadata = raw["metadata"]
+def runtime_pod(raw: Mapping[str, Any]) -> RuntimePod | None:
+    """Parses a pod with the labels of a runtime; None while it has no address, or once it has ended."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
     labels = metadata.get("labels") or {}
-    base = labels.get(LABEL_BASE)
-    if not base:
-        return
-    port = _port(raw.get("ports") or [])
-    for item in raw.get("endpoints") or []:
-        addresses = item.get("addresses") or []
-        pod = item.get("targetRef") or {}
-        if not addresses or not pod.get("uid"):
-            continue
-        host = str(addresses[0])
-        conditions = item.get("conditions") or {}
-        yield Endpoint(
-            base_ref=ObjectRef(str(metadata["namespace"]), str(base)),
-            base_uid=labels.get(LABEL_BASE_UID),
-            pod_uid=str(pod["uid"]),
-            pod_name=str(pod.get("name", "")),
-            url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-            ready=conditions.get("ready") is not False,  # the API defines an absent value as ready
-            terminating=bool(conditions.get("terminating")),
-        )
+    host, port = str(status.get("podIP") or ""), _runtime_port(raw.get("spec") or {})
+    if not host or not port or status.get("phase") in ("Succeeded", "Failed"):
+        return None
+    ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
+    endpoint = Endpoint(
+        base_ref=ObjectRef(str(metadata["namespace"]), str(labels.get(LABEL_BASE, ""))),
+        base_uid=str(labels.get(LABEL_BASE_UID, "")),
+        pod_uid=str(metadata["uid"]),
+        pod_name=str(metadata["name"]),
+        url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+        ready=ready,
+        terminating=metadata.get("deletionTimestamp") is not None,
+    )
+    return RuntimePod(Owned.parse(metadata, "ReplicaSet"), endpoint)
+
+
+def replica_set(raw: Mapping[str, Any]) -> Owned:
+    """Parses a ReplicaSet with its Deployment's uid."""
+    return Owned.parse(raw["metadata"], "Deployment")
+
+
+def deployment(raw: Mapping[str, Any]) -> Owned:
+    """Parses a Deployment with its BaseModel's uid."""
+    return Owned.parse(raw["metadata"], BASE_KIND)
 
 
 def runtime_state(snapshot: RuntimeSnapshot, before: RuntimeState | None = None) -> RuntimeState:
@@ -219,6 +256,7 @@ def unix_s(text: str | None) -> float:
     return datetime.fromisoformat(text).timestamp() if text else 0.0
 
 
-def _port(ports: list[Mapping[str, Any]]) -> int:
-    named = [item for item in ports if item.get("name") == PORT_NAME] or ports
-    return int(named[0].get("port") or RUNTIME_PORT) if named else RUNTIME_PORT
+def _runtime_port(spec: Mapping[str, Any]) -> int:
+    """The container port named http, on which the runtime listens; 0 for none."""
+    ports = (port for container in spec.get("containers") or () for port in container.get("ports") or ())
+    return next((int(port["containerPort"]) for port in ports if port.get("name") == PORT_NAME), 0)

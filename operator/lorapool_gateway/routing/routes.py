@@ -1,8 +1,10 @@
 """Resolves a model name for a caller to the weights that the request will run on. Pure.
 
 The table is immutable and replaced whole. An unknown and a forbidden model look the same to a caller, and no name ever
-falls back to the base. Names are tried in this order: `namespace/name`; `name`, if exactly one object that the caller
-may see has it; an alias or a base's served name, which belongs to the oldest object that claims it.
+falls back to the base. A name with a slash is a full name, `namespace/name`, and nothing else. One without is the name
+of an object, or the alias or served name that the operator granted to one. Among the models of one base owner a granted
+name takes precedence over the name of an object, which may have been created later to take its requests. A name that
+means several models is refused, unless one of them is in the key's default namespace.
 
     check -> Target    pinned to the base, or to the adapter's uid and digest
           -> Pending   no digest yet, or the source is being checked again: hold the request
@@ -35,11 +37,13 @@ class RuntimeReplica:
     state: RuntimeState | None = None
     """None: its long-poll has not answered yet, or has failed."""
     poll_failed: bool = False
+    proven: bool = False
+    """It has proved to be this pod of this base. No other is sent a request, or the token with it."""
 
     @property
     def usable(self) -> bool:
         """Whether requests may be sent to it. The runtime's own report overrides the API server's."""
-        if self.endpoint.terminating:
+        if self.endpoint.terminating or not self.proven:
             return False
         if self.state is not None:
             return self.state.ready and not self.state.draining
@@ -115,7 +119,7 @@ class RouteTable:
         adapters: Iterable[AdapterRoute],
         replicas: Mapping[ObjectRef, tuple[RuntimeReplica, ...]],
     ) -> RouteTable:
-        """Builds the table. Each list of objects that claim a name is oldest first; the first one owns the name."""
+        """Builds the table. Of a base and an adapter with the same full name, the older one has it."""
         entries: list[Entry] = [*bases, *adapters]
         entries.sort(key=lambda item: (item.created_unix_s, item.uid))
         canonical: dict[str, list[Entry]] = {}
@@ -124,8 +128,8 @@ class RouteTable:
         for entry in entries:
             canonical.setdefault(str(entry.ref), []).append(entry)
             short.setdefault(entry.ref.name, []).append(entry)
-            if other := _other_name(entry):
-                extra.setdefault(other, []).append(entry)
+            if entry.extra_name:
+                extra.setdefault(entry.extra_name, []).append(entry)
         return cls(
             bases={entry.ref: entry for entry in entries if isinstance(entry, BaseRoute)},
             adapters={entry.ref: entry for entry in entries if isinstance(entry, AdapterRoute)},
@@ -137,17 +141,33 @@ class RouteTable:
 
     def find(self, model: str, key: ApiKey) -> Entry:
         """The object with this model name. Raises ModelNotFoundError."""
-        for index, must_be_alone in ((self.canonical, False), (self.short, True), (self.extra, False)):
-            visible = [entry for entry in index.get(model, ()) if key.sees(entry.ref.namespace)]
-            if not visible:
-                continue
-            if must_be_alone and len(visible) > 1:
-                break
-            entry = visible[0]
-            if isinstance(entry, AdapterRoute) and self._refused(entry):
-                break
-            return entry
-        raise ModelNotFoundError(model)
+        if "/" in model:
+            found = self._usable(self.canonical.get(model, ()), key)[:1]
+        else:
+            found = self._meant(self._claims(model, key), key)
+        if len(found) != 1:
+            raise ModelNotFoundError(model, sorted({str(entry.ref) for entry in found}))
+        return found[0]
+
+    def _claims(self, model: str, key: ApiKey) -> list[Entry]:
+        """The objects that a short name may mean."""
+        granted = self._usable(self.extra.get(model, ()), key)
+        taken = {entry.names_in for entry in granted}
+        return granted + [
+            entry for entry in self._usable(self.short.get(model, ()), key) if entry.names_in not in taken
+        ]
+
+    def _usable(self, entries: Iterable[Entry], key: ApiKey) -> list[Entry]:
+        """Those that the key may see and whose base admits them: no other object has any influence on a name."""
+        return [
+            entry
+            for entry in entries
+            if key.permits(entry.ref) and not (isinstance(entry, AdapterRoute) and self._refused(entry))
+        ]
+
+    @staticmethod
+    def _meant(claims: list[Entry], key: ApiKey) -> list[Entry]:
+        return [entry for entry in claims if entry.ref.namespace == key.default_namespace] or claims
 
     def resolve(self, model: str, key: ApiKey, now_unix_s: float) -> Target | Pending:
         """`find` and `check` in one call."""
@@ -181,11 +201,11 @@ class RouteTable:
 
     def visible(self, key: ApiKey) -> list[Entry]:
         """The model list: bases, then adapters, sorted by name, without adapters that no request could use."""
-        bases = [base for base in self.bases.values() if key.sees(base.ref.namespace)]
+        bases = [base for base in self.bases.values() if key.permits(base.ref)]
         adapters = [
             adapter
             for adapter in self.adapters.values()
-            if key.sees(adapter.ref.namespace) and not adapter.spec.suspend and not self._refused(adapter)
+            if key.permits(adapter.ref) and not adapter.spec.suspend and not self._refused(adapter)
         ]
         bases.sort(key=lambda item: item.ref)
         adapters.sort(key=lambda item: item.ref)
@@ -194,9 +214,8 @@ class RouteTable:
     def names_of(self, entry: Entry, key: ApiKey) -> list[str]:
         """The model names under which the list shows an object: its full name, and its alias if that leads to it."""
         found = [str(entry.ref)]
-        other = _other_name(entry)
-        if other and self._leads_to(other, entry, key):
-            found.append(other)
+        if entry.extra_name and self._leads_to(entry.extra_name, entry, key):
+            found.append(entry.extra_name)
         return found
 
     def _leads_to(self, model: str, entry: Entry, key: ApiKey) -> bool:
@@ -207,20 +226,17 @@ class RouteTable:
 
     def replicas_of(self, base: BaseRoute) -> tuple[RuntimeReplica, ...]:
         """The replicas of this very object: a recreated base never adopts the pods of its predecessor."""
-        return tuple(
-            replica
-            for replica in self.replicas.get(base.ref, ())
-            if replica.endpoint.base_uid is None or replica.endpoint.base_uid == base.uid
-        )
+        return tuple(replica for replica in self.replicas.get(base.ref, ()) if replica.endpoint.base_uid == base.uid)
 
     def _refused(self, adapter: AdapterRoute) -> bool:
-        """Whether the base does not, or no longer, admit this adapter's namespace."""
+        """Whether the base does not, or no longer, admit this adapter's namespace.
+
+        A base of another namespace that does not exist is the same to a guest as one that does not admit it.
+        """
         base = self.bases.get(adapter.base_ref)
-        return base is not None and not base.admits(adapter.ref.namespace)
-
-
-def _other_name(entry: Entry) -> str | None:
-    return entry.spec.served_name if isinstance(entry, BaseRoute) else entry.spec.alias
+        if base is None:
+            return adapter.base_ref.namespace != adapter.ref.namespace
+        return not base.admits(adapter.ref.namespace)
 
 
 def start_refusal(base: BaseRoute, now_unix_s: float) -> ApiError | None:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import aiohttp
 
-from lorapool_api.protocol import ROUTE_RUNTIME, RuntimeSnapshot
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge
+from lorapool_api.protocol import ROUTE_RUNTIME, RuntimeSnapshot, token_sha256
 from lorapool_gateway.routing.objects import RuntimeState, runtime_state
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,15 @@ class RuntimePolls:
         self._tasks: dict[str, tuple[PolledPod, asyncio.Task[None]]] = {}
         self.states: dict[str, RuntimeState] = {}
         """By pod uid; absent while unknown."""
+        self.proven: set[str] = set()
+        """Pods that have proved themselves since they have their present address."""
         self.failed: set[str] = set()
         """Pods whose last poll failed."""
+
+    @property
+    def polled_once(self) -> bool:
+        """True if every poll has answered or failed."""
+        return all(pod_uid in self.states or pod_uid in self.failed for pod_uid in self._tasks)
 
     def follow(self, pods: Mapping[str, PolledPod]) -> None:
         """Polls exactly these pods, by pod uid, from now on."""
@@ -62,6 +70,7 @@ class RuntimePolls:
                 del self._tasks[pod_uid]
                 self.states.pop(pod_uid, None)
                 self.failed.discard(pod_uid)
+                self.proven.discard(pod_uid)
         for pod_uid, polled in pods.items():
             if pod_uid not in self._tasks:
                 task = asyncio.create_task(self._poll(pod_uid, polled), name=f"poll {polled.url}")
@@ -78,7 +87,7 @@ class RuntimePolls:
         failures = 0
         while True:
             try:
-                body = await self._get(polled, after, state)
+                body = await self._get(pod_uid, polled, after, state)
                 began_s = time.monotonic()
                 snapshot = RuntimeSnapshot.model_validate_json(body)
                 state = runtime_state(snapshot, state)
@@ -94,28 +103,34 @@ class RuntimePolls:
                 continue
             failures = 0
             after = snapshot.seq
+            self.proven.add(pod_uid)
             self._set(pod_uid, state)
             await asyncio.sleep(max(INTERVAL_S, PARSE_SHARE * spent_s))
 
-    async def _get(self, polled: PolledPod, after: int, state: RuntimeState | None) -> bytes:
+    async def _get(self, pod_uid: str, polled: PolledPod, after: int, state: RuntimeState | None) -> bytes:
         *earlier, last = self._tokens(polled.base_uid)
         for token in earlier:
             try:
-                return await self._call(polled, after, state, token)
+                return await self._call(pod_uid, polled, after, state, token)
             except aiohttp.ClientResponseError as error:
                 if error.status != HTTPStatus.UNAUTHORIZED:
                     raise
-        return await self._call(polled, after, state, last)
+        return await self._call(pod_uid, polled, after, state, last)
 
-    async def _call(self, polled: PolledPod, after: int, state: RuntimeState | None, token: str) -> bytes:
+    async def _call(self, pod_uid: str, polled: PolledPod, after: int, state: RuntimeState | None, token: str) -> bytes:
+        """One poll, which does not carry the token. Raises ProofError unless this pod itself answers."""
+        digest = token_sha256(token)
+        challenge = Challenge.new(digest, pod_uid)
         params = {} if state is None else {"after": str(after), "boot": state.boot_id, "wait": str(POLL_WAIT_S)}
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": challenge.authorization}
         limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + ANSWER_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(
             polled.url + ROUTE_RUNTIME, params=params, headers=headers, timeout=limits, allow_redirects=False
         ) as response:
             response.raise_for_status()
-            return await response.read()
+            body = await response.read()
+        challenge.check(digest, response.headers.get(HEADER_PROOF), body)
+        return body
 
     def _set(self, pod_uid: str, state: RuntimeState | None) -> None:
         failed = state is None

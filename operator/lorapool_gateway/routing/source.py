@@ -7,6 +7,7 @@ implementations are `watch` with `kube`, and `lorapool_serve`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,21 +24,30 @@ class Kind(StrEnum):
 
     BASES = "basemodels"
     ADAPTERS = "loraadapters"
-    ENDPOINT_SLICES = "endpointslices"
+    PODS = "pods"
+    REPLICA_SETS = "replicasets"
+    DEPLOYMENTS = "deployments"
     API_KEYS = "secrets"
 
 
 class ObjectCache(Generic[T]):
     """Parsed objects of one kind. An object that cannot be parsed counts as absent: denied, not guessed."""
 
-    def __init__(self, kind: Kind, parse: Callable[[Mapping[str, Any]], T], on_change: Callable[[], None]) -> None:
-        """`on_change` is called after a change of a parsed value, not after every write to an object."""
+    def __init__(
+        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T | None], on_change: Callable[[], None]
+    ) -> None:
+        """`parse` returns None for an object without use; it counts as absent too.
+
+        `on_change` is called after a change of a parsed value, not after every write to an object.
+        """
         self.kind = kind
         self._parse = parse
         self._on_change = on_change
         self.objects: dict[ObjectRef, T] = {}
         self.synced = False
         """True once all objects were read. Stays True when the source is lost: an old table is better than none."""
+        self.confirmed_s = -math.inf
+        """When the source last said that these are its objects, in monotonic time."""
 
     def parse_all(self, raws: Iterable[Mapping[str, Any]]) -> dict[ObjectRef, T]:
         """Parses without changing the cache, so that a long list can be read in parts."""
@@ -78,7 +88,7 @@ class ObjectCache(Generic[T]):
 
 class ObjectSource(Protocol):
     def caches(
-        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T], on_change: Callable[[], None]
+        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T | None], on_change: Callable[[], None]
     ) -> Sequence[ObjectCache[T]]:
         """Empty caches that together will contain all objects of the kind; `run` fills them."""
 

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorapool_api.logs import audit
+from lorapool_api.ownership import Owners
 from lorapool_gateway.metrics import Metrics
-from lorapool_gateway.routing.auth import KeyTable, parse_key
+from lorapool_gateway.routing.auth import ApiKey, KeyTable, parse_key
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
-from lorapool_gateway.routing.objects import Endpoint, ObjectRef, adapter_route, base_route, endpoints
+from lorapool_gateway.routing.objects import (
+    BaseRoute,
+    Endpoint,
+    ObjectRef,
+    RuntimePod,
+    adapter_route,
+    base_route,
+    deployment,
+    replica_set,
+    runtime_pod,
+)
 from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls
 from lorapool_gateway.routing.source import Kind, ObjectCache, ObjectSource
@@ -36,14 +48,17 @@ class TableBuilder:
         self._dirty = asyncio.Event()
         self._objects_dirty = self._keys_dirty = False
         self.synced = False
-        """All objects were read once and both tables were built from them. It stays True: later changes are applied to
-        a table that serves."""
+        """All objects were read once, every runtime was polled once, and both tables were built from that. It stays
+        True: later changes are applied to a table that serves."""
         self.polls: RuntimePolls | None = None
         """Set before `run`; it reports back through `runtimes_changed`."""
         self._bases = source.caches(Kind.BASES, base_route, self._objects_changed)
         self._adapters = source.caches(Kind.ADAPTERS, adapter_route, self._objects_changed)
-        self._slices = source.caches(Kind.ENDPOINT_SLICES, lambda raw: tuple(endpoints(raw)), self.runtimes_changed)
+        self._pods = source.caches(Kind.PODS, runtime_pod, self.runtimes_changed)
+        self._replica_sets = source.caches(Kind.REPLICA_SETS, replica_set, self.runtimes_changed)
+        self._deployments = source.caches(Kind.DEPLOYMENTS, deployment, self.runtimes_changed)
         self._secrets = source.caches(Kind.API_KEYS, parse_key, self._secrets_changed)
+        keys.confirmed_s = lambda: min((cache.confirmed_s for cache in self._secrets), default=math.inf)
 
     async def run(self) -> None:
         """Keeps the caches current and rebuilds the tables until cancelled."""
@@ -52,7 +67,8 @@ class TableBuilder:
             group.create_task(self._rebuild(), name="rebuild tables")
 
     def _all(self) -> list[ObjectCache[Any]]:
-        return [*self._bases, *self._adapters, *self._slices, *self._secrets]
+        owners = (*self._replica_sets, *self._deployments)
+        return [*self._bases, *self._adapters, *self._pods, *owners, *self._secrets]
 
     def runtimes_changed(self) -> None:
         self._dirty.set()
@@ -79,7 +95,7 @@ class TableBuilder:
         self._objects_dirty = self._keys_dirty = False
         self._dirty.clear()
         if keys_dirty:
-            self._keys.publish(KeyTable.of(key for cache in self._secrets for key in cache.objects.values()))
+            self._publish_keys(KeyTable.of(key for cache in self._secrets for key in cache.objects.values()))
         if objects_dirty:
             bases = [base for cache in self._bases for base in cache.objects.values()]
             adapters = [adapter for cache in self._adapters for adapter in cache.objects.values()]
@@ -89,37 +105,55 @@ class TableBuilder:
             table = RouteTable.of(bases, adapters, {})
         else:
             table = self._routes.table
-        slices = (slice_ for cache in self._slices for slice_ in cache.objects.values())
-        pods = merge_endpoints(chain.from_iterable(slices))
+        pods = owned_pods((pod for cache in self._pods for pod in cache.objects.values()), self._owners(), table.bases)
         self._routes.publish(dataclasses.replace(table, replicas=self._replicas(pods)))
-        self._follow(pods, table)
-        self.synced = self.synced or all(cache.synced for cache in self._all())
+        self._follow(pods)
+        self.synced = self.synced or (all(cache.synced for cache in self._all()) and self._polled_once())
+
+    def _publish_keys(self, table: KeyTable) -> None:
+        before, after = {key.id: key for key in self._keys.table}, {key.id: key for key in table}
+        if self.synced:
+            _audit_keys(before, after)
+        self._metrics.sync_keys(after)
+        self._keys.publish(table)
+
+    def _polled_once(self) -> bool:
+        return self.polls is None or self.polls.polled_once
+
+    def _owners(self) -> Owners:
+        return Owners.of(
+            (item for cache in self._replica_sets for item in cache.objects.values()),
+            (item for cache in self._deployments for item in cache.objects.values()),
+        )
 
     def _replicas(self, pods: Iterable[Endpoint]) -> dict[ObjectRef, tuple[RuntimeReplica, ...]]:
-        states = self.polls.states if self.polls is not None else {}
-        failed = self.polls.failed if self.polls is not None else set()
         grouped: dict[ObjectRef, list[RuntimeReplica]] = {}
         for pod in pods:
-            replica = RuntimeReplica(pod, states.get(pod.pod_uid), pod.pod_uid in failed)
-            grouped.setdefault(pod.base_ref, []).append(replica)
+            state, failed, proven = None, False, False
+            if self.polls is not None:
+                state, failed = self.polls.states.get(pod.pod_uid), pod.pod_uid in self.polls.failed
+                proven = pod.pod_uid in self.polls.proven
+            grouped.setdefault(pod.base_ref, []).append(RuntimeReplica(pod, state, failed, proven))
         return {base: tuple(replicas) for base, replicas in grouped.items()}
 
-    def _follow(self, pods: Iterable[Endpoint], table: RouteTable) -> None:
-        if self.polls is None:
-            return
-        followed: dict[str, PolledPod] = {}
-        for pod in pods:
-            base = table.bases.get(pod.base_ref)
-            if base is not None and pod.base_uid in (None, base.uid) and not pod.terminating:
-                followed[pod.pod_uid] = PolledPod(pod.url, base.uid)
-        self.polls.follow(followed)
+    def _follow(self, pods: Iterable[Endpoint]) -> None:
+        if self.polls is not None:
+            self.polls.follow({pod.pod_uid: PolledPod(pod.url, pod.base_uid) for pod in pods if not pod.terminating})
 
 
-def merge_endpoints(pods: Iterable[Endpoint]) -> list[Endpoint]:
-    """One endpoint per pod. A pod has two while Kubernetes moves it between slices, or with two address families."""
-    merged: dict[str, Endpoint] = {}
-    for pod in pods:
-        known = merged.get(pod.pod_uid)
-        if known is None or (pod.ready, known.url) > (known.ready, pod.url):
-            merged[pod.pod_uid] = pod
-    return sorted(merged.values(), key=lambda item: item.pod_uid)
+def owned_pods(pods: Iterable[RuntimePod], owners: Owners, bases: Mapping[ObjectRef, BaseRoute]) -> list[Endpoint]:
+    """The pods, by uid, whose labels and owners name the same BaseModel, of their own namespace, that exists."""
+    found = [pod.endpoint for pod in pods if _belongs(pod, owners, bases.get(pod.endpoint.base_ref))]
+    return sorted(found, key=lambda item: item.pod_uid)
+
+
+def _belongs(pod: RuntimePod, owners: Owners, base: BaseRoute | None) -> bool:
+    return base is not None and pod.endpoint.base_uid == base.uid == owners.base_uid(pod.owned)
+
+
+def _audit_keys(before: Mapping[str, ApiKey], after: Mapping[str, ApiKey]) -> None:
+    for key_id in sorted(before.keys() - after.keys()):
+        audit("API key removed", api_key=key_id, owner=before[key_id].owner)
+    for key_id, key in sorted(after.items()):
+        if before.get(key_id) != key:
+            audit("API key changed" if key_id in before else "API key added", api_key=key_id, owner=key.owner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,6 +29,9 @@ PAGE_SIZE = "500"
 WATCH_S = (240, 300)
 """Length of one watch, drawn at random each time, so that gateways do not all reconnect together."""
 INACTIVITY_TIMEOUT_S = 70.0
+KEYS_WATCH_S = (12, 20)
+KEYS_INACTIVITY_TIMEOUT_S = 25.0
+"""A watch of API keys is short, so that a connection that died silently delays a revocation by less than 30 s."""
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 PAUSE_S = 0.1
 GONE = 410
@@ -35,10 +39,17 @@ GONE = 410
 API_OF = {
     Kind.BASES: f"/apis/{GROUP}/{VERSION}",
     Kind.ADAPTERS: f"/apis/{GROUP}/{VERSION}",
-    Kind.ENDPOINT_SLICES: "/apis/discovery.k8s.io/v1",
+    Kind.PODS: "/api/v1",
+    Kind.REPLICA_SETS: "/apis/apps/v1",
+    Kind.DEPLOYMENTS: "/apis/apps/v1",
     Kind.API_KEYS: "/api/v1",
 }
-SELECTOR_OF = {Kind.ENDPOINT_SLICES: LABEL_BASE, Kind.API_KEYS: f"{LABEL_API_KEY}=true"}
+SELECTOR_OF = {
+    Kind.PODS: LABEL_BASE,
+    Kind.REPLICA_SETS: LABEL_BASE,
+    Kind.DEPLOYMENTS: LABEL_BASE,
+    Kind.API_KEYS: f"{LABEL_API_KEY}=true",
+}
 
 
 class KubeApi(EventTarget, Protocol):
@@ -68,7 +79,7 @@ class KubeSource:
         self.watches: list[Watch[Any]] = []
 
     def caches(
-        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T], on_change: Callable[[], None]
+        self, kind: Kind, parse: Callable[[Mapping[str, Any]], T | None], on_change: Callable[[], None]
     ) -> Sequence[ObjectCache[T]]:
         scopes = self._scopes
         if kind is Kind.API_KEYS:
@@ -76,7 +87,10 @@ class KubeSource:
         made = [ObjectCache(kind, parse, on_change) for _ in scopes]
         for scope, cache in zip(scopes, made, strict=True):
             path = f"{API_OF[kind]}{scope}/{kind}"
-            self.watches.append(Watch(self._kube, cache, path, self._on_error, selector=SELECTOR_OF.get(kind)))
+            watch = Watch(self._kube, cache, path, self._on_error, selector=SELECTOR_OF.get(kind))
+            if kind is Kind.API_KEYS:
+                watch.length_s, watch.inactivity_timeout_s = KEYS_WATCH_S, KEYS_INACTIVITY_TIMEOUT_S
+            self.watches.append(watch)
         return made
 
     async def run(self) -> None:
@@ -107,7 +121,8 @@ class Watch(Generic[T]):
         self._path = path
         self._on_error = on_error
         self._params = {"labelSelector": selector} if selector else {}
-        self._inactivity_timeout_s = inactivity_timeout_s
+        self.inactivity_timeout_s = inactivity_timeout_s
+        self.length_s = WATCH_S
         self._version: str | None = None
         """Resource version to watch from; None: list first."""
 
@@ -147,6 +162,7 @@ class Watch(Generic[T]):
             params["continue"] = str(metadata["continue"])
             await asyncio.sleep(0)  # requests proceed between two pages
         self.cache.replace_all(objects)
+        self.cache.confirmed_s = time.monotonic()
         return str(metadata.get("resourceVersion") or "0")
 
     async def _watch(self, version: str) -> None:
@@ -155,9 +171,9 @@ class Watch(Generic[T]):
             **self._params,
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(random.randint(*WATCH_S)),
+            "timeoutSeconds": str(random.randint(*self.length_s)),
         }
-        async for event in self._kube.watch(self._path, params, self._inactivity_timeout_s):
+        async for event in self._kube.watch(self._path, params, self.inactivity_timeout_s):
             raw = event.get("object") or {}
             kind = event.get("type")
             if kind == "ERROR":
@@ -169,3 +185,5 @@ class Watch(Generic[T]):
             elif kind in ("ADDED", "MODIFIED"):
                 self.cache.put(raw)
             self._version = str(raw["metadata"]["resourceVersion"])
+            self.cache.confirmed_s = time.monotonic()
+        self.cache.confirmed_s = time.monotonic()  # ended in order by the server, which had nothing more to send

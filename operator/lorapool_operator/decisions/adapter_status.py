@@ -12,10 +12,11 @@ from lorapool_api.protocol import AdapterState, Tier
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import usage
 from lorapool_operator.decisions.blocker import Blocker, base_failure
+from lorapool_operator.decisions.model_names import granted_name, name_conflict
 from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
-from lorapool_operator.world.cluster_cache import AdapterObject, Key, find_condition
+from lorapool_operator.world.cluster_cache import find_condition
 from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
 
 COMPATIBILITY = frozenset(
@@ -58,6 +59,7 @@ def status_of(
         observed_generation=adapter.meta.generation,
         conditions=set_conditions(before.conditions, values, generation=adapter.meta.generation, now=iso(now)),
         state=_state(values),
+        alias=granted_name(adapter, observed.name_holder) if blocker is None or blocker.keeps_name else None,
         revision=facts.revision if facts is not None else None,
         digest=facts.digest if facts is not None else None,
         source_uri=validity.uri,
@@ -92,8 +94,8 @@ def conditions_of(
         AdapterCondition.READY.value: ready,
         AdapterCondition.PROGRESSING.value: progressing,
     }
-    if observed.name_holder is not None:
-        values[AdapterCondition.NAME_CONFLICT.value] = _name_conflict(observed.adapter, observed.name_holder)
+    if (conflict := name_conflict(observed.adapter, observed.name_holder)) is not None:
+        values[AdapterCondition.NAME_CONFLICT.value] = conflict
     outdated = _outdated(observed, validity)
     if outdated is not None:
         values[AdapterCondition.OUTDATED.value] = outdated
@@ -277,11 +279,6 @@ def _beyond_bound(observed: ObservedAdapter) -> str:
         f" minReplicas is {observed.min_replicas}, but the base has at most {most} replicas: lower it, or raise "
         "spec.scaling.maxReplicas of the BaseModel."
     )
-
-
-def _name_conflict(adapter: AdapterObject, holder: Key) -> ConditionValue:
-    message = f"The alias {adapter.spec.alias} belongs to {holder.kind.value} {holder}; choose another alias."
-    return ("True", Reason.ALIAS_TAKEN.value, message)
 
 
 def _outdated(observed: ObservedAdapter, validity: Validity) -> ConditionValue | None:

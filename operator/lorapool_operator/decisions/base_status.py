@@ -12,10 +12,10 @@ from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, unusable
 from lorapool_operator.decisions.manifests import selector_text
+from lorapool_operator.decisions.model_names import granted_name, name_conflict
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.rollout import RolloutDecision
 from lorapool_operator.decisions.scale import ScaleDecision
-from lorapool_operator.world.cluster_cache import Key
 from lorapool_operator.world.observed import ObservedBase
 
 RESTART_REPORT_S = 3600.0
@@ -50,6 +50,7 @@ def status_of(
         replicas=len(alive),
         ready_replicas=sum(1 for runtime in observed.runtimes if runtime.serving),
         selector=selector_text(base),
+        served_name=granted_name(base, observed.name_holder),
         revision=facts.revision if facts is not None else before.revision,
         digest=(facts.digest or None) if facts is not None else before.digest,
         state=values[BaseCondition.READY.value][1],
@@ -103,8 +104,8 @@ def conditions_of(
         BaseCondition.READY.value: _ready(observed, available, now),
         BaseCondition.PROGRESSING.value: progressing,
     }
-    if observed.name_holder is not None:
-        values[BaseCondition.NAME_CONFLICT.value] = _name_conflict(observed, observed.name_holder)
+    if (conflict := name_conflict(observed.base, observed.name_holder)) is not None:
+        values[BaseCondition.NAME_CONFLICT.value] = conflict
     stalled = _stalled(observed, source, decision, start)
     if stalled is not None:
         values[BaseCondition.STALLED.value] = ("True", stalled[1], stalled[2])
@@ -203,12 +204,6 @@ def _progressing(observed: ObservedBase, decision: ScaleDecision, start: StartSt
     if decision.replicas == 0 and start is not None and start.reason is not None:
         return ("False", start.reason, _failed_start(observed, decision, start))
     return ("False", Reason.STABLE.value, "")
-
-
-def _name_conflict(observed: ObservedBase, holder: Key) -> ConditionValue:
-    name = observed.base.spec.served_name
-    message = f"The served name {name} belongs to {holder.kind.value} {holder}; choose another servedName."
-    return ("True", Reason.ALIAS_TAKEN.value, message)
 
 
 def _stalled(

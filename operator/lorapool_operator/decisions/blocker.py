@@ -19,20 +19,26 @@ class Blocker:
     reason: Reason
     message: str
 
+    @property
+    def keeps_name(self) -> bool:
+        """True if the adapter is still one of its base, so that its alias is not free for others."""
+        return self.reason not in (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
+
 
 def blocker_of(adapter: AdapterObject, base: BaseObject | None, *, unreadable: bool = False) -> Blocker | None:
     """Returns the first reason not to serve the adapter, or None. `unreadable`: the base exists, but is not known."""
     key = adapter.base_key
+    if adapter.base_key.namespace != adapter.meta.namespace and (base is None or not permitted(adapter, base)):
+        # one answer for both: whether a foreign object exists is not for its guests to find out
+        return Blocker(
+            Reason.NOT_PERMITTED,
+            f"BaseModel {key} does not exist, or does not list namespace {adapter.meta.namespace} in "
+            "spec.access.namespaces; ask its owner to add it.",
+        )
     if base is None and unreadable:
         return Blocker(Reason.BASE_NOT_READY, f"BaseModel {key} is of a form that this operator cannot parse.")
     if base is None or base.meta.deleting:
         return Blocker(Reason.BASE_NOT_FOUND, f"BaseModel {key} does not exist; create it, or delete this adapter.")
-    if not permitted(adapter, base):
-        return Blocker(
-            Reason.NOT_PERMITTED,
-            f"BaseModel {key} does not list namespace {adapter.meta.namespace} in spec.access.namespaces; "
-            "ask its owner to add it.",
-        )
     if adapter.spec.suspend:
         return Blocker(Reason.SUSPENDED, "spec.suspend is true: requests are refused.")
     return None
@@ -40,7 +46,7 @@ def blocker_of(adapter: AdapterObject, base: BaseObject | None, *, unreadable: b
 
 def permitted(adapter: AdapterObject, base: BaseObject) -> bool:
     """True if the adapter is in the base's own namespace or in one that the base's owner lists."""
-    return adapter.meta.namespace == base.meta.namespace or adapter.meta.namespace in base.spec.access.namespaces
+    return base.admits(adapter.meta.namespace)
 
 
 def base_failure(base: BaseObject | None, now: float) -> Condition | None:

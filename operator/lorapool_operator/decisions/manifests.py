@@ -20,7 +20,6 @@ from lorapool_api.common import (
     API_VERSION,
     LABEL_BASE,
     LABEL_BASE_UID,
-    LABEL_CLOUD_IDENTITY,
     LABEL_COMPONENT,
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
@@ -40,6 +39,7 @@ from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimePr
 
 MANAGED_BY = "lorapool-operator"
 METRICS_PORT = 9090
+ENV_POD_UID = "LORAPOOL_RUNTIME_POD_UID"
 METRICS_PORT_NAME = "metrics"
 METRICS_TLS_VARIABLE = "LORAPOOL_RUNTIME_METRICS_TLS_DIR"
 CACHE_DIR = "/cache"
@@ -88,6 +88,7 @@ def children(
     made = [
         files(base, token_sha256, preload),
         *model_cache_claim(base, profile),
+        *network_policy(base, profile),  # before the pods that it is for
         deployment(base, profile, image, replicas=replicas, paused=paused),
         service(base),
         pdb(base, profile),
@@ -121,6 +122,14 @@ def model_cache_claim(base: BaseObject, profile: RuntimeProfile) -> Iterator[Man
     if profile.cache is not None and profile.cache.pvc is not None:
         kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
         yield {**kind, "metadata": _metadata(base), "spec": profile.cache.pvc}
+
+
+def network_policy(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
+    """Yields the policy of the base's pods, if the profile has one; no namespace needs one of the chart's."""
+    if profile.network_policy:
+        kind = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+        rules = {"podSelector": {"matchLabels": selector_labels(base)}, "policyTypes": ["Ingress", "Egress"]}
+        yield {**kind, "metadata": _metadata(base), "spec": {**rules, **profile.network_policy}}
 
 
 def deployment(
@@ -168,7 +177,7 @@ def template_hash(made: Sequence[Manifest]) -> str:
 
 
 def service(base: BaseObject) -> Manifest:
-    """Returns a headless Service: the gateway reads its EndpointSlices and picks a pod itself."""
+    """Returns a headless Service, by which monitoring and other clients find the pods; the gateway reads the pods."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -225,10 +234,9 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage)
     spec = merged(spec, profile.pod)
     for constraint in spec.get("topologySpreadConstraints", ()):
         constraint.setdefault("labelSelector", {"matchLabels": selector_labels(base)})
-    identity = {LABEL_CLOUD_IDENTITY: "true"} if profile.cloud_identity else {}
     return {
         "metadata": {
-            "labels": {**profile.pod_labels, **identity, **_labels(base)},
+            "labels": {**profile.pod_labels, **_labels(base)},
             "annotations": {
                 "prometheus.io/scrape": "true",
                 "prometheus.io/port": str(METRICS_PORT),
@@ -313,11 +321,14 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         "THREADS": str(profile.threads) if profile.threads else "",
         "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
     }
-    ours = [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
+    ours: list[Manifest] = [
+        {"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value
+    ]
     if profile.cache is not None:
         ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
+    ours.append({"name": ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
     ours += [
         {"name": "HOME", "value": "/tmp"},
         {"name": "HF_HOME", "value": f"{CACHE_DIR}/hf"},

@@ -9,6 +9,8 @@ unregistered.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorapool_api.common import AdapterCondition, AdapterKey, Reason, duration_s
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
@@ -27,7 +29,7 @@ DRAIN_QUIET_S = 5.0
 
 WARNED = {
     AdapterCondition.READY: (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED),
-    AdapterCondition.NAME_CONFLICT: (Reason.ALIAS_TAKEN,),
+    AdapterCondition.NAME_CONFLICT: (Reason.ALIAS_TAKEN, Reason.NAME_RESERVED),
     AdapterCondition.OUTDATED: (Reason.SOURCE_CHANGED,),
 }
 """The reasons of conditions that an event reports. A base that fails posts its own."""
@@ -39,7 +41,12 @@ BASE_GRACE_S = 3.0
 def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) -> AdapterPlan:
     """Returns the whole plan; the same observation, time and settings give the same plan."""
     blocker = blocker_of(observed.adapter, observed.base, unreadable=observed.base_unreadable)
-    decided = decide_validity(observed, may_inspect=blocker is None, now=now, settings=settings)
+    known = observed
+    if blocker is not None and blocker.reason is Reason.NOT_PERMITTED:
+        known = replace(
+            observed, base=None
+        )  # nothing in the status may depend on a base that is not the tenant's to see
+    decided = decide_validity(known, may_inspect=blocker is None, now=now, settings=settings)
     validity = decided.validity
     served = blocker is None and observed.base is not None and validity.ok
     unregisters: tuple[Unregister, ...] = ()
@@ -50,7 +57,7 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
         unregisters, quiet_at = _unregisters(observed, validity, _digests(validity) if served else frozenset(), now)
     spread = _spread(observed, served, now)
     placement = _placement(observed, spread) if served else None
-    status, usage_due = status_of(observed, blocker, validity, placement, now, settings)
+    status, usage_due = status_of(known, blocker, validity, placement, now, settings)
     if status is not None and _too_early(observed, blocker, validity, now, settings):
         status = status if status.replicas != observed.adapter.status.replicas else None
     base_due = _base_due(observed, blocker, now)
@@ -61,7 +68,7 @@ def plan_adapter(observed: ObservedAdapter, now: float, settings: PlanSettings) 
     )
     if writes.due_unix_s is not None:
         status = None
-    failure_due = base_failure_due(observed.base)
+    failure_due = base_failure_due(known.base)
     if failure_due is not None and failure_due <= now:
         failure_due = None
     due = (decided.due, quiet_at, usage_due, base_due, spread.recheck_unix_s, failure_due, writes.due_unix_s)
@@ -84,8 +91,12 @@ def _digests(validity: Validity) -> frozenset[str]:
 
 
 def _base_due(observed: ObservedAdapter, blocker: Blocker | None, now: float) -> float | None:
-    """Returns until when a missing base is not reported: two watches deliver a base and an adapter made together."""
-    if blocker is None or blocker.reason is not Reason.BASE_NOT_FOUND or observed.adapter.status.conditions:
+    """Returns until when a missing base is not reported: two watches deliver a base and an adapter made together.
+
+    A base that exists but does not permit the adapter is reported as late, so that no time tells them apart.
+    """
+    missing = blocker is not None and blocker.reason in (Reason.BASE_NOT_FOUND, Reason.NOT_PERMITTED)
+    if not missing or observed.adapter.status.conditions:
         return None
     due = observed.adapter.meta.created_unix_s + BASE_GRACE_S
     return due if now < due else None

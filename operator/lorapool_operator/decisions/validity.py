@@ -17,7 +17,7 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterStatus, UpdatePol
 from lorapool_api.protocol import AdapterState, ErrorDetail
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.decisions.plan import InspectionJob, PlanSettings
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition, uid_hash
 from lorapool_operator.world.observed import InspectionResult, ObservedAdapter, SourceFacts, SourceFailure
 
 TERMINAL_RETRY_MAX_S = 600.0
@@ -137,7 +137,7 @@ def _last_valid(adapter: AdapterObject, base: BaseObject | None) -> Validity:
     """Returns the files that were served until now, if they were valid on this very base."""
     status, fingerprint = adapter.status, adapter.recorded_fingerprint
     facts = _recorded_facts(status)
-    if facts is None or (base is not None and (fingerprint or "").partition("/")[0] != base.meta.uid):
+    if facts is None or (base is not None and (fingerprint or "").partition("/")[0] != uid_hash(base.meta.uid)):
         return Validity(fingerprint=fingerprint)
     if status.failure is not None and status.failure.retry_at is None and not _rollout_failed(status):
         return Validity(fingerprint=fingerprint)

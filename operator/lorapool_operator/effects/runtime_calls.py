@@ -10,6 +10,7 @@ import aiohttp
 from pydantic import ValidationError
 
 from lorapool_api.common import AdapterKey
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     ROUTE_ADAPTER,
     ROUTE_RESOLVE,
@@ -19,6 +20,7 @@ from lorapool_api.protocol import (
     PutAnswer,
     ResolveAnswer,
     ResolveRequest,
+    token_sha256,
 )
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import PodObject
@@ -63,8 +65,26 @@ class RuntimeClient:
             await self._session.close()
 
     async def snapshot(self, pod: PodObject, query: Mapping[str, str], *, timeout_s: float) -> bytes:
-        """Returns the JSON of a RuntimeSnapshot. Raises RuntimeGoneError, RuntimeRefusedError."""
-        return await self._call(pod, "GET", ROUTE_RUNTIME, query=query, timeout_s=timeout_s)
+        """Returns the JSON of a RuntimeSnapshot, by a poll that does not carry the token.
+
+        Raises RuntimeGoneError, RuntimeRefusedError, and ProofError unless this pod itself answers.
+        """
+        *earlier, last = map(token_sha256, self._tokens(pod.base_uid))
+        for digest in earlier:
+            try:
+                return await self._poll(digest, pod, query, timeout_s)
+            except RuntimeRefusedError as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+        return await self._poll(last, pod, query, timeout_s)
+
+    async def _poll(self, digest: str, pod: PodObject, query: Mapping[str, str], timeout_s: float) -> bytes:
+        challenge = Challenge.new(digest, pod.meta.uid)
+        raw, headers = await self._send(
+            challenge.authorization, pod, "GET", ROUTE_RUNTIME, query=query, timeout_s=timeout_s
+        )
+        challenge.check(digest, headers.get(HEADER_PROOF), raw)
+        return raw
 
     async def register(self, pod: PodObject, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
         """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
@@ -91,7 +111,20 @@ class RuntimeClient:
         return _parse(ResolveAnswer, await self._call(pod, "POST", ROUTE_RESOLVE, body=body, timeout_s=timeout_s))
 
     async def _call(
+        self, pod: PodObject, method: str, path: str, *, body: str | None = None, timeout_s: float | None = None
+    ) -> bytes:
+        *earlier, last = (f"Bearer {token}" for token in self._tokens(pod.base_uid))
+        for token in earlier:
+            try:
+                return (await self._send(token, pod, method, path, body=body, timeout_s=timeout_s))[0]
+            except RuntimeRefusedError as error:
+                if error.status != HTTPStatus.UNAUTHORIZED:
+                    raise
+        return (await self._send(last, pod, method, path, body=body, timeout_s=timeout_s))[0]
+
+    async def _send(
         self,
+        authorization: str,
         pod: PodObject,
         method: str,
         path: str,
@@ -99,33 +132,14 @@ class RuntimeClient:
         body: str | None = None,
         query: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
-    ) -> bytes:
-        *earlier, last = self._tokens(pod.base_uid)
-        for token in earlier:
-            try:
-                return await self._call_with(token, pod, method, path, body=body, query=query, timeout_s=timeout_s)
-            except RuntimeRefusedError as error:
-                if error.status != HTTPStatus.UNAUTHORIZED:
-                    raise
-        return await self._call_with(last, pod, method, path, body=body, query=query, timeout_s=timeout_s)
-
-    async def _call_with(
-        self,
-        token: str,
-        pod: PodObject,
-        method: str,
-        path: str,
-        *,
-        body: str | None,
-        query: Mapping[str, str] | None,
-        timeout_s: float | None,
-    ) -> bytes:
+    ) -> tuple[bytes, Mapping[str, str]]:
+        """Returns the body and the headers of the response. Raises RuntimeGoneError, RuntimeRefusedError."""
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
         host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         total_s = timeout_s if timeout_s is not None else self._timeout_s
         timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
-        headers = {"Authorization": f"Bearer {token}"}
+        headers = {"Authorization": authorization}
         if body is not None:
             headers["Content-Type"] = "application/json"
         call = f"{method} {path.partition('?')[0]} at {pod.meta.name}"
@@ -133,7 +147,13 @@ class RuntimeClient:
             self._fence.check()
         try:
             async with self._session.request(
-                method, f"http://{host}:{pod.port}{path}", params=query, data=body, headers=headers, timeout=timeout
+                method,
+                f"http://{host}:{pod.port}{path}",
+                params=query,
+                data=body,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as response:
                 raw = await response.content.read(MAX_SNAPSHOT_BYTES)
                 while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
@@ -142,7 +162,7 @@ class RuntimeClient:
                     raise RuntimeRefusedError(
                         f"{call}: {response.status} {raw[:200].decode(errors='replace')}", response.status
                     )
-                return raw
+                return raw, response.headers
         except TimeoutError as error:
             raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:

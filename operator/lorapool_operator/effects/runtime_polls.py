@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import UsagePart
+from lorapool_api.poll_proof import ProofError
 from lorapool_api.protocol import (
     AdapterDescriptor,
     AdapterReport,
@@ -126,9 +127,12 @@ class RuntimeTracker:
 
     def follow_pods(self) -> None:
         """Starts and stops polls so that they match the pods in the cache."""
-        wanted = {pod.meta.uid: pod for pod in self._cache.pods if pod.ip and pod.port}
+        wanted = {pod.meta.uid: pod for pod in self._cache.runtime_pods() if pod.ip and pod.port}
         for uid, pod in wanted.items():
             polled = self._polled.get(uid)
+            if polled is not None and (polled.pod.ip, polled.pod.port) != (pod.ip, pod.port):
+                self._forget(uid)  # another process, which has to prove itself again
+                polled = None
             if polled is None:
                 polled = self._polled[uid] = _Polled(pod)
                 polled.task = asyncio.create_task(self._poll(polled), name=f"poll {pod.meta.namespace}/{pod.meta.name}")
@@ -165,7 +169,7 @@ class RuntimeTracker:
         if polled.task is not None:
             polled.task.cancel()
         for adapter_uid, reports in polled.reports.items():
-            self._keep_lost(adapter_uid, reports)
+            self._keep_lost(polled.pod, adapter_uid, reports)
         self._strays = {at: since for at, since in self._strays.items() if at[0] != uid}
         self._changed(polled.pod.base, list(polled.reports), urgent=True, serving=True)
 
@@ -280,7 +284,7 @@ class RuntimeTracker:
                 )
                 await self._turn()
                 snapshot = RuntimeSnapshot.model_validate_json(raw)
-            except (RuntimeCallError, ValidationError) as error:
+            except (RuntimeCallError, ProofError, ValidationError) as error:
                 self.poll_failures += 1
                 self._failed(polled, error)
                 self._heard.set()
@@ -318,7 +322,7 @@ class RuntimeTracker:
         changed = _changed_reports(polled.reports, snapshot)
         for uid, (old, new) in changed.items():
             if old and (restarted or not new):
-                self._keep_lost(uid, old)
+                self._keep_lost(polled.pod, uid, old)
             if new:
                 polled.reports[uid] = new
             else:
@@ -334,16 +338,22 @@ class RuntimeTracker:
         if touched - urgent or (before is not None and _load(before) != _load(snapshot)):
             self._changed(polled.pod.base, touched - urgent, urgent=False, serving=False)
 
-    def _keep_lost(self, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
+    def _keep_lost(self, pod: PodObject, adapter_uid: str, reports: Iterable[AdapterReport]) -> None:
         """Keeps the counts of a process that will not report them again until the status contains them."""
         for report in reports:
-            self._lost.setdefault(adapter_uid, {})[report.usage.boot_id] = report.usage
+            self._keep_usage(pod, adapter_uid, report.usage)
+
+    def _keep_usage(self, pod: PodObject, adapter_uid: str, usage: UsagePart) -> None:
+        """Keeps a count unless the adapter is not one of the pod's base: a runtime counts nothing for other bases."""
+        adapter = self._cache.adapter_of(adapter_uid)
+        if adapter is not None and adapter.base_key == pod.base:
+            self._lost.setdefault(adapter_uid, {})[usage.boot_id] = usage
 
     # --- calls
 
     async def register(self, pod_uid: str, adapter: AdapterKey, descriptor: AdapterDescriptor) -> PutAnswer:
         """Registers an adapter; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
-        answer = await self._client.register(self._pod(pod_uid), adapter, descriptor)
+        answer = await self._client.register(self._proven(pod_uid), adapter, descriptor)
         self._registered.setdefault(adapter.uid, {})[answer.boot_id, adapter.digest] = descriptor
         return answer
 
@@ -352,20 +362,24 @@ class RuntimeTracker:
 
         Raises FencedError, RuntimeGoneError, RuntimeRefusedError.
         """
-        answer = await self._client.unregister(self._pod(pod_uid), adapter)
+        pod = self._proven(pod_uid)
+        answer = await self._client.unregister(pod, adapter)
         if answer is not None:
-            self._lost.setdefault(adapter.uid, {})[answer.boot_id] = answer.usage
+            self._keep_usage(pod, adapter.uid, answer.usage)
             self._registered.get(adapter.uid, {}).pop((answer.boot_id, adapter.digest), None)
         return answer
 
     async def resolve(self, pod_uid: str, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
         """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
-        return await self._client.resolve(self._pod(pod_uid), request, timeout_s=timeout_s)
+        return await self._client.resolve(self._proven(pod_uid), request, timeout_s=timeout_s)
 
-    def _pod(self, pod_uid: str) -> PodObject:
+    def _proven(self, pod_uid: str) -> PodObject:
+        """Returns the pod, which may be sent the token. Raises RuntimeGoneError."""
         polled = self._polled.get(pod_uid)
         if polled is None:
             raise RuntimeGoneError(f"pod {pod_uid} is gone")
+        if polled.snapshot is None:
+            raise RuntimeGoneError(f"pod {pod_uid} has not proved to be a runtime of its base")
         return polled.pod
 
 

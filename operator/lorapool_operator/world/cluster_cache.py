@@ -8,6 +8,7 @@ indexes take quadratic time to list thousands of objects.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from lorapool_api.common import (
     Reason,
 )
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
+from lorapool_api.ownership import Owned, Owners, controller_uid
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
 from lorapool_operator.world.compact import compact_adapter, share_conditions
@@ -88,6 +90,11 @@ class Meta:
         )
 
 
+def uid_hash(uid: str) -> str:
+    """Returns a hash that identifies an object in the status of another, whose readers need not know the uid."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16]
+
+
 class UnreadableError(ValueError):
     """A part of an object that this version cannot parse. The message names the fields, without their values."""
 
@@ -115,6 +122,24 @@ class BaseObject:
     @property
     def key(self) -> Key:
         return Key(ObjectKind.BASE, self.meta.namespace, self.meta.name)
+
+    @property
+    def names_in(self) -> str:
+        """The namespace in which its model names are unique."""
+        return self.meta.namespace
+
+    @property
+    def extra_name(self) -> str | None:
+        return self.spec.served_name
+
+    @property
+    def granted_name(self) -> str | None:
+        """The additional name that the status says it has."""
+        return self.status.served_name
+
+    def admits(self, namespace: str) -> bool:
+        """True for its own namespace and those that its owner lists."""
+        return namespace == self.meta.namespace or namespace in self.spec.access.namespaces
 
     @property
     def failure(self) -> Condition | None:
@@ -154,9 +179,27 @@ class AdapterObject:
         return Key(ObjectKind.BASE, ref.namespace or self.meta.namespace, ref.name)
 
     @property
+    def names_in(self) -> str:
+        """The namespace of its base, whose owner's models have unique names."""
+        return self.base_key.namespace
+
+    @property
+    def extra_name(self) -> str | None:
+        return self.spec.alias
+
+    @property
+    def granted_name(self) -> str | None:
+        """The additional name that the status says it has."""
+        return self.status.alias
+
+    @property
     def recorded_fingerprint(self) -> str | None:
-        """The fingerprint of the last final inspection result, as the status records it."""
-        return self.status.judged
+        """The fingerprint of the last final inspection result, as the status records it.
+
+        Older versions recorded the base's uid, which contains hyphens, in place of its hash.
+        """
+        base, slash, inputs = (self.status.judged or "").partition("/")
+        return f"{uid_hash(base)}/{inputs}" if slash and "-" in base else self.status.judged
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> AdapterObject:
@@ -187,6 +230,7 @@ class PodObject:
     meta: Meta
     base: Key
     base_uid: str
+    """Uid of the BaseModel that its label names; `ClusterCache.runtime_pods` are those that belong to it."""
     ip: str
     port: int
     ready: bool
@@ -204,6 +248,8 @@ class PodObject:
     last_exit: str = ""
     """How its process ended before the last restart."""
     last_exit_unix_s: float = 0.0
+    owner_uid: str = ""
+    """Uid of the ReplicaSet that controls it."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> PodObject:
@@ -229,7 +275,24 @@ class PodObject:
             restarts=restarts,
             last_exit=last,
             last_exit_unix_s=unix(last_at) or 0.0,
+            owner_uid=controller_uid(raw["metadata"], "ReplicaSet"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSetObject:
+    """The link between a Deployment and its pods."""
+
+    meta: Meta
+    base: Key
+    owner_uid: str
+    """Uid of the Deployment that controls it."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> ReplicaSetObject:
+        meta = Meta.parse(raw["metadata"])
+        base = (raw["metadata"].get("labels") or {}).get(LABEL_BASE, "")
+        return cls(meta, Key(ObjectKind.BASE, meta.namespace, base), controller_uid(raw["metadata"], "Deployment"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +314,11 @@ class DeploymentObject:
     def parse(cls, raw: Mapping[str, Any]) -> DeploymentObject:
         meta = Meta.parse(raw["metadata"])
         labels = raw["metadata"].get("labels") or {}
-        owners = raw["metadata"].get("ownerReferences") or ()
         spec = raw.get("spec") or {}
         return cls(
             meta=meta,
             base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
-            owner_uid=next((item["uid"] for item in owners if item.get("kind") == ObjectKind.BASE), ""),
+            owner_uid=controller_uid(raw["metadata"], ObjectKind.BASE),
             problem=problems.deployment_problem(raw.get("status") or {}),
             template_hash=_template_hash(spec),
             paused=bool(spec.get("paused")),
@@ -364,6 +426,7 @@ class ClusterCache:
         self.bases: KindCache[BaseObject] = KindCache()
         self.adapters: KindCache[AdapterObject] = KindCache()
         self.pods: KindCache[PodObject] = KindCache()
+        self.replica_sets: KindCache[ReplicaSetObject] = KindCache()
         self.deployments: KindCache[DeploymentObject] = KindCache()
         self.unlisted: set[str | None] = set()
         """Watched namespaces that were never listed (None: the cluster): an object missing there may exist."""
@@ -371,7 +434,8 @@ class ClusterCache:
         """Objects whose newest version cannot be parsed; the last one that could be stays in the caches above."""
         self._adapters_of: dict[Key, dict[Key, AdapterObject]] = {}
         self._by_uid: dict[str, AdapterObject] = {}
-        self._aliases: dict[tuple[str, str], set[Key]] = {}
+        self._names: dict[tuple[str, str], set[Key]] = {}
+        """Adapters by the namespace of their base and each of their two names."""
 
     def put_adapter(self, item: AdapterObject) -> bool:
         """Stores an adapter and updates the indexes. Returns False if the cached version is newer or the same."""
@@ -382,8 +446,8 @@ class ClusterCache:
             self._unlink(held)
         self._adapters_of.setdefault(item.base_key, {})[item.key] = item
         self._by_uid[item.meta.uid] = item
-        if item.spec.alias:
-            self._aliases.setdefault((item.meta.namespace, item.spec.alias), set()).add(item.key)
+        for name in names_of(item):
+            self._names.setdefault((item.names_in, name), set()).add(item.key)
         return True
 
     def drop_adapter(self, namespace: str, name: str, uid: str | None = None) -> AdapterObject | None:
@@ -406,38 +470,72 @@ class ClusterCache:
         return self._by_uid.get(uid)
 
     def name_holder(self, item: BaseObject | AdapterObject) -> Key | None:
-        """Returns the object of the same namespace that has this one's additional model name, if any.
+        """Returns the object that has this one's additional model name, or None if that is this one.
 
-        A name of an object always belongs to that object. An additional name belongs to the oldest object that
-        claims it, as in the gateway's tables.
+        A name is unique among the bases of a namespace and the adapters, of any namespace, that they admit. First come,
+        first served: an object keeps the name that its status shows. A name that none has so far goes to an object that
+        is called so, or else to the oldest that claims it.
         """
-        name = item.spec.alias if isinstance(item, AdapterObject) else item.spec.served_name
+        name = item.extra_name
         if not name:
             return None
-        space = item.meta.namespace
-        named = (self.adapters.get(space, name), self.bases.get(space, name))
-        keys = self._aliases.get((space, name), ())
-        claims: list[BaseObject | AdapterObject | None] = [self.adapters.get(key.namespace, key.name) for key in keys]
-        claims += [base for base in self.bases if (base.meta.namespace, base.spec.served_name) == (space, name)]
-        claims.sort(key=lambda other: (other.meta.created_unix_s, other.meta.uid) if other is not None else (0.0, ""))
-        first = next((other for other in (*named, *claims) if other is not None), item)
+        first = min((item, *self._named(item.names_in, name)), key=lambda other: _claim(other, name))
         return None if first.meta.uid == item.meta.uid else first.key
 
-    def alias_claimants(self, namespace: str, alias: str) -> list[Key]:
-        """Returns the adapters whose spec names this alias."""
-        return list(self._aliases.get((namespace, alias), ()))
+    def _named(self, namespace: str, name: str) -> list[BaseObject | AdapterObject]:
+        found: list[BaseObject | AdapterObject] = [
+            base for base in self.bases if base.meta.namespace == namespace and name in names_of(base)
+        ]
+        for key in self._names.get((namespace, name), ()):
+            adapter = self.adapters.get(key.namespace, key.name)
+            base = self.bases.get(namespace, adapter.base_key.name) if adapter is not None else None
+            if adapter is not None and base is not None and base.admits(key.namespace):
+                found.append(adapter)
+        return found
+
+    def claimants(self, namespace: str, name: str) -> list[Key]:
+        """Returns the objects whose spec claims this additional name among the models of a namespace."""
+        return [item.key for item in self._named(namespace, name) if item.extra_name == name]
 
     def pods_of(self, base: BaseObject) -> list[PodObject]:
         """Returns the runtime pods of this very object: a recreated base does not inherit pods."""
-        return [pod for pod in self.pods if pod.base == base.key and pod.base_uid == base.meta.uid]
+        return [pod for pod in self.runtime_pods() if pod.base == base.key]
+
+    def runtime_pods(self) -> list[PodObject]:
+        """Returns the pods whose labels and owners name the same BaseModel, of their own namespace, that exists.
+
+        Any other pod with the labels of a runtime is no runtime: it is neither polled nor counted.
+        """
+        owners = Owners.of(map(_owned, self.replica_sets), map(_owned, self.deployments))
+        return [pod for pod in self.pods if self._belongs(pod, owners)]
+
+    def _belongs(self, pod: PodObject, owners: Owners) -> bool:
+        base = self.bases.get(pod.base.namespace, pod.base.name)
+        return base is not None and pod.base_uid == base.meta.uid == owners.base_uid(_owned(pod))
 
     def _unlink(self, item: AdapterObject) -> None:
         adapters = self._adapters_of[item.base_key]
         del adapters[item.key], self._by_uid[item.meta.uid]
         if not adapters:
             del self._adapters_of[item.base_key]
-        if item.spec.alias:
-            _discard(self._aliases, (item.meta.namespace, item.spec.alias), item.key)
+        for name in names_of(item):
+            _discard(self._names, (item.names_in, name), item.key)
+
+
+def names_of(item: BaseObject | AdapterObject) -> set[str]:
+    """Returns its own name and the additional one that its spec claims."""
+    return {name for name in (item.meta.name, item.extra_name) if name}
+
+
+def _claim(item: BaseObject | AdapterObject, name: str) -> tuple[int, float, str]:
+    """Orders the objects that claim a name, the one that has it first."""
+    has = item.granted_name == item.extra_name == name
+    strength = 0 if has else 1 if item.meta.name == name else 2
+    return strength, item.meta.created_unix_s, item.meta.uid
+
+
+def _owned(item: PodObject | ReplicaSetObject | DeploymentObject) -> Owned:
+    return Owned(item.meta.namespace, item.meta.uid, item.owner_uid)
 
 
 def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
@@ -448,7 +546,7 @@ def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
             del index[at]
 
 
-P = TypeVar("P", BaseObject, AdapterObject, PodObject, DeploymentObject)
+P = TypeVar("P", BaseObject, AdapterObject, PodObject, ReplicaSetObject, DeploymentObject)
 ParseErrors = (KeyError, TypeError, ValueError)
 
 

@@ -14,15 +14,19 @@ from lorapool_operator.world.cluster_cache import (
     ClusterCache,
     DeploymentObject,
     Key,
+    KindCache,
     ObjectKind,
     ParseErrors,
     PodObject,
+    ReplicaSetObject,
     UnreadableObject,
+    names_of,
     parse_error_text,
     parse_or_none,
 )
 
 Own = TypeVar("Own", BaseObject, AdapterObject)
+Owner = TypeVar("Owner", ReplicaSetObject, DeploymentObject)
 
 
 class Intake:
@@ -36,7 +40,10 @@ class Intake:
         counts_interval_s: float,
         pods_changed: Callable[[], None] = lambda: None,
     ) -> None:
-        """`mark_dirty(key, delay_s)` requests a new plan; `pods_changed` is called after any change of a pod."""
+        """`mark_dirty(key, delay_s)` requests a new plan.
+
+        `pods_changed` is called after any change of a pod, or of what pods belong to.
+        """
         self._cache = cache
         self._mark_dirty = mark_dirty
         self._counts_interval_s = counts_interval_s
@@ -70,6 +77,9 @@ class Intake:
             if after is None or not self._cache.bases.put(after):
                 return
         self._mark_dirty(key, 0.0)
+        if before is None or after is None or before.meta.uid != after.meta.uid:
+            self._pods_changed()
+        self._names_released(before, after)
         if before is None or after is None or _adapters_depend_on(before) != _adapters_depend_on(after):
             for adapter in self._cache.adapters_of(key):
                 self._mark_dirty(adapter.key, 0.0)
@@ -96,8 +106,16 @@ class Intake:
         for item in (before, after):
             if item is not None:
                 self._mark_dirty(item.base_key, self._counts_interval_s)
-        if before is not None and before.spec.alias and (after is None or after.spec.alias != before.spec.alias):
-            for claimant in self._cache.alias_claimants(key.namespace, before.spec.alias):
+        self._names_released(before, after)
+
+    def _names_released(
+        self, before: BaseObject | AdapterObject | None, after: BaseObject | AdapterObject | None
+    ) -> None:
+        """Has the objects planned again that claim a name which this object had until now."""
+        if before is None:
+            return
+        for name in names_of(before) - (names_of(after) if after is not None else set()):
+            for claimant in self._cache.claimants(before.names_in, name):
                 self._mark_dirty(claimant, 0.0)
 
     def wrote_base(self, raw: Mapping[str, Any]) -> None:
@@ -135,16 +153,31 @@ class Intake:
             self._mark_dirty(item.base, 0.0)
             self._pods_changed()
 
+    def replica_set(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        item = parse_or_none(ReplicaSetObject, raw)
+        if item is not None:
+            self._owner(self._cache.replica_sets, item, deleted)
+
     def deployment(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         item = parse_or_none(DeploymentObject, raw)
-        if item is None:
-            return
-        if deleted:
-            changed = self._cache.deployments.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
-        else:
-            changed = self._cache.deployments.put(item)
-        if changed:
+        if item is not None and self._owner(self._cache.deployments, item, deleted):
             self._mark_dirty(item.base, 0.0)
+
+    def _owner(self, cache: KindCache[Owner], item: Owner, deleted: bool) -> bool:
+        """Updates the cache of a kind that owns pods, and who owns which pod. Returns False if nothing changed."""
+        before = cache.get(item.meta.namespace, item.meta.name)
+        if deleted:
+            changed = cache.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
+        else:
+            changed = cache.put(item)
+        if changed and (deleted or before is None or _link(before) != _link(item)):
+            self._mark_dirty((before or item).base, 0.0)
+            self._pods_changed()
+        return changed
+
+
+def _link(item: ReplicaSetObject | DeploymentObject) -> tuple[str, str]:
+    return item.meta.uid, item.owner_uid
 
 
 def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:

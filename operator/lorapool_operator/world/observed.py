@@ -17,7 +17,7 @@ from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, Preload, RuntimeSnapshot
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject, uid_hash
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
 # --- runtimes ----------------------------------------------------------------------------
@@ -256,12 +256,12 @@ class ObservedAdapter:
 
 
 def adapter_fingerprint(adapter: AdapterObject, base: BaseObject) -> str:
-    """Returns the hash of all an inspection depends on. It starts with the base's uid: other weights, other result."""
+    """Returns the hash of all an inspection depends on. It starts with the base's: other weights, other result."""
     source = adapter.spec.source
     parts = [source.uri, source.revision or "", source.digest or "", adapter.meta.retry or ""]
     if runtime_reads_source(adapter, base):
         parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
-    return f"{base.meta.uid}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    return f"{uid_hash(base.meta.uid)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 def runtime_reads_source(adapter: AdapterObject, base: BaseObject) -> bool:

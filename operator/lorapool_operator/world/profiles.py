@@ -74,6 +74,7 @@ POD_FIELDS = frozenset(
     }
 )
 """The fields of a PodSpec that a profile may add to; the operator writes the others."""
+POLICY_FIELDS = frozenset({"ingress", "egress"})
 CONTAINER_FIELDS = frozenset(
     {
         "envFrom",
@@ -168,6 +169,9 @@ class RuntimeProfile(_Strict):
     cloud_identity: bool = False
     """Lets the pods reach the address at which the cloud gives their service account (`pod.serviceAccountName`) an
     identity, such as 169.254.169.254. Other pods are kept from it by the NetworkPolicy."""
+    network_policy: Annotated[dict[str, Any], _only(POLICY_FIELDS)] = Field(default_factory=dict)
+    """`ingress` and `egress` of the NetworkPolicy of the base's pods. The chart sets them from its value networkPolicy;
+    a list that is given here replaces the chart's. Empty: the operator makes no NetworkPolicy."""
     pod: Annotated[dict[str, Any], _only(POD_FIELDS)] = Field(default_factory=dict)
     """Fields of the PodSpec, merged into the operator's: maps by key, lists by appending. `containers` are sidecars. A
     topology spread constraint without a labelSelector gets the one of the base's pods."""

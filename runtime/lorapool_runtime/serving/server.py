@@ -1,8 +1,8 @@
 """The runtime's HTTP routes (`lorapool_api.protocol`), the token check, and the mapping of errors to responses.
 
-Every route but /healthz and /readyz requires the bearer token; one middleware turns every exception into an OpenAI
-error body. An inference request is parsed here, admitted by `service` and answered by `responses`. Nothing here
-decides about adapters or engines.
+Every route but /healthz and /readyz requires the bearer token, or a poll its proof; one middleware turns every
+exception into an OpenAI error body. An inference request is parsed here, admitted by `service` and answered by
+`responses`. Nothing here decides about adapters or engines.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from lorapool_api.common import HEADER_ADAPTER, HEADER_PROCESSING_MS, HEADER_REQUEST_ID, AdapterKey
 from lorapool_api.keep_alive import keep_alive
+from lorapool_api.logs import audit
 from lorapool_api.openai import (
     ApiError,
     InvalidRequestError,
@@ -29,6 +30,7 @@ from lorapool_api.openai import (
     ServerError,
     UnauthenticatedError,
 )
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
@@ -127,9 +129,17 @@ class _Server:
     async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuses requests without the token, except to the probes. Checks the matched handler, not the URL."""
         is_probe = request.match_info.handler in (self.health, self.readiness)
-        if not is_probe and not self._runtime.tokens.accepts(request.headers.get("Authorization", "")):
+        authorization = request.headers.get("Authorization", "")
+        if not (
+            is_probe or self._is_proven_poll(request, authorization) or self._runtime.tokens.accepts(authorization)
+        ):
+            audit("request refused", request_id=request[REQUEST_ID], remote=request.remote, code=401)
             raise UnauthenticatedError("Missing or wrong bearer token.")
         return await handler(request)
+
+    def _is_proven_poll(self, request: web.Request, authorization: str) -> bool:
+        challenge = Challenge.parse(authorization) if request.match_info.handler == self.snapshot else None
+        return challenge is not None and self._runtime.tokens.accepts_poll(challenge)
 
     # --- health and state -----------------------------------------------------------------
 
@@ -145,7 +155,10 @@ class _Server:
     async def snapshot(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
         body = await self._runtime.poll_snapshot(after, request.query.get("boot", ""), wait_s)
-        return web.Response(body=body, content_type="application/json")
+        challenge = Challenge.parse(request.headers.get("Authorization", ""))
+        proof = self._runtime.tokens.answer(challenge, body) if challenge is not None else None
+        headers = {HEADER_PROOF: proof} if proof is not None else None
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
@@ -168,10 +181,14 @@ class _Server:
         key = _key_of_path(request.match_info)
         descriptor = _parse(AdapterDescriptor, await self._body(request))
         report = await self._runtime.adapters.register(key, descriptor)
+        audit("adapter registered", adapter=report.display, digest=key.digest, remote=request.remote)
         return _json(PutAnswer(boot_id=self._runtime.boot_id, adapter=report))
 
     async def delete_adapter(self, request: web.Request) -> web.Response:
-        return _json(await self._runtime.adapters.delete(_key_of_path(request.match_info)))
+        key = _key_of_path(request.match_info)
+        answer = await self._runtime.adapters.delete(key)
+        audit("adapter removed", adapter=key.uid, digest=key.digest, remote=request.remote)
+        return _json(answer)
 
     async def resolve(self, request: web.Request) -> web.Response:
         return _json(await self._runtime.resolve(_parse(ResolveRequest, await self._body(request))))

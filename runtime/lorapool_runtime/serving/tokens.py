@@ -1,4 +1,4 @@
-"""The bearer tokens that requests may carry, known by their SHA-256 only.
+"""The bearer tokens that requests may carry, known by their SHA-256 only, and the proofs that polls carry instead.
 
 They come from a setting, or from a file that is read again when it changes: while a token is replaced, the file lists
 the old and the new one, and no request is refused.
@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+from lorapool_api.poll_proof import Challenge
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_runtime.clock import Clock
@@ -32,6 +33,7 @@ class BearerTokens:
     def __init__(self, settings: RuntimeSettings, clock: Clock) -> None:
         self._required = settings.needs_token
         self._file = settings.token_sha256_file
+        self._pod_uid = settings.pod_uid
         self._clock = clock
         self._checked_s = clock.now_s()
         self._read: _Signature | None = None
@@ -44,9 +46,29 @@ class BearerTokens:
         """Whether the value of an Authorization header holds a valid token, or none is needed."""
         if not self._required:
             return True
+        self._read_if_due()
+        return self._is_valid(authorization) or (self._read_again() and self._is_valid(authorization))
+
+    def answer(self, challenge: Challenge, body: bytes) -> str | None:
+        """The proof for a poll's response; None for a poll of another pod, or by a poller without a valid token."""
+        digest = self._hash_behind(challenge)
+        return challenge.answer(digest, body) if digest is not None else None
+
+    def accepts_poll(self, challenge: Challenge) -> bool:
+        """Whether the poll means this pod and its poller has a valid token."""
+        self._read_if_due()
+        if self._hash_behind(challenge) is not None:
+            return True
+        return self._read_again() and self._hash_behind(challenge) is not None
+
+    def _hash_behind(self, challenge: Challenge) -> str | None:
+        if challenge.pod_uid != self._pod_uid:
+            return None
+        return next((known for known in self._hashes if challenge.is_from(known)), None)
+
+    def _read_if_due(self) -> None:
         if self._clock.now_s() - self._checked_s >= CHECK_INTERVAL_S:
             self._read_again()
-        return self._is_valid(authorization) or (self._read_again() and self._is_valid(authorization))
 
     def _is_valid(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

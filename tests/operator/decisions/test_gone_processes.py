@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from fakes_operator import ScriptedRuntime
+from pods import adopt
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import runtime_token
@@ -40,8 +41,9 @@ async def test_a_pod_that_does_not_answer_keeps_only_its_own_process_from_being_
     token = runtime_token(MASTER_TOKEN, "base-uid")
     async with ScriptedRuntime(token=token, boot_id="boot-alive").running() as alive:
         async with ScriptedRuntime(token=token, boot_id="boot-silent").running() as silent:
-            cache.pods.put(pod("alive", alive.port))
-            cache.pods.put(pod("silent", silent.port))
+            cache.bases.put(BASE)
+            adopt(cache, pod("alive", alive.port))
+            adopt(cache, pod("silent", silent.port))
             assert tracker.gone_boot_ids(BASE, asked) == frozenset()  # none has answered yet
             tracker.follow_pods()
             await until_fresh(True, True)

@@ -46,6 +46,21 @@ def test_every_child_is_owned_by_its_base_and_blocks_no_deletion() -> None:
         assert (owner["uid"], owner["controller"], owner["blockOwnerDeletion"]) == ("base-uid", True, False)
 
 
+def test_a_policy_of_the_profile_is_made_for_the_pods_of_this_base_before_there_are_any() -> None:
+    rules = {"ingress": [{"from": [{"podSelector": {}}]}], "egress": []}
+    [_, policy, deployment, *_] = made(RuntimeProfile(network_policy=rules))
+    assert (policy["kind"], deployment["kind"]) == ("NetworkPolicy", "Deployment")
+    assert policy["metadata"]["namespace"] == "team"
+    selected = {"podSelector": {"matchLabels": {LABEL_BASE: "tiny", LABEL_BASE_UID: "base-uid"}}}
+    assert policy["spec"] == {**selected, "policyTypes": ["Ingress", "Egress"], **rules}
+
+
+def test_the_runtime_learns_the_uid_of_its_pod_from_the_kubelet() -> None:
+    items = pod()["spec"]["containers"][0]["env"]
+    [found] = [item["valueFrom"] for item in items if item["name"] == "LORAPOOL_RUNTIME_POD_UID"]
+    assert found == {"fieldRef": {"fieldPath": "metadata.uid"}}
+
+
 def test_pods_pass_the_restricted_standard() -> None:
     spec = pod()["spec"]
     container = spec["containers"][0]

@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 from base_world import IMAGE, KEY, NOW, base, deployment, meta, pod, runtime
+from pods import adopt
 
 from lorapool_api.common import Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus
@@ -103,10 +104,11 @@ def test_loaded_adapters_are_planned_again_when_a_pod_is_about_to_be_stopped() -
 def test_pods_of_the_old_template_leave_while_a_rollout_is_under_way() -> None:
     here = Here()
     key = here.adapter("any")
-    here.cache.pods.put(pod("a", template_hash="old"))
-    here.cache.pods.put(pod("b", template_hash="new"))
+    adopt(here.cache, pod("a", template_hash="old"))
+    of = adopt(here.cache, pod("b", template_hash="new"))
     for rolling, leaving in ((False, frozenset()), (True, {"a-uid"})):
-        made = replace(deployment(), template_hash="new", rolling=rolling)
+        known = meta("tiny-runtime", f"deployment-{of.base_uid}")
+        made = replace(deployment(), meta=known, template_hash="new", rolling=rolling)
         here.cache.deployments.drop("team", "tiny-runtime")
         here.cache.deployments.put(made)
         here.moved()

@@ -30,6 +30,7 @@ from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, UsagePa
 from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterReport, AdapterState, ErrorDetail, SourceRef, Tier
 from lorapool_operator.decisions.plan import AdapterPlan, Unregister
+from lorapool_operator.decisions.plan_adapter import BASE_GRACE_S
 from lorapool_operator.decisions.validity import RETRY_HINT
 from lorapool_operator.world import observed
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
@@ -249,6 +250,17 @@ def test_an_adapter_that_must_not_be_served_is_unregistered_from_every_runtime(
     assert [item.adapter.digest for item in made.unregisters] == [OLD]
     assert made.registers == ()
     assert made.inspect is None
+
+
+@pytest.mark.parametrize("age_s", [1.0, 10.0])
+def test_nothing_tells_a_guest_whether_a_foreign_base_exists(age_s: float) -> None:
+    one = adapter(baseModelRef={"name": "tiny", "namespace": "others"})
+    one = replace(one, meta=replace(one.meta, created_unix_s=NOW - age_s))
+    secret = base(adapterDefaults={"minReplicas": 2}, scaling={"maxReplicas": 4})
+    secret = replace(secret, meta=meta("tiny", "base-uid", namespace="others"))
+    exists, missing = plan(ObservedAdapter(one, secret)), plan(ObservedAdapter(one, None))
+    assert (exists.status, exists.requeue_at, exists.events) == (missing.status, missing.requeue_at, missing.events)
+    assert (exists.status is None) == (age_s < BASE_GRACE_S)
 
 
 def test_an_adapter_without_its_base_reports_that_and_touches_no_runtime() -> None:
@@ -586,7 +598,8 @@ def test_a_terminal_failure_is_stalled_and_says_what_makes_the_operator_check_ag
 
 
 def test_a_namespace_that_is_not_permitted_is_stalled_and_a_missing_base_is_not() -> None:
-    one = replace(adapter(), meta=meta("a", "a-uid", namespace="guest"))
+    one = adapter(baseModelRef={"name": "tiny", "namespace": "team"})
+    one = replace(one, meta=meta("a", "a-uid", namespace="guest"))
     refused = plan(ObservedAdapter(one, base()))
     assert condition(refused, "Stalled") == ("True", "NotPermitted")
     assert "Stalled" not in types(plan(ObservedAdapter(adapter(), None)))

@@ -9,8 +9,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from fakes_runtime import FakeClock, serving, settings_for_tests
+from fakes_runtime import FakeClock, descriptor, key_of, serving, settings_for_tests
 
+from lorapool_api.poll_proof import HEADER_PROOF, Challenge, ProofError
 from lorapool_api.protocol import token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_runtime.__main__ import main
@@ -104,3 +105,61 @@ def test_with_a_file_of_hashes_all_addresses_are_served_and_a_second_setting_is_
         return
     with pytest.raises(SettingsError, match="set only one of them"):
         read_settings(["--model", "x"], environ)
+
+
+async def polled(url: str, challenge: Challenge, path: str = "/v1/runtime") -> tuple[int, str | None, bytes]:
+    headers = {"Authorization": challenge.authorization}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(url + path) as response:
+        return response.status, response.headers.get(HEADER_PROOF), await response.read()
+
+
+async def test_refused_and_administrative_calls_have_an_audit_line_without_the_token(
+    byte_tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f"/v1/adapters/{key_of('a').uid}/{key_of('a').digest}"
+    body = descriptor("a").model_dump_json(by_alias=True)
+    caplog.set_level(logging.ERROR)
+    caplog.handler.setLevel(logging.INFO)  # the audit logger has a level of its own
+    async with serving(byte_tokenizer, token_sha256=token_sha256(NEW)) as served, aiohttp.ClientSession() as session:
+        for token, method in ((OLD, "PUT"), (NEW, "PUT"), (NEW, "DELETE")):
+            headers = {"Authorization": f"Bearer {token}"}
+            async with session.request(method, served.url + path, data=body, headers=headers) as response:
+                await response.read()
+    lines = [record for record in caplog.records if record.name == "lorapool.audit"]
+    assert [line.getMessage() for line in lines] == ["request refused", "adapter registered", "adapter removed"]
+    assert all(line.__dict__["remote"] == "127.0.0.1" for line in lines)
+    assert not any(token in str(line.__dict__) for line in lines for token in (OLD, NEW))
+
+
+async def test_a_poll_without_the_token_is_answered_with_a_proof_of_this_pod_and_this_answer(
+    byte_tokenizer: Path,
+) -> None:
+    known, foreign = token_sha256(NEW), token_sha256(OLD)
+    async with serving(byte_tokenizer, token_sha256=known, pod_uid="this-pod") as served:
+        challenge = Challenge.new(known, "this-pod")
+        status, proof, body = await polled(served.url, challenge)
+        assert status == 200
+        challenge.check(known, proof, body)
+        for wrong in (
+            lambda: challenge.check(known, proof, body + b" "),
+            lambda: challenge.check(known, None, body),
+            lambda: challenge.check(foreign, proof, body),
+            lambda: Challenge.new(known, "this-pod").check(known, proof, body),  # a recorded answer
+            lambda: challenge._replace(pod_uid="other-pod").check(known, proof, body),  # relayed for another pod
+        ):
+            with pytest.raises(ProofError):
+                wrong()
+
+
+async def test_a_poll_of_another_pod_or_by_a_stranger_or_of_another_route_is_refused(byte_tokenizer: Path) -> None:
+    known = token_sha256(NEW)
+    async with serving(byte_tokenizer, token_sha256=known, pod_uid="this-pod") as served:
+        for challenge, path in (
+            (Challenge.new(known, "other-pod"), "/v1/runtime"),
+            (Challenge.new(token_sha256(OLD), "this-pod"), "/v1/runtime"),
+            (Challenge.new(known, "this-pod")._replace(nonce="0" * 32), "/v1/runtime"),
+            (Challenge.new(known, "this-pod"), "/v1/models"),
+        ):
+            assert (await polled(served.url, challenge, path))[:2] == (401, None)
+    async with serving(byte_tokenizer, token_sha256=known) as served:  # a runtime that knows no pod proves none
+        assert (await polled(served.url, Challenge.new(known, "this-pod")))[:2] == (401, None)
