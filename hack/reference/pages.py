@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
@@ -27,11 +27,12 @@ from lorapool_operator.settings import Settings as OperatorSettings
 from lorapool_operator.world.profiles import CONTAINER_FIELDS, POD_FIELDS, RuntimeProfile
 from lorapool_runtime.engines.interface import DecodeProgramState
 from lorapool_runtime.metrics import Gauges
-from lorapool_runtime.openai import json_body, request
+from lorapool_runtime.openai import json_body
 from lorapool_runtime.serving import server
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings
 from reference import texts
+from reference.parameters import RecordingBody, parsed_bodies
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS_REQUESTS = (ROOT / "operator" / "lorapool_gateway", ROOT / "runtime" / "lorapool_runtime")
@@ -285,38 +286,8 @@ def _runtime() -> Runtime:
 # --- the gateway's API -------------------------------------------------------------------
 
 
-class RecordingBody(json_body.Body):
-    """Notes with which bounds each parameter is read."""
-
-    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
-        super().__init__(raw, known)
-        self.known = known
-        self.bounds: dict[str, str] = {}
-        self.defaults: dict[str, str] = {}
-        SEEN.append(self)
-
-    def integer(self, name: str, default: Any, *, low: int, high: int | None = None) -> Any:
-        self._note(name, f"integer, at least {low}" if high is None else f"integer, {low} to {high}", default)
-        return super().integer(name, default, low=low, high=high)
-
-    def number(self, name: str, default: float, *, low: float, high: float, above: bool = False) -> float:
-        self._note(name, f"number, {'above ' if above else ''}{low:g} to {high:g}", default)
-        return super().number(name, default, low=low, high=high, above=above)
-
-    def flag(self, name: str) -> bool:
-        self._note(name, "true or false", "false")
-        return super().flag(name)
-
-    def _note(self, name: str, bounds: str, default: object) -> None:
-        self.bounds.setdefault(name, bounds)
-        self.defaults.setdefault(name, "" if default is None else f"{default}")
-
-
-SEEN: list[RecordingBody] = []
-
-
 def gateway_api() -> str:
-    chat, completion = _parsed()
+    chat, completion = parsed_bodies()
     _complete(chat.known | completion.known, texts.PARAMETERS, "parameter")
     text = texts.GATEWAY_API + table(
         ["parameter", "chat", "completions", "default", ""],
@@ -335,14 +306,6 @@ def gateway_api() -> str:
         for name, what in texts.ERROR_CODES.items()
     ]
     return text + texts.ERRORS + table(["code", "status", "meaning"], rows)
-
-
-def _parsed() -> tuple[RecordingBody, RecordingBody]:
-    SEEN.clear()
-    with patch.object(request, "Body", RecordingBody):
-        request.parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "x"}]}')
-        request.parse_completion(b'{"model": "m", "prompt": "x"}')
-    return SEEN[0], SEEN[1]
 
 
 def _parameter(name: str, chat: RecordingBody, completion: RecordingBody) -> list[str]:

@@ -80,7 +80,8 @@ HEADERS = {
 GATEWAY_API = f"""# Gateway API
 
 OpenAI's API with an API key as bearer token: `POST {protocol.ROUTE_CHAT}`, `POST {protocol.ROUTE_COMPLETIONS}`,
-`GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`. No parameter is ignored silently: one that is
+`GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`. `GET {protocol.ROUTE_OPENAPI}`
+returns the OpenAPI document, with the same key. No parameter is ignored silently: one that is
 not listed here is refused by name.
 
 ## Supported parameters

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import web
 
@@ -26,7 +27,7 @@ from lorapool_api.openai import (
     TooManyRequestsError,
     UnavailableError,
 )
-from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS
+from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS, ROUTE_OPENAPI
 from lorapool_gateway.connections import ConnectionLimits, Server
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 AUDITED = (401, 403, 404, 429)
 """Statuses of requests that a key, a permission or a limit forbids; a forbidden model looks like a missing one."""
+OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
+"""Written by `make generate`."""
 KEY_SHARE = 8
 """A key has at most this many times as many requests in flight as there is room for, so that a part of the room, a
 ninth while there is one key alone, is always left for keys that have none."""
@@ -105,6 +108,7 @@ class Gateway:
             ROUTE_CHAT: {"POST": self._infer},
             ROUTE_COMPLETIONS: {"POST": self._infer},
             ROUTE_MODELS: {"GET": self._list_models, "HEAD": self._list_models},
+            ROUTE_OPENAPI: {"GET": self._openapi, "HEAD": self._openapi},
         }
 
     def server(self) -> Server:
@@ -174,6 +178,10 @@ class Gateway:
     async def _list_models(self, exchange: _Exchange) -> web.StreamResponse:
         key = self._key(exchange)
         return _json(self._model_lists.body(self._routes.table, key), exchange.headers())
+
+    async def _openapi(self, exchange: _Exchange) -> web.StreamResponse:
+        self._key(exchange)
+        return _json(OPENAPI, exchange.headers())
 
     async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
         key = self._key(exchange)

@@ -1,0 +1,287 @@
+"""The OpenAPI document of the gateway, made of what the parsers of the runtime accept.
+
+Types and bounds of plain parameters are those with which the parser reads them; the nested ones are written here, with
+the parser's own bounds. Both are compared with the server by `tests/gateway/test_openapi.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lorapool_api import openai, protocol
+from lorapool_runtime.openai import json_body, request, tools
+from reference import texts
+from reference.parameters import RecordingBody, parsed_bodies
+
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string"}
+ANY_OBJECT: Schema = {"type": "object"}
+TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+FUNCTION: Schema = {
+    "type": "object",
+    "required": ["name"],
+    "additionalProperties": False,
+    "properties": {
+        "name": NAME,
+        "description": TEXT,
+        "parameters": {"type": "object", "required": ["type"], "properties": {"type": {"const": "object"}}},
+        "strict": {"type": ["boolean", "null"]},
+    },
+}
+
+
+def one_of(kind: str, **properties: Schema) -> Schema:
+    """An object with a fixed `type` and the given members, all required."""
+    own = {"type": {"const": kind}, **properties}
+    return {"type": "object", "required": list(own), "additionalProperties": False, "properties": own}
+
+
+CALL = {**one_of("function", id=TEXT, function={"type": "object", "required": ["name", "arguments"],
+        "properties": {"name": NAME, "arguments": TEXT}})}  # fmt: skip
+CONTENT: Schema = {
+    "anyOf": [TEXT, {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"],
+              "properties": {"type": {"const": "text"}, "text": TEXT}}}]
+}  # fmt: skip
+
+
+def message(roles: list[str], required: list[str], **more: Schema) -> Schema:
+    own = {"role": {"enum": roles}, "content": CONTENT, "name": TEXT, **more}
+    return {"type": "object", "required": ["role", *required], "additionalProperties": False, "properties": own}
+
+
+MESSAGE: Schema = {
+    "anyOf": [
+        message([role for role in request.ROLES if role not in ("assistant", "tool")], ["content"]),
+        message(["assistant"], ["content"]),
+        message(
+            ["assistant"],
+            ["tool_calls"],
+            content={"anyOf": [*CONTENT["anyOf"], {"type": "null"}]},
+            tool_calls={"type": "array", "minItems": 1, "items": CALL},
+        ),
+        message(["tool"], ["content", "tool_call_id"], tool_call_id={"type": "string", "minLength": 1}),
+    ]
+}
+NESTED: Mapping[str, Schema] = {
+    "model": {"type": "string", "minLength": 1},
+    "messages": {"type": "array", "minItems": 1, "maxItems": request.MAX_MESSAGES, "items": MESSAGE},
+    "prompt": {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            TOKEN_IDS,
+            {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": request.MAX_SEQUENCES,
+                "items": {"anyOf": [{"type": "string", "minLength": 1}, TOKEN_IDS]},
+            },
+        ]
+    },
+    "stream_options": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"include_usage": {"type": ["boolean", "null"]}, "include_obfuscation": {"const": False}},
+    },
+    "stop": {
+        "anyOf": [
+            {"type": "string", "minLength": 1, "maxLength": request.MAX_STOP_CHARS},
+            {
+                "type": "array",
+                "maxItems": request.MAX_STOPS,
+                "items": {"type": "string", "minLength": 1, "maxLength": request.MAX_STOP_CHARS},
+            },
+        ]
+    },
+    "logit_bias": {
+        "type": "object",
+        "maxProperties": request.MAX_LOGIT_BIAS,
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    },
+    "user": {},
+    "response_format": {
+        "anyOf": [
+            one_of("text"),
+            one_of("json_object"),
+            one_of(
+                "json_schema",
+                json_schema={
+                    "type": "object",
+                    "required": ["name", "schema"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": NAME,
+                        "schema": ANY_OBJECT,
+                        "strict": {"type": ["boolean", "null"]},
+                        "description": TEXT,
+                    },
+                },
+            ),
+        ]
+    },
+    "tools": {"type": "array", "maxItems": tools.MAX_TOOLS, "items": one_of("function", function=FUNCTION)},
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            one_of("function", function={"type": "object", "required": ["name"], "properties": {"name": NAME}}),
+        ]
+    },
+    "parallel_tool_calls": {"type": "boolean"},
+}
+REQUIRED = {"model", "messages", "prompt"}
+
+USAGE: Schema = {
+    "type": "object",
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
+    "properties": {
+        name: {"type": "integer", "minimum": 0} for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    },
+}
+MODEL: Schema = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by", "root"],
+    "properties": {
+        "id": TEXT,
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": TEXT,
+        "root": {"type": "string", "description": "The full name, which never changes its meaning."},
+        "parent": {"type": "string", "description": "The full name of the base, of an adapter."},
+    },
+}
+ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": TEXT,
+                "type": TEXT,
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+ANSWERED = "Answered"
+KEY: list[Schema] = [{"apiKey": []}]
+
+
+def completion(kind: str, **part: Schema) -> Schema:
+    choice = {"index": {"type": "integer"}, "finish_reason": {"type": ["string", "null"]}, **part}
+    return {
+        "type": "object",
+        "required": ["id", "object", "created", "model", "choices", "usage"],
+        "properties": {
+            "id": TEXT,
+            "object": {"const": kind},
+            "created": {"type": "integer"},
+            "model": TEXT,
+            "choices": {"type": "array", "items": {"type": "object", "required": list(choice), "properties": choice}},
+            "usage": USAGE,
+        },
+    }
+
+
+def document() -> str:
+    """The document as JSON text."""
+    chat, plain = parsed_bodies()
+    answer: Schema = {"type": "object", "required": ["role", "content"]}
+    made = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Lorapool gateway",
+            "version": "1",
+            "description": "OpenAI's API for bases and LoRA adapters. A parameter that is not listed is refused.",
+        },
+        "security": KEY,
+        "paths": {
+            protocol.ROUTE_CHAT: {"post": _infers("chat", chat, completion("chat.completion", message=answer))},
+            protocol.ROUTE_COMPLETIONS: {"post": _infers("complete", plain, completion("text_completion", text=TEXT))},
+            protocol.ROUTE_MODELS: {
+                "get": _reads("listModels", "The models that the key may use.", _list_of(_ref("Model")), [])
+            },
+            protocol.ROUTE_MODELS + "/{model}": {
+                "get": _reads("getModel", "One model, by any of its names.", _ref("Model"), [_MODEL_NAME])
+            },
+        },
+        "components": {
+            "schemas": {"Model": MODEL, "Error": ERROR},
+            "securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return json.dumps(made, indent=1) + "\n"
+
+
+_MODEL_NAME = {
+    "name": "model",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "minLength": 1},
+    "description": "A full name has a slash, which need not be encoded.",
+}
+
+
+def _infers(name: str, body: RecordingBody, answer: Schema) -> Schema:
+    content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": TEXT}}
+    return {
+        "operationId": name,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _request(body)}}},
+        "responses": {"200": {"description": ANSWERED, "content": content}, **_errors()},
+    }
+
+
+def _reads(name: str, summary: str, answer: Schema, parameters: list[Schema]) -> Schema:
+    known = {status: error for status, error in _errors().items() if status in ("401", "404", "503")}
+    return {
+        "operationId": name,
+        "summary": summary,
+        "parameters": parameters,
+        "responses": {"200": {"description": ANSWERED, "content": {"application/json": {"schema": answer}}}, **known},
+    }
+
+
+def _request(body: RecordingBody) -> Schema:
+    own = {name: _parameter(name, body) for name in texts.PARAMETERS if name in body.known}
+    labels: dict[str, Schema] = {name: {} for name in sorted(json_body._LABELS)}
+    neutral = {name: {"enum": list(values)} for name, values in json_body._NEUTRAL.items()}
+    return {
+        "type": "object",
+        "required": [name for name in own if name in REQUIRED],
+        "additionalProperties": False,
+        "properties": {**own, **labels, **neutral},
+    }
+
+
+def _parameter(name: str, body: RecordingBody) -> Schema:
+    schema = body.schemas.get(name) or NESTED[name]
+    if name not in REQUIRED and schema:  # null counts as absent
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return {**schema, "description": texts.PARAMETERS[name]}
+
+
+def _errors() -> dict[str, Schema]:
+    """The errors by their status."""
+    whats: dict[int, list[str]] = {}
+    for kind in vars(openai).values():
+        if isinstance(kind, type) and issubclass(kind, openai.ApiError) and kind is not openai.ApiError:
+            whats.setdefault(kind.status, []).append((kind.__doc__ or "").splitlines()[0])
+    content = {"application/json": {"schema": _ref("Error")}}
+    return {str(status): {"description": " ".join(what), "content": content} for status, what in sorted(whats.items())}
+
+
+def _list_of(item: Schema) -> Schema:
+    return {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": item}},
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
