@@ -136,6 +136,16 @@ def test_every_file_a_page_names_exists(page: Path) -> None:
 
 
 @by_page
+def test_every_test_a_page_names_exists(page: Path) -> None:
+    known = {
+        f"{path.name}::{name}"
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), re.M)
+    }
+    assert set(re.findall(r"test_\w+\.py::test_\w+", page.read_text())) - known == set()
+
+
+@by_page
 def test_every_metric_a_page_names_is_exported(page: Path) -> None:
     packages = {"lorapool_operator", "lorapool_gateway", "lorapool_runtime"}
     named = set(re.findall(r"\b(lorapool_(?:operator|gateway|runtime)_[a-z0-9_]*[a-z0-9])\b", page.read_text()))

@@ -41,3 +41,13 @@ def test_every_module_says_why_it_exists() -> None:
             if not path.read_text().lstrip().startswith('"""'):
                 silent.append(str(path.relative_to(ROOT)))
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    "lock", [*ROOT.glob("requirements*.lock"), ROOT / "hack" / "bootstrap.lock"], ids=lambda p: p.name
+)
+def test_every_requirement_has_a_hash_and_no_lock_file_names_a_host(lock: Path) -> None:
+    text = "\n".join(line for line in lock.read_text().splitlines() if not line.lstrip().startswith("#"))
+    requirements = text.replace("\\\n", " ").splitlines()
+    assert [line for line in requirements if line.strip() and "--hash=sha256:" not in line] == []
+    assert "://" not in text

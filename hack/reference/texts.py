@@ -64,7 +64,7 @@ The port is {protocol.RUNTIME_PORT}.
 HEADERS = {
     common.HEADER_ADAPTER: "Request: `<uid>@<digest>` or `base`, the weights that must answer, whatever the body's "
     "`model` is. Answer: what answered.",
-    common.HEADER_USAGE: "Request, value 1: an SSE comment with `Usage` at each step. JSON answer: the usage.",
+    common.HEADER_USAGE: "Request, value 1: SSE comments with the `Usage` so far. JSON answer: the usage.",
     "accept": "Request, `text/event-stream`, together with the usage: the head of the answer is sent as soon as the "
     "request is admitted, and the body of a whole answer, or an error that occurs later, is one data event.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",

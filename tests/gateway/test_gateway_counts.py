@@ -18,6 +18,7 @@ from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving
 from gateway_world import World, key_of, until, world
 
 from lorapool_api.protocol import FinishedRequest, FinishedRequests, RequestOutcome, token_sha256
+from lorapool_runtime.serving import responses
 
 TOKEN = "t" * 64
 MOMENTS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -171,9 +172,10 @@ async def test_a_gateway_counts_what_its_client_received_of_a_runtime_that_is_ki
         assert counted(here) - before == streamed(text) <= finished(served)[-1].completion_tokens
 
 
-async def test_a_gateway_counts_every_step_that_it_was_sent_of_a_whole_answer_of_a_runtime_that_is_killed(
-    here: World, served: Served, engine: FakeEngine
+async def test_a_gateway_counts_what_it_was_sent_of_a_whole_answer_of_a_runtime_that_is_killed(
+    here: World, served: Served, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(responses, "REPORT_INTERVAL_S", 0.0)
     async with Proxy(served.url).running() as proxy:
         here.gone()
         here.replica(proxy.url)

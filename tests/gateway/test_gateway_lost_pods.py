@@ -191,7 +191,7 @@ async def test_a_request_is_ended_at_its_deadline_and_counted(good: FakeRuntime,
         response = await here.post(here.ask("tiny", stream=stream))
         assert "deadline_exceeded" in await response.text()
         assert response.status == (200 if stream else 503)
-        await until(lambda: good.seen[0].cancelled)
+        await until(lambda: good.seen[0].cancelled and here.gateway.in_flight == 0)
         assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") > 0
 
 
@@ -217,6 +217,16 @@ async def test_an_error_after_the_admission_of_a_whole_answer_is_the_clients_err
         response = await here.post(here.ask("tiny"))
     assert (response.status, (await response.json())["error"]["message"]) == (500, "The engine failed.")
     assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") == 6
+
+
+async def test_a_runtime_of_an_earlier_version_is_understood(here: World) -> None:
+    async with FakeRuntime(sends_events=False).running() as runtime:
+        here.replica(runtime)
+        whole, stream = [await here.post(here.ask("tiny", stream=stream)) for stream in (False, True)]
+    assert (whole.status, stream.status) == (200, 200)
+    assert (await whole.json())["usage"]["completion_tokens"] == 6
+    assert "[DONE]" in await stream.text()
+    assert here.sample("tokens_total", base="demo/tiny", adapter="base", type="completion") == 12
 
 
 # --- ejection -----------------------------------------------------------------------------

@@ -99,6 +99,8 @@ class FakeRuntime:
     load_s: float = 0.0
     words: int = 6
     """Completion tokens of every answer."""
+    sends_events: bool = True
+    """False: answers whole requests with JSON alone, as an earlier version did."""
     filler: str = "w"
     """Prefix of the words after the identity and the prompt; a long one fills socket buffers quickly."""
     ready: bool = True
@@ -320,7 +322,7 @@ class FakeRuntime:
         headers = {HEADER_ADAPTER: self.faults.wrong_identity or identity}
         if cold_ms:
             headers[HEADER_COLD_START] = str(cold_ms)
-        if not body.get("stream") and request.headers.get("Accept") != "text/event-stream":
+        if not body.get("stream") and not (self.sends_events and request.headers.get("Accept") == "text/event-stream"):
             await asyncio.sleep(self.token_s * self.words)
             seen.completion_tokens = len(words)
             headers[HEADER_USAGE] = Usage(prompt_tokens=prompt_tokens, completion_tokens=len(words)).model_dump_json()
