@@ -74,13 +74,15 @@ class Pauses:
 class Inspector:
     """Finds every source at once."""
 
-    async def base(self, uri: str, revision: str | None) -> Any:
+    async def base(self, uri: str, revision: str | None, *, credentials: Any = None) -> Any:
         from lorapool_artifacts.compatibility import BaseFacts
         from lorapool_artifacts.inspect import BaseInspection
 
         return BaseInspection("rev", fleet_world.digest_of("base"), BaseFacts({}), 1)
 
-    async def adapter(self, uri: str, revision: str | None, digest: str | None, base: Any, max_rank: int) -> Any:
+    async def adapter(
+        self, uri: str, revision: str | None, digest: str | None, base: Any, max_rank: int, *, credentials: Any = None
+    ) -> Any:
         from lorapool_operator.world.observed import SourceFacts
 
         return SourceFacts(fleet_world.digest_of(uri), "rev", 16, ("q_proj", "v_proj"), 1000)

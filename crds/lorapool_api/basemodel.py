@@ -22,6 +22,11 @@ NAME_MAX = 40
 Namespace = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 
 
+SOURCE_PREFIX_PATTERN = r"^(hf|oci|s3|pvc)://[^\s\\%?#@]*$"
+"""The start of source URIs, up to a slash or the end of a name."""
+SourcePrefix = Annotated[str, Field(min_length=5, max_length=512, pattern=SOURCE_PREFIX_PATTERN)]
+
+
 def rule(cel: str, message: str) -> dict[str, str]:
     """One CEL rule of the CRD."""
     return {"rule": cel, "message": message}
@@ -176,6 +181,26 @@ class AdapterDefaults(ApiModel):
     )
 
 
+class PrefixSharing(StrEnum):
+    """Which callers share computed beginnings of prompts. Adapters never share them with each other or the base."""
+
+    TENANT = "Tenant"
+    """Those of one API key."""
+    BASE = "Base"
+    """All, so that any of them may notice that another one sent the same beginning."""
+
+
+class PrefixCache(ApiModel):
+    """How computed beginnings of prompts are used again."""
+
+    sharing: PrefixSharing = Field(
+        default=PrefixSharing.TENANT,
+        description="Tenant: only requests with the same API key share them, so that no caller learns, by usage or "
+        "time, what another one sends. Base: all requests for the same weights do, which saves work where they begin "
+        "alike.",
+    )
+
+
 class Guests(ApiModel):
     """What the adapters of other namespaces may do to this base."""
 
@@ -192,6 +217,18 @@ class Guests(ApiModel):
     )
 
 
+class SourceGrant(ApiModel):
+    """Sources that a guest may read with the rights of the base's owner."""
+
+    namespace: Namespace = Field(description="A namespace of spec.access.namespaces.")
+    prefixes: list[SourcePrefix] = Field(
+        min_length=1,
+        max_length=32,
+        description="Sources below these, such as pvc://models/team-b/ or s3://models/team-b/, are read with the "
+        "credentials and volumes of the base. Whole parts of a path are compared.",
+    )
+
+
 class Access(ApiModel):
     """Which other namespaces may use this base."""
 
@@ -201,6 +238,12 @@ class Access(ApiModel):
         description='Other namespaces whose LoraAdapters may use this base. They are listed by name; "*" is refused.',
     )
     guests: Guests = Field(default_factory=Guests)
+    sources: list[SourceGrant] = Field(
+        default_factory=list,
+        max_length=256,
+        description="What the adapters of other namespaces may read with the rights of this base's owner: its volumes "
+        "and private repositories. Without an entry a guest uses public sources and its own credentials.",
+    )
 
 
 class BaseModelSpec(ApiModel):
@@ -252,6 +295,7 @@ class BaseModelSpec(ApiModel):
     cold_start: ColdStart = Field(default_factory=ColdStart)
     adapter_defaults: AdapterDefaults = Field(default_factory=AdapterDefaults)
     access: Access = Field(default_factory=Access)
+    prefix_cache: PrefixCache = Field(default_factory=PrefixCache)
 
 
 class AdapterCounts(ApiModel):

@@ -37,6 +37,9 @@ LABEL_BASE_UID = f"{GROUP}/base-uid"
 LABEL_API_KEY = f"{GROUP}/api-key"
 """On Secrets in the keys namespace: "true" marks an API key of the gateway."""
 
+LABEL_SOURCE_CREDENTIALS = f"{GROUP}/source-credentials"
+"""On a Secret: "true" lets the operator read it as its namespace's own credentials for artifact sources."""
+
 ANNOTATION_RETRY = f"{GROUP}/retry"
 """On a LoraAdapter: any new value makes the operator check an adapter with a terminal failure again."""
 ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
@@ -169,6 +172,7 @@ class FailureReason(StrEnum):
     SOURCE_NOT_FOUND = "SourceNotFound"
     UNAUTHORIZED = "Unauthorized"
     INVALID_SOURCE = "InvalidSource"
+    SOURCE_NOT_PERMITTED = "SourceNotPermitted"
     UNSUPPORTED_FORMAT = "UnsupportedFormat"
     TOO_LARGE = "TooLarge"
     CORRUPT_ARTIFACT = "CorruptArtifact"

@@ -22,6 +22,7 @@ RUNTIME_PORT = 8000
 ROUTE_RUNTIME = "/v1/runtime"
 ROUTE_ADAPTER = "/v1/adapters/{uid}/{digest}"
 ROUTE_RESOLVE = "/v1/resolve"
+ROUTE_CREDENTIALS = "/v1/credentials"
 ROUTE_ATTEMPT = "/v1/attempts/{id}"
 ROUTE_EVENTS = "/v1/events"
 ROUTE_REQUESTS = "/v1/requests"
@@ -102,6 +103,11 @@ class AdapterDescriptor(ApiModel):
     """Load immediately and never evict (minReplicas > 0 and this is a preferred replica)."""
     load: bool = False
     """Load immediately, without waiting for a request."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of the adapter, which decides with whose rights its source is read."""
+        return self.display.partition("/")[0]
 
 
 class Preload(ApiModel):
@@ -291,6 +297,8 @@ class ResolveRequest(ApiModel):
 
     source: SourceRef
     """The source to check."""
+    namespace: str = Field(default="", max_length=63)
+    """The namespace of the object that names the source, which decides with whose rights it is read."""
     digest: str | None = Field(default=None, pattern=DIGEST_PATTERN)
     """Expected digest; other files are a failure."""
     max_bytes: int | None = None
@@ -312,6 +320,16 @@ class ResolveAnswer(ApiModel):
     """Size of the files."""
     failure: ErrorDetail | None = None
     """Why the source cannot be used."""
+
+
+class NamespaceCredentials(ApiModel):
+    """Body of `PUT /v1/credentials`: the own credentials of namespaces for their sources, in place of all before.
+
+    A runtime keeps them in memory only. A namespace without any has an empty entry.
+    """
+
+    namespaces: dict[str, dict[str, str]] = Field(default_factory=dict, repr=False)
+    """By namespace, the credentials by the names of their variables, such as HF_TOKEN."""
 
 
 class EventType(StrEnum):

@@ -196,14 +196,21 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     ),
     FailureReason.UNAUTHORIZED: Explanation(
         "The source refuses access.",
-        "Correct the Secret of the chart's value artifacts.credentials.existingSecret in the release's and the base's "
-        "namespace, or grant access at the source; no restart is needed. The source is read again at once when the "
-        "operator's credentials or the annotation lorapool.dev/retry change, and every 10 minutes at least. On a "
-        "volume: make the files readable (fsGroup).",
+        "Of a guest, which uses the base of another namespace: create the Secret with its own credentials in its "
+        "namespace (artifacts.namespaceCredentials). Of others: correct the Secret of the chart's value "
+        "artifacts.credentials.existingSecret in the release's and the base's namespace. Or grant access at the "
+        "source; no restart is needed. The source is read again at once when the operator's credentials or the "
+        "annotation lorapool.dev/retry change, and every 10 minutes at least. On a volume: make the files readable "
+        "(fsGroup).",
     ),
     FailureReason.INVALID_SOURCE: Explanation(
         "The address, the revision or a file in the source is of a kind that is never read.",
         "Correct spec.source as the message says.",
+    ),
+    FailureReason.SOURCE_NOT_PERMITTED: Explanation(
+        "The object's namespace may not use this source.",
+        "Use a source that it may, or ask for an entry: the owner of the BaseModel in spec.access.sources, the "
+        "administrator in the chart's artifacts.policy. It is checked again at once when these change.",
     ),
     FailureReason.UNSUPPORTED_FORMAT: Explanation(
         "The files are not a LoRA adapter in safetensors, or not a model for a BaseModel: a pickle, an archive, an "

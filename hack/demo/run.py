@@ -345,6 +345,8 @@ def _helm(demo: Demo) -> None:
     argv += ["-n", objects.NAMESPACE, "-f", str(VALUES), "--wait", "--timeout", "5m"]
     argv += ["--set-string", f"image.tag={demo.tag}"]
     argv += ["--set", f"image.registry={demo.ground.pull_registry}"]
+    registry = demo.ground.artifact_registry.partition("/")[0]  # it may be at a private address
+    argv += ["--set", f"artifacts.privateHosts={{{registry}}}"]
     if demo.ground.insecure:
         argv += ["--set", f"artifacts.insecureRegistries={{{demo.ground.artifact_registry}}}"]
     remedy = f"`kubectl -n {objects.NAMESPACE} get pods,events` shows what a pod waits for."

@@ -69,7 +69,7 @@ HEADERS = {
     "request is admitted, and the body of a whole answer, or an error that occurs later, is one data event.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
     protocol.HEADER_TENANT: "Request: an opaque identifier of the caller's tenant, a hash. Tenants share a replica "
-    "fairly.",
+    "fairly, and no computed beginnings of prompts.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
     poll_proof.HEADER_PROOF: "Answer to a poll whose `Authorization` is a `LorapoolPoll` challenge in place of the "
@@ -122,6 +122,10 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         "DELETE",
         protocol.ROUTE_ADAPTER,
     ): "Lets running requests of the adapter end, then removes it. Answers `DeleteAnswer`.",
+    ("PUT", protocol.ROUTE_CREDENTIALS): (
+        "Takes the namespaces' own credentials for sources, `NamespaceCredentials`, in place of those before. They "
+        "stay in memory. Answers 204."
+    ),
     ("POST", protocol.ROUTE_RESOLVE): "Checks a source without loading it: `ResolveRequest` to `ResolveAnswer`.",
     (
         "DELETE",

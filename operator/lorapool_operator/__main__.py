@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorapool_api.logs import set_up_logs
 from lorapool_api.settings import SettingsError
+from lorapool_artifacts.policy import PolicyError
 from lorapool_operator.access import AccessError
 from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings, read_settings
@@ -48,7 +49,7 @@ async def _run(settings: Settings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, process.stop)
         await process.run()
-    except (SettingsError, ProfilesError, AccessError) as error:
+    except (SettingsError, ProfilesError, PolicyError, AccessError) as error:
         log.error("cannot start", extra={"error": str(error)})
         return 2
     return 0 if process.stop_requested else 1

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, FailureReason, Reason
+from lorapool_artifacts.policy import SourcePolicy
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.effects.apply import Applier
 from lorapool_operator.effects.cluster import PlanTarget
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.inspections import InspectionTracker, Inspector
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.effects.source_access import CredentialDelivery, SourceAccess
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
@@ -40,6 +42,10 @@ class ControlSettings:
     counts_interval_s: float
     usage_delay_s: float
     """How long after a report that only counted something its adapter is planned."""
+    policy: SourcePolicy = field(default_factory=SourcePolicy)
+    """Which sources each namespace may use."""
+    namespace_credentials: str = ""
+    """Name of the Secret with a namespace's own credentials; empty: none is read."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     polls: PollSettings = field(default_factory=PollSettings)
 
@@ -60,6 +66,11 @@ class Control:
         self.queue: WorkQueue[Key] = WorkQueue()
         self.slices = Slices()
         self._usage_delay_s = settings.usage_delay_s
+        self.access = SourceAccess(
+            settings.policy,
+            read=lambda namespace, name: target.get("Secret", namespace, name),
+            secret=settings.namespace_credentials,
+        )
         self.runtimes = RuntimeTracker(
             self.cache,
             tokens=settings.tokens,
@@ -68,6 +79,7 @@ class Control:
             turn=self.slices.turn,
             fence=fence,
         )
+        self.delivery = CredentialDelivery(self.cache, self.runtimes, self.access)
         self.inspections = InspectionTracker(
             self.cache,
             inspector,
@@ -76,6 +88,7 @@ class Control:
             timeout_s=settings.inspection_timeout_s,
             changed=self.queue.add,
             pending_status_s=settings.plan.pending_status_s,
+            access=self.access,
         )
         self.intake = Intake(
             self.cache,
@@ -90,6 +103,7 @@ class Control:
             profiles=settings.profiles,
             image=settings.image,
             tokens=settings.tokens,
+            access=self.access,
         )
         self.reconciler = Reconciler(
             self.queue,

@@ -19,6 +19,7 @@ from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_repli
 from lorapool_operator.decisions.preemption import choose
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
+from lorapool_operator.effects.source_access import SourceAccess
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
@@ -67,6 +68,7 @@ class Observer:
         profiles: Profiles,
         image: RuntimeImage,
         tokens: Callable[[str], tuple[str, ...]],
+        access: SourceAccess,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
@@ -79,6 +81,7 @@ class Observer:
         self._inspections = inspections
         self._image = image
         self._tokens = tokens
+        self._access = access
         self._now = now
         self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
@@ -125,6 +128,7 @@ class Observer:
             leaving=self._leaving.get(base_key, frozenset()),
             credentials_unix_s=self.credentials_unix_s,
             load_writes_until_unix_s=self._load_writes.get(uid, 0.0),
+            source_rules=self._access.rules_of(base) if base is not None else None,
         )
 
     def base(self, key: Key) -> ObservedBase | None:
@@ -166,6 +170,7 @@ class Observer:
             name_holder=self._cache.name_holder(base),
             profile_changed=None not in (before, profile) and before != profile,
             credentials_unix_s=self.credentials_unix_s,
+            source_rules=self._access.rules_of(base),
         )
 
     def unreadable(self, key: Key) -> UnreadableObject | None:
@@ -234,6 +239,7 @@ class Observer:
     def forget_base(self, key: Key) -> None:
         """Drops what is remembered of a deleted base."""
         self._bases.pop(key, None)
+        self._access.forget_base(key)
         for kept in (
             self._terms,
             self._pins,

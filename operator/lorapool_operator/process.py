@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_artifacts.policy import PolicyError, read_policy
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.assembly import Control, ControlSettings
@@ -48,20 +50,24 @@ NEVER = 2**31 - 1
 GIL_SWITCH_S = 0.0005
 """For how long kopf's threads may keep the interpreter while the event loop waits for it after a system call."""
 FILES_CHECK_S = 2.0
-"""How often the mounted profiles and credentials are looked at for a change."""
+"""How often the mounted profiles, policy and credentials are looked at for a change."""
+POLICY_SPREAD_S = 5.0
+"""All adapters are planned again within this time after a change of the policy."""
 
 
 class Process:
     """One operator process. `run` returns when the Lease is lost or after `stop`."""
 
     def __init__(self, settings: Settings, *, sources: SourceSettings, inspector: Inspector | None = None) -> None:
-        """Raises ProfilesError or SettingsError if a file that the settings name cannot be used."""
+        """Raises ProfilesError, PolicyError or SettingsError if a file that the settings name cannot be used."""
         self.settings = settings
         self.metrics = Metrics()
         self.metrics_port = 0
         self.synced = False
         self._profiles = read_profiles(settings.profiles_file)
         self._profiles_stamp = settings.profiles_file.stat().st_mtime_ns
+        self._policy_content = _content(settings.source_policy_file)
+        self._policy = read_policy(settings.source_policy_file)
         self._sources = sources
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
         self._metrics_access = MetricsAccess(settings)
@@ -134,6 +140,8 @@ class Process:
             tokens=self._tokens.of,
             image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
             profiles=self._profiles,
+            policy=self._policy,
+            namespace_credentials=settings.namespace_credentials,
             inspections=settings.inspection_concurrency,
             inspection_timeout_s=settings.inspection_timeout_s,
             counts_interval_s=settings.counts_interval_s,
@@ -182,7 +190,9 @@ class Process:
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
+                group.create_task(self._watch_policy(), name="policy")
                 group.create_task(self._watch_credentials(), name="credentials")
+                group.create_task(self._deliver_credentials(), name="namespace credentials")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -240,6 +250,22 @@ class Process:
                 log.error("cannot read the profiles; the old ones stay in force", extra={"error": str(error)})
             observer.profiles_problem = str(error)
 
+    async def _watch_policy(self) -> None:
+        """Plans everything again within `FILES_CHECK_S` of a change of the policy. A broken file changes nothing."""
+        file = self.settings.source_policy_file
+        while True:
+            await asyncio.sleep(FILES_CHECK_S)
+            if (found := _content(file)) == self._policy_content:
+                continue
+            self._policy_content = found
+            try:
+                self.control.access.policy = read_policy(file)
+            except PolicyError as error:
+                log.error("cannot read the source policy; the old one stays in force", extra={"error": str(error)})
+                continue
+            log.info("read the changed source policy")
+            self.control.mark_all(POLICY_SPREAD_S)
+
     async def _watch_credentials(self) -> None:
         """Has sources that refused access inspected again, within `FILES_CHECK_S` of a change of the credentials."""
         known = self._sources.credentials_digest()
@@ -250,6 +276,13 @@ class Process:
                 known = found
                 log.info("the credentials of sources changed; those that refused access are inspected again")
                 self.control.credentials_changed()
+
+    async def _deliver_credentials(self) -> None:
+        """Gives runtimes the namespaces' own credentials, and has sources inspected again when these change."""
+        while True:
+            if await self.control.delivery.run_once():
+                self.control.credentials_changed()
+            await asyncio.sleep(FILES_CHECK_S)
 
     # --- probes
 
@@ -279,6 +312,14 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+def _content(file: Path | None) -> bytes:
+    """What a mounted file has now; nothing if it cannot be read."""
+    try:
+        return file.read_bytes() if file is not None else b""
+    except OSError:
+        return b""
 
 
 async def _collect_seldom() -> None:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from lorapool_api.basemodel import Namespace
 from lorapool_api.settings import Namespaces, ProcessSettings, read
+from lorapool_artifacts.policy import DEFAULT_SECRET
 from lorapool_artifacts.settings import SourceSettings
 
 PositiveS = Annotated[float, Field(gt=0)]
@@ -49,6 +50,12 @@ class Settings(ProcessSettings):
     """Pull policy of that image."""
     profiles_file: Path
     """YAML file of runtime profiles, read again within 2 seconds after a change."""
+    source_policy_file: Path | None = None
+    """YAML file with the sources that each namespace may use, read again within 2 seconds after a change. None: no
+    namespace has rules of its own."""
+    namespace_credentials: str = DEFAULT_SECRET
+    """Name of the Secret with a namespace's own credentials for sources, unless the policy names another. Empty: none
+    is read."""
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
     two lines, the current token and the previous one. A change is noticed without a restart."""

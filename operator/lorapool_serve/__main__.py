@@ -128,10 +128,13 @@ async def serve(options: Options, command: Sequence[str]) -> None:
         shutdown_delay_s=0,
         drain_timeout_s=2,
     )
+    here = {
+        "LORAPOOL_RUNTIME_PVC_ROOT": str(options.folder),
+        "LORAPOOL_SOURCE_PRIVATE_HOSTS": ",".join(sources.private_hosts),
+        "LORAPOOL_OCI_INSECURE_HOSTS": ",".join(sources.oci_insecure_hosts),
+    }
     async with AsyncExitStack() as stack:
-        node = Node(
-            objects, options.state, {"LORAPOOL_RUNTIME_PVC_ROOT": str(options.folder)}, options.local_bases, command
-        )
+        node = Node(objects, options.state, here, options.local_bases, command)
         try:
             gateway = await stack.enter_async_context(running(settings, tokens, objects, objects, Metrics()))
         except OSError as error:

@@ -38,10 +38,12 @@ class LocalInspector(ArtifactInspector):
         super().__init__(settings, timeout_s=INSPECT_TIMEOUT_S)
         self._local_bases = local_bases
 
-    async def base(self, uri: str, revision: str | None) -> BaseInspection:
+    async def base(
+        self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
+    ) -> BaseInspection:
         folder = self._local_bases.get(uri)
         if folder is None:
-            return await super().base(uri, revision)
+            return await super().base(uri, revision, credentials=credentials)
         facts = await asyncio.to_thread(base_facts_from_folder, folder)
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())
         return BaseInspection(str(folder), None, facts.with_names(*names_of(parse_uri(uri))), size_bytes)

@@ -35,8 +35,13 @@ STOP_TIMEOUT_S = 8.0
 PROBE_INTERVAL_S = 0.1
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 PROBLEM_CHARS = 300
-LEFT_OUT = ("LORAPOOL_RUNTIME_METRICS_PORT", "LORAPOOL_RUNTIME_PRELOAD_FILE")
-"""A process takes the place of the one before it, so that there is nothing to preload from."""
+LEFT_OUT = (
+    "LORAPOOL_RUNTIME_METRICS_PORT",
+    "LORAPOOL_RUNTIME_PRELOAD_FILE",
+    "LORAPOOL_RUNTIME_SOURCE_RULES_FILE",
+)
+"""A process takes the place of the one before it, so that there is nothing to preload from. All files are of the user
+of this machine, so that the controller's rules are enough."""
 PR_SET_PDEATHSIG = 1
 
 

@@ -24,6 +24,22 @@ GIB = 1024 * MIB
 MAX_JSON_BYTES = 4 * MIB
 """A longer adapter_config.json or config.json is refused unread."""
 
+ANY_HOST = "*"
+"""The entry of `private_hosts` that stands for every private host."""
+TENANT_CREDENTIALS = frozenset(
+    {
+        "HF_TOKEN",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "LORAPOOL_OCI_AUTH_HOST",
+        "LORAPOOL_OCI_USERNAME",
+        "LORAPOOL_OCI_PASSWORD",
+    }
+)
+"""The variables that a namespace's own Secret may have. Endpoints are the administrator's."""
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
@@ -75,8 +91,13 @@ class SourceSettings(SettingsGroup):
     oci_insecure_hosts: Annotated[frozenset[str], Env("LORAPOOL_OCI_INSECURE_HOSTS"), BeforeValidator(_host_list)] = (
         frozenset()
     )
-    """Registries (`host` or `host:port`, separated by commas) that are reached over plain HTTP, as loopback hosts
-    always are."""
+    """Registries (`host` or `host:port`, separated by commas) that are reached over plain HTTP. They may be at private
+    addresses."""
+    private_hosts: Annotated[frozenset[str], Env("LORAPOOL_SOURCE_PRIVATE_HOSTS"), BeforeValidator(_host_list)] = (
+        frozenset()
+    )
+    """Hosts (`host` or `host:port`, separated by commas) that sources may name although they are at private addresses.
+    `*`: every host. HF_ENDPOINT and AWS_ENDPOINT_URL need no entry. Metadata services of clouds are always refused."""
     oci_username: Annotated[str | None, Env("LORAPOOL_OCI_USERNAME")] = None
     """User name for `oci_auth_host` only; credentials of other registries come from the Docker configuration."""
     oci_password: Annotated[str | None, Env("LORAPOOL_OCI_PASSWORD")] = Field(default=None, repr=False)
@@ -108,6 +129,9 @@ class SourceSettings(SettingsGroup):
     read for every use, so that a changed Secret needs no restart."""
     pvc_root: Annotated[Path | None, Env()] = None
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
+    ambient: Annotated[bool, Env()] = True
+    """Whether credentials are used that client libraries find by themselves: token files, the Docker configuration and
+    the identity that a cloud gives the process. False for sources that are read with a tenant's rights."""
 
     def current(self) -> SourceSettings:
         """These settings with the credentials that `credentials_dir` has now; a file that cannot be read is skipped."""
@@ -120,6 +144,14 @@ class SourceSettings(SettingsGroup):
                     found[field] = (self.credentials_dir / name).read_text(encoding="utf-8").strip()
         return SourceSettings.model_validate({**self.model_dump(), **found})
 
+    def with_only(self, credentials: Mapping[str, str]) -> SourceSettings:
+        """These settings with no other credentials than these, each named like its variable; others are ignored."""
+        given: dict[str, object] = {"ambient": False, "credentials_dir": None, "docker_config": None}
+        for (field, *_), names in variables(SourceSettings, "").items():
+            if TENANT_CREDENTIALS.intersection(names):
+                given[field] = credentials.get(names[0], "").strip() or None
+        return SourceSettings.model_validate({**self.model_dump(), **given})
+
     def credentials_digest(self) -> str:
         """Returns a hash that changes with every credential that is read again for each use."""
         docker = b""
@@ -130,5 +162,10 @@ class SourceSettings(SettingsGroup):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], *, pvc_root: Path | None = None) -> SourceSettings:
-        """The settings of a command line tool, which ignores all other variables. Raises SettingsError."""
-        return read_group(cls, environ).model_copy(update={"pvc_root": pvc_root})
+        """The settings of a command line tool, which ignores all other variables. Raises SettingsError.
+
+        It acts for the user of this machine, so that private hosts are not refused.
+        """
+        found = read_group(cls, environ)
+        private, plain = found.private_hosts or frozenset({ANY_HOST}), found.oci_insecure_hosts | LOOPBACK
+        return found.model_copy(update={"pvc_root": pvc_root, "private_hosts": private, "oci_insecure_hosts": plain})

@@ -7,6 +7,7 @@ might interpret differently. Pure.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def is_revision(text: str) -> bool:
 
 def _parse_oci(rest: str) -> OciUri:
     host, _, name = rest.partition("/")
-    if not _OCI_HOST.match(host) or ".." in host:
+    if not _OCI_HOST.match(host) or ".." in host or not _is_bracketed_ipv6(host):
         raise ValueError(
             f"oci://{rest[:80]}: {host[:60]!r} is not a registry host; write oci://host[:port]/repository:tag"
         )
@@ -133,6 +134,17 @@ def _parse_oci(rest: str) -> OciUri:
     if port and not 0 < int(port) < 65536:
         raise ValueError(f"oci://{rest[:80]}: port {port} is out of range")
     return OciUri(host.lower(), repo, tag or None, digest or None)
+
+
+def _is_bracketed_ipv6(host: str) -> bool:
+    """Whether what stands in brackets, if anything does, is an IPv6 address."""
+    if not host.startswith("["):
+        return True
+    try:
+        ipaddress.IPv6Address(host[1:].partition("]")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_s3(rest: str) -> S3Uri:

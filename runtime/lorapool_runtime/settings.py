@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lorapool_api.basemodel import PrefixSharing
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ENV_TOKEN_SHA256_FILE, RUNTIME_PORT
 from lorapool_api.settings import Env, ServingSettings, read
 from lorapool_artifacts.settings import SourceSettings
@@ -52,9 +53,10 @@ class RuntimeSettings(ServingSettings):
     """Most prompt tokens in a step that also decodes, which bounds how long one long prompt delays the others. None:
     128 on a CPU, where each token costs; max_batch_tokens on a GPU, where tokens cost less than reading the weights."""
     prefix_cache: bool = True
-    """Requests on the same weights share the computed prefixes of their prompts; different weights never do. Any
-    client of a model can then find out, by timing and by `cached_tokens`, whether a prefix was sent recently: switch
-    it off where that matters."""
+    """Requests on the same weights share the computed prefixes of their prompts; different weights never do."""
+    prefix_sharing: PrefixSharing = PrefixSharing.TENANT
+    """Who shares them: the callers of one tenant, or (Base) all callers. Who shares can find out, by timing and by
+    `cached_tokens`, whether a prefix was sent recently. Callers that no gateway names are one tenant."""
     kv_bytes: int | None = Field(default=None, ge=1)
     """Size of the KV cache; None: a share of the memory that is free after loading the base."""
     threads: int | None = Field(default=None, ge=1)
@@ -97,6 +99,9 @@ class RuntimeSettings(ServingSettings):
     # --- adapters -----------------------------------------------------------------------
     sources: SourceSettings = SourceSettings()
     """Endpoints and credentials of the artifact sources. Never flags, since any user of the machine can read those."""
+    source_rules_file: Path | None = None
+    """A JSON file (`SourceRules`) with the sources that each namespace may use, and with whose credentials. The
+    operator writes it, and it is read for every use. None: every source is read with this runtime's credentials."""
     cache_dir: Path = Path("~/.cache/lorapool/artifacts")
     """Folder of fetched artifacts, by digest."""
     base_cache_dir: Path | None = None

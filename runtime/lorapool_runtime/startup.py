@@ -24,6 +24,7 @@ from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.uri import PvcUri, parse_uri
 from lorapool_artifacts.writer_folders import remove_dead
 from lorapool_runtime.adapters.disk_store import DiskStore
+from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.engines.choose import EngineFactory
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.tokenizer import Tokenizer
@@ -90,7 +91,8 @@ def bring_up(
     )
     cache.start()
     limits = FetchLimits(total_timeout_s=settings.fetch_timeout_s, min_bytes_per_s=settings.fetch_min_bytes_per_s)
-    store = DiskStore(cache, facts, sources, max_rank=settings.max_rank, fetch_limits=limits)
+    access = SourceAccess(sources, settings.source_rules_file)
+    store = DiskStore(cache, facts, access, max_rank=settings.max_rank, fetch_limits=limits)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
     return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
 

@@ -20,6 +20,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
+from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.http import GuardedSession, translated
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
@@ -202,9 +203,10 @@ def test_the_message_says_whether_dns_the_port_or_tls_is_wrong(
     def refuse(*_: object, **__: object) -> None:
         raise error
 
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.216.34", 443))])
     monkeypatch.setattr("urllib3.util.connection.create_connection", refuse)
     deadline = Deadline(FetchLimits(), where="oci://registry.example/a")
-    session = GuardedSession("registry.example", deadline)
+    session = GuardedSession(AddressGuard("oci://registry.example/a"), deadline)
     with pytest.raises(ArtifactError) as caught, translated(deadline):
         session.get("https://registry.example/v2/")
     session.close()
@@ -374,7 +376,9 @@ async def test_a_redirect_to_another_host_loses_the_token(hub: Hub) -> None:
     cdn = hub.url.replace("127.0.0.1", "localhost")
     path = f"/acme/lora/resolve/{hub.commit_of('acme/lora')}/adapter_config.json"
     hub.faults = [Fault("adapter_config.json", status=302, headers={"Location": f"{cdn}{path}"}, times=1)]
-    settings = SourceSettings(hf_endpoint=hub.url, hf_token="hf_secretsecret")
+    settings = SourceSettings(
+        hf_endpoint=hub.url, hf_token="hf_secretsecret", oci_insecure_hosts=frozenset({"localhost"})
+    )
     seen = await inspect_adapter("hf://acme/lora", None, None, None, LIMITS, settings)
     assert seen.compatibility.ok
     first, second = [entry[2] for entry in hub.requests if entry[1].endswith("adapter_config.json")]

@@ -23,7 +23,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, SourceSettings
-from lorapool_artifacts.sources.oci import is_insecure, parse_manifest
+from lorapool_artifacts.sources.oci import parse_manifest
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 BINARY = shutil.which("docker-registry")
@@ -84,11 +84,16 @@ def push(host: str, name: str, files: dict[str, bytes], folder: Path, *, login: 
     client.session.close()
 
 
+def listed(host: str) -> SourceSettings:
+    """The settings of an administrator who lists this registry for plain HTTP."""
+    return SourceSettings(oci_insecure_hosts=frozenset({host}))
+
+
 @needs_registry
 async def test_an_adapter_is_checked_by_range_reads_and_fetched(registry: str, tmp_path: Path) -> None:
     files = zoo.adapter_files()
     push(registry, "team/lora:v1", files, tmp_path / "src")
-    settings = SourceSettings()
+    settings = listed(registry)
     resolved = await resolve(f"oci://{registry}/team/lora:v1", settings=settings)
     assert resolved.digest is not None, "layers carry their hash"
     seen = await inspect_adapter(f"oci://{registry}/team/lora:v1", None, resolved.digest, None, LIMITS, settings)
@@ -104,19 +109,20 @@ async def test_an_adapter_is_checked_by_range_reads_and_fetched(registry: str, t
 
 @needs_registry
 async def test_a_tag_that_moves_does_not_move_what_was_resolved(registry: str, tmp_path: Path) -> None:
+    settings = listed(registry)
     push(registry, "team/moving:v1", zoo.adapter_files(), tmp_path / "old")
-    old = await resolve(f"oci://{registry}/team/moving:v1", settings=SourceSettings())
+    old = await resolve(f"oci://{registry}/team/moving:v1", settings=settings)
     push(registry, "team/moving:v1", zoo.adapter_files(lora_alpha=1), tmp_path / "new")
-    again = await resolve(f"oci://{registry}/team/moving:v1", old.revision, settings=SourceSettings())
+    again = await resolve(f"oci://{registry}/team/moving:v1", old.revision, settings=settings)
     assert again.digest == old.digest
     assert folder_digest(await fetch(old, tmp_path / "cache", old.digest)) == old.digest
-    assert (await resolve(f"oci://{registry}/team/moving:v1", settings=SourceSettings())).digest != old.digest
+    assert (await resolve(f"oci://{registry}/team/moving:v1", settings=settings)).digest != old.digest
 
 
 @needs_registry
 async def test_a_base_has_facts_and_a_digest_without_a_download(registry: str, tmp_path: Path) -> None:
     push(registry, "team/base:v1", zoo.base_files(), tmp_path / "src")
-    seen = await inspect_base(f"oci://{registry}/team/base:v1", None, SourceSettings())
+    seen = await inspect_base(f"oci://{registry}/team/base:v1", None, listed(registry))
     assert seen.digest is not None
     assert seen.facts.names == {"team/base", "tiny/llama"}
     assert seen.facts.modules["model.layers.0.mlp.down_proj"] == (zoo.HIDDEN, zoo.INNER)
@@ -126,7 +132,7 @@ async def test_a_base_has_facts_and_a_digest_without_a_download(registry: str, t
 async def test_what_is_not_there_is_not_found(registry: str) -> None:
     for reference in ("team/nowhere:v1", f"team/nowhere@sha256:{'0' * 64}"):
         with pytest.raises(ArtifactError) as caught:
-            await resolve(f"oci://{registry}/{reference}", settings=SourceSettings())
+            await resolve(f"oci://{registry}/{reference}", settings=listed(registry))
         assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
 
 
@@ -135,7 +141,7 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
     push(locked, "team/lora:v1", zoo.adapter_files(), tmp_path / "src", login=True)
     uri = f"oci://{locked}/team/lora:v1"
     with pytest.raises(ArtifactError, match="DOCKER_CONFIG") as caught:
-        await resolve(uri, settings=SourceSettings())
+        await resolve(uri, settings=listed(locked))
     assert caught.value.reason is FailureReason.UNAUTHORIZED
     env = {"LORAPOOL_OCI_AUTH_HOST": locked, "LORAPOOL_OCI_USERNAME": USER, "LORAPOOL_OCI_PASSWORD": PASSWORD}
     assert (await inspect_adapter(uri, None, None, None, LIMITS, SourceSettings.from_env(env))).compatibility.ok
@@ -171,8 +177,8 @@ async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(
         return 200, {}, blobs[path.rpartition("sha256:")[2]]
 
     hub.answer = answer  # type: ignore[method-assign]
-    host = hub.url.removeprefix("http://")
-    assert (await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, SourceSettings())).compatibility.ok
+    host = hub.host
+    assert (await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, listed(host))).compatibility.ok
     env = {"LORAPOOL_OCI_AUTH_HOST": host, "LORAPOOL_OCI_USERNAME": USER, "LORAPOOL_OCI_PASSWORD": PASSWORD}
     assert (
         await inspect_adapter(f"oci://{host}/a:v1", None, None, None, LIMITS, SourceSettings.from_env(env))
@@ -187,8 +193,33 @@ async def test_a_token_service_at_a_metadata_address_is_refused(hub: Hub) -> Non
     realm = 'Bearer realm="http://169.254.169.254/token",service="r"'
     hub.faults = [Fault("/v2/", status=401, headers={"Www-Authenticate": realm})]
     with pytest.raises(ArtifactError) as caught:
-        await resolve(f"oci://{hub.url.removeprefix('http://')}/a:v1", settings=SourceSettings())
+        await resolve(f"oci://{hub.host}/a:v1", settings=listed(hub.host))
     assert caught.value.reason is FailureReason.INVALID_SOURCE
+
+
+async def test_a_registry_in_the_private_network_is_not_even_connected_to(hub: Hub) -> None:
+    """No answer tells whether something listens there, nor with which status it answers."""
+    port = hub.host.partition(":")[2]
+    for host in (hub.host, f"localhost:{port}", f"x.localhost:{port}", f"[::ffff:127.0.0.1]:{port}", "127.0.0.1:1"):
+        with pytest.raises(ArtifactError, match=r"private network|not listed") as caught:
+            await resolve(f"oci://{host}/a/b:t403", settings=SourceSettings())
+        assert caught.value.reason is FailureReason.INVALID_SOURCE
+    assert hub.requests == []
+
+
+async def test_neither_a_redirect_nor_a_token_service_leads_into_the_private_network(hub: Hub) -> None:
+    inner = hub.url.replace("127.0.0.1", "localhost")
+    realm = f'Bearer realm="{inner}/token",service="r"'
+    leads = (
+        Fault("/v2/", status=302, headers={"Location": f"{inner}/admin"}),
+        Fault("/v2/", status=401, headers={"Www-Authenticate": realm}),
+    )
+    for lead in leads:
+        hub.faults = [lead]
+        with pytest.raises(ArtifactError) as caught:
+            await resolve(f"oci://{hub.host}/a:v1", settings=listed(hub.host))
+        assert caught.value.reason is FailureReason.INVALID_SOURCE
+    assert all(path.startswith("/v2/") for _, path, _ in hub.requests)
 
 
 @pytest.mark.parametrize("host", ["169.254.169.254", "[fd00:ec2::254]", "[::ffff:169.254.169.254]", "0.0.0.0:5000"])
@@ -205,7 +236,7 @@ async def test_a_registry_at_a_forbidden_address_is_refused(host: str) -> None:
 async def test_each_status_of_the_registry_has_its_reason(hub: Hub, status: int, reason: FailureReason) -> None:
     hub.faults = [Fault("/v2/", status=status, headers={"Retry-After": "5"})]
     with pytest.raises(ArtifactError) as caught:
-        await resolve(f"oci://{hub.url.removeprefix('http://')}/a:v1", settings=SourceSettings())
+        await resolve(f"oci://{hub.host}/a:v1", settings=listed(hub.host))
     assert caught.value.reason is reason
 
 
@@ -262,20 +293,3 @@ def test_a_malformed_manifest_is_refused(raw: bytes, reason: FailureReason) -> N
 def test_a_container_image_is_listed_as_archives(layer: dict[str, Any]) -> None:
     [name] = parse_manifest(manifest_of({"adapter_model.safetensors": b"x"}, **layer), where="x")
     assert name.endswith((".tar", ".tar.gz"))
-
-
-def test_plain_http_is_spoken_to_loopback_and_listed_hosts_only() -> None:
-    listed = frozenset({"registry.lan:5000", "other.lan"})
-    assert [
-        is_insecure(host, listed)
-        for host in (
-            "127.0.0.1:5000",
-            "localhost",
-            "[::1]:5000",
-            "registry.lan:5000",
-            "other.lan:1",
-            "registry.lan",
-            "ghcr.io",
-            "10.0.0.1",
-        )
-    ] == [True, True, True, True, True, False, False, False]

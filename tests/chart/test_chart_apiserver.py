@@ -320,7 +320,10 @@ def eventually(what: str, check: Callable[[], bool], log: Path, timeout_s: float
 def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiServer, tmp_path: Path) -> None:
     token, profiles = tmp_path / "token", tmp_path / "profiles.yaml"
     manifests = render(namespace=NAMESPACE)
-    profiles.write_text(of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]["profiles.yaml"])
+    mounted = of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]
+    profiles.write_text(mounted["profiles.yaml"])
+    policy = tmp_path / "source-policy.yaml"
+    policy.write_text(mounted["source-policy.yaml"])
     operator_log, gateway_log = tmp_path / "operator.log", tmp_path / "gateway.log"
 
     with release(server):
@@ -328,6 +331,7 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
         operator = environment(manifests, "operator") | {
             "LORAPOOL_OPERATOR_MASTER_TOKEN_FILE": str(token),
             "LORAPOOL_OPERATOR_PROFILES_FILE": str(profiles),
+            "LORAPOOL_OPERATOR_SOURCE_POLICY_FILE": str(policy),
             "LORAPOOL_OPERATOR_LOG_FORMAT": "text",
             "LORAPOOL_OPERATOR_RESYNC_S": "1",
             "HOME": str(tmp_path),

@@ -13,6 +13,7 @@ from chart_kit import NAMESPACE, of_kind, pod_of, refusal, render, restricted_vi
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import FIELD_MANAGER
+from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.decisions.manifests import children
 from lorapool_operator.world.cluster_cache import BaseObject, Meta
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
@@ -69,7 +70,14 @@ def children_of(profile: RuntimeProfile) -> dict[str, dict[str, Any]]:
     meta = Meta(NAMESPACE, "tiny", "11111111-2222-3333-4444-555555555555", 1, "1", 0.0, False, None)
     spec = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base"}})
     base = BaseObject(meta, spec, BaseModelStatus())
-    made = children(base, profile, RuntimeImage("runtime:1", "Always"), replicas=1, token_sha256=("ab" * 32,))
+    made = children(
+        base,
+        profile,
+        RuntimeImage("runtime:1", "Always"),
+        replicas=1,
+        token_sha256=("ab" * 32,),
+        rules=SourceRules(owner="team"),
+    )
     return {child["kind"]: child for child in made}
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from chart_kit import CHART, NAMESPACE, environment, of_kind, pod_of, render
 
+from lorapool_artifacts.policy import parse_policy
 from lorapool_gateway import settings as gateway_settings
 from lorapool_operator import settings as operator_settings
 from lorapool_operator.world import profiles as operator_profiles
@@ -62,7 +63,7 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     operator = operator_settings.read_settings(environment(manifests, "operator"))
     # Tracked adapters: the chart sets one bound for all processes.
     differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
-    differs |= {"max_tracked_adapters"}
+    differs |= {"max_tracked_adapters", "source_policy_file"}
 
     for settings in (gateway, operator):
         for name, field in type(settings).model_fields.items():
@@ -150,3 +151,24 @@ def test_artifact_settings_credentials_and_pull_secrets_reach_every_profile() ->
     assert read["default"].image_pull_secrets == ("pull",)
     assert read["own"].image_pull_secrets == ("other",)
     assert read["own"].env[-1] == {"name": "A", "value": "b"}
+
+
+def test_the_policy_of_sources_reaches_the_operator_and_private_hosts_reach_all() -> None:
+    entries = {"team-b": {"prefixes": ["hf://team-b/"], "credentials": "Own", "credentialsSecret": "mine"}, "*": {}}
+    artifacts = {"policy": entries, "privateHosts": ["registry.lan:5000"], "namespaceCredentials": "sources"}
+    manifests = render({"artifacts": artifacts})
+    operator = operator_settings.read_settings(environment(manifests, "operator"))
+    [found] = of_kind(manifests, "ConfigMap").values()
+    policy = parse_policy(found["data"]["source-policy.yaml"], origin="chart")
+    assert operator.source_policy_file is not None
+    assert operator.source_policy_file.name in found["data"]
+    assert policy.secret_of("team-b", operator.namespace_credentials) == "mine"
+    assert policy.secret_of("team-c", operator.namespace_credentials) == "sources"
+    assert policy.of("team-b") != policy.of("other")
+    assert operator.sources.private_hosts == {"registry.lan:5000"}
+    env = {item["name"]: item.get("value") for item in profiles({"artifacts": artifacts})["default"].env}
+    assert env["LORAPOOL_SOURCE_PRIVATE_HOSTS"] == "registry.lan:5000"
+    rights = [rule for role in of_kind(manifests, "Role").values() for rule in role["rules"]]
+    assert [
+        rule["resourceNames"] for rule in rights if rule["resources"] == ["secrets"] and rule["verbs"] == ["get"]
+    ] == [["mine", "sources"]]

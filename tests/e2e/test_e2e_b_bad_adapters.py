@@ -133,8 +133,21 @@ def test_a_source_that_is_not_there_is_refused_at_once_and_looked_for_again(worl
         world.kubectl("delete", "lora", "bad-nowhere")
 
 
+def test_a_source_inside_the_private_network_is_refused_whether_or_not_something_is_there(world: World) -> None:
+    uris = ("oci://127.0.0.1:9/a/b:1", "oci://kubernetes.default.svc/a/b:1", "oci://169.254.169.254/a/b:1")
+    for number, uri in enumerate(uris):
+        world.apply(manifest(world, f"bad-inner-{number}", uri))
+    try:
+        for number in range(len(uris)):
+            name = f"bad-inner-{number}"
+            world.wait("a refusal", lambda name=name: _failed(world, name) == "InvalidSource", timeout_s=60)
+    finally:
+        for number in range(len(uris)):
+            world.kubectl("delete", "lora", f"bad-inner-{number}")
+
+
 def test_a_source_that_is_down_is_tried_again_and_requests_get_503(world: World) -> None:
-    uri = "oci://127.0.0.1:9/adapters/down:1"  # nothing listens on the discard port
+    uri = "oci://registry.invalid/adapters/down:1"  # a name that is never found
     world.patch("bm", BASE, {"coldStart": {"maxWait": "5s", "maxQueued": 256}})
     world.apply(manifest(world, "bad-down", uri))
     try:

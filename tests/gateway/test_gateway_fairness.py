@@ -119,11 +119,12 @@ def test_each_tenant_continues_in_turn_with_its_oldest_request() -> None:
 
 def test_the_youngest_request_of_the_tenant_that_has_the_most_is_displaced() -> None:
     waiting = queue(*"aabaab")
-    victim = displaced_by(queue("c")[0], waiting)
+    counts = {"a": 4, "b": 2}
+    victim = displaced_by(queue("c")[0], waiting, counts)
     assert victim is waiting[4]
-    assert displaced_by(queue("a")[0], waiting) is None
-    assert displaced_by(queue("b")[0], waiting) is victim
-    assert displaced_by(queue("c")[0], queue(*"ab")) is None
+    assert displaced_by(queue("a")[0], waiting, counts) is None
+    assert displaced_by(queue("b")[0], waiting, counts) is victim
+    assert displaced_by(queue("c")[0], queue(*"ab"), {"a": 1, "b": 1}) is None
 
 
 @settings(deadline=None)

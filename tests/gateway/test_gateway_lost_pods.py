@@ -17,7 +17,7 @@ from gateway_world import World, key_of, until, world
 from lorapool_api.keep_alive import DEAD_PEER_S
 from lorapool_gateway.process import poll_socket
 from lorapool_gateway.requests import pod_watch
-from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.http_client import HttpClient, ReadTimeoutError
 from lorapool_gateway.routing.outliers import EJECTION_MAX_S, EJECTION_S, Outliers
 
 
@@ -289,3 +289,16 @@ async def test_the_kernel_ends_connections_to_runtimes_whose_machine_is_lost(dea
 def test_the_kernel_ends_polls_of_runtimes_whose_machine_is_lost() -> None:
     with poll_socket((socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", 9))) as made:
         assert options(made) == (True, DEAD_PEER_S * 1000)
+
+
+async def test_a_limit_of_silence_begins_when_it_is_set(dead: Mute) -> None:
+    http = HttpClient()
+    response = await http.send(dead.url, "POST", "/", {}, b"")
+    response._last_s -= 100  # a load or a long prompt, during which the pod's poll fails once
+    response.limit_silence(50)
+    assert response._error is None
+    response._last_s -= 100
+    response._check_timeout()
+    with pytest.raises(ReadTimeoutError):
+        await response.head()
+    await http.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
@@ -17,6 +17,7 @@ from lorapool_operator.effects.fair_permits import FairPermits
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
+from lorapool_operator.effects.source_access import SourceAccess
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import SourceFacts, SourceFailure
 
@@ -25,12 +26,21 @@ class HangingInspector(FakeInspector):
     """Sources whose name begins with `hang` never answer."""
 
     async def adapter(
-        self, uri: str, revision: str | None, expected: str | None, base: BaseFacts | None, max_rank: int
+        self,
+        uri: str,
+        revision: str | None,
+        expected: str | None,
+        base: BaseFacts | None,
+        max_rank: int,
+        *,
+        credentials: Mapping[str, str] | None = None,
     ) -> SourceFacts | SourceFailure:
         await self._hang(uri)
         return found(uri)
 
-    async def base(self, uri: str, revision: str | None) -> BaseInspection:
+    async def base(
+        self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
+    ) -> BaseInspection:
         await self._hang(uri)
         return BaseInspection("rev", digest(uri), BaseFacts({}), 1)
 
@@ -56,6 +66,7 @@ async def tracker(concurrency: int) -> AsyncIterator[tuple[InspectionTracker, as
         timeout_s=3600.0,
         changed=lambda key, delay_s: None if delay_s else finished.put_nowait(key),
         pending_status_s=5.0,
+        access=SourceAccess(),
     )
     try:
         yield made, finished

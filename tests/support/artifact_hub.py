@@ -63,6 +63,11 @@ class Hub:
     def url(self) -> str:
         return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def host(self) -> str:
+        """Its address and port."""
+        return self.url.partition("://")[2]
+
     def __enter__(self) -> Hub:
         self._thread.start()
         return self

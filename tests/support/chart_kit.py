@@ -38,6 +38,8 @@ ALL_ON: dict[str, Any] = {
     "apiKeys": {"namespace": "lorapool-keys"},
     "artifacts": {
         "insecureRegistries": ["registry.example:5000"],
+        "privateHosts": ["hub.lan"],
+        "policy": {"team-b": {"prefixes": ["hf://team-b/"], "credentials": "Own", "credentialsSecret": "sources"}},
         "env": [{"name": "HF_ENDPOINT", "value": "http://hub.example"}],
         "credentials": {"existingSecret": "hub-credentials"},
     },

@@ -111,6 +111,8 @@ class FakeRuntime:
     seen: list[Seen] = field(default_factory=list)
     puts: list[AdapterKey] = field(default_factory=list)
     polls: int = 0
+    credentials: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The namespaces' own, as the operator delivered them last."""
     authorizations: list[str] = field(default_factory=list)
     """The credentials of all requests, in order."""
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
@@ -191,6 +193,7 @@ class FakeRuntime:
         app.router.add_put("/v1/adapters/{uid}/{digest}", self._put)
         app.router.add_delete("/v1/adapters/{uid}/{digest}", self._delete)
         app.router.add_post("/v1/resolve", self._resolve)
+        app.router.add_put("/v1/credentials", self._credentials)
         app.router.add_post("/v1/chat/completions", self._infer)
         app.router.add_post("/v1/completions", self._infer)
         return app
@@ -252,6 +255,10 @@ class FakeRuntime:
         usage = UsagePart(boot_id=self.boot_id)
         answer = DeleteAnswer(boot_id=self.boot_id, freed_device_bytes=0, freed_host_bytes=0, usage=usage)
         return web.json_response(answer.dump())
+
+    async def _credentials(self, request: web.Request) -> web.Response:
+        self.credentials = (await request.json())["namespaces"]
+        return web.Response(status=204)
 
     async def _resolve(self, _: web.Request) -> web.Response:
         return web.json_response(self.resolve_answer.dump())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -43,11 +44,15 @@ class FakeInspector:
     answers: dict[str, SourceFacts | SourceFailure | ArtifactError] = field(default_factory=dict)
     delay_s: float = 0.0
     asked: list[str] = field(default_factory=list)
+    credentials: list[Mapping[str, str] | None] = field(default_factory=list)
+    """Those of each adapter's inspection; None: the operator's."""
     bases_asked: int = 0
     running: int = 0
     most_running: int = 0
 
-    async def base(self, uri: str, revision: str | None) -> BaseInspection:
+    async def base(
+        self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
+    ) -> BaseInspection:
         self.bases_asked += 1
         answer = self.answers.get(uri)
         if isinstance(answer, ArtifactError):
@@ -55,9 +60,17 @@ class FakeInspector:
         return BaseInspection("rev-base", digest(uri), BaseFacts({"model.layers.0.self_attn.q_proj": (8, 8)}), 5000)
 
     async def adapter(
-        self, uri: str, revision: str | None, expected: str | None, base: BaseFacts | None, max_rank: int
+        self,
+        uri: str,
+        revision: str | None,
+        expected: str | None,
+        base: BaseFacts | None,
+        max_rank: int,
+        *,
+        credentials: Mapping[str, str] | None = None,
     ) -> SourceFacts | SourceFailure:
         self.asked.append(uri)
+        self.credentials.append(credentials)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:

@@ -26,7 +26,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorapool_api.common import AdapterKey, FailureReason
-from lorapool_api.protocol import AdapterDescriptor, ErrorDetail, ResolveAnswer, ResolveRequest, SourceRef, Tier
+from lorapool_api.protocol import (
+    AdapterDescriptor,
+    ErrorDetail,
+    NamespaceCredentials,
+    ResolveAnswer,
+    ResolveRequest,
+    SourceRef,
+    Tier,
+)
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.adapters.disk_store import StoredAdapter
 from lorapool_runtime.adapters.entry import Lease
@@ -295,8 +303,9 @@ class FakeStore:
     """Per URI, the digest of a source that holds another one than requested."""
     fetches: Counter[str] = field(default_factory=Counter)
     disk: set[str] = field(default_factory=set)
+    credentials: NamespaceCredentials = field(default_factory=NamespaceCredentials)
 
-    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
+    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
         self.fetches[source.uri] += 1
         await asyncio.sleep(self.delay_s)
         if self.errors.get(source.uri):
@@ -312,6 +321,9 @@ class FakeStore:
 
     def on_disk(self, digest: str) -> bool:
         return digest in self.disk
+
+    def give_credentials(self, credentials: NamespaceCredentials) -> None:
+        self.credentials = credentials
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         if self.errors.get(request.source.uri):

@@ -6,6 +6,9 @@
 {{- with $artifacts.insecureRegistries -}}
 {{- $env = append $env (dict "name" "LORAPOOL_OCI_INSECURE_HOSTS" "value" (join "," .)) -}}
 {{- end -}}
+{{- with $artifacts.privateHosts -}}
+{{- $env = append $env (dict "name" "LORAPOOL_SOURCE_PRIVATE_HOSTS" "value" (join "," .)) -}}
+{{- end -}}
 {{- $maxBytes := toString (int64 $artifacts.maxBaseBytes) -}}
 {{- $env = append $env (dict "name" "LORAPOOL_BASE_MAX_BYTES" "value" $maxBytes) -}}
 {{- $timeout := toString (int64 $artifacts.baseFetchTimeoutSeconds) -}}
@@ -133,6 +136,10 @@
   value: {{ .Values.image.runtime.pullPolicy }}
 - name: LORAPOOL_OPERATOR_PROFILES_FILE
   value: /etc/lorapool/profiles/profiles.yaml
+- name: LORAPOOL_OPERATOR_SOURCE_POLICY_FILE
+  value: /etc/lorapool/profiles/source-policy.yaml
+- name: LORAPOOL_OPERATOR_NAMESPACE_CREDENTIALS
+  value: {{ .Values.artifacts.namespaceCredentials | quote }}
 - name: LORAPOOL_OPERATOR_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
 - name: LORAPOOL_OPERATOR_LOG_LEVEL

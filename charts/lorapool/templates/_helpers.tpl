@@ -84,6 +84,15 @@ annotations:
 {{- end -}}
 {{- end -}}
 
+{{/* Names of the Secrets with namespaces' own credentials for sources, as a JSON list. */}}
+{{- define "lorapool.sourceSecrets" -}}
+{{- $names := list .Values.artifacts.namespaceCredentials -}}
+{{- range $rules := .Values.artifacts.policy -}}
+{{- $names = append $names (default "" $rules.credentialsSecret) -}}
+{{- end -}}
+{{- without $names "" | uniq | sortAlpha | toJson -}}
+{{- end -}}
+
 {{/* Namespace of the API key Secrets. */}}
 {{- define "lorapool.keysNamespace" -}}
 {{- default (printf "%s-keys" (.Release.Namespace | trunc 58)) .Values.apiKeys.namespace -}}

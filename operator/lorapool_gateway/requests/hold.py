@@ -9,7 +9,7 @@ refused with 429. Waiting requests continue in fair order: one of each tenant in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,8 @@ class Hold:
     def __init__(self, on_change: Callable[[str, int], None]) -> None:
         """`on_change(base, +1 | -1)` updates the gauge."""
         self._queues: dict[str, dict[Held, None]] = {}
+        self._counts: dict[str, Counter[str]] = {}
+        """Requests by queue and tenant."""
         self._on_change = on_change
 
     def waiting(self, queue: str) -> int:
@@ -54,6 +56,7 @@ class Hold:
         if not known and len(queue) >= bound:
             self._displace(held, base, bound)
         queue[held] = None
+        self._counts.setdefault(held.queue, Counter())[held.tenant] += 1
         self._on_change(base, 1)
         try:
             yield
@@ -62,8 +65,7 @@ class Hold:
             self._on_change(base, -1)
 
     def _displace(self, held: Held, base: str, bound: int) -> None:
-        queue = self._queues[held.queue]
-        victim = displaced_by(held, queue)
+        victim = displaced_by(held, self._queues[held.queue], self._counts.get(held.queue, Counter()))
         if victim is None:
             self._drop_if_empty(held.queue)
             raise TooManyRequestsError(
@@ -71,16 +73,21 @@ class Hold:
                 code="too_many_held_requests",
                 retry_after_s=RETRY_AFTER_S,
             )
-        del queue[victim]
+        self._remove(victim)
         victim.end(True)
 
     def _remove(self, held: Held) -> None:
-        self._queues.get(held.queue, {}).pop(held, None)
-        self._drop_if_empty(held.queue)
+        """Does nothing for a request that was displaced."""
+        queue = self._queues.get(held.queue, {})
+        if held in queue:
+            del queue[held]
+            self._counts[held.queue] -= Counter([held.tenant])
+            self._drop_if_empty(held.queue)
 
     def _drop_if_empty(self, queue: str) -> None:
         if not self._queues.get(queue, True):
             del self._queues[queue]
+            self._counts.pop(queue, None)
 
 
 def displaced_error(base: str, bound: int) -> TooManyRequestsError:
@@ -92,11 +99,13 @@ def displaced_error(base: str, bound: int) -> TooManyRequestsError:
     )
 
 
-def displaced_by(held: Held, queue: Iterable[Held]) -> Held | None:
-    """The youngest request of the tenant that has the most; None if it has no more than this request's would have."""
-    counts = Counter(other.tenant for other in queue)
+def displaced_by(held: Held, queue: Iterable[Held], counts: Mapping[str, int]) -> Held | None:
+    """The youngest request of the tenant that has the most; None if it has no more than this request's would have.
+
+    `counts`: requests in the queue by tenant.
+    """
     most = max(counts, key=lambda tenant: counts[tenant], default=None)
-    if most is None or counts[most] <= counts[held.tenant] + 1:
+    if most is None or counts[most] <= counts.get(held.tenant, 0) + 1:
         return None
     return max((other for other in queue if other.tenant == most), key=lambda other: other.arrived_s)
 

@@ -133,8 +133,9 @@ class HttpResponse:
             connection.drop()
 
     def limit_silence(self, timeout_s: float) -> None:
-        """Sets how long the runtime may send nothing, counted from the last byte."""
+        """Sets how long the runtime may send nothing, from now on, and then after each byte."""
         self._timeout_s = timeout_s
+        self._last_s = self._loop.time()
         if self._connection is not None:
             self._timer.cancel()
             self._check_timeout()

@@ -28,6 +28,9 @@ def source_of(
     if reported is not None:
         value = ("True", Reason.RESOLVED.value, f"{reported}, as loaded by a runtime.")
         return BaseSource(SourceFacts(reported, observed.base.status.revision), value), None, None
+    if observed.permission.refused:
+        reason = FailureReason.SOURCE_NOT_PERMITTED
+        return BaseSource(None, ("False", reason.value, observed.permission.refused), reason), None, None
     if observed.base.spec.source.uri.startswith("pvc://"):
         return _volume_source(observed), None, None
     result = observed.inspection
@@ -95,6 +98,7 @@ def _job(observed: ObservedBase, attempt: int) -> InspectionJob | None:
         digest=None,
         base_uid=None,
         max_rank=base.spec.lora.max_rank,
+        rights=observed.permission.rights,
     )
 
 

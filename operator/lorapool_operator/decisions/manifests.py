@@ -34,6 +34,7 @@ from lorapool_api.protocol import (
     RUNTIME_PORT,
     PreloadList,
 )
+from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
 from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile, device_names
 
@@ -48,6 +49,7 @@ PVC_ROOT = "/pvc"
 TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
 PRELOAD_FILE = "preload.json"
+SOURCE_RULES_FILE = "source-rules.json"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
@@ -81,12 +83,13 @@ def children(
     *,
     replicas: int,
     token_sha256: tuple[str, ...],
+    rules: SourceRules,
     preload: PreloadList = NO_PRELOAD,
     paused: bool = False,
 ) -> list[Manifest]:
     """Returns all children, each with the hash of its own content as an annotation."""
     made = [
-        files(base, token_sha256, preload),
+        files(base, token_sha256, rules, preload),
         *model_cache_claim(base, profile),
         *network_policy(base, profile),  # before the pods that it is for
         deployment(base, profile, image, replicas=replicas, paused=paused),
@@ -103,8 +106,9 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def files(base: BaseObject, token_sha256: tuple[str, ...], preload: PreloadList) -> Manifest:
-    """Returns the ConfigMap with the hashes of the accepted bearer tokens, and what new pods load first.
+def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, preload: PreloadList) -> Manifest:
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens, the rules for sources, and what new pods
+    load first.
 
     A change of it restarts no pod.
     """
@@ -113,7 +117,11 @@ def files(base: BaseObject, token_sha256: tuple[str, ...], preload: PreloadList)
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(base),
-        "data": {TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256), **hot},
+        "data": {
+            TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256),
+            SOURCE_RULES_FILE: rules.model_dump_json(by_alias=True, exclude_none=True),
+            **hot,
+        },
     }
 
 
@@ -313,6 +321,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         "MAX_RANK": str(spec.lora.max_rank),
         "SLOTS": str(spec.lora.slots),
         "HOST_CACHE_BYTES": str(quantity_bytes(spec.lora.host_cache_bytes)),
+        "PREFIX_SHARING": spec.prefix_cache.sharing.value,
         "LISTEN_PORT": str(RUNTIME_PORT),
         "METRICS_PORT": str(METRICS_PORT),
         "CACHE_DIR": f"{CACHE_DIR}/artifacts",
@@ -328,6 +337,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
+    ours.append({"name": "LORAPOOL_RUNTIME_SOURCE_RULES_FILE", "value": f"{TOKEN_DIR}/{SOURCE_RULES_FILE}"})
     ours.append({"name": ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
     ours += [
         {"name": "HOME", "value": "/tmp"},

@@ -9,6 +9,7 @@ from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor
+from lorapool_artifacts.policy import Rights
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.world.cluster_cache import Key
 from lorapool_operator.world.observed import ScaleMemory, SpreadMemory, Standing
@@ -51,6 +52,8 @@ class InspectionJob:
     max_rank: int
     via_pod_uid: str | None = None
     """The runtime that reads the source where the operator cannot."""
+    rights: Rights = Rights.SHARED
+    """Whose credentials the source is read with."""
 
 
 @dataclass(frozen=True, slots=True)

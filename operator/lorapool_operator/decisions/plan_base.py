@@ -13,6 +13,7 @@ from dataclasses import replace
 from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.common import BaseCondition, Condition, Reason
 from lorapool_api.protocol import PreloadList
+from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.decisions import rollout, starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, source_of, unusable
 from lorapool_operator.decisions.base_status import can_start, status_of
@@ -140,6 +141,7 @@ def _children(
         observed.image,
         replicas=replicas,
         token_sha256=observed.token_sha256,
+        rules=observed.source_rules or SourceRules(owner=observed.base.meta.namespace),
         preload=preload,
         paused=paused,
     )

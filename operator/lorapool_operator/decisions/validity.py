@@ -17,7 +17,7 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterStatus, UpdatePol
 from lorapool_api.protocol import AdapterState, ErrorDetail
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.decisions.plan import InspectionJob, PlanSettings
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition, uid_hash
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition
 from lorapool_operator.world.observed import InspectionResult, ObservedAdapter, SourceFacts, SourceFailure
 
 TERMINAL_RETRY_MAX_S = 600.0
@@ -91,7 +91,9 @@ def decide_validity(
     adapter, base, fingerprint = observed.adapter, observed.base, observed.fingerprint
     failure = adapter.status.failure
     if base is None or fingerprint is None:
-        return ValidityDecision(replace(_last_valid(adapter, None), failure=failure))
+        return ValidityDecision(replace(_last_valid(observed), failure=failure))
+    if observed.permission.refused:
+        return ValidityDecision(_not_permitted(observed))
     attempts = _failed_attempts(adapter, fingerprint)
     result = observed.inspection
     if adapter.recorded_fingerprint in _recorded_forms(fingerprint, base):
@@ -101,7 +103,7 @@ def decide_validity(
         return ValidityDecision(recorded)
     if result is not None and result.fingerprint == fingerprint and result.attempt > attempts:
         return _new_validity(observed, base, result, settings)
-    last = _last_valid(adapter, base)
+    last = _last_valid(observed)
     if not may_inspect:
         return ValidityDecision(replace(last, failure=failure, pending=last.facts is None))
     due = unix(failure.retry_at) if failure is not None else None
@@ -133,11 +135,19 @@ def _recorded_facts(status: LoraAdapterStatus) -> SourceFacts | None:
     return SourceFacts(status.digest, status.revision, status.rank, tuple(status.target_modules), status.size_bytes)
 
 
-def _last_valid(adapter: AdapterObject, base: BaseObject | None) -> Validity:
-    """Returns the files that were served until now, if they were valid on this very base."""
-    status, fingerprint = adapter.status, adapter.recorded_fingerprint
+def _not_permitted(observed: ObservedAdapter) -> Validity:
+    """The namespace may not use the source. Files of an earlier source that it may still use keep being served."""
+    last = _last_valid(observed)
+    message = with_hint(FailureReason.SOURCE_NOT_PERMITTED, observed.permission.refused)
+    failure = FailureStatus(reason=FailureReason.SOURCE_NOT_PERMITTED.value, message=message, attempts=1)
+    return replace(last, fingerprint=last.fingerprint if last.ok else None, failure=failure, newer_failed=last.ok)
+
+
+def _last_valid(observed: ObservedAdapter) -> Validity:
+    """Returns the files that were served until now, if they were valid on this very base and may still be used."""
+    status, fingerprint = observed.adapter.status, observed.adapter.recorded_fingerprint
     facts = _recorded_facts(status)
-    if facts is None or (base is not None and (fingerprint or "").partition("/")[0] != uid_hash(base.meta.uid)):
+    if facts is None or not observed.record_holds:
         return Validity(fingerprint=fingerprint)
     if status.failure is not None and status.failure.retry_at is None and not _rollout_failed(status):
         return Validity(fingerprint=fingerprint)
@@ -237,7 +247,7 @@ def _new_validity(
     observed: ObservedAdapter, base: BaseObject, result: InspectionResult, settings: PlanSettings
 ) -> ValidityDecision:
     """Decides by an inspection result that the status does not contain yet."""
-    last = _last_valid(observed.adapter, base)
+    last = _last_valid(observed)
     outcome, source = result.outcome, observed.adapter.spec.source
     if isinstance(outcome, SourceFailure):
         failure, due = _failure_status(outcome, result, settings)
@@ -306,6 +316,8 @@ def credentials_changed(result: InspectionResult | None, changed_unix_s: float) 
 
 def with_hint(reason: FailureReason, message: str) -> str:
     """Returns the message of a failure with what makes the operator check again, unless it shows when it does."""
+    if reason is FailureReason.SOURCE_NOT_PERMITTED:
+        return message[:1024]
     hint = CREDENTIALS_HINT if reason is FailureReason.UNAUTHORIZED else "" if reason.repeated else RETRY_HINT
     return message[:1024] if not hint or hint in message else f"{message[:MESSAGE_CHARS]} {hint}"
 
@@ -366,4 +378,5 @@ def _job(observed: ObservedAdapter, base: BaseObject, fingerprint: str, attempt:
         base_uid=base.meta.uid,
         max_rank=MAX_INSPECTED_RANK,
         via_pod_uid=via,
+        rights=observed.permission.rights,
     )

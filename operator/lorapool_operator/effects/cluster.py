@@ -44,6 +44,7 @@ PATHS = {
     "ReplicaSet": ("apis/apps/v1", "replicasets"),
     "ConfigMap": ("api/v1", "configmaps"),
     "PersistentVolumeClaim": ("api/v1", "persistentvolumeclaims"),
+    "Secret": ("api/v1", "secrets"),
     "Service": ("api/v1", "services"),
     "PodDisruptionBudget": ("apis/policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("apis/networking.k8s.io/v1", "networkpolicies"),

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.fair_permits import FairPermits
 from lorapool_operator.effects.runtime_calls import RuntimeCallError
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
+from lorapool_operator.effects.source_access import SourceAccess
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import InspectionResult, RunningInspection, SourceFacts, SourceFailure
 
@@ -37,12 +38,24 @@ R = TypeVar("R")
 
 
 class Inspector(Protocol):
-    """The two inspections of `lorapool_artifacts`; tests replace them."""
+    """The two inspections of `lorapool_artifacts`; tests replace them.
 
-    async def base(self, uri: str, revision: str | None) -> BaseInspection: ...
+    `credentials`, by the names of their variables, are used in place of the operator's; None: the operator's are.
+    """
+
+    async def base(
+        self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
+    ) -> BaseInspection: ...
 
     async def adapter(
-        self, uri: str, revision: str | None, digest: str | None, base: BaseFacts | None, max_rank: int
+        self,
+        uri: str,
+        revision: str | None,
+        digest: str | None,
+        base: BaseFacts | None,
+        max_rank: int,
+        *,
+        credentials: Mapping[str, str] | None = None,
     ) -> Outcome: ...
 
 
@@ -53,17 +66,30 @@ class ArtifactInspector:
         self._settings = settings
         self._limits = FetchLimits(total_timeout_s=timeout_s)
 
-    async def base(self, uri: str, revision: str | None) -> BaseInspection:
-        return await inspect_base(uri, revision, self._settings, fetch_limits=self._limits)
+    async def base(
+        self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
+    ) -> BaseInspection:
+        return await inspect_base(uri, revision, self._with(credentials), fetch_limits=self._limits)
 
     async def adapter(
-        self, uri: str, revision: str | None, digest: str | None, base: BaseFacts | None, max_rank: int
+        self,
+        uri: str,
+        revision: str | None,
+        digest: str | None,
+        base: BaseFacts | None,
+        max_rank: int,
+        *,
+        credentials: Mapping[str, str] | None = None,
     ) -> Outcome:
         limits = AdapterLimits(max_rank=max_rank, max_bytes=DEFAULT_MAX_ADAPTER_BYTES)
-        found = await inspect_adapter(uri, revision, digest, base, limits, self._settings, fetch_limits=self._limits)
+        settings = self._with(credentials)
+        found = await inspect_adapter(uri, revision, digest, base, limits, settings, fetch_limits=self._limits)
         if not found.compatibility.ok or found.digest is None:
             return SourceFailure(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
         return SourceFacts(found.digest, found.revision, found.rank, found.target_modules, found.size_bytes)
+
+    def _with(self, credentials: Mapping[str, str] | None) -> SourceSettings:
+        return self._settings if credentials is None else self._settings.with_only(credentials)
 
 
 @dataclass
@@ -86,6 +112,7 @@ class InspectionTracker:
         timeout_s: float,
         changed: Callable[[Key, float], None],
         pending_status_s: float,
+        access: SourceAccess,
     ) -> None:
         """`changed(key, delay_s)` marks a key dirty: for a result, and for an inspection that takes long.
 
@@ -98,6 +125,7 @@ class InspectionTracker:
         self._timeout_s = timeout_s
         self._changed = changed
         self._pending_status_s = pending_status_s
+        self._access = access
         self._results: dict[str, InspectionResult] = {}
         self._started: dict[str, _Started] = {}
         self._shared: dict[tuple[Any, ...], asyncio.Task[Outcome]] = {}
@@ -192,21 +220,29 @@ class InspectionTracker:
 
     async def _base(self, job: InspectionJob) -> Outcome:
         self._facts.pop(job.uid, None)
-        found = await self._inspect_base(job.uid, job.uri, job.revision)
+        credentials = await self._access.credentials(job.key.namespace, job.rights)
+        found = await self._inspect_base(job.uid, job.uri, job.revision, credentials)
         return SourceFacts(found.digest or "", found.revision, size_bytes=found.size_bytes)
 
     async def _adapter(self, job: InspectionJob) -> Outcome:
         facts = await self._base_facts(job.base_uid or "")
-        inspection = (job.uri, job.revision, job.digest, job.base_uid, job.max_rank)
+        credentials = await self._access.credentials(job.key.namespace, job.rights)
+        reader = None if credentials is None else job.key.namespace
+        inspection = (job.uri, job.revision, job.digest, job.base_uid, job.max_rank, reader)
         return await _share(
             self._shared,
             inspection,
-            lambda: self._inspector.adapter(job.uri, job.revision, job.digest, facts, job.max_rank),
+            lambda: self._inspector.adapter(
+                job.uri, job.revision, job.digest, facts, job.max_rank, credentials=credentials
+            ),
         )
 
     async def _via_runtime(self, job: InspectionJob, pod_uid: str) -> Outcome:
         request = ResolveRequest(
-            source=SourceRef(uri=job.uri, revision=job.revision), digest=job.digest, max_bytes=DEFAULT_MAX_ADAPTER_BYTES
+            source=SourceRef(uri=job.uri, revision=job.revision),
+            namespace=job.key.namespace,
+            digest=job.digest,
+            max_bytes=DEFAULT_MAX_ADAPTER_BYTES,
         )
         response = await self._runtimes.resolve(pod_uid, request, timeout_s=self._timeout_s)
         if response.failure is not None:
@@ -231,15 +267,22 @@ class InspectionTracker:
         return (await self._facts_of(base)).facts
 
     async def _facts_of(self, base: BaseObject) -> BaseInspection:
+        source = base.spec.source
         try:
-            return await self._inspect_base(base.meta.uid, base.spec.source.uri, base.spec.source.revision)
+            rights = self._access.rules_of(base).check(base.meta.namespace, source.uri)
+            credentials = await self._access.credentials(base.meta.namespace, rights)
+            return await self._inspect_base(base.meta.uid, source.uri, source.revision, credentials)
         except ArtifactError as error:
             # a base's failure is transient for its adapters, whatever its reason: they wait for the base
             message = f"BaseModel {base.key}: {error.message}"
             raise ArtifactError(FailureReason.SOURCE_UNAVAILABLE, message, retry_after_s=error.retry_after_s) from error
 
-    async def _inspect_base(self, uid: str, uri: str, revision: str | None) -> BaseInspection:
-        found = await _share(self._facts_tasks, uid, lambda: self._inspector.base(uri, revision))
+    async def _inspect_base(
+        self, uid: str, uri: str, revision: str | None, credentials: Mapping[str, str] | None
+    ) -> BaseInspection:
+        found = await _share(
+            self._facts_tasks, uid, lambda: self._inspector.base(uri, revision, credentials=credentials)
+        )
         self._facts[uid] = found.facts
         return found
 

@@ -13,10 +13,12 @@ from lorapool_api.common import AdapterKey
 from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     ROUTE_ADAPTER,
+    ROUTE_CREDENTIALS,
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
     AdapterDescriptor,
     DeleteAnswer,
+    NamespaceCredentials,
     PutAnswer,
     ResolveAnswer,
     ResolveRequest,
@@ -109,6 +111,10 @@ class RuntimeClient:
         """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
         body = request.model_dump_json(by_alias=True)
         return _parse(ResolveAnswer, await self._call(pod, "POST", ROUTE_RESOLVE, body=body, timeout_s=timeout_s))
+
+    async def give_credentials(self, pod: PodObject, credentials: NamespaceCredentials) -> None:
+        """Gives a runtime the namespaces' credentials. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        await self._call(pod, "PUT", ROUTE_CREDENTIALS, body=credentials.model_dump_json(by_alias=True))
 
     async def _call(
         self, pod: PodObject, method: str, path: str, *, body: str | None = None, timeout_s: float | None = None

@@ -23,6 +23,7 @@ from lorapool_api.protocol import (
     AdapterDescriptor,
     AdapterReport,
     DeleteAnswer,
+    NamespaceCredentials,
     PutAnswer,
     ResolveAnswer,
     ResolveRequest,
@@ -372,6 +373,10 @@ class RuntimeTracker:
     async def resolve(self, pod_uid: str, request: ResolveRequest, *, timeout_s: float) -> ResolveAnswer:
         """Inspects a source that only this runtime can read. Raises RuntimeGoneError, RuntimeRefusedError."""
         return await self._client.resolve(self._proven(pod_uid), request, timeout_s=timeout_s)
+
+    async def give_credentials(self, pod_uid: str, credentials: NamespaceCredentials) -> None:
+        """Gives a runtime the namespaces' credentials. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        await self._client.give_credentials(self._proven(pod_uid), credentials)
 
     def _proven(self, pod_uid: str) -> PodObject:
         """Returns the pod, which may be sent the token. Raises RuntimeGoneError."""

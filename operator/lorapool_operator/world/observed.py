@@ -17,6 +17,7 @@ from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, Preload, RuntimeSnapshot
+from lorapool_artifacts.policy import Permission, Rights, SourceRules
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject, uid_hash
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -190,11 +191,31 @@ class ObservedAdapter:
     """When the credentials with which this process inspects sources changed last; 0 for never."""
     load_writes_until_unix_s: float = 0.0
     """When the writes of its load state that were made are paid for, at one in each interval; 0 for none."""
+    source_rules: SourceRules | None = None
+    """The rules for the sources of the base; None: every one may be used with the shared rights."""
 
     @cached_property
     def fingerprint(self) -> str | None:
         """The hash of everything that an inspection depends on; None without a base."""
-        return adapter_fingerprint(self.adapter, self.base) if self.base is not None else None
+        return adapter_fingerprint(self.adapter, self.base, self.permission.rights) if self.base is not None else None
+
+    @cached_property
+    def permission(self) -> Permission:
+        """Whether the namespace may use the source, and with whose rights that is read."""
+        return self._permission_of(self.adapter.spec.source.uri)
+
+    @cached_property
+    def record_holds(self) -> bool:
+        """True if the status records a result of this base's weights, and its source may still be used as it was."""
+        if self.base is None:
+            return True
+        found = self._permission_of(self.adapter.status.source_uri or self.adapter.spec.source.uri)
+        origin = (self.adapter.recorded_fingerprint or "").partition("/")[0]
+        return not found.refused and origin == fingerprint_origin(self.base, found.rights)
+
+    def _permission_of(self, uri: str) -> Permission:
+        rules = self.source_rules
+        return rules.permission(self.adapter.meta.namespace, uri) if rules is not None else Permission()
 
     @cached_property
     def runtime_reads_source(self) -> bool:
@@ -255,13 +276,19 @@ class ObservedAdapter:
         return sum(report.in_flight + report.waiting for item in current for report in item.reports)
 
 
-def adapter_fingerprint(adapter: AdapterObject, base: BaseObject) -> str:
-    """Returns the hash of all an inspection depends on. It starts with the base's: other weights, other result."""
+def fingerprint_origin(base: BaseObject, rights: Rights) -> str:
+    """Returns what a result is void without: the same weights of the base, and the same rights to the source."""
+    origin = uid_hash(base.meta.uid)
+    return origin if rights is Rights.SHARED else f"{origin}~own"
+
+
+def adapter_fingerprint(adapter: AdapterObject, base: BaseObject, rights: Rights = Rights.SHARED) -> str:
+    """Returns the hash of all an inspection depends on, after its origin."""
     source = adapter.spec.source
     parts = [source.uri, source.revision or "", source.digest or "", adapter.meta.retry or ""]
     if runtime_reads_source(adapter, base):
         parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
-    return f"{uid_hash(base.meta.uid)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    return f"{fingerprint_origin(base, rights)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 def runtime_reads_source(adapter: AdapterObject, base: BaseObject) -> bool:
@@ -421,6 +448,14 @@ class ObservedBase:
     """True if the last plan used another profile."""
     credentials_unix_s: float = 0.0
     """When the credentials with which this process inspects sources changed last; 0 for never."""
+    source_rules: SourceRules | None = None
+    """The rules for the sources that its runtimes read; None: every one may be used with the shared rights."""
+
+    @property
+    def permission(self) -> Permission:
+        """Whether the namespace may use the base's source, and with whose rights that is read."""
+        rules = self.source_rules
+        return rules.permission(rules.owner, self.base.spec.source.uri) if rules is not None else Permission()
 
     @property
     def floor(self) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_url
@@ -21,7 +20,7 @@ from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_artifacts.sources.address_guard import check_host
+from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.http import (
     GuardedSession,
     error_of_status,
@@ -53,8 +52,8 @@ class HfSource:
         self._files = files
         self._endpoint = settings.hf_endpoint or PUBLIC_HUB
         self._deadline = deadline
-        self._headers = build_hf_headers(token=settings.hf_token, library_name="lorapool")
-        self._session = GuardedSession(urlsplit(self._endpoint).hostname or "", deadline)
+        self._headers = build_hf_headers(token=_token(settings), library_name="lorapool")
+        self._session = GuardedSession(_guard(settings, deadline), deadline)
 
     def list_files(self) -> Sequence[RemoteFile]:
         return self._files
@@ -76,9 +75,9 @@ class HfSource:
 def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline: Deadline) -> HfSource:
     """Asks the hub for the commit of the revision and lists its files. Raises ArtifactError."""
     endpoint = settings.hf_endpoint or PUBLIC_HUB
-    check_host(endpoint, where=str(uri))
+    _guard(settings, deadline).check_host(endpoint)
     deadline.progress()
-    api = HfApi(endpoint=endpoint, token=settings.hf_token, library_name="lorapool")
+    api = HfApi(endpoint=endpoint, token=_token(settings), library_name="lorapool")
     try:
         info = api.model_info(
             uri.repo, revision=revision or uri.revision, files_metadata=True, timeout=deadline.request_timeout_s()[1]
@@ -101,6 +100,16 @@ def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline
         raise _not_a_hub(uri, endpoint)
     files = [_remote_file(item.rfilename, item.size, item.lfs) for item in info.siblings or ()]
     return HfSource(uri, info.sha, [file for file in files if file is not None], settings, deadline)
+
+
+def _guard(settings: SourceSettings, deadline: Deadline) -> AddressGuard:
+    guard = AddressGuard.of(settings, deadline.where)
+    return guard.with_endpoint(settings.hf_endpoint) if settings.hf_endpoint else guard
+
+
+def _token(settings: SourceSettings) -> str | bool | None:
+    """The hub's token. None lets huggingface_hub look for one, False keeps it from that."""
+    return settings.hf_token or (None if settings.ambient else False)
 
 
 def _remote_file(name: str, size: int | None, lfs: object) -> RemoteFile | None:

@@ -1,8 +1,9 @@
 """HTTP for the hf and oci sources: one guarded session, and errors for HTTP statuses.
 
-Every connection is checked by the address that it reached (`address_guard.PeerGuard`), every request has timeouts,
-redirects are limited and never go from https to http, and credentials are not sent to another host (requests drops
-them). There are no retries here: `fetch` resumes downloads, and the operator and the runtime back off.
+Every request and the addresses of its host are checked before a connection is opened (`address_guard`), also those of
+redirects and token services. Every request has timeouts, redirects are limited and never go from https to http, and
+credentials are not sent to another host (requests drops them). There are no retries here: `fetch` resumes downloads,
+and the operator and the runtime back off.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import email.utils
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.sources.address_guard import PeerGuard
+from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.base import CHUNK_BYTES
 
 MAX_REDIRECTS = 5
@@ -36,13 +38,13 @@ USER_AGENT = "lorapool"
 class GuardedSession(requests.Session):
     """A session with one source's host and the hosts that it redirects to. Used by one thread."""
 
-    def __init__(self, host: str, deadline: Deadline) -> None:
+    def __init__(self, guard: AddressGuard, deadline: Deadline) -> None:
         super().__init__()
         self.max_redirects = MAX_REDIRECTS
         self.auth = _no_netrc
         self.headers["User-Agent"] = USER_AGENT
         self.headers["Accept-Encoding"] = "identity"
-        adapter = _GuardedAdapter(PeerGuard(host, where=deadline.where), deadline)
+        adapter = _GuardedAdapter(guard, deadline)
         self.mount("https://", adapter)
         self.mount("http://", adapter)
 
@@ -57,9 +59,9 @@ class GuardedSession(requests.Session):
 
 
 class _GuardedAdapter(HTTPAdapter):
-    """Checks the peer of every connection and sets the timeouts of every request."""
+    """Checks the host of every request and sets its timeouts."""
 
-    def __init__(self, guard: PeerGuard, deadline: Deadline) -> None:
+    def __init__(self, guard: AddressGuard, deadline: Deadline) -> None:
         self._guard = guard
         self._deadline = deadline
         super().__init__(max_retries=0)
@@ -72,19 +74,22 @@ class _GuardedAdapter(HTTPAdapter):
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         self._deadline.check()
         self._deadline.progress()
-        self._guard.check_literal(urlsplit(request.url or "").hostname or "")
+        url = request.url or ""
+        self._guard.check_url(url, proxied=select_proxy(url, kwargs.get("proxies")) is not None)
         kwargs["timeout"] = self._deadline.request_timeout_s()
         return super().send(request, *args, **kwargs)
 
 
-def _guarded_pools(guard: PeerGuard) -> tuple[type[HTTPConnectionPool], type[HTTPSConnectionPool]]:
+def _guarded_pools(guard: AddressGuard) -> tuple[type[HTTPConnectionPool], type[HTTPSConnectionPool]]:
+    """The pools of connections that are opened directly; requests uses others for those to a proxy."""
+
     class Plain(HTTPConnection):
-        def _new_conn(self) -> Any:
-            return _checked(guard, self, super()._new_conn())
+        def _new_conn(self) -> socket.socket:
+            return _connected(guard, self, super()._new_conn)
 
     class Secure(HTTPSConnection):
-        def _new_conn(self) -> Any:
-            return _checked(guard, self, super()._new_conn())
+        def _new_conn(self) -> socket.socket:
+            return _connected(guard, self, super()._new_conn)
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
@@ -95,15 +100,22 @@ def _guarded_pools(guard: PeerGuard) -> tuple[type[HTTPConnectionPool], type[HTT
     return PlainPool, SecurePool
 
 
-def _checked(guard: PeerGuard, connection: HTTPConnection, sock: Any) -> Any:
-    if connection.proxy is not None:  # the administrator's proxy chooses the peer
-        return sock
+def _connected(guard: AddressGuard, connection: HTTPConnection, connect: Callable[[], socket.socket]) -> socket.socket:
+    """Connects to the first of the host's checked addresses that accepts."""
+    name = connection._dns_host
     try:
-        guard.check(connection.host, str(sock.getpeername()[0]))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        addresses = guard.addresses(name, connection.port)
+    except socket.gaierror as error:
+        raise NameResolutionError(connection.host, connection, error) from error
+    try:
+        for address in addresses[:-1]:
+            with contextlib.suppress(NewConnectionError, ConnectTimeoutError):
+                connection._dns_host = address
+                return connect()
+        connection._dns_host = addresses[-1]
+        return connect()
+    finally:
+        connection._dns_host = name  # it is also the name that the certificate must have
 
 
 def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import oras.container
 import oras.provider
@@ -22,7 +23,7 @@ from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import MIB, SourceSettings
-from lorapool_artifacts.sources.address_guard import parse_address
+from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.http import (
     GuardedSession,
     error_of_status,
@@ -79,14 +80,15 @@ class _Registry(oras.provider.Registry):  # type: ignore[misc]  # oras carries n
 
     def __init__(self, uri: OciUri, settings: SourceSettings, deadline: Deadline) -> None:
         host = _DOCKER_HUB.get(uri.host, uri.host)
-        super().__init__(hostname=host, insecure=is_insecure(host, settings.oci_insecure_hosts), auth_backend="token")
+        guard = AddressGuard.of(settings, deadline.where)
+        super().__init__(hostname=host, insecure=guard.permits_plain(*_name_and_port(host)), auth_backend="token")
         self.deadline = deadline
-        self.session = GuardedSession(_hostname(host), deadline)
+        self.session = GuardedSession(guard, deadline)
         self.auth.session = self.session
         self._url = f"{self.prefix}://{host}/v2/{uri.repo}/"
         if settings.oci_auth_host in (uri.host, host) and settings.oci_username and settings.oci_password:
             self.auth.set_basic_auth(settings.oci_username, settings.oci_password)
-        else:
+        elif settings.ambient:
             container = oras.container.Container(uri.repo, registry=uri.host)
             container.registry = uri.host
             config = settings.docker_config and settings.docker_config / "config.json"
@@ -195,19 +197,10 @@ def _name(annotations: Any, media_type: Any, sha256: str) -> str:
     return f"{title}.tar.gz" if packed else title
 
 
-def is_insecure(host: str, listed: frozenset[str]) -> bool:
-    """Whether to use plain HTTP: for listed hosts and for loopback."""
-    name = _hostname(host)
-    if host in listed or name in listed or name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        return parse_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def _hostname(host: str) -> str:
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+def _name_and_port(host: str) -> tuple[str, int]:
+    """A registry's host name and port: 80 without one, since this is asked to decide on plain HTTP."""
+    parts = urlsplit(f"//{host}")
+    return parts.hostname or "", parts.port or 80
 
 
 def _malformed(where: str) -> ArtifactError:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
@@ -24,7 +23,7 @@ from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_artifacts.sources.address_guard import check_host
+from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
 from lorapool_artifacts.sources.http import GuardedSession, error_of_status
 from lorapool_artifacts.sources.http import translated as translated_http
@@ -91,7 +90,7 @@ def open_s3(uri: S3Uri, revision: str | None, settings: SourceSettings, deadline
             f"{uri}: a bucket has no named revisions; remove spec.source.revision and give spec.source.digest instead.",
         )
     if settings.s3_endpoint:
-        check_host(settings.s3_endpoint, where=str(uri))
+        AddressGuard.of(settings, str(uri)).with_endpoint(settings.s3_endpoint).check_host(settings.s3_endpoint)
     return S3Source(uri, _store(uri, settings, deadline), settings, deadline)
 
 
@@ -114,7 +113,9 @@ def _status_of_bucket(uri: S3Uri, store: Any, settings: SourceSettings, deadline
     else:
         with translated(deadline, "the bucket"):
             url = obstore.sign(store, "GET", "", timedelta(seconds=60))
-    with GuardedSession(urlsplit(url).hostname or "", deadline) as session, translated_http(deadline):
+    guard = AddressGuard.of(settings, deadline.where)
+    guard = guard.with_endpoint(url) if settings.s3_endpoint else guard
+    with GuardedSession(guard, deadline) as session, translated_http(deadline):
         response = session.get(url, stream=True, allow_redirects=False)
         response.close()
     if response.status_code < 400:
@@ -126,7 +127,7 @@ def _status_of_bucket(uri: S3Uri, store: Any, settings: SourceSettings, deadline
 def _is_anonymous(settings: SourceSettings) -> bool:
     if settings.s3_access_key_id and settings.s3_secret_access_key:
         return False
-    return settings.s3_anonymous or not any(os.environ.get(name) for name in _AMBIENT)
+    return settings.s3_anonymous or not (settings.ambient and any(os.environ.get(name) for name in _AMBIENT))
 
 
 def _store(uri: S3Uri, settings: SourceSettings, deadline: Deadline) -> Any:

@@ -19,6 +19,7 @@ from lorapool_api.common import FailureReason
 from lorapool_api.protocol import (
     DEFAULT_MAX_ADAPTER_BYTES,
     ErrorDetail,
+    NamespaceCredentials,
     ResolveAnswer,
     ResolveRequest,
     SourceRef,
@@ -30,7 +31,8 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
-from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
+from lorapool_artifacts.settings import AdapterLimits, FetchLimits
+from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.background import lower_thread_priority
 
 MAX_INSPECTIONS = 2
@@ -52,8 +54,11 @@ class StoredAdapter:
 class AdapterStore(Protocol):
     """Where the loader gets an adapter's files from."""
 
-    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
-        """The folder with exactly this digest, fetched if it is not on disk. Raises ArtifactError."""
+    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
+        """The folder with exactly this digest, fetched if it is not on disk with the rights of the namespace.
+
+        Raises ArtifactError.
+        """
         ...
 
     def pinned(self, digest: str) -> AbstractContextManager[None]:
@@ -66,20 +71,24 @@ class AdapterStore(Protocol):
         """Inspects a source without loading it. A failure is part of the answer."""
         ...
 
+    def give_credentials(self, credentials: NamespaceCredentials) -> None:
+        """Replaces the namespaces' own credentials for sources."""
+        ...
+
 
 class DiskStore:
     def __init__(
         self,
         cache: DiskCache,
         base: BaseFacts,
-        sources: SourceSettings,
+        access: SourceAccess,
         *,
         max_rank: int,
         fetch_limits: FetchLimits,
     ) -> None:
         self._cache = cache
         self._base = base
-        self._sources = sources
+        self._access = access
         self._max_rank = max_rank
         self._fetch_limits = fetch_limits
         self._inspectors = ThreadPoolExecutor(
@@ -87,14 +96,15 @@ class DiskStore:
         )
         self._inspected: dict[str, tuple[int, _Signature]] = {}
 
-    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None) -> StoredAdapter:
+    async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
         limit = max_bytes or DEFAULT_MAX_ADAPTER_BYTES
-        folder, tier = self._cache.get(digest), Tier.DISK
-        if folder is None:
-            tier = Tier.SOURCE
-            limits = replace(self._fetch_limits, max_total_bytes=limit)
-            resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, self._sources)
-            folder = await self._cache.obtain(resolved, digest)
+        with self._access.reading(namespace, source.uri) as sources:
+            folder, tier = self._cache.get(digest), Tier.DISK
+            if folder is None:
+                tier = Tier.SOURCE
+                limits = replace(self._fetch_limits, max_total_bytes=limit)
+                resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, sources)
+                folder = await self._cache.obtain(resolved, digest)
         self._cache.touch(digest)
         await asyncio.get_running_loop().run_in_executor(
             self._inspectors, self._inspect, folder, digest, source.uri, limit
@@ -124,6 +134,9 @@ class DiskStore:
             self._inspected.clear()
         self._inspected[digest] = (limit, signature)
 
+    def give_credentials(self, credentials: NamespaceCredentials) -> None:
+        self._access.give(credentials.namespaces)
+
     def pinned(self, digest: str) -> AbstractContextManager[None]:
         return self._cache.pinned(digest)
 
@@ -133,15 +146,16 @@ class DiskStore:
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         limit = request.max_bytes or DEFAULT_MAX_ADAPTER_BYTES
         try:
-            found = await inspect_adapter(
-                request.source.uri,
-                request.source.revision,
-                request.digest,
-                self._base,
-                AdapterLimits(self._max_rank, max_bytes=limit),
-                self._sources,
-                fetch_limits=replace(self._fetch_limits, max_total_bytes=limit),
-            )
+            with self._access.reading(request.namespace, request.source.uri) as sources:
+                found = await inspect_adapter(
+                    request.source.uri,
+                    request.source.revision,
+                    request.digest,
+                    self._base,
+                    AdapterLimits(self._max_rank, max_bytes=limit),
+                    sources,
+                    fetch_limits=replace(self._fetch_limits, max_total_bytes=limit),
+                )
         except ArtifactError as error:
             return ResolveAnswer(failure=ErrorDetail(reason=error.reason.value, message=error.message))
         failure = None

@@ -130,7 +130,8 @@ class AdapterLoader:
         with entry.cancellable_load(), self._store.pinned(digest):
             turn = nullcontext() if self._store.on_disk(digest) else self._fetch_turn(entry)
             async with turn:
-                stored = await self._store.fetch(digest, entry.descriptor.source, entry.descriptor.max_bytes)
+                source, namespace = entry.descriptor.source, entry.descriptor.namespace
+                stored = await self._store.fetch(digest, source, entry.descriptor.max_bytes, namespace=namespace)
             if stored.digest != digest:
                 raise ArtifactError(
                     FailureReason.DIGEST_MISMATCH,
@@ -148,7 +149,7 @@ class AdapterLoader:
     async def _fetch_turn(self, entry: AdapterEntry) -> AsyncIterator[None]:
         """Waits for its turn to fetch, and ends it with the context."""
         turn = self._fetch_turns[entry.key] = asyncio.get_running_loop().create_future()
-        self._fetches.join(entry.key, entry.descriptor.display.partition("/")[0])
+        self._fetches.join(entry.key, entry.descriptor.namespace)
         self._start_fetches()
         try:
             await asyncio.shield(turn)

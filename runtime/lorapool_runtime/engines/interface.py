@@ -81,6 +81,8 @@ class GenerationRequest:
     cache_salt: str
     """Identity of the weights (`base` or the adapter's digest). Requests with different salts share no cached block."""
     sampling: SamplingParams
+    cache_scope: str = ""
+    """Who shares cached blocks, such as one tenant. Requests with different scopes share none either."""
     prompt_logprobs: int | None = None
     """n >= 0: return the log-probability of each prompt token and of the n likeliest tokens in its place. Such a prompt
     is computed entirely, without the prefix cache."""

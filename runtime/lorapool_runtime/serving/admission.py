@@ -68,9 +68,11 @@ class FairBound:
 
         Each is of the tenant that has the most, and would still have more than this one's if it were left in.
         """
+        own = self.tenants[place.tenant] + place.sequences
+        if max(self.tenants.values(), default=0) <= own:
+            return []
         left = list(waiting)
         taken, missing, found = Counter(self.tenants), self.taken + place.sequences - self.places, list[Place]()
-        own = taken[place.tenant] + place.sequences
         while missing > 0:
             heavier = [other for other in left if taken[other.tenant] > own]
             if not heavier:

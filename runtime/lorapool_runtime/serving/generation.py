@@ -23,7 +23,12 @@ from lorapool_runtime.usage import Outcome
 
 
 def engine_requests(
-    request: ChatRequest | CompletionRequest, encoded: EncodedRequest, *, slot: int, cache_salt: str
+    request: ChatRequest | CompletionRequest,
+    encoded: EncodedRequest,
+    *,
+    slot: int,
+    cache_salt: str,
+    cache_scope: str,
 ) -> list[GenerationRequest]:
     """One engine request per sequence, in the order of the response's choices."""
     prefix = uuid.uuid4().hex
@@ -34,6 +39,7 @@ def engine_requests(
             slot,
             cache_salt,
             sampling,
+            cache_scope,
             prompt_logprobs=request.prompt_logprobs,
             constraint=None if encoded.grammar is None else encoded.grammar.constraint(),
         )

@@ -37,6 +37,7 @@ from lorapool_api.protocol import (
     ROUTE_ATTEMPT,
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
+    ROUTE_CREDENTIALS,
     ROUTE_EVENTS,
     ROUTE_HEALTH,
     ROUTE_METRICS,
@@ -46,6 +47,7 @@ from lorapool_api.protocol import (
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
     AdapterDescriptor,
+    NamespaceCredentials,
     PutAnswer,
     ResolveRequest,
 )
@@ -78,6 +80,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
     app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
     app.router.add_post(ROUTE_RESOLVE, server.resolve)
+    app.router.add_put(ROUTE_CREDENTIALS, server.put_credentials)
     app.router.add_delete(ROUTE_ATTEMPT, server.cancel)
     app.router.add_get(ROUTE_MODELS, server.models)
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
@@ -189,6 +192,10 @@ class _Server:
         answer = await self._runtime.adapters.delete(key)
         audit("adapter removed", adapter=key.uid, digest=key.digest, remote=request.remote)
         return _json(answer)
+
+    async def put_credentials(self, request: web.Request) -> web.Response:
+        self._runtime.give_credentials(_parse(NamespaceCredentials, await self._body(request)))
+        return web.Response(status=204)
 
     async def resolve(self, request: web.Request) -> web.Response:
         return _json(await self._runtime.resolve(_parse(ResolveRequest, await self._body(request))))

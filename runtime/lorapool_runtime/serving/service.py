@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lorapool_api.basemodel import PrefixSharing
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
     CODE_DRAINING,
@@ -26,6 +27,7 @@ from lorapool_api.openai import (
 )
 from lorapool_api.protocol import (
     BaseReport,
+    NamespaceCredentials,
     Preload,
     PreloadList,
     RemovedAdapter,
@@ -242,6 +244,10 @@ class Runtime:
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         return await self._need_serving().base.store.resolve(request)
 
+    def give_credentials(self, credentials: NamespaceCredentials) -> None:
+        """Replaces the namespaces' own credentials. Raises UnavailableError until the base is loaded."""
+        self._need_serving().base.store.give_credentials(credentials)
+
     def _need_serving(self) -> _Serving:
         if self._serving is None:
             raise UnavailableError("The base model is still loading.", code=CODE_STARTING, retry_after_s=5)
@@ -339,6 +345,7 @@ class Runtime:
         place: Place,
     ) -> Generation:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)
+        scope = caller.tenant if self.settings.prefix_sharing is PrefixSharing.TENANT else ""
         begun_s = self.clock.now_s()
 
         def on_end(outcome: Outcome, usage: Usage) -> None:
@@ -358,7 +365,7 @@ class Runtime:
         generation = Generation(
             serving.base.engine,
             serving.mailbox,
-            engine_requests(request, encoded, slot=slot, cache_salt=salt),
+            engine_requests(request, encoded, slot=slot, cache_salt=salt, cache_scope=scope),
             n=request.n,
             stops=request.stops,
             decode=serving.base.tokenizer.decode,

@@ -10,6 +10,7 @@ import pytest
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
+from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.decisions.manifests import children, content_hash, pod_template, template_hash
 from lorapool_operator.world.cluster_cache import BaseObject, Meta
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
@@ -17,6 +18,7 @@ from lorapool_runtime.settings import read_settings
 
 IMAGE = RuntimeImage("registry.example/runtime:1", "IfNotPresent")
 HASH = "ab" * 32
+RULES = SourceRules(owner="team")
 
 
 def base(**spec: Any) -> BaseObject:
@@ -26,7 +28,7 @@ def base(**spec: Any) -> BaseObject:
 
 
 def made(profile: RuntimeProfile | None = None, **spec: Any) -> list[dict[str, Any]]:
-    return children(base(**spec), profile or RuntimeProfile(), IMAGE, replicas=2, token_sha256=(HASH,))
+    return children(base(**spec), profile or RuntimeProfile(), IMAGE, replicas=2, token_sha256=(HASH,), rules=RULES)
 
 
 def pod(profile: RuntimeProfile | None = None, **spec: Any) -> dict[str, Any]:
@@ -91,10 +93,10 @@ def test_the_pod_holds_neither_a_secret_nor_a_token() -> None:
 def test_the_hashes_of_both_tokens_are_mounted_and_a_rotation_rolls_no_pod() -> None:
     other = "cd" * 32
     before, after = (
-        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=hashes)
+        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=hashes, rules=RULES)
         for hashes in ((HASH,), (other, HASH))
     )
-    assert after[0]["data"] == {"sha256": f"{other}\n{HASH}\n"}
+    assert after[0]["data"]["sha256"] == f"{other}\n{HASH}\n"
     assert before[1:] == after[1:]
     assert before[0] != after[0]
     spec = after[1]["spec"]["template"]["spec"]
@@ -173,8 +175,8 @@ def test_pods_drain_before_the_kubelet_kills_them() -> None:
 
 def test_objects_with_different_uids_have_different_selectors() -> None:
     other = replace(base(), meta=replace(base().meta, uid="other"))
-    one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))[1]
-    two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))[1]
+    one = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,), rules=RULES)[1]
+    two = children(other, RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,), rules=RULES)[1]
     assert one["spec"]["selector"] != two["spec"]["selector"]
 
 
@@ -215,8 +217,20 @@ def test_a_rollout_that_could_replace_no_pod_is_refused() -> None:
 
 
 def test_pods_carry_the_hash_of_their_template_which_scaling_does_not_change() -> None:
-    first = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,))
-    scaled = children(base(), RuntimeProfile(), IMAGE, replicas=5, token_sha256=(HASH,), paused=True)
-    changed = children(base(), RuntimeProfile(threads=2), IMAGE, replicas=1, token_sha256=(HASH,))
+    first = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=(HASH,), rules=RULES)
+    scaled = children(base(), RuntimeProfile(), IMAGE, replicas=5, token_sha256=(HASH,), rules=RULES, paused=True)
+    changed = children(base(), RuntimeProfile(threads=2), IMAGE, replicas=1, token_sha256=(HASH,), rules=RULES)
     assert template_hash(first) == template_hash(scaled) != template_hash(changed)
     assert (first[1]["spec"]["paused"], scaled[1]["spec"]["paused"]) == (False, True)
+
+
+def test_the_rules_for_sources_are_mounted_and_a_change_of_them_rolls_no_pod() -> None:
+    granted = SourceRules(owner="team", grants={"guest": ("pvc://models/guest/",)})
+    before, after = (
+        children(base(), RuntimeProfile(), IMAGE, replicas=2, token_sha256=(HASH,), rules=rules)
+        for rules in (RULES, granted)
+    )
+    assert SourceRules.model_validate_json(after[0]["data"]["source-rules.json"]) == granted
+    assert before[0] != after[0]
+    assert before[1:] == after[1:]
+    assert env()["LORAPOOL_RUNTIME_SOURCE_RULES_FILE"].endswith("/source-rules.json")

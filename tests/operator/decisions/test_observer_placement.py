@@ -12,6 +12,7 @@ from pods import adopt
 from lorapool_api.common import Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus
 from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_operator.effects.source_access import SourceAccess
 from lorapool_operator.observe import ROLLOUT_SEEN_S, YIELD_PAUSE_S, Observer
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import AdapterSummary, RuntimeView, ScaleMemory, Standing
@@ -34,7 +35,7 @@ class Here:
         profiles = {"default": RuntimeProfile()}
         self.observer = Observer(
             self.cache, runtimes, inspections, profiles=profiles, image=IMAGE, tokens=RuntimeTokens(["m" * 64]).of,
-            now=lambda: self.now,
+            access=SourceAccess(), now=lambda: self.now,
         )  # fmt: skip
 
     def adapter(self, name: str, status: LoraAdapterStatus | None = None, *, age_s: float = 0.0, **spec: Any) -> Key:

@@ -24,6 +24,7 @@ from fakes_operator import digest
 
 from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.protocol import BaseReport
+from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.decisions.manifests import children
 from lorapool_operator.world.cluster_cache import Key, ObjectKind
 from lorapool_operator.world.observed import (
@@ -201,7 +202,9 @@ def test_nothing_is_written_when_nothing_changed() -> None:
 
 
 def test_the_plan_applies_what_the_manifests_make() -> None:
-    wanted = children(base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=("ab" * 32,))
+    wanted = children(
+        base(), RuntimeProfile(), IMAGE, replicas=1, token_sha256=("ab" * 32,), rules=SourceRules(owner="team")
+    )
     assert list(plan(world()).children) == wanted
 
 

@@ -15,9 +15,11 @@ from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.policy import SourceRules
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters import disk_store as store_module
 from lorapool_runtime.adapters.disk_store import DiskStore
+from lorapool_runtime.adapters.source_access import SourceAccess
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -35,9 +37,10 @@ class World:
         self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
         self.cache.start()
         facts = BaseFacts(MODULES, loaded=True)
-        self.store = DiskStore(
-            self.cache, facts, SourceSettings(pvc_root=folder), max_rank=8, fetch_limits=FetchLimits()
-        )
+        self.rules = folder / "rules.json"
+        self.rules.write_text(SourceRules(owner="owner").model_dump_json())
+        access = SourceAccess(SourceSettings(pvc_root=folder), self.rules)
+        self.store = DiskStore(self.cache, facts, access, max_rank=8, fetch_limits=FetchLimits())
         inspect = store_module.inspect_adapter_folder
 
         def counted(*given: object) -> object:
@@ -47,12 +50,12 @@ class World:
         patch.setattr(store_module, "inspect_adapter_folder", counted)
 
     def digest(self) -> str:
-        answer = asyncio.run(self.store.resolve(ResolveRequest(source=SOURCE)))
+        answer = asyncio.run(self.store.resolve(ResolveRequest(source=SOURCE, namespace="owner")))
         assert answer.digest is not None
         return answer.digest
 
-    def fetch(self, digest: str, max_bytes: int | None = None) -> Tier:
-        return asyncio.run(self.store.fetch(digest, SOURCE, max_bytes)).tier
+    def fetch(self, digest: str, max_bytes: int | None = None, *, namespace: str = "owner") -> Tier:
+        return asyncio.run(self.store.fetch(digest, SOURCE, max_bytes, namespace=namespace)).tier
 
     def weights(self, digest: str) -> Path:
         folder = self.cache.get(digest)
@@ -96,3 +99,32 @@ def test_a_folder_is_checked_again_against_a_tighter_limit(world: World) -> None
     assert refused.value.reason is FailureReason.TOO_LARGE
     assert world.fetch(digest) is Tier.DISK
     assert world.inspected == 2
+
+
+def test_a_guest_reads_no_folder_of_the_owners_volume_by_any_road(world: World) -> None:
+    digest = world.digest()
+    refused = asyncio.run(world.store.resolve(ResolveRequest(source=SOURCE, namespace="guest"))).failure
+    assert refused is not None
+    assert refused.reason == "SourceNotPermitted"
+    assert world.fetch(digest) is Tier.SOURCE
+    with pytest.raises(ArtifactError) as caught:  # though the files are on this disk by now
+        world.fetch(digest, namespace="guest")
+    assert caught.value.reason is FailureReason.SOURCE_NOT_PERMITTED
+
+
+def test_a_grant_of_the_bases_owner_lets_a_guest_read_below_its_prefix(world: World) -> None:
+    rules = SourceRules(owner="owner", grants={"guest": ("pvc://claim/one/",), "other": ("pvc://claim/on",)})
+    world.rules.write_text(rules.model_dump_json())
+    digest = world.digest()
+    assert world.fetch(digest, namespace="guest") is Tier.SOURCE
+    with pytest.raises(ArtifactError, match=r"spec\.access\.sources"):
+        world.fetch(digest, namespace="other")
+
+
+def test_without_readable_rules_nothing_is_read_and_it_is_tried_again(world: World) -> None:
+    digest = world.digest()
+    for content in ("", '{"owner": "owner", "unknown": 1}'):
+        world.rules.write_text(content)
+        with pytest.raises(ArtifactError, match="rules for sources") as caught:
+            world.fetch(digest)
+        assert caught.value.transient

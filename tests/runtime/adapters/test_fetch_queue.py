@@ -62,11 +62,11 @@ def test_a_single_fetch_at_a_time_is_still_one() -> None:
 
 async def test_sources_of_one_namespace_that_hang_do_not_stop_the_loads_of_another(byte_tokenizer: Path) -> None:
     class SlowStore(FakeStore):
-        async def fetch(self, digest, source, max_bytes):  # type: ignore[no-untyped-def]  # as in the parent
+        async def fetch(self, digest, source, max_bytes, *, namespace):  # type: ignore[no-untyped-def]  # as in the parent
             if source.uri.startswith("s3://slow/"):
                 self.fetches["slow"] += 1
                 await asyncio.Event().wait()
-            return await super().fetch(digest, source, max_bytes)
+            return await super().fetch(digest, source, max_bytes, namespace=namespace)
 
     store = SlowStore()
     async with serving(byte_tokenizer, store=store, slots=1) as served:

@@ -23,6 +23,7 @@ from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters.entry import AdapterEntry
 from lorapool_runtime.adapters.registry import AdapterRegistry
+from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.clock import Clock
 
 
@@ -183,7 +184,7 @@ async def test_a_thousand_requests_for_one_cold_adapter_are_one_fetch_and_one_lo
         facts = (await inspect_base("hf://acme/base", None, sources)).facts
         cache = DiskCache(tmp_path, high_bytes=2**24, low_bytes=2**23)
         cache.start()
-        store = DiskStore(cache, facts, sources, max_rank=16, fetch_limits=FetchLimits())
+        store = DiskStore(cache, facts, SourceAccess(sources), max_rank=16, fetch_limits=FetchLimits())
         source = SourceRef(uri="hf://acme/poet")
         digest = (await store.resolve(ResolveRequest(source=source))).digest
         assert digest is not None

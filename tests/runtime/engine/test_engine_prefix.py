@@ -138,6 +138,14 @@ def test_an_adapter_with_the_salt_of_the_base_finds_no_blocks_of_the_base(
     assert got.tokens("posing") == world.answer("three", PROMPT, 12)
 
 
+def test_requests_of_two_scopes_share_no_blocks_also_while_both_compute(engine: TorchEngine, world: PeftWorld) -> None:
+    both = run(engine, [replace(ask(f"{scope} first", "base"), cache_scope=scope) for scope in ("one", "two")])
+    again = run(engine, [replace(ask(f"{scope} again", "base"), cache_scope=scope) for scope in ("one", "three", "")])
+    assert [both.last(f"{scope} first").cached_tokens for scope in ("one", "two")] == [0, 0]
+    assert [again.last(f"{scope} again").cached_tokens for scope in ("one", "three", "")] == [36, 0, 0]
+    assert all(got == world.answer(None, PROMPT, 12) for got in (both.tokens("two first"), again.tokens("one again")))
+
+
 def test_choices_of_one_prompt_compute_it_once(engine: TorchEngine, world: PeftWorld) -> None:
     got = run(engine, [ask(f"choice {i}", "translator@2") for i in range(4)])
     assert sorted(got.last(f"choice {i}").cached_tokens for i in range(4)) == [0, 36, 36, 36]

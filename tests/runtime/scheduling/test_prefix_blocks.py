@@ -101,8 +101,8 @@ def _place(sequence: Sequence, position: int) -> Place:
 
 
 def test_a_key_covers_the_weights_and_every_token_before() -> None:
-    def key(salt: str, *blocks: list[int], is_base: bool = False) -> bytes:
-        parent = root_key(salt, is_base=is_base)
+    def key(salt: str, *blocks: list[int], scope: str = "", is_base: bool = False) -> bytes:
+        parent = root_key(salt, scope, is_base=is_base)
         for tokens in blocks:
             parent = next_key(parent, tokens)
         return parent
@@ -115,10 +115,13 @@ def test_a_key_covers_the_weights_and_every_token_before() -> None:
         key("sha256:a", [3, 4]),
         key("base", [1, 2], [3, 4], is_base=True),
         key("base", [1, 2], [3, 4]),  # an adapter that says it were the base
+        key("sha256:a", [1, 2], [3, 4], scope="one"),
+        key("sha256:a", [1, 2], [3, 4], scope="two"),
+        key("sha256:ao", [1, 2], [3, 4], scope="ne"),
     ]
     assert len(set(keys)) == len(keys)
     assert all(len(k) == 32 for k in keys)
-    assert key("sha256:a", [1, 2]) == key("sha256:a", [1, 2])
+    assert key("sha256:a", [1, 2], scope="one") == key("sha256:a", [1, 2], scope="one")
 
 
 # --- who holds what ---

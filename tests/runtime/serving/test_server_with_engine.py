@@ -75,9 +75,10 @@ def open_session(process: Process) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(process.url, headers={"Authorization": f"Bearer {TOKEN}"})
 
 
-async def complete(session: aiohttp.ClientSession, target: str, prompt: list[int]) -> tuple[int, Any]:
+async def complete(session: aiohttp.ClientSession, target: str, prompt: list[int], tenant: str = "") -> tuple[int, Any]:
     body = {"model": "x", "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-    async with session.post("/v1/completions", json=body, headers={"x-lorapool-adapter": target}) as response:
+    headers = {"x-lorapool-adapter": target, "x-lorapool-tenant": tenant}
+    async with session.post("/v1/completions", json=body, headers=headers) as response:
         return response.status, await response.json()
 
 
@@ -115,6 +116,17 @@ async def test_a_repeated_prompt_counts_as_cached_for_the_same_weights_only(proc
         after = await _counters(session)
     grown = {name: after[name] - before[name] for name in after}
     assert grown == {"queried": 6 * 37, "hit": 3 * 32}
+
+
+async def test_no_answer_tells_a_tenant_that_another_one_sent_the_same_prompt(process: Process) -> None:
+    prompt = [98 + i % 20 for i in range(37)]
+    async with open_session(process) as session:
+        for target in ("base", str(await process.register(session, "one"))):
+            found = []
+            for tenant in ("a", "b", "a", "b", ""):
+                _, answer = await complete(session, target, prompt, tenant)
+                found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+            assert found == [0, 0, 32, 32, 0]
 
 
 async def _counters(session: aiohttp.ClientSession) -> dict[str, float]:

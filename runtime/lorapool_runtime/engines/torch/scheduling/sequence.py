@@ -115,7 +115,8 @@ class Sequence:
         return self._keys[index]
 
     def _root_key(self) -> bytes:
-        return root_key(self.request.cache_salt, is_base=self.slot == BASE_SLOT)
+        request = self.request
+        return root_key(request.cache_salt, request.cache_scope, is_base=self.slot == BASE_SLOT)
 
     def admit(self, block_table: list[int], *, cached_tokens: int = 0) -> None:
         """WAITING to RUNNING. Its first `cached_tokens` are in the blocks already; at least one token must be left."""
