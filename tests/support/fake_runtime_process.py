@@ -9,11 +9,12 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import fakes
 from aiohttp import web
 
-from lorapool_api.protocol import ResolveAnswer, ResolveRequest, RuntimeSnapshot
+from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ResolveAnswer, ResolveRequest, RuntimeSnapshot
 
 DRAIN_S = 0.5
 """Requests that arrive after SIGTERM are refused as draining for this long, as a real runtime does."""
@@ -46,5 +47,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    fakes.token_sha256 = lambda text: "any"
+    accepted = Path(os.environ[ENV_TOKEN_SHA256_FILE]).read_text().split()[0]
+    fakes.token_sha256 = lambda text: accepted  # any token is right, and polls are answered with the true proof
     asyncio.run(main())

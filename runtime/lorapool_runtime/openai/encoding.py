@@ -64,12 +64,14 @@ async def _prompts(
     request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, facts: ModelFacts, tenant: str
 ) -> tuple[tuple[int, ...], ...]:
     if isinstance(request, ChatRequest):
+        texts = "".join(message["content"].strip() for message in request.messages if message["role"] == "user")
+        _refuse_beyond_context(tokenizer.least_tokens(texts), facts.max_model_len, request.prompt_param)
         tools = [tool.definition for tool in request.tools.offered]
         return (await tokenizer.prompt_of_messages(request.messages, tools, tenant=tenant),)
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len)
+            _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len, request.prompt_param)
         ids = await tokenizer.prompt_of_text(prompt, tenant=tenant) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidRequestError("The prompt has no tokens.", param="prompt")
@@ -82,12 +84,15 @@ async def _prompts(
     return tuple(prompts)
 
 
-def _refuse_beyond_context(least_tokens: int, max_model_len: int) -> None:
-    """Refuses a text that is too long however it is tokenized, before that costs anything."""
+def _refuse_beyond_context(least_tokens: int, max_model_len: int, param: str) -> None:
+    """Refuses a text that is too long however it is tokenized, before that costs anything.
+
+    A chat template may drop parts of a conversation, but not what its user says.
+    """
     if least_tokens > max_model_len:
         raise InvalidRequestError(
             f"This model's context is {max_model_len} tokens, but the prompt has at least {least_tokens}. Shorten it.",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )
 

@@ -176,15 +176,25 @@ async def test_other_work_goes_on_while_a_long_text_is_tokenized(byte_tokenizer:
     tokenizer.close()
 
 
+@pytest.mark.parametrize(
+    ("path", "wish"),
+    [
+        ("/v1/completions", {"prompt": "a" * 200_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 100_000}] * 2}),
+    ],
+)
 async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokenized(
-    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, path: str, wish: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(Tokenizer, "_encode", lambda *_: pytest.fail("the text was tokenized"))
-    async with serving(byte_tokenizer) as served, aiohttp.ClientSession(served.url) as session:
-        wish = {"model": "tiny", "prompt": "a" * 200_000}
-        async with session.post("/v1/completions", json=wish) as response:
-            assert response.status == 400
-            assert (await response.json())["error"]["code"] == "context_length_exceeded"
+    for method in ("_encode", "_render"):
+        monkeypatch.setattr(Tokenizer, method, lambda *_: pytest.fail("the text was tokenized"))
+    async with (
+        serving(byte_tokenizer) as served,
+        aiohttp.ClientSession(served.url) as session,
+        session.post(path, json={"model": "tiny", **wish}) as response,
+    ):
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == "context_length_exceeded"
 
 
 async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_another(
