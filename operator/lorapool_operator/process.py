@@ -327,7 +327,11 @@ async def _collect_seldom() -> None:
 
     What the caches drop is freed by its reference count. Only rare cycles that lived long wait for the collection.
     """
-    gc.set_threshold(*gc.get_threshold()[:2], NEVER)
-    while True:
-        await asyncio.sleep(COLLECT_S)
-        gc.collect()
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], NEVER)
+    try:
+        while True:
+            await asyncio.sleep(COLLECT_S)
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)

@@ -27,8 +27,8 @@ NO_OBJECT = "metadata.name=none"
 """Selects nothing: if there is an object of this name, an event of it more does no harm."""
 STOP_S = 10.0
 """A kopf that does not end within this time is left to its daemon thread."""
-TLS_GOODBYE_S = 0.2
-"""kopf's TLS connections close a moment after their session; the loop must not end before."""
+TLS_GOODBYE_S = 3.0
+"""kopf's TLS connections close a moment after their session; the loop waits for them, but not longer than this."""
 
 
 class WatchError(Exception):
@@ -93,6 +93,12 @@ def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
         loop.default_exception_handler(context)
 
 
+def _open_sockets(loop: asyncio.AbstractEventLoop) -> int:
+    """The number of sockets that the loop watches, besides the one by which it is woken."""
+    watched: int = len(loop._selector.get_map())  # type: ignore[attr-defined]  # there is no public way
+    return watched - 1
+
+
 class KopfThread:
     """One kopf, which watches one namespace or the whole cluster (None)."""
 
@@ -155,7 +161,10 @@ class KopfThread:
                 stop_flag=stop,
             )
         finally:
-            await asyncio.sleep(TLS_GOODBYE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TLS_GOODBYE_S):
+                    while _open_sockets(loop):  # noqa: ASYNC110  their closing has no event
+                        await asyncio.sleep(0.05)
 
 
 def continue_from(versions: Mapping[str, str]) -> ClientMiddlewareType:

@@ -34,6 +34,7 @@ from chart_kit import (
 pytestmark = pytest.mark.apiserver
 
 NAMESPACE = "lorapool-system"
+KEYS = f"{NAMESPACE}-keys"
 CRDS = ("basemodels.lorapool.dev", "loraadapters.lorapool.dev")
 
 
@@ -192,7 +193,6 @@ ALLOWED = {
         "patch basemodels.lorapool.dev/scale",
         "watch pods",
         "watch replicasets.apps",
-        "list secrets",
     ],
 }
 DENIED = {
@@ -209,6 +209,7 @@ DENIED = {
     ],
     "gateway": [
         "get secrets",
+        "list secrets",
         "patch loraadapters.lorapool.dev/status",
         "create deployments.apps",
         "get pods",
@@ -253,6 +254,8 @@ def test_the_authorizer_grants_what_is_needed_and_nothing_beyond(server: ApiServ
         for component, rights in DENIED.items():
             for right in rights:
                 assert not may(server, component, right, NAMESPACE), f"{component} may {right}"
+        assert may(server, "gateway", "list secrets", KEYS)
+        assert not may(server, "operator", "get secrets", KEYS)
 
 
 def kubeconfig_of(server: ApiServer, component: str, folder: Path) -> Path:
@@ -381,11 +384,12 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
         assert runtime["metadata"]["labels"]["lorapool.dev/base"] == "smollm2", "network policies select by it"
 
 
-def test_cluster_mode_reaches_every_namespace_but_no_secret_there(server: ApiServer) -> None:
+def test_cluster_mode_reaches_every_namespace_but_lists_no_secret_there(server: ApiServer) -> None:
     with release(server, CHART, "--set", "scope=cluster"):
         assert may(server, "operator", "create deployments.apps", "team-a")
         assert may(server, "gateway", "patch basemodels.lorapool.dev/scale", "team-a")
-        assert may(server, "gateway", "list secrets", NAMESPACE)
+        assert may(server, "gateway", "list secrets", KEYS)
+        assert not may(server, "gateway", "list secrets", NAMESPACE)
         assert not may(server, "gateway", "list secrets", "team-a")
         assert not may(server, "operator", "list secrets", "team-a")
 
