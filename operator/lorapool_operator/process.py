@@ -187,6 +187,7 @@ class Process:
                 group.create_task(namespaces.run(), name="namespaces")
                 await self._until_listed(namespaces)
                 await self.control.runtimes.answered(self.settings.snapshot_stale_s)
+                gc.freeze()  # what was listed lives long: collections need not examine it
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
                 group.create_task(self._watch_profiles(), name="profiles")
