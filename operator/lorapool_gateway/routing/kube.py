@@ -6,6 +6,7 @@ in flight never causes a call, except to scale its base up while none of its rep
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +26,10 @@ from lorapool_gateway.routing.source import ScaleResult, scaled_up
 
 REQUEST_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
+
+
+TLS_GOODBYE_S = 0.5
+"""TLS connections close a moment after their session; the loop must not end before."""
 
 
 class KubeError(Exception):
@@ -52,6 +57,7 @@ class Kube:
 
     async def close(self) -> None:
         await self._client.close()
+        await asyncio.sleep(TLS_GOODBYE_S)
 
     async def get(self, path: str, params: Mapping[str, str] | None = None) -> dict[str, Any]:
         async with self._call("GET", path, params=params) as response:
