@@ -195,7 +195,7 @@ class PrefixCache(ApiModel):
 
     sharing: PrefixSharing = Field(
         default=PrefixSharing.TENANT,
-        description="Tenant: only requests with the same API key share them, so that no caller learns, by usage or "
+        description="Tenant: only requests with keys of one owner share them, so that no caller learns, by usage or "
         "time, what another one sends. Base: all requests for the same weights do, which saves work where they begin "
         "alike.",
     )
