@@ -10,8 +10,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +144,14 @@ class Gateway:
         key = self._key(exchange)
         deadline = self._ending.deadline()
         with self._admitted(key):
-            async with self._ending.bound(deadline), self._body(request, key) as body:
-                parsed = parse_request(request.path, body, key.tenant)
-                result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
+            body = HeldBody(self._bodies, key.id)
+            try:
+                async with self._ending.bound(deadline):
+                    await self._read_body(request, body)
+                    parsed = parse_request(request.path, body, key.tenant)
+                    result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
+            finally:
+                body.drop()
             if isinstance(result, Passed):
                 return _passed(result, exchange.headers())
             try:
@@ -190,6 +195,10 @@ class Gateway:
 
     # --- limits
 
+    async def _read_body(self, request: web.BaseRequest, body: HeldBody) -> None:
+        settings = self._settings
+        await read_body(request, body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+
     @contextmanager
     def _admitted(self, key: ApiKey) -> Iterator[None]:
         """Counts the request against the limits of the process and of its key. Raises TooManyRequestsError."""
@@ -214,17 +223,6 @@ class Gateway:
             self._by_key[key.id] -= 1
             if self._by_key[key.id] <= 0:
                 del self._by_key[key.id]
-
-    @asynccontextmanager
-    async def _body(self, request: web.BaseRequest, key: ApiKey) -> AsyncIterator[HeldBody]:
-        """The body, dropped at the end of the block."""
-        body = HeldBody(self._bodies, key.id)
-        try:
-            settings = self._settings
-            await read_body(request, body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
-            yield body
-        finally:
-            body.drop()
 
     # --- one place for all responses
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import uuid
+import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class _Sent:
     cancelled: Callable[[Usage | None], None]
     """Receives what it has used if its client leaves before the response begins."""
     response: HttpResponse | None = None
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
 @dataclass(slots=True)
