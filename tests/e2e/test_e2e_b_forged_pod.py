@@ -1,4 +1,4 @@
-"""Pods that carry a runtime's labels, in another namespace and in the base's own, get no request and are not counted."""
+"""Pods with a runtime's labels, in another namespace and in the base's own, get no request and are not counted."""
 
 import json
 from collections.abc import Iterator
