@@ -121,7 +121,7 @@ unit: install ## tests that need nothing but the virtual environment (and the ba
 test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/bench tests/runtime tests/serve
+	$(PY) -m pytest -v -rs -m "deep and not cluster" $(call marked,deep)
 	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
 # The files that have tests of a mark; the others need not be imported.
