@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import ApiModel, Condition, Duration, Quantity
 
 KIND = "BaseModel"
@@ -403,6 +404,11 @@ class BaseModelStatus(ApiModel):
     )
     adapters: AdapterCounts = Field(default_factory=AdapterCounts)
     pods: list[PodStatus] = Field(default_factory=list, max_length=100, description="The runtime pods.")
+    modules: BaseModules | None = Field(
+        default=None,
+        description="What adapters may name in the base, as the first runtime that served it reported. Absent before: "
+        "adapters are then not checked against the base.",
+    )
     start: StartStatus | None = Field(
         default=None, description="The attempts to start a replica since one served last; absent while one serves."
     )

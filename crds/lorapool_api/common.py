@@ -105,6 +105,8 @@ class Reason(StrEnum):
 
     RESOLVED = "Resolved"
     COMPATIBLE = "Compatible"
+    NOT_CHECKED = "NotChecked"
+    """No runtime of the base has run yet, so that its modules are not known."""
     PENDING = "Pending"
     """Not checked yet."""
     AWAITING_RUNTIME = "AwaitingRuntime"

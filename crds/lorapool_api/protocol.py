@@ -20,6 +20,7 @@ from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 RUNTIME_PORT = 8000
 
 ROUTE_RUNTIME = "/v1/runtime"
+ROUTE_BASE_MODULES = "/v1/base/modules"
 ROUTE_ADAPTER = "/v1/adapters/{uid}/{digest}"
 ROUTE_RESOLVE = "/v1/resolve"
 ROUTE_CREDENTIALS = "/v1/credentials"

@@ -42,6 +42,11 @@ ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
 REASONS: Mapping[Reason, Explanation] = {
     Reason.RESOLVED: Explanation("The source was read."),
     Reason.COMPATIBLE: Explanation("The adapter fits its base."),
+    Reason.NOT_CHECKED: Explanation(
+        "The files of the adapter are valid, but it is not checked against the base yet: which modules the base has is "
+        "known once a runtime has loaded it, and none has. Nothing is known to be wrong.",
+        "Send a request to the adapter: it starts a replica of the base, which checks the adapter before it loads it.",
+    ),
     Reason.PENDING: Explanation(
         "The source is being checked.",
         "Wait some seconds. If it stays, read the operator's log; the operator may not reach the source.",

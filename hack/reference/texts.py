@@ -112,6 +112,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         f"after a change or `wait` seconds (at most {protocol.LONG_POLL_MAX_S:g}). With `boot`, the boot id of the "
         "reader's last snapshot, the answer has only what changed since `after`."
     ),
+    ("GET", protocol.ROUTE_BASE_MODULES): "What adapters may name in the base, with all names of each module: "
+    "`BaseModules`. 503 until the base is loaded.",
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
     ("GET", protocol.ROUTE_REQUESTS): "Long poll of the requests that have ended, of the last 15 minutes or the last "
     "100,000, with `after` and `wait`: `FinishedRequests`.",

@@ -171,6 +171,7 @@ class Observer:
             profile_changed=None not in (before, profile) and before != profile,
             credentials_unix_s=self.credentials_unix_s,
             source_rules=self._access.rules_of(base),
+            modules=self._runtimes.modules_of(base),
         )
 
     def unreadable(self, key: Key) -> UnreadableObject | None:

@@ -1,7 +1,8 @@
 """`python -m lorapool_artifacts inspect URI [--base URI] [--max-rank N]`: checks a source from a shell.
 
 It explains why an adapter is refused: it makes the operator's own check, with the credentials of the shell's
-environment. Prints one JSON object. Exit status: 0 compatible, 1 incompatible, 2 unreadable.
+environment. The base's modules are known where the runtime is installed too; elsewhere the adapter is checked alone.
+Prints one JSON object. Exit status: 0 compatible, 1 incompatible, 2 unreadable.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from pathlib import Path
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import inspect_adapter, inspect_base
+from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.settings import AdapterLimits, SourceSettings
 
 
 async def _inspect(
     uri: str, base: str | None, max_rank: int, settings: SourceSettings
 ) -> tuple[int, dict[str, object]]:
-    facts = (await inspect_base(base, None, settings)).facts if base else None
+    facts = facts_of((await inspect_base(base, None, settings)).files) if base else None
     found = await inspect_adapter(uri, None, None, facts, AdapterLimits(max_rank=max_rank), settings)
     result = found.compatibility
     return (0 if result.ok else 1), {

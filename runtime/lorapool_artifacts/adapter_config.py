@@ -38,7 +38,8 @@ class AdapterConfig(BaseModel):
     peft_type: Literal["LORA"]
     r: int = Field(ge=1, le=65_536)
     lora_alpha: int | float = Field(gt=0, lt=1e6)
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     use_rslora: bool = False
     rank_pattern: dict[str, int] = {}
@@ -46,6 +47,8 @@ class AdapterConfig(BaseModel):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    ensure_weight_tying: bool = False
+    """The output layer has the embedding's adapter, transposed, although target_modules does not name it."""
 
     def rank_of(self, module: str) -> int:
         """Rank of one module, by its full name in the base (`model.layers.0.self_attn.q_proj`)."""
@@ -61,6 +64,7 @@ class AdapterConfig(BaseModel):
         settings = self.model_dump(exclude={"base_model_name_or_path"})
         if isinstance(self.target_modules, list):
             settings["target_modules"] = sorted(self.target_modules)  # peft writes a set
+        settings["target_parameters"] = sorted(self.target_parameters or ())
         return json.dumps(settings)  # the order within patterns matters, so nothing else is sorted
 
     def targets(self, module: str) -> bool | None:
@@ -78,7 +82,7 @@ class AdapterConfig(BaseModel):
 
     @cached_property
     def _targets(self) -> Names:
-        return Names(self.target_modules)
+        return Names(self.target_modules or [])
 
     @cached_property
     def _excluded(self) -> Names:
@@ -247,7 +251,7 @@ def _check_patterns(config: AdapterConfig, name: str) -> None:
     for key in [given] if isinstance(given, str) else given:
         if not _LAYERS_PATTERN.match(key):
             raise _pattern_error(name, "layers_pattern", key)
-    if not config.target_modules:
+    if not (config.target_modules or config.target_parameters):
         raise ArtifactError(
             FailureReason.INCOMPATIBLE, f"{name}: target_modules is empty; name the modules that were trained."
         )

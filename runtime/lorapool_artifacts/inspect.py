@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, CompatibilityResult, check_compatibility
+from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.compatibility import AdapterFacts, CompatibilityResult, check_compatibility
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
@@ -67,13 +68,25 @@ class AdapterInspection:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """What the files of a base show without loading it. Adapters are checked against the loaded base only."""
+
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The content of config.json."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of each tensor, by its name in the files."""
+    names: frozenset[str] = frozenset()
+    """Names of the base that trainers may have recorded in adapters."""
+
+
+@dataclass(frozen=True, slots=True)
 class BaseInspection:
     """A base's properties."""
 
     revision: str
     digest: str | None
     """None when the source lists no hashes; the first fetch computes it."""
-    facts: BaseFacts
+    files: BaseFiles
     size_bytes: int
 
 
@@ -114,11 +127,11 @@ async def inspect_base(
         try:
             files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
             check_total(files, settings.base_max_bytes, source.where)
-            facts = _base_facts(source, files).with_names(*names_of(parsed))
+            found = _base_files(source, files, *names_of(parsed))
             unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
             if unhashed <= MAX_UNHASHED_BASE_BYTES:
                 files = _with_hashes(source, files)
-            return BaseInspection(source.revision, digest_of(files), facts, sum(file.size_bytes for file in files))
+            return BaseInspection(source.revision, digest_of(files), found, sum(file.size_bytes for file in files))
         finally:
             source.close()
 
@@ -130,17 +143,17 @@ def inspect_adapter_folder(path: Path, base_facts: BaseFacts | None, limits: Ada
     return inspect_adapter_source(FolderSource.open(path), None, base_facts, limits)
 
 
-def base_facts_from_folder(path: Path) -> BaseFacts:
-    """The properties of a base in a local folder that adapters depend on. Blocks. Raises ArtifactError."""
+def base_files_from_folder(path: Path) -> BaseFiles:
+    """What the files of a base in a local folder show. Blocks. Raises ArtifactError."""
     source = FolderSource.open(path)
-    return _base_facts(source, select_files(ArtifactKind.BASE, source.list_files(), where=source.where))
+    return _base_files(source, select_files(ArtifactKind.BASE, source.list_files(), where=source.where))
 
 
 def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[RemoteFile]) -> None:
     """Parses the fetched files, so that a damaged artifact is never published. Blocks. Raises ArtifactError."""
     try:
         if kind is ArtifactKind.BASE:
-            _base_facts(source, files)
+            _base_files(source, files)
             for file in files:
                 if file.name == TOKENIZER_CONFIG:
                     refuse_code(load_json_object(read_json(source, file), name=file.name), name=file.name)
@@ -239,32 +252,19 @@ def names_of(uri: ArtifactUri) -> tuple[str, ...]:
             return (path.rpartition("/")[2],) if path else ()
 
 
-def _base_facts(source: Source, files: Sequence[RemoteFile]) -> BaseFacts:
+def _base_files(source: Source, files: Sequence[RemoteFile], *names: str) -> BaseFiles:
     config: Mapping[str, object] = {}
-    modules: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.name == BASE_CONFIG:
             config = load_json_object(read_json(source, file), name=file.name)
             refuse_code(config, name=file.name)
         elif file.name.endswith(".safetensors"):
-            modules.update(linear_modules(read_header(source, file, BASE_BOUNDS)))
-    architectures = config.get("architectures")
-    name = config.get("_name_or_path")
-    facts = BaseFacts(
-        modules,
-        frozenset(),
-        tuple(str(item) for item in architectures) if isinstance(architectures, list) else (),
-    )
-    return facts.with_names(name) if isinstance(name, str) else facts
-
-
-def linear_modules(header: SafetensorsHeader) -> dict[str, tuple[int, int]]:
-    """Module → (out, in) of every two-dimensional `<module>.weight`."""
-    return {
-        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for name, tensor in header.tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
-    }
+            header = read_header(source, file, BASE_BOUNDS)
+            shapes.update((name, tensor.shape) for name, tensor in header.tensors.items())
+    recorded = config.get("_name_or_path")
+    known = (*names, recorded) if isinstance(recorded, str) else names
+    return BaseFiles(config, shapes, frozenset(name for name in known if name))
 
 
 def _with_known(files: Sequence[RemoteFile], name: str, sha256: str) -> tuple[RemoteFile, ...]:

@@ -27,13 +27,13 @@ def _again(without: str) -> str:
 HARMLESS = {
     "auto_mapping": "class names of the trainer's model; nothing is imported from them",
     "corda_config": "initialization of training; init_lora_weights tells whether it changed the base",
-    "ensure_weight_tying": "affects tied embeddings, which are refused anyway",
     "eva_config": "initialization of training; the ranks that it chose are in rank_pattern",
     "inference_mode": "affects training only",
     "loftq_config": "initialization of training; init_lora_weights tells whether it changed the base",
     "lora_dropout": "affects training only",
     "lora_ga_config": "initialization of training; init_lora_weights tells whether it changed the base",
     "megatron_core": "names a module for megatron_config, which is refused anyway",
+    "modules_to_save": "whole matrices are tensors of the file, each of which is checked",
     "peft_version": "information",
     "qalora_group_size": "affects use_qalora only, which is refused anyway",
     "revision": "information about the base it was trained on",
@@ -62,14 +62,8 @@ REFUSED = {
     ),
     "lora_bias": Refusal("trained biases in LoRA layers", _again("with lora_bias=False")),
     "megatron_config": Refusal("Megatron's parallel layers", _again("on the transformers model")),
-    "modules_to_save": Refusal(
-        "fully trained modules, which would replace parts of the shared base", _again("without modules_to_save")
-    ),
     "monteclora_config": Refusal(
         "MonteCLoRA, which samples its weights at every step", _again("without monteclora_config")
-    ),
-    "target_parameters": Refusal(
-        "LoRA on single parameters, such as the fused experts of a mixture", _again("with target_modules only")
     ),
     "trainable_token_indices": Refusal(
         "embeddings of trained tokens, which all adapters share", _again("without trainable_token_indices")
@@ -159,9 +153,5 @@ TENSORS = (
     ("lora_monteclora", "belongs to MonteCLoRA, which is not supported"),
     ("token_adapter", "holds embeddings of trained tokens, which all adapters share"),
     ("modules_to_save", "is a fully trained module, which is not supported"),
-    ("lora_embedding_", "changes the embeddings, which all adapters share"),
-    ("embed", "changes the embeddings, which all adapters share"),
-    ("lm_head", "changes the output layer, which all adapters share"),
-    (".experts.", "belongs to the experts of a mixture, which cannot be adapted"),
 )
 """(part of a tensor's name, why such a tensor cannot be ignored), the more specific parts first."""

@@ -7,19 +7,17 @@ import pytest
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, CompatibilityResult, check_compatibility
+from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.compatibility import AdapterFacts, CompatibilityResult, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, parse_header
-from lorapool_artifacts.inspect import linear_modules
+from lorapool_artifacts.header import ADAPTER_BOUNDS, parse_header
 from lorapool_artifacts.settings import AdapterLimits
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=100_000)
 
 
 def base(*, layers: int = zoo.LAYERS, hidden: int = zoo.HIDDEN) -> BaseFacts:
-    raw = zoo.safetensors(zoo.base_tensors(layers=layers, hidden=hidden))
-    modules = linear_modules(parse_header(raw, len(raw), BASE_BOUNDS, name="base"))
-    return BaseFacts(modules, frozenset({"tiny/llama"}), ("LlamaForCausalLM",))
+    return zoo.base_facts(layers=layers, hidden=hidden)
 
 
 def checked(
@@ -65,7 +63,13 @@ HEAD: zoo.Tensors = {
     "base_model.model.lm_head.lora_A.weight": ("F32", (4, zoo.HIDDEN)),
     "base_model.model.lm_head.lora_B.weight": ("F32", (zoo.VOCAB, 4)),
 }
-EMBEDDING: zoo.Tensors = {"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, zoo.VOCAB))}
+EMBEDDING_B = "base_model.model.model.embed_tokens.lora_embedding_B"
+HALF_AN_EMBEDDING: zoo.Tensors = {"base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, zoo.VOCAB))}
+EMBEDDING: zoo.Tensors = {**HALF_AN_EMBEDDING, EMBEDDING_B: ("F32", (zoo.HIDDEN, 4))}
+EXPERT: zoo.Tensors = {
+    f"base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_{part}.weight": ("F32", shape)
+    for part, shape in (("A", (4, 16)), ("B", (32, 4)))
+}
 INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
 
 
@@ -79,7 +83,7 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (plus("surplus", "F32", 16), {}, INCOMPATIBLE, "not part of a LoRA"),
         (renamed("lora_A.weight", "lora_A.default.weight"), {}, INCOMPATIBLE, "adapter name"),
         (renamed("base_model.model.", ""), {}, INCOMPATIBLE, "not part of a LoRA"),
-        (renamed("model.layers", "transformer.h"), {}, WRONG_BASE, "has no module"),
+        (renamed("model.layers", "transformer.h"), {}, WRONG_BASE, "has no linear layer"),
         (
             {**zoo.adapter_tensors(), **renamed("q_proj", "qq_proj")},
             {"target_modules": ["q_proj", "v_proj", "qq_proj"]},
@@ -94,8 +98,11 @@ INCOMPATIBLE, WRONG_BASE = FailureReason.INCOMPATIBLE, FailureReason.WRONG_BASE
         (zoo.adapter_tensors(rank=16), {"r": 16}, FailureReason.RANK_TOO_HIGH, "maxRank"),
         (zoo.adapter_tensors(layers=range(3)), {}, WRONG_BASE, "layers.2"),
         (zoo.adapter_tensors(layers=range(1)), {}, INCOMPATIBLE, "layers.1"),
-        (HEAD, {"target_modules": ["lm_head"]}, INCOMPATIBLE, "output head"),
-        (EMBEDDING, {"target_modules": ["embed_tokens"]}, INCOMPATIBLE, "embeddings"),
+        (EXPERT, {"target_modules": ["up_proj"]}, INCOMPATIBLE, "target_modules that leave the experts out"),
+        (HALF_AN_EMBEDDING, {"target_modules": ["embed_tokens"]}, INCOMPATIBLE, "no lora_B"),
+        ({**EMBEDDING, EMBEDDING_B: ("F32", (zoo.HIDDEN * 2, 4))}, {}, WRONG_BASE, "16x64"),
+        (plus("base_model.model.model.embed_tokens.weight", "F32", zoo.VOCAB, 8), {}, WRONG_BASE, "base's width"),
+        (plus("base_model.model.score.weight", "F32", 2, zoo.HIDDEN), {}, INCOMPATIBLE, "whole matrix"),
     ],
 )
 def test_what_does_not_fit_has_its_reason_in_words(
@@ -105,6 +112,22 @@ def test_what_does_not_fit_has_its_reason_in_words(
     assert not result.ok
     assert (result.reason, words in result.message) == (reason, True), result
     assert len(result.message) < 900
+
+
+@pytest.mark.parametrize(("tensors", "target"), [(HEAD, "lm_head"), (EMBEDDING, "embed_tokens")])
+@pytest.mark.parametrize("alone", [False, True])
+def test_lora_on_the_output_layer_and_the_embedding_is_accepted(tensors: zoo.Tensors, target: str, alone: bool) -> None:
+    result = checked(tensors=tensors, alone=alone, target_modules=[target])
+    assert (result.ok, result.target_modules) == (True, (target,)), result.message
+
+
+@pytest.mark.parametrize("name", ["weight", "base_layer.weight", "modules_to_save.weight"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_copy_of_the_embedding_is_left_to_the_runtime_whatever_its_number_of_rows(name: str, alone: bool) -> None:
+    tensors = plus(f"base_model.model.model.embed_tokens.{name}", "F32", zoo.VOCAB + 8, zoo.HIDDEN)
+    result = checked(tensors=tensors, alone=alone)
+    assert result.ok, result.message
+    assert f"embed_tokens.{name}: a runtime compares the rows" in result.message
 
 
 def test_an_adapter_of_another_base_names_the_shapes_and_the_base_it_was_trained_on() -> None:
@@ -127,6 +150,7 @@ def test_too_many_bytes_are_too_large() -> None:
 
 
 def test_without_a_base_only_the_adapter_itself_is_checked() -> None:
+    assert checked(alone=True).message.endswith("not checked against the base yet")
     assert checked(alone=True).ok
     assert checked(alone=True, tensors=without(f"{Q0}.lora_A.weight")).reason is FailureReason.INCOMPATIBLE
     assert checked(alone=True, limits=AdapterLimits(2, 100_000)).reason is FailureReason.RANK_TOO_HIGH
@@ -161,12 +185,10 @@ def test_the_ways_peft_narrows_its_targets_are_understood(tensors: zoo.Tensors, 
         ({"peft_type": None}, "LoraConfig"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trained tokens"),
         ({"lora_bias": True}, "biases"),
         ({"fan_in_fan_out": True}, "Conv1D"),
         ({"layer_replication": [[0, 1]]}, "replicated"),
-        ({"target_parameters": ["x"]}, "single parameters"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"from_the_future": {"x": 1}}, "from_the_future"),
         ({"r": 0}, "r"),

@@ -18,7 +18,7 @@ from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.http import GuardedSession, translated
@@ -36,8 +36,8 @@ async def test_an_adapter_is_checked_from_its_header_without_its_weights(hub: Hu
     weights = zoo.safetensors(zoo.adapter_tensors(rank=4, dtype="F32"))
     hub.repos["acme/base"] = zoo.base_files()
     hub.repos["acme/lora"] = zoo.adapter_files(weights=weights)
-    base = await inspect_base("hf://acme/base", None, hf)
-    seen = await inspect_adapter("hf://acme/lora", None, None, base.facts, LIMITS, hf)
+    assert (await inspect_base("hf://acme/base", None, hf)).digest is not None
+    seen = await inspect_adapter("hf://acme/lora", None, None, zoo.base_facts(), LIMITS, hf)
     assert seen.compatibility.ok, seen.compatibility.message
     assert (seen.rank, seen.target_modules) == (4, ("q_proj", "v_proj"))
     assert seen.revision == hub.commit_of("acme/lora")
@@ -65,7 +65,7 @@ async def test_a_fetched_folder_holds_the_listed_files_and_is_named_by_their_dig
     assert {name: (path / name).read_bytes() for name in names} == {name: files[name] for name in names}
     assert folder_digest(path) == digest_of(files, names) == (await inspect_base("hf://acme/base", None, hf)).digest
     assert zoo.names_in(tmp_path) == [path.name], "nothing temporary is left"
-    assert base_facts_from_folder(path).modules["model.layers.1.mlp.up_proj"] == (zoo.INNER, zoo.HIDDEN)
+    assert base_files_from_folder(path).shapes["model.layers.1.mlp.up_proj.weight"] == (zoo.INNER, zoo.HIDDEN)
 
 
 async def test_a_revision_is_pinned_to_its_commit(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
@@ -430,8 +430,8 @@ async def test_a_base_with_code_of_its_own_is_refused(hub: Hub, hf: SourceSettin
 async def test_a_sharded_base_is_read_from_all_its_headers(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
     hub.repos["acme/base"] = zoo.sharded_base_files()
     seen = await inspect_base("hf://acme/base", None, hf)
-    assert len(seen.facts.modules) == len(zoo.MODULES) * zoo.LAYERS + 2
-    assert {"acme/base", "tiny/llama"} == seen.facts.names
+    assert sum(len(shape) == 2 for shape in seen.files.shapes.values()) == len(zoo.MODULES) * zoo.LAYERS + 2
+    assert {"acme/base", "tiny/llama"} == seen.files.names
     path = await fetch(await resolve("hf://acme/base", None, "base", settings=hf), tmp_path)
     assert folder_digest(path) == seen.digest
     del hub.repos["acme/base"]["model-00002-of-00002.safetensors"]

@@ -124,8 +124,8 @@ async def test_a_base_has_facts_and_a_digest_without_a_download(registry: str, t
     push(registry, "team/base:v1", zoo.base_files(), tmp_path / "src")
     seen = await inspect_base(f"oci://{registry}/team/base:v1", None, listed(registry))
     assert seen.digest is not None
-    assert seen.facts.names == {"team/base", "tiny/llama"}
-    assert seen.facts.modules["model.layers.0.mlp.down_proj"] == (zoo.HIDDEN, zoo.INNER)
+    assert seen.files.names == {"team/base", "tiny/llama"}
+    assert seen.files.shapes["model.layers.0.mlp.down_proj.weight"] == (zoo.HIDDEN, zoo.INNER)
 
 
 @needs_registry

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
+from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
 from lorapool_artifacts.settings import AdapterLimits
 
@@ -72,7 +73,7 @@ def test_an_adapter_trained_with_the_real_peft_is_accepted_with_pefts_own_scalin
     model.save_pretrained(folder / "base")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
     wrapped.save_pretrained(folder / "lora")
-    seen = inspect_adapter_folder(folder / "lora", base_facts_from_folder(folder / "base"), LIMITS)
+    seen = inspect_adapter_folder(folder / "lora", facts_of(base_files_from_folder(folder / "base")), LIMITS)
     assert seen.compatibility.ok, seen.compatibility.message
     config = parse_adapter_config((folder / "lora" / "adapter_config.json").read_bytes())
     scalings = {

@@ -111,9 +111,9 @@ async def test_a_bucket_has_no_revisions_by_name(s3: SourceSettings) -> None:
 async def test_a_base_of_s3_has_facts_and_a_digest(bucket: S3Store, s3: SourceSettings) -> None:
     put(bucket, "base", zoo.base_files())
     seen = await inspect_base("s3://models/base", None, s3)
-    assert seen.facts.modules["model.layers.0.self_attn.k_proj"] == (zoo.KV, zoo.HIDDEN)
+    assert seen.files.shapes["model.layers.0.self_attn.k_proj.weight"] == (zoo.KV, zoo.HIDDEN)
     assert seen.digest is not None
-    assert seen.facts.names == {"base", "tiny/llama"}
+    assert seen.files.names == {"base", "tiny/llama"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
 from lorapool_operator.world.cluster_cache import find_condition
-from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter, unchecked
 
 COMPATIBILITY = frozenset(
     {
@@ -38,6 +38,11 @@ UNVERIFIED: ConditionValue = (
     "True",
     Reason.UNVERIFIED.value,
     "Only a runtime can read this source; it is checked when a request starts the base.",
+)
+NOT_CHECKED: ConditionValue = (
+    "Unknown",
+    Reason.NOT_CHECKED.value,
+    "Not checked against the base yet, of which no runtime has run. A request starts one, which checks the adapter.",
 )
 PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
 
@@ -167,7 +172,9 @@ def _source(
     if failed is not None and failed not in LOADING:
         return ("False", failed.value, message), ("Unknown", failed.value, "The source could not be used.")
     compatible: ConditionValue = ("True", Reason.COMPATIBLE.value, "")
-    if facts is not None and facts.rank is not None:
+    if unchecked(validity.fingerprint):
+        compatible = NOT_CHECKED
+    elif facts is not None and facts.rank is not None:
         compatible = ("True", Reason.COMPATIBLE.value, f"Rank {facts.rank} on {', '.join(facts.target_modules)}.")
     if blocker is not None and blocker.reason is Reason.BASE_NOT_FOUND:
         compatible = ("Unknown", blocker.reason.value, blocker.message)

@@ -56,6 +56,7 @@ def status_of(
         state=values[BaseCondition.READY.value][1],
         adapters=counts(observed),
         pods=_pods(observed),
+        modules=before.modules or observed.modules,
         start=start,
         last_used=before.last_used,
     )

@@ -9,10 +9,12 @@ from typing import TypeVar
 import aiohttp
 from pydantic import ValidationError
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
 from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     ROUTE_ADAPTER,
+    ROUTE_BASE_MODULES,
     ROUTE_CREDENTIALS,
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
@@ -112,6 +114,10 @@ class RuntimeClient:
         body = request.model_dump_json(by_alias=True)
         return _parse(ResolveAnswer, await self._call(pod, "POST", ROUTE_RESOLVE, body=body, timeout_s=timeout_s))
 
+    async def base_modules(self, pod: PodObject) -> BaseModules:
+        """Returns what adapters may name in the base. Raises RuntimeGoneError, RuntimeRefusedError."""
+        return _parse(BaseModules, await self._call(pod, "GET", ROUTE_BASE_MODULES))
+
     async def give_credentials(self, pod: PodObject, credentials: NamespaceCredentials) -> None:
         """Gives a runtime the namespaces' credentials. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
         await self._call(pod, "PUT", ROUTE_CREDENTIALS, body=credentials.model_dump_json(by_alias=True))
@@ -179,7 +185,7 @@ def _route_of(adapter: AdapterKey) -> str:
     return ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
 
 
-RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer, BaseModules)
 
 
 def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:

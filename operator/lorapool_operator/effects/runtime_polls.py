@@ -16,6 +16,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.poll_proof import ProofError
@@ -68,6 +69,8 @@ class _Polled:
     stale_reported: bool = False
     token_refused: bool = False
     """The last answer was that the operator's token is not valid."""
+    asked_modules: str = ""
+    """Boot id of the process that was asked for the modules of the base."""
     viewed: tuple[tuple[object, ...], AdapterOnReplica] | None = None
     """The last view of it, without reports, and what it shows: each of thousands of plans asks for it."""
 
@@ -121,6 +124,8 @@ class RuntimeTracker:
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
         self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
+        self._modules: dict[str, BaseModules] = {}
+        """By the uid of the base, whose source never changes."""
         self.polls = 0
         self.poll_failures = 0
 
@@ -191,6 +196,10 @@ class RuntimeTracker:
             for polled in self._polled.values()
             if adapter_uid in polled.reports
         ]
+
+    def modules_of(self, base: BaseObject) -> BaseModules | None:
+        """Returns what adapters may name in the base, if a runtime reported it to this process."""
+        return self._modules.get(base.meta.uid)
 
     def busy(self, base: Key, adapter_uids: Iterable[str], requests: int) -> set[str]:
         """Returns those of the adapters that have at least so many requests on one replica of the base."""
@@ -297,7 +306,24 @@ class RuntimeTracker:
             await self._turn()
             self._arrived(polled, snapshot)
             self._heard.set()
+            await self._read_modules(polled, snapshot)
             await asyncio.sleep(self._settings.pause_s)
+
+    async def _read_modules(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
+        """Reads once for each base what adapters may name in it. A runtime that does not answer is asked once."""
+        pod = polled.pod
+        if pod.base_uid in self._modules or polled.asked_modules == snapshot.boot_id or not snapshot.ready:
+            return
+        base = self._cache.bases.get(pod.base.namespace, pod.base.name)
+        if base is None or base.status.modules is not None:
+            return
+        polled.asked_modules = snapshot.boot_id
+        try:
+            self._modules[pod.base_uid] = await self._client.base_modules(pod)
+        except RuntimeCallError as error:
+            log.warning("runtime reports no modules", extra={"replica": pod.meta.name, "error": str(error)[:200]})
+            return
+        self._changed(pod.base, (), urgent=True, serving=False)
 
     def _failed(self, polled: _Polled, error: Exception) -> None:
         now = self._clock()

@@ -35,6 +35,7 @@ from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
     ROUTE_ATTEMPT,
+    ROUTE_BASE_MODULES,
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
     ROUTE_CREDENTIALS,
@@ -75,6 +76,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_READY, server.readiness)
     app.router.add_get(ROUTE_METRICS, server.metrics)
     app.router.add_get(ROUTE_RUNTIME, server.snapshot)
+    app.router.add_get(ROUTE_BASE_MODULES, server.base_modules)
     app.router.add_get(ROUTE_EVENTS, server.events)
     app.router.add_get(ROUTE_REQUESTS, server.requests)
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
@@ -162,6 +164,9 @@ class _Server:
         proof = self._runtime.tokens.answer(challenge, body) if challenge is not None else None
         headers = {HEADER_PROOF: proof} if proof is not None else None
         return web.Response(body=body, content_type="application/json", headers=headers)
+
+    async def base_modules(self, _request: web.Request) -> web.Response:
+        return _json(self._runtime.base_modules)
 
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)

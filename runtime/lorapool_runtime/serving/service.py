@@ -12,10 +12,11 @@ import functools
 import hashlib
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import PrefixSharing
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
@@ -78,6 +79,8 @@ class LoadedBase:
     grammars: GrammarCompiler
     store: AdapterStore
     digest: str | None
+    modules: BaseModules = field(default_factory=lambda: BaseModules(modules=[]))
+    """What adapters may name in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +243,11 @@ class Runtime:
     def adapters(self) -> AdapterManager:
         """Raises UnavailableError until the base is loaded."""
         return self._need_serving().adapters
+
+    @property
+    def base_modules(self) -> BaseModules:
+        """Raises UnavailableError until the base is loaded."""
+        return self._need_serving().base.modules
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         return await self._need_serving().base.store.resolve(request)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from engine_kit import save_adapter, tiny_model
 
+from lorapool_api.base_modules import BaseModule
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
-from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.policy import SourceRules
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
@@ -23,7 +24,7 @@ from lorapool_runtime.adapters.source_access import SourceAccess
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-MODULES = {f"model.layers.{layer}.self_attn.q_proj": (64, 64) for layer in range(2)}
+MODULES = [BaseModule(f"model.layers.{layer}.self_attn.q_proj", 64, 64) for layer in range(2)]
 SOURCE = SourceRef(uri="pvc://claim/one")
 
 
@@ -36,7 +37,7 @@ class World:
         self.inspected = 0
         self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
         self.cache.start()
-        facts = BaseFacts(MODULES, loaded=True)
+        facts = BaseFacts.of(MODULES)
         self.rules = folder / "rules.json"
         self.rules.write_text(SourceRules(owner="owner").model_dump_json())
         access = SourceAccess(SourceSettings(pvc_root=folder), self.rules)

@@ -135,7 +135,6 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
     ("changes", "words"),
     [
         ({"use_dora": True}, ("DoRA", "use_dora=False")),
-        ({"modules_to_save": ["lm_head"]}, ("modules_to_save",)),
         ({"bias": "lora_only"}, ("bias",)),
         ({"lora_bias": True}, ("lora_bias=False",)),
         ({"trainable_token_indices": [1]}, ("trainable_token_indices",)),
@@ -156,8 +155,8 @@ def test_each_kind_that_is_not_plain_lora_is_refused_with_its_own_reason(
     ("name", "words"),
     [
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.weight", "output layer"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "embed_tokens has no lora_B"),
+        ("base_model.model.score.weight", "a whole matrix of the base"),
         (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
