@@ -21,6 +21,7 @@ from lorapool_api.common import (
     HEADER_ADAPTER,
     HEADER_ATTEMPT,
     HEADER_COLD_START,
+    HEADER_RELAXED,
     HEADER_REQUEST_ID,
     HEADER_USAGE,
     AdapterKey,
@@ -72,6 +73,11 @@ class Accepted:
     cancel: Callable[[], Awaitable[Usage | None]]
     """Ends the generation; returns what it has used, if the runtime says it."""
     _release: Callable[[], None]
+
+    @property
+    def relaxed(self) -> str | None:
+        """The keywords of the request's schemas that the runtime does not enforce, as it lists them."""
+        return self.response.headers.get(HEADER_RELAXED)
 
     @property
     def sends_events(self) -> bool:
