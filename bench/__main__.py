@@ -51,6 +51,7 @@ FULL = (
     Step("gateway_overhead.py", (), 600.0),
     Step("fairness.py", ("BASE", "--rounds", "5"), 900.0),
     Step("scale_to_zero.py", (), 1500.0),
+    Step("hostile_caller.py", (), 600.0),
 )
 
 

@@ -62,6 +62,9 @@ HEADER_REQUEST_ID = "x-request-id"
 HEADER_COLD_START = "x-lorapool-cold-start-ms"
 """To the client: milliseconds for which the request was held or waited for its adapter's load; absent when 0."""
 HEADER_PROCESSING_MS = "openai-processing-ms"
+HEADER_RELAXED = "x-lorapool-relaxed"
+"""To the client: the keywords of the request's JSON schemas that are not enforced, separated by commas; absent when all
+are."""
 BASE_TARGET = "base"
 """Value of HEADER_ADAPTER for a request to the base itself."""
 

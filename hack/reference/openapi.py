@@ -27,7 +27,7 @@ FUNCTION: Schema = {
     "properties": {
         "name": NAME,
         "description": TEXT,
-        "parameters": {"type": "object", "required": ["type"], "properties": {"type": {"const": "object"}}},
+        "parameters": {"type": ["object", "null"], "properties": {"type": {"const": "object"}}},
         "strict": {"type": ["boolean", "null"]},
     },
 }
@@ -82,12 +82,15 @@ NESTED: Mapping[str, Schema] = {
     },
     "stream_options": {
         "type": "object",
-        "additionalProperties": False,
-        "properties": {"include_usage": {"type": ["boolean", "null"]}, "include_obfuscation": {"const": False}},
+        "additionalProperties": {"enum": [False, None]},
+        "properties": {
+            **{name: {"type": ["boolean", "null"]} for name in request._STREAM_OPTIONS},
+            "include_obfuscation": {"enum": [False, None]},
+        },
     },
     "stop": {
         "anyOf": [
-            {"type": "string", "minLength": 1, "maxLength": request.MAX_STOP_CHARS},
+            {"type": "string", "maxLength": request.MAX_STOP_CHARS},
             {
                 "type": "array",
                 "maxItems": request.MAX_STOPS,
@@ -132,6 +135,58 @@ NESTED: Mapping[str, Schema] = {
     "parallel_tool_calls": {"type": "boolean"},
 }
 REQUIRED = {"model", "messages", "prompt"}
+PARTS: Schema = {
+    "anyOf": [TEXT, {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"],
+              "properties": {"type": {"enum": ["input_text", "output_text"]}, "text": TEXT}}}]
+}  # fmt: skip
+INPUT: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {
+                        "type": "object",
+                        "required": ["role", "content"],
+                        "properties": {
+                            "type": {"const": "message"},
+                            "role": {"enum": ["system", "developer", "user", "assistant"]},
+                            "content": PARTS,
+                        },
+                    },
+                    one_of("function_call", call_id=TEXT, name=NAME, arguments=TEXT),
+                    one_of("function_call_output", call_id={"type": "string", "minLength": 1}, output=PARTS),
+                ]
+            },
+        },
+    ]
+}
+RESPONSES: Mapping[str, Schema] = {
+    "model": {"type": "string", "minLength": 1},
+    "input": INPUT,
+    "instructions": {"type": ["string", "null"]},
+    "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+    "text": {"type": ["object", "null"], "properties": {"format": {"type": "object"}}},
+    "tools": {
+        "type": ["array", "null"],
+        "maxItems": tools.MAX_TOOLS,
+        "items": {**FUNCTION, "required": ["type", "name"],
+                  "properties": {"type": {"const": "function"}, **FUNCTION["properties"]}},
+    },
+    "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, one_of("function", name=NAME)]},
+    "include": {
+        "type": ["array", "null"],
+        "items": {"enum": ["message.output_text.logprobs", "reasoning.encrypted_content"]},
+    },
+}  # fmt: skip
+"""What differs from a chat. `text.format` is as in `response_format`, without the level `json_schema`."""
+OF_CHAT = (
+    "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "user", "ignore_eos", "min_tokens", "parallel_tool_calls", "top_logprobs",
+)  # fmt: skip
+"""Parameters that /v1/responses has with the same meaning."""
 
 USAGE: Schema = {
     "type": "object",
@@ -150,6 +205,7 @@ MODEL: Schema = {
         "owned_by": TEXT,
         "root": {"type": "string", "description": "The full name, which never changes its meaning."},
         "parent": {"type": "string", "description": "The full name of the base, of an adapter."},
+        "max_model_len": {"type": "integer", "description": "Tokens of prompt and completion together."},
     },
 }
 ERROR: Schema = {
@@ -166,6 +222,26 @@ ERROR: Schema = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+RESPONSE: Schema = {
+    "type": "object",
+    "required": ["id", "object", "created_at", "model", "status", "output", "store", "usage"],
+    "properties": {
+        "id": TEXT,
+        "object": {"const": "response"},
+        "created_at": {"type": "integer"},
+        "model": TEXT,
+        "status": {"enum": ["completed", "incomplete"]},
+        "output": {"type": "array", "items": {"type": "object", "required": ["id", "type", "status"]}},
+        "store": {"const": False},
+        "usage": {
+            "type": "object",
+            "required": ["input_tokens", "output_tokens", "total_tokens"],
+            "properties": {
+                name: {"type": "integer", "minimum": 0} for name in ("input_tokens", "output_tokens", "total_tokens")
+            },
+        },
     },
 }
 ANSWERED = "Answered"
@@ -197,12 +273,18 @@ def document() -> str:
         "info": {
             "title": "Lorapool gateway",
             "version": "1",
-            "description": "OpenAI's API for bases and LoRA adapters. A parameter that is not listed is refused.",
+            "description": "OpenAI's API for bases and LoRA adapters. A parameter that is not listed is refused, "
+            "unless its value asks for nothing.",
         },
         "security": KEY,
         "paths": {
-            protocol.ROUTE_CHAT: {"post": _infers("chat", chat, completion("chat.completion", message=answer))},
-            protocol.ROUTE_COMPLETIONS: {"post": _infers("complete", plain, completion("text_completion", text=TEXT))},
+            protocol.ROUTE_CHAT: {
+                "post": _infers("chat", _request(chat), completion("chat.completion", message=answer))
+            },
+            protocol.ROUTE_COMPLETIONS: {
+                "post": _infers("complete", _request(plain), completion("text_completion", text=TEXT))
+            },
+            protocol.ROUTE_RESPONSES: {"post": _infers("respond", _responses(chat), RESPONSE)},
             protocol.ROUTE_MODELS: {
                 "get": _reads("listModels", "The models that the key may use.", _list_of(_ref("Model")), [])
             },
@@ -227,11 +309,11 @@ _MODEL_NAME = {
 }
 
 
-def _infers(name: str, body: RecordingBody, answer: Schema) -> Schema:
+def _infers(name: str, body: Schema, answer: Schema) -> Schema:
     content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": TEXT}}
     return {
         "operationId": name,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _request(body)}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": {"description": ANSWERED, "content": content}, **_errors()},
     }
 
@@ -253,8 +335,17 @@ def _request(body: RecordingBody) -> Schema:
     return {
         "type": "object",
         "required": [name for name in own if name in REQUIRED],
-        "additionalProperties": False,
+        "additionalProperties": {"enum": list(json_body._NOTHING)},
         "properties": {**own, **labels, **neutral},
+    }
+
+
+def _responses(chat: RecordingBody) -> Schema:
+    shared = {name: _parameter(name, chat) for name in OF_CHAT}
+    return {
+        "type": "object",
+        "required": ["model", "input"],
+        "properties": {**RESPONSES, **shared, "store": {"type": ["boolean", "null"]}},
     }
 
 

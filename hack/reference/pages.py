@@ -298,7 +298,9 @@ def gateway_api() -> str:
     refused = [
         [code(name), ", ".join(code(json.dumps(v)) for v in values)] for name, values in json_body._NEUTRAL.items()
     ]
-    text += table(["parameter", "accepted values"], refused)
+    text += table(["parameter", "accepted values"], refused) + texts.RESPONSES + texts.SCHEMAS
+    headers = [[code(header), what] for header, what in texts.ANSWER_HEADERS.items()]
+    text += "\n## Headers of answers\n\n" + table(["header", ""], headers)
     statuses = error_statuses()
     _complete(statuses, texts.ERROR_CODES, "error code")
     rows = [

@@ -49,6 +49,8 @@ class RequestRecord:
     first_token_s: float | None = None
     cold_ms: int | None = None
     """Milliseconds that it was held or waited for its adapter; None when warm."""
+    relaxed: str | None = None
+    """Value of the response's header for keywords that are not enforced."""
 
     def used(self, usage: Usage | None) -> None:
         """Records what the request has used, unless that is known already. None: not reported."""
@@ -146,22 +148,25 @@ class Metrics:
             "Time since the API server last confirmed the API keys.",
             registry=self.registry,
         )
-        self._key_ids: frozenset[str] = frozenset()
+        self._keys: dict[str, Gauge] = {}
+        """The series of each key, by its id."""
         self.watch_errors = Counter(
             f"{name}watch_errors_total", "Failed lists and watches.", ("kind",), registry=self.registry
         )
 
     def sync_keys(self, key_ids: Iterable[str]) -> None:
         """Adds and removes series so that there is one for each key."""
-        known, self._key_ids = self._key_ids, frozenset(key_ids)
-        for key_id in self._key_ids - known:
-            self.key_last_used.labels(key_id)
-        for key_id in known - self._key_ids:
+        now = frozenset(key_ids)
+        for key_id in now - self._keys.keys():
+            self._keys[key_id] = self.key_last_used.labels(key_id)
+        for key_id in self._keys.keys() - now:
             self.key_last_used.remove(key_id)
+            del self._keys[key_id]
 
     def key_used(self, key_id: str) -> None:
         """Records a request with this key."""
-        self.key_last_used.labels(key_id).set_to_current_time()
+        if (series := self._keys.get(key_id)) is not None:  # else it was removed just now
+            series.set_to_current_time()
 
     def finish(self, record: RequestRecord, now_s: float) -> None:
         """Counts one finished request."""

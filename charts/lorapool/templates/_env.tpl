@@ -98,6 +98,8 @@
   value: {{ $gateway.maxConnections | int64 | quote }}
 - name: LORAPOOL_GATEWAY_MAX_CONNECTIONS_PER_ADDRESS
   value: {{ $gateway.maxConnectionsPerAddress | int64 | quote }}
+- name: LORAPOOL_GATEWAY_CORS_ORIGINS
+  value: {{ join "," $gateway.corsOrigins | quote }}
 - name: LORAPOOL_GATEWAY_REQUEST_TIMEOUT_S
   value: {{ $gateway.requestTimeoutSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_DEADLINE_S

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import uuid
+import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from lorapool_api.common import (
     HEADER_ADAPTER,
     HEADER_ATTEMPT,
     HEADER_COLD_START,
+    HEADER_RELAXED,
     HEADER_REQUEST_ID,
     HEADER_USAGE,
     AdapterKey,
@@ -59,7 +60,7 @@ class _Sent:
     cancelled: Callable[[Usage | None], None]
     """Receives what it has used if its client leaves before the response begins."""
     response: HttpResponse | None = None
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
 @dataclass(slots=True)
@@ -72,6 +73,11 @@ class Accepted:
     cancel: Callable[[], Awaitable[Usage | None]]
     """Ends the generation; returns what it has used, if the runtime says it."""
     _release: Callable[[], None]
+
+    @property
+    def relaxed(self) -> str | None:
+        """The keywords of the request's schemas that the runtime does not enforce, as it lists them."""
+        return self.response.headers.get(HEADER_RELAXED)
 
     @property
     def sends_events(self) -> bool:

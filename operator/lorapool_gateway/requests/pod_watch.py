@@ -35,7 +35,9 @@ class PodWatch:
 
     def add(self, replica: RuntimeReplica, response: HttpResponse) -> None:
         """Watches the response from now on."""
-        pod = self._pods.setdefault(replica.endpoint.pod_uid, _Pod(_is_lost(replica), _answers(replica)))
+        pod = self._pods.get(replica.endpoint.pod_uid)
+        if pod is None:
+            pod = self._pods[replica.endpoint.pod_uid] = _Pod(_is_lost(replica), _answers(replica))
         pod.responses.add(response)
         if not pod.answers:
             response.limit_silence(SILENCE_S)

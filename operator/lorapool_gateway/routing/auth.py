@@ -70,11 +70,12 @@ class ApiKey:
     expires_unix_s: float = math.inf
     owner: str = ""
     """The person or team that the key was given to, for audits."""
+    tenant: str = field(init=False)
+    """Identifies the tenant to runtimes (`HEADER_TENANT`), the same for all keys of one owner: 16 hex digits."""
 
-    @property
-    def tenant(self) -> str:
-        """Identifies the tenant to runtimes (`HEADER_TENANT`), the same for all keys of one owner: 16 hex digits."""
-        return hashlib.sha256(f"lorapool-tenant/{self.owner or self.id}".encode()).hexdigest()[:16]
+    def __post_init__(self) -> None:
+        tenant = hashlib.sha256(f"lorapool-tenant/{self.owner or self.id}".encode()).hexdigest()[:16]
+        object.__setattr__(self, "tenant", tenant)
 
     @property
     def visibility(self) -> Hashable:
@@ -117,8 +118,10 @@ class KeyTable:
 
     def again(self, known: ApiKey) -> ApiKey | None:
         """The key as it is now; None if it was removed."""
-        bucket = self.buckets.get(known.sha256[:_BUCKET_CHARS], ())
-        return next((key for key in bucket if key.sha256 == known.sha256), None)
+        for key in self.buckets.get(known.sha256[:_BUCKET_CHARS], ()):
+            if key.sha256 == known.sha256:
+                return key
+        return None
 
 
 NO_KEYS = KeyTable({})

@@ -36,6 +36,8 @@ class Outliers:
 
     def ejected(self, now_s: float) -> frozenset[str]:
         """The pods that are ejected now, by uid."""
+        if not self._pods:
+            return frozenset()
         return frozenset(pod_uid for pod_uid, known in self._pods.items() if now_s < known.until_s)
 
     def _forget(self, now_s: float) -> None:

@@ -9,10 +9,11 @@ import sys
 from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
+from lorapool_runtime.engines.interface import ModelFacts, SamplingParams, TokenConstraint
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
 from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.min_tokens import MinTokens
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tokenizer import Tokenizer
 from lorapool_runtime.openai.tools import tools_grammar
@@ -30,8 +31,18 @@ class EncodedRequest:
     sampling: tuple[SamplingParams, ...]
     """One per sequence: `n` per prompt, in the order of the response's choices."""
     grammar: Grammar | None
+    min_tokens: int
+    vocab_size: int
     echo: tuple[EchoedPrompt, ...]
     """One per prompt when the request asks for it, else empty."""
+
+    def constraint(self, sampling: SamplingParams) -> TokenConstraint | None:
+        """A new constraint for one sequence; None if it may generate any token."""
+        if self.grammar is not None:
+            return self.grammar.constraint()
+        if self.min_tokens and sampling.stop_token_ids:
+            return MinTokens(self.min_tokens, sampling.stop_token_ids, self.vocab_size)
+        return None
 
 
 async def encode(
@@ -57,7 +68,7 @@ async def encode(
     echo: tuple[EchoedPrompt, ...] = ()
     if isinstance(request, CompletionRequest) and request.echo:
         echo = tuple([await tokenizer.echo(prompt, tenant=tenant) for prompt in prompts])
-    return EncodedRequest(prompts, sampling, grammar, echo)
+    return EncodedRequest(prompts, sampling, grammar, request.min_tokens, facts.vocab_size, echo)
 
 
 async def _prompts(
@@ -114,10 +125,9 @@ def _sampling(
 ) -> SamplingParams:
     """The engine's parameters of one sequence."""
     given = request.sampling
-    wanted = request.max_tokens
-    if wanted is not None and wanted > share_of_logprobs:
+    max_tokens = _max_tokens(request.max_tokens, request.prompt_param, prompt_tokens, sequences, facts.max_model_len)
+    if request.max_tokens is not None and max_tokens > share_of_logprobs:
         raise _too_many_logprobs()
-    max_tokens = _max_tokens(wanted, request.prompt_param, prompt_tokens, sequences, facts.max_model_len)
     if given.logit_bias and max(given.logit_bias) >= facts.vocab_size:
         raise InvalidRequestError(
             f"`logit_bias` names token {max(given.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
@@ -155,7 +165,7 @@ def _too_many_logprobs() -> InvalidRequestError:
 
 
 def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, sequences: int, max_model_len: int) -> int:
-    """Completion tokens of one sequence: `wanted` if it fits, or as many as fit."""
+    """Completion tokens of one sequence: `wanted`, or as many as fit the context if that is less."""
     room = max_model_len - prompt_tokens
     if room < (0 if wanted == 0 else 1):
         raise InvalidRequestError(
@@ -167,17 +177,11 @@ def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, seque
     share = budget // sequences
     if wanted is None:
         return min(room, share)
-    if wanted > room:
+    granted = min(wanted, room)
+    if granted > share:
         raise InvalidRequestError(
-            f"This model's context is {max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
-            f"may be at most {room}, not {wanted}.",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    if wanted > share:
-        raise InvalidRequestError(
-            f"{sequences} sequences of `max_tokens` {wanted} are {sequences * wanted} tokens; "
+            f"{sequences} sequences of `max_tokens` {granted} are {sequences * granted} tokens; "
             f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
             param="max_tokens",
         )
-    return wanted
+    return granted

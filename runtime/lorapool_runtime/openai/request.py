@@ -34,11 +34,12 @@ _SHARED = frozenset(
     {
         "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
         "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
-        "ignore_eos", "response_format",
+        "ignore_eos", "min_tokens", "response_format",
     }
 )  # fmt: skip
 _CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
 _COMPLETION = _SHARED | {"prompt", "echo"}
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,23 @@ class ParsedRequest:
     model: str
     stream: bool
     include_usage: bool
+    """A stream ends with a chunk that reports the usage."""
+    continuous_usage: bool
+    """Every chunk of such a stream reports the usage so far."""
     n: int
     stops: tuple[str, ...]
     max_tokens: int | None
     """None: as many as fit."""
+    min_tokens: int
+    """The end token cannot be generated before so many."""
     sampling: SamplingParams
     """As the body gives them. `encoding` sets `max_tokens`, each choice's seed and the stop tokens."""
     grammar: GrammarSpec | None
     """Of `response_format`. The grammar of `tools` depends on how the base writes calls."""
+
+    def own_param(self, param: str) -> str:
+        """The name that a parameter has in the body."""
+        return param
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,8 @@ class CompletionRequest(ParsedRequest):
         return self.sampling.top_logprobs if self.echo else None
 
 
-def parse_chat(raw: bytes) -> ChatRequest:
-    """Parses a chat request. Raises InvalidRequestError naming the parameter at fault."""
+def parse_chat(raw: bytes | dict[str, Any]) -> ChatRequest:
+    """Parses a chat request, from JSON text or its object. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
@@ -100,13 +110,16 @@ def parse_chat(raw: bytes) -> ChatRequest:
     if tools.active and body.flag("ignore_eos"):
         body.refuse("ignore_eos", "cannot be combined with `tools`: a constrained answer must be allowed to end")
     max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
+    options = _stream_options(body)
     return ChatRequest(
         model=body.text("model"),
         stream=body.flag("stream"),
-        include_usage=_include_usage(body),
+        include_usage=options.get("include_usage", False),
+        continuous_usage=options.get("continuous_usage_stats", False),
         n=body.integer("n", 1, low=1, high=MAX_N),
         stops=_stops(body),
         max_tokens=max_tokens,
+        min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=grammar,
         messages=_messages(body),
@@ -124,13 +137,16 @@ def parse_completion(raw: bytes) -> CompletionRequest:
     prompts = _prompts(body)
     if len(prompts) * n > MAX_SEQUENCES:
         body.refuse("prompt", f"and `n` ask for {len(prompts) * n} sequences; at most {MAX_SEQUENCES} fit one request")
+    options = _stream_options(body)
     return CompletionRequest(
         model=body.text("model"),
         stream=body.flag("stream"),
-        include_usage=_include_usage(body),
+        include_usage=options.get("include_usage", False),
+        continuous_usage=options.get("continuous_usage_stats", False),
         n=n,
         stops=_stops(body),
         max_tokens=max_tokens,
+        min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=_response_format(body),
         prompts=prompts,
@@ -158,28 +174,36 @@ def _sampling(body: Body, top_logprobs: int | None) -> SamplingParams:
     )
 
 
-def _include_usage(body: Body) -> bool:
+def _stream_options(body: Body) -> Mapping[str, bool]:
+    """The options that are true."""
     options = body.fields.get("stream_options")
-    if options is None:
-        return False
+    if not options and options in (None, {}):
+        return {}
     if not isinstance(options, dict):
         body.refuse("stream_options", "must be an object")
     if not body.flag("stream"):
         body.refuse("stream_options", "is only for `stream: true`")
     for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation"):
-            shown = f"stream_options.{printable(name)}"
-            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        shown = f"stream_options.{printable(name)}"
         if not isinstance(value, bool | None):
-            body.refuse(f"stream_options.{name}", "must be true or false")
-    if options.get("include_obfuscation"):
-        body.refuse("stream_options.include_obfuscation", "is not supported by this server")
-    return bool(options.get("include_usage"))
+            body.refuse(shown, "must be true or false")
+        if value and name == "include_obfuscation":
+            body.refuse(shown, "is not supported by this server")
+        if value and name not in _STREAM_OPTIONS:
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+    return {name: True for name, value in options.items() if value}
+
+
+def _min_tokens(body: Body, max_tokens: int | None) -> int:
+    least: int = body.integer("min_tokens", 0, low=0, high=max_tokens)
+    if least and (body.fields.get("response_format") or body.fields.get("tools")):
+        body.refuse("min_tokens", "cannot be combined with `response_format` or `tools`, whose answers may have to end")
+    return least
 
 
 def _stops(body: Body) -> tuple[str, ...]:
     value = body.fields.get("stop")
-    if value is None:
+    if value is None or value == "":
         return ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:

@@ -41,7 +41,7 @@ def engine_requests(
             sampling,
             cache_scope,
             prompt_logprobs=request.prompt_logprobs,
-            constraint=None if encoded.grammar is None else encoded.grammar.constraint(),
+            constraint=encoded.constraint(sampling),
         )
         for number, sampling in enumerate(encoded.sampling)
     ]

@@ -46,6 +46,7 @@ from lorapool_api.protocol import (
     ROUTE_READY,
     ROUTE_REQUESTS,
     ROUTE_RESOLVE,
+    ROUTE_RESPONSES,
     ROUTE_RUNTIME,
     AdapterDescriptor,
     NamespaceCredentials,
@@ -54,6 +55,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from lorapool_runtime.openai.responses_request import parse_responses, renamed
 from lorapool_runtime.serving.caller import caller_of
 from lorapool_runtime.serving.probes import exposition, health_response, name_no_software, readiness_response
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
@@ -88,6 +90,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
     app.router.add_post(ROUTE_CHAT, server.chat)
     app.router.add_post(ROUTE_COMPLETIONS, server.completions)
+    app.router.add_post(ROUTE_RESPONSES, server.responses)
     return app
 
 
@@ -225,6 +228,7 @@ class _Server:
             "created": int(self._runtime.started_unix_s),
             "owned_by": "lorapool",
             "parent": None if name == base else base,
+            "max_model_len": self._runtime.max_model_len,
         }
 
     # --- inference ----------------------------------------------------------------------
@@ -234,6 +238,13 @@ class _Server:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._infer(request, parse_completion(await self._body(request)))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        parsed = parse_responses(await self._body(request))
+        try:
+            return await self._infer(request, parsed)
+        except InvalidRequestError as error:
+            raise renamed(error, parsed.names) from error
 
     async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""

@@ -8,12 +8,10 @@ anything is accepted.
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
 import uuid
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lorapool_api.base_modules import BaseModules
@@ -38,6 +36,7 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     Usage,
 )
+from lorapool_api.release import release
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -108,6 +107,8 @@ class AdmittedRequest:
     """For the response header: `<namespace>/<name>@<digest>` or `base`."""
     cold_start_s: float | None
     fingerprint: str
+    relaxed: tuple[str, ...] = ()
+    """The keywords of its JSON schemas that are not enforced."""
 
 
 class Runtime:
@@ -312,6 +313,7 @@ class Runtime:
             target=BASE_TARGET if lease is None else f"{lease.display}@{lease.key.digest}",
             cold_start_s=None if lease is None else lease.cold_start_s,
             fingerprint=self._fingerprint(base.digest, lease),
+            relaxed=() if encoded.grammar is None else tuple(map(request.own_param, encoded.grammar.relaxed)),
         )
 
     async def _turn_and_lease(
@@ -417,10 +419,17 @@ class Runtime:
     def _fingerprint(self, base_digest: str | None, lease: Lease | None) -> str:
         """Identifies the weights and the version: `seed` is reproducible only while it stays the same."""
         weights = BASE_SALT if lease is None else lease.key.digest
-        text = f"{base_digest or self.settings.model} {weights} {_version()}"
+        text = f"{base_digest or self.settings.model} {weights} {release()}"
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     # --- state --------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together; 0 while it is not known."""
+        if self._serving is None:
+            return self.settings.max_model_len or 0
+        return self._serving.base.engine.facts.max_model_len
 
     def snapshot(self, after: int = 0) -> RuntimeSnapshot:
         """The present state. It leaves out the adapters that are unchanged since the snapshot numbered `after`."""
@@ -435,9 +444,7 @@ class Runtime:
             base=BaseReport(
                 served_name=self.settings.base_name,
                 digest=None if serving is None else serving.base.digest,
-                max_model_len=self.settings.max_model_len or 0
-                if serving is None
-                else serving.base.engine.facts.max_model_len,
+                max_model_len=self.max_model_len,
                 dtype=self.settings.dtype if serving is None else serving.base.engine.facts.dtype,
             ),
             ready=self.ready,
@@ -522,11 +529,3 @@ def read_preloads(file: Path | None) -> list[Preload]:
 
 def _kv_usage(stats: EngineStats) -> float:
     return min(1.0, stats.kv_blocks_used / stats.kv_blocks_total) if stats.kv_blocks_total else 0.0
-
-
-@functools.cache  # reads files, and every request needs it
-def _version() -> str:
-    try:
-        return version("lorapool")
-    except PackageNotFoundError:
-        return "unknown"

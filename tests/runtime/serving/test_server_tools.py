@@ -13,8 +13,9 @@ import pytest
 from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
 
 from lorapool_api.openai import InvalidRequestError
+from lorapool_runtime.openai import tool_calls
 from lorapool_runtime.openai.request import parse_chat
-from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
+from lorapool_runtime.openai.tool_calls import JsonObjectScanner, ToolCallDelta, ToolCallReader
 from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, infer_format, plain_messages
 from lorapool_runtime.openai.tools import tools_grammar
 
@@ -76,20 +77,26 @@ async def test_calls_within_text_stream_as_deltas_with_an_index(client: openai.A
         model="tiny", messages=HI, tools=[WEATHER, NOW], stream=True, max_tokens=200, n=2
     )
     texts: dict[int, str] = {0: "", 1: ""}
-    calls: dict[int, list[tuple[int, str, str]]] = {0: [], 1: []}
+    calls: dict[int, dict[int, list[str]]] = {0: {}, 1: {}}
     finish: dict[int, str] = {}
     async for chunk in stream:
         (choice,) = chunk.choices
         texts[choice.index] += choice.delta.content or ""
         for call in choice.delta.tool_calls or ():
-            calls[choice.index].append((call.index, call.function.name, call.function.arguments))
+            if call.function.name is not None:
+                calls[choice.index][call.index] = [call.function.name]
+                assert (call.type, call.id[:5]) == ("function", "call_")
+            calls[choice.index][call.index].append(call.function.arguments)
         finish[choice.index] = choice.finish_reason
     assert texts == {0: "I look. ", 1: "I look. "}
-    assert calls[0] == calls[1] == [(0, "get_weather", '{"city": "Wien"}'), (1, "now", "{}")]
+    joined = {index: (name, "".join(parts)) for index, (name, *parts) in calls[0].items()}
+    assert joined == {0: ("get_weather", '{"city": "Wien"}'), 1: ("now", "{}")}
+    assert len(calls[0][0]) > 10  # one part for each token, not one for the whole call
+    assert calls[0] == calls[1]
     assert finish == {0: "tool_calls", 1: "tool_calls"}
 
 
-async def test_without_a_call_the_answer_is_text_and_an_incomplete_call_is_text_too(
+async def test_without_a_call_the_answer_is_text_and_a_call_that_is_cut_off_stays_a_call(
     client: openai.AsyncOpenAI, served: Served
 ) -> None:
     says(served, "a < b, <tool> and <tool_c")
@@ -98,8 +105,11 @@ async def test_without_a_call_the_answer_is_text_and_an_incomplete_call_is_text_
     assert answer.choices[0].message.tool_calls is None
     assert answer.choices[0].finish_reason == "stop"
     says(served, CALL)
-    cut = await client.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER], max_tokens=30)
-    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (CALL[:30], "length")
+    nameless = await client.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER], max_tokens=30)
+    assert (nameless.choices[0].message.content, nameless.choices[0].finish_reason) == (CALL[:30], "length")
+    cut = await client.chat.completions.create(model="tiny", messages=HI, tools=[WEATHER], max_tokens=60)
+    assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == (None, "length")
+    assert cut.choices[0].message.tool_calls[0].function.arguments == CALL[:60].partition('"arguments": ')[2]
 
 
 async def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(client: openai.AsyncOpenAI, served: Served) -> None:
@@ -148,7 +158,7 @@ async def test_every_choice_has_a_grammar_state_of_its_own(client: openai.AsyncO
 
 
 def schema(value: Any) -> dict[str, Any]:
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": value}}}
 
 
 def deep(levels: int) -> dict[str, Any]:
@@ -178,7 +188,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (schema({"enum": [f"v{i}" for i in range(6000)]}), SCHEMA, "5000 parts"),
     (schema({"const": "y" * 70_000}), SCHEMA, "65536 bytes"),
     (schema({"type": "string", "pattern": "(a|b)" * 300}), SCHEMA, "1000 characters"),
-    (schema({"type": "string", "pattern": "("}), SCHEMA, ""),
+    (schema({"type": "string", "pattern": "("}), SCHEMA, "unclosed group"),
+    (schema({"type": "string", "pattern": "^(?!-)[a-z]+$"}), SCHEMA, "look-around"),
     ({**schema({"type": "object"}), "tools": [NOW]}, "response_format", "tool_choice"),
     ({**schema({"type": "object"}), "ignore_eos": True}, "ignore_eos", "response_format"),
     ({"tools": [NOW], "ignore_eos": True}, "ignore_eos", "tools"),
@@ -189,10 +200,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (tool(name="a b"), "tools[0].function.name", "64"),
     (tool(parameters=[]), "tools[0].function.parameters", "object"),
     (
-        tool(parameters={"type": "object", "properties": {"a": {"not": {"type": "null"}}}}),
+        tool(parameters={"type": "object", "properties": {"a": {"not": {"type": "null"}}}}, strict=True),
         "tools[0].function.parameters",
         "not",
     ),
+    (tool(parameters={"type": "array"}), "tools[0].function.parameters", "object"),
     (tool(strict="yes"), "tools[0].function.strict", "true or false"),
     (tool(extra=1), "tools[0].function.extra", "Unknown"),
     ({"tool_choice": "auto"}, "tool_choice", "tools"),
@@ -222,17 +234,50 @@ async def test_an_unsupported_schema_or_tool_is_refused_by_name_and_bound(served
 # --- reading calls --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_calls_are_read_the_same_however_the_text_is_split(size: int) -> None:
-    text = f'x <tool_call>no</tool_call> <tool_call>{{"name": "f", "arguments": 7 {CALL}\n {SECOND}\n'
+def read_in_pieces(text: str, size: int) -> tuple[str, list[list[str]], list[int]]:
+    """The text around the calls, [name, arguments] of each, and how many pieces the arguments of each had."""
     reader = ToolCallReader(PLAIN)
     parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])] + reader.finish()
-    joined = "".join(part for part in parts if isinstance(part, str))
-    assert [part for part in parts if isinstance(part, ToolCall)] == [
-        ToolCall("get_weather", '{"city": "Wien"}'),
-        ToolCall("now", "{}"),
+    calls: list[list[str]] = []
+    pieces: list[int] = []
+    for part in parts:
+        if isinstance(part, ToolCallDelta):
+            if part.name is not None:
+                calls.append([part.name, ""])
+                pieces.append(0)
+            calls[part.index][1] += part.arguments
+            pieces[part.index] += bool(part.arguments)
+    return "".join(part for part in parts if isinstance(part, str)), calls, pieces
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_calls_are_read_the_same_however_the_text_is_split(size: int) -> None:
+    tricky = CALL.replace("Wien", 'W\\"}\\\\').replace('"arguments": {', '"arguments": {"a": [{}, "]"], ')
+    text = f'x <tool_call>no</tool_call> <tool_call>{{"name": "f", "arguments": 7 {CALL}\n {SECOND}\n{tricky}'
+    joined, calls, _ = read_in_pieces(text, size)
+    assert calls == [
+        ["get_weather", '{"city": "Wien"}'],
+        ["now", "{}"],
+        ["get_weather", '{"a": [{}, "]"], "city": "W\\"}\\\\"}'],
     ]
     assert joined == 'x <tool_call>no</tool_call> <tool_call>{"name": "f", "arguments": 7 '
+
+
+def test_a_long_call_is_passed_on_piece_by_piece_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    class Counted(JsonObjectScanner):
+        def scan(self, text: str) -> int | None:
+            looked_at.append(len(text))
+            return super().scan(text)
+
+    monkeypatch.setattr(tool_calls, "JsonObjectScanner", Counted)
+    arguments = json.dumps({"text": "word " * 4000})
+    text = f"{PLAIN.opening}write{PLAIN.middle}{arguments}{PLAIN.closing}"
+    _, calls, pieces = read_in_pieces(text, 4)
+    assert calls == [["write", arguments]]
+    assert pieces[0] > len(arguments) // 5
+    assert sum(looked_at) <= len(arguments) + len(PLAIN.closing)
 
 
 HERMES = """{%- if tools %}<|im_start|>system
@@ -282,7 +327,7 @@ def test_the_calls_of_a_template_without_call_markers_begin_with_their_name() ->
     assert (style.trigger, style.middle, style.closing) == ('{"name": "', '", "parameters": ', "}")
     assert style.separator is None
     choice = parse_chat(json.dumps({"model": "m", "messages": HI, "tools": [NOW]}).encode()).tools
-    assert "call | text" in (tools_grammar(choice, style).lark or "")
+    assert "call | text" in tools_grammar(choice, style).lark[0]
 
 
 def test_the_tools_are_described_in_the_systems_message_if_there_is_one() -> None:
