@@ -20,8 +20,6 @@ Q0 = "model.layers.0.self_attn.q_proj"
     [
         ({"use_dora": True}, ("DoRA", "use_dora=False")),
         ({"lora_bias": True}, ("biases", "lora_bias=False")),
-        ({"target_parameters": ["x"]}, ("single parameters", "target_modules only")),
-        ({"modules_to_save": ["lm_head"]}, ("again without modules_to_save",)),
         ({"layer_replication": [[0, 1]]}, ("again without layer_replication",)),
         ({"bias": None}, ('bias="none"',)),
         ({"init_lora_weights": ["pissa"]}, ("init_lora_weights", "is unknown")),
