@@ -10,14 +10,17 @@ its pair of matrices: an adapter that applies only in part would answer almost l
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, suffixes
+from lorapool_artifacts.causes import CAUSES
 from lorapool_artifacts.peft_settings import HARMLESS_TENSORS, TENSORS
 from lorapool_artifacts.settings import AdapterLimits
+from lorapool_artifacts.tensor_names import pair_of, without_wrappers
 
 MAX_MISMATCHES = 3
 """Mismatches described in a message; the others are counted."""
@@ -25,8 +28,6 @@ MAX_MISMATCHES = 3
 _MAX_SIBLINGS = 8
 """Names of existing modules listed in a message."""
 
-PREFIX = "base_model.model."
-_PAIR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 _LAYER = re.compile(r"\.(\d{1,6})\.")
 _NOT_LINEAR = frozenset({"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in"})
 _HEADS = frozenset({"lm_head", "embed_out"})
@@ -83,6 +84,15 @@ class CompatibilityResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """One cause for which an adapter is refused."""
+
+    reason: FailureReason
+    message: str
+    """What was found and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Pairs:
     """Tensors grouped by module."""
 
@@ -90,25 +100,52 @@ class _Pairs:
     """Module → {"A": shape, "B": shape}; either may be missing."""
     extra: tuple[str, ...]
     """Names of tensors that belong to no pair, sorted."""
+    repeated: tuple[str, ...]
+    """Names of tensors that stand for the same matrix as another one."""
 
     @property
     def rank(self) -> int:
         return max((part["A"][0] for part in self.parts.values() if part.get("A")), default=0)
+
+    def whole(self) -> Iterator[tuple[str, Shape, Shape]]:
+        """The modules that have both matrices, with the shapes of A and B, sorted."""
+        for module, part in sorted(self.parts.items()):
+            a, b = part.get("A", ()), part.get("B", ())
+            if len(a) == len(b) == 2:
+                yield module, a, b
 
 
 @dataclass(frozen=True, slots=True)
 class _Mismatch:
     """Why the adapter does not fit: one line per mismatch, and one remedy for all."""
 
-    reason: FailureReason
+    cause: str
+    """A key of CAUSES."""
     lines: tuple[str, ...]
-    remedy: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """For the remedy."""
+
+    @property
+    def reason(self) -> FailureReason:
+        return CAUSES[self.cause].reason
+
+    def message(self, hint: str) -> str:
+        described = "; ".join(self.lines[:MAX_MISMATCHES])
+        more = f"; and {len(self.lines) - MAX_MISMATCHES} more" if len(self.lines) > MAX_MISMATCHES else ""
+        explained = f" ({hint})" if hint and self.reason is FailureReason.WRONG_BASE else ""
+        return f"{described}{more}{explained}. {CAUSES[self.cause].remedy.format(**self.fields)}"
+
+
+def _mismatch(cause: str, found: Iterable[Mapping[str, object]], **fields: object) -> Iterator[_Mismatch]:
+    """The mismatch with a line for each of `found`, which fill the cause's sentence; none if there are none."""
+    if lines := tuple(CAUSES[cause].sentence.format(**each) for each in found):
+        yield _Mismatch(cause, lines, fields)
 
 
 def check_compatibility(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> CompatibilityResult:
-    """Whether the adapter fits the base. Without a base, only the adapter itself is checked."""
+    """Whether the adapter fits the base, and the first cause if not. Without a base, only the adapter is checked."""
     pairs = _pairs(adapter.shapes)
-    mismatch = _first_mismatch(adapter, pairs, base, limits)
+    mismatch = next(_mismatches(adapter, pairs, base, limits), None)
     rank = max(pairs.rank, 0 if pairs.rank else adapter.config.r)
     targets = suffixes(pairs.parts)
     hint = _name_hint(adapter.config, base)
@@ -117,172 +154,142 @@ def check_compatibility(adapter: AdapterFacts, base: BaseFacts | None, limits: A
         return CompatibilityResult(
             True, None, f"{message}; {hint}" if hint else message, rank, targets, adapter.size_bytes
         )
-    described = "; ".join(mismatch.lines[:MAX_MISMATCHES])
-    more = f"; and {len(mismatch.lines) - MAX_MISMATCHES} more" if len(mismatch.lines) > MAX_MISMATCHES else ""
-    explained = f" ({hint})" if hint and mismatch.reason is FailureReason.WRONG_BASE else ""
-    return CompatibilityResult(
-        False, mismatch.reason, f"{described}{more}{explained}. {mismatch.remedy}", rank, targets, adapter.size_bytes
-    )
+    return CompatibilityResult(False, mismatch.reason, mismatch.message(hint), rank, targets, adapter.size_bytes)
 
 
-def _first_mismatch(
+def all_findings(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> tuple[Finding, ...]:
+    """Every cause for which the adapter would be refused."""
+    hint = _name_hint(adapter.config, base)
+    found = _mismatches(adapter, _pairs(adapter.shapes), base, limits)
+    return tuple(Finding(mismatch.reason, mismatch.message(hint)) for mismatch in found)
+
+
+def _mismatches(
     adapter: AdapterFacts, pairs: _Pairs, base: BaseFacts | None, limits: AdapterLimits
-) -> _Mismatch | None:
-    """The first kind of mismatch, in the order: bounds, the files themselves, the fit to the base."""
-    return (
-        _too_large(adapter, limits)
-        or _extra_tensors(pairs)
-        or _broken_pairs(adapter.config, pairs)
-        or _rank(pairs, limits)
-        or _unsupported_modules(pairs, base)
-        or (_unlike_base(adapter.config, pairs, base) if base is not None else None)
-        or _against_settings(adapter.config, pairs, base)
-    )
-
-
-def pair_of(name: str) -> tuple[str, str] | None:
-    """Tensor name → (module, "A" or "B"); None for any tensor that is not a LoRA matrix."""
-    match = _PAIR.match(name)
-    return (match["module"], match["part"]) if match else None
+) -> Iterator[_Mismatch]:
+    """The kinds of mismatch, in the order: bounds, the files themselves, the fit to the base."""
+    yield from _too_large(adapter, limits)
+    yield from _mismatch("empty-tensors", _empty_tensors(adapter.shapes))
+    yield from _extra_tensors(pairs)
+    yield from _mismatch("several-adapters", ({"tensor": _show(name)} for name in pairs.repeated))
+    yield from _broken_pairs(adapter.config, pairs)
+    yield from _rank(pairs, limits)
+    yield from _unsupported_modules(pairs, base)
+    misfits = _unlike_base(adapter.config, pairs, base) if base is not None else ()
+    yield from misfits
+    if not misfits:
+        yield from _against_settings(adapter.config, pairs, base)
 
 
 def _pairs(shapes: Mapping[str, Shape]) -> _Pairs:
     parts: dict[str, dict[str, Shape]] = {}
-    extra = []
+    extra, repeated = [], []
     for name, shape in shapes.items():
         if pair := pair_of(name):
-            parts.setdefault(pair[0], {})[pair[1]] = shape
+            part = parts.setdefault(pair[0], {})
+            if pair[1] in part:
+                repeated.append(name)
+            part[pair[1]] = shape
         elif name.rpartition(".")[2] not in HARMLESS_TENSORS:
             extra.append(name)
-    return _Pairs(parts, tuple(sorted(extra)))
+    return _Pairs(parts, tuple(sorted(extra)), tuple(sorted(repeated)))
 
 
-def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> _Mismatch | None:
-    if adapter.size_bytes <= limits.max_bytes:
-        return None
-    line = f"the adapter is {adapter.size_bytes} bytes, more than the {limits.max_bytes} allowed"
-    return _Mismatch(
-        FailureReason.TOO_LARGE, (line,), "Save it in bf16, or train with a smaller rank or fewer target modules."
-    )
+def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if adapter.size_bytes > limits.max_bytes:
+        yield from _mismatch("too-large", [{"size": adapter.size_bytes, "bound": limits.max_bytes}])
 
 
-def _extra_tensors(pairs: _Pairs) -> _Mismatch | None:
-    if not pairs.extra:
-        return None
-    lines = tuple(f"tensor {_show(name)} {_what_is(name)}" for name in pairs.extra)
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        lines,
-        "Every tensor must be a lora_A or lora_B weight as peft saves it; train without these extras.",
-    )
+def _empty_tensors(shapes: Mapping[str, Shape]) -> Iterator[Mapping[str, object]]:
+    return ({"tensor": _show(name), "shape": list(shape)} for name, shape in shapes.items() if 0 in shape)
 
 
-def _what_is(name: str) -> str:
-    for part, sentence in TENSORS:
-        if part in name:
-            return sentence
-    if name.endswith(".bias"):
-        return "is a bias, which is not supported"
-    if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name):
-        return "carries an adapter name, so it was not written by save_pretrained()"
-    return "is not part of a LoRA adapter"
+def _extra_tensors(pairs: _Pairs) -> Iterator[_Mismatch]:
+    by_cause = sorted((_cause_of(name), name) for name in pairs.extra)
+    for cause, group in itertools.groupby(by_cause, key=lambda pair: pair[0]):
+        yield from _mismatch(cause, ({"tensor": _show(name)} for _, name in group))
 
 
-def _broken_pairs(config: AdapterConfig, pairs: _Pairs) -> _Mismatch | None:
-    lines = []
+def _cause_of(name: str) -> str:
+    """The cause for which a tensor that is not a LoRA matrix is refused."""
+    plain = without_wrappers(name)
+    return next((cause for expression, cause in TENSORS if re.search(expression, plain)), "surplus-tensor")
+
+
+def _broken_pairs(config: AdapterConfig, pairs: _Pairs) -> Iterator[_Mismatch]:
+    found: dict[str, list[Mapping[str, object]]] = {}
     for module, part in sorted(pairs.parts.items()):
-        a, b, rank = part.get("A"), part.get("B"), config.rank_of(module)
-        if a is None or b is None:
-            lines.append(f"{_show(module)} has no lora_{'A' if a is None else 'B'} weight")
-        elif len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
-            lines.append(
-                f"{_show(module)} has lora_A {list(a)} and lora_B {list(b)}, which are not two-dimensional matrices"
-            )
-        elif a[0] != b[1]:
-            lines.append(f"{_show(module)} has rank {a[0]} in lora_A {list(a)} but {b[1]} in lora_B {list(b)}")
-        elif a[0] != rank:
-            lines.append(f"{_show(module)} has rank {a[0]} but adapter_config.json says {rank}")
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
-    )
+        if cause := _broken(config.rank_of(module), part.get("A"), part.get("B")):
+            found.setdefault(cause[0], []).append({"module": _show(module), **cause[1]})
+    for cause_name, modules in found.items():
+        yield from _mismatch(cause_name, modules)
 
 
-def _rank(pairs: _Pairs, limits: AdapterLimits) -> _Mismatch | None:
-    if pairs.rank <= limits.max_rank:
-        return None
-    line = f"the adapter's rank is {pairs.rank}, the base allows {limits.max_rank}"
-    return _Mismatch(
-        FailureReason.RANK_TOO_HIGH,
-        (line,),
-        f"Train with r <= {limits.max_rank}, or raise spec.lora.maxRank of the BaseModel.",
-    )
+def _broken(rank: int, a: Shape | None, b: Shape | None) -> tuple[str, Mapping[str, object]] | None:
+    """The cause for which a module's matrices are refused, and the fields of its sentence."""
+    if a is None or b is None:
+        return "half-a-pair", {"part": f"lora_{'A' if a is None else 'B'}"}
+    if 0 in a or 0 in b:
+        return None  # an empty tensor has a cause of its own
+    if len(a) != 2 or len(b) != 2:
+        return "not-matrices", {"a": list(a), "b": list(b)}
+    if a[0] != b[1]:
+        return "unequal-ranks", {"rank": a[0], "a": list(a), "other": b[1], "b": list(b)}
+    return ("other-rank", {"rank": a[0], "other": rank}) if a[0] != rank else None
 
 
-def _unsupported_modules(pairs: _Pairs, base: BaseFacts | None) -> _Mismatch | None:
+def _rank(pairs: _Pairs, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if pairs.rank > limits.max_rank:
+        found = {"rank": pairs.rank, "bound": limits.max_rank}
+        yield from _mismatch("rank-too-high", [found], **found)
+
+
+def _unsupported_modules(pairs: _Pairs, base: BaseFacts | None) -> Iterator[_Mismatch]:
     """Modules that adapters can change in no base, whether this base has them or not."""
     known = base.modules if base is not None and base.loaded else ()
-    lines = [
-        f"{_show(module)} is {what}"
-        for module in sorted(pairs.parts)
-        if module not in known and (what := _unsupported_kind(module))
-    ]
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Only linear layers inside the model can be adapted; train without these modules.",
-    )
+    found: dict[str, list[str]] = {}
+    for module in sorted(pairs.parts):
+        if module not in known and (cause := _unsupported_kind(module)):
+            found.setdefault(cause, []).append(module)
+    for cause, modules in found.items():
+        lines = ({"module": _show(module)} for module in modules)
+        yield from _mismatch(cause, lines, names=", ".join(suffixes(modules)))
 
 
 def _unsupported_kind(module: str) -> str | None:
     last = module.rpartition(".")[2]
     if last in _HEADS:
-        return "the output head"
+        return "head"
     if last in _NOT_LINEAR:
-        return "an embedding"
-    return "an expert of a mixture" if _EXPERT.match(module) else None
+        return "embedding"
+    return "experts" if _EXPERT.match(module) else None
 
 
-def _unlike_base(config: AdapterConfig, pairs: _Pairs, base: BaseFacts) -> _Mismatch | None:
+def _unlike_base(config: AdapterConfig, pairs: _Pairs, base: BaseFacts) -> tuple[_Mismatch, ...]:
     """Modules that the base lacks or has in another shape."""
-    unknown = [module for module in sorted(pairs.parts) if module not in base.modules]
-    shaped = []
-    for module, part in sorted(pairs.parts.items()):
-        if module in base.modules:
-            (out_features, in_features), a, b = base.modules[module], part["A"], part["B"]
-            if a[1] != in_features or b[0] != out_features:
-                shaped.append(
-                    f"{_show(module)} is {out_features}x{in_features} in the base but the adapter fits {b[0]}x{a[1]}"
-                )
+    unknown, shaped, count = [], [], 0
+    for module, a, b in pairs.whole():
+        count += 1
+        if module not in base.modules:
+            unknown.append(module)
+        elif base.modules[module] != (b[0], a[1]):
+            out_features, in_features = base.modules[module]
+            shaped.append(
+                f"{_show(module)} is {out_features}x{in_features} in the base but the adapter fits {b[0]}x{a[1]}"
+            )
     if not unknown and not shaped:
-        return None
+        return ()
     what = "linear layer" if base.loaded else "module"
     # The existing modules are listed for the first layer only: the list is the same for all layers.
     lines = [
         f"the base has no {what} {_show(module)}{'' if number else _instead(module, base)}"
         for number, module in enumerate(unknown)
     ]
-    trained_on = (
-        f"; the adapter says it was trained on {_show(config.base_model_name_or_path)}"
-        if config.base_model_name_or_path
-        else ""
-    )
-    if shaped or len(unknown) == len(pairs.parts) or _deeper(unknown, base):
-        return _Mismatch(
-            FailureReason.WRONG_BASE,
-            tuple(shaped + lines),
-            f"Point baseModelRef at the model the adapter was trained on{trained_on}.",
-        )
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        f"Train it on this base, naming modules that it has{trained_on}.",
-    )
+    named = config.base_model_name_or_path
+    trained_on = f"; the adapter says it was trained on {_show(named)}" if named else ""
+    other_base = bool(shaped) or len(unknown) == count or _deeper(unknown, base)
+    cause = "wrong-base" if other_base else "unknown-modules"
+    return tuple(_mismatch(cause, ({"what": line} for line in shaped + lines), trained_on=trained_on))
 
 
 def _instead(module: str, base: BaseFacts) -> str:
@@ -305,23 +312,14 @@ def _deeper(unknown: Iterable[str], base: BaseFacts) -> bool:
     return all(_LAYER.sub(".#.", module) in known for module in unknown)
 
 
-def _against_settings(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> _Mismatch | None:
+def _against_settings(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> Iterator[_Mismatch]:
     """Modules that only the tensors or only the settings name."""
-    lines = [
-        f"{_show(module)} has weights but is not in target_modules"
-        for module in sorted(pairs.parts)
-        if config.targets(module) is False
-    ]
-    lines += [f"{_show(module)} is targeted but has no weights" for module in _missing(config, pairs, base)]
+    surplus = (module for module in sorted(pairs.parts) if config.targets(module) is False)
+    yield from _mismatch("untargeted", ({"module": _show(module)} for module in surplus))
+    missing = _missing(config, pairs, base)
+    yield from _mismatch("without-weights", ({"module": _show(module)} for module in missing))
     if not pairs.parts:
-        lines.append("no module of the base is changed")
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
-    )
+        yield from _mismatch("changes-nothing", [{}])
 
 
 def _missing(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> list[str]:

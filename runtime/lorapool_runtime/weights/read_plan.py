@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorapool_artifacts.adapter_config import AdapterConfig
-from lorapool_artifacts.compatibility import pair_of
 from lorapool_artifacts.header import TensorInfo
+from lorapool_artifacts.tensor_names import pair_of
 from lorapool_runtime.weights.layout import Layout, lay_out
 from lorapool_runtime.weights.pack import FILE_TYPES, MATRIX_FIELDS
 from lorapool_runtime.weights.targets import TargetGroup

@@ -76,7 +76,10 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"bias": "lora_only"}, ("biases of the base", 'bias="none"')),
         ({"modules_to_save": ["lm_head"]}, ("fully trained modules", "without modules_to_save")),
         ({"trainable_token_indices": [1, 2]}, ("trained tokens", "without trainable_token_indices")),
-        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("single parameters", "target_modules only")),
+        (
+            {"target_parameters": ["q_proj.weight"], "target_modules": []},
+            ("single parameters", "target_modules of the attention only"),
+        ),
         ({"kasa_config": {}}, ("KaSA", "base's weights", "without KaSA")),
         ({"monteclora_config": {}}, ("samples its weights", "without monteclora_config")),
         ({"use_bdlora": {"target_modules_bd_b": QV, "nblocks": 2}}, ("block-diagonal", "without use_bdlora")),
@@ -84,8 +87,14 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"layer_replication": [[0, 2], [1, 2]]}, ("replicated layers", "without layer_replication")),
         ({"init_lora_weights": "pissa"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
         ({"init_lora_weights": "olora"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ("embed_tokens", "all adapters share", "without these")),
-        ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "all adapters share", "without these")),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            ("embed_tokens", "all adapters of a base share", "without embed_tokens"),
+        ),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            ("lm_head", "all adapters of a base share", "without embed_tokens and lm_head"),
+        ),
     ],
 )
 def test_each_lora_that_is_not_plain_lora_is_refused_by_its_own_reason(
@@ -135,7 +144,7 @@ def test_adapters_that_change_the_experts_of_a_mixture_are_refused_with_a_reason
     folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     for message in mixture.words_about(folder):
         assert "experts of a mixture" in message
-        assert "target_modules only" in message
+        assert "target_modules of the attention only" in message
 
 
 def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
@@ -151,7 +160,7 @@ def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: 
     save_file(tensors, weights)
     for message in mixture.words_about(folder):
         assert "model.layers.0.mlp.experts.3.gate_proj is an expert of a mixture" in message
-        assert "train without these modules" in message
+        assert "target_modules of the attention only" in message
 
 
 def test_a_base_without_layers_that_lora_could_target_is_refused(tmp_path: Path) -> None:
