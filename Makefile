@@ -97,6 +97,14 @@ binaries: tools ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus 
 images: install tools ## build the demo's two images (cached by content)
 	$(PYTHON) hack/images build
 
+.PHONY: sbom
+sbom: images ## write the software bill of materials of both images to sbom/ (CycloneDX)
+	$(PY) hack/images sbom
+
+.PHONY: audit
+audit: install ## compare the locked dependencies with published advisories (skipped where none can be reached)
+	$(PY) hack/audit.py $(AUDIT)
+
 .PHONY: model
 model: install ## make the demo's base model folder (cached)
 	@$(PY) hack/models/base.py
@@ -121,7 +129,7 @@ unit: install ## tests that need nothing but the virtual environment (and the ba
 test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/bench tests/runtime tests/serve
+	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/artifacts tests/bench tests/runtime tests/serve
 	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
 # The files that have tests of a mark; the others need not be imported.

@@ -62,8 +62,8 @@ class BaseSource(ApiModel):
     uri: str = Field(
         min_length=7,
         max_length=512,
-        description="Location of the files: hf://org/name, oci://registry/repo:tag, s3://bucket/prefix or "
-        "pvc://claim/path.",
+        description="Location of the files: hf://org/name[/folder], oci://registry/repo:tag[/folder], "
+        "s3://bucket/prefix or pvc://claim/path.",
     )
     revision: str | None = Field(
         default=None,

@@ -223,9 +223,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         "Save the adapter with peft's save_pretrained() and upload adapter_config.json and adapter_model.safetensors.",
     ),
     FailureReason.TOO_LARGE: Explanation(
-        "The files are larger than is allowed.",
-        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules. Of a base: raise "
-        "artifacts.maxBaseBytes of the chart.",
+        "The files are larger, or have more tensors, than Lorapool reads.",
+        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules; for more tensors, "
+        "raise LORAPOOL_MAX_TENSORS in the chart's artifacts.env. Of a base: raise artifacts.maxBaseBytes.",
     ),
     FailureReason.CORRUPT_ARTIFACT: Explanation(
         "A file is damaged or does not match its listed size or hash.", "Upload the files again."

@@ -19,6 +19,14 @@ OBJECTS = """# Objects
 The custom resources of the group `lorapool.dev`. `kubectl explain lora.spec` shows the same.
 """
 
+REFUSALS = """# Why an adapter is refused, and what to do
+
+Each refusal is one of these sentences and its remedy; what is in italics differs. `lorapool inspect` reports all that
+apply at once, the status of a LoraAdapter the first. Names that trainers leave in tensors (`_orig_mod.`, `module.`,
+`_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`, `.default.` before `weight`, no `base_model.model.`) are
+understood and no reason to refuse.
+"""
+
 CONDITIONS = """# Conditions and reasons
 
 `kubectl describe` shows them. The column `STATE` of `kubectl get` is the reason that says most.

@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from lorapool_api.base_modules import ModuleKind
 from lorapool_artifacts.base_facts import BaseFacts, Place, place_of
 from lorapool_artifacts.peft_settings import HARMLESS_TENSORS
+from lorapool_artifacts.tensor_names import matrix_of, whole_of
 
-_MATRIX = re.compile(
-    r"^base_model\.model\.(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<row>[AB]))$"
-)
-_WHOLE = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer|\.modules_to_save)?\.weight$")
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
 _OUTPUTS = frozenset({"lm_head", "embed_out"})
 _EXPERT = re.compile(r"\.experts(?:\.|$)")
@@ -68,6 +65,8 @@ class AdapterTensors:
     wholes: tuple[Whole, ...]
     extra: tuple[str, ...]
     """Names of tensors that are nothing of these, sorted."""
+    repeated: tuple[str, ...] = ()
+    """Names of tensors that stand for the same matrix as another one, sorted."""
 
 
 def sort_tensors(names: Iterable[str], base: BaseFacts | None, parameters: Iterable[str]) -> AdapterTensors:
@@ -75,10 +74,13 @@ def sort_tensors(names: Iterable[str], base: BaseFacts | None, parameters: Itera
     found: dict[tuple[str, bool], dict[str, str]] = {}
     wholes: list[Whole] = []
     extra: list[str] = []
+    repeated: list[str] = []
     for name in names:
-        if (matrix := _MATRIX.match(name)) is not None:
-            key = (matrix["module"], matrix["row"] is not None)
-            found.setdefault(key, {})[matrix["part"] or matrix["row"]] = name
+        if (matrix := matrix_of(name)) is not None:
+            parts = found.setdefault((matrix.module, matrix.of_embedding), {})
+            if matrix.part in parts:
+                repeated.append(name)
+            parts[matrix.part] = name
         elif (whole := _whole(name, base)) is not None:
             wholes.append(whole)
         elif name.rpartition(".")[2] not in HARMLESS_TENSORS:
@@ -88,7 +90,7 @@ def sort_tensors(names: Iterable[str], base: BaseFacts | None, parameters: Itera
         Pair(module, _placed(module, base, parameters), of_embedding, parts.get("A", ""), parts.get("B", ""))
         for (module, of_embedding), parts in sorted(found.items())
     )
-    return AdapterTensors(tuple(pairs), tuple(wholes), tuple(sorted(extra)))
+    return AdapterTensors(tuple(pairs), tuple(wholes), tuple(sorted(extra)), tuple(sorted(repeated)))
 
 
 def _placed(module: str, base: BaseFacts | None, parameters: tuple[str, ...]) -> Place | None:
@@ -96,10 +98,9 @@ def _placed(module: str, base: BaseFacts | None, parameters: tuple[str, ...]) ->
 
 
 def _whole(name: str, base: BaseFacts | None) -> Whole | None:
-    found = _WHOLE.match(name)
-    if found is None:
+    module = whole_of(name)
+    if module is None:
         return None
-    module = found["module"]
     if base is None:
         kind = kind_by_name(module)
         return Whole(name, module, kind) if kind in (ModuleKind.EMBEDDING, ModuleKind.OUTPUT) else None

@@ -8,10 +8,11 @@ can compare, and matrices of modules that no text passes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lorapool_api.base_modules import ModuleKind
 from lorapool_api.common import FailureReason
@@ -26,8 +27,10 @@ from lorapool_artifacts.adapter_tensors import (
     sort_tensors,
 )
 from lorapool_artifacts.base_facts import BaseFacts, is_parameter
+from lorapool_artifacts.causes import CAUSES
 from lorapool_artifacts.peft_settings import TENSORS
 from lorapool_artifacts.settings import AdapterLimits
+from lorapool_artifacts.tensor_names import without_wrappers
 
 MAX_MISMATCHES = 3
 """Mismatches described in a message; the others are counted."""
@@ -67,12 +70,39 @@ class CompatibilityResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Finding:
+    """One cause for which an adapter is refused."""
+
+    reason: FailureReason
+    message: str
+    """What was found and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Mismatch:
     """Why the adapter does not fit: one line per mismatch, and one remedy for all."""
 
-    reason: FailureReason
+    cause: str
+    """A key of CAUSES."""
     lines: tuple[str, ...]
-    remedy: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """For the remedy."""
+
+    @property
+    def reason(self) -> FailureReason:
+        return CAUSES[self.cause].reason
+
+    def message(self, hint: str) -> str:
+        described = "; ".join(self.lines[:MAX_MISMATCHES])
+        more = f"; and {len(self.lines) - MAX_MISMATCHES} more" if len(self.lines) > MAX_MISMATCHES else ""
+        explained = f" ({hint})" if hint and self.reason is FailureReason.WRONG_BASE else ""
+        return f"{described}{more}{explained}. {CAUSES[self.cause].remedy.format(**self.fields)}"
+
+
+def _mismatch(cause: str, found: Iterable[Mapping[str, object]], **fields: object) -> Iterator[_Mismatch]:
+    """The mismatch with a line for each of `found`, which fill the cause's sentence; none if there are none."""
+    if lines := tuple(CAUSES[cause].sentence.format(**each) for each in found):
+        yield _Mismatch(cause, lines, fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +116,12 @@ class _Adapter:
     def of(self, pair: Pair) -> tuple[Shape | None, Shape | None]:
         """The shapes of A and B."""
         return shapes_of(pair, self.shapes)
+
+    def expected_rank(self, pair: Pair) -> int | None:
+        """Rows of A by the settings; None where only the base tells how many experts they are for."""
+        if pair.place is None and self.config.target_parameters:
+            return None
+        return self.config.rank_of(pair.setting) * pair.experts
 
     @property
     def rank(self) -> int:
@@ -101,22 +137,28 @@ class _Adapter:
 
 
 def check_compatibility(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> CompatibilityResult:
-    """Whether the adapter fits the base. Without a base, only the adapter itself is checked."""
-    config = adapter.config
-    tensors = sort_tensors(adapter.shapes, base, config.target_parameters or ())
-    sorted_adapter = _Adapter(config, adapter.shapes, tensors)
-    mismatch = _too_large(adapter, limits) or _first_mismatch(sorted_adapter, base, limits)
-    rank = sorted_adapter.rank or config.r
-    targets = suffixes(_changed(pair) for pair in tensors.pairs)
-    hint = _name_hint(config, base)
+    """Whether the adapter fits the base, and the first cause if not. Without a base, only the adapter is checked."""
+    found = _sorted(adapter, base)
+    mismatch = next(_mismatches(adapter, found, base, limits), None)
+    rank = found.rank or adapter.config.r
+    targets = suffixes(_changed(pair) for pair in found.tensors.pairs)
+    hint = _name_hint(adapter.config, base)
     if mismatch is None:
-        summary = "; ".join(filter(None, (f"rank {rank} on {', '.join(targets)}", hint, *_notes(tensors, base))))
-        return CompatibilityResult(True, None, summary, rank, targets, adapter.size_bytes)
-    described = "; ".join(mismatch.lines[:MAX_MISMATCHES])
-    more = f"; and {len(mismatch.lines) - MAX_MISMATCHES} more" if len(mismatch.lines) > MAX_MISMATCHES else ""
-    explained = f" ({hint})" if hint and mismatch.reason is FailureReason.WRONG_BASE else ""
-    message = f"{described}{more}{explained}. {mismatch.remedy}"
-    return CompatibilityResult(False, mismatch.reason, message, rank, targets, adapter.size_bytes)
+        notes = (f"rank {rank} on {', '.join(targets)}", hint, *_notes(found.tensors, base))
+        return CompatibilityResult(True, None, "; ".join(filter(None, notes)), rank, targets, adapter.size_bytes)
+    return CompatibilityResult(False, mismatch.reason, mismatch.message(hint), rank, targets, adapter.size_bytes)
+
+
+def all_findings(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> tuple[Finding, ...]:
+    """Every cause for which the adapter would be refused."""
+    hint = _name_hint(adapter.config, base)
+    found = _mismatches(adapter, _sorted(adapter, base), base, limits)
+    return tuple(Finding(mismatch.reason, mismatch.message(hint)) for mismatch in found)
+
+
+def _sorted(adapter: AdapterFacts, base: BaseFacts | None) -> _Adapter:
+    tensors = sort_tensors(adapter.shapes, base, adapter.config.target_parameters or ())
+    return _Adapter(adapter.config, adapter.shapes, tensors)
 
 
 def _changed(pair: Pair) -> str:
@@ -137,137 +179,111 @@ def _notes(tensors: AdapterTensors, base: BaseFacts | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _first_mismatch(adapter: _Adapter, base: BaseFacts | None, limits: AdapterLimits) -> _Mismatch | None:
-    """The first kind of mismatch, in the order: the files themselves, bounds, the fit to the base."""
-    return (
-        _extra_tensors(adapter)
-        or _broken_pairs(adapter)
-        or _rank(adapter, limits)
-        or (_unserved_modules(adapter, base) if base is not None else None)
-        or (_unlike_base(adapter, base) if base is not None else None)
-        or _against_settings(adapter, base)
-    )
+def _mismatches(
+    facts: AdapterFacts, adapter: _Adapter, base: BaseFacts | None, limits: AdapterLimits
+) -> Iterator[_Mismatch]:
+    """The kinds of mismatch, in the order: bounds, the files themselves, the fit to the base."""
+    yield from _too_large(facts, limits)
+    yield from _mismatch("empty-tensors", _empty_tensors(facts.shapes))
+    yield from _extra_tensors(adapter.tensors)
+    yield from _mismatch("several-adapters", ({"tensor": _show(name)} for name in adapter.tensors.repeated))
+    yield from _broken_pairs(adapter)
+    yield from _rank(adapter, limits)
+    unserved = tuple(_unserved_modules(adapter)) if base is not None else ()
+    yield from unserved
+    misfits = _unlike_base(adapter, base) if base is not None and not unserved else ()
+    yield from misfits
+    if not misfits and not unserved:
+        yield from _against_settings(adapter, base)
 
 
-def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> _Mismatch | None:
-    if adapter.size_bytes <= limits.max_bytes:
-        return None
-    line = f"the adapter is {adapter.size_bytes} bytes, more than the {limits.max_bytes} allowed"
-    return _Mismatch(
-        FailureReason.TOO_LARGE, (line,), "Save it in bf16, or train with a smaller rank or fewer target modules."
-    )
+def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if adapter.size_bytes > limits.max_bytes:
+        yield from _mismatch("too-large", [{"size": adapter.size_bytes, "bound": limits.max_bytes}])
 
 
-def _extra_tensors(adapter: _Adapter) -> _Mismatch | None:
-    if not adapter.tensors.extra:
-        return None
-    lines = tuple(f"tensor {_show(name)} {_what_is(name)}" for name in adapter.tensors.extra)
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        lines,
-        "Every tensor must be a lora_A or lora_B weight as peft saves it; train without these extras.",
-    )
+def _empty_tensors(shapes: Mapping[str, Shape]) -> Iterator[Mapping[str, object]]:
+    return ({"tensor": _show(name), "shape": list(shape)} for name, shape in shapes.items() if 0 in shape)
 
 
-def _what_is(name: str) -> str:
-    for part, sentence in TENSORS:
-        if part in name:
-            return sentence
-    if name.endswith(".bias"):
-        return "is a bias, which is not supported"
-    if name.endswith(".weight") and ".lora_" not in name:
-        return "is a whole matrix of the base, which all adapters share"
-    if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name):
-        return "carries an adapter name, so it was not written by save_pretrained()"
-    return "is not part of a LoRA adapter"
+def _extra_tensors(tensors: AdapterTensors) -> Iterator[_Mismatch]:
+    by_cause = sorted((_cause_of(name), name) for name in tensors.extra)
+    for cause, group in itertools.groupby(by_cause, key=lambda pair: pair[0]):
+        yield from _mismatch(cause, ({"tensor": _show(name)} for _, name in group))
 
 
-def _broken_pairs(adapter: _Adapter) -> _Mismatch | None:
-    lines = [line for pair in adapter.tensors.pairs if (line := _broken(adapter, pair))]
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
-    )
+def _cause_of(name: str) -> str:
+    """The cause for which a tensor that is not a LoRA matrix is refused."""
+    plain = without_wrappers(name)
+    return next((cause for expression, cause in TENSORS if re.search(expression, plain)), "surplus-tensor")
 
 
-def _broken(adapter: _Adapter, pair: Pair) -> str:
-    """Why the two matrices of a name are no pair; empty when they are one."""
-    module, (a, b) = _show(pair.name), adapter.of(pair)
-    if a is None or b is None:
-        return f"{module} has no lora_{'A' if a is None else 'B'} weight"
-    if len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
-        return f"{module} has lora_A {list(a)} and lora_B {list(b)}, which are not two-dimensional matrices"
-    if a[0] != b[1]:
-        return f"{module} has rank {a[0]} in lora_A {list(a)} but {b[1]} in lora_B {list(b)}"
-    if pair.place is None and adapter.config.target_parameters:
-        return ""  # how many experts a rank is for is not known
-    rank = adapter.config.rank_of(pair.setting) * pair.experts
-    return f"{module} has rank {a[0]} but adapter_config.json says {rank}" if a[0] != rank else ""
-
-
-def _rank(adapter: _Adapter, limits: AdapterLimits) -> _Mismatch | None:
-    if adapter.rank <= limits.max_rank:
-        return None
-    line = f"the adapter's rank is {adapter.rank}, the base allows {limits.max_rank}"
-    return _Mismatch(
-        FailureReason.RANK_TOO_HIGH,
-        (line,),
-        f"Train with r <= {limits.max_rank}, or raise spec.lora.maxRank of the BaseModel.",
-    )
-
-
-def _unserved_modules(adapter: _Adapter, base: BaseFacts) -> _Mismatch | None:
-    """Modules that adapters cannot change in this base, and for whose kind there is a remedy."""
-    lines, remedies = [], []
+def _broken_pairs(adapter: _Adapter) -> Iterator[_Mismatch]:
+    found: dict[str, list[Mapping[str, object]]] = {}
     for pair in adapter.tensors.pairs:
-        if pair.place is None and (found := _UNSERVED.get(kind_by_name(pair.name))) is not None:
-            lines.append(f"{_show(pair.name)} is {found[0]} that adapters cannot change on this base")
-            remedies.append(found[1])
-    return _Mismatch(FailureReason.INCOMPATIBLE, tuple(lines), remedies[0]) if lines else None
+        a, b = adapter.of(pair)
+        if cause := _broken(adapter.expected_rank(pair), a, b):
+            found.setdefault(cause[0], []).append({"module": _show(pair.name), **cause[1]})
+    for cause_name, modules in found.items():
+        yield from _mismatch(cause_name, modules)
 
 
-_UNSERVED = {
-    ModuleKind.EXPERTS: (
-        "an expert of a mixture",
-        "Train it with target_modules that leave the experts out, such as q_proj, k_proj, v_proj and o_proj: with "
-        "gate_proj, up_proj or down_proj among them, peft targets the experts too.",
-    ),
-    ModuleKind.OUTPUT: ("an output layer", "Train it without the output layer in target_modules."),
-    ModuleKind.EMBEDDING: ("an embedding", "Train it without the embedding in target_modules."),
-}
+def _broken(rank: int | None, a: Shape | None, b: Shape | None) -> tuple[str, Mapping[str, object]] | None:
+    """The cause for which a module's matrices are refused, and the fields of its sentence."""
+    if a is None or b is None:
+        return "half-a-pair", {"part": f"lora_{'A' if a is None else 'B'}"}
+    if 0 in a or 0 in b:
+        return None  # an empty tensor has a cause of its own
+    if len(a) != 2 or len(b) != 2:
+        return "not-matrices", {"a": list(a), "b": list(b)}
+    if a[0] != b[1]:
+        return "unequal-ranks", {"rank": a[0], "a": list(a), "other": b[1], "b": list(b)}
+    return ("other-rank", {"rank": a[0], "other": rank}) if rank is not None and a[0] != rank else None
 
 
-def _unlike_base(adapter: _Adapter, base: BaseFacts) -> _Mismatch | None:
+def _rank(adapter: _Adapter, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if adapter.rank > limits.max_rank:
+        found = {"rank": adapter.rank, "bound": limits.max_rank}
+        yield from _mismatch("rank-too-high", [found], **found)
+
+
+def _unserved_modules(adapter: _Adapter) -> Iterator[_Mismatch]:
+    """Modules that the base lacks and whose names tell what they are, with the remedy of their kind."""
+    found: dict[str, list[str]] = {}
+    for pair in adapter.tensors.pairs:
+        cause = _UNSERVED.get(kind_by_name(pair.name)) if pair.place is None else None
+        if cause is not None:
+            found.setdefault(cause, []).append(pair.name)
+    for cause, modules in found.items():
+        lines = ({"module": _show(module)} for module in modules)
+        yield from _mismatch(cause, lines, names=", ".join(suffixes(modules)))
+
+
+_UNSERVED = {ModuleKind.EXPERTS: "experts", ModuleKind.OUTPUT: "head", ModuleKind.EMBEDDING: "embedding"}
+
+
+def _unlike_base(adapter: _Adapter, base: BaseFacts) -> tuple[_Mismatch, ...]:
     """Modules that the base lacks or has in another shape."""
-    config, pairs = adapter.config, adapter.tensors.pairs
+    config = adapter.config
+    pairs = [pair for pair in adapter.tensors.pairs if all(map(_is_matrix, adapter.of(pair)))]
     unknown = [pair.name for pair in pairs if pair.place is None]
     shaped = [line for pair in pairs if (line := _shape_line(adapter, pair))] + _unlike_wholes(adapter, base)
     if not unknown and not shaped:
-        return None
+        return ()
     # The existing modules are listed for the first layer only: the list is the same for all layers.
     lines = [
         f"the base has no linear layer {_show(module)}{'' if number else _instead(module, base)}"
         for number, module in enumerate(unknown)
     ]
-    trained_on = (
-        f"; the adapter says it was trained on {_show(config.base_model_name_or_path)}"
-        if config.base_model_name_or_path
-        else ""
-    )
-    if shaped or len(unknown) == len(pairs) or _deeper(unknown, base):
-        return _Mismatch(
-            FailureReason.WRONG_BASE,
-            tuple(shaped + lines),
-            f"Point baseModelRef at the model the adapter was trained on{trained_on}.",
-        )
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        f"Train it on this base, naming modules that it has{trained_on}.",
-    )
+    named = config.base_model_name_or_path
+    trained_on = f"; the adapter says it was trained on {_show(named)}" if named else ""
+    other_base = bool(shaped) or len(unknown) == len(pairs) or _deeper(unknown, base)
+    cause = "wrong-base" if other_base else "unknown-modules"
+    return tuple(_mismatch(cause, ({"what": line} for line in shaped + lines), trained_on=trained_on))
+
+
+def _is_matrix(shape: Shape | None) -> bool:
+    return shape is not None and len(shape) == 2
 
 
 def _shape_line(adapter: _Adapter, pair: Pair) -> str:
@@ -306,25 +322,15 @@ def _deeper(unknown: Iterable[str], base: BaseFacts) -> bool:
     return all(_LAYER.sub(".#.", module) in known for module in unknown)
 
 
-def _against_settings(adapter: _Adapter, base: BaseFacts | None) -> _Mismatch | None:
+def _against_settings(adapter: _Adapter, base: BaseFacts | None) -> Iterator[_Mismatch]:
     """Modules that only the tensors or only the settings name."""
-    config = adapter.config
-    lines = [
-        f"{_show(pair.name)} has weights but is not in target_modules"
-        for pair in adapter.tensors.pairs
-        if not _is_targeted(pair, config)
-    ]
-    lines += [f"{_show(module)} is targeted but has no weights" for module in _missing(adapter, base)]
-    lines += _incomplete_experts(adapter.tensors)
-    if not adapter.tensors.pairs:
-        lines.append("no module of the base is changed")
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
-    )
+    pairs = adapter.tensors.pairs
+    surplus = (pair.name for pair in pairs if not _is_targeted(pair, adapter.config))
+    yield from _mismatch("untargeted", ({"module": _show(name)} for name in surplus))
+    yield from _mismatch("without-weights", ({"module": _show(name)} for name in _missing(adapter, base)))
+    yield from _mismatch("some-experts", _incomplete_experts(adapter.tensors))
+    if not pairs:
+        yield from _mismatch("changes-nothing", [{}])
 
 
 def _is_targeted(pair: Pair, config: AdapterConfig) -> bool:
@@ -351,7 +357,7 @@ def _missing(adapter: _Adapter, base: BaseFacts | None) -> list[str]:
     )
 
 
-def _incomplete_experts(tensors: AdapterTensors) -> list[str]:
+def _incomplete_experts(tensors: AdapterTensors) -> Iterator[Mapping[str, object]]:
     """Matrices that some experts of the base have a pair for and others have none."""
     held: dict[str, int] = defaultdict(int)
     total: dict[str, int] = {}
@@ -359,11 +365,9 @@ def _incomplete_experts(tensors: AdapterTensors) -> list[str]:
         if pair.place is not None and pair.place.expert is not None:
             held[pair.place.module] += 1
             total[pair.place.module] = pair.place.of_experts
-    return [
-        f"{_show(module)} has weights for {count} of {total[module]} experts"
-        for module, count in sorted(held.items())
-        if count != total[module]
-    ]
+    for module, count in sorted(held.items()):
+        if count != total[module]:
+            yield {"module": _show(module), "count": count, "total": total[module]}
 
 
 def _name_hint(config: AdapterConfig, base: BaseFacts | None) -> str:

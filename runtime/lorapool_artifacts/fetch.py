@@ -193,7 +193,9 @@ class _Download:
             digest = digest_of(files)
             assert digest is not None  # every file was hashed
             check_digest(digest, expected_digest, source.where)
-            check_files(resolved.kind, FolderSource.open(folder, where=source.where), files)
+            check_files(
+                resolved.kind, FolderSource.open(folder, where=source.where), files, resolved.settings.max_tensors
+            )
             deadline.check()
             return _publish(folder, self.cache_root / digest.removeprefix("sha256:"))
         finally:

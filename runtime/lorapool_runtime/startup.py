@@ -78,7 +78,7 @@ def bring_up(
             f"The base takes {folder.cached_bytes} of the {settings.cache_bytes} bytes of the disk cache, which leaves "
             "too little for adapters: raise cache_bytes (the profile's cacheSizeLimit)."
         )
-    files = base_files_from_folder(folder.path)
+    files = base_files_from_folder(folder.path, sources.max_tensors)
     tokenizer = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()

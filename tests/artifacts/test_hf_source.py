@@ -77,6 +77,38 @@ async def test_a_revision_is_pinned_to_its_commit(hub: Hub, hf: SourceSettings, 
     assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
 
 
+async def test_an_adapter_in_a_folder_of_a_repository_is_inspected_and_fetched(
+    hub: Hub, hf: SourceSettings, tmp_path: Path
+) -> None:
+    files = zoo.adapter_files()
+    hub.repos["acme/runs"] = {"README.md": b"x", **{f"de/checkpoint-500/{name}": data for name, data in files.items()}}
+    for uri in ("hf://acme/runs/de/checkpoint-500", "hf://acme/runs/de/checkpoint-500@main"):
+        seen = await inspect_adapter(uri, None, None, None, LIMITS, hf)
+        assert seen.compatibility.ok
+        path = await fetch(await resolve(uri, settings=hf), tmp_path, seen.digest)
+        assert zoo.names_in(path) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+async def test_a_repository_with_adapters_in_folders_is_answered_with_the_newest_ones(
+    hub: Hub, hf: SourceSettings
+) -> None:
+    files, trainer = zoo.adapter_files(), {"README.md": b"x", "training_args.bin": b"x", "optimizer.pt": b"x"}
+    folders = [f"checkpoint-{step}" for step in range(100, 800, 100)]
+    hub.repos["acme/runs"] = trainer | {f"{folder}/{name}": data for folder in folders for name, data in files.items()}
+    with pytest.raises(ArtifactError) as caught:
+        await inspect_adapter("hf://acme/runs", None, None, None, LIMITS, hf)
+    assert "checkpoint-700, checkpoint-600" in caught.value.message
+    assert "and 2 more" in caught.value.message
+    assert "such as hf://acme/runs/checkpoint-700" in caught.value.message
+    assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
+
+
+async def test_a_folder_behind_the_revision_is_answered_with_the_right_order(hub: Hub, hf: SourceSettings) -> None:
+    hub.repos["acme/runs"] = {f"a/{name}": data for name, data in zoo.adapter_files().items()}
+    with pytest.raises(ArtifactError, match="hf://org/name/folder@main"):
+        await inspect_adapter("hf://acme/runs@main/a", None, None, None, LIMITS, hf)
+
+
 async def test_many_that_fetch_the_same_share_one_download(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
     hub.repos["acme/lora"] = zoo.adapter_files()
     resolved = await resolve("hf://acme/lora", settings=hf)

@@ -157,6 +157,23 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
     assert (await inspect_adapter(uri, None, None, None, LIMITS, docker)).compatibility.ok
 
 
+async def test_a_folder_of_an_artifact_is_named_behind_its_tag(hub: Hub) -> None:
+    files = {f"checkpoint-500/{name}": data for name, data in zoo.adapter_files().items()}
+    blobs = {hashlib.sha256(data).hexdigest(): data for data in files.values()}
+    manifest = manifest_of(files)
+
+    def answer(path: str) -> tuple[int, dict[str, str], bytes]:
+        return 200, {}, manifest if "/manifests/" in path else blobs[path.rpartition("sha256:")[2]]
+
+    hub.answer = answer  # type: ignore[method-assign]
+    uri = f"oci://{hub.host}/a:v1"
+    found = await inspect_adapter(f"{uri}/checkpoint-500", None, None, None, LIMITS, listed(hub.host))
+    assert found.compatibility.ok
+    for whole in (uri, f"oci://{hub.host}/a"):
+        with pytest.raises(ArtifactError, match=r"such as oci://127.0.0.1:\d+/a:(v1|latest)/checkpoint-500"):
+            await inspect_adapter(whole, None, None, None, LIMITS, listed(hub.host))
+
+
 async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(hub: Hub) -> None:
     """The token flow of public registries; the hub's server acts as registry and token service."""
     files = zoo.adapter_files()

@@ -20,6 +20,7 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
 from lorapool_artifacts.adapter_tensors import sort_tensors
 from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.causes import refusal
 from lorapool_artifacts.compatibility import AdapterFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -104,11 +105,7 @@ class AdapterReader:
             original = self._originals.get(module)
             changed = 0 if original is None else first_changed_row(file, info, original)
             if changed is not None:
-                _refuse(
-                    FailureReason.INCOMPATIBLE,
-                    f"the adapter's whole {module} was trained: row {changed} is not the base's, which all adapters "
-                    f"share. Train {module} with LoRA (in target_modules) instead of modules_to_save, or leave it out.",
-                )
+                raise refusal("changed-copy", module=module, row=changed)
 
     def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
         header = file.header()

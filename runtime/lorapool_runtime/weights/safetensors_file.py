@@ -1,7 +1,8 @@
 """An open safetensors file: the bytes of its header, and a descriptor to read its tensors from.
 
-`lorapool_artifacts.header` parses the header, by the same bounds as when the adapter was validated. The tensors are
-read, never mapped: a truncated file or a failing disk then fails one load instead of killing the process by a signal.
+`lorapool_artifacts.header` parses the header. The file was inspected before, so that its number of tensors is not
+bounded again. The tensors are read, never mapped: a truncated file or a failing disk then fails one load instead of
+killing the process by a signal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapool_artifacts.header import (
-    ADAPTER_BOUNDS,
+    ADAPTER_DTYPES,
     LENGTH_BYTES,
     HeaderBounds,
     SafetensorsHeader,
@@ -22,6 +23,7 @@ from lorapool_artifacts.header import (
 )
 
 _FIRST_READ_BYTES = 64 * 1024  # most headers are shorter
+_UNBOUNDED = HeaderBounds(max_tensors=2**31, dtypes=ADAPTER_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class WeightsFile:
     head: bytes
     """The length and the JSON of the header, exactly as in the file."""
     name: str
-    bounds: HeaderBounds = ADAPTER_BOUNDS
+    bounds: HeaderBounds = _UNBOUNDED
 
     def header(self) -> SafetensorsHeader:
         """The parsed header. Raises ArtifactError."""
@@ -39,7 +41,7 @@ class WeightsFile:
 
 
 @contextmanager
-def open_weights(path: Path, bounds: HeaderBounds = ADAPTER_BOUNDS) -> Iterator[WeightsFile]:
+def open_weights(path: Path, bounds: HeaderBounds = _UNBOUNDED) -> Iterator[WeightsFile]:
     """Opens the file while the context lasts. Raises ArtifactError for an invalid header, and OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

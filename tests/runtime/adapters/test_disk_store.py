@@ -122,6 +122,21 @@ def test_a_grant_of_the_bases_owner_lets_a_guest_read_below_its_prefix(world: Wo
         world.fetch(digest, namespace="other")
 
 
+def test_a_guest_leaves_its_part_of_a_volume_by_no_link(world: World, tmp_path: Path) -> None:
+    (tmp_path / "claim" / "theirs").mkdir()
+    (tmp_path / "claim" / "theirs" / "lora").symlink_to("../one")
+    world.rules.write_text(SourceRules(owner="owner", grants={"guest": ("pvc://claim/theirs/",)}).model_dump_json())
+    link = SourceRef(uri="pvc://claim/theirs/lora")
+    answers = {
+        namespace: asyncio.run(world.store.resolve(ResolveRequest(source=link, namespace=namespace)))
+        for namespace in ("owner", "guest")
+    }
+    assert answers["owner"].failure is None
+    refused = answers["guest"].failure
+    assert refused is not None
+    assert "leads out of the volume" in refused.message
+
+
 def test_without_readable_rules_nothing_is_read_and_it_is_tried_again(world: World) -> None:
     digest = world.digest()
     for content in ("", '{"owner": "owner", "unknown": 1}'):

@@ -140,7 +140,7 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
         ({"trainable_token_indices": [1]}, ("trainable_token_indices",)),
         ({"layer_replication": [[0, 1]]}, ("layer_replication",)),
         ({"peft_type": "IA3"}, ("IA3", "LoRA")),
-        ({"init_lora_weights": "pissa"}, ("pissa", "convert")),
+        ({"init_lora_weights": "pissa"}, ("pissa", "Convert")),
         ({"a_future_option": 3}, ("a_future_option",)),
     ],
 )

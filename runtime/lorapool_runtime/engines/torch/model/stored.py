@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
-from lorapool_artifacts.header import BASE_BOUNDS
+from lorapool_artifacts.header import HeaderBounds
 from lorapool_runtime.engines.torch.model.key_map import KeyMap
 from lorapool_runtime.weights.originals import StoredMatrix
 from lorapool_runtime.weights.pack import FILE_TYPES
@@ -35,6 +35,6 @@ def tensors_in(folder: Path) -> Mapping[str, StoredMatrix]:
     """All tensors of a base's files, by their names there. Raises ArtifactError and OSError."""
     found: dict[str, StoredMatrix] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with open_weights(path, BASE_BOUNDS) as file:
+        with open_weights(path, HeaderBounds(max_tensors=2**31)) as file:
             found.update((key, StoredMatrix(path, info)) for key, info in file.header().tensors.items())
     return found
