@@ -50,6 +50,9 @@ lock: ## resolve the dependencies of pyproject.toml again and write the lock fil
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
+	$(LOCK) -o tests/clients/requirements.lock tests/clients/requirements.in
+	$(LOCK) -o tests/clients/guidellm.lock tests/clients/guidellm.in
+	cd tests/clients && npm install --silent --package-lock-only
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
 	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
@@ -117,8 +120,26 @@ lm-eval: .venv-lm-eval/.installed ## install lm-eval in an environment of its ow
 	$(UV) pip install -q --python .venv-lm-eval/bin/python --require-hashes -r tests/lm_eval/requirements.lock
 	touch $@
 
+CLIENTS := tests/clients
+NODE_MODULES := $(CLIENTS)/node_modules/.installed
+
+$(NODE_MODULES): $(CLIENTS)/package-lock.json
+	cd $(CLIENTS) && npm ci --silent
+	touch node_modules/.installed
+
+.venv-clients/.installed: $(CLIENTS)/requirements.lock | $(VENV)/.installed
+.venv-guidellm/.installed: $(CLIENTS)/guidellm.lock | $(VENV)/.installed
+.venv-clients/.installed .venv-guidellm/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv --without-pip $(@D)
+	$(UV) pip install -q --python $(@D)/bin/python --require-hashes -r $<
+	touch $@
+
+.PHONY: clients
+clients: install $(NODE_MODULES) .venv-clients/.installed .venv-guidellm/.installed ## run the unmodified clients of other projects (1 GB)
+	$(PY) -m pytest -v -rs $(CLIENTS)
+
 .PHONY: unit
-unit: install ## tests that need nothing but the virtual environment (and the base model, made once)
+unit: install $(if $(shell command -v npm),$(NODE_MODULES)) ## tests that need nothing but the virtual environment (and the base model, made once)
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive
@@ -126,10 +147,10 @@ unit: install ## tests that need nothing but the virtual environment (and the ba
 		-n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-deep
-test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
+test-deep: install binaries lm-eval clients ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	export OMP_WAIT_POLICY=passive
-	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/artifacts tests/bench tests/runtime tests/serve
+	$(PY) -m pytest -v -rs -m "deep and not cluster" tests/artifacts tests/bench tests/gateway tests/runtime tests/serve
 	$(PY) -m pytest -v -m "cluster and deep" tests/e2e
 
 # The files that have tests of a mark; the others need not be imported.

@@ -93,7 +93,7 @@ OpenAI's API with an API key as bearer token: `POST {protocol.ROUTE_CHAT}`, `POS
 `POST {protocol.ROUTE_RESPONSES}`, `GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`.
 `GET {protocol.ROUTE_OPENAPI}` returns the OpenAPI document, and `GET {protocol.ROUTE_VERSION}` the version.
 {" and ".join(f"`GET {route}`" for route in protocol.ALIVE_ROUTES)} need no key: 200, or 503 once the pod is
-about to end.
+about to end. [clients.md](clients.md) says which clients work.
 
 A parameter that asks for something is supported or refused by name, never ignored silently. One that is not listed
 here is accepted with a value that asks for nothing: `null`, `false`, `""`, `[]` or `{{}}`. Whole numbers may be
@@ -128,7 +128,8 @@ A stream has OpenAI's events from `response.created` to `response.completed` or,
 SCHEMAS = f"""
 ## JSON schemas
 
-A grammar makes every answer follow the schema of its `response_format`, or of the tool that it calls.
+A grammar makes every answer follow the schema of its `response_format`, or of the tool that it calls. With both, an
+answer is calls or follows the format.
 
 - An object that lists `properties` has no others, unless it has `additionalProperties`. A tool that lists none is
   called with `{{}}`.

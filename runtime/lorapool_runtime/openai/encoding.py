@@ -110,7 +110,7 @@ def _refuse_beyond_context(least_tokens: int, max_model_len: int, param: str) ->
 
 def _grammar_spec(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> GrammarSpec | None:
     if isinstance(request, ChatRequest) and request.tools.active:
-        return tools_grammar(request.tools, tokenizer.tool_format)
+        return tools_grammar(request.tools, tokenizer.tool_format, request.grammar)
     return request.grammar
 
 

@@ -59,7 +59,7 @@ class ParsedRequest:
     sampling: SamplingParams
     """As the body gives them. `encoding` sets `max_tokens`, each choice's seed and the stop tokens."""
     grammar: GrammarSpec | None
-    """Of `response_format`. The grammar of `tools` depends on how the base writes calls."""
+    """Of `response_format`. That of `tools`, which includes it, depends on how the base writes calls."""
 
     def own_param(self, param: str) -> str:
         """The name that a parameter has in the body."""
@@ -105,8 +105,6 @@ def parse_chat(raw: bytes | dict[str, Any]) -> ChatRequest:
         body.refuse("top_logprobs", "needs `logprobs` to be true")
     tools = parse_tools(body)
     grammar = _response_format(body)
-    if tools.active and grammar is not None:
-        body.refuse("response_format", "cannot be combined with `tools` unless `tool_choice` is none")
     if tools.active and body.flag("ignore_eos"):
         body.refuse("ignore_eos", "cannot be combined with `tools`: a constrained answer must be allowed to end")
     max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)

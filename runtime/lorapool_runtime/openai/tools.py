@@ -201,27 +201,40 @@ def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
 # --- grammars -----------------------------------------------------------------------------
 
 
-def tools_grammar(choice: ToolChoice, style: ToolFormat) -> GrammarSpec:
-    """`required`: only calls. `auto`: any text, in which everything that begins as a call is a valid call."""
+def tools_grammar(choice: ToolChoice, style: ToolFormat, answer: GrammarSpec | None = None) -> GrammarSpec:
+    """`required`: only calls. `auto`: any text, in which everything that begins as a call is a valid call.
+
+    With an `answer`, the grammar of one schema, `auto` is either calls or such an answer.
+    """
     several = choice.parallel and style.separator is not None
+    more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    only_calls = ["calls: call" + more, f"call: {_literal(style.opening)} body"]
+    answers: tuple[SchemaPart, ...] = ()
     if choice.mode == "required":
-        more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
-        head = ["start: call" + more, f"call: {_literal(style.opening)} body"]
+        head = ["start: calls", *only_calls]
+    elif answer is not None:
+        head, answers = ["start: calls | answer", *only_calls], answer.parts
     else:
-        rest = style.opening[len(style.trigger) :]
-        head = [
-            "start: call* text" if several else "start: call | text",
-            "text: TEXT",
-            f"call: trigger {_literal(rest)} body",
-            f"trigger[lazy]: TEXT {_literal(style.trigger)}",
-            r"TEXT: /(.|\n)*/",
-        ]
+        head = _free_text(style, several)
     any_body = "body: " + " | ".join(f"body_{place}" for place in range(len(choice.tools)))
     lark = ["\n".join(["%llguidance {}", *head, any_body, ""])]
     for place, tool in enumerate(choice.tools):
         lark[-1] += f"body_{place}: {_literal(tool.name + style.middle)} "
         lark.append(f" {_literal(style.closing)}\n")
-    return GrammarSpec("tools", tuple(tool.schema for tool in choice.tools), tuple(lark))
+    for _ in answers:
+        lark[-1] += "answer: "
+        lark.append("\n")
+    return GrammarSpec("tools", (*(tool.schema for tool in choice.tools), *answers), tuple(lark))
+
+
+def _free_text(style: ToolFormat, several: bool) -> list[str]:
+    return [
+        "start: call* text" if several else "start: call | text",
+        "text: TEXT",
+        f"call: trigger {_literal(style.opening[len(style.trigger) :])} body",
+        f"trigger[lazy]: TEXT {_literal(style.trigger)}",
+        r"TEXT: /(.|\n)*/",
+    ]
 
 
 def _literal(text: str) -> str:

@@ -148,6 +148,27 @@ async def test_earlier_calls_and_their_results_are_part_of_the_conversation(
     assert '"description": "The weather of a city."' in prompt
 
 
+@pytest.mark.parametrize(
+    ("choice", "answers"),
+    [("auto", {'{"a": 1}': True, SECOND: True, "text": False}), ("required", {'{"a": 1}': False, SECOND: True})],
+)
+async def test_with_tools_and_a_schema_an_answer_is_calls_or_follows_the_schema(
+    client: openai.AsyncOpenAI, served: Served, choice: Any, answers: dict[str, bool]
+) -> None:
+    shape = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    for text, permitted in answers.items():
+        says(served, text)
+        answer = await client.chat.completions.create(
+            model="tiny", messages=HI, tools=[NOW], tool_choice=choice, max_tokens=200,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": shape}},
+        )  # fmt: skip
+        assert bool(answer.choices[0].message.tool_calls) is (text == SECOND)
+        constraint = served.engine.requests[-1].constraint
+        assert constraint is not None
+        mask = constraint.mask()
+        assert bool(mask[ord(text[0]) // 8] & 1 << ord(text[0]) % 8) is permitted
+
+
 async def test_every_choice_has_a_grammar_state_of_its_own(client: openai.AsyncOpenAI, served: Served) -> None:
     await client.chat.completions.create(
         model="tiny", messages=HI, n=3, response_format={"type": "json_object"}, max_tokens=10
@@ -190,7 +211,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     (schema({"type": "string", "pattern": "(a|b)" * 300}), SCHEMA, "1000 characters"),
     (schema({"type": "string", "pattern": "("}), SCHEMA, "unclosed group"),
     (schema({"type": "string", "pattern": "^(?!-)[a-z]+$"}), SCHEMA, "look-around"),
-    ({**schema({"type": "object"}), "tools": [NOW]}, "response_format", "tool_choice"),
     ({**schema({"type": "object"}), "ignore_eos": True}, "ignore_eos", "response_format"),
     ({"tools": [NOW], "ignore_eos": True}, "ignore_eos", "tools"),
     ({"tools": [NOW] * 65}, "tools", "64"),
