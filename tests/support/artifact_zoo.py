@@ -68,9 +68,7 @@ def base_facts(*, layers: int = LAYERS, hidden: int = HIDDEN) -> BaseFacts:
     return BaseFacts.of(
         (
             *linears,
-            BaseModule(
-                "model.layers.0.moe.experts.gate_up_proj", 2 * INNER, hidden, ModuleKind.EXPERTS, 4, ("w1", "w3")
-            ),
+            BaseModule("layers.0.experts.gate_up_proj", 2 * INNER, hidden, ModuleKind.EXPERTS, 4, ("w1", "w3")),
             BaseModule("lm_head", VOCAB, hidden, ModuleKind.OUTPUT),
             BaseModule("model.embed_tokens", hidden, VOCAB, ModuleKind.EMBEDDING),
         ),

@@ -564,7 +564,8 @@ def test_only_a_terminal_failure_to_load_outlasts_its_runtime(reason: str, after
 def failing(reason: str, **more: Any) -> BaseObject:
     ready = {"type": "Ready", "status": "False", "reason": reason, "message": "as it is", "lastTransitionTime": "now"}
     conditions = [ready, *({**ready, "type": kind, "status": "True"} for kind in more.pop("also", ()))]
-    return replace(base(**more), status=BaseModelStatus.model_validate({"conditions": conditions}))
+    status = {"conditions": conditions, "modules": {"modules": []}}
+    return replace(base(**more), status=BaseModelStatus.model_validate(status))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_each_kind_that_is_not_plain_lora_is_refused_with_its_own_reason(
     [
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "embed_tokens has no lora_B"),
-        ("base_model.model.score.weight", "a whole matrix of the base"),
+        ("base_model.model.score.weight", "the output layer of a classifier"),
         (f"{Q0}.something", "not part of a LoRA"),
     ],
 )
