@@ -39,6 +39,8 @@ class RuntimeView:
     """True if the latest poll succeeded, or polls have failed only for a moment."""
     token_refused: bool = False
     """The runtime's last answer was that the operator's token is not valid."""
+    distrust: str = ""
+    """Why the certificate that it served last is refused; empty if it is trusted."""
     skew_s: float = 0.0
     """The operator's clock minus the runtime's."""
 
@@ -450,6 +452,8 @@ class ObservedBase:
     """When the credentials with which this process inspects sources changed last; 0 for never."""
     source_rules: SourceRules | None = None
     """The rules for the sources that its runtimes read; None: every one may be used with the shared rights."""
+    serves_tls: bool = False
+    """True if its new pods are to serve TLS."""
 
     @property
     def permission(self) -> Permission:
