@@ -168,6 +168,8 @@ class Reason(StrEnum):
     """The API server refuses to create or change an object of the base."""
     TOKEN_REFUSED = "TokenRefused"
     """A runtime does not accept the operator's token."""
+    CERTIFICATE_REFUSED = "CertificateRefused"
+    """The operator does not accept a runtime's certificate."""
 
 
 class FailureReason(StrEnum):

@@ -191,6 +191,12 @@ REASONS: Mapping[Reason, Explanation] = {
         "A runtime accepts none of the operator's tokens: it has not read the hashes of the present master token.",
         "Wait two minutes after a rotation. If it lasts, restart the pods: `kubectl rollout restart deployment`.",
     ),
+    Reason.CERTIFICATE_REFUSED: Explanation(
+        "A runtime serves with a certificate that has expired, is of another base, or is not signed by the release's "
+        "authority; the message says which. No request is sent to it.",
+        "Wait two minutes after a change of the authority. If it lasts, restart the pods and read the operator's log, "
+        "which says what keeps it from issuing certificates.",
+    ),
 }
 
 FAILURES: Mapping[FailureReason, Explanation] = {

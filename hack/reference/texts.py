@@ -5,7 +5,7 @@ The generator fails where a text is missing, and where one is left over.
 
 from __future__ import annotations
 
-from lorapool_api import common, poll_proof, protocol
+from lorapool_api import common, pod_address, poll_proof, protocol
 from lorapool_runtime.openai import encoding, request, tools
 
 PATTERNS = {
@@ -65,7 +65,8 @@ begins with `LORAPOOL_` and is not a setting of the process stops it. Each setti
 RUNTIME_PROTOCOL = f"""# Runtime protocol
 
 What gateway and operator send to a runtime. Every route needs the bearer token of its base unless it says otherwise.
-The port is {protocol.RUNTIME_PORT}.
+The port is {protocol.RUNTIME_PORT}. Its name in the pod is the scheme: `https` where the runtime serves TLS, with a
+certificate for `<uid of the base>.{pod_address.DOMAIN}`, else `http`.
 
 """
 

@@ -38,6 +38,9 @@ class Settings(ServingSettings):
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
     two lines, the current token and the previous one. A change is noticed without a restart."""
+    internal_ca_file: Path = Path("/etc/lorapool/internal-ca/ca.crt")
+    """File with the authorities (PEM) that sign the certificates of this release's runtimes. A change is noticed
+    without a restart. It may be missing where no runtime serves TLS."""
     kubeconfig: Path | None = None
     """Only needed outside a cluster; inside, the pod's service account is used."""
 

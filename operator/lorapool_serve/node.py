@@ -22,8 +22,9 @@ from pathlib import Path
 
 import aiohttp
 
+from lorapool_api.pod_address import PLAIN
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
-from lorapool_gateway.routing.objects import PORT_NAME, ObjectRef
+from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import ref_of
 from lorapool_operator.decisions.manifests import ENV_POD_UID, TOKEN_HASHES_FILE
 from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, POD, REPLICA_SET, Objects, Raw, object_of
@@ -186,7 +187,7 @@ class Node:
 
     def _show(self, pod: _Pod) -> None:
         """Writes Pod and ReplicaSet."""
-        port = {"name": PORT_NAME, "containerPort": pod.port}
+        port = {"name": PLAIN, "containerPort": pod.port}
         crashed = {"waiting": {"reason": "CrashLoopBackOff", "message": pod.problem}} if pod.problem else {}
         status = {
             "phase": "Running",

@@ -81,6 +81,9 @@ class RuntimeSettings(ServingSettings):
     token_sha256_file: Annotated[Path | None, Env(ENV_TOKEN_SHA256_FILE)] = None
     """A file with the SHA-256 (hex) of each valid bearer token, one per line. It is read again when it changes, so that
     a token can be replaced without a restart. Excludes `token_sha256`."""
+    tls_dir: Path | None = None
+    """Folder with tls.crt and tls.key, with which requests are served over HTTPS. They are read again when they change.
+    None: plain HTTP. Without a usable certificate, the runtime does not start."""
     pod_uid: str | None = Field(default=None, max_length=128)
     """Uid of this pod, which the runtime proves when it is polled. None: polls need the bearer token."""
     body_max_bytes: int = Field(default=4 * 2**20, ge=1024)

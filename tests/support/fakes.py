@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -120,6 +121,8 @@ class FakeRuntime:
     """What it reports of its base; None: it has no such route, as an earlier version."""
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
     port: int = 0
+    tls: ssl.SSLContext | None = None
+    """Serves HTTPS with it."""
     _runner: web.AppRunner | None = None
     _seq: int = 1
     _in_flight: int = 0
@@ -128,7 +131,7 @@ class FakeRuntime:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     # --- for tests
 
@@ -176,7 +179,7 @@ class FakeRuntime:
         runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         self._runner = runner
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self.port = int(runner.addresses[0][1])
         try:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import queue
+import ssl
 import threading
 import time
 from collections import Counter
@@ -417,15 +418,17 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
 
 
 @contextlib.asynccontextmanager
-async def listening(runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app) -> AsyncIterator[str]:
+async def listening(
+    runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     """Serves `runtime` on a free port of loopback; yields its URL."""
     runner = web.AppRunner(
         make(runtime), access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.5
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -438,6 +441,7 @@ async def serving(
     store: FakeStore | None = None,
     clock: Clock | None = None,
     sweep: bool = False,
+    tls: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """A whole runtime with a fake engine and store, over a real socket."""
@@ -449,7 +453,7 @@ async def serving(
     runtime.serve(LoadedBase(engine, tokenizer, grammars, store, digest_of_name("base")))
     sweeping = asyncio.create_task(runtime.sweep_forever()) if sweep else None
     try:
-        async with listening(runtime) as url:
+        async with listening(runtime, tls=tls) as url:
             yield Served(url, runtime, engine, store)
     finally:
         if sweeping is not None:

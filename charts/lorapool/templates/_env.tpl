@@ -84,6 +84,8 @@
   value: {{ .Values.apiKeys.whenStale }}
 - name: LORAPOOL_GATEWAY_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
+- name: LORAPOOL_GATEWAY_INTERNAL_CA_FILE
+  value: /etc/lorapool/internal-ca/ca.crt
 - name: LORAPOOL_GATEWAY_LOG_LEVEL
   value: {{ $gateway.logLevel }}
 - name: LORAPOOL_GATEWAY_MAX_BODY_BYTES
@@ -144,6 +146,10 @@
   value: {{ .Values.artifacts.namespaceCredentials | quote }}
 - name: LORAPOOL_OPERATOR_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
+- name: LORAPOOL_OPERATOR_INTERNAL_CA_DIR
+  value: /etc/lorapool/internal-ca
+- name: LORAPOOL_OPERATOR_INTERNAL_TLS
+  value: {{ .Values.internalTLS.enabled | quote }}
 - name: LORAPOOL_OPERATOR_LOG_LEVEL
   value: {{ $operator.logLevel }}
 - name: LORAPOOL_OPERATOR_LOG_FORMAT

@@ -30,12 +30,14 @@ from lorapool_api.protocol import (
     ResolveRequest,
     RuntimeSnapshot,
 )
+from lorapool_api.tls import ReleaseTrust
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.runtime_calls import (
     RuntimeCallError,
     RuntimeClient,
     RuntimeGoneError,
     RuntimeRefusedError,
+    RuntimeUntrustedError,
 )
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
 from lorapool_operator.world.compact import compact_report
@@ -71,6 +73,8 @@ class _Polled:
     """The last answer was that the operator's token is not valid."""
     asked_modules: str = ""
     """Boot id of the process that was asked for the modules of the base."""
+    distrust: str = ""
+    """Why the certificate that it served last is refused; empty if it is trusted."""
     viewed: tuple[tuple[object, ...], AdapterOnReplica] | None = None
     """The last view of it, without reports, and what it shows: each of thousands of plans asks for it."""
 
@@ -104,6 +108,7 @@ class RuntimeTracker:
         changed: RuntimeChanged,
         turn: Callable[[], Awaitable[None]] = _at_once,
         fence: Fence | None = None,
+        trust: ReleaseTrust | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
@@ -115,7 +120,7 @@ class RuntimeTracker:
         self._turn = turn
         self._settings = settings
         self._changed = changed
-        self._client = RuntimeClient(tokens, timeout_s=settings.timeout_s, fence=fence or Fence())
+        self._client = RuntimeClient(tokens, timeout_s=settings.timeout_s, fence=fence or Fence(), trust=trust)
         self._clock = clock
         self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
@@ -269,7 +274,8 @@ class RuntimeTracker:
 
     def _view(self, polled: _Polled) -> AdapterOnReplica:
         """Returns the present view of a runtime, without reports."""
-        shown = (polled.pod, polled.snapshot, self._fresh(polled), polled.token_refused, polled.skew_s)
+        refused = (polled.token_refused, polled.distrust)
+        shown = (polled.pod, polled.snapshot, self._fresh(polled), *refused, polled.skew_s)
         if polled.viewed is None or polled.viewed[0] != shown:
             polled.viewed = (shown, AdapterOnReplica(_make_view(*shown), ()))
         return polled.viewed[1]
@@ -331,8 +337,12 @@ class RuntimeTracker:
             polled.failing_since = now
             log.info("runtime does not answer", extra={"replica": polled.pod.meta.name, "error": str(error)[:200]})
         refused = isinstance(error, RuntimeRefusedError) and error.status in (401, 403)
-        if refused != polled.token_refused:
-            polled.token_refused = refused
+        distrust = str(error) if isinstance(error, RuntimeUntrustedError) else ""
+        if distrust and not polled.distrust:
+            where = {"base": str(polled.pod.base), "replica": polled.pod.meta.name}
+            log.error("runtime is not trusted", extra={**where, "error": distrust})
+        if (refused, distrust) != (polled.token_refused, polled.distrust):
+            polled.token_refused, polled.distrust = refused, distrust
             self._changed(polled.pod.base, (), urgent=True, serving=False)
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
@@ -344,7 +354,7 @@ class RuntimeTracker:
         if snapshot.now_unix_s is not None:
             polled.skew_s = clock_skew(polled.skew_s, self._now_unix_s() - snapshot.now_unix_s)
         recovered = polled.failing_since is not None
-        polled.failing_since, polled.stale_reported, polled.token_refused = None, False, False
+        polled.failing_since, polled.stale_reported, polled.token_refused, polled.distrust = None, False, False, ""
         restarted = before is not None and before.boot_id != snapshot.boot_id
         changed = _changed_reports(polled.reports, snapshot)
         for uid, (old, new) in changed.items():
@@ -435,7 +445,7 @@ def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) ->
 
 
 def _make_view(
-    pod: PodObject, snapshot: RuntimeSnapshot | None, fresh: bool, token_refused: bool, skew_s: float
+    pod: PodObject, snapshot: RuntimeSnapshot | None, fresh: bool, token_refused: bool, distrust: str, skew_s: float
 ) -> RuntimeView:
     return RuntimeView(
         pod=pod.meta.name,
@@ -445,6 +455,7 @@ def _make_view(
         snapshot=snapshot,
         fresh=fresh,
         token_refused=token_refused,
+        distrust=distrust,
         skew_s=skew_s,
     )
 

@@ -40,6 +40,8 @@ class RuntimeView:
     """True if the latest poll succeeded, or polls have failed only for a moment."""
     token_refused: bool = False
     """The runtime's last answer was that the operator's token is not valid."""
+    distrust: str = ""
+    """Why the certificate that it served last is refused; empty if it is trusted."""
     skew_s: float = 0.0
     """The operator's clock minus the runtime's."""
 
@@ -464,6 +466,8 @@ class ObservedBase:
     """The rules for the sources that its runtimes read; None: every one may be used with the shared rights."""
     modules: BaseModules | None = None
     """What adapters may name in it, if a runtime reported it to this process."""
+    serves_tls: bool = False
+    """True if its new pods are to serve TLS."""
 
     @property
     def permission(self) -> Permission:
