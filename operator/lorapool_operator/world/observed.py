@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.chat import chat_hash
 from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
@@ -301,6 +302,8 @@ def adapter_fingerprint(adapter: AdapterObject, base: BaseObject, rights: Rights
     by_runtime = runtime_reads_source(adapter, base)
     if by_runtime:
         parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
+    if said := chat_hash(adapter.spec.chat_template, adapter.spec.generation):
+        parts.append(said)  # a template that cannot be used is a failure which another one heals
     against = "" if by_runtime or base.status.modules is not None else UNCHECKED
     return f"{fingerprint_origin(base, rights)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}{against}"
 
