@@ -14,6 +14,7 @@ from enum import StrEnum
 from pydantic import ConfigDict, Field
 
 from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.chat import BaseChatTemplate, ChatReport, ChatTemplate, Generation, chat_hash
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, duration_s
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 
@@ -110,11 +111,29 @@ class AdapterDescriptor(ApiModel):
     """Load immediately and never evict (minReplicas > 0 and this is a preferred replica)."""
     load: bool = False
     """Load immediately, without waiting for a request."""
+    chat_template: ChatTemplate | None = None
+    """In place of the template in the files."""
+    generation: Generation | None = None
+    """In place of the stop tokens that the files name."""
+
+    @property
+    def chat_hash(self) -> str:
+        """Identifies what the object says about chats; empty where it says nothing."""
+        return chat_hash(self.chat_template, self.generation)
 
     @property
     def namespace(self) -> str:
         """The namespace of the adapter, which decides with whose rights its source is read."""
         return self.display.partition("/")[0]
+
+
+class BaseChat(ApiModel):
+    """The file `LORAPOOL_RUNTIME_CHAT_FILE`: what a BaseModel says about chats. Read again when it changes."""
+
+    chat_template: BaseChatTemplate | None = None
+    """In place of the template in the base's files."""
+    generation: Generation | None = None
+    """Tokens that end answers besides those that the base's files name."""
 
 
 class Preload(ApiModel):
@@ -179,6 +198,10 @@ class AdapterReport(ApiModel):
     """End of its last request."""
     failure: ErrorDetail | None = None
     """Why the last load failed."""
+    chat: ChatReport | None = None
+    """The chat template and stop tokens in use; absent until the files were read."""
+    chat_hash: str = ""
+    """`AdapterDescriptor.chat_hash` of the descriptor that it has now."""
     usage: UsagePart
     """Usage of this uid with any digest, counted by this process since its start."""
 
@@ -203,6 +226,8 @@ class BaseReport(ApiModel):
     """Tokens of prompt and completion together."""
     dtype: str
     """Type of the weights."""
+    chat: ChatReport | None = None
+    """The chat template and stop tokens in use; absent until the base is loaded."""
 
 
 class StartupPhase(StrEnum):
@@ -465,4 +490,6 @@ def descriptor_of(
         idle_after_s=duration_s(idle_after),
         pinned=pinned,
         load=load,
+        chat_template=spec.chat_template,
+        generation=spec.generation,
     )

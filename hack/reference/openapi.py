@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapool_api import openai, protocol
-from lorapool_runtime.openai import json_body, request, tools
+from lorapool_runtime.openai import json_body, messages, request, template_options, tools
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 ANY_OBJECT: Schema = {"type": "object"}
 TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_.:/-]{1,128}$"}
 FUNCTION: Schema = {
     "type": "object",
     "required": ["name"],
@@ -39,12 +39,16 @@ def one_of(kind: str, **properties: Schema) -> Schema:
     return {"type": "object", "required": list(own), "additionalProperties": False, "properties": own}
 
 
-CALL = {**one_of("function", id=TEXT, function={"type": "object", "required": ["name", "arguments"],
-        "properties": {"name": NAME, "arguments": TEXT}})}  # fmt: skip
+CALL = {**one_of("function", id=TEXT, function={"type": "object", "required": ["name"],
+        "properties": {"name": {"type": "string", "minLength": 1}, "arguments": {}}})}  # fmt: skip
 CONTENT: Schema = {
-    "anyOf": [TEXT, {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"],
+    "anyOf": [TEXT, {"type": "array", "items": {"type": "object", "required": ["type", "text"],
               "properties": {"type": {"const": "text"}, "text": TEXT}}}]
 }  # fmt: skip
+
+
+OR_NULL: Schema = {"anyOf": [*CONTENT["anyOf"], {"type": "null"}]}
+SAID: Schema = {"type": ["string", "null"]}
 
 
 def message(roles: list[str], required: list[str], **more: Schema) -> Schema:
@@ -54,20 +58,21 @@ def message(roles: list[str], required: list[str], **more: Schema) -> Schema:
 
 MESSAGE: Schema = {
     "anyOf": [
-        message([role for role in request.ROLES if role not in ("assistant", "tool")], ["content"]),
-        message(["assistant"], ["content"]),
+        message([role for role in messages.ROLES if role not in ("assistant", "tool", "function")], ["content"]),
         message(
             ["assistant"],
-            ["tool_calls"],
-            content={"anyOf": [*CONTENT["anyOf"], {"type": "null"}]},
-            tool_calls={"type": "array", "minItems": 1, "items": CALL},
+            [],
+            content=OR_NULL,
+            tool_calls={"anyOf": [{"type": "array", "items": CALL}, {"type": "null"}]},
+            refusal=SAID,
+            **dict.fromkeys(messages.REASONING_FIELDS, SAID),
         ),
-        message(["tool"], ["content", "tool_call_id"], tool_call_id={"type": "string", "minLength": 1}),
+        message(["tool", "function"], [], content=OR_NULL, tool_call_id=SAID),
     ]
 }
 NESTED: Mapping[str, Schema] = {
     "model": {"type": "string", "minLength": 1},
-    "messages": {"type": "array", "minItems": 1, "maxItems": request.MAX_MESSAGES, "items": MESSAGE},
+    "messages": {"type": "array", "minItems": 1, "maxItems": messages.MAX_MESSAGES, "items": MESSAGE},
     "prompt": {
         "anyOf": [
             {"type": "string", "minLength": 1},
@@ -98,6 +103,13 @@ NESTED: Mapping[str, Schema] = {
             },
         ]
     },
+    "stop_token_ids": {**TOKEN_IDS, "minItems": 0, "maxItems": request.MAX_STOP_TOKEN_IDS},
+    "chat_template_kwargs": {
+        "type": "object",
+        "maxProperties": template_options.MAX_KWARGS,
+        "propertyNames": {"enum": ["enable_thinking", "thinking", "documents"]},
+    },
+    "reasoning_effort": {"enum": list(template_options.REASONING_EFFORTS)},
     "logit_bias": {
         "type": "object",
         "maxProperties": request.MAX_LOGIT_BIAS,
@@ -133,6 +145,8 @@ NESTED: Mapping[str, Schema] = {
         ]
     },
     "parallel_tool_calls": {"type": "boolean"},
+    "skip_special_tokens": {"type": "boolean"},
+    "add_generation_prompt": {"type": "boolean"},
 }
 REQUIRED = {"model", "messages", "prompt"}
 PARTS: Schema = {
@@ -331,7 +345,7 @@ def _reads(name: str, summary: str, answer: Schema, parameters: list[Schema]) ->
 def _request(body: RecordingBody) -> Schema:
     own = {name: _parameter(name, body) for name in texts.PARAMETERS if name in body.known}
     labels: dict[str, Schema] = {name: {} for name in sorted(json_body._LABELS)}
-    neutral = {name: {"enum": list(values)} for name, values in json_body._NEUTRAL.items()}
+    neutral = {name: {"enum": list(values)} for name, values in json_body._NEUTRAL.items() if name not in own}
     return {
         "type": "object",
         "required": [name for name in own if name in REQUIRED],

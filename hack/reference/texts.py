@@ -6,7 +6,7 @@ The generator fails where a text is missing, and where one is left over.
 from __future__ import annotations
 
 from lorapool_api import common, pod_address, poll_proof, protocol
-from lorapool_runtime.openai import encoding, request, tools
+from lorapool_runtime.openai import encoding, messages, request, template_options, tools
 
 PATTERNS = {
     common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
@@ -204,8 +204,9 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
 
 PARAMETERS: dict[str, str] = {
     "model": "A name as `GET /v1/models` lists it; an adapter also by its short name where that is unambiguous.",
-    "messages": f"1 to {request.MAX_MESSAGES} messages of the roles {', '.join(request.ROLES)}; content is text "
-    "or a list of text parts. `developer` is read as `system`.",
+    "messages": f"1 to {messages.MAX_MESSAGES} messages of the roles {', '.join(messages.ROLES)}; content is text "
+    "or a list of text parts. `developer` is read as `system`, `function` as `tool`. Fields that other servers and "
+    "clients add to earlier messages are accepted; `reasoning_content` and `reasoning` are passed to the template.",
     "prompt": f"A string, a list of token ids, or a list of at most {request.MAX_SEQUENCES} of these. Prompts times "
     f"`n` are at most {request.MAX_SEQUENCES}.",
     "stream": "Server-sent events, one chunk for each piece of text.",
@@ -223,7 +224,20 @@ PARAMETERS: dict[str, str] = {
     "top_k": "0 and -1: off. Not OpenAI's.",
     "min_p": "Least probability relative to the most likely token. Not OpenAI's.",
     "seed": "Makes sampling repeatable for the same request on the same weights.",
-    "stop": f"A string, or at most {request.MAX_STOPS} strings of 1 to {request.MAX_STOP_CHARS} characters.",
+    "stop": f"A string or at most {request.MAX_STOPS} strings of 1 to {request.MAX_STOP_CHARS} characters; a control "
+    "token by its text too.",
+    "stop_token_ids": f"At most {request.MAX_STOP_TOKEN_IDS} ids of tokens that end an answer, also with `ignore_eos`. "
+    "Not OpenAI's.",
+    "skip_special_tokens": "False: control tokens are part of the text. Default: true. Not OpenAI's.",
+    "include_stop_str_in_output": "The stop string, or the token that ended the answer, is part of the text. Not "
+    "OpenAI's.",
+    "chat_template_kwargs": f"At most {template_options.MAX_KWARGS} variables for the chat template, such as "
+    "`enable_thinking`; those that the server sets itself are refused. Not OpenAI's.",
+    "reasoning_effort": f"One of {', '.join(template_options.REASONING_EFFORTS)}: passed to the chat template, with "
+    "`enable_thinking` false for `none` and true for the others. Without effect on a template that reads neither.",
+    "add_generation_prompt": "Whether the prompt ends with the beginning of the assistant's turn. Default: true, but "
+    "false with `continue_final_message`. Not OpenAI's.",
+    "continue_final_message": "The answer continues the last message, which is the assistant's. Not OpenAI's.",
     "logprobs": f"Chat: true or false. Completions: the number of most likely tokens, 0 to {request.MAX_TOP_LOGPROBS}.",
     "top_logprobs": "Needs `logprobs`.",
     "presence_penalty": "Subtracted once for a token that occurred.",
@@ -255,7 +269,8 @@ ERROR_CODES: dict[str, str] = {
     "after `Retry-After`.",
     "bodies_exceeded": "The gateway holds as many bytes of bodies as `gateway.maxHeldBodyBytes` allows. Try again.",
     "body_timeout": "The client sent its body too slowly.",
-    "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
+    "chat_template_refused": "The model's chat template does not accept these messages; the message says why.",
+    "chat_template_timeout": "The model's chat template did not end in time. It is not tried again for a minute.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",
     "context_length_exceeded": "The prompt is longer than the context. Shorten it.",
     "deadline_exceeded": "The request took longer than `gateway.deadlineSeconds`. Ask for fewer tokens.",
@@ -275,7 +290,7 @@ ERROR_CODES: dict[str, str] = {
     "keys_stale": "The API server has not confirmed the API keys for longer than `apiKeys.maxAgeSeconds`, and "
     "`apiKeys.whenStale` is `refuse`.",
     "model_not_found": "There is no such model, or the key may not use it, or its short name means several models.",
-    "no_chat_template": "The base has no chat template. Use `/v1/completions`.",
+    "no_chat_template": "The model has no chat template. Use `/v1/completions`, or set spec.chatTemplate.",
     "no_slot": "All slots of the base are in use or pinned. Raise spec.lora.slots or spec.scaling.maxReplicas.",
     "not_found": "There is no such route; the message says what to use instead, where it is known.",
     "payload_too_large": "The body is larger than `gateway.maxBodyBytes`.",

@@ -41,16 +41,20 @@ BASE_WEIGHTS = "model.safetensors"
 BASE_INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "added_tokens.json",
 )
+CHAT_FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, GENERATION_CONFIG)
+"""What an adapter may bring besides its matrices."""
 SHARD = re.compile(r"^model-(\d{5})-of-(\d{5})\.safetensors$")
 
 MAX_FOLDERS = 5
@@ -83,12 +87,21 @@ def digest_of(files: Sequence[RemoteFile]) -> str | None:
     return artifact_digest(known) if files and len(known) == len(files) else None
 
 
+def files_of(expected_digest: str | None, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """The files of an adapter that a digest identifies: all, or the weights and their config alone.
+
+    A digest that was pinned or recorded when only these two were read keeps its meaning. All, if a hash is unknown.
+    """
+    weights = tuple(file for file in files if file.name not in CHAT_FILES)
+    return weights if expected_digest is not None and digest_of(weights) == expected_digest else tuple(files)
+
+
 def _adapter_names(by_name: Mapping[str, RemoteFile], where: str) -> set[str]:
     if ADAPTER_WEIGHTS not in by_name:
         raise _without_weights(by_name, where, ADAPTER_WEIGHTS, "adapter")
     if ADAPTER_CONFIG not in by_name:
         raise refusal("no-config", where=where, wanted=ADAPTER_WEIGHTS)
-    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS, *CHAT_FILES}
 
 
 def _base_names(by_name: Mapping[str, RemoteFile], where: str) -> set[str]:

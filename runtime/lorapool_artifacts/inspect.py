@@ -27,6 +27,7 @@ from lorapool_artifacts.files import (
     ArtifactKind,
     RemoteFile,
     digest_of,
+    files_of,
     select_files,
 )
 from lorapool_artifacts.header import (
@@ -168,7 +169,7 @@ def inspect_adapter_source(
     check_total(files, limits.max_bytes, source.where)
     by_name = {file.name: file for file in files}
     raw = read_json(source, by_name[ADAPTER_CONFIG])
-    files = _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest())
+    files = files_of(expected_digest, _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest()))
     digest = digest_of(files)
     if digest is not None:
         check_digest(digest, expected_digest, source.where)
@@ -182,7 +183,8 @@ def inspect_adapter_source(
         result = check_compatibility(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
         del prefix, header, shapes
     if result.ok and digest is None:
-        digest = digest_of(with_hashes(source, files))
+        files = files_of(expected_digest, with_hashes(source, files))
+        digest, size_bytes = digest_of(files), sum(file.size_bytes for file in files)
         check_digest(digest, expected_digest, source.where)
     return AdapterInspection(source.revision, digest, result.rank, result.target_modules, size_bytes, result)
 

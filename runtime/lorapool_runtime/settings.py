@@ -154,8 +154,11 @@ class RuntimeSettings(ServingSettings):
     """Even when idle, `draining` is reported for this long, so that gateways learn it before the socket closes."""
 
     # --- prompts ------------------------------------------------------------------------
+    chat_file: Path | None = None
+    """A JSON file (`BaseChat`) with the chat template and stop tokens of the BaseModel, read again when it changes. The
+    operator writes it. None or a missing file: the base's files decide."""
     template_timeout_s: float = Field(default=5.0, gt=0)
-    """Longest rendering of a chat template."""
+    """Longest rendering of a chat template. One that takes longer is stopped, and refused for a minute."""
     grammar_timeout_s: float = Field(default=5.0, gt=0)
     """Longest compilation of a schema or of tools, including the wait for others; milliseconds are usual."""
     tokenize_threads: int = Field(default=2, ge=1, le=32)

@@ -26,9 +26,10 @@ from lorapool_artifacts.writer_folders import remove_dead
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.engines.choose import EngineFactory
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.tokenizer import Tokenizer
-from lorapool_runtime.serving.service import LoadedBase
+from lorapool_runtime.serving.service import LoadedBase, read_base_chat
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.startup_progress import StartupProgress
 
@@ -80,6 +81,8 @@ def bring_up(
     tokenizer = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
+    formats = ChatFormats(tokenizer, rows=engine.facts.vocab_size, eos_ids=engine.facts.eos_token_ids)
+    formats.use_base(read_base_chat(settings.chat_file))
     grammars = GrammarCompiler(
         tokenizer.grammar_json(),
         vocab_size=engine.facts.vocab_size,
@@ -94,7 +97,7 @@ def bring_up(
     access = SourceAccess(sources, settings.source_rules_file)
     store = DiskStore(cache, facts, access, max_rank=settings.max_rank, fetch_limits=limits)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
-    return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
+    return LoadedBase(engine, tokenizer, formats, grammars, store, folder.digest)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ into a slot in use). `serving` runs the real server over a real socket.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -53,7 +54,10 @@ from lorapool_runtime.engines.interface import (
     TokenOutput,
     TokenSink,
 )
+from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.openai.grammar import GrammarCompiler
+from lorapool_runtime.openai.template_process import TemplateProcesses
 from lorapool_runtime.openai.tokenizer import Tokenizer as BaseTokenizer
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
@@ -302,6 +306,8 @@ class FakeStore:
     """Per URI, the errors of the next fetches, one each; when empty, fetches succeed."""
     digests: dict[str, str] = field(default_factory=dict)
     """Per URI, the digest of a source that holds another one than requested."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Per URI, the folder with files that are really there; others are invented."""
     fetches: Counter[str] = field(default_factory=Counter)
     disk: set[str] = field(default_factory=set)
     credentials: NamespaceCredentials = field(default_factory=NamespaceCredentials)
@@ -314,7 +320,9 @@ class FakeStore:
         tier = Tier.DISK if digest in self.disk else Tier.SOURCE
         self.disk.add(digest)
         tag = source.uri.rpartition("/")[2]
-        return StoredAdapter(Path("/fake") / tag, self.digests.get(source.uri, digest), tier)
+        return StoredAdapter(
+            self.folders.get(source.uri, Path("/fake") / tag), self.digests.get(source.uri, digest), tier
+        )
 
     @contextlib.contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
@@ -397,9 +405,26 @@ def settings_for_tests(**changes: Any) -> RuntimeSettings:
 
 
 @functools.cache
+def template_processes() -> TemplateProcesses:
+    """Shared by all tokenizers of this process; they end with it."""
+    made = TemplateProcesses(2, 4.0)
+    atexit.register(made.close)
+    return made
+
+
+@functools.cache
 def tokenizer_of(folder: Path) -> BaseTokenizer:
     """Loaded once per folder, which takes a quarter of a second. It keeps no state."""
-    return BaseTokenizer(folder, threads=2, timeout_s=5.0)
+    return BaseTokenizer(folder, threads=2, timeout_s=5.0, processes=template_processes())
+
+
+def formats_of(folder: Path) -> ChatFormats:
+    return ChatFormats(tokenizer_of(folder), rows=VOCAB, eos_ids={EOS})
+
+
+def chat_of(folder: Path) -> ChatFormat:
+    """The format of the base's own template."""
+    return formats_of(folder).base
 
 
 async def acquire(manager: AdapterManager, key: AdapterKey) -> Lease:
@@ -450,7 +475,7 @@ async def serving(
     engine.start()
     tokenizer = tokenizer_of(tokenizer_folder)
     grammars = GrammarCompiler(tokenizer.grammar_json(), vocab_size=VOCAB, eos_token_ids={EOS}, timeout_s=5.0)
-    runtime.serve(LoadedBase(engine, tokenizer, grammars, store, digest_of_name("base")))
+    runtime.serve(LoadedBase(engine, tokenizer, formats_of(tokenizer_folder), grammars, store, digest_of_name("base")))
     sweeping = asyncio.create_task(runtime.sweep_forever()) if sweep else None
     try:
         async with listening(runtime, tls=tls) as url:

@@ -6,6 +6,7 @@ Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or start
 
 from __future__ import annotations
 
+from lorapool_api.chat import ChatReport
 from lorapool_api.common import AdapterCondition, FailureReason, Reason, set_conditions
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
@@ -17,7 +18,7 @@ from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
 from lorapool_operator.world.cluster_cache import find_condition
-from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter, SourceFacts
 
 COMPATIBILITY = frozenset(
     {
@@ -71,6 +72,7 @@ def status_of(
         loaded=f"{on_device}/{max(observed.min_replicas, on_device, 1)}",
         replicas=replicas,
         placement=placement,
+        chat=_chat(observed, facts),
         last_used=before.last_used,
         usage=before.usage,
         failure=validity.failure,
@@ -125,6 +127,15 @@ def _with_usage(
         return None, due
     update = {"usage": folded, "last_used": iso(last) if newer else before.last_used}
     return after.model_copy(update=update), None
+
+
+def _chat(observed: ObservedAdapter, facts: SourceFacts | None) -> ChatReport | None:
+    """Returns how the runtimes write requests for these files; what was observed last while none has read them."""
+    before, digest = observed.adapter.status, facts.digest if facts is not None else None
+    reports = [replica.report(digest) for replica in observed.holders if replica.runtime.current is not None]
+    found = next((report.chat for report in reports if report is not None and report.chat is not None), None)
+    same = before.digest == digest and before.observed_generation == observed.adapter.meta.generation
+    return found or (before.chat if same else None)
 
 
 def _replicas(observed: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:

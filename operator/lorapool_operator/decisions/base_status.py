@@ -7,6 +7,7 @@ replica serves. `Stalled` and `Reconciling` follow kstatus.
 from __future__ import annotations
 
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, StartStatus
+from lorapool_api.chat import ChatReport
 from lorapool_api.common import BaseCondition, Reason, set_conditions
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import starts
@@ -56,6 +57,7 @@ def status_of(
         state=values[BaseCondition.READY.value][1],
         adapters=counts(observed),
         pods=_pods(observed),
+        chat=_chat(observed),
         start=start,
         last_used=before.last_used,
     )
@@ -69,6 +71,12 @@ def status_of(
             return after.model_copy(update={"last_used": iso(last)}), None
         return None, shown + settings.usage_interval_s
     return (after if after != before else None), None
+
+
+def _chat(observed: ObservedBase) -> ChatReport | None:
+    """Returns how a runtime writes requests for the base; what was observed last while none serves."""
+    reports = [runtime.current.base.chat for runtime in observed.runtimes if runtime.current is not None]
+    return next((report for report in reports if report is not None), observed.base.status.chat)
 
 
 def _only_pending(observed: ObservedBase, source: BaseSource) -> bool:

@@ -32,6 +32,7 @@ from lorapool_api.protocol import (
     ROUTE_METRICS,
     ROUTE_READY,
     RUNTIME_PORT,
+    BaseChat,
     PreloadList,
 )
 from lorapool_artifacts.policy import SourceRules
@@ -51,6 +52,8 @@ TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
 PRELOAD_FILE = "preload.json"
 SOURCE_RULES_FILE = "source-rules.json"
+CHAT_FILE = "chat.json"
+ENV_CHAT_FILE = "LORAPOOL_RUNTIME_CHAT_FILE"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
@@ -112,12 +115,14 @@ def content_hash(manifest: Manifest) -> str:
 
 
 def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, preload: PreloadList) -> Manifest:
-    """Returns the ConfigMap with the hashes of the accepted bearer tokens, the rules for sources, and what new pods
-    load first.
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens, the rules for sources, what the base says
+    about chats, and what new pods load first.
 
     A change of it restarts no pod.
     """
     hot = {PRELOAD_FILE: json.dumps(preload.dump(), sort_keys=True)} if preload.adapters else {}
+    chat = BaseChat(chat_template=base.spec.chat_template, generation=base.spec.generation)
+    said = {CHAT_FILE: json.dumps(chat.dump(), sort_keys=True)} if chat != BaseChat() else {}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -126,6 +131,7 @@ def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, p
             TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256),
             SOURCE_RULES_FILE: rules.model_dump_json(by_alias=True, exclude_none=True),
             **hot,
+            **said,
         },
     }
 
@@ -345,6 +351,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_SOURCE_RULES_FILE", "value": f"{TOKEN_DIR}/{SOURCE_RULES_FILE}"})
+    ours.append({"name": ENV_CHAT_FILE, "value": f"{TOKEN_DIR}/{CHAT_FILE}"})
     ours.append({"name": ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
     ours += [
         {"name": "HOME", "value": "/tmp"},

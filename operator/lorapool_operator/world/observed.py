@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.chat import chat_hash
 from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
@@ -290,6 +291,8 @@ def adapter_fingerprint(adapter: AdapterObject, base: BaseObject, rights: Rights
     parts = [source.uri, source.revision or "", source.digest or "", adapter.meta.retry or ""]
     if runtime_reads_source(adapter, base):
         parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
+    if said := chat_hash(adapter.spec.chat_template, adapter.spec.generation):
+        parts.append(said)  # a template that cannot be used is a failure which another one heals
     return f"{fingerprint_origin(base, rights)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 

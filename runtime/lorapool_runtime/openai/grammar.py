@@ -39,23 +39,30 @@ _LIMITS: Mapping[str, Any] = {
 class Grammar:
     """A compiled grammar."""
 
-    def __init__(self, matcher: LLMatcher, relaxed: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, matcher: LLMatcher, relaxed: tuple[str, ...] = (), eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
         self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
         self.relaxed = relaxed
         """Where its schemas have keywords that are not enforced: parameter and path of each."""
 
-    def constraint(self) -> TokenConstraint:
-        """A new constraint for one sequence, with its own state."""
-        return _Constraint(self._matcher.deep_copy())
+    def constraint(self, end_ids: frozenset[int] = frozenset()) -> TokenConstraint:
+        """A new constraint for one sequence, with its own state. `end_ids` may end it wherever it may end."""
+        return _Constraint(self._matcher.deep_copy(), self._eos_token_ids, end_ids - self._eos_token_ids)
 
 
 class _Constraint:
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], further_ends: frozenset[int]) -> None:
         self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._further_ends = further_ends
 
     def mask(self) -> bytes:
-        bits = self._matcher.compute_bitmask()
+        bits: bytes = self._matcher.compute_bitmask()
         self._raise_if_failed()
+        if self._further_ends and any(bits[end // 8] >> end % 8 & 1 for end in self._eos_token_ids):
+            return _with(bits, self._further_ends)
         return bits
 
     def accept(self, token_id: int) -> None:
@@ -71,16 +78,25 @@ class _Constraint:
             raise ConstraintError(f"the grammar of this answer failed: {_reason(self._matcher.get_error())}")
 
 
+def _with(bits: bytes, token_ids: Iterable[int]) -> bytes:
+    changed = bytearray(bits)
+    for token_id in token_ids:
+        if token_id // 8 < len(changed):
+            changed[token_id // 8] |= 1 << token_id % 8
+    return bytes(changed)
+
+
 class GrammarCompiler:
     """Compiles in one worker thread, which first prepares the tokenizer (a second for a large vocabulary)."""
 
     def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Iterable[int], timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._pending = 0
         self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # used by the worker thread only
         self._tokenizer: Future[LLTokenizer] = self._pool.submit(
-            _make_tokenizer, tokenizer_json, vocab_size, sorted(eos_token_ids)
+            _make_tokenizer, tokenizer_json, vocab_size, sorted(self._eos_token_ids)
         )
 
     def close(self) -> None:
@@ -124,12 +140,13 @@ class GrammarCompiler:
     def _grammar(self, spec: GrammarSpec) -> Grammar:
         matcher = self._matcher(spec.text([part.schema for part in spec.parts]), is_schema=not spec.lark)
         if not matcher.is_error():
-            return Grammar(matcher)
+            return Grammar(matcher, (), self._eos_token_ids)
         parts = [self._relaxed(part) for part in spec.parts]
         matcher = self._matcher(spec.text([schema for schema, _ in parts]), is_schema=not spec.lark)
         if matcher.is_error():
             raise _refusal(spec.param, matcher.get_error())
-        return Grammar(matcher, tuple(path for _, dropped in parts for path in dropped))
+        unenforced = tuple(path for _, dropped in parts for path in dropped)
+        return Grammar(matcher, unenforced, self._eos_token_ids)
 
     def _relaxed(self, part: SchemaPart) -> tuple[str, tuple[str, ...]]:
         """The schema that is enforced for this one, and where it has less. Raises InvalidRequestError."""

@@ -14,30 +14,33 @@ from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import SamplingParams
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
-from lorapool_runtime.openai.tools import ToolChoice, parse_earlier_calls, parse_response_format, parse_tools
+from lorapool_runtime.openai.messages import Message, parse_messages
+from lorapool_runtime.openai.template_options import TemplateOptions, parse_template_options
+from lorapool_runtime.openai.tools import ToolChoice, parse_response_format, parse_tools
 
 MAX_N = 8
 MAX_SEQUENCES = 64
 """prompts x n of one request."""
-MAX_MESSAGES = 2048
 MAX_STOPS = 8
 MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat's is all that fits."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _SHARED = frozenset(
     {
         "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
         "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
-        "ignore_eos", "min_tokens", "response_format",
+        "ignore_eos", "min_tokens", "response_format", "stop_token_ids", "skip_special_tokens",
+        "include_stop_str_in_output",
     }
 )  # fmt: skip
-_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+_CHAT = _SHARED | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+    "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message",
+}  # fmt: skip
 _COMPLETION = _SHARED | {"prompt", "echo"}
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 
@@ -60,6 +63,12 @@ class ParsedRequest:
     """As the body gives them. `encoding` sets `max_tokens`, each choice's seed and the stop tokens."""
     grammar: GrammarSpec | None
     """Of `response_format`. That of `tools`, which includes it, depends on how the base writes calls."""
+    stop_token_ids: frozenset[int]
+    """Tokens that end an answer, besides those of the model."""
+    skip_special_tokens: bool
+    """False: control tokens are part of the text."""
+    include_stop: bool
+    """True: the stop string, or the text of the token that ended the answer, is part of the text."""
 
     def own_param(self, param: str) -> str:
         """The name that a parameter has in the body."""
@@ -68,12 +77,17 @@ class ParsedRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ParsedRequest):
-    messages: tuple[Mapping[str, Any], ...]
+    messages: tuple[Message, ...]
     tools: ToolChoice
+    template: TemplateOptions
 
     @property
     def prompt_param(self) -> str:
         return "messages"
+
+    @property
+    def sequences(self) -> int:
+        return self.n
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -88,6 +102,10 @@ class CompletionRequest(ParsedRequest):
     @property
     def prompt_param(self) -> str:
         return "prompt"
+
+    @property
+    def sequences(self) -> int:
+        return len(self.prompts) * self.n
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -120,8 +138,12 @@ def parse_chat(raw: bytes | dict[str, Any]) -> ChatRequest:
         min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=grammar,
-        messages=_messages(body),
+        stop_token_ids=_stop_token_ids(body),
+        skip_special_tokens=_skips_special_tokens(body),
+        include_stop=body.flag("include_stop_str_in_output"),
+        messages=parse_messages(body),
         tools=tools,
+        template=parse_template_options(body),
     )
 
 
@@ -147,6 +169,9 @@ def parse_completion(raw: bytes) -> CompletionRequest:
         min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=_response_format(body),
+        stop_token_ids=_stop_token_ids(body),
+        skip_special_tokens=_skips_special_tokens(body),
+        include_stop=body.flag("include_stop_str_in_output"),
         prompts=prompts,
         echo=echo,
     )
@@ -213,6 +238,19 @@ def _stops(body: Body) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stops))
 
 
+def _stop_token_ids(body: Body) -> frozenset[int]:
+    value = body.fields.get("stop_token_ids")
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _all(value, _is_id):
+        body.refuse("stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")
+    return frozenset(value)
+
+
+def _skips_special_tokens(body: Body) -> bool:
+    return body.fields.get("skip_special_tokens") is None or body.flag("skip_special_tokens")
+
+
 def _logit_bias(body: Body) -> Mapping[int, float]:
     value = body.fields.get("logit_bias")
     if value is None:
@@ -238,64 +276,7 @@ def _response_format(body: Body) -> GrammarSpec | None:
     return grammar
 
 
-# --- messages and prompts -----------------------------------------------------------------
-
-
-def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
-    value = body.fields.get("messages")
-    if not isinstance(value, list) or not value:
-        body.refuse("messages", "must be a non-empty list")
-    if len(value) > MAX_MESSAGES:
-        body.refuse("messages", f"may hold at most {MAX_MESSAGES} messages")
-    return tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
-
-
-def _message(item: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(item, dict):
-        raise InvalidRequestError(f"`{where}` must be an object.", param=where)
-    role = item.get("role")
-    if role not in ROLES:
-        raise InvalidRequestError(
-            f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
-        )
-    known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
-    for name, value in item.items():
-        if name not in known and value not in (None, [], ""):
-            shown = f"{where}.{printable(name)}"
-            raise InvalidRequestError(
-                f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter"
-            )
-    if role == "assistant" and item.get("tool_calls"):
-        calls = parse_earlier_calls(item["tool_calls"], f"{where}.tool_calls")
-        return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
-    if role == "tool":
-        answered = item.get("tool_call_id")
-        if not isinstance(answered, str) or not answered:
-            param = f"{where}.tool_call_id"
-            raise InvalidRequestError(f"`{param}` must be the id of the call that this message answers.", param=param)
-        own = {"tool_call_id": clean_text(answered, where)}
-        return {"role": role, "content": _content(item.get("content"), where), **own}
-    # "developer" is OpenAI's newer name for "system", the role that templates of open models support
-    return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
-
-
-def _content(value: Any, where: str) -> str:
-    param = f"{where}.content"
-    if isinstance(value, str):
-        return clean_text(value, param)
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError(f"`{param}` must be a string or a list of text parts.", param=param)
-    texts = []
-    for place, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequestError(
-                f'`{param}[{place}]` must be a part of type "text"; this model accepts no other type.',
-                param=f"{param}[{place}]",
-                code="unsupported_content",
-            )
-        texts.append(clean_text(part["text"], param))
-    return "".join(texts)
+# --- prompts -----------------------------------------------------------------------------
 
 
 def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason, TokenLogprob
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
+from lorapool_runtime.openai.reasoning import ReasoningReader, ReasoningStart
 from lorapool_runtime.openai.tool_calls import ToolCallDelta, ToolCallReader
 from lorapool_runtime.openai.tool_format import ToolFormat
 
@@ -92,6 +93,19 @@ class _Choice:
     begun: bool = False
     reader: ToolCallReader | None = None
     calls: list[_Call] = field(default_factory=list)
+    reasoner: ReasoningReader | None = None
+    reasoning: str = ""
+
+    def apart(self, delta: Delta) -> tuple[str, Delta]:
+        """The delta's reasoning, and the delta without it."""
+        if self.reasoner is None:
+            return "", delta
+        reasoning, content = self.reasoner.push(delta.text)
+        if delta.finish is not None:
+            rest = self.reasoner.finish()
+            reasoning, content = reasoning + rest.reasoning, content + rest.content
+        self.reasoning += reasoning
+        return reasoning, replace(delta, text=content)
 
     def read(self, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
         """The delta's text, and its parts of tool calls as a stream has them."""
@@ -130,6 +144,7 @@ class ResponseBuilder:
         top_logprobs: int | None,
         echo: Sequence[EchoedPrompt],
         tools: ToolFormat | None = None,
+        reasoning: ReasoningStart = ReasoningStart.NONE,
         token_text: TokenText,
         token_bytes: TokenBytes,
     ) -> None:
@@ -139,12 +154,19 @@ class ResponseBuilder:
         self._token_bytes = token_bytes
         self._echo = echo
         self._chunk_start: bytes | None = None
-        self._choices = [_Choice(reader=None if tools is None else ToolCallReader(tools)) for _ in range(choices)]
+        self._choices = [
+            _Choice(
+                reader=None if tools is None else ToolCallReader(tools),
+                reasoner=None if reasoning is ReasoningStart.NONE else ReasoningReader(reasoning),
+            )
+            for _ in range(choices)
+        ]
 
     # --- whole --------------------------------------------------------------------------
 
     def add(self, delta: Delta) -> None:
         choice = self._choices[delta.number]
+        _, delta = choice.apart(delta)
         choice.text += choice.read(delta)[0]
         choice.logprobs.extend(delta.logprobs)
         choice.offsets.extend(delta.offsets)
@@ -161,6 +183,8 @@ class ResponseBuilder:
         if self._head.chat:
             logprobs = self._chat_logprobs(choice.logprobs)
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.reasoning:
+                message["reasoning_content"] = choice.reasoning
             if choice.calls:
                 message |= {"content": choice.text or None, "tool_calls": [call.body() for call in choice.calls]}
             return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
@@ -177,12 +201,15 @@ class ResponseBuilder:
         """The data events of one delta: the role first, then text, then the end."""
         choice = self._choices[delta.number]
         parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
+        reasoning, delta = choice.apart(delta)
         text, calls = choice.read(delta)
         finish = None if delta.finish is None else choice.finish_reason(delta.finish)
         if self._head.chat:
             logprobs = self._chat_logprobs(delta.logprobs)
             if not choice.begun:
                 parts.append(({"delta": {"role": "assistant", "content": ""}}, None, None))
+            if reasoning:
+                parts.append(({"delta": {"reasoning_content": reasoning}}, None, None))
             if text or logprobs:
                 parts.append(({"delta": {"content": text}}, logprobs, None))
             if calls:

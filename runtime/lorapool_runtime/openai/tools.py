@@ -21,7 +21,7 @@ from lorapool_runtime.openai.tool_format import ToolFormat
 MAX_TOOLS = 64
 MAX_CALLS = 16
 """Maximum number of calls in one answer."""
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -155,40 +155,9 @@ def _schema_part(holder: Mapping[str, Any], name: str, where: str) -> SchemaPart
     return SchemaPart(param, clean_text(schema, param), bool(strict))
 
 
-def parse_earlier_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """`tool_calls` of an earlier assistant message, with the arguments as an object, as chat templates expect them."""
-    if not isinstance(value, list) or len(value) > MAX_CALLS:
-        raise InvalidRequestError(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
-    return [_earlier_call(call, f"{where}[{place}]") for place, call in enumerate(value)]
-
-
-def _earlier_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
-    if not isinstance(function, dict) or not isinstance(call.get("id"), str):
-        raise InvalidRequestError(
-            f"`{where}` must hold `id`, `type` function and `function` with name and arguments.", param=where
-        )
-    _only(call, {"id", "type", "function", "index"}, where)
-    _only(function, {"name", "arguments"}, f"{where}.function")
-    _check_name(function.get("name"), f"{where}.function.name")
-    try:
-        arguments = json.loads(clean_text(function.get("arguments") or "{}", where), parse_constant=_no_constant)
-    except (AttributeError, TypeError, ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        param = f"{where}.function.arguments"
-        raise InvalidRequestError(f"`{param}` must be the text of a JSON object.", param=param)
-    function = {"name": function["name"], "arguments": arguments}
-    return {"id": clean_text(call["id"], where), "type": "function", "function": function}
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not valid JSON")
-
-
 def _check_name(value: Any, param: str) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise InvalidRequestError(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
+        raise InvalidRequestError(f"`{param}` must be 1 to 128 letters, digits, _, -, ., : or /.", param=param)
 
 
 def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:

@@ -80,7 +80,7 @@ class Responder:
         return await self._whole(admitted, caller, builder, latency)
 
     def _builder(self, parsed: ChatRequest | CompletionRequest, admitted: AdmittedRequest) -> Builder:
-        tokenizer = admitted.tokenizer
+        encoded = admitted.encoded
         head = ResponseHead(
             chat=isinstance(parsed, ChatRequest),
             model=parsed.model,
@@ -89,18 +89,19 @@ class Responder:
             include_usage=parsed.include_usage,
             continuous_usage=parsed.continuous_usage,
         )
-        tools = tokenizer.tool_format if isinstance(parsed, ChatRequest) and parsed.tools.active else None
+        tools = encoded.chat.shape.tools if isinstance(parsed, ChatRequest) and parsed.tools.active else None
         if isinstance(parsed, ResponsesRequest):
             reader = None if tools is None else ToolCallReader(tools)
-            return ResponsesBuilder(head, parsed.given, reader, tokenizer.token_text, tokenizer.token_bytes)
+            return ResponsesBuilder(head, parsed.given, reader, encoded.decoder.token_text, encoded.decoder.token_bytes)
         return ResponseBuilder(
             head,
             choices=admitted.sequences,
             top_logprobs=parsed.sampling.top_logprobs,
-            echo=admitted.echo,
+            echo=encoded.echo,
             tools=tools,
-            token_text=tokenizer.token_text,
-            token_bytes=tokenizer.token_bytes,
+            reasoning=encoded.reasoning,
+            token_text=encoded.decoder.token_text,
+            token_bytes=encoded.decoder.token_bytes,
         )
 
     async def _whole(

@@ -181,7 +181,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]", "text"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "store: false"),
     ({"input": [{"type": "web_search_call"}]}, "input[0].type", "function_call"),
-    ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "id of the call"),
+    ({"input": [{"type": "function_call_output", "call_id": 7, "output": "x"}]}, "input[0].call_id", "id of the call"),
     ({"input": "x" * 5000}, "input", "4096"),
     ({"input": "refuse me"}, "input", "alternate"),
     ({"instructions": 7}, "instructions", "string"),

@@ -14,7 +14,7 @@ import openai
 import pytest
 import torch
 from engine_kit import tiny_model
-from fakes_runtime import save_byte_tokenizer, tokenizer_of
+from fakes_runtime import chat_of, save_byte_tokenizer
 from runtime_process import TOKEN, RuntimeProcess, runtime_process
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
@@ -252,7 +252,7 @@ async def test_a_model_left_free_may_answer_in_words(client: openai.AsyncOpenAI,
     answer = await client.chat.completions.create(model="tiny", messages=HI, tools=[NOW], seed=1, max_tokens=30)
     assert answer.choices[0].finish_reason in ("length", "stop")
     assert answer.choices[0].message.tool_calls is None
-    assert tokenizer_of(base).has_chat_template
+    assert chat_of(base).template is not None
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

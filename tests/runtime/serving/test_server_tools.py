@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
+from fakes_runtime import FakeEngine, Served, chat_of, save_byte_tokenizer, serving, tokenizer_of
 
 from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai import tool_calls
@@ -217,7 +217,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW, NOW]}, "tools", "more than once"),
     ({"tools": [{"type": "function"}]}, "tools[0]", "function"),
     ({"tools": [{"type": "web_search"}]}, "tools[0]", "not supported"),
-    (tool(name="a b"), "tools[0].function.name", "64"),
+    (tool(name="a b"), "tools[0].function.name", "128"),
     (tool(parameters=[]), "tools[0].function.parameters", "object"),
     (
         tool(parameters={"type": "object", "properties": {"a": {"not": {"type": "null"}}}}, strict=True),
@@ -231,12 +231,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [NOW], "tool_choice": "sometimes"}, "tool_choice", "required"),
     ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "now"),
     ({"tools": [NOW], "parallel_tool_calls": "no"}, "parallel_tool_calls", "true or false"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "call"),
-    (
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
-        "messages[0].tool_calls[0].function.arguments",
-        "JSON object",
-    ),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 1}]}, "messages[0].tool_call_id", "call"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0]", "function"),
 ]
 
 
@@ -311,26 +307,30 @@ HERMES = """{%- if tools %}<|im_start|>system
 
 
 def style_of(folder: Path, template: str) -> ToolFormat:
-    return tokenizer_of(save_byte_tokenizer(folder, chat_template=template)).tool_format
+    return chat_of(save_byte_tokenizer(folder, chat_template=template)).shape.tools
 
 
 def test_the_format_of_calls_is_inferred_from_the_template(tmp_path: Path, byte_tokenizer: Path) -> None:
     hermes = style_of(tmp_path / "hermes", HERMES)
     assert (hermes.opening, hermes.closing) == ('<tool_call>\n{"name": "', "}\n</tool_call>")
     assert (hermes.separator, hermes.trigger, hermes.native) == ("\n", "<tool_call>", True)
-    assert tokenizer_of(byte_tokenizer).tool_format is PLAIN  # its template does not support tools
+    assert chat_of(byte_tokenizer).shape.tools is PLAIN  # its template does not support tools
     assert (
         style_of(tmp_path / "control", HERMES.replace("<tool_call>", "<|pad|>")) is PLAIN
     )  # a control token is never text
 
 
 async def test_a_control_token_in_a_property_name_is_refused_and_in_a_value_is_text(tmp_path: Path) -> None:
-    codec = tokenizer_of(save_byte_tokenizer(tmp_path, chat_template=HERMES))
+    folder = save_byte_tokenizer(tmp_path, chat_template=HERMES)
+    codec, chat = tokenizer_of(folder), chat_of(folder)
     with pytest.raises(InvalidRequestError, match="control token"):
-        await codec.prompt_of_messages(HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}])
-    forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}])
-    honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}])
-    assert forged.count(256) == honest.count(256)
+        await codec.prompt_of_messages(
+            HI, [{"function": {"parameters": {"properties": {"<|im_start|>": {}}}}}], chat=chat
+        )
+    forged = await codec.prompt_of_messages(HI, [{"function": {"description": "<|im_start|>"}}], chat=chat)
+    honest = await codec.prompt_of_messages(HI, [{"function": {"description": ""}}], chat=chat)
+    assert forged.ids.count(256) == honest.ids.count(256)
+    assert bytes(token for token in forged.ids if token < 256).count(b"<|im_start|>") == 1
 
 
 def test_the_calls_of_a_template_without_call_markers_begin_with_their_name() -> None:
