@@ -55,8 +55,8 @@ GROUPS: Mapping[str, Mapping[str, Cause]] = {
         ),
         "sub-folder": Cause(
             FailureReason.SOURCE_NOT_FOUND,
-            "{where} itself holds no {wanted}; its folders with one are {folders}",
-            "Name one of them in the source, such as {example}",
+            "{where} itself holds no {wanted}, but folders in it do: {folders}",
+            "Name one of them in the source, such as: {example}",
         ),
         "sharded-training-state": Cause(
             _FORMAT,

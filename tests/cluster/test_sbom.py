@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -53,6 +54,16 @@ def test_a_bill_of_materials_lists_the_packages_of_debian_and_of_python(tmp_path
     ]
     licenses = [component["licenses"] for component in document["components"] if component["name"] == "google-re2"]
     assert licenses == [[{"license": {"id": "BSD-3-Clause"}}]]
+
+
+@pytest.mark.parametrize("target", ["control", "runtime"])
+def test_both_images_run_as_a_user_that_is_not_root(target: str) -> None:
+    stage = re.search(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM |\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S)
+    assert stage is not None
+    assert re.findall(r"^USER (.*)$", stage[1], re.M) == ["65532:65532"]
+    assert re.search(r"^(RUN|COPY|ADD) ", stage[1].partition("\nUSER ")[2], re.M) is None, (
+        "nothing is written as root after it"
+    )
 
 
 class Advisories(BaseHTTPRequestHandler):
