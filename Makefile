@@ -50,6 +50,9 @@ lock: ## resolve the dependencies of pyproject.toml again and write the lock fil
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
+	$(LOCK) -o tests/clients/requirements.lock tests/clients/requirements.in
+	$(LOCK) -o tests/clients/guidellm.lock tests/clients/guidellm.in
+	cd tests/clients && npm install --silent --package-lock-only
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
 	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
@@ -97,6 +100,14 @@ binaries: tools ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus 
 images: install tools ## build the demo's two images (cached by content)
 	$(PYTHON) hack/images build
 
+.PHONY: sbom
+sbom: images ## write the software bill of materials of both images to sbom/ (CycloneDX)
+	$(PY) hack/images sbom
+
+.PHONY: audit
+audit: install ## compare the locked dependencies with published advisories (skipped where none can be reached)
+	$(PY) hack/audit.py $(AUDIT)
+
 .PHONY: model
 model: install ## make the demo's base model folder (cached)
 	@$(PY) hack/models/base.py
@@ -109,16 +120,37 @@ lm-eval: .venv-lm-eval/.installed ## install lm-eval in an environment of its ow
 	$(UV) pip install -q --python .venv-lm-eval/bin/python --require-hashes -r tests/lm_eval/requirements.lock
 	touch $@
 
+CLIENTS := tests/clients
+NODE_MODULES := $(CLIENTS)/node_modules/.installed
+
+$(NODE_MODULES): $(CLIENTS)/package-lock.json
+	cd $(CLIENTS) && npm ci --silent
+	touch node_modules/.installed
+
+.venv-clients/.installed: $(CLIENTS)/requirements.lock | $(VENV)/.installed
+.venv-guidellm/.installed: $(CLIENTS)/guidellm.lock | $(VENV)/.installed
+.venv-clients/.installed .venv-guidellm/.installed:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv --without-pip $(@D)
+	$(UV) pip install -q --python $(@D)/bin/python --require-hashes -r $<
+	touch $@
+
+.PHONY: clients
+clients: install $(NODE_MODULES) .venv-clients/.installed .venv-guidellm/.installed ## run the unmodified clients of other projects (1 GB)
+	$(PY) -m pytest -v -rs $(CLIENTS)
+
 .PHONY: unit
 unit: install ## tests that need nothing but the virtual environment (and the base model, made once)
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	# Two engines share the cores: a thread that waits for another must not spin on the core that one needs.
 	export OMP_WAIT_POLICY=passive
+	if command -v npm > /dev/null; then
+		$(MAKE) --no-print-directory $(NODE_MODULES) || echo "npm installed no clients: the tests that use them are skipped"
+	fi
 	$(PY) -m pytest -q -m "not apiserver and not cluster and not deep" --ignore=tests/e2e \
 		-n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-deep
-test-deep: install binaries lm-eval ## numeric tests under every instruction set (half an hour or more), long cluster tests
+test-deep: install binaries lm-eval clients ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	export OMP_WAIT_POLICY=passive
 	$(PY) -m pytest -v -rs -m "deep and not cluster" $(call marked,deep)

@@ -4,8 +4,9 @@
 
 The gateway, with 1,000 adapters in its table, keys and metrics, is a process of its own on one core; a runtime that
 answers at once and the clients (`gateway_load`) share the other. What one core can serve at all is measured with a
-minimal baseline: aiohttp's server and client with nothing between them. Processor time per request is comparable even
-on a shared machine; latencies and rates are not.
+minimal baseline: aiohttp's server and client with nothing between them. A second gateway, in turns with the first,
+shows what TLS to the runtime costs. Processor time per request is comparable even on a shared machine; latencies and
+rates are not.
 """
 
 from __future__ import annotations
@@ -14,18 +15,25 @@ import argparse
 import asyncio
 import hashlib
 import os
+import ssl
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import records as measuring
 from aiohttp import ClientSession, TCPConnector, web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
+from lorapool_api.pod_address import CERTIFICATE, KEY
+from lorapool_api.tls import ReleaseTrust, ServerCertificate
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import key_guard, listen, run
@@ -37,8 +45,9 @@ from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.objects import BaseRoute, Endpoint, ObjectRef, RuntimeState, adapter_route, base_route
 from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.settings import Settings
+from lorapool_operator.effects.authority import Authority
 
-KEY = "lp-" + "b" * 43
+API_KEY = "lp-" + "b" * 43
 ADAPTERS = 1000
 DIGEST = "sha256:" + "0" * 64
 RATE_PER_S = 2000
@@ -62,18 +71,18 @@ def _object(name: str, **spec: object) -> dict[str, object]:
     return {"metadata": metadata, "spec": spec, "status": {"observedGeneration": 1, "digest": DIGEST}}
 
 
-async def _gateway(runtime_url: str) -> None:
+async def _gateway(runtime_url: str, ca_file: Path | None) -> None:
     ref, source = ObjectRef("demo", "tiny"), {"uri": "hf://org/x"}
     base = base_route(_object("tiny", source=source))
     endpoint = Endpoint(ref, base.uid, "pod-1", "pod-1", runtime_url, ready=True, terminating=False)
     state = RuntimeState("boot", ready=True, draining=False, in_flight=0, loaded=frozenset({("uid-a0", DIGEST)}))
     adapters = [adapter_route(_object(f"a{i}", baseModelRef={"name": "tiny"}, source=source)) for i in range(ADAPTERS)]
     routes = LiveRoutes(RouteTable.of([base], adapters, {ref: (RuntimeReplica(endpoint, state, proven=True),)}))
-    keys = LiveKeys(KeyTable.of([ApiKey("bench", hashlib.sha256(KEY.encode()).hexdigest(), frozenset({"demo"}))]))
+    keys = LiveKeys(KeyTable.of([ApiKey("bench", hashlib.sha256(API_KEY.encode()).hexdigest(), frozenset({"demo"}))]))
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
     async with AsyncExitStack() as stack:
-        http = HttpClient()
+        http = HttpClient(trust=ReleaseTrust(ca_file))
         stack.push_async_callback(http.close)
         guard = key_guard(Settings(keys_namespace="x"), keys, metrics)
         dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics, guard)
@@ -114,12 +123,13 @@ class Process:
 
 
 @asynccontextmanager
-async def _process(kind: str, runtime_url: str) -> AsyncIterator[Process]:
+async def _process(kind: str, runtime_url: str, *more: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         __file__,
         f"--{kind}",
         runtime_url,
+        *more,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -195,7 +205,7 @@ class Bench:
     async def open_streams(self) -> None:
         """1,000 streams open at the same time, an event every 0.1 s on each."""
         clients = await connect(self._gateway.port, STREAMS)
-        ask = Ask.of(KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
+        ask = Ask.of(API_KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
         errors: list[float] = []
         per_core_s: list[float] = []
         for _ in range(self._rounds):
@@ -211,7 +221,23 @@ class Bench:
 
     async def against_minimal(self, minimal: Process, ask: Ask, connections: int) -> None:
         """Requests per second of processor time, the gateway's and the minimal proxy's in turns."""
-        sides = {process: await connect(process.port, connections) for process in (self._gateway, minimal)}
+        ours, theirs = await self._per_core(self._gateway, minimal, ask, connections)
+        note = "aiohttp's server and client and nothing between them, no keys, no metrics"
+        self._add(
+            measuring.against(
+                "requests_per_core_over_minimal_proxy", "1/s", ours, "a minimal aiohttp proxy", theirs, note
+            )
+        )
+
+    async def with_tls(self, name: str, encrypted: Process, ask: Ask, connections: int) -> None:
+        """Requests per second of processor time, of a gateway with TLS to the runtime and of one without in turns."""
+        ours, theirs = await self._per_core(encrypted, self._gateway, ask, connections)
+        self._add(measuring.against(f"{name}requests_per_core_s", "1/s", ours, "the gateway without TLS", theirs))
+
+    async def _per_core(
+        self, one: Process, other: Process, ask: Ask, connections: int
+    ) -> tuple[list[float], list[float]]:
+        sides = {process: await connect(process.port, connections) for process in (one, other)}
         found: dict[Process, list[float]] = {process: [] for process in sides}
         for number in range(self._rounds + 1):
             for process, clients in sides.items():
@@ -222,13 +248,7 @@ class Bench:
         for clients in sides.values():
             for client in clients:
                 client.close()
-        note = "aiohttp's server and client and nothing between them, no keys, no metrics"
-        ours, theirs = found[self._gateway], found[minimal]
-        self._add(
-            measuring.against(
-                "requests_per_core_over_minimal_proxy", "1/s", ours, "a minimal aiohttp proxy", theirs, note
-            )
-        )
+        return found[one], found[other]
 
     def _add(self, record: measuring.Record) -> None:
         self.records.append(replace(record, name="gateway." + record.name))
@@ -238,14 +258,41 @@ def _ms(done: Round, share: float) -> float:
     return measuring.percentile(done.latencies_s, share) * 1000
 
 
+@contextmanager
+def _certificates() -> Iterator[tuple[ssl.SSLContext, Path]]:
+    """What the stub runtime serves TLS with, and the file with the authority that a gateway trusts."""
+    with tempfile.TemporaryDirectory() as made:
+        folder, served = Path(made), Path(made) / "served"
+        command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=bench"
+        files = ("-keyout", folder / KEY, "-out", folder / CERTIFICATE)
+        subprocess.run([*command.split(), *files], check=True, capture_output=True)
+        served.mkdir()
+        pair = Authority(folder).issuer().issue("uid-tiny", datetime.now(UTC))
+        for name, content in zip((CERTIFICATE, KEY), pair, strict=True):
+            (served / name).write_bytes(content)
+        yield ServerCertificate(served).context, folder / CERTIFICATE
+
+
+async def _stub(stack: AsyncExitStack, tls: ssl.SSLContext | None = None) -> int:
+    """Serves the runtime that answers at once; returns its port."""
+    identity = f"demo/a0@{DIGEST}"
+    stub = await asyncio.get_running_loop().create_server(
+        lambda: StubRuntime(identity), "127.0.0.1", 0, backlog=1024, ssl=tls
+    )
+    stack.callback(stub.close)
+    return int(stub.sockets[0].getsockname()[1])
+
+
 async def measure(seconds: float, rounds: int, only: str) -> list[measuring.Record]:
-    loop = asyncio.get_running_loop()
-    stub = await loop.create_server(lambda: StubRuntime(f"demo/a0@{DIGEST}"), "127.0.0.1", 0, backlog=1024)
-    port = int(stub.sockets[0].getsockname()[1])
-    whole, stream = (Ask.of(KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
-    large = Ask.of(KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
-    url = f"http://127.0.0.1:{port}"
-    async with _process("gateway", url) as gateway, _process("minimal", url) as minimal:
+    whole, stream = (Ask.of(API_KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
+    large = Ask.of(API_KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
+    async with AsyncExitStack() as stack:
+        context, ca_file = stack.enter_context(_certificates())
+        port, tls_port = await _stub(stack), await _stub(stack, context)
+        url, encrypted_url = f"http://127.0.0.1:{port}", f"https://127.0.0.1:{tls_port}"
+        gateway = await stack.enter_async_context(_process("gateway", url))
+        encrypted = await stack.enter_async_context(_process("gateway", encrypted_url, "--ca", str(ca_file)))
+        minimal = await stack.enter_async_context(_process("minimal", url))
         bench = Bench(gateway, port, seconds, rounds)
         # Records without a prefix are those that have a target.
         plan: list[tuple[str, Ask, int, Load]] = [
@@ -264,9 +311,11 @@ async def measure(seconds: float, rounds: int, only: str) -> list[measuring.Reco
                 await bench.compare(name, ask, connections, load)
         if "minimal".startswith(only):
             await bench.against_minimal(minimal, whole, 32)
+        for name, ask in (("tls_json_32.", whole), ("tls_stream_32.", stream), ("tls_large_32.", large)):
+            if name.startswith(only):
+                await bench.with_tls(name, encrypted, ask, 32)
         if "streams".startswith(only):
             await bench.open_streams()
-    stub.close()
     return bench.records
 
 
@@ -277,9 +326,10 @@ def main() -> None:
     asked.add_argument("--only", default="", help="loads whose name starts so")
     asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
     asked.add_argument("--minimal", metavar="URL", help=argparse.SUPPRESS)
+    asked.add_argument("--ca", type=Path, help=argparse.SUPPRESS)
     arguments = measuring.parsed(asked)
     if arguments.gateway or arguments.minimal:
-        run(_gateway(arguments.gateway) if arguments.gateway else _minimal_proxy(arguments.minimal))
+        run(_gateway(arguments.gateway, arguments.ca) if arguments.gateway else _minimal_proxy(arguments.minimal))
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))

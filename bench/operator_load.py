@@ -75,10 +75,9 @@ class Inspector:
     """Finds every source at once."""
 
     async def base(self, uri: str, revision: str | None, *, credentials: Any = None) -> Any:
-        from lorapool_artifacts.compatibility import BaseFacts
-        from lorapool_artifacts.inspect import BaseInspection
+        from lorapool_artifacts.inspect import BaseFiles, BaseInspection
 
-        return BaseInspection("rev", fleet_world.digest_of("base"), BaseFacts({}), 1)
+        return BaseInspection("rev", fleet_world.digest_of("base"), BaseFiles(), 1)
 
     async def adapter(
         self, uri: str, revision: str | None, digest: str | None, base: Any, max_rank: int, *, credentials: Any = None

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from lorapool_api.base_modules import BaseModules
+from lorapool_api.chat import BaseChatTemplate, ChatReport, Generation
 from lorapool_api.common import ApiModel, Condition, Duration, Quantity
 
 KIND = "BaseModel"
@@ -61,8 +63,8 @@ class BaseSource(ApiModel):
     uri: str = Field(
         min_length=7,
         max_length=512,
-        description="Location of the files: hf://org/name, oci://registry/repo:tag, s3://bucket/prefix or "
-        "pvc://claim/path.",
+        description="Location of the files: hf://org/name[/folder], oci://registry/repo:tag[/folder], "
+        "s3://bucket/prefix or pvc://claim/path.",
     )
     revision: str | None = Field(
         default=None,
@@ -296,6 +298,14 @@ class BaseModelSpec(ApiModel):
     adapter_defaults: AdapterDefaults = Field(default_factory=AdapterDefaults)
     access: Access = Field(default_factory=Access)
     prefix_cache: PrefixCache = Field(default_factory=PrefixCache)
+    chat_template: BaseChatTemplate | None = Field(
+        default=None,
+        description="How conversations are written for the base, and for its adapters without a template of their "
+        "own. Default: with the template in the base's files.",
+    )
+    generation: Generation | None = Field(
+        default=None, description="How answers of the base end. Default: as its files say."
+    )
 
 
 class AdapterCounts(ApiModel):
@@ -402,7 +412,15 @@ class BaseModelStatus(ApiModel):
         default=None, max_length=64, description="Reason of the Ready condition, for the STATE column."
     )
     adapters: AdapterCounts = Field(default_factory=AdapterCounts)
+    chat: ChatReport | None = Field(
+        default=None, description="The chat template and stop tokens of the base, as its runtimes report them."
+    )
     pods: list[PodStatus] = Field(default_factory=list, max_length=100, description="The runtime pods.")
+    modules: BaseModules | None = Field(
+        default=None,
+        description="What adapters may name in the base, as the first runtime that served it reported. Absent before: "
+        "adapters are then not checked against the base.",
+    )
     start: StartStatus | None = Field(
         default=None, description="The attempts to start a replica since one served last; absent while one serves."
     )

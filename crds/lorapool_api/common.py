@@ -62,6 +62,9 @@ HEADER_REQUEST_ID = "x-request-id"
 HEADER_COLD_START = "x-lorapool-cold-start-ms"
 """To the client: milliseconds for which the request was held or waited for its adapter's load; absent when 0."""
 HEADER_PROCESSING_MS = "openai-processing-ms"
+HEADER_RELAXED = "x-lorapool-relaxed"
+"""To the client: the keywords of the request's JSON schemas that are not enforced, separated by commas; absent when all
+are."""
 BASE_TARGET = "base"
 """Value of HEADER_ADAPTER for a request to the base itself."""
 
@@ -105,6 +108,8 @@ class Reason(StrEnum):
 
     RESOLVED = "Resolved"
     COMPATIBLE = "Compatible"
+    NOT_CHECKED = "NotChecked"
+    """No runtime of the base has run yet, so that its modules are not known."""
     PENDING = "Pending"
     """Not checked yet."""
     AWAITING_RUNTIME = "AwaitingRuntime"
@@ -163,6 +168,8 @@ class Reason(StrEnum):
     """The API server refuses to create or change an object of the base."""
     TOKEN_REFUSED = "TokenRefused"
     """A runtime does not accept the operator's token."""
+    CERTIFICATE_REFUSED = "CertificateRefused"
+    """The operator does not accept a runtime's certificate."""
 
 
 class FailureReason(StrEnum):

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from lorapool_api.basemodel import BaseSource, Namespace, rule, rules
+from lorapool_api.chat import ChatReport, ChatTemplate, Generation
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, Condition, Duration
 
 KIND = "LoraAdapter"
@@ -106,6 +107,14 @@ class LoraAdapterSpec(ApiModel):
         le=100,
         description="Largest number of replicas over which the adapter's requests are spread. Default: the base's "
         "adapterDefaults.",
+    )
+    chat_template: ChatTemplate | None = Field(
+        default=None,
+        description="How conversations are written for this adapter. Default: with the template in its files, or the "
+        "base's where they have none.",
+    )
+    generation: Generation | None = Field(
+        default=None, description="How answers of this adapter end. Default: as the adapter's files say."
     )
     suspend: bool = Field(default=False, description="True refuses requests and unloads the adapter from all devices.")
 
@@ -241,6 +250,9 @@ class LoraAdapterStatus(ApiModel):
         default_factory=list, max_length=100, description="The replicas that hold the adapter."
     )
     placement: PlacementStatus | None = None
+    chat: ChatReport | None = Field(
+        default=None, description="The chat template and stop tokens in use, as a runtime that read the files reports."
+    )
     last_used: str | None = Field(
         default=None,
         max_length=64,

@@ -14,12 +14,14 @@ from enum import StrEnum
 from pydantic import ConfigDict, Field
 
 from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.chat import BaseChatTemplate, ChatReport, ChatTemplate, Generation, chat_hash
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, duration_s
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 
 RUNTIME_PORT = 8000
 
 ROUTE_RUNTIME = "/v1/runtime"
+ROUTE_BASE_MODULES = "/v1/base/modules"
 ROUTE_ADAPTER = "/v1/adapters/{uid}/{digest}"
 ROUTE_RESOLVE = "/v1/resolve"
 ROUTE_CREDENTIALS = "/v1/credentials"
@@ -28,8 +30,14 @@ ROUTE_EVENTS = "/v1/events"
 ROUTE_REQUESTS = "/v1/requests"
 ROUTE_CHAT = "/v1/chat/completions"
 ROUTE_COMPLETIONS = "/v1/completions"
+ROUTE_RESPONSES = "/v1/responses"
+INFERENCE_ROUTES = (ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_RESPONSES)
+"""Routes that generate tokens."""
 ROUTE_MODELS = "/v1/models"
 ROUTE_OPENAPI = "/openapi.json"
+ROUTE_VERSION = "/version"
+ALIVE_ROUTES = ("/health", "/ping")
+"""Of the gateway's API port, without a key: what clients ask before their first request."""
 ROUTE_HEALTH = "/healthz"
 ROUTE_READY = "/readyz"
 ROUTE_METRICS = "/metrics"
@@ -104,11 +112,29 @@ class AdapterDescriptor(ApiModel):
     """Load immediately and never evict (minReplicas > 0 and this is a preferred replica)."""
     load: bool = False
     """Load immediately, without waiting for a request."""
+    chat_template: ChatTemplate | None = None
+    """In place of the template in the files."""
+    generation: Generation | None = None
+    """In place of the stop tokens that the files name."""
+
+    @property
+    def chat_hash(self) -> str:
+        """Identifies what the object says about chats; empty where it says nothing."""
+        return chat_hash(self.chat_template, self.generation)
 
     @property
     def namespace(self) -> str:
         """The namespace of the adapter, which decides with whose rights its source is read."""
         return self.display.partition("/")[0]
+
+
+class BaseChat(ApiModel):
+    """The file `LORAPOOL_RUNTIME_CHAT_FILE`: what a BaseModel says about chats. Read again when it changes."""
+
+    chat_template: BaseChatTemplate | None = None
+    """In place of the template in the base's files."""
+    generation: Generation | None = None
+    """Tokens that end answers besides those that the base's files name."""
 
 
 class Preload(ApiModel):
@@ -173,6 +199,10 @@ class AdapterReport(ApiModel):
     """End of its last request."""
     failure: ErrorDetail | None = None
     """Why the last load failed."""
+    chat: ChatReport | None = None
+    """The chat template and stop tokens in use; absent until the files were read."""
+    chat_hash: str = ""
+    """`AdapterDescriptor.chat_hash` of the descriptor that it has now."""
     usage: UsagePart
     """Usage of this uid with any digest, counted by this process since its start."""
 
@@ -197,6 +227,8 @@ class BaseReport(ApiModel):
     """Tokens of prompt and completion together."""
     dtype: str
     """Type of the weights."""
+    chat: ChatReport | None = None
+    """The chat template and stop tokens in use; absent until the base is loaded."""
 
 
 class StartupPhase(StrEnum):
@@ -459,4 +491,6 @@ def descriptor_of(
         idle_after_s=duration_s(idle_after),
         pinned=pinned,
         load=load,
+        chat_template=spec.chat_template,
+        generation=spec.generation,
     )

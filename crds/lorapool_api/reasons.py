@@ -42,6 +42,11 @@ ADAPTER_CONDITIONS: Mapping[AdapterCondition, str] = {
 REASONS: Mapping[Reason, Explanation] = {
     Reason.RESOLVED: Explanation("The source was read."),
     Reason.COMPATIBLE: Explanation("The adapter fits its base."),
+    Reason.NOT_CHECKED: Explanation(
+        "The files of the adapter are valid, but it is not checked against the base yet: which modules the base has is "
+        "known once a runtime has loaded it, and none has. Nothing is known to be wrong.",
+        "Send a request to the adapter: it starts a replica of the base, which checks the adapter before it loads it.",
+    ),
     Reason.PENDING: Explanation(
         "The source is being checked.",
         "Wait some seconds. If it stays, read the operator's log; the operator may not reach the source.",
@@ -186,6 +191,12 @@ REASONS: Mapping[Reason, Explanation] = {
         "A runtime accepts none of the operator's tokens: it has not read the hashes of the present master token.",
         "Wait two minutes after a rotation. If it lasts, restart the pods: `kubectl rollout restart deployment`.",
     ),
+    Reason.CERTIFICATE_REFUSED: Explanation(
+        "A runtime serves with a certificate that has expired, is of another base, or is not signed by the release's "
+        "authority; the message says which. No request is sent to it.",
+        "Wait two minutes after a change of the authority. If it lasts, restart the pods and read the operator's log, "
+        "which says what keeps it from issuing certificates.",
+    ),
 }
 
 FAILURES: Mapping[FailureReason, Explanation] = {
@@ -218,9 +229,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         "Save the adapter with peft's save_pretrained() and upload adapter_config.json and adapter_model.safetensors.",
     ),
     FailureReason.TOO_LARGE: Explanation(
-        "The files are larger than is allowed.",
-        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules. Of a base: raise "
-        "artifacts.maxBaseBytes of the chart.",
+        "The files are larger, or have more tensors, than Lorapool reads.",
+        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules; for more tensors, "
+        "raise LORAPOOL_MAX_TENSORS in the chart's artifacts.env. Of a base: raise artifacts.maxBaseBytes.",
     ),
     FailureReason.CORRUPT_ARTIFACT: Explanation(
         "A file is damaged or does not match its listed size or hash.", "Upload the files again."

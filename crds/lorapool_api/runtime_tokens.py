@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lorapool_api.mounted_files import Stamp, stamp_of, why_unreadable
 from lorapool_api.protocol import runtime_token
 from lorapool_api.settings import SettingsError
 
@@ -21,16 +22,13 @@ MAX_MASTER_TOKENS = 2
 RECHECK_S = 1.0
 """A change of the file is noticed after at most this long."""
 
-_Stamp = tuple[int, int] | None
-
 
 def read_master_tokens(path: Path) -> tuple[str, ...]:
     """The release's master tokens, the current one first. Raises SettingsError, which never shows one."""
     try:
         tokens = tuple(path.read_text(encoding="ascii").split())
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SettingsError(f"the master token file {path} cannot be read: {reason}") from None
+        raise SettingsError(f"the master token file {path} cannot be read: {why_unreadable(error)}") from None
     if not tokens or min(map(len, tokens)) < MASTER_TOKEN_MIN_CHARS:
         raise SettingsError(f"a master token in {path} is shorter than {MASTER_TOKEN_MIN_CHARS} characters")
     if len(tokens) > MAX_MASTER_TOKENS:
@@ -48,7 +46,7 @@ class RuntimeTokens:
         self._masters = tuple(masters)
         self._file = file
         self._clock = clock
-        self._stamp: _Stamp = None  # the file may have changed since it was read
+        self._stamp: Stamp | None = None  # the file may have changed since it was read
         self._checked_s = clock()
 
     @classmethod
@@ -65,7 +63,7 @@ class RuntimeTokens:
 
     def _read_if_changed(self, file: Path) -> None:
         """Keeps the tokens that were read before when the changed file cannot be used."""
-        stamp = _stamp_of(file)
+        stamp = stamp_of(file)
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -75,12 +73,3 @@ class RuntimeTokens:
                 log.info("read the changed master token")
         except SettingsError as error:
             log.error("cannot use the changed master token; the old one stays in force", extra={"error": str(error)})
-
-
-def _stamp_of(file: Path) -> _Stamp:
-    """Differs after every change of the file; None while it does not exist."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino

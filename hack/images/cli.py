@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from cluster.errors import ClusterError
 from cluster.kernel import end_like_interrupt
@@ -25,6 +26,9 @@ def main(argv: list[str]) -> int:
     sub.add_argument("--prune", action="store_true", help="empty the local store afterwards; the registry keeps all")
     sub = commands.add_parser("unpack", help="unpack the runtime image for a local cluster that is not up yet")
     sub.add_argument("--name", default="demo", help="the cluster's name (default: demo)")
+    sub = commands.add_parser("sbom", help="write the bill of materials of each built image")
+    sub.add_argument("--out", type=Path, default=Path("sbom"), metavar="FOLDER", help="default: %(default)s")
+    sub.add_argument("--gpu", action="store_true", help="of the runtime image that keeps what only a GPU uses")
     commands.add_parser("prune", help="empty the local store: the next change of code fetches torch again")
     options = parser.parse_args(argv)
     end_like_interrupt()
@@ -36,6 +40,10 @@ def main(argv: list[str]) -> int:
                 print(json.dumps(build.build(where, options.tag, targets, cpu_only=not options.gpu)))
         if options.command == "unpack":
             unpack.unpack(build.Image("runtime", cpu_only=True), state_dir(options.name))
+        if options.command == "sbom":
+            from images import sbom  # the other commands need no package
+
+            sbom.write([build.Image(target, not options.gpu) for target in build.TARGETS], options.out)
         if empty_afterwards:
             prune()
     except ClusterError as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapool_api import openai, protocol
-from lorapool_runtime.openai import json_body, request, tools
+from lorapool_runtime.openai import json_body, messages, request, template_options, tools
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 ANY_OBJECT: Schema = {"type": "object"}
 TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_.:/-]{1,128}$"}
 FUNCTION: Schema = {
     "type": "object",
     "required": ["name"],
@@ -27,7 +27,7 @@ FUNCTION: Schema = {
     "properties": {
         "name": NAME,
         "description": TEXT,
-        "parameters": {"type": "object", "required": ["type"], "properties": {"type": {"const": "object"}}},
+        "parameters": {"type": ["object", "null"], "properties": {"type": {"const": "object"}}},
         "strict": {"type": ["boolean", "null"]},
     },
 }
@@ -39,12 +39,16 @@ def one_of(kind: str, **properties: Schema) -> Schema:
     return {"type": "object", "required": list(own), "additionalProperties": False, "properties": own}
 
 
-CALL = {**one_of("function", id=TEXT, function={"type": "object", "required": ["name", "arguments"],
-        "properties": {"name": NAME, "arguments": TEXT}})}  # fmt: skip
+CALL = {**one_of("function", id=TEXT, function={"type": "object", "required": ["name"],
+        "properties": {"name": {"type": "string", "minLength": 1}, "arguments": {}}})}  # fmt: skip
 CONTENT: Schema = {
-    "anyOf": [TEXT, {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"],
+    "anyOf": [TEXT, {"type": "array", "items": {"type": "object", "required": ["type", "text"],
               "properties": {"type": {"const": "text"}, "text": TEXT}}}]
 }  # fmt: skip
+
+
+OR_NULL: Schema = {"anyOf": [*CONTENT["anyOf"], {"type": "null"}]}
+SAID: Schema = {"type": ["string", "null"]}
 
 
 def message(roles: list[str], required: list[str], **more: Schema) -> Schema:
@@ -54,20 +58,21 @@ def message(roles: list[str], required: list[str], **more: Schema) -> Schema:
 
 MESSAGE: Schema = {
     "anyOf": [
-        message([role for role in request.ROLES if role not in ("assistant", "tool")], ["content"]),
-        message(["assistant"], ["content"]),
+        message([role for role in messages.ROLES if role not in ("assistant", "tool", "function")], ["content"]),
         message(
             ["assistant"],
-            ["tool_calls"],
-            content={"anyOf": [*CONTENT["anyOf"], {"type": "null"}]},
-            tool_calls={"type": "array", "minItems": 1, "items": CALL},
+            [],
+            content=OR_NULL,
+            tool_calls={"anyOf": [{"type": "array", "items": CALL}, {"type": "null"}]},
+            refusal=SAID,
+            **dict.fromkeys(messages.REASONING_FIELDS, SAID),
         ),
-        message(["tool"], ["content", "tool_call_id"], tool_call_id={"type": "string", "minLength": 1}),
+        message(["tool", "function"], [], content=OR_NULL, tool_call_id=SAID),
     ]
 }
 NESTED: Mapping[str, Schema] = {
     "model": {"type": "string", "minLength": 1},
-    "messages": {"type": "array", "minItems": 1, "maxItems": request.MAX_MESSAGES, "items": MESSAGE},
+    "messages": {"type": "array", "minItems": 1, "maxItems": messages.MAX_MESSAGES, "items": MESSAGE},
     "prompt": {
         "anyOf": [
             {"type": "string", "minLength": 1},
@@ -82,12 +87,15 @@ NESTED: Mapping[str, Schema] = {
     },
     "stream_options": {
         "type": "object",
-        "additionalProperties": False,
-        "properties": {"include_usage": {"type": ["boolean", "null"]}, "include_obfuscation": {"const": False}},
+        "additionalProperties": {"enum": [False, None]},
+        "properties": {
+            **{name: {"type": ["boolean", "null"]} for name in request._STREAM_OPTIONS},
+            "include_obfuscation": {"enum": [False, None]},
+        },
     },
     "stop": {
         "anyOf": [
-            {"type": "string", "minLength": 1, "maxLength": request.MAX_STOP_CHARS},
+            {"type": "string", "maxLength": request.MAX_STOP_CHARS},
             {
                 "type": "array",
                 "maxItems": request.MAX_STOPS,
@@ -95,6 +103,13 @@ NESTED: Mapping[str, Schema] = {
             },
         ]
     },
+    "stop_token_ids": {**TOKEN_IDS, "minItems": 0, "maxItems": request.MAX_STOP_TOKEN_IDS},
+    "chat_template_kwargs": {
+        "type": "object",
+        "maxProperties": template_options.MAX_KWARGS,
+        "propertyNames": {"enum": ["enable_thinking", "thinking", "documents"]},
+    },
+    "reasoning_effort": {"enum": list(template_options.REASONING_EFFORTS)},
     "logit_bias": {
         "type": "object",
         "maxProperties": request.MAX_LOGIT_BIAS,
@@ -130,8 +145,62 @@ NESTED: Mapping[str, Schema] = {
         ]
     },
     "parallel_tool_calls": {"type": "boolean"},
+    "skip_special_tokens": {"type": "boolean"},
+    "add_generation_prompt": {"type": "boolean"},
 }
 REQUIRED = {"model", "messages", "prompt"}
+PARTS: Schema = {
+    "anyOf": [TEXT, {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type", "text"],
+              "properties": {"type": {"enum": ["input_text", "output_text"]}, "text": TEXT}}}]
+}  # fmt: skip
+INPUT: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {
+                        "type": "object",
+                        "required": ["role", "content"],
+                        "properties": {
+                            "type": {"const": "message"},
+                            "role": {"enum": ["system", "developer", "user", "assistant"]},
+                            "content": PARTS,
+                        },
+                    },
+                    one_of("function_call", call_id=TEXT, name=NAME, arguments=TEXT),
+                    one_of("function_call_output", call_id={"type": "string", "minLength": 1}, output=PARTS),
+                ]
+            },
+        },
+    ]
+}
+RESPONSES: Mapping[str, Schema] = {
+    "model": {"type": "string", "minLength": 1},
+    "input": INPUT,
+    "instructions": {"type": ["string", "null"]},
+    "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+    "text": {"type": ["object", "null"], "properties": {"format": {"type": "object"}}},
+    "tools": {
+        "type": ["array", "null"],
+        "maxItems": tools.MAX_TOOLS,
+        "items": {**FUNCTION, "required": ["type", "name"],
+                  "properties": {"type": {"const": "function"}, **FUNCTION["properties"]}},
+    },
+    "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, one_of("function", name=NAME)]},
+    "include": {
+        "type": ["array", "null"],
+        "items": {"enum": ["message.output_text.logprobs", "reasoning.encrypted_content"]},
+    },
+}  # fmt: skip
+"""What differs from a chat. `text.format` is as in `response_format`, without the level `json_schema`."""
+OF_CHAT = (
+    "stream", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "logit_bias", "user", "ignore_eos", "min_tokens", "parallel_tool_calls", "top_logprobs",
+)  # fmt: skip
+"""Parameters that /v1/responses has with the same meaning."""
 
 USAGE: Schema = {
     "type": "object",
@@ -150,6 +219,7 @@ MODEL: Schema = {
         "owned_by": TEXT,
         "root": {"type": "string", "description": "The full name, which never changes its meaning."},
         "parent": {"type": "string", "description": "The full name of the base, of an adapter."},
+        "max_model_len": {"type": "integer", "description": "Tokens of prompt and completion together."},
     },
 }
 ERROR: Schema = {
@@ -166,6 +236,26 @@ ERROR: Schema = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+RESPONSE: Schema = {
+    "type": "object",
+    "required": ["id", "object", "created_at", "model", "status", "output", "store", "usage"],
+    "properties": {
+        "id": TEXT,
+        "object": {"const": "response"},
+        "created_at": {"type": "integer"},
+        "model": TEXT,
+        "status": {"enum": ["completed", "incomplete"]},
+        "output": {"type": "array", "items": {"type": "object", "required": ["id", "type", "status"]}},
+        "store": {"const": False},
+        "usage": {
+            "type": "object",
+            "required": ["input_tokens", "output_tokens", "total_tokens"],
+            "properties": {
+                name: {"type": "integer", "minimum": 0} for name in ("input_tokens", "output_tokens", "total_tokens")
+            },
+        },
     },
 }
 ANSWERED = "Answered"
@@ -197,12 +287,18 @@ def document() -> str:
         "info": {
             "title": "Lorapool gateway",
             "version": "1",
-            "description": "OpenAI's API for bases and LoRA adapters. A parameter that is not listed is refused.",
+            "description": "OpenAI's API for bases and LoRA adapters. A parameter that is not listed is refused, "
+            "unless its value asks for nothing.",
         },
         "security": KEY,
         "paths": {
-            protocol.ROUTE_CHAT: {"post": _infers("chat", chat, completion("chat.completion", message=answer))},
-            protocol.ROUTE_COMPLETIONS: {"post": _infers("complete", plain, completion("text_completion", text=TEXT))},
+            protocol.ROUTE_CHAT: {
+                "post": _infers("chat", _request(chat), completion("chat.completion", message=answer))
+            },
+            protocol.ROUTE_COMPLETIONS: {
+                "post": _infers("complete", _request(plain), completion("text_completion", text=TEXT))
+            },
+            protocol.ROUTE_RESPONSES: {"post": _infers("respond", _responses(chat), RESPONSE)},
             protocol.ROUTE_MODELS: {
                 "get": _reads("listModels", "The models that the key may use.", _list_of(_ref("Model")), [])
             },
@@ -227,11 +323,11 @@ _MODEL_NAME = {
 }
 
 
-def _infers(name: str, body: RecordingBody, answer: Schema) -> Schema:
+def _infers(name: str, body: Schema, answer: Schema) -> Schema:
     content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": TEXT}}
     return {
         "operationId": name,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _request(body)}}},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": {"description": ANSWERED, "content": content}, **_errors()},
     }
 
@@ -249,12 +345,21 @@ def _reads(name: str, summary: str, answer: Schema, parameters: list[Schema]) ->
 def _request(body: RecordingBody) -> Schema:
     own = {name: _parameter(name, body) for name in texts.PARAMETERS if name in body.known}
     labels: dict[str, Schema] = {name: {} for name in sorted(json_body._LABELS)}
-    neutral = {name: {"enum": list(values)} for name, values in json_body._NEUTRAL.items()}
+    neutral = {name: {"enum": list(values)} for name, values in json_body._NEUTRAL.items() if name not in own}
     return {
         "type": "object",
         "required": [name for name in own if name in REQUIRED],
-        "additionalProperties": False,
+        "additionalProperties": {"enum": list(json_body._NOTHING)},
         "properties": {**own, **labels, **neutral},
+    }
+
+
+def _responses(chat: RecordingBody) -> Schema:
+    shared = {name: _parameter(name, chat) for name in OF_CHAT}
+    return {
+        "type": "object",
+        "required": ["model", "input"],
+        "properties": {**RESPONSES, **shared, "store": {"type": ["boolean", "null"]}},
     }
 
 

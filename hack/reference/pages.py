@@ -19,6 +19,8 @@ from lorapool_api import common, openai, protocol, reasons
 from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
 from lorapool_api.loraadapter import UsagePart
+from lorapool_artifacts import peft_settings
+from lorapool_artifacts.causes import GROUPS
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
@@ -167,6 +169,26 @@ def conditions() -> str:
     return text + texts.FAILURES + table(["reason", "", "error code", "meaning", "remedy"], failures)
 
 
+# --- refusals of adapters ----------------------------------------------------------------
+
+
+def refusals() -> str:
+    text = texts.REFUSALS
+    for title, causes in GROUPS.items():
+        rows = [[_fields(cause.sentence), _fields(cause.remedy), code(cause.reason)] for cause in causes.values()]
+        text += f"\n## {title}\n\n" + table(["what was found", "remedy", "reason"], rows)
+    for title, found in peft_settings.TABLES.items():
+        rows = [[code(name), refusal.why, refusal.remedy] for name, refusal in sorted(found.items())]
+        text += f"\n## {title}\n\n" + table(["", "why", "remedy"], rows)
+    harmless = [[code(name), why] for name, why in peft_settings.HARMLESS.items()]
+    return text + "\n## Settings that are ignored\n\n" + table(["setting", "why"], harmless)
+
+
+def _fields(text: str) -> str:
+    """A text of a cause with its fields in italics."""
+    return re.sub(r"\{(\w+)\}", r"*\1*", text)
+
+
 # --- metrics -----------------------------------------------------------------------------
 
 
@@ -298,7 +320,9 @@ def gateway_api() -> str:
     refused = [
         [code(name), ", ".join(code(json.dumps(v)) for v in values)] for name, values in json_body._NEUTRAL.items()
     ]
-    text += table(["parameter", "accepted values"], refused)
+    text += table(["parameter", "accepted values"], refused) + texts.RESPONSES + texts.SCHEMAS
+    headers = [[code(header), what] for header, what in texts.ANSWER_HEADERS.items()]
+    text += "\n## Headers of answers\n\n" + table(["header", ""], headers)
     statuses = error_statuses()
     _complete(statuses, texts.ERROR_CODES, "error code")
     rows = [
@@ -353,6 +377,7 @@ def _complete(found: Iterable[Any], described: Iterable[Any], what: str) -> None
 PAGES: dict[str, Callable[[], str]] = {
     "objects.md": objects,
     "conditions.md": conditions,
+    "refusals.md": refusals,
     "metrics.md": metrics,
     "settings.md": settings,
     "profiles.md": profiles,

@@ -11,7 +11,7 @@ from lorapool_runtime.openai import json_body, request
 class RecordingBody(json_body.Body):
     """Notes with which bounds each parameter is read."""
 
-    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
+    def __init__(self, raw: bytes | dict[str, Any], known: frozenset[str]) -> None:
         super().__init__(raw, known)
         self.known = known
         self.bounds: dict[str, str] = {}

@@ -5,8 +5,8 @@ The generator fails where a text is missing, and where one is left over.
 
 from __future__ import annotations
 
-from lorapool_api import common, poll_proof, protocol
-from lorapool_runtime.openai import encoding, request, tools
+from lorapool_api import common, pod_address, poll_proof, protocol
+from lorapool_runtime.openai import encoding, messages, request, template_options, tools
 
 PATTERNS = {
     common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
@@ -17,6 +17,14 @@ PATTERNS = {
 OBJECTS = """# Objects
 
 The custom resources of the group `lorapool.dev`. `kubectl explain lora.spec` shows the same.
+"""
+
+REFUSALS = """# Why an adapter is refused, and what to do
+
+Each refusal is one of these sentences and its remedy; what is in italics differs. `lorapool inspect` reports all that
+apply at once, the status of a LoraAdapter the first. Names that trainers leave in tensors (`_orig_mod.`, `module.`,
+`_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`, `.default.` before `weight`, no `base_model.model.`) are
+understood and no reason to refuse.
 """
 
 CONDITIONS = """# Conditions and reasons
@@ -57,7 +65,8 @@ begins with `LORAPOOL_` and is not a setting of the process stops it. Each setti
 RUNTIME_PROTOCOL = f"""# Runtime protocol
 
 What gateway and operator send to a runtime. Every route needs the bearer token of its base unless it says otherwise.
-The port is {protocol.RUNTIME_PORT}.
+The port is {protocol.RUNTIME_PORT}. Its name in the pod is the scheme: `https` where the runtime serves TLS, with a
+certificate for `<uid of the base>.{pod_address.DOMAIN}`, else `http`.
 
 """
 
@@ -72,6 +81,8 @@ HEADERS = {
     "fairly, and no computed beginnings of prompts.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
     common.HEADER_REQUEST_ID: "Request and answer: the id in all logs.",
+    common.HEADER_RELAXED: "Answer: the keywords of the request's JSON schemas that are not enforced; absent when all "
+    "are.",
     poll_proof.HEADER_PROOF: "Answer to a poll whose `Authorization` is a `LorapoolPoll` challenge in place of the "
     "token: proves the pod and the body (`lorapool_api.poll_proof`).",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
@@ -80,13 +91,65 @@ HEADERS = {
 GATEWAY_API = f"""# Gateway API
 
 OpenAI's API with an API key as bearer token: `POST {protocol.ROUTE_CHAT}`, `POST {protocol.ROUTE_COMPLETIONS}`,
-`GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`. `GET {protocol.ROUTE_OPENAPI}`
-returns the OpenAPI document, with the same key. No parameter is ignored silently: one that is
-not listed here is refused by name.
+`POST {protocol.ROUTE_RESPONSES}`, `GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`.
+`GET {protocol.ROUTE_OPENAPI}` returns the OpenAPI document, and `GET {protocol.ROUTE_VERSION}` the version.
+{" and ".join(f"`GET {route}`" for route in protocol.ALIVE_ROUTES)} need no key: 200, or 503 once the pod is
+about to end. [clients.md](clients.md) says which clients work.
+
+A parameter that asks for something is supported or refused by name, never ignored silently. One that is not listed
+here is accepted with a value that asks for nothing: `null`, `false`, `""`, `[]` or `{{}}`. Whole numbers may be
+written as `8.0`.
 
 ## Supported parameters
 
 """
+
+RESPONSES = f"""
+## `{protocol.ROUTE_RESPONSES}`
+
+`input` and `instructions` become the messages of a chat, and the parameters of a chat have the same names, bounds and
+effects, except:
+
+- `max_output_tokens`, `top_logprobs`, `tools` and `tool_choice` have OpenAI's form for this API; tools are functions.
+- `text.format` is the response format, `text.verbosity` and `reasoning.effort` are the chat's `verbosity` and
+  `reasoning_effort`.
+- Items of `input` are messages, `function_call`, `function_call_output` and `reasoning`. Earlier reasoning is not
+  shown to the model again.
+- `include` knows `message.output_text.logprobs` and, without effect, `reasoning.encrypted_content`.
+- `n`, `logprobs`, `messages`, `response_format`, `max_tokens` and `max_completion_tokens` do not exist.
+
+**Nothing is stored.** `store` is accepted without effect, and the answer says `"store": false`.
+`previous_response_id`, `conversation`, `background`, `prompt` and items of the type `item_reference` are refused:
+send the whole conversation in `input`. Some clients send references unless they are given `store: false`. `GET
+{protocol.ROUTE_RESPONSES}/{{id}}` is a 404.
+
+A stream has OpenAI's events from `response.created` to `response.completed` or, for an answer that
+`max_output_tokens` cuts off, `response.incomplete`. An error in the middle of it is one event with an `error`."""
+
+SCHEMAS = f"""
+## JSON schemas
+
+A grammar makes every answer follow the schema of its `response_format`, or of the tool that it calls. With both, an
+answer is calls or follows the format.
+
+- An object that lists `properties` has no others, unless it has `additionalProperties`. A tool that lists none is
+  called with `{{}}`.
+- A keyword that no grammar can enforce (`not`, `propertyNames`, `uniqueItems`, `if`, an unknown `format`, a `pattern`
+  with look-ahead) is left out, and the header `{common.HEADER_RELAXED}` lists where. With `strict: true` the request
+  is refused instead, and the error names the keywords.
+- Unknown keywords are annotations. `null` as the value of a keyword means that it is not given.
+- The arguments of a call are streamed as they are generated. `max_tokens` may cut them off: `finish_reason` is then
+  `length`."""
+
+ANSWER_HEADERS = {
+    common.HEADER_REQUEST_ID: "The id in all logs: the request's own, or a new one.",
+    common.HEADER_ADAPTER: "What answered: `<namespace>/<name>@<digest>`, or `base`. The gateway's own errors lack it.",
+    common.HEADER_PROCESSING_MS: "Milliseconds until the head of the answer was sent.",
+    common.HEADER_COLD_START: "Milliseconds that the request was held or waited for its adapter's load; absent when it "
+    "did not.",
+    common.HEADER_RELAXED: "The keywords of the request's JSON schemas that are not enforced, by parameter and path; "
+    "absent when all are.",
+}
 
 REFUSED = """
 ## Refused
@@ -112,6 +175,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
         f"after a change or `wait` seconds (at most {protocol.LONG_POLL_MAX_S:g}). With `boot`, the boot id of the "
         "reader's last snapshot, the answer has only what changed since `after`."
     ),
+    ("GET", protocol.ROUTE_BASE_MODULES): "What adapters may name in the base, with all names of each module: "
+    "`BaseModules`. 503 until the base is loaded.",
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
     ("GET", protocol.ROUTE_REQUESTS): "Long poll of the requests that have ended, of the last 15 minutes or the last "
     "100,000, with `after` and `wait`: `FinishedRequests`.",
@@ -136,19 +201,24 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     ("GET", protocol.ROUTE_MODELS + "/{model}"): "One of them.",
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
     ("POST", protocol.ROUTE_COMPLETIONS): "OpenAI's completions, see [gateway-api.md](gateway-api.md).",
+    ("POST", protocol.ROUTE_RESPONSES): "OpenAI's responses, see [gateway-api.md](gateway-api.md).",
 }
 
 PARAMETERS: dict[str, str] = {
     "model": "A name as `GET /v1/models` lists it; an adapter also by its short name where that is unambiguous.",
-    "messages": f"1 to {request.MAX_MESSAGES} messages of the roles {', '.join(request.ROLES)}; content is text "
-    "or a list of text parts. `developer` is read as `system`.",
+    "messages": f"1 to {messages.MAX_MESSAGES} messages of the roles {', '.join(messages.ROLES)}; content is text "
+    "or a list of text parts. `developer` is read as `system`, `function` as `tool`. Fields that other servers and "
+    "clients add to earlier messages are accepted; `reasoning_content` and `reasoning` are passed to the template.",
     "prompt": f"A string, a list of token ids, or a list of at most {request.MAX_SEQUENCES} of these. Prompts times "
     f"`n` are at most {request.MAX_SEQUENCES}.",
     "stream": "Server-sent events, one chunk for each piece of text.",
-    "stream_options": "`include_usage` only, and only with `stream`.",
-    "max_tokens": "With `n` choices they share a budget of "
-    f"{encoding.MAX_REQUEST_TOKENS} tokens or one context, whichever is larger; prompt and completion fit the context. "
+    "stream_options": "`include_usage` and `continuous_usage_stats` (the usage so far in every chunk), only with "
+    "`stream`.",
+    "max_tokens": "At most so many; where the context has less room after the prompt, that room. With `n` choices they "
+    f"share a budget of {encoding.MAX_REQUEST_TOKENS} tokens or one context, whichever is larger. "
     f"Default: all that fits for chat, {request.DEFAULT_COMPLETION_TOKENS} for completions. 0 is allowed with `echo`.",
+    "min_tokens": "No end token before so many. Stop strings still end an answer. Cannot be combined with a grammar. "
+    "Not OpenAI's.",
     "max_completion_tokens": "The same; it wins over `max_tokens`.",
     "n": "Choices for each prompt. They share the computed prompt.",
     "temperature": "0 takes the most likely token.",
@@ -156,7 +226,20 @@ PARAMETERS: dict[str, str] = {
     "top_k": "0 and -1: off. Not OpenAI's.",
     "min_p": "Least probability relative to the most likely token. Not OpenAI's.",
     "seed": "Makes sampling repeatable for the same request on the same weights.",
-    "stop": f"A string or at most {request.MAX_STOPS} strings of 1 to {request.MAX_STOP_CHARS} characters.",
+    "stop": f"A string or at most {request.MAX_STOPS} strings of 1 to {request.MAX_STOP_CHARS} characters; a control "
+    "token by its text too.",
+    "stop_token_ids": f"At most {request.MAX_STOP_TOKEN_IDS} ids of tokens that end an answer, also with `ignore_eos`. "
+    "Not OpenAI's.",
+    "skip_special_tokens": "False: control tokens are part of the text. Default: true. Not OpenAI's.",
+    "include_stop_str_in_output": "The stop string, or the token that ended the answer, is part of the text. Not "
+    "OpenAI's.",
+    "chat_template_kwargs": f"At most {template_options.MAX_KWARGS} variables for the chat template, such as "
+    "`enable_thinking`; those that the server sets itself are refused. Not OpenAI's.",
+    "reasoning_effort": f"One of {', '.join(template_options.REASONING_EFFORTS)}: passed to the chat template, with "
+    "`enable_thinking` false for `none` and true for the others. Without effect on a template that reads neither.",
+    "add_generation_prompt": "Whether the prompt ends with the beginning of the assistant's turn. Default: true, but "
+    "false with `continue_final_message`. Not OpenAI's.",
+    "continue_final_message": "The answer continues the last message, which is the assistant's. Not OpenAI's.",
     "logprobs": f"Chat: true or false. Completions: the number of most likely tokens, 0 to {request.MAX_TOP_LOGPROBS}.",
     "top_logprobs": "Needs `logprobs`.",
     "presence_penalty": "Subtracted once for a token that occurred.",
@@ -165,10 +248,10 @@ PARAMETERS: dict[str, str] = {
     "logit_bias": f"At most {request.MAX_LOGIT_BIAS} token ids, each with a number from -100 to 100.",
     "user": "Accepted without effect.",
     "ignore_eos": "Generates up to `max_tokens`. Cannot be combined with a grammar. Not OpenAI's.",
-    "response_format": "`text`, `json_object`, or `json_schema` with `name` and `schema`. A grammar enforces the "
-    "schema, with `strict` or without it.",
-    "tools": f"At most {tools.MAX_TOOLS} functions; a grammar enforces their `parameters`. An answer has at "
-    f"most {tools.MAX_CALLS} calls.",
+    "response_format": "`text`, `json_object`, or `json_schema` with `name` and `schema`: see [JSON schemas]"
+    "(#json-schemas).",
+    "tools": f"At most {tools.MAX_TOOLS} functions; a grammar enforces their `parameters`: see [JSON schemas]"
+    f"(#json-schemas). An answer has at most {tools.MAX_CALLS} calls.",
     "tool_choice": "`none`, `auto`, `required`, or one function by name.",
     "parallel_tool_calls": "Whether an answer may hold more than one call. Default: true.",
     "echo": "Returns the prompt before the completion, with `logprobs` also its log-probabilities.",
@@ -188,9 +271,10 @@ ERROR_CODES: dict[str, str] = {
     "after `Retry-After`.",
     "bodies_exceeded": "The gateway holds as many bytes of bodies as `gateway.maxHeldBodyBytes` allows. Try again.",
     "body_timeout": "The client sent its body too slowly.",
-    "chat_template_refused": "The base's chat template does not accept these messages; the message says why.",
+    "chat_template_refused": "The model's chat template does not accept these messages; the message says why.",
+    "chat_template_timeout": "The model's chat template did not end in time. It is not tried again for a minute.",
     "cold_start_timeout": "No replica became ready within spec.coldStart.maxWait. Try again after `Retry-After`.",
-    "context_length_exceeded": "The prompt, or prompt and `max_tokens`, are longer than the context. Shorten either.",
+    "context_length_exceeded": "The prompt is longer than the context. Shorten it.",
     "deadline_exceeded": "The request took longer than `gateway.deadlineSeconds`. Ask for fewer tokens.",
     "draining": "This runtime is shutting down. The gateway tries another replica.",
     "grammar_timeout": "Compiling the schema took too long. Simplify it.",
@@ -208,9 +292,9 @@ ERROR_CODES: dict[str, str] = {
     "keys_stale": "The API server has not confirmed the API keys for longer than `apiKeys.maxAgeSeconds`, and "
     "`apiKeys.whenStale` is `refuse`.",
     "model_not_found": "There is no such model, or the key may not use it, or its short name means several models.",
-    "no_chat_template": "The base has no chat template. Use `/v1/completions`.",
+    "no_chat_template": "The model has no chat template. Use `/v1/completions`, or set spec.chatTemplate.",
     "no_slot": "All slots of the base are in use or pinned. Raise spec.lora.slots or spec.scaling.maxReplicas.",
-    "not_found": "There is no such route.",
+    "not_found": "There is no such route; the message says what to use instead, where it is known.",
     "payload_too_large": "The body is larger than `gateway.maxBodyBytes`.",
     "prompt_timeout": "Rendering or tokenizing the prompt took too long. Shorten it.",
     "queue_full": "The runtime's queue is full. Try again after `Retry-After`.",
@@ -226,7 +310,8 @@ ERROR_CODES: dict[str, str] = {
     "unsupported_encoding": "The body has a `Content-Encoding`. Send it uncompressed.",
     "unsupported_parameter": "OpenAI's parameter is not supported with this value.",
     "unsupported_role": "The role of a message is unknown.",
-    "unsupported_schema": "The schema uses a keyword that cannot be enforced; the message names it.",
+    "unsupported_schema": "The schema is wrong, or is `strict` and uses a keyword that cannot be enforced, which the "
+    "message names.",
     "upstream_lost": "The runtime was lost before or during its answer. Try again.",
     "upstream_timeout": "The runtime sent nothing for `gateway.requestTimeoutSeconds`.",
     "wrong_adapter": "A runtime answered for other weights than were asked for; the answer was withheld.",

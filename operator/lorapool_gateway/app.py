@@ -13,11 +13,18 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_REQUEST_ID
+from lorapool_api.common import (
+    HEADER_ADAPTER,
+    HEADER_COLD_START,
+    HEADER_PROCESSING_MS,
+    HEADER_RELAXED,
+    HEADER_REQUEST_ID,
+)
 from lorapool_api.logs import audit
 from lorapool_api.openai import (
     ApiError,
@@ -27,8 +34,17 @@ from lorapool_api.openai import (
     TooManyRequestsError,
     UnavailableError,
 )
-from lorapool_api.protocol import ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_MODELS, ROUTE_OPENAPI
+from lorapool_api.protocol import (
+    ALIVE_ROUTES,
+    INFERENCE_ROUTES,
+    ROUTE_MODELS,
+    ROUTE_OPENAPI,
+    ROUTE_RESPONSES,
+    ROUTE_VERSION,
+)
+from lorapool_api.release import release
 from lorapool_gateway.connections import ConnectionLimits, Server
+from lorapool_gateway.cors import Cors
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.body import BodyBudget, HeldBody, read_body
@@ -50,6 +66,12 @@ AUDITED = (401, 403, 404, 429)
 """Statuses of requests that a key, a permission or a limit forbids; a forbidden model looks like a missing one."""
 OPENAPI = Path(__file__).with_name("openapi.json").read_bytes()
 """Written by `make generate`."""
+ABSENT = {
+    "/v1/embeddings": " The models of this server generate text; they have no embeddings.",
+    "/v1/messages": " Put a proxy in front that speaks both APIs, such as LiteLLM's.",
+    ROUTE_RESPONSES: " No answers are stored; `POST /v1/responses` makes one.",
+}
+"""What an unknown path may look for, and what to do."""
 KEY_SHARE = 8
 """A key has at most this many times as many requests in flight as there is room for, so that a part of the room, a
 ninth while there is one key alone, is always left for keys that have none."""
@@ -62,6 +84,8 @@ class _Exchange:
     request: web.BaseRequest
     id: str
     record: RequestRecord
+    cors: dict[str, str]
+    """Headers for a page of another origin."""
     key: ApiKey | None = None
     """None before the request is authenticated."""
 
@@ -69,6 +93,7 @@ class _Exchange:
         """The headers of every response. The adapter header is left out of a failed one."""
         record = self.record
         headers = {
+            **self.cors,
             HEADER_REQUEST_ID: self.id,
             HEADER_PROCESSING_MS: str(round((time.monotonic() - record.started_s) * 1000)),
         }
@@ -76,6 +101,8 @@ class _Exchange:
             headers[HEADER_ADAPTER] = record.identity
         if record.cold_ms is not None:
             headers[HEADER_COLD_START] = str(record.cold_ms)
+        if record.relaxed is not None:
+            headers[HEADER_RELAXED] = record.relaxed
         return headers
 
 
@@ -103,12 +130,14 @@ class Gateway:
         """True after SIGTERM: responses then ask clients to open their next connection elsewhere."""
         self._ending = Ending(settings.deadline_s)
         self._model_lists = ModelLists()
+        self._cors = Cors(settings.cors_origins)
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
-            ROUTE_CHAT: {"POST": self._infer},
-            ROUTE_COMPLETIONS: {"POST": self._infer},
+            **{route: {"POST": self._infer} for route in INFERENCE_ROUTES},
             ROUTE_MODELS: {"GET": self._list_models, "HEAD": self._list_models},
             ROUTE_OPENAPI: {"GET": self._openapi, "HEAD": self._openapi},
+            ROUTE_VERSION: {"GET": self._version, "HEAD": self._version},
+            **{route: {"GET": self._alive, "HEAD": self._alive} for route in ALIVE_ROUTES},
         }
 
     def server(self) -> Server:
@@ -125,19 +154,27 @@ class Gateway:
 
     # --- handlers
 
+    def _methods(self, path: str) -> dict[str, Handler]:
+        """The handlers of a path by method. Raises RouteNotFoundError."""
+        methods = self._routes_by_path.get(path)
+        if methods is not None:
+            return methods
+        if path.startswith(ROUTE_MODELS + "/") and path != ROUTE_MODELS + "/":
+            return {"GET": self._get_model, "HEAD": self._get_model}
+        why = next((why for absent, why in ABSENT.items() if path == absent or path.startswith(absent + "/")), "")
+        raise RouteNotFoundError(f"There is no {path[:200]}.{why}")
+
     def _handler(self, request: web.BaseRequest) -> Handler:
         """The handler of this path and method. Raises RouteNotFoundError, MethodNotAllowedError."""
-        path = request.path
-        methods = self._routes_by_path.get(path)
-        if methods is None:
-            if not path.startswith(ROUTE_MODELS + "/") or path == ROUTE_MODELS + "/":
-                raise RouteNotFoundError(f"There is no {request.method} {path[:200]}.")
-            methods = {"GET": self._get_model, "HEAD": self._get_model}
+        methods = self._methods(request.path)
         handler = methods.get(request.method)
-        if handler is None:
-            allowed = ", ".join(sorted(methods.keys() - {"HEAD"}))
-            raise _MethodError(f"{request.method} is not allowed here; use {allowed}.", allowed)
-        return handler
+        if handler is not None:
+            return handler
+        permission = self._cors.preflight(request.headers, methods) if request.method == "OPTIONS" else None
+        if permission is not None:
+            return partial(_permit, permission)
+        allowed = ", ".join(sorted(methods.keys() - {"HEAD"}))
+        raise _MethodError(f"{request.method} is not allowed here; use {allowed}.", allowed)
 
     async def _infer(self, exchange: _Exchange) -> web.StreamResponse:
         request, record = exchange.request, exchange.record
@@ -188,10 +225,19 @@ class Gateway:
         self._key(exchange)
         return _json(OPENAPI, exchange.headers())
 
+    async def _alive(self, exchange: _Exchange) -> web.StreamResponse:
+        status = UnavailableError.status if self.draining else 200
+        return _json(b"{}", exchange.headers(), status)
+
+    async def _version(self, exchange: _Exchange) -> web.StreamResponse:
+        self._key(exchange)
+        return _json(json.dumps({"version": release()}).encode(), exchange.headers())
+
     async def _get_model(self, exchange: _Exchange) -> web.StreamResponse:
         key = self._key(exchange)
         name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
-        return _json(json.dumps(model_object(self._routes.table.find(name, key), name)).encode(), exchange.headers())
+        table = self._routes.table
+        return _json(json.dumps(model_object(table, table.find(name, key), name)).encode(), exchange.headers())
 
     # --- limits
 
@@ -228,7 +274,8 @@ class Gateway:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         record = RequestRecord(started_s=time.monotonic())
-        exchange = _Exchange(request, request_id(request.headers.get(HEADER_REQUEST_ID)), record)
+        own_id = request_id(request.headers.get(HEADER_REQUEST_ID))
+        exchange = _Exchange(request, own_id, record, self._cors.headers(request.headers))
         self.in_flight += 1
         self.idle.clear()
         try:
@@ -245,7 +292,7 @@ class Gateway:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self.idle.set()
-            if request.path in (ROUTE_CHAT, ROUTE_COMPLETIONS):
+            if request.path in INFERENCE_ROUTES:
                 self._metrics.finish(record, time.monotonic())
 
     async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
@@ -269,6 +316,10 @@ class _MethodError(MethodNotAllowedError):
 
     def headers(self) -> dict[str, str]:
         return {**super().headers(), "Allow": self.allowed}
+
+
+async def _permit(permission: dict[str, str], exchange: _Exchange) -> web.StreamResponse:
+    return web.Response(status=204, headers={**exchange.headers(), **permission})
 
 
 def _audit_refusal(exchange: _Exchange, error: ApiError) -> None:

@@ -24,7 +24,8 @@ from lorapool_api.openai import InvalidRequestError, UnavailableError
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 75.0
-"""Longer than the idle timeout of common load balancers, so that they close the connection first."""
+"""For which a connection may be silent before and between requests. Longer than the idle timeout of common load
+balancers, so that they close the connection first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ class _Connection(RequestHandler):
         self._connections = connections
         self._address: str | None = None
         """None: the connection is not open, or was refused."""
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        """Closes the connection when the first head does not begin, or a head that has begun does not end."""
+        self._in_head = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         address = str((transport.get_extra_info("peername") or ("",))[0])
@@ -104,6 +107,7 @@ class _Connection(RequestHandler):
             return
         self._address = address
         super().connection_made(transport)
+        self._close_after(KEEPALIVE_S)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._address is None:
@@ -119,13 +123,19 @@ class _Connection(RequestHandler):
         super().data_received(data)
         if self._waiter is None or self._waiter.done():
             self._head_is_complete()
-        elif self._head_timer is None:  # it waits for a request, and has received a part of a head
-            self._head_timer = self._loop.call_later(self._connections.limits.head_timeout_s, self.force_close)
+        elif not self._in_head:  # it waits for a request, and has received a part of a head
+            self._in_head = True
+            self._close_after(self._connections.limits.head_timeout_s)
 
     def _head_is_complete(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._in_head = False
+        self._close_after(None)
+
+    def _close_after(self, seconds: float | None) -> None:
+        """Replaces the timer; None: nothing closes the connection."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self.force_close)
 
     def handle_error(
         self,

@@ -49,6 +49,8 @@ class RequestRecord:
     first_token_s: float | None = None
     cold_ms: int | None = None
     """Milliseconds that it was held or waited for its adapter; None when warm."""
+    relaxed: str | None = None
+    """Value of the response's header for keywords that are not enforced."""
 
     def used(self, usage: Usage | None) -> None:
         """Records what the request has used, unless that is known already. None: not reported."""

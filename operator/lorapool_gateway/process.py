@@ -24,6 +24,7 @@ from lorapool_api.keep_alive import keep_alive
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics
@@ -65,13 +66,15 @@ async def running(
     """Serves inside the context: on the API port, and metrics and probes on a port and in a thread of their own."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
-        routes, keys = LiveRoutes(), LiveKeys()
+        routes, keys, trust = LiveRoutes(), LiveKeys(), ReleaseTrust(settings.internal_ca_file)
         tables = TableBuilder(source, routes, keys, metrics)
-        tables.polls = RuntimePolls(session, tokens.of, tables.runtimes_changed)
+        tables.polls = RuntimePolls(session, tokens.of, tables.runtimes_changed, trust)
         stack.push_async_callback(tables.polls.close)
         waker = ScaleWaker(scale, metrics.wake)
         stack.push_async_callback(waker.close)
-        http = HttpClient(connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s)
+        http = HttpClient(
+            trust=trust, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s
+        )
         stack.push_async_callback(http.close)
         guard = key_guard(settings, keys, metrics)
         dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics, guard)

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from lorapool_api.basemodel import Namespace
 from lorapool_api.settings import Namespaces, ServingSettings, read
+
+
+def _listed(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return frozenset(item.strip() for item in value.split(",") if item.strip())
+
+
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[A-Za-z0-9.:\[\]-]+)$")]
 
 
 class Settings(ServingSettings):
@@ -29,6 +38,9 @@ class Settings(ServingSettings):
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
     two lines, the current token and the previous one. A change is noticed without a restart."""
+    internal_ca_file: Path = Path("/etc/lorapool/internal-ca/ca.crt")
+    """File with the authorities (PEM) that sign the certificates of this release's runtimes. A change is noticed
+    without a restart. It may be missing where no runtime serves TLS."""
     kubeconfig: Path | None = None
     """Only needed outside a cluster; inside, the pod's service account is used."""
 
@@ -55,6 +67,10 @@ class Settings(ServingSettings):
     """The same for one client address. Behind a proxy, all clients have the addresses of the proxy."""
     head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """A connection is closed when a request's headers are not complete this long after their first byte."""
+
+    cors_origins: Annotated[frozenset[Origin], BeforeValidator(_listed)] = frozenset()
+    """Origins of the pages that may call the API from a browser: a comma-separated list such as
+    https://app.example.com, or "*" for every page. A page's key is as public as the page."""
 
     connect_timeout_s: Annotated[float, Field(gt=0)] = 1.0
     """TCP connect to a runtime. Pods are near, so a longer connect means that the pod is gone."""

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, FailureReason, Reason
+from lorapool_api.tls import ReleaseTrust
 from lorapool_artifacts.policy import SourcePolicy
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.effects.apply import Applier
+from lorapool_operator.effects.authority import Authority
+from lorapool_operator.effects.certificates import Certificates
 from lorapool_operator.effects.cluster import PlanTarget
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.inspections import InspectionTracker, Inspector
@@ -48,6 +51,10 @@ class ControlSettings:
     """Name of the Secret with a namespace's own credentials; empty: none is read."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     polls: PollSettings = field(default_factory=PollSettings)
+    authority: Authority | None = None
+    """Issues the certificates of runtimes; None: new pods serve without TLS."""
+    trust: ReleaseTrust = field(default_factory=ReleaseTrust)
+    """The authorities whose certificates of runtimes are trusted."""
 
 
 class Control:
@@ -78,6 +85,7 @@ class Control:
             changed=self._runtime_changed,
             turn=self.slices.turn,
             fence=fence,
+            trust=settings.trust,
         )
         self.delivery = CredentialDelivery(self.cache, self.runtimes, self.access)
         self.inspections = InspectionTracker(
@@ -104,11 +112,13 @@ class Control:
             image=settings.image,
             tokens=settings.tokens,
             access=self.access,
+            serves_tls=settings.authority is not None,
         )
+        issued = Certificates(target, self.cache, settings.authority) if settings.authority is not None else None
         self.reconciler = Reconciler(
             self.queue,
             self.observer,
-            Applier(target, self.cache, self.intake, self.runtimes, self.inspections),
+            Applier(target, self.cache, self.intake, self.runtimes, self.inspections, issued),
             self.intake,
             self.runtimes,
             self.inspections,

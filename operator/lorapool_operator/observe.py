@@ -69,6 +69,7 @@ class Observer:
         image: RuntimeImage,
         tokens: Callable[[str], tuple[str, ...]],
         access: SourceAccess,
+        serves_tls: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.profiles = profiles
@@ -82,6 +83,7 @@ class Observer:
         self._image = image
         self._tokens = tokens
         self._access = access
+        self._serves_tls = serves_tls
         self._now = now
         self._since = now()
         self._bases: dict[Key, BaseMemory] = {}
@@ -171,6 +173,8 @@ class Observer:
             profile_changed=None not in (before, profile) and before != profile,
             credentials_unix_s=self.credentials_unix_s,
             source_rules=self._access.rules_of(base),
+            modules=self._runtimes.modules_of(base),
+            serves_tls=self._serves_tls,
         )
 
     def unreadable(self, key: Key) -> UnreadableObject | None:

@@ -20,12 +20,15 @@ from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.pod_address import AUTHORITY
 from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.tls import ReleaseTrust
 from lorapool_artifacts.policy import PolicyError, read_policy
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.plan import PlanSettings
+from lorapool_operator.effects.authority import Authority
 from lorapool_operator.effects.cluster import Cluster, Subject
 from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
@@ -70,6 +73,7 @@ class Process:
         self._policy = read_policy(settings.source_policy_file)
         self._sources = sources
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
+        self._authority = Authority(settings.internal_ca_dir) if settings.internal_tls else None
         self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.inspection_timeout_s)
         self._stop = asyncio.Event()
@@ -162,6 +166,8 @@ class Process:
             polls=PollSettings(
                 settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s
             ),
+            authority=self._authority,
+            trust=ReleaseTrust(settings.internal_ca_dir / AUTHORITY),
         )
 
     # --- acting, once the Lease is held

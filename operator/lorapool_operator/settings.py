@@ -59,6 +59,12 @@ class Settings(ProcessSettings):
     master_token_file: Path = Path("/etc/lorapool/master/token")
     """File with the release's master token, from which each base's runtime token is derived. During a rotation it has
     two lines, the current token and the previous one. A change is noticed without a restart."""
+    internal_ca_dir: Path = Path("/etc/lorapool/internal-ca")
+    """Folder with `ca.crt`, the authorities (PEM) that are trusted to sign the certificates of this release's runtimes,
+    and with `tls.crt` and `tls.key`, the one with which the operator signs. A change is noticed without a restart."""
+    internal_tls: bool = False
+    """New runtime pods serve HTTPS, with certificates that the operator issues. Off, they serve HTTP; pods of the other
+    kind are used until they are replaced."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""

@@ -66,14 +66,14 @@ def main(argv: Sequence[str] | None = None, command: Sequence[str] = COMMAND) ->
                 return 0
             run(serve(options, command))
     except ServeError as error:
-        print(f"lorapool-serve: {error}", file=sys.stderr)
+        print(f"lorapool serve: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def read_options(argv: Sequence[str] | None) -> Options:
     """The command line. Ends the process with code 2 if it is wrong."""
-    parser = argparse.ArgumentParser(prog="lorapool-serve", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="lorapool serve", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="folder with the YAML files; pvc://A/B is read from <folder>/A/B")
     parser.add_argument("--port", type=int, default=8080, help="port of the OpenAI API (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path(".serve"), help="summary and logs (default: %(default)s)")

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_artifacts.inspect import BaseInspection, base_facts_from_folder, names_of
+from lorapool_artifacts.inspect import BaseInspection, base_files_from_folder
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_artifacts.uri import parse_uri
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.metrics import Metrics
@@ -44,9 +43,9 @@ class LocalInspector(ArtifactInspector):
         folder = self._local_bases.get(uri)
         if folder is None:
             return await super().base(uri, revision, credentials=credentials)
-        facts = await asyncio.to_thread(base_facts_from_folder, folder)
+        files = await asyncio.to_thread(base_files_from_folder, folder)
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        return BaseInspection(str(folder), None, facts.with_names(*names_of(parse_uri(uri))), size_bytes)
+        return BaseInspection(str(folder), None, files, size_bytes)
 
 
 class Controller:

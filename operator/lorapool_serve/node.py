@@ -22,10 +22,11 @@ from pathlib import Path
 
 import aiohttp
 
+from lorapool_api.pod_address import PLAIN
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
-from lorapool_gateway.routing.objects import PORT_NAME, ObjectRef
+from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import ref_of
-from lorapool_operator.decisions.manifests import ENV_POD_UID, TOKEN_HASHES_FILE
+from lorapool_operator.decisions.manifests import CHAT_FILE, ENV_CHAT_FILE, ENV_POD_UID, TOKEN_HASHES_FILE
 from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, POD, REPLICA_SET, Objects, Raw, object_of
 
 HOST = "127.0.0.1"
@@ -86,6 +87,7 @@ class Node:
     def start(self) -> None:
         """Runs every Deployment from now on."""
         self._objects.listen(DEPLOYMENT, self._changed)
+        self._objects.listen(CONFIG_MAP, self._remount)
 
     async def close(self) -> None:
         """Ends all processes."""
@@ -121,14 +123,24 @@ class Node:
         model = given["LORAPOOL_RUNTIME_MODEL"]
         given["LORAPOOL_RUNTIME_MODEL"] = str(self._local_bases.get(model, model))
         given["LORAPOOL_RUNTIME_CACHE_DIR"] = str(self._folder / "cache" / f"{ref.namespace}-{ref.name}")
-        given[ENV_TOKEN_SHA256_FILE] = str(self._token_hashes(ref))
+        given[ENV_TOKEN_SHA256_FILE] = str(self._mounted(ref, TOKEN_HASHES_FILE))
+        given[ENV_CHAT_FILE] = str(self._mounted(ref, CHAT_FILE))
         return {**given, **self._settings}
 
-    def _token_hashes(self, ref: ObjectRef) -> Path:
-        """Writes the file that a pod would mount, with the hashes of the accepted tokens."""
-        file = self._folder / f"{ref.namespace}-{ref.name}.token-hashes"
+    def _remount(self, raw: Raw, deleted: bool) -> None:
+        """Runtimes read these files again when they change."""
+        if not deleted and ref_of(raw) in self._running:
+            for name in (TOKEN_HASHES_FILE, CHAT_FILE):
+                self._mounted(ref_of(raw), name)
+
+    def _mounted(self, ref: ObjectRef, name: str) -> Path:
+        """Writes a file that a pod would mount; one without content is not there."""
+        file = self._folder / f"{ref.namespace}-{ref.name}.{name}"
         mounted = (raw["data"] for raw in self._objects.of(CONFIG_MAP) if ref_of(raw) == ref)
-        file.write_text("".join(data[TOKEN_HASHES_FILE] for data in mounted))
+        if text := "".join(data.get(name, "") for data in mounted):
+            file.write_text(text)
+        else:
+            file.unlink(missing_ok=True)
         return file
 
     async def _replace(self, previous: asyncio.Task[None] | None, pod: _Pod, environ: Mapping[str, str]) -> None:
@@ -186,7 +198,7 @@ class Node:
 
     def _show(self, pod: _Pod) -> None:
         """Writes Pod and ReplicaSet."""
-        port = {"name": PORT_NAME, "containerPort": pod.port}
+        port = {"name": PLAIN, "containerPort": pod.port}
         crashed = {"waiting": {"reason": "CrashLoopBackOff", "message": pod.problem}} if pod.problem else {}
         status = {
             "phase": "Running",

@@ -11,23 +11,40 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorapool_api.common import FailureReason
+from lorapool_artifacts.causes import refusal
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.module_names import Names, PerModule
 from lorapool_artifacts.pattern import MAX_CHARS, PatternError
-from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
-from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB
+from lorapool_artifacts.peft_settings import (
+    GENERATES,
+    HARMLESS,
+    INITIALIZATIONS,
+    KINDS,
+    LORA,
+    MLX,
+    REFUSED,
+    REFUSED_INITIALIZATIONS,
+)
+from lorapool_artifacts.settings import MAX_JSON_BYTES
 
+CONFIG = "adapter_config.json"
 _ALL_LINEAR = "all-linear"
-_MAX_CONFIG_BYTES = 1 * MIB
 
 _LAYERS_PATTERN = re.compile(r"^[A-Za-z0-9_]{1,64}$")
+
+
+def _integral(value: object) -> object:
+    """A whole number that was written as a float, such as 8.0, as an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Rank = Annotated[int, BeforeValidator(_integral), Field(ge=1, le=65_536)]
 
 
 class AdapterConfig(BaseModel):
@@ -36,16 +53,19 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     peft_type: Literal["LORA"]
-    r: int = Field(ge=1, le=65_536)
+    r: Rank
     lora_alpha: int | float = Field(gt=0, lt=1e6)
-    target_modules: list[str] | str
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, int | float] = {}
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    ensure_weight_tying: bool = False
+    """The output layer has the embedding's adapter, transposed, although target_modules does not name it."""
 
     def rank_of(self, module: str) -> int:
         """Rank of one module, by its full name in the base (`model.layers.0.self_attn.q_proj`)."""
@@ -61,6 +81,7 @@ class AdapterConfig(BaseModel):
         settings = self.model_dump(exclude={"base_model_name_or_path"})
         if isinstance(self.target_modules, list):
             settings["target_modules"] = sorted(self.target_modules)  # peft writes a set
+        settings["target_parameters"] = sorted(self.target_parameters or ())
         return json.dumps(settings)  # the order within patterns matters, so nothing else is sorted
 
     def targets(self, module: str) -> bool | None:
@@ -78,7 +99,7 @@ class AdapterConfig(BaseModel):
 
     @cached_property
     def _targets(self) -> Names:
-        return Names(self.target_modules)
+        return Names(self.target_modules or [])
 
     @cached_property
     def _excluded(self) -> Names:
@@ -110,44 +131,55 @@ def _of(table: PerModule, module: str, default: float) -> float:
     try:
         value = table.value(module)
     except PatternError as error:
-        raise ArtifactError(
-            FailureReason.INCOMPATIBLE,
-            f"adapter_config.json: rank_pattern or alpha_pattern cannot be applied to {module}: {error}; write plain "
-            "module names instead.",
-        ) from error
+        setting = "rank_pattern or alpha_pattern"
+        raise refusal("expression", file=CONFIG, setting=setting, what=f"for {_short(module)}: {error}") from error
     return default if value is None else value
 
 
-def parse_adapter_config(raw: bytes, *, name: str = "adapter_config.json") -> AdapterConfig:
+def parse_adapter_config(raw: bytes, *, name: str = CONFIG) -> AdapterConfig:
     """The settings in `raw`. Raises ArtifactError naming the setting and the remedy."""
-    document = load_json_object(raw, name=name, max_bytes=_MAX_CONFIG_BYTES)
-    refuse_code(document, name=name)
-    settings = _supported(document, name)
-    try:
-        config = AdapterConfig.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])[:100]
-        raise ArtifactError(
-            FailureReason.INCOMPATIBLE,
-            f"{name}: {field}: {first['msg']}. Save the adapter with peft's save_pretrained().",
-        ) from error
-    _check_patterns(config, name)
+    config, problems = read_adapter_config(raw, name=name)
+    if problems:
+        raise problems[0]
+    assert config is not None  # otherwise there was a problem
     return config
+
+
+def read_adapter_config(raw: bytes, *, name: str = CONFIG) -> tuple[AdapterConfig | None, tuple[ArtifactError, ...]]:
+    """The settings in `raw` that are supported, and every reason to refuse the others. None: they cannot be read.
+
+    Raises ArtifactError for a file that is no JSON object or names code.
+    """
+    document = load_json_object(raw, name=name)
+    refuse_code(document, name=name)
+    problems = [*_kind_problems(document, name), *_setting_problems(document, name)]
+    if document.get("peft_type") != LORA:
+        return None, tuple(problems)
+    try:
+        config = AdapterConfig.model_validate({key: document[key] for key in _given(document)})
+    except ValidationError as error:
+        return None, (*problems, *_value_problems(error, name))
+    pattern_problems = tuple(_pattern_problems(config, name))
+    return None if pattern_problems else config, (*problems, *pattern_problems)
+
+
+def _given(document: Mapping[str, Any]) -> Iterator[str]:
+    """The settings that count. Older versions of peft write null for those that have their default."""
+    for key, value in document.items():
+        if key in AdapterConfig.model_fields and (value is not None or AdapterConfig.model_fields[key].is_required()):
+            yield key
 
 
 def load_json_object(raw: bytes, *, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a bounded file. Raises ArtifactError."""
     if len(raw) > max_bytes:
-        raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT, f"{name} is longer than {max_bytes} bytes; upload the original file."
-        )
+        raise refusal("config-too-long", file=name, bound=max_bytes)
     try:
         document = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{name} is not valid JSON; upload it again.") from error
+        raise refusal("config-not-json", file=name, wanted="valid JSON") from error
     if not isinstance(document, dict):
-        raise ArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{name} is not a JSON object; upload it again.")
+        raise refusal("config-not-json", file=name, wanted="a JSON object")
     return document
 
 
@@ -161,58 +193,60 @@ def refuse_code(document: Mapping[str, Any], *, name: str) -> None:
         item = pending.pop()
         if isinstance(item, Mapping):
             if item.get("auto_map"):
-                raise ArtifactError(
-                    FailureReason.UNSUPPORTED_FORMAT,
-                    f"{name} names code of its own (auto_map), which is never run; remove auto_map and use an "
-                    "architecture that transformers contains.",
-                )
+                raise refusal("code", file=name)
             pending.extend(item.values())
         elif isinstance(item, list):
             pending.extend(item)
 
 
-def _supported(document: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings that determine the computation. Raises ArtifactError for a setting that the tables refuse."""
-    kind = document.get("peft_type")
-    if kind != LORA:
+def _kind_problems(document: Mapping[str, Any], name: str) -> Iterator[ArtifactError]:
+    """Why the file does not describe a LoRA adapter that generates text."""
+    kind, task = document.get("peft_type"), document.get("task_type")
+    if kind is None and (found := MLX.intersection(document)):
+        yield refusal("mlx-config", file=name, setting=min(found))
+    elif kind != LORA:
         known = KINDS.get(kind) if isinstance(kind, str) else None
-        does = f", which {known.why}" if known else ""
-        raise _refused(
-            f"{name}: peft_type is {_short(kind)}{does}; only LoRA adapters are served",
-            known.remedy if known else "train with peft's LoraConfig",
-        )
-    _check_initialization(document.get("init_lora_weights", True), name)
+        why = f", which {known.why}" if known else ""
+        remedy = _sentence(known.remedy if known else "train with peft's LoraConfig")
+        yield refusal("other-kind", file=name, kind=_short(kind), why=why, remedy=remedy)
+    elif task not in GENERATES:
+        yield refusal("classifier", file=name, task=_short(task))
+
+
+def _setting_problems(document: Mapping[str, Any], name: str) -> Iterator[ArtifactError]:
+    """The settings that the tables refuse."""
+    if document.get("peft_type") != LORA:
+        return
+    yield from _initialization_problems(document.get("init_lora_weights", True), name)
     if document.get("bias", "none") != "none":
-        raise _refused(
-            f"{name}: bias={_short(document['bias'])} trains biases of the base, which all adapters share",
-            'train it again with bias="none"',
-        )
-    kept = {}
+        yield refusal("trained-bias", file=name, value=_short(document["bias"]))
     for key, value in document.items():
-        if key in AdapterConfig.model_fields:
-            kept[key] = value
-        elif key in REFUSED:
-            if _is_on(value):
-                raise _refused(
-                    f"{name}: {key} is set ({REFUSED[key].why}), which is not supported", REFUSED[key].remedy
-                )
-        elif key not in HARMLESS and key not in ("bias", "init_lora_weights") and _is_on(value):
-            raise _refused(
-                f"{name}: the setting {_short(key)} is unknown, so it cannot be ignored safely",
-                f"train the adapter without it, or remove it from {name} if it only affects training",
-            )
-    return kept
+        if key in AdapterConfig.model_fields or key in HARMLESS or not _is_on(value):
+            continue
+        if known := REFUSED.get(key):
+            yield refusal("setting", file=name, setting=key, why=known.why, remedy=_sentence(known.remedy))
+        elif key not in ("bias", "init_lora_weights"):
+            yield refusal("unknown-setting", file=name, setting=_short(key))
 
 
-def _refused(what: str, remedy: str) -> ArtifactError:
-    return ArtifactError(FailureReason.INCOMPATIBLE, f"{what}; {remedy}.")
+def _value_problems(error: ValidationError, name: str) -> Iterator[ArtifactError]:
+    for each in error.errors(include_url=False):
+        if each["loc"] == ("lora_alpha",) and each["input"] == 0:
+            yield refusal("no-scale", file=name, value=0)
+        else:
+            setting = ".".join(str(part) for part in each["loc"])[:100]
+            yield refusal("bad-value", file=name, setting=setting, what=each["msg"])
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _is_on(value: Any) -> bool:
     return value not in (None, False, 0, "", [], {})
 
 
-def _check_initialization(value: Any, name: str) -> None:
+def _initialization_problems(value: Any, name: str) -> Iterator[ArtifactError]:
     """Refuses initializations that change the base's weights: such an adapter is wrong on the original base."""
     if isinstance(value, bool) or value is None:
         return
@@ -220,57 +254,39 @@ def _check_initialization(value: Any, name: str) -> None:
     if method in INITIALIZATIONS:
         return
     known = REFUSED_INITIALIZATIONS.get("pissa" if method.startswith("pissa_niter_") else method)
-    raise _refused(
-        f"{name}: init_lora_weights={_short(value)} {known.why if known else 'is unknown'}",
-        known.remedy if known else "train it again with init_lora_weights=True",
-    )
+    why = known.why if known else "is unknown"
+    remedy = _sentence(known.remedy if known else "train it again with init_lora_weights=True")
+    yield refusal("initialization", file=name, value=_short(value), why=why, remedy=remedy)
 
 
-def _check_patterns(config: AdapterConfig, name: str) -> None:
+def _pattern_problems(config: AdapterConfig, name: str) -> Iterator[ArtifactError]:
     for field, expression in (("target_modules", config.target_modules), ("exclude_modules", config.exclude_modules)):
-        if isinstance(expression, str):
-            _check_expression(name, field, expression)
+        if isinstance(expression, str) and (what := _bad_expression(expression)):
+            yield refusal("bad-expression", file=name, setting=field, value=_short(expression), what=what)
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key, value in patterns.items():
             if not 0 < value < 1e6:
-                raise ArtifactError(
-                    FailureReason.INCOMPATIBLE, f"{name}: {field} of {_short(key)} is {value}; it must be positive."
-                )
+                what = f"{_short(key)} has {value}, which must be positive"
+                yield refusal("bad-value", file=name, setting=field, what=what)
         try:
             PerModule(patterns)
         except PatternError as error:
-            raise _refused(
-                f"{name}: {field} holds a regular expression that is not supported ({error})",
-                "write plain module names instead",
-            ) from error
+            yield refusal("expression", file=name, setting=field, what=error)
     given = config.layers_pattern or []
     for key in [given] if isinstance(given, str) else given:
         if not _LAYERS_PATTERN.match(key):
-            raise _pattern_error(name, "layers_pattern", key)
-    if not config.target_modules:
-        raise ArtifactError(
-            FailureReason.INCOMPATIBLE, f"{name}: target_modules is empty; name the modules that were trained."
-        )
+            yield refusal("expression", file=name, setting="layers_pattern", what=_short(key))
+    if not (config.target_modules or config.target_parameters):
+        yield refusal("no-targets", file=name)
 
 
-def _check_expression(name: str, field: str, expression: str) -> None:
+def _bad_expression(expression: str) -> str:
+    """Why Python, and so peft, cannot compile an expression; empty if it can, or if it is too long to be tried."""
     try:
-        if len(expression) > MAX_CHARS:
-            raise re.error(f"it is longer than {MAX_CHARS} characters")
-        re.compile(expression)
+        re.compile(expression if len(expression) <= MAX_CHARS else "")
     except (re.error, OverflowError, RecursionError) as error:
-        raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT,
-            f"{name}: {field} holds the bad regular expression {_short(expression)}: {error}; save the adapter again "
-            "with peft's save_pretrained().",
-        ) from error
-
-
-def _pattern_error(name: str, field: str, key: str) -> ArtifactError:
-    return ArtifactError(
-        FailureReason.INCOMPATIBLE,
-        f"{name}: {field} holds the regular expression {_short(key)}; write plain module names instead.",
-    )
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _short(value: Any) -> str:

@@ -1,23 +1,36 @@
 """Checks whether an adapter fits a base, from headers and settings, before anything is loaded.
 
 Pure. Shapes decide; names are used in messages only. Every tensor must be used and every targeted module must have
-its pair of matrices: an adapter that applies only in part would answer almost like the base, unnoticed.
-
-    adapter tensor                                     base tensor
-    base_model.model.<module>.lora_A.weight [r, in]    <module>.weight [out, in]
-    base_model.model.<module>.lora_B.weight [out, r]
+its pair of matrices: an adapter that applies only in part would answer almost like the base, unnoticed. Two things
+have no effect and are left out: copies of the base's embeddings whose rows are the base's own, which only a runtime
+can compare, and matrices of modules that no text passes.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from lorapool_api.base_modules import ModuleKind
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, suffixes
-from lorapool_artifacts.peft_settings import HARMLESS_TENSORS, TENSORS
+from lorapool_artifacts.adapter_tensors import (
+    AdapterTensors,
+    Pair,
+    Shape,
+    fits,
+    kind_by_name,
+    shapes_of,
+    sort_tensors,
+)
+from lorapool_artifacts.base_facts import BaseFacts, is_parameter
+from lorapool_artifacts.causes import CAUSES
+from lorapool_artifacts.peft_settings import TENSORS
 from lorapool_artifacts.settings import AdapterLimits
+from lorapool_artifacts.tensor_names import without_wrappers
 
 MAX_MISMATCHES = 3
 """Mismatches described in a message; the others are counted."""
@@ -25,33 +38,7 @@ MAX_MISMATCHES = 3
 _MAX_SIBLINGS = 8
 """Names of existing modules listed in a message."""
 
-PREFIX = "base_model.model."
-_PAIR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 _LAYER = re.compile(r"\.(\d{1,6})\.")
-_NOT_LINEAR = frozenset({"embed_tokens", "wte", "wpe", "word_embeddings", "embed_in"})
-_HEADS = frozenset({"lm_head", "embed_out"})
-_EXPERT = re.compile(r"^(?P<mixture>.+)\.experts(?:\.|$)")
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BaseFacts:
-    """The properties of a base that adapters depend on."""
-
-    modules: Mapping[str, tuple[int, int]]
-    """Full name of each linear module → (out features, in features)."""
-    names: frozenset[str] = frozenset()
-    """Known names of the base (repository, `_name_or_path`, served name), for messages only."""
-    architectures: tuple[str, ...] = ()
-    """The architectures listed in config.json."""
-    loaded: bool = False
-    """True: `modules` are exactly the layers of the loaded base that adapters can change. False: they are all
-    matrices of its files, including embeddings, and experts under names that disappear when the base is loaded."""
-
-    def with_names(self, *names: str) -> BaseFacts:
-        """The same facts with more names; empty ones are ignored."""
-        return replace(self, names=self.names | {name for name in names if name})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,212 +70,242 @@ class CompatibilityResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pairs:
-    """Tensors grouped by module."""
+class Finding:
+    """One cause for which an adapter is refused."""
 
-    parts: Mapping[str, Mapping[str, Shape]]
-    """Module → {"A": shape, "B": shape}; either may be missing."""
-    extra: tuple[str, ...]
-    """Names of tensors that belong to no pair, sorted."""
-
-    @property
-    def rank(self) -> int:
-        return max((part["A"][0] for part in self.parts.values() if part.get("A")), default=0)
+    reason: FailureReason
+    message: str
+    """What was found and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Mismatch:
     """Why the adapter does not fit: one line per mismatch, and one remedy for all."""
 
-    reason: FailureReason
+    cause: str
+    """A key of CAUSES."""
     lines: tuple[str, ...]
-    remedy: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """For the remedy."""
+
+    @property
+    def reason(self) -> FailureReason:
+        return CAUSES[self.cause].reason
+
+    def message(self, hint: str) -> str:
+        described = "; ".join(self.lines[:MAX_MISMATCHES])
+        more = f"; and {len(self.lines) - MAX_MISMATCHES} more" if len(self.lines) > MAX_MISMATCHES else ""
+        explained = f" ({hint})" if hint and self.reason is FailureReason.WRONG_BASE else ""
+        return f"{described}{more}{explained}. {CAUSES[self.cause].remedy.format(**self.fields)}"
+
+
+def _mismatch(cause: str, found: Iterable[Mapping[str, object]], **fields: object) -> Iterator[_Mismatch]:
+    """The mismatch with a line for each of `found`, which fill the cause's sentence; none if there are none."""
+    if lines := tuple(CAUSES[cause].sentence.format(**each) for each in found):
+        yield _Mismatch(cause, lines, fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """An adapter with its tensors sorted."""
+
+    config: AdapterConfig
+    shapes: Mapping[str, Shape]
+    tensors: AdapterTensors
+
+    def of(self, pair: Pair) -> tuple[Shape | None, Shape | None]:
+        """The shapes of A and B."""
+        return shapes_of(pair, self.shapes)
+
+    def expected_rank(self, pair: Pair) -> int | None:
+        """Rows of A by the settings; None where only the base tells how many experts they are for."""
+        if pair.place is None and self.config.target_parameters:
+            return None
+        return self.config.rank_of(pair.setting) * pair.experts
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of one matrix."""
+        return max((self._rank_of(pair) for pair in self.tensors.pairs), default=0)
+
+    def _rank_of(self, pair: Pair) -> int:
+        """peft doubles the rank of experts whose gate and up it joins: the rank that was asked for counts."""
+        a, place = self.of(pair)[0], pair.place
+        rank = a[0] // pair.experts if a else 0
+        joins = place.kind is ModuleKind.EXPERTS if place is not None else bool(self.config.target_parameters)
+        return min(rank, self.config.r) if joins else rank
 
 
 def check_compatibility(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> CompatibilityResult:
-    """Whether the adapter fits the base. Without a base, only the adapter itself is checked."""
-    pairs = _pairs(adapter.shapes)
-    mismatch = _first_mismatch(adapter, pairs, base, limits)
-    rank = max(pairs.rank, 0 if pairs.rank else adapter.config.r)
-    targets = suffixes(pairs.parts)
+    """Whether the adapter fits the base, and the first cause if not. Without a base, only the adapter is checked."""
+    found = _sorted(adapter, base)
+    mismatch = next(_mismatches(adapter, found, base, limits), None)
+    rank = found.rank or adapter.config.r
+    targets = suffixes(_changed(pair) for pair in found.tensors.pairs)
     hint = _name_hint(adapter.config, base)
     if mismatch is None:
-        message = f"rank {rank} on {', '.join(targets)}"
-        return CompatibilityResult(
-            True, None, f"{message}; {hint}" if hint else message, rank, targets, adapter.size_bytes
-        )
-    described = "; ".join(mismatch.lines[:MAX_MISMATCHES])
-    more = f"; and {len(mismatch.lines) - MAX_MISMATCHES} more" if len(mismatch.lines) > MAX_MISMATCHES else ""
-    explained = f" ({hint})" if hint and mismatch.reason is FailureReason.WRONG_BASE else ""
-    return CompatibilityResult(
-        False, mismatch.reason, f"{described}{more}{explained}. {mismatch.remedy}", rank, targets, adapter.size_bytes
-    )
+        notes = (f"rank {rank} on {', '.join(targets)}", hint, *_notes(found.tensors, base))
+        return CompatibilityResult(True, None, "; ".join(filter(None, notes)), rank, targets, adapter.size_bytes)
+    return CompatibilityResult(False, mismatch.reason, mismatch.message(hint), rank, targets, adapter.size_bytes)
 
 
-def _first_mismatch(
-    adapter: AdapterFacts, pairs: _Pairs, base: BaseFacts | None, limits: AdapterLimits
-) -> _Mismatch | None:
-    """The first kind of mismatch, in the order: bounds, the files themselves, the fit to the base."""
-    return (
-        _too_large(adapter, limits)
-        or _extra_tensors(pairs)
-        or _broken_pairs(adapter.config, pairs)
-        or _rank(pairs, limits)
-        or _unsupported_modules(pairs, base)
-        or (_unlike_base(adapter.config, pairs, base) if base is not None else None)
-        or _against_settings(adapter.config, pairs, base)
-    )
+def all_findings(adapter: AdapterFacts, base: BaseFacts | None, limits: AdapterLimits) -> tuple[Finding, ...]:
+    """Every cause for which the adapter would be refused."""
+    hint = _name_hint(adapter.config, base)
+    found = _mismatches(adapter, _sorted(adapter, base), base, limits)
+    return tuple(Finding(mismatch.reason, mismatch.message(hint)) for mismatch in found)
 
 
-def pair_of(name: str) -> tuple[str, str] | None:
-    """Tensor name → (module, "A" or "B"); None for any tensor that is not a LoRA matrix."""
-    match = _PAIR.match(name)
-    return (match["module"], match["part"]) if match else None
+def _sorted(adapter: AdapterFacts, base: BaseFacts | None) -> _Adapter:
+    tensors = sort_tensors(adapter.shapes, base, adapter.config.target_parameters or ())
+    return _Adapter(adapter.config, adapter.shapes, tensors)
 
 
-def _pairs(shapes: Mapping[str, Shape]) -> _Pairs:
-    parts: dict[str, dict[str, Shape]] = {}
-    extra = []
-    for name, shape in shapes.items():
-        if pair := pair_of(name):
-            parts.setdefault(pair[0], {})[pair[1]] = shape
-        elif name.rpartition(".")[2] not in HARMLESS_TENSORS:
-            extra.append(name)
-    return _Pairs(parts, tuple(sorted(extra)))
+def _changed(pair: Pair) -> str:
+    return pair.place.module if pair.place is not None else pair.name
 
 
-def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> _Mismatch | None:
-    if adapter.size_bytes <= limits.max_bytes:
-        return None
-    line = f"the adapter is {adapter.size_bytes} bytes, more than the {limits.max_bytes} allowed"
-    return _Mismatch(
-        FailureReason.TOO_LARGE, (line,), "Save it in bf16, or train with a smaller rank or fewer target modules."
-    )
+def _notes(tensors: AdapterTensors, base: BaseFacts | None) -> tuple[str, ...]:
+    """What the summary says of tensors that have no effect, or not yet a result."""
+    unused = suffixes(pair.name for pair in tensors.pairs if pair.place and pair.place.kind is ModuleKind.UNUSED)
+    notes = []
+    if tensors.wholes:
+        wholes = ", ".join(_show(whole.name) for whole in tensors.wholes[:MAX_MISMATCHES])
+        notes.append(f"{wholes}: a runtime compares the rows with the base's when it loads the adapter")
+    if unused:
+        notes.append(f"matrices of modules that no text passes have no effect ({', '.join(unused)})")
+    if base is None:
+        notes.append("not checked against the base yet")
+    return tuple(notes)
 
 
-def _extra_tensors(pairs: _Pairs) -> _Mismatch | None:
-    if not pairs.extra:
-        return None
-    lines = tuple(f"tensor {_show(name)} {_what_is(name)}" for name in pairs.extra)
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        lines,
-        "Every tensor must be a lora_A or lora_B weight as peft saves it; train without these extras.",
-    )
+def _mismatches(
+    facts: AdapterFacts, adapter: _Adapter, base: BaseFacts | None, limits: AdapterLimits
+) -> Iterator[_Mismatch]:
+    """The kinds of mismatch, in the order: bounds, the files themselves, the fit to the base."""
+    yield from _too_large(facts, limits)
+    yield from _mismatch("empty-tensors", _empty_tensors(facts.shapes))
+    yield from _extra_tensors(adapter.tensors)
+    yield from _mismatch("several-adapters", ({"tensor": _show(name)} for name in adapter.tensors.repeated))
+    yield from _broken_pairs(adapter)
+    yield from _rank(adapter, limits)
+    unserved = tuple(_unserved_modules(adapter)) if base is not None else ()
+    yield from unserved
+    misfits = _unlike_base(adapter, base) if base is not None and not unserved else ()
+    yield from misfits
+    if not misfits and not unserved:
+        yield from _against_settings(adapter, base)
 
 
-def _what_is(name: str) -> str:
-    for part, sentence in TENSORS:
-        if part in name:
-            return sentence
-    if name.endswith(".bias"):
-        return "is a bias, which is not supported"
-    if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name):
-        return "carries an adapter name, so it was not written by save_pretrained()"
-    return "is not part of a LoRA adapter"
+def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if adapter.size_bytes > limits.max_bytes:
+        yield from _mismatch("too-large", [{"size": adapter.size_bytes, "bound": limits.max_bytes}])
 
 
-def _broken_pairs(config: AdapterConfig, pairs: _Pairs) -> _Mismatch | None:
-    lines = []
-    for module, part in sorted(pairs.parts.items()):
-        a, b, rank = part.get("A"), part.get("B"), config.rank_of(module)
-        if a is None or b is None:
-            lines.append(f"{_show(module)} has no lora_{'A' if a is None else 'B'} weight")
-        elif len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
-            lines.append(
-                f"{_show(module)} has lora_A {list(a)} and lora_B {list(b)}, which are not two-dimensional matrices"
-            )
-        elif a[0] != b[1]:
-            lines.append(f"{_show(module)} has rank {a[0]} in lora_A {list(a)} but {b[1]} in lora_B {list(b)}")
-        elif a[0] != rank:
-            lines.append(f"{_show(module)} has rank {a[0]} but adapter_config.json says {rank}")
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
-    )
+def _empty_tensors(shapes: Mapping[str, Shape]) -> Iterator[Mapping[str, object]]:
+    return ({"tensor": _show(name), "shape": list(shape)} for name, shape in shapes.items() if 0 in shape)
 
 
-def _rank(pairs: _Pairs, limits: AdapterLimits) -> _Mismatch | None:
-    if pairs.rank <= limits.max_rank:
-        return None
-    line = f"the adapter's rank is {pairs.rank}, the base allows {limits.max_rank}"
-    return _Mismatch(
-        FailureReason.RANK_TOO_HIGH,
-        (line,),
-        f"Train with r <= {limits.max_rank}, or raise spec.lora.maxRank of the BaseModel.",
-    )
+def _extra_tensors(tensors: AdapterTensors) -> Iterator[_Mismatch]:
+    by_cause = sorted((_cause_of(name), name) for name in tensors.extra)
+    for cause, group in itertools.groupby(by_cause, key=lambda pair: pair[0]):
+        yield from _mismatch(cause, ({"tensor": _show(name)} for _, name in group))
 
 
-def _unsupported_modules(pairs: _Pairs, base: BaseFacts | None) -> _Mismatch | None:
-    """Modules that adapters can change in no base, whether this base has them or not."""
-    known = base.modules if base is not None and base.loaded else ()
-    lines = [
-        f"{_show(module)} is {what}"
-        for module in sorted(pairs.parts)
-        if module not in known and (what := _unsupported_kind(module))
-    ]
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Only linear layers inside the model can be adapted; train without these modules.",
-    )
+def _cause_of(name: str) -> str:
+    """The cause for which a tensor that is not a LoRA matrix is refused."""
+    plain = without_wrappers(name)
+    return next((cause for expression, cause in TENSORS if re.search(expression, plain)), "surplus-tensor")
 
 
-def _unsupported_kind(module: str) -> str | None:
-    last = module.rpartition(".")[2]
-    if last in _HEADS:
-        return "the output head"
-    if last in _NOT_LINEAR:
-        return "an embedding"
-    return "an expert of a mixture" if _EXPERT.match(module) else None
+def _broken_pairs(adapter: _Adapter) -> Iterator[_Mismatch]:
+    found: dict[str, list[Mapping[str, object]]] = {}
+    for pair in adapter.tensors.pairs:
+        a, b = adapter.of(pair)
+        if cause := _broken(adapter.expected_rank(pair), a, b):
+            found.setdefault(cause[0], []).append({"module": _show(pair.name), **cause[1]})
+    for cause_name, modules in found.items():
+        yield from _mismatch(cause_name, modules)
 
 
-def _unlike_base(config: AdapterConfig, pairs: _Pairs, base: BaseFacts) -> _Mismatch | None:
+def _broken(rank: int | None, a: Shape | None, b: Shape | None) -> tuple[str, Mapping[str, object]] | None:
+    """The cause for which a module's matrices are refused, and the fields of its sentence."""
+    if a is None or b is None:
+        return "half-a-pair", {"part": f"lora_{'A' if a is None else 'B'}"}
+    if 0 in a or 0 in b:
+        return None  # an empty tensor has a cause of its own
+    if len(a) != 2 or len(b) != 2:
+        return "not-matrices", {"a": list(a), "b": list(b)}
+    if a[0] != b[1]:
+        return "unequal-ranks", {"rank": a[0], "a": list(a), "other": b[1], "b": list(b)}
+    return ("other-rank", {"rank": a[0], "other": rank}) if rank is not None and a[0] != rank else None
+
+
+def _rank(adapter: _Adapter, limits: AdapterLimits) -> Iterator[_Mismatch]:
+    if adapter.rank > limits.max_rank:
+        found = {"rank": adapter.rank, "bound": limits.max_rank}
+        yield from _mismatch("rank-too-high", [found], **found)
+
+
+def _unserved_modules(adapter: _Adapter) -> Iterator[_Mismatch]:
+    """Modules that the base lacks and whose names tell what they are, with the remedy of their kind."""
+    found: dict[str, list[str]] = {}
+    for pair in adapter.tensors.pairs:
+        cause = _UNSERVED.get(kind_by_name(pair.name)) if pair.place is None else None
+        if cause is not None:
+            found.setdefault(cause, []).append(pair.name)
+    for cause, modules in found.items():
+        lines = ({"module": _show(module)} for module in modules)
+        yield from _mismatch(cause, lines, names=", ".join(suffixes(modules)))
+
+
+_UNSERVED = {ModuleKind.EXPERTS: "experts", ModuleKind.OUTPUT: "head", ModuleKind.EMBEDDING: "embedding"}
+
+
+def _unlike_base(adapter: _Adapter, base: BaseFacts) -> tuple[_Mismatch, ...]:
     """Modules that the base lacks or has in another shape."""
-    unknown = [module for module in sorted(pairs.parts) if module not in base.modules]
-    shaped = []
-    for module, part in sorted(pairs.parts.items()):
-        if module in base.modules:
-            (out_features, in_features), a, b = base.modules[module], part["A"], part["B"]
-            if a[1] != in_features or b[0] != out_features:
-                shaped.append(
-                    f"{_show(module)} is {out_features}x{in_features} in the base but the adapter fits {b[0]}x{a[1]}"
-                )
+    config = adapter.config
+    pairs = [pair for pair in adapter.tensors.pairs if all(map(_is_matrix, adapter.of(pair)))]
+    unknown = [pair.name for pair in pairs if pair.place is None]
+    shaped = [line for pair in pairs if (line := _shape_line(adapter, pair))] + _unlike_wholes(adapter, base)
     if not unknown and not shaped:
-        return None
-    what = "linear layer" if base.loaded else "module"
+        return ()
     # The existing modules are listed for the first layer only: the list is the same for all layers.
     lines = [
-        f"the base has no {what} {_show(module)}{'' if number else _instead(module, base)}"
+        f"the base has no linear layer {_show(module)}{'' if number else _instead(module, base)}"
         for number, module in enumerate(unknown)
     ]
-    trained_on = (
-        f"; the adapter says it was trained on {_show(config.base_model_name_or_path)}"
-        if config.base_model_name_or_path
-        else ""
-    )
-    if shaped or len(unknown) == len(pairs.parts) or _deeper(unknown, base):
-        return _Mismatch(
-            FailureReason.WRONG_BASE,
-            tuple(shaped + lines),
-            f"Point baseModelRef at the model the adapter was trained on{trained_on}.",
-        )
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        f"Train it on this base, naming modules that it has{trained_on}.",
-    )
+    named = config.base_model_name_or_path
+    trained_on = f"; the adapter says it was trained on {_show(named)}" if named else ""
+    other_base = bool(shaped) or len(unknown) == len(pairs) or _deeper(unknown, base)
+    cause = "wrong-base" if other_base else "unknown-modules"
+    return tuple(_mismatch(cause, ({"what": line} for line in shaped + lines), trained_on=trained_on))
+
+
+def _is_matrix(shape: Shape | None) -> bool:
+    return shape is not None and len(shape) == 2
+
+
+def _shape_line(adapter: _Adapter, pair: Pair) -> str:
+    place, (a, b) = pair.place, adapter.of(pair)
+    if place is None or a is None or b is None or (b[0], a[1]) == place.shapes:
+        return ""
+    out_features, in_features = place.shapes
+    return f"{_show(pair.name)} is {out_features}x{in_features} in the base but the adapter fits {b[0]}x{a[1]}"
+
+
+def _unlike_wholes(adapter: _Adapter, base: BaseFacts) -> list[str]:
+    return [
+        f"{_show(whole.name)} is {'x'.join(map(str, adapter.shapes[whole.name]))}, which has not the base's width"
+        for whole in adapter.tensors.wholes
+        if not fits(adapter.shapes[whole.name], whole, base)
+    ]
 
 
 def _instead(module: str, base: BaseFacts) -> str:
     """The modules that the base has in that place, as the end of a sentence; empty when there are none."""
     parent, _, _ = module.rpartition(".")
-    siblings = sorted(other.rpartition(".")[2] for other in base.modules if other.rpartition(".")[0] == parent)
+    siblings = sorted({name.rpartition(".")[2] for name in base.spelled if name.rpartition(".")[0] == parent})
     if siblings:
         others = " and others" if len(siblings) > _MAX_SIBLINGS else ""
         return f", only {', '.join(siblings[:_MAX_SIBLINGS])}{others} there"
@@ -301,42 +318,56 @@ def _instead(module: str, base: BaseFacts) -> str:
 
 def _deeper(unknown: Iterable[str], base: BaseFacts) -> bool:
     """Whether the unknown modules all belong to layers beyond the base's last one."""
-    known = {_LAYER.sub(".#.", module) for module in base.modules}
+    known = {_LAYER.sub(".#.", name) for name in base.spelled}
     return all(_LAYER.sub(".#.", module) in known for module in unknown)
 
 
-def _against_settings(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> _Mismatch | None:
+def _against_settings(adapter: _Adapter, base: BaseFacts | None) -> Iterator[_Mismatch]:
     """Modules that only the tensors or only the settings name."""
-    lines = [
-        f"{_show(module)} has weights but is not in target_modules"
-        for module in sorted(pairs.parts)
-        if config.targets(module) is False
-    ]
-    lines += [f"{_show(module)} is targeted but has no weights" for module in _missing(config, pairs, base)]
-    if not pairs.parts:
-        lines.append("no module of the base is changed")
-    if not lines:
-        return None
-    return _Mismatch(
-        FailureReason.INCOMPATIBLE,
-        tuple(lines),
-        "Upload adapter_config.json and adapter_model.safetensors of one and the same save_pretrained().",
+    pairs = adapter.tensors.pairs
+    surplus = (pair.name for pair in pairs if not _is_targeted(pair, adapter.config))
+    yield from _mismatch("untargeted", ({"module": _show(name)} for name in surplus))
+    yield from _mismatch("without-weights", ({"module": _show(name)} for name in _missing(adapter, base)))
+    yield from _mismatch("some-experts", _incomplete_experts(adapter.tensors))
+    if not pairs:
+        yield from _mismatch("changes-nothing", [{}])
+
+
+def _is_targeted(pair: Pair, config: AdapterConfig) -> bool:
+    """False where the settings say that the module was not trained."""
+    if is_parameter(pair.setting, config.target_parameters or ()) or (pair.place is None and config.target_parameters):
+        return True  # without a base, the names of parameters are not known
+    if config.ensure_weight_tying and kind_by_name(pair.name) is ModuleKind.OUTPUT:
+        return True
+    return config.targets(pair.setting) is not False
+
+
+def _missing(adapter: _Adapter, base: BaseFacts | None) -> list[str]:
+    """The modules that the settings name by every spelling, and that have no matrices."""
+    if base is None:
+        return []
+    present = {pair.place.module for pair in adapter.tensors.pairs if pair.place is not None}
+    return sorted(
+        module.name
+        for module in base.modules.values()
+        if module.name not in present
+        and all(map(adapter.config.targets, (module.name, *module.aliases)))
+        # an output layer or embedding may be trained by its whole, and what no text passes has no effect
+        and module.kind is ModuleKind.LINEAR
     )
 
 
-def _missing(config: AdapterConfig, pairs: _Pairs, base: BaseFacts | None) -> list[str]:
-    if base is None:
-        return []
-    linear: Iterable[str] = base.modules
-    if not base.loaded:
-        # Which matrices of a mixture of experts become linear layers is only known once the model is loaded.
-        mixtures = tuple({f"{found['mixture']}." for module in base.modules if (found := _EXPERT.match(module))})
-        linear = (m for m in linear if m.rpartition(".")[2] not in _NOT_LINEAR | _HEADS and not _within(m, mixtures))
-    return sorted(module for module in linear if module not in pairs.parts and config.targets(module))
-
-
-def _within(module: str, mixtures: tuple[str, ...]) -> bool:
-    return bool(mixtures) and module.startswith(mixtures)
+def _incomplete_experts(tensors: AdapterTensors) -> Iterator[Mapping[str, object]]:
+    """Matrices that some experts of the base have a pair for and others have none."""
+    held: dict[str, int] = defaultdict(int)
+    total: dict[str, int] = {}
+    for pair in tensors.pairs:
+        if pair.place is not None and pair.place.expert is not None:
+            held[pair.place.module] += 1
+            total[pair.place.module] = pair.place.of_experts
+    for module, count in sorted(held.items()):
+        if count != total[module]:
+            yield {"module": _show(module), "count": count, "total": total[module]}
 
 
 def _name_hint(config: AdapterConfig, base: BaseFacts | None) -> str:

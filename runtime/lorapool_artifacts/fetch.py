@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.files import ArtifactKind, RemoteFile, digest_of, select_files
+from lorapool_artifacts.files import ArtifactKind, RemoteFile, digest_of, files_of, select_files
 from lorapool_artifacts.inspect import check_digest, check_files, check_total, parse_source
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.sources import open_source
@@ -103,6 +103,10 @@ async def fetch(
     `resume`: what is fetched is kept when it fails, and what an earlier process has fetched is used. `on_progress` is
     called in a thread with the bytes that are on disk.
     """
+    if resolved.kind is ArtifactKind.ADAPTER:
+        resolved = replace(
+            resolved, files=(files := files_of(expected_digest, resolved.files)), digest=digest_of(files)
+        )
     if resolved.digest is not None:
         check_digest(resolved.digest, expected_digest, str(resolved.uri))
     known = resolved.digest or expected_digest
@@ -189,15 +193,27 @@ class _Download:
         resolved, deadline = self.resolved, self.deadline
         source = open_source(resolved.uri, resolved.revision, resolved.settings, deadline)
         try:
-            files = [self._fetch_file(source, file, folder) for file in resolved.files]
+            fetched = [self._fetch_file(source, file, folder) for file in resolved.files]
+            files = self._wanted(fetched, folder, expected_digest)
             digest = digest_of(files)
             assert digest is not None  # every file was hashed
             check_digest(digest, expected_digest, source.where)
-            check_files(resolved.kind, FolderSource.open(folder, where=source.where), files)
+            check_files(
+                resolved.kind, FolderSource.open(folder, where=source.where), files, resolved.settings.max_tensors
+            )
             deadline.check()
             return _publish(folder, self.cache_root / digest.removeprefix("sha256:"))
         finally:
             source.close()
+
+    def _wanted(self, files: list[RemoteFile], folder: Path, expected_digest: str | None) -> list[RemoteFile]:
+        """The files that the digest identifies, which only these hashes may tell; the others are removed."""
+        if self.resolved.kind is not ArtifactKind.ADAPTER:
+            return files
+        wanted = files_of(expected_digest, files)
+        for file in set(files).difference(wanted):
+            (folder / file.name).unlink()
+        return list(wanted)
 
     def _fetch_file(self, source: Source, file: RemoteFile, folder: Path) -> RemoteFile:
         """Makes sure that the file is in the folder, and returns it with its hash."""

@@ -1,7 +1,8 @@
 """Parses the header of a safetensors file from its first bytes and the file's size.
 
 Pure. Stricter than the safetensors library: bounded header, bounded count, known dtypes, no gaps, no overlaps and no
-trailing bytes. Values are not checked: NaN is found when the weights are loaded.
+trailing bytes. Values are not checked: NaN is found when the weights are loaded. The bounds are ours and protect the
+process's memory: a file beyond them is refused as too large, never as damaged.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorapool_api.common import FailureReason
+from lorapool_artifacts.causes import refusal
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.settings import MIB
+from lorapool_artifacts.settings import MAX_TENSORS, MIB
 
 LENGTH_BYTES = 8
 MAX_NAME_CHARS = 512
+HEADER_BYTES_PER_TENSOR = 160
+"""Length of an entry, with the long names of the layers of a mixture of experts."""
 
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -33,13 +36,17 @@ ADAPTER_DTYPES = frozenset({"F32", "F16", "BF16"})
 class HeaderBounds:
     """Largest header that is accepted. `dtypes` None allows every known dtype."""
 
-    max_header_bytes: int
-    max_tensors: int
+    max_tensors: int = MAX_TENSORS
     dtypes: frozenset[str] | None = None
 
+    @property
+    def max_header_bytes(self) -> int:
+        """Room for that many tensors; a small header is never refused for its length."""
+        return max(1 * MIB, self.max_tensors * HEADER_BYTES_PER_TENSOR)
 
-ADAPTER_BOUNDS = HeaderBounds(max_header_bytes=1 * MIB, max_tensors=10_000, dtypes=ADAPTER_DTYPES)
-BASE_BOUNDS = HeaderBounds(max_header_bytes=32 * MIB, max_tensors=500_000)
+
+BASE_BOUNDS = HeaderBounds()
+ADAPTER_BOUNDS = HeaderBounds(dtypes=ADAPTER_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +74,10 @@ def header_length(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: 
     if file_size < LENGTH_BYTES + 2 or len(prefix) < LENGTH_BYTES:
         raise _corrupt(name, f"it is {file_size} bytes long, too short for a safetensors file")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
-    if length > bounds.max_header_bytes:
-        raise _corrupt(
-            name, f"it announces a header of {length} bytes, more than the {bounds.max_header_bytes} allowed"
-        )
     if length < 2 or LENGTH_BYTES + length > file_size:
         raise _corrupt(name, f"it announces a header of {length} bytes in a file of {file_size}")
+    if length > bounds.max_header_bytes:
+        raise _too_large(name, f"has a header of {length} bytes", f"{bounds.max_header_bytes} bytes", bounds)
     return length
 
 
@@ -87,7 +92,7 @@ def parse_header(prefix: bytes, file_size: int, bounds: HeaderBounds, *, name: s
     if not document:
         raise _corrupt(name, "it holds no tensor")
     if len(document) > bounds.max_tensors:
-        raise _corrupt(name, f"it holds {len(document)} tensors, more than the {bounds.max_tensors} allowed")
+        raise _too_large(name, f"holds {len(document)} tensors", str(bounds.max_tensors), bounds)
     base = LENGTH_BYTES + length
     tensors = {key: _tensor(key, value, base, bounds, name) for key, value in document.items()}
     end = _check_layout(tensors, base, name)
@@ -132,10 +137,7 @@ def _tensor(key: str, value: Any, base: int, bounds: HeaderBounds, name: str) ->
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
         raise _corrupt(name, f"tensor {_short(key)} has the unknown dtype {_short(str(dtype))}")
     if bounds.dtypes is not None and dtype not in bounds.dtypes:
-        raise ArtifactError(
-            FailureReason.UNSUPPORTED_FORMAT,
-            f"{name}: tensor {_short(key)} is stored as {dtype}; save the adapter in F32, F16 or BF16.",
-        )
+        raise refusal("element-type", file=name, tensor=_short(key), dtype=dtype)
     if not _naturals(shape) or len(shape) > 8 or not _naturals(offsets) or len(offsets) != 2:
         raise _corrupt(name, f"the shape or offsets of tensor {_short(key)} are malformed")
     start, end = offsets
@@ -161,8 +163,12 @@ def _check_layout(tensors: Mapping[str, TensorInfo], base: int, name: str) -> in
     return position
 
 
+def _too_large(name: str, what: str, bound: str, bounds: HeaderBounds) -> ArtifactError:
+    return refusal("too-many-tensors", file=name, what=what, bound=bound, setting=bounds.max_tensors)
+
+
 def _corrupt(name: str, what: str) -> ArtifactError:
-    return ArtifactError(FailureReason.CORRUPT_ARTIFACT, f"{name} is damaged: {what}; upload it again.")
+    return refusal("damaged", file=name, what=what)
 
 
 def _short(text: str) -> str:

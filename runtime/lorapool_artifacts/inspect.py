@@ -8,13 +8,16 @@ not fit its base is a result.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, CompatibilityResult, check_compatibility
+from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.causes import refusal
+from lorapool_artifacts.compatibility import AdapterFacts, CompatibilityResult, check_compatibility
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
@@ -25,18 +28,18 @@ from lorapool_artifacts.files import (
     ArtifactKind,
     RemoteFile,
     digest_of,
+    files_of,
     select_files,
 )
 from lorapool_artifacts.header import (
-    ADAPTER_BOUNDS,
-    BASE_BOUNDS,
+    ADAPTER_DTYPES,
     LENGTH_BYTES,
     HeaderBounds,
     SafetensorsHeader,
     header_length,
     parse_header,
 )
-from lorapool_artifacts.settings import MAX_JSON_BYTES, MIB, AdapterLimits, FetchLimits, SourceSettings
+from lorapool_artifacts.settings import MAX_JSON_BYTES, MAX_TENSORS, MIB, AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range
 from lorapool_artifacts.sources.folder import FolderSource
 from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
@@ -48,6 +51,10 @@ MAX_UNHASHED_BASE_BYTES = 64 * MIB
 """Files of a base that are listed without a hash are hashed up to this total size; beyond it the digest is only known
 after the first fetch."""
 
+
+_ONE_HEADER = threading.Lock()
+"""Held while a header is parsed and checked, which takes memory in proportion to its tensors and the interpreter
+anyway. It is never held while a source is read."""
 
 UNVERSIONED = ("pvc://", "s3://")
 """Sources without revisions: what was overwritten is lost."""
@@ -67,13 +74,25 @@ class AdapterInspection:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseFiles:
+    """What the files of a base show without loading it. Adapters are checked against the loaded base only."""
+
+    config: Mapping[str, object] = field(default_factory=dict)
+    """The content of config.json."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of each tensor, by its name in the files."""
+    names: frozenset[str] = frozenset()
+    """Names of the base that trainers may have recorded in adapters."""
+
+
+@dataclass(frozen=True, slots=True)
 class BaseInspection:
     """A base's properties."""
 
     revision: str
     digest: str | None
     """None when the source lists no hashes; the first fetch computes it."""
-    facts: BaseFacts
+    files: BaseFiles
     size_bytes: int
 
 
@@ -91,6 +110,8 @@ async def inspect_adapter(
     parsed = parse_source(uri)
     bounds = replace(fetch_limits or FetchLimits(), max_total_bytes=limits.max_bytes)
     deadline = Deadline(bounds, where=str(parsed))
+
+    limits = replace(limits, max_tensors=settings.max_tensors)
 
     def run() -> AdapterInspection:
         source = open_source(parsed, revision, settings, deadline)
@@ -114,11 +135,11 @@ async def inspect_base(
         try:
             files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
             check_total(files, settings.base_max_bytes, source.where)
-            facts = _base_facts(source, files).with_names(*names_of(parsed))
+            found = _base_files(source, files, settings.max_tensors, *names_of(parsed))
             unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
             if unhashed <= MAX_UNHASHED_BASE_BYTES:
-                files = _with_hashes(source, files)
-            return BaseInspection(source.revision, digest_of(files), facts, sum(file.size_bytes for file in files))
+                files = with_hashes(source, files)
+            return BaseInspection(source.revision, digest_of(files), found, sum(file.size_bytes for file in files))
         finally:
             source.close()
 
@@ -130,24 +151,25 @@ def inspect_adapter_folder(path: Path, base_facts: BaseFacts | None, limits: Ada
     return inspect_adapter_source(FolderSource.open(path), None, base_facts, limits)
 
 
-def base_facts_from_folder(path: Path) -> BaseFacts:
-    """The properties of a base in a local folder that adapters depend on. Blocks. Raises ArtifactError."""
+def base_files_from_folder(path: Path, max_tensors: int = MAX_TENSORS) -> BaseFiles:
+    """What the files of a base in a local folder show. Blocks. Raises ArtifactError."""
     source = FolderSource.open(path)
-    return _base_facts(source, select_files(ArtifactKind.BASE, source.list_files(), where=source.where))
+    files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
+    return _base_files(source, files, max_tensors)
 
 
-def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[RemoteFile]) -> None:
+def check_files(kind: ArtifactKind, source: FolderSource, files: Sequence[RemoteFile], max_tensors: int) -> None:
     """Parses the fetched files, so that a damaged artifact is never published. Blocks. Raises ArtifactError."""
     try:
         if kind is ArtifactKind.BASE:
-            _base_facts(source, files)
+            _base_files(source, files, max_tensors)
             for file in files:
                 if file.name == TOKENIZER_CONFIG:
                     refuse_code(load_json_object(read_json(source, file), name=file.name), name=file.name)
             return
         by_name = {file.name: file for file in files}
         parse_adapter_config(read_json(source, by_name[ADAPTER_CONFIG]))
-        read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
+        read_header(source, by_name[ADAPTER_WEIGHTS], HeaderBounds(max_tensors, ADAPTER_DTYPES))
     finally:
         source.close()
 
@@ -160,37 +182,44 @@ def inspect_adapter_source(
     check_total(files, limits.max_bytes, source.where)
     by_name = {file.name: file for file in files}
     raw = read_json(source, by_name[ADAPTER_CONFIG])
-    files = _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest())
+    files = files_of(expected_digest, _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest()))
     digest = digest_of(files)
     if digest is not None:
         check_digest(digest, expected_digest, source.where)
     config = parse_adapter_config(raw)
-    header = read_header(source, by_name[ADAPTER_WEIGHTS], ADAPTER_BOUNDS)
+    bounds = HeaderBounds(limits.max_tensors, ADAPTER_DTYPES)
+    prefix = read_prefix(source, by_name[ADAPTER_WEIGHTS], bounds)
     size_bytes = sum(file.size_bytes for file in files)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    result = check_compatibility(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
+    with _ONE_HEADER:
+        header = parse_header(prefix, by_name[ADAPTER_WEIGHTS].size_bytes, bounds, name=ADAPTER_WEIGHTS)
+        shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+        result = check_compatibility(AdapterFacts(config, shapes, size_bytes), base_facts, limits)
+        del prefix, header, shapes
     if result.ok and digest is None:
-        digest = digest_of(_with_hashes(source, files))
+        files = files_of(expected_digest, with_hashes(source, files))
+        digest, size_bytes = digest_of(files), sum(file.size_bytes for file in files)
         check_digest(digest, expected_digest, source.where)
     return AdapterInspection(source.revision, digest, result.rank, result.target_modules, size_bytes, result)
 
 
 def read_header(source: Source, file: RemoteFile, bounds: HeaderBounds) -> SafetensorsHeader:
-    """The header of a safetensors file at its source: one range read, or two when the header is long."""
+    """The header of a safetensors file at its source. Raises ArtifactError."""
+    return parse_header(read_prefix(source, file, bounds), file.size_bytes, bounds, name=file.name)
+
+
+def read_prefix(source: Source, file: RemoteFile, bounds: HeaderBounds) -> bytes:
+    """The first bytes of a safetensors file with its whole header: one range read, or two when the header is long."""
     prefix = read_range(source, file.name, 0, min(file.size_bytes, FIRST_READ_BYTES))
     wanted = LENGTH_BYTES + header_length(prefix, file.size_bytes, bounds, name=file.name)
     if wanted > len(prefix):
         prefix += read_range(source, file.name, len(prefix), wanted - len(prefix))
-    return parse_header(prefix, file.size_bytes, bounds, name=file.name)
+    return prefix
 
 
 def read_json(source: Source, file: RemoteFile) -> bytes:
     """The content of a small file, checked against its hash where the source lists one. Raises ArtifactError."""
     if file.size_bytes > MAX_JSON_BYTES:
-        raise ArtifactError(
-            FailureReason.CORRUPT_ARTIFACT,
-            f"{source.where}: {file.name} is longer than {MAX_JSON_BYTES} bytes; upload the original file.",
-        )
+        raise refusal("config-too-long", file=f"{source.where}: {file.name}", bound=MAX_JSON_BYTES)
     raw = read_range(source, file.name, 0, file.size_bytes)
     if file.sha256 is not None and hashlib.sha256(raw).hexdigest() != file.sha256:
         raise ArtifactError(
@@ -233,45 +262,33 @@ def parse_source(uri: str) -> ArtifactUri:
 def names_of(uri: ArtifactUri) -> tuple[str, ...]:
     """Names under which training tools may record this source."""
     match uri:
-        case HfUri(repo=repo) | OciUri(repo=repo):
-            return (repo,)
+        case HfUri(repo=repo, path=path) | OciUri(repo=repo, path=path):
+            return (repo, path.rpartition("/")[2]) if path else (repo,)
         case S3Uri(prefix=path) | PvcUri(path=path):
             return (path.rpartition("/")[2],) if path else ()
 
 
-def _base_facts(source: Source, files: Sequence[RemoteFile]) -> BaseFacts:
+def _base_files(source: Source, files: Sequence[RemoteFile], max_tensors: int, *names: str) -> BaseFiles:
     config: Mapping[str, object] = {}
-    modules: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if file.name == BASE_CONFIG:
             config = load_json_object(read_json(source, file), name=file.name)
             refuse_code(config, name=file.name)
         elif file.name.endswith(".safetensors"):
-            modules.update(linear_modules(read_header(source, file, BASE_BOUNDS)))
-    architectures = config.get("architectures")
-    name = config.get("_name_or_path")
-    facts = BaseFacts(
-        modules,
-        frozenset(),
-        tuple(str(item) for item in architectures) if isinstance(architectures, list) else (),
-    )
-    return facts.with_names(name) if isinstance(name, str) else facts
-
-
-def linear_modules(header: SafetensorsHeader) -> dict[str, tuple[int, int]]:
-    """Module → (out, in) of every two-dimensional `<module>.weight`."""
-    return {
-        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
-        for name, tensor in header.tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2
-    }
+            header = read_header(source, file, HeaderBounds(max_tensors))
+            shapes.update((name, tensor.shape) for name, tensor in header.tensors.items())
+    recorded = config.get("_name_or_path")
+    known = (*names, recorded) if isinstance(recorded, str) else names
+    return BaseFiles(config, shapes, frozenset(name for name in known if name))
 
 
 def _with_known(files: Sequence[RemoteFile], name: str, sha256: str) -> tuple[RemoteFile, ...]:
     return tuple(replace(file, sha256=sha256) if file.name == name else file for file in files)
 
 
-def _with_hashes(source: Source, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+def with_hashes(source: Source, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """The files with all their hashes. Those that the source does not list are computed. Raises ArtifactError."""
     return tuple(file if file.sha256 else replace(file, sha256=_hash(source, file)) for file in files)
 
 

@@ -1,6 +1,6 @@
 """Matches modules with a setting of peft: a name, the end of a name, or a regular expression.
 
-A large base has thousands of modules, so names are looked up in a table and expressions run in bounded time. A dot in
+A large base has thousands of modules, so names are looked up in a table and expressions run in linear time. A dot in
 a plain name is a literal dot. The result is None for an expression that `pattern` cannot match: callers must not
 guess.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lorapool_artifacts.pattern import Pattern, PatternError
 
-MAX_EXPRESSIONS = 64
+MAX_EXPRESSIONS = 256
 """Regular expressions in one rank_pattern or alpha_pattern; the number of plain names is not limited."""
 
 _PLAIN = re.compile(r"^\^?[A-Za-z0-9_.]{1,256}$")
@@ -68,9 +68,9 @@ class PerModule:
                 (self._anchored if key.startswith("^") else self._named)[key.removeprefix("^")] = (order, value)
                 continue
             if len(self._expressions) == MAX_EXPRESSIONS:
-                raise PatternError(f"there are more than {MAX_EXPRESSIONS} expressions")
+                raise PatternError(f"there are more than {MAX_EXPRESSIONS} expressions, a bound of Lorapool's own")
             Pattern(key)  # checked by itself: it must not close the group into which it is put
-            self._expressions.append((order, Pattern(rf"(?:.*\.)?(?:{key})$\n?"), value))
+            self._expressions.append((order, Pattern(rf"(?:.*\.)?(?:{key})"), value))
 
     def value(self, module: str) -> float | None:
         """The module's value, or None when no key matches. Raises PatternError when that cannot be decided."""
@@ -85,7 +85,7 @@ class PerModule:
                 break
             matches = pattern.fullmatch(module)
             if matches is None:
-                raise PatternError("an expression takes too long to match")
+                raise PatternError("the name is not plain text")
             if matches:
                 return value
         return None if best is None else best[1]

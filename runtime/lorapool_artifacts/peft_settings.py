@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LORA = "LORA"
+GENERATES = (None, "", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+"""Values of task_type of adapters without an output layer of their own."""
+MLX = frozenset({"fine_tune_type", "lora_parameters", "lora_layers", "num_layers"})
+"""Settings by which mlx's adapter_config.json is recognised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +31,22 @@ def _again(without: str) -> str:
 HARMLESS = {
     "auto_mapping": "class names of the trainer's model; nothing is imported from them",
     "corda_config": "initialization of training; init_lora_weights tells whether it changed the base",
-    "ensure_weight_tying": "affects tied embeddings, which are refused anyway",
     "eva_config": "initialization of training; the ranks that it chose are in rank_pattern",
+    "fan_in_fan_out": "affects merging; the kind of the base's layer decides how it computes",
     "inference_mode": "affects training only",
     "loftq_config": "initialization of training; init_lora_weights tells whether it changed the base",
     "lora_dropout": "affects training only",
+    "merge_weights": "how the first versions of peft ran an adapter, not what it computes",
     "lora_ga_config": "initialization of training; init_lora_weights tells whether it changed the base",
     "megatron_core": "names a module for megatron_config, which is refused anyway",
+    "modules_to_save": "whole matrices are tensors of the file, each of which is checked",
     "peft_version": "information",
     "qalora_group_size": "affects use_qalora only, which is refused anyway",
     "revision": "information about the base it was trained on",
     "runtime_config": "machine of the training; peft does not save it",
-    "task_type": "wrapper of the training; the modules themselves are compared with the base's",
+    "task_type": "wrapper of the training; those with an output layer of their own are refused by name",
+    "transformers_version": "information",
+    "unsloth_version": "information",
     "velora_config": "compresses activations kept for training; serving computes plain LoRA",
 }
 """Setting → why ignoring it does not change results."""
@@ -50,9 +58,9 @@ REFUSED = {
     "arrow_config": Refusal(
         "Arrow routing, which mixes several adapters per token", "serve each of its adapters by itself"
     ),
-    "fan_in_fan_out": Refusal(
-        "trained on Conv1D layers, whose weights are stored transposed",
-        "train it on a base with linear layers; if its base has them, set fan_in_fan_out to false",
+    "enable_lora": Refusal(
+        "LoRA on parts of a fused layer, as the first version of peft stored it",
+        _again("with a current version of peft"),
     ),
     "kasa_config": Refusal(
         "KaSA, which removes the smallest singular values of the base's weights", _again("without KaSA")
@@ -62,14 +70,8 @@ REFUSED = {
     ),
     "lora_bias": Refusal("trained biases in LoRA layers", _again("with lora_bias=False")),
     "megatron_config": Refusal("Megatron's parallel layers", _again("on the transformers model")),
-    "modules_to_save": Refusal(
-        "fully trained modules, which would replace parts of the shared base", _again("without modules_to_save")
-    ),
     "monteclora_config": Refusal(
         "MonteCLoRA, which samples its weights at every step", _again("without monteclora_config")
-    ),
-    "target_parameters": Refusal(
-        "LoRA on single parameters, such as the fused experts of a mixture", _again("with target_modules only")
     ),
     "trainable_token_indices": Refusal(
         "embeddings of trained tokens, which all adapters share", _again("without trainable_token_indices")
@@ -150,18 +152,25 @@ KINDS = {
 }
 """peft_type → how such an adapter differs from LoRA."""
 
+TABLES = {
+    "Settings that are refused": REFUSED,
+    "Values of init_lora_weights that are refused": REFUSED_INITIALIZATIONS,
+    "Other kinds of adapters (peft_type)": KINDS,
+}
+
 HARMLESS_TENSORS = ("lora_velora_embed",)
 """Last parts of the names of tensors that only training uses."""
 
 TENSORS = (
-    ("lora_magnitude_vector", "belongs to DoRA, which is not supported"),
-    ("lora_diag", "belongs to KaSA, which is not supported"),
-    ("lora_monteclora", "belongs to MonteCLoRA, which is not supported"),
-    ("token_adapter", "holds embeddings of trained tokens, which all adapters share"),
-    ("modules_to_save", "is a fully trained module, which is not supported"),
-    ("lora_embedding_", "changes the embeddings, which all adapters share"),
-    ("embed", "changes the embeddings, which all adapters share"),
-    ("lm_head", "changes the output layer, which all adapters share"),
-    (".experts.", "belongs to the experts of a mixture, which cannot be adapted"),
+    (r"\.lora_[ab](\.weight)?$", "mlx-names"),
+    (r"lora_magnitude_vector", "dora"),
+    (r"lora_diag", "kasa"),
+    (r"lora_monteclora", "monteclora"),
+    (r"token_adapter", "trained-tokens"),
+    (r"\bv_head\b", "value-head"),
+    (r"\b(score|classifier|qa_outputs)\.", "output-head"),
+    (r"modules_to_save", "trained-module"),
+    (r"\.bias$", "tensor-bias"),
+    (r"\.weight$", "trained-module"),
 )
-"""(part of a tensor's name, why such a tensor cannot be ignored), the more specific parts first."""
+"""(expression for a tensor's name, why such a tensor cannot be ignored: a key of `causes`), the specific ones first."""

@@ -81,8 +81,8 @@ def _parts_or_none(prefix: str) -> _Parts | None:
 
 def _parts_of(uri: ArtifactUri) -> _Parts:
     match uri:
-        case HfUri(repo=repo):
-            return ("hf", *repo.split("/"))
+        case HfUri(repo=repo, path=path):
+            return ("hf", *repo.split("/"), *_split(path))
         case OciUri(host=host, repo=repo):
             return ("oci", host, *repo.split("/"))
         case S3Uri(bucket=root, prefix=path):
@@ -181,6 +181,19 @@ class SourceRules(_Strict):
         if found.refused:
             raise ArtifactError(FailureReason.SOURCE_NOT_PERMITTED, found.refused)
         return found.rights
+
+    def boundary(self, namespace: str, uri: str) -> str:
+        """The folder of a volume that links in a source must not leave: that of the shortest prefix that admits the
+        source. Empty: the whole volume."""
+        entry, parsed = self.policy.of(namespace), parse_uri(uri)
+        if entry is not None and entry.prefixes is not None:
+            prefixes = entry.prefixes
+        elif self._shares(namespace, entry):
+            return ""
+        else:
+            prefixes = self.grants.get(namespace, ())
+        folders = ("/".join(prefix_parts(prefix)[2:]) for prefix in prefixes if covers([prefix], parsed))
+        return min(folders, key=len, default="")
 
     def _permission(self, namespace: str, uri: ArtifactUri) -> Permission:
         entry = self.policy.of(namespace)

@@ -22,7 +22,9 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 MAX_JSON_BYTES = 4 * MIB
-"""A longer adapter_config.json or config.json is refused unread."""
+"""A longer adapter_config.json or config.json is refused unread. Naming all 36,000 experts' layers takes 2 MiB."""
+MAX_TENSORS = 200_000
+"""Tensors in one file. LoRA on all experts of a mixture with 60 layers of 384 experts has 138,240."""
 
 ANY_HOST = "*"
 """The entry of `private_hosts` that stands for every private host."""
@@ -65,6 +67,8 @@ class AdapterLimits:
     """Largest rank of any module."""
     max_bytes: int = 2 * GIB
     """Size of all files together."""
+    max_tensors: int = MAX_TENSORS
+    """Tensors in its file."""
 
 
 def _host_list(value: object) -> object:
@@ -124,11 +128,16 @@ class SourceSettings(SettingsGroup):
     """Files of one base model together; a larger one is refused. A base of 70B parameters has 150 GB."""
     base_fetch_timeout_s: Annotated[float, Env("LORAPOOL_BASE_FETCH_TIMEOUT_S")] = Field(default=21_600.0, gt=0)
     """Longest download of a base model: 150 GB at 7 MB/s. What was fetched until then is kept for the next attempt."""
+    max_tensors: Annotated[int, Env("LORAPOOL_MAX_TENSORS")] = Field(default=MAX_TENSORS, ge=1, le=2_000_000)
+    """Tensors in one safetensors file of an adapter or a base, and with them the length of its header: 160 bytes for
+    each. Reading a header takes up to 1 KB of memory for each tensor, in operator and runtime."""
     credentials_dir: Annotated[Path | None, Env("LORAPOOL_CREDENTIALS_DIR")] = None
     """Folder with a file for each credential, named like its variable (HF_TOKEN). They win over the environment and are
     read for every use, so that a changed Secret needs no restart."""
     pvc_root: Annotated[Path | None, Env()] = None
     """Folder below which claims are mounted by name. None: this process cannot read `pvc://`."""
+    pvc_boundary: Annotated[str, Env()] = ""
+    """Folder of the claim that links in a `pvc://` source must not leave. Empty: the whole claim."""
     ambient: Annotated[bool, Env()] = True
     """Whether credentials are used that client libraries find by themselves: token files, the Docker configuration and
     the identity that a cloud gives the process. False for sources that are read with a tenant's rights."""

@@ -1,8 +1,8 @@
 """Parses source URIs strictly, without resolving them.
 
-`hf://org/name[@rev]`, `oci://host[:port]/repo[:tag|@sha256:…]`, `s3://bucket/prefix` and `pvc://claim/path`. Other
-schemes, user names, queries, fragments and dot segments are refused, and so are characters that a client library
-might interpret differently. Pure.
+`hf://org/name[/folder][@rev]`, `oci://host[:port]/repo[:tag|@sha256:…][/folder]`, `s3://bucket/prefix` and
+`pvc://claim/path`. Other schemes, user names, queries, fragments and dot segments are refused, and so are characters
+that a client library might interpret differently. Pure.
 """
 
 from __future__ import annotations
@@ -28,24 +28,33 @@ _PVC_CLAIM = re.compile(r"^[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[
 
 @dataclass(frozen=True, slots=True)
 class HfUri:
-    """A model repository of the hub at `HF_ENDPOINT`."""
+    """A model repository of the hub at `HF_ENDPOINT`, or a folder of it."""
 
     repo: str
     revision: str | None = None
+    path: str = ""
+    """Folder in the repository, without dot segments; may be empty."""
+
+    @property
+    def folder(self) -> str:
+        """The URI without its revision."""
+        return "/".join(filter(None, (f"hf://{self.repo}", self.path)))
 
     def __str__(self) -> str:
-        return f"hf://{self.repo}" + (f"@{self.revision}" if self.revision else "")
+        return self.folder + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True, slots=True)
 class OciUri:
-    """An artifact of an OCI registry, whose layers are the files. `digest` takes precedence over `tag`."""
+    """An artifact of an OCI registry, whose layers are the files, or a folder of it. `digest` wins over `tag`."""
 
     host: str
     """With the port, if any."""
     repo: str
     tag: str | None = None
     digest: str | None = None
+    path: str = ""
+    """Folder in the titles of the layers, without dot segments; may be empty."""
 
     @property
     def reference(self) -> str:
@@ -54,7 +63,8 @@ class OciUri:
 
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
-        return f"oci://{self.host}/{self.repo}{tag}" + (f"@{self.digest}" if self.digest else "")
+        digest = f"@{self.digest}" if self.digest else ""
+        return f"oci://{self.host}/{self.repo}{tag}{digest}" + (f"/{self.path}" if self.path else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +101,33 @@ def parse_uri(text: str) -> ArtifactUri:
     if not separator or scheme not in _PARSERS:
         raise ValueError(
             f"unknown source {text[:80]!r}: write hf://org/name, oci://host/repo:tag, s3://bucket/prefix or "
-            "pvc://claim/path"
+            f"pvc://claim/path{_perhaps(text)}"
         )
     if bad := re.search(r"[\x00-\x1f\x7f\\?#%]|[^\x00-\x7f]", rest):
         raise ValueError(f"source URI {text[:80]!r} contains {bad[0]!r}, which is not allowed in a source")
     return _PARSERS[scheme](rest)
 
 
+def _perhaps(text: str) -> str:
+    """What a person meant who wrote a page of the hub or a repository's name alone; empty if that is unclear."""
+    name, _, path = text.removeprefix("https://huggingface.co/").partition("/tree/")
+    folder = path.partition("/")[2].strip("/")
+    try:
+        meant = _parse_hf("/".join(filter(None, (name.rstrip("/"), folder))))
+    except ValueError:
+        return ""
+    return f"; perhaps you mean {meant}"
+
+
 def _parse_hf(rest: str) -> HfUri:
-    repo, at, revision = rest.partition("@")
-    parts = repo.split("/")
-    if len(parts) != 2 or not all(_HF_PART.match(part) and ".." not in part and "--" not in part for part in parts):
-        raise ValueError(f"hf://{rest[:80]}: write hf://organisation/name or hf://organisation/name@revision")
+    name, at, revision = rest.partition("@")
+    organisation, _, tail = name.partition("/")
+    repo, _, path = tail.partition("/")
+    if not all(_HF_PART.match(part) and ".." not in part and "--" not in part for part in (organisation, repo)):
+        raise ValueError(f"hf://{rest[:80]}: write hf://organisation/name[/folder] or hf://organisation/name@revision")
     if at and not is_revision(revision):
         raise ValueError(f"hf://{rest[:80]}: {revision[:40]!r} is not a branch, tag or commit")
-    return HfUri(repo, revision or None)
+    return HfUri(f"{organisation}/{repo}", revision or None, _path(path, f"hf://{rest[:80]}"))
 
 
 def is_revision(text: str) -> bool:
@@ -120,8 +142,11 @@ def _parse_oci(rest: str) -> OciUri:
         raise ValueError(
             f"oci://{rest[:80]}: {host[:60]!r} is not a registry host; write oci://host[:port]/repository:tag"
         )
-    name, at, digest = name.partition("@")
-    repo, colon, tag = name.partition(":")
+    named, at, digest = name.partition("@")
+    repo, colon, tag = named.partition(":")
+    digest, _, path = digest.partition("/")
+    if not at:
+        tag, _, path = tag.partition("/")
     if not repo or not all(_OCI_REPO_PART.match(part) for part in repo.split("/")):
         raise ValueError(
             f"oci://{rest[:80]}: {repo[:60]!r} is not a repository name (lower case letters, digits and . _ - /)"
@@ -133,7 +158,7 @@ def _parse_oci(rest: str) -> OciUri:
     port = host.rpartition("]")[2].partition(":")[2]
     if port and not 0 < int(port) < 65536:
         raise ValueError(f"oci://{rest[:80]}: port {port} is out of range")
-    return OciUri(host.lower(), repo, tag or None, digest or None)
+    return OciUri(host.lower(), repo, tag or None, digest or None, _path(path, f"oci://{rest[:80]}"))
 
 
 def _is_bracketed_ipv6(host: str) -> bool:

@@ -25,6 +25,7 @@ from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.logs import set_up_logs
 from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import SettingsError
+from lorapool_api.tls import ServerCertificate
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
 from lorapool_runtime.openai.tokenizer import TokenizerError
@@ -136,8 +137,12 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
 
 @contextlib.asynccontextmanager
 async def _listening(runtime: Runtime) -> AsyncIterator[None]:
-    """HTTP answers while inside. Listening sockets close before those of connections."""
+    """HTTP answers while inside. Listening sockets close before those of connections.
+
+    Raises SettingsError if the certificate of the settings cannot be used.
+    """
     settings = runtime.settings
+    tls = None if settings.tls_dir is None else ServerCertificate(settings.tls_dir).context
     runner = web.AppRunner(
         make_app(runtime),
         access_log=None,
@@ -148,9 +153,9 @@ async def _listening(runtime: Runtime) -> AsyncIterator[None]:
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, settings.host, settings.listen_port).start()
+        await web.TCPSite(runner, settings.host, settings.listen_port, ssl_context=tls).start()
         for address in runner.addresses:
-            log.info("listening on http://%s:%d", *address[:2])
+            log.info("listening on %s://%s:%d", "http" if tls is None else "https", *address[:2])
         async with _probed(runtime):
             yield
     finally:

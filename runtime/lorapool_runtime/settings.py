@@ -81,6 +81,9 @@ class RuntimeSettings(ServingSettings):
     token_sha256_file: Annotated[Path | None, Env(ENV_TOKEN_SHA256_FILE)] = None
     """A file with the SHA-256 (hex) of each valid bearer token, one per line. It is read again when it changes, so that
     a token can be replaced without a restart. Excludes `token_sha256`."""
+    tls_dir: Path | None = None
+    """Folder with tls.crt and tls.key, with which requests are served over HTTPS. They are read again when they change.
+    None: plain HTTP. Without a usable certificate, the runtime does not start."""
     pod_uid: str | None = Field(default=None, max_length=128)
     """Uid of this pod, which the runtime proves when it is polled. None: polls need the bearer token."""
     body_max_bytes: int = Field(default=4 * 2**20, ge=1024)
@@ -151,8 +154,11 @@ class RuntimeSettings(ServingSettings):
     """Even when idle, `draining` is reported for this long, so that gateways learn it before the socket closes."""
 
     # --- prompts ------------------------------------------------------------------------
+    chat_file: Path | None = None
+    """A JSON file (`BaseChat`) with the chat template and stop tokens of the BaseModel, read again when it changes. The
+    operator writes it. None or a missing file: the base's files decide."""
     template_timeout_s: float = Field(default=5.0, gt=0)
-    """Longest rendering of a chat template."""
+    """Longest rendering of a chat template. One that takes longer is stopped, and refused for a minute."""
     grammar_timeout_s: float = Field(default=5.0, gt=0)
     """Longest compilation of a schema or of tools, including the wait for others; milliseconds are usual."""
     tokenize_threads: int = Field(default=2, ge=1, le=32)

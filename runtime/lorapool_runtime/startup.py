@@ -15,20 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorapool_api.base_modules import compact
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.files import ArtifactKind
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_base, names_of
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_base, names_of
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_artifacts.uri import PvcUri, parse_uri
 from lorapool_artifacts.writer_folders import remove_dead
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.engines.choose import EngineFactory
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.tokenizer import Tokenizer
-from lorapool_runtime.serving.service import LoadedBase
+from lorapool_runtime.serving.service import LoadedBase, read_base_chat
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.startup_progress import StartupProgress
 
@@ -76,16 +79,19 @@ def bring_up(
             f"The base takes {folder.cached_bytes} of the {settings.cache_bytes} bytes of the disk cache, which leaves "
             "too little for adapters: raise cache_bytes (the profile's cacheSizeLimit)."
         )
-    facts = base_facts_from_folder(folder.path).with_names(*folder.names)
+    files = base_files_from_folder(folder.path, sources.max_tensors)
     tokenizer = Tokenizer(folder.path, threads=settings.tokenize_threads, timeout_s=settings.template_timeout_s)
     engine = make_engine(settings, folder.path)
     engine.start()
+    formats = ChatFormats(tokenizer, rows=engine.facts.vocab_size, eos_ids=engine.facts.eos_token_ids)
+    formats.use_base(read_base_chat(settings.chat_file))
     grammars = GrammarCompiler(
         tokenizer.grammar_json(),
         vocab_size=engine.facts.vocab_size,
         eos_token_ids=engine.facts.eos_token_ids | tokenizer.eos_token_ids,
         timeout_s=settings.grammar_timeout_s,
     )
+    facts = BaseFacts.of(engine.facts.modules, *files.names, *folder.names)
     cache = DiskCache(
         settings.cache_dir.expanduser() / "adapters", high_bytes=room_bytes, low_bytes=int(room_bytes * LOW_WATER)
     )
@@ -94,7 +100,9 @@ def bring_up(
     access = SourceAccess(sources, settings.source_rules_file)
     store = DiskStore(cache, facts, access, max_rank=settings.max_rank, fetch_limits=limits)
     log.info("base loaded", extra={"base": settings.label, "seconds": round(time.monotonic() - started_s, 1)})
-    return LoadedBase(engine, tokenizer, grammars, store, folder.digest)
+    return LoadedBase(
+        engine, tokenizer, formats, grammars, store, folder.digest, compact(engine.facts.modules, folder.digest)
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import tracemalloc
+from collections import Counter
+from random import Random
 from typing import Any
 
 import artifact_zoo as zoo
@@ -12,7 +16,7 @@ from hypothesis import strategies as st
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, HeaderBounds, parse_header
+from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, HeaderBounds, header_length, parse_header
 
 GOOD = zoo.safetensors(zoo.adapter_tensors())
 ONE: dict[str, Any] = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -89,12 +93,42 @@ def test_the_file_that_the_library_writes_is_read() -> None:
         zoo.with_header({**ONE, "b": ONE["a"]}, b"\0" * 8),
         zoo.with_header({**ONE, "b": {**ONE["a"], "data_offsets": [12, 20]}}, b"\0" * 20),
         zoo.with_header({"x" * 600: ONE["a"]}, b"\0" * 8),
-        zoo.with_header({f"t{index}": EMPTY_TENSOR for index in range(10_001)}, b""),
-        zoo.with_header(json.dumps({"__metadata__": {"a": "x" * 1_100_000}, **ONE}).encode(), b"\0" * 8),
     ],
 )  # fmt: skip
 def test_a_malformed_file_is_corrupt(raw: bytes) -> None:
     assert reason_of(raw) is FailureReason.CORRUPT_ARTIFACT
+
+
+def test_every_expert_of_the_largest_mixtures_can_be_adapted() -> None:
+    """Qwen3-235B-A22B has 94 layers of 128 experts, Kimi K2 60 of 384; each has three matrices, each two of LoRA."""
+    for layers, experts in ((94, 128), (60, 384)):
+        names = (
+            f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.lora_{part}.weight"
+            for layer in range(layers)
+            for expert in range(experts)
+            for matrix in ("gate", "down", "up")
+            for part in "AB"
+        )
+        header = {name: {"dtype": "BF16", "shape": [64, 7168], "data_offsets": [0, 0]} for name in names}
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        assert len(header) < ADAPTER_BOUNDS.max_tensors
+        assert header_length(len(raw).to_bytes(8, "little"), 10**12, ADAPTER_BOUNDS, name="a") == len(raw)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({f"t{index}": EMPTY_TENSOR for index in range(1001)}, "holds 1001 tensors, more than the 1000"),
+        ({"__metadata__": {"a": "x" * 1_100_000}, **ONE}, "more than the 1048576 bytes"),
+    ],
+)
+def test_a_bound_of_ours_is_called_so_with_the_setting_that_raises_it(header: dict[str, Any], words: str) -> None:
+    raw = zoo.with_header(header, b"" if len(header) > 2 else b"\0" * 8)
+    with pytest.raises(ArtifactError, match=words) as caught:
+        parse(raw, HeaderBounds(max_tensors=1000))
+    assert caught.value.reason is FailureReason.TOO_LARGE
+    assert "not damaged" in caught.value.message
+    assert "Raise LORAPOOL_MAX_TENSORS (now 1000)" in caught.value.message
 
 
 def test_an_adapter_in_integers_is_refused_but_a_base_may_hold_them() -> None:
@@ -150,7 +184,8 @@ def test_arbitrary_bytes_are_refused(raw: bytes) -> None:
     _read_or_refused(raw)
 
 
-def _read_or_refused(raw: bytes) -> None:
+def _read_or_refused(raw: bytes) -> bool:
+    """Whether the file is read; any other outcome than a refusal fails."""
     reason = None
     try:
         header = parse(raw)
@@ -158,3 +193,58 @@ def _read_or_refused(raw: bytes) -> None:
     except ArtifactError as error:
         reason = error.reason
     assert reason in (None, FailureReason.CORRUPT_ARTIFACT, FailureReason.UNSUPPORTED_FORMAT)
+    return reason is None
+
+
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1, "F31": 4, "": 0, "bf16": 2}
+NUMBERS = (0, 1, 2, 3, 16, 32, 2**31, 2**63 - 1, 2**63, -1)
+
+
+def _damaged(random: Random) -> bytes:
+    """A file of the library's format: a valid one, or one with a fault in the tensors, the bytes or the length."""
+    faulty, header, position = random.random() < 0.6, {}, 0
+    for index in range(random.randrange(1, 9)):
+        dtype = random.choice(list(SIZES) if faulty else ["F32", "BF16", "F16"])
+        shape = random.choices(NUMBERS if faulty else NUMBERS[:6], k=random.randrange(4) if faulty else 2)
+        length = random.choice(NUMBERS) if faulty and random.random() < 0.3 else math.prod(shape) * SIZES[dtype]
+        header[f"t{index}"] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + length]}
+        position += length
+    raw = bytearray(zoo.with_header(header, bytes(min(max(position, 0), 2_000_000))))
+    if random.random() < 0.3:
+        raw[random.randrange(len(raw))] = random.randrange(256)
+    if random.random() < 0.1:
+        raw[:8] = random.choice([0, 1, len(raw), 2**31, 2**63]).to_bytes(8, "little")
+    if random.random() < 0.1:
+        del raw[random.randrange(len(raw)) :]
+    return bytes(raw)
+
+
+PEAK_BYTES = 1_000_000
+"""For a header of a few tensors, however large the tensors are said to be."""
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(100_000, marks=pytest.mark.deep)])
+def test_no_header_crashes_the_reader_or_takes_memory_beyond_a_bound(count: int) -> None:
+    random, outcomes = Random(11), Counter[bool]()
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            raw = _damaged(random)
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            outcomes[_read_or_refused(raw)] += 1
+            assert tracemalloc.get_traced_memory()[1] - before < PEAK_BYTES, raw[:1000]
+    finally:
+        tracemalloc.stop()
+    assert min(outcomes[True], outcomes[False]) > count / 10, "many are read and many are refused"
+
+
+def test_a_header_takes_a_kilobyte_of_memory_for_each_tensor() -> None:
+    count = 20_000
+    raw = zoo.with_header({f"t{index}": EMPTY_TENSOR for index in range(count)}, b"")
+    tracemalloc.start()
+    try:
+        parse(raw)
+        assert tracemalloc.get_traced_memory()[1] < count * 1000
+    finally:
+        tracemalloc.stop()

@@ -18,7 +18,7 @@ from lorapool_api.common import FailureReason, FileDigest, artifact_digest
 from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter, inspect_base
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter, inspect_base
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources.address_guard import AddressGuard
 from lorapool_artifacts.sources.http import GuardedSession, translated
@@ -36,8 +36,8 @@ async def test_an_adapter_is_checked_from_its_header_without_its_weights(hub: Hu
     weights = zoo.safetensors(zoo.adapter_tensors(rank=4, dtype="F32"))
     hub.repos["acme/base"] = zoo.base_files()
     hub.repos["acme/lora"] = zoo.adapter_files(weights=weights)
-    base = await inspect_base("hf://acme/base", None, hf)
-    seen = await inspect_adapter("hf://acme/lora", None, None, base.facts, LIMITS, hf)
+    assert (await inspect_base("hf://acme/base", None, hf)).digest is not None
+    seen = await inspect_adapter("hf://acme/lora", None, None, zoo.base_facts(), LIMITS, hf)
     assert seen.compatibility.ok, seen.compatibility.message
     assert (seen.rank, seen.target_modules) == (4, ("q_proj", "v_proj"))
     assert seen.revision == hub.commit_of("acme/lora")
@@ -65,7 +65,7 @@ async def test_a_fetched_folder_holds_the_listed_files_and_is_named_by_their_dig
     assert {name: (path / name).read_bytes() for name in names} == {name: files[name] for name in names}
     assert folder_digest(path) == digest_of(files, names) == (await inspect_base("hf://acme/base", None, hf)).digest
     assert zoo.names_in(tmp_path) == [path.name], "nothing temporary is left"
-    assert base_facts_from_folder(path).modules["model.layers.1.mlp.up_proj"] == (zoo.INNER, zoo.HIDDEN)
+    assert base_files_from_folder(path).shapes["model.layers.1.mlp.up_proj.weight"] == (zoo.INNER, zoo.HIDDEN)
 
 
 async def test_a_revision_is_pinned_to_its_commit(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
@@ -75,6 +75,38 @@ async def test_a_revision_is_pinned_to_its_commit(hub: Hub, hf: SourceSettings, 
     with pytest.raises(ArtifactError) as caught:
         await fetch(first, tmp_path)
     assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
+
+
+async def test_an_adapter_in_a_folder_of_a_repository_is_inspected_and_fetched(
+    hub: Hub, hf: SourceSettings, tmp_path: Path
+) -> None:
+    files = zoo.adapter_files()
+    hub.repos["acme/runs"] = {"README.md": b"x", **{f"de/checkpoint-500/{name}": data for name, data in files.items()}}
+    for uri in ("hf://acme/runs/de/checkpoint-500", "hf://acme/runs/de/checkpoint-500@main"):
+        seen = await inspect_adapter(uri, None, None, None, LIMITS, hf)
+        assert seen.compatibility.ok
+        path = await fetch(await resolve(uri, settings=hf), tmp_path, seen.digest)
+        assert zoo.names_in(path) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+async def test_a_repository_with_adapters_in_folders_is_answered_with_the_newest_ones(
+    hub: Hub, hf: SourceSettings
+) -> None:
+    files, trainer = zoo.adapter_files(), {"README.md": b"x", "training_args.bin": b"x", "optimizer.pt": b"x"}
+    folders = [f"checkpoint-{step}" for step in range(100, 800, 100)]
+    hub.repos["acme/runs"] = trainer | {f"{folder}/{name}": data for folder in folders for name, data in files.items()}
+    with pytest.raises(ArtifactError) as caught:
+        await inspect_adapter("hf://acme/runs", None, None, None, LIMITS, hf)
+    assert "checkpoint-700, checkpoint-600" in caught.value.message
+    assert "and 2 more" in caught.value.message
+    assert "such as hf://acme/runs/checkpoint-700" in caught.value.message
+    assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
+
+
+async def test_a_folder_behind_the_revision_is_answered_with_the_right_order(hub: Hub, hf: SourceSettings) -> None:
+    hub.repos["acme/runs"] = {f"a/{name}": data for name, data in zoo.adapter_files().items()}
+    with pytest.raises(ArtifactError, match="hf://org/name/folder@main"):
+        await inspect_adapter("hf://acme/runs@main/a", None, None, None, LIMITS, hf)
 
 
 async def test_many_that_fetch_the_same_share_one_download(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
@@ -430,8 +462,8 @@ async def test_a_base_with_code_of_its_own_is_refused(hub: Hub, hf: SourceSettin
 async def test_a_sharded_base_is_read_from_all_its_headers(hub: Hub, hf: SourceSettings, tmp_path: Path) -> None:
     hub.repos["acme/base"] = zoo.sharded_base_files()
     seen = await inspect_base("hf://acme/base", None, hf)
-    assert len(seen.facts.modules) == len(zoo.MODULES) * zoo.LAYERS + 2
-    assert {"acme/base", "tiny/llama"} == seen.facts.names
+    assert sum(len(shape) == 2 for shape in seen.files.shapes.values()) == len(zoo.MODULES) * zoo.LAYERS + 2
+    assert {"acme/base", "tiny/llama"} == seen.files.names
     path = await fetch(await resolve("hf://acme/base", None, "base", settings=hf), tmp_path)
     assert folder_digest(path) == seen.digest
     del hub.repos["acme/base"]["model-00002-of-00002.safetensors"]

@@ -124,8 +124,8 @@ async def test_a_base_has_facts_and_a_digest_without_a_download(registry: str, t
     push(registry, "team/base:v1", zoo.base_files(), tmp_path / "src")
     seen = await inspect_base(f"oci://{registry}/team/base:v1", None, listed(registry))
     assert seen.digest is not None
-    assert seen.facts.names == {"team/base", "tiny/llama"}
-    assert seen.facts.modules["model.layers.0.mlp.down_proj"] == (zoo.HIDDEN, zoo.INNER)
+    assert seen.files.names == {"team/base", "tiny/llama"}
+    assert seen.files.shapes["model.layers.0.mlp.down_proj.weight"] == (zoo.HIDDEN, zoo.INNER)
 
 
 @needs_registry
@@ -155,6 +155,23 @@ async def test_a_locked_registry_takes_credentials_from_env_or_docker_config(loc
     (tmp_path / "config.json").write_text(json.dumps({"auths": {locked: {"auth": auth}}}))
     docker = SourceSettings.from_env({"DOCKER_CONFIG": str(tmp_path)})
     assert (await inspect_adapter(uri, None, None, None, LIMITS, docker)).compatibility.ok
+
+
+async def test_a_folder_of_an_artifact_is_named_behind_its_tag(hub: Hub) -> None:
+    files = {f"checkpoint-500/{name}": data for name, data in zoo.adapter_files().items()}
+    blobs = {hashlib.sha256(data).hexdigest(): data for data in files.values()}
+    manifest = manifest_of(files)
+
+    def answer(path: str) -> tuple[int, dict[str, str], bytes]:
+        return 200, {}, manifest if "/manifests/" in path else blobs[path.rpartition("sha256:")[2]]
+
+    hub.answer = answer  # type: ignore[method-assign]
+    uri = f"oci://{hub.host}/a:v1"
+    found = await inspect_adapter(f"{uri}/checkpoint-500", None, None, None, LIMITS, listed(hub.host))
+    assert found.compatibility.ok
+    for whole in (uri, f"oci://{hub.host}/a"):
+        with pytest.raises(ArtifactError, match=r"such as oci://127.0.0.1:\d+/a:(v1|latest)/checkpoint-500"):
+            await inspect_adapter(whole, None, None, None, LIMITS, listed(hub.host))
 
 
 async def test_a_bearer_registry_gets_a_token_with_the_credentials_it_was_given(hub: Hub) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
+from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
 from lorapool_artifacts.settings import AdapterLimits
 
@@ -18,6 +19,8 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=100_000)
+OTHER_PROGRAMS = {"enable_lora", "merge_weights", "transformers_version", "unsloth_version"}
+"""Settings of the first version of peft, and of other trainers."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -41,7 +44,8 @@ def test_every_setting_of_the_installed_peft_is_known() -> None:
     decides = set(AdapterConfig.model_fields) | {"bias", "init_lora_weights"}
     assert not decides & (HARMLESS.keys() | REFUSED.keys())
     assert not HARMLESS.keys() & REFUSED.keys()
-    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == decides | HARMLESS.keys() | REFUSED.keys()
+    known = (decides | HARMLESS.keys() | REFUSED.keys()) - OTHER_PROGRAMS
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == known
 
 
 def test_every_kind_of_adapter_of_the_installed_peft_has_its_own_words() -> None:
@@ -72,7 +76,7 @@ def test_an_adapter_trained_with_the_real_peft_is_accepted_with_pefts_own_scalin
     model.save_pretrained(folder / "base")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
     wrapped.save_pretrained(folder / "lora")
-    seen = inspect_adapter_folder(folder / "lora", base_facts_from_folder(folder / "base"), LIMITS)
+    seen = inspect_adapter_folder(folder / "lora", facts_of(base_files_from_folder(folder / "base")), LIMITS)
     assert seen.compatibility.ok, seen.compatibility.message
     config = parse_adapter_config((folder / "lora" / "adapter_config.json").read_bytes())
     scalings = {

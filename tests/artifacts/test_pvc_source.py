@@ -1,8 +1,9 @@
-"""pvc:// and local folders: no path inside a volume leads out of it."""
+"""pvc:// and local folders: links inside a volume are followed, and none leads out of it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import artifact_zoo as zoo
@@ -13,6 +14,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.inspect import inspect_adapter, inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits, SourceSettings
+from lorapool_artifacts.sources.beneath import FolderBeneath, LinkLeadsOutError
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=1_000_000)
 
@@ -64,23 +66,113 @@ async def test_a_claim_that_is_not_mounted_is_said_transiently_with_the_setting_
     assert caught.value.transient
 
 
-async def test_a_link_in_place_of_a_folder_is_not_followed(mounted: SourceSettings, tmp_path: Path) -> None:
+def hub_cache(root: Path, files: dict[str, bytes]) -> str:
+    """A repository as the Hugging Face cache stores it. Returns the path of its snapshot in the volume."""
+    snapshot = f"models--org--tune/snapshots/{'0123456789abcdef' * 2}01234567"
+    (root / snapshot).mkdir(parents=True)
+    write(root / "models--org--tune" / "blobs", {f"b{number}": data for number, data in enumerate(files.values())})
+    for number, name in enumerate(files):
+        (root / snapshot / name).symlink_to(f"../../blobs/b{number}")
+    return snapshot
+
+
+def config_map(root: Path, files: dict[str, bytes]) -> str:
+    """A folder as the kubelet mounts a ConfigMap."""
+    write(root / "mounted" / "..2026_11_30", files)
+    (root / "mounted" / "..data").symlink_to("..2026_11_30")
+    for name in files:
+        (root / "mounted" / name).symlink_to(f"..data/{name}")
+    return "mounted"
+
+
+def linked_folder(root: Path, files: dict[str, bytes]) -> str:
+    write(root / "runs" / "7", files)
+    (root / "latest").symlink_to("runs/7")
+    return "latest"
+
+
+@pytest.mark.parametrize("make", [hub_cache, config_map, linked_folder])
+async def test_links_that_stay_in_the_volume_are_followed(
+    make: Callable[[Path, dict[str, bytes]], str], mounted: SourceSettings, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "pvc" / "models", zoo.adapter_files())
+    plain = await inspect_adapter("pvc://models/team/lora", None, None, None, LIMITS, mounted)
+    seen = await inspect_adapter(f"pvc://models/{path}", None, None, None, LIMITS, mounted)
+    assert seen.compatibility.ok
+    assert seen.digest == plain.digest
+    fetched = await fetch(await resolve(f"pvc://models/{path}", settings=mounted), tmp_path / "cache", seen.digest)
+    assert not any(file.is_symlink() for file in fetched.iterdir())
+
+
+async def test_a_folder_of_the_hubs_cache_is_answered_with_its_snapshot(
+    mounted: SourceSettings, tmp_path: Path
+) -> None:
+    path = hub_cache(tmp_path / "pvc" / "models", zoo.adapter_files())
+    with pytest.raises(ArtifactError, match=f"such as pvc://models/{path}"):
+        await resolve("pvc://models/models--org--tune", settings=mounted)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "{outside}/adapter_config.json",
+        "../../../outside/adapter_config.json",
+        "../../../../../../../../../../../../../../../{outside}/adapter_config.json",
+        "up/../../../outside/adapter_config.json",
+        "nowhere.json",
+        "adapter_config.json",
+    ],
+)
+async def test_a_link_out_of_the_volume_or_to_nothing_is_refused(
+    target: str, mounted: SourceSettings, tmp_path: Path
+) -> None:
     outside = write(tmp_path / "outside", zoo.adapter_files())
-    (tmp_path / "pvc" / "models" / "link").symlink_to(outside)
-    with pytest.raises(ArtifactError, match="symbolic link") as caught:
-        await resolve("pvc://models/link", settings=mounted)
-    assert caught.value.reason is FailureReason.INVALID_SOURCE
-
-
-async def test_a_link_in_place_of_a_file_is_not_followed(mounted: SourceSettings, tmp_path: Path) -> None:
-    secret = tmp_path / "token"
-    secret.write_bytes(b"secret")
-    config = tmp_path / "pvc" / "models" / "team" / "lora" / "adapter_config.json"
-    config.unlink()
-    config.symlink_to(secret)
-    with pytest.raises(ArtifactError, match="symbolic link") as caught:
+    folder = tmp_path / "pvc" / "models" / "team" / "lora"
+    (folder / "up").symlink_to("..")
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to(target.format(outside=outside))
+    with pytest.raises(ArtifactError, match="leads out of the volume or to nothing") as caught:
         await inspect_adapter("pvc://models/team/lora", None, None, None, LIMITS, mounted)
     assert caught.value.reason is FailureReason.INVALID_SOURCE
+
+
+async def test_a_folder_that_links_out_of_the_volume_is_refused(mounted: SourceSettings, tmp_path: Path) -> None:
+    write(tmp_path / "outside", zoo.adapter_files())
+    for target in (tmp_path / "outside", Path("../../outside")):
+        link = tmp_path / "pvc" / "models" / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(ArtifactError, match="leads out of the volume") as caught:
+            await resolve("pvc://models/link", settings=mounted)
+        assert caught.value.reason is FailureReason.INVALID_SOURCE
+
+
+async def test_a_link_does_not_leave_the_folder_that_a_namespace_may_read(
+    mounted: SourceSettings, tmp_path: Path
+) -> None:
+    team_b = tmp_path / "pvc" / "models" / "team-b"
+    write(team_b / "own", zoo.adapter_files())
+    (team_b / "theirs").symlink_to("../team/lora")
+    (team_b / "mine").symlink_to("own")
+    bounded = mounted.model_copy(update={"pvc_boundary": "team-b"})
+    assert (await resolve("pvc://models/team-b/mine", settings=bounded)).files
+    assert (await resolve("pvc://models/team-b/theirs", settings=mounted)).files
+    with pytest.raises(ArtifactError, match="leads out of the volume"):
+        await resolve("pvc://models/team-b/theirs", settings=bounded)
+
+
+def test_a_folder_that_is_swapped_for_a_link_meanwhile_does_not_lead_out(tmp_path: Path) -> None:
+    """`..` returns to the folder that was open, wherever a rename has moved it meanwhile."""
+    inner = tmp_path / "root" / "a" / "b"
+    inner.mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "root" / "a" / "up").symlink_to("b/../../secret")
+    folder = FolderBeneath(tmp_path / "root")
+    folder.enter(["a"])
+    (tmp_path / "root" / "a").rename(tmp_path / "moved")
+    with pytest.raises((LinkLeadsOutError, FileNotFoundError)):
+        os.close(folder.open_file("up"))
+    folder.close()
 
 
 async def test_a_pipe_in_place_of_a_file_does_not_hang(mounted: SourceSettings, tmp_path: Path) -> None:

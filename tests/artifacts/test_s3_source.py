@@ -102,6 +102,15 @@ async def test_what_is_not_there_is_not_found(s3: SourceSettings, uri: str) -> N
     assert caught.value.reason is FailureReason.SOURCE_NOT_FOUND
 
 
+async def test_a_prefix_with_adapters_in_folders_is_answered_with_their_names(
+    bucket: S3Store, s3: SourceSettings
+) -> None:
+    put(bucket, "runs/checkpoint-500", zoo.adapter_files())
+    put(bucket, "runs", {"training_args.bin": b"x"})
+    with pytest.raises(ArtifactError, match="such as s3://models/runs/checkpoint-500"):
+        await resolve("s3://models/runs", settings=s3)
+
+
 async def test_a_bucket_has_no_revisions_by_name(s3: SourceSettings) -> None:
     with pytest.raises(ArtifactError) as caught:
         await resolve("s3://models/a/lora", "main", settings=s3)
@@ -111,9 +120,9 @@ async def test_a_bucket_has_no_revisions_by_name(s3: SourceSettings) -> None:
 async def test_a_base_of_s3_has_facts_and_a_digest(bucket: S3Store, s3: SourceSettings) -> None:
     put(bucket, "base", zoo.base_files())
     seen = await inspect_base("s3://models/base", None, s3)
-    assert seen.facts.modules["model.layers.0.self_attn.k_proj"] == (zoo.KV, zoo.HIDDEN)
+    assert seen.files.shapes["model.layers.0.self_attn.k_proj.weight"] == (zoo.KV, zoo.HIDDEN)
     assert seen.digest is not None
-    assert seen.facts.names == {"base", "tiny/llama"}
+    assert seen.files.names == {"base", "tiny/llama"}
 
 
 @pytest.mark.parametrize(

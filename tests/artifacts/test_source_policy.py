@@ -144,6 +144,34 @@ def test_a_malformed_prefix_is_refused_and_covers_nothing(prefix: str) -> None:
     assert not covers([prefix], parse_uri("s3://aaa/b"))
 
 
+def test_a_folder_of_a_repository_is_covered_by_its_own_prefix_and_by_those_above_it() -> None:
+    uri = parse_uri("hf://acme/runs/de/checkpoint-500@main")
+    assert [p for p in ("hf://acme/runs/", "hf://acme/runs/de/", "hf://acme/runs/fr/") if covers([p], uri)] == [
+        "hf://acme/runs/",
+        "hf://acme/runs/de/",
+    ]
+    assert not covers(["oci://host/a/b/"], parse_uri("oci://host/a:v1/b")), "a folder is no repository"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "entry", "granted", "folder"),
+    [
+        ("owner", None, None, ""),
+        ("team-b", None, ["pvc://models/team-b/", "pvc://other/"], "team-b"),
+        ("team-b", {"prefixes": ["pvc://models/shared/x/", "pvc://models/shared/"]}, None, "shared"),
+        ("team-b", {"credentials": "Shared"}, ["pvc://models/team-b/"], ""),
+        ("owner", {"prefixes": ["pvc://models/base/"]}, None, "base"),
+    ],
+)
+def test_links_of_a_volume_stay_in_the_folder_that_the_namespace_may_read(
+    namespace: str, entry: dict[str, Any] | None, granted: list[str] | None, folder: str
+) -> None:
+    made = rules({namespace: entry} if entry else None, {namespace: granted} if granted else None)
+    uri = f"pvc://models/{folder or 'any'}/x/lora"
+    assert made.permission(namespace, uri).refused == ""
+    assert made.boundary(namespace, uri) == folder
+
+
 def test_a_policy_that_cannot_be_read_names_the_field() -> None:
     with pytest.raises(PolicyError, match=r"policy\.yaml: namespaces\.team-b\.prefix: Extra inputs"):
         parse_policy("namespaces: {team-b: {prefix: [a]}}", origin="policy.yaml")

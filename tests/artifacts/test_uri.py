@@ -17,6 +17,13 @@ DIGEST = f"sha256:{'ab' * 32}"
         ("hf://HuggingFaceTB/SmolLM2-135M-Instruct", HfUri("HuggingFaceTB/SmolLM2-135M-Instruct")),
         ("hf://acme/lora_v1.2@main", HfUri("acme/lora_v1.2", "main")),
         ("hf://acme/lora@refs/pr/1", HfUri("acme/lora", "refs/pr/1")),
+        ("hf://acme/lora/checkpoint-500", HfUri("acme/lora", path="checkpoint-500")),
+        ("hf://acme/lora/de/v1@refs/pr/1", HfUri("acme/lora", "refs/pr/1", "de/v1")),
+        (
+            "oci://registry:5000/acme/lora:v1/checkpoint-500",
+            OciUri("registry:5000", "acme/lora", "v1", None, "checkpoint-500"),
+        ),
+        (f"oci://registry/lora@{DIGEST}/a/b", OciUri("registry", "lora", None, DIGEST, "a/b")),
         ("oci://127.0.0.1:5000/lorapool/base:v1", OciUri("127.0.0.1:5000", "lorapool/base", "v1")),
         ("oci://[::1]:5000/a", OciUri("[::1]:5000", "a")),
         ("oci://ghcr.io/acme/lora", OciUri("ghcr.io", "acme/lora")),
@@ -36,7 +43,8 @@ def test_a_good_uri_is_parsed_and_written_back(text: str, value: object) -> None
 @pytest.mark.parametrize(
     "text",
     [
-        "", "hf:/a/b", "http://host/x", "file:///etc/passwd", "HF://a/b", "hf://a", "hf://a/b/c", "hf://../b", "hf://a/..",
+        "", "hf:/a/b", "http://host/x", "file:///etc/passwd", "HF://a/b", "hf://a", "hf://../b", "hf://a/..",
+        "hf://a/b/../c", "hf://a/b//c", "oci://host/a:v1/../b",
         "hf://a/b@", "hf://a/b@-x", "hf://a/b@..", "hf://a/b@x/../y", "hf://a/b?x=1", "hf://a/b#x", "hf://a/b%2f", "hf://a\\b/c",
         "hf://a/b\n", "hf://ä/b", "oci://host", "oci:///repo", "oci://user:pw@host/repo", "oci://host:99999/repo",
         "oci://host:0/repo", "oci://host/Repo", "oci://host/a//b", "oci://host/../b", "oci://host/a:", "oci://host/a@sha256:12",
@@ -47,6 +55,19 @@ def test_a_good_uri_is_parsed_and_written_back(text: str, value: object) -> None
 )  # fmt: skip
 def test_anything_else_is_a_value_error_with_words(text: str) -> None:
     with pytest.raises(ValueError, match=r"\w+ .*\w+"):
+        parse_uri(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("org/name", "hf://org/name"),
+        ("https://huggingface.co/org/name/", "hf://org/name"),
+        ("https://huggingface.co/org/name/tree/main/checkpoint-500", "hf://org/name/checkpoint-500"),
+    ],
+)
+def test_what_people_write_for_a_repository_is_answered_with_its_uri(text: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"perhaps you mean {meant}$"):
         parse_uri(text)
 
 

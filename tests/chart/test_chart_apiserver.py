@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from apiserver import ApiServer, running_apiserver
+from authority_kit import authority
 from chart_kit import (
     ALL_ON,
     CHART,
@@ -117,6 +118,7 @@ def test_an_upgrade_brings_the_newer_crd_and_keeps_the_token_and_an_uninstall_ke
         before = get(server, "loraadapter", "support-routing", "-n", NAMESPACE)
         assert "suspend" not in before["spec"]
         token = get(server, "secret", "lorapool-runtime-token", "-n", NAMESPACE)["data"]["token"]
+        authority_before = get(server, "secret", "lorapool-internal-ca", "-n", NAMESPACE)["data"]
 
         helm(server, "upgrade", "lorapool", CHART)
 
@@ -128,6 +130,10 @@ def test_an_upgrade_brings_the_newer_crd_and_keeps_the_token_and_an_uninstall_ke
         assert after["metadata"]["uid"] == before["metadata"]["uid"]
         assert get(server, "secret", "lorapool-runtime-token", "-n", NAMESPACE)["data"]["token"] == token
         assert len(bytes.fromhex(base64.b64decode(token).decode())) == 32
+        assert get(server, "secret", "lorapool-internal-ca", "-n", NAMESPACE)["data"] == authority_before
+
+        helm(server, "upgrade", "lorapool", CHART, "--set", "internalTLS.enabled=false")
+        assert get(server, "secret", "lorapool-internal-ca", "-n", NAMESPACE)["data"] == authority_before
 
         helm(server, "uninstall", "lorapool")
 
@@ -186,6 +192,8 @@ ALLOWED = {
         "create events",
         "create leases.coordination.k8s.io",
         "update leases.coordination.k8s.io/lorapool-operator",
+        "get secrets/lorapool-runtime-tls",
+        "patch secrets/lorapool-runtime-tls",
     ],
     "gateway": [
         "list basemodels.lorapool.dev",
@@ -199,6 +207,9 @@ DENIED = {
     "operator": [
         "get secrets",
         "list secrets",
+        "create secrets",
+        "get secrets/lorapool-runtime-token",
+        "get secrets/lorapool-internal-ca",
         "patch loraadapters.lorapool.dev",
         "delete basemodels.lorapool.dev",
         "update leases.coordination.k8s.io/other",
@@ -225,7 +236,7 @@ def may(server: ApiServer, component: str, right: str, namespace: str) -> bool:
     name, group = resource.partition(".")[::2]
     attributes = {"namespace": namespace, "verb": verb, "group": group, "resource": name}
     if rest:
-        attributes["name" if resource.startswith("leases") else "subresource"] = rest
+        attributes["name" if resource.startswith(("leases", "secrets")) else "subresource"] = rest
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
@@ -331,10 +342,12 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
 
     with release(server):
         token.write_text("0" * 64)
+        authority(tmp_path / "internal-ca")
         operator = environment(manifests, "operator") | {
             "LORAPOOL_OPERATOR_MASTER_TOKEN_FILE": str(token),
             "LORAPOOL_OPERATOR_PROFILES_FILE": str(profiles),
             "LORAPOOL_OPERATOR_SOURCE_POLICY_FILE": str(policy),
+            "LORAPOOL_OPERATOR_INTERNAL_CA_DIR": str(tmp_path / "internal-ca"),
             "LORAPOOL_OPERATOR_LOG_FORMAT": "text",
             "LORAPOOL_OPERATOR_RESYNC_S": "1",
             "HOME": str(tmp_path),
@@ -375,10 +388,13 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
 
             eventually("no children were made", made, operator_log)
             runtime = get(server, "deployment/smollm2-runtime", "-n", NAMESPACE)["spec"]["template"]
+            certificates = get(server, "secret/lorapool-runtime-tls", "-n", NAMESPACE)["data"]
             server.kubectl("delete", "bm,lora", "--all", "-n", NAMESPACE, "--timeout=30s")
             time.sleep(2.5)  # two resyncs
 
         assert refused(server) == []
+        [items] = [item["secret"]["items"] for item in runtime["spec"]["volumes"] if item["name"] == "runtime-tls"]
+        assert {item["key"] for item in items} == set(certificates)
         assert "Traceback" not in operator_log.read_text() + gateway_log.read_text()
         assert restricted_violations(runtime["spec"]) == [], "runtime pods are held to the same standard"
         assert runtime["metadata"]["labels"]["lorapool.dev/base"] == "smollm2", "network policies select by it"

@@ -21,6 +21,7 @@ ALL_OFF: dict[str, Any] = {
     "networkPolicy": {"enabled": False},
     "metrics": {"scrapeAnnotations": False},
     "runtimeToken": {"existingSecret": "mine", "key": "master"},
+    "internalTLS": {"enabled": False},
     "operator": {
         "serviceAccount": {"create": False, "name": "own-operator"},
         "podDisruptionBudget": {"enabled": False},

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from base_world import base
-from chart_kit import NAMESPACE, Manifest, environment, of_kind, pod_of, render, restricted_violations
+from chart_kit import NAMESPACE, Manifest, environment, of_kind, pod_of, refusal, render, restricted_violations
 
 from lorapool_operator.decisions.manifests import network_policy
+from lorapool_operator.effects.authority import Authority
 from lorapool_operator.world.profiles import parse_profiles
 
 GOLDEN = Path(__file__).parent / "golden_rbac.json"
@@ -67,7 +68,8 @@ def test_the_gateway_reads_secrets_where_the_keys_are_and_the_operator_only_by_n
     secrets = {name: [line for line in lines if " secrets" in line] for name, lines in grants(render(values)).items()}
 
     assert {line.partition(": ")[2] for line in secrets["lorapool-operator"]} == {
-        "get secrets named lorapool-source-credentials"
+        "get secrets named lorapool-source-credentials",
+        "get create patch delete secrets named lorapool-runtime-tls",
     }
     assert secrets["lorapool-gateway"] == ["in lorapool-keys: list watch secrets"]
 
@@ -122,7 +124,7 @@ def test_the_master_token_has_256_random_bits_and_stands_nowhere_else() -> None:
     tokens = set()
     for nonce in range(2):
         manifests = render(nonce=nonce)
-        [secret] = of_kind(manifests, "Secret").values()
+        secret = of_kind(manifests, "Secret")["lorapool-runtime-token"]
         token = base64.b64decode(secret["data"]["token"]).decode()
         assert len(bytes.fromhex(token)) == 32
         rest = json.dumps([manifest for manifest in manifests if manifest["kind"] != "Secret"])
@@ -135,13 +137,64 @@ def test_the_master_token_has_256_random_bits_and_stands_nowhere_else() -> None:
 def test_a_secret_of_ones_own_replaces_the_made_one() -> None:
     manifests = render({"runtimeToken": {"existingSecret": "mine", "key": "master"}})
 
-    assert not of_kind(manifests, "Secret")
+    assert "lorapool-runtime-token" not in of_kind(manifests, "Secret")
     for name in ("lorapool-operator", "lorapool-gateway"):
-        pod = pod_of(of_kind(manifests, "Deployment")[name])
-        assert pod is not None
-        [volume] = [item["secret"] for item in pod["spec"]["volumes"] if "secret" in item]
+        volume = secret_volume(manifests, name, "runtime-token")
         assert volume["secretName"] == "mine"
         assert volume["items"] == [{"key": "master", "path": "token"}]
+
+
+def secret_volume(manifests: list[Manifest], deployment: str, name: str) -> dict[str, Any]:
+    pod = pod_of(of_kind(manifests, "Deployment")[deployment])
+    assert pod is not None
+    [volume] = [item["secret"] for item in pod["spec"]["volumes"] if item["name"] == name]
+    return dict(volume)
+
+
+def test_the_internal_authority_is_made_with_its_key_for_the_operator_alone(tmp_path: Path) -> None:
+    manifests = render()
+    secret = of_kind(manifests, "Secret")["lorapool-internal-ca"]
+    assert secret["type"] == "kubernetes.io/tls"
+    files = {name: base64.b64decode(value) for name, value in secret["data"].items()}
+    assert files["ca.crt"] == files["tls.crt"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert Authority(tmp_path).issuer().between == b""
+    mounted = {
+        name: [item["key"] for item in secret_volume(manifests, f"lorapool-{name}", "internal-ca")["items"]]
+        for name in ("operator", "gateway")
+    }
+    assert mounted == {"operator": ["ca.crt", "tls.crt", "tls.key"], "gateway": ["ca.crt"]}
+    rest = json.dumps([manifest for manifest in manifests if manifest["kind"] != "Secret"])
+    assert secret["data"]["tls.key"] not in rest
+    assert environment(manifests, "operator")["LORAPOOL_OPERATOR_INTERNAL_TLS"] == "true"
+
+
+def test_without_internal_tls_no_authority_is_made_and_no_right_on_its_secrets_is_given() -> None:
+    manifests = render({"internalTLS": {"enabled": False}})
+    assert set(of_kind(manifests, "Secret")) == {"lorapool-runtime-token"}
+    assert not any("lorapool-runtime-tls" in line for lines in grants(manifests).values() for line in lines)
+    assert environment(manifests, "operator")["LORAPOOL_OPERATOR_INTERNAL_TLS"] == "false"
+    for name in ("operator", "gateway"):  # pods that still serve TLS are checked until they are replaced
+        volume = secret_volume(manifests, f"lorapool-{name}", "internal-ca")
+        assert (volume["optional"], volume["items"]) == (True, [{"key": "ca.crt", "path": "ca.crt"}])
+
+
+def test_an_authority_of_ones_own_or_of_cert_manager_replaces_the_made_one() -> None:
+    own = render({"internalTLS": {"existingSecret": "mine"}})
+    issued = render({"internalTLS": {"certManager": {"issuerRef": {"name": "root", "kind": "ClusterIssuer"}}}})
+    for manifests, name in ((own, "mine"), (issued, "lorapool-internal-ca-issued")):
+        assert "lorapool-internal-ca" not in of_kind(manifests, "Secret")
+        for component in ("operator", "gateway"):
+            volume = secret_volume(manifests, f"lorapool-{component}", "internal-ca")
+            assert (volume["secretName"], volume["optional"]) == (name, False)
+    [certificate] = of_kind(issued, "Certificate").values()
+    spec = certificate["spec"]
+    assert (spec["isCA"], spec["secretName"]) == (True, "lorapool-internal-ca-issued")
+    assert spec["issuerRef"] == {"name": "root", "kind": "ClusterIssuer"}
+    assert spec["privateKey"]["rotationPolicy"] == "Never"
+    both = {"existingSecret": "mine", "certManager": {"issuerRef": {"name": "root"}}}
+    assert "set only one of them" in refusal({"internalTLS": both})
 
 
 def test_credentials_are_only_ever_references() -> None:

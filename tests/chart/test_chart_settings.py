@@ -61,9 +61,9 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     manifests = render()
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))
-    # Tracked adapters: the chart sets one bound for all processes.
+    # Tracked adapters: the chart sets one bound for all processes. TLS: a process alone has no authority.
     differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
-    differs |= {"max_tracked_adapters", "source_policy_file"}
+    differs |= {"max_tracked_adapters", "source_policy_file", "internal_tls"}
 
     for settings in (gateway, operator):
         for name, field in type(settings).model_fields.items():
@@ -82,7 +82,10 @@ def test_files_are_mounted_where_the_settings_look() -> None:
         container = pod["spec"]["containers"][0]
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         assert mounts[str(settings.master_token_file.parent)] == "runtime-token"
+        if isinstance(settings, gateway_settings.Settings):
+            assert mounts[str(settings.internal_ca_file.parent)] == "internal-ca"
         if isinstance(settings, operator_settings.Settings):
+            assert mounts[str(settings.internal_ca_dir)] == "internal-ca"
             assert mounts[str(settings.profiles_file.parent)] == "runtime-profiles"
             assert settings.profiles_file.name in of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}

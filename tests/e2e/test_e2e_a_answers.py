@@ -35,6 +35,15 @@ def test_a_stream_gives_the_same_text_as_one_answer_and_its_usage_at_the_end(wor
             assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_runtimes_answer_over_tls_alone(world: World) -> None:
+    task = world.tasks[0]
+    assert world.chat(task) == (world.answer(task), world.header(task))
+    for pod in world.runtime_pods():
+        ports = [port["name"] for item in pod["spec"]["containers"] for port in item["ports"]]
+        assert ports == ["https", "metrics"]
+        assert "listening on https://" in world.kubectl("logs", pod["metadata"]["name"])
+
+
 def test_a_stream_without_include_usage_carries_none(world: World) -> None:
     with world.client() as client:
         chunks = list(client.chat.completions.create(**world.question("routing"), stream=True))

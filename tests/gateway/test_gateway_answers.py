@@ -128,7 +128,7 @@ async def test_the_model_list_shows_bases_and_adapters_with_their_parent(here: W
         by_alias = await client.models.retrieve("router")
     assert [model.id for model in listed] == ["demo/tiny", "tiny-instruct", "demo/route", "router"]
     assert (one.id, one.owned_by, one.created) == ("demo/route", "demo", 1767225600)
-    assert one.model_extra == {"root": "demo/route", "parent": "demo/tiny"}
+    assert one.model_extra == {"root": "demo/route", "parent": "demo/tiny", "max_model_len": 2048}
     assert (by_alias.id, by_alias.model_extra) == ("router", one.model_extra)
     assert [model.id for model in listed if model.model_extra == one.model_extra] == ["demo/route", "router"]
 

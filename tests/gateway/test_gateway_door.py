@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lorapool_api.openai import InvalidRequestError, TooManyRequestsError
 from lorapool_api.protocol import USAGE_COMMENT, Usage
+from lorapool_gateway import connections
 from lorapool_gateway.requests.body import BodyBudget, HeldBody
 from lorapool_gateway.requests.request import parse_request
 from lorapool_gateway.requests.sse import WholeAnswer
@@ -317,6 +318,12 @@ async def test_a_head_that_does_not_end_in_time_closes_the_connection_and_an_idl
         assert status == 400
         idle[1].write(b"GET /v1/mod")
         assert await asyncio.wait_for(idle[0].read(), 20) == b""
+
+
+async def test_a_connection_that_never_sends_anything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "KEEPALIVE_S", 0.05)
+    async with world() as here, connected(here) as (reader, _):
+        assert await asyncio.wait_for(reader.read(), 20) == b""
 
 
 async def test_connections_are_bounded_by_address_and_one_more_is_told_why() -> None:

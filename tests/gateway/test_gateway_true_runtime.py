@@ -121,7 +121,7 @@ async def test_a_source_that_fails_while_loading_becomes_the_matching_error(here
     assert caught.value.code == "corrupt_artifact"
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("n", 9), ("max_tokens", 10**6)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("n", 9), ("top_k", -2)])
 async def test_the_runtime_names_the_field_that_is_out_of_bounds(here: World, field: str, value: int) -> None:
     response = await here.post(here.ask("route", **{field: value}))
     error = (await response.json())["error"]

@@ -10,8 +10,8 @@ import pytest
 from fakes_operator import FakeInspector, digest, found
 
 from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_artifacts.compatibility import BaseFacts
-from lorapool_artifacts.inspect import BaseInspection
+from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.inspect import BaseFiles, BaseInspection
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.fair_permits import FairPermits
 from lorapool_operator.effects.inspections import InspectionTracker
@@ -42,7 +42,7 @@ class HangingInspector(FakeInspector):
         self, uri: str, revision: str | None, *, credentials: Mapping[str, str] | None = None
     ) -> BaseInspection:
         await self._hang(uri)
-        return BaseInspection("rev", digest(uri), BaseFacts({}), 1)
+        return BaseInspection("rev", digest(uri), BaseFiles(), 1)
 
     async def _hang(self, uri: str) -> None:
         self.asked.append(uri)

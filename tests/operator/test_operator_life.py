@@ -14,6 +14,7 @@ import pytest
 from fakes_operator import FakeInspector, ScriptedRuntime, digest, found
 from operator_world import MASTER_TOKEN, Api, condition, running_operator, token_of, until
 
+from lorapool_api.base_modules import BaseModule, BaseModules, compact
 from lorapool_api.common import ANNOTATION_DELETION_COST, ANNOTATION_RETRY, AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterState, ErrorDetail, ResolveAnswer, Tier, runtime_token, token_sha256
@@ -317,6 +318,34 @@ async def test_a_runtimes_failure_to_load_becomes_the_adapters_failure(api: Api,
             await api.delete("pods", "tiny-0")
             await asyncio.sleep(0.5)
             assert await ready(api, "a") == ("False", "NonFiniteWeights")
+
+
+async def test_the_modules_that_the_first_runtime_reports_are_kept_and_adapters_checked_against_them(
+    api: Api, tmp_path: Path
+) -> None:
+    inspector = FakeInspector()
+    modules = compact([BaseModule("model.layers.0.self_attn.q_proj", 8, 8)], digest("base"))
+
+    async def compatible() -> tuple[str, str]:
+        return condition(await api.get("loraadapters", "a"), "Compatible")
+
+    async with running_operator(api, tmp_path, inspector):
+        base = await api.base()
+        await api.adapter("a")
+        await until(compatible, ("Unknown", "NotChecked"))
+        assert await ready(api, "a") == ("True", "Parked")
+        async with ScriptedRuntime(token=token_of(base), modules=modules).running() as runtime:
+            await api.runtime_pod(base, "tiny-0", runtime.port)
+            await until(compatible, ("True", "Compatible"))
+        status = (await api.get("basemodels", "tiny"))["status"]
+        assert BaseModules.model_validate(status["modules"]) == modules
+        assert [facts and set(facts.modules) for facts in inspector.against] == [
+            None,
+            {"model.layers.0.self_attn.q_proj"},
+        ]
+        await api.adapter("b")  # no runtime is asked again: the status has the list
+        await until(lambda: ready(api, "b"), ("True", "Parked"))
+        assert inspector.against[-1] is not None
 
 
 async def test_a_pvc_source_awaits_a_runtime_which_then_inspects_it(api: Api, tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from authority_kit import authority
 from operator_world import Api
 
 from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_operator.access import load_configuration, make_client
-from lorapool_operator.effects.cluster import Cluster, ObjectConflictError
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
+from lorapool_operator.decisions.runtime_tls import TLS_SECRET, tls_entries
+from lorapool_operator.effects.authority import Authority
+from lorapool_operator.effects.certificates import Certificates
+from lorapool_operator.effects.cluster import Cluster, ForeignObjectError, ObjectConflictError
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache
 
 pytestmark = pytest.mark.apiserver
 
@@ -75,3 +80,53 @@ async def test_a_scale_does_not_reach_the_successor_of_the_same_name(api: Api, c
     with pytest.raises(ObjectConflictError):
         await cluster.scale(old, 0)
     assert (await api.get("basemodels", "tiny"))["spec"]["replicas"] == 1
+
+
+async def test_the_certificates_of_a_namespace_are_kept_in_one_secret_as_its_bases_come_and_go(
+    api: Api, cluster: Cluster, tmp_path: Path
+) -> None:
+    authority(tmp_path)
+    cache = ClusterCache()
+    made = Certificates(cluster, cache, Authority(tmp_path))
+    one, two, three = [BaseObject.parse(await api.base(name)) for name in ("one", "two", "three")]
+    for base in (one, two):
+        cache.bases.put(base)
+        await made.ensure(base)
+    first = await api.get("secrets", TLS_SECRET)
+    assert set(first["data"]) == {*tls_entries(one.meta.uid), *tls_entries(two.meta.uid)}
+    assert {owner["uid"] for owner in first["metadata"]["ownerReferences"]} == {one.meta.uid, two.meta.uid}
+    cache.bases.drop(one.meta.namespace, one.meta.name)
+    cache.bases.put(three)
+    await made.ensure(three)
+    second = await api.get("secrets", TLS_SECRET)
+    assert set(second["data"]) == {*tls_entries(two.meta.uid), *tls_entries(three.meta.uid)}
+    assert {owner["uid"] for owner in second["metadata"]["ownerReferences"]} == {two.meta.uid, three.meta.uid}
+    assert all(second["data"][name] == first["data"][name] for name in tls_entries(two.meta.uid))
+    assert second["metadata"]["uid"] == first["metadata"]["uid"]
+
+
+async def test_a_secret_of_others_is_left_as_it_is(api: Api, cluster: Cluster, tmp_path: Path) -> None:
+    authority(tmp_path)
+    await api.create("secrets", {"metadata": {"name": TLS_SECRET}, "stringData": {"theirs": "x"}})
+    base, cache = BaseObject.parse(await api.base()), ClusterCache()
+    cache.bases.put(base)
+    with pytest.raises(ForeignObjectError):
+        await Certificates(cluster, cache, Authority(tmp_path)).ensure(base)
+    assert set((await api.get("secrets", TLS_SECRET))["data"]) == {"theirs"}
+
+
+async def test_a_secret_of_deleted_bases_alone_makes_room_for_a_new_one(
+    api: Api, cluster: Cluster, tmp_path: Path
+) -> None:
+    authority(tmp_path)
+    old, cache = BaseObject.parse(await api.base()), ClusterCache()
+    cache.bases.put(old)
+    await Certificates(cluster, cache, Authority(tmp_path)).ensure(old)
+    await api.delete("basemodels", "tiny")
+    new, cache = BaseObject.parse(await api.base()), ClusterCache()
+    cache.bases.put(new)
+    certificates = Certificates(cluster, cache, Authority(tmp_path))
+    with pytest.raises(ObjectConflictError):  # it is deleted, as the API server's own collector does
+        await certificates.ensure(new)
+    await certificates.ensure(new)
+    assert set((await api.get("secrets", TLS_SECRET))["data"]) == set(tls_entries(new.meta.uid))

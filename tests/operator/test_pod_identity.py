@@ -13,6 +13,7 @@ from aiohttp import ClientSession, web
 from fakes_operator import ScriptedRuntime, digest
 from pods import adopt, owner_objects, pod_object
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
@@ -41,7 +42,9 @@ DESCRIPTOR = AdapterDescriptor.model_validate({"display": "team/a", "source": {"
 
 def base(name: str = "tiny", uid: str = "base-uid", namespace: str = "team") -> BaseObject:
     spec = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base"}})
-    return BaseObject(replace(META, name=name, uid=uid, namespace=namespace), spec, BaseModelStatus())
+    return BaseObject(
+        replace(META, name=name, uid=uid, namespace=namespace), spec, BaseModelStatus(modules=BaseModules(modules=[]))
+    )
 
 
 def adapter(name: str, on: str = "tiny", namespace: str = "team") -> AdapterObject:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fakes_operator import digest
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, RuntimeSnapshot, Tier
@@ -34,8 +35,9 @@ def meta(name: str, uid: str, **more: Any) -> Meta:
 
 
 def base(**spec: Any) -> BaseObject:
+    """A base of which a runtime has run, so that its modules are known."""
     made = BaseModelSpec.model_validate({"source": {"uri": "hf://org/base"}, "replicas": 1, **spec})
-    return BaseObject(meta("tiny", "base-uid"), made, BaseModelStatus())
+    return BaseObject(meta("tiny", "base-uid"), made, BaseModelStatus(modules=BaseModules(modules=[])))
 
 
 def adapter(status: LoraAdapterStatus | None = None, **spec: Any) -> AdapterObject:

@@ -94,7 +94,7 @@ class Hub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         parts = unquote(path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            return self._info("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
+            return self._info("/".join(parts[2:4]), "/".join(parts[5:]) or "main")
         if len(parts) >= 5 and parts[2] == "resolve":
             return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return 404, {}, b""

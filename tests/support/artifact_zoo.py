@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorapool_api.base_modules import BaseModule, ModuleKind
+from lorapool_artifacts.base_facts import BaseFacts
+
 HIDDEN, INNER, KV, LAYERS, VOCAB = 16, 32, 8, 2, 64
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
@@ -52,6 +55,25 @@ def base_tensors(*, layers: int = LAYERS, hidden: int = HIDDEN) -> Tensors:
             scale = hidden // HIDDEN
             tensors[f"model.layers.{layer}.{module}.weight"] = ("BF16", (out * scale, in_ * scale))
     return tensors
+
+
+def base_facts(*, layers: int = LAYERS, hidden: int = HIDDEN) -> BaseFacts:
+    """The facts of the base of `base_tensors`, as a runtime publishes them."""
+    scale = hidden // HIDDEN
+    linears = (
+        BaseModule(f"model.layers.{layer}.{module}", out * scale, in_ * scale)
+        for layer in range(layers)
+        for module, (out, in_) in MODULES.items()
+    )
+    return BaseFacts.of(
+        (
+            *linears,
+            BaseModule("layers.0.experts.gate_up_proj", 2 * INNER, hidden, ModuleKind.EXPERTS, 4, ("w1", "w3")),
+            BaseModule("lm_head", VOCAB, hidden, ModuleKind.OUTPUT),
+            BaseModule("model.embed_tokens", hidden, VOCAB, ModuleKind.EMBEDDING),
+        ),
+        "tiny/llama",
+    )
 
 
 def base_files(**changes: Any) -> dict[str, bytes]:

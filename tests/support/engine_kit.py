@@ -51,6 +51,7 @@ def tiny_model(architecture: str, **changes: Any) -> Any:
         "Granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
         "Qwen3Moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         "Mixtral": {"num_local_experts": 4, "sliding_window": 8},
+        "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     }[architecture]
     name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, name)(**_COMMON | own | changes)

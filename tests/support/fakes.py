@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, HEADER_COLD_START, HEADER_USAGE, AdapterKey
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.openai import (
@@ -115,8 +117,12 @@ class FakeRuntime:
     """The namespaces' own, as the operator delivered them last."""
     authorizations: list[str] = field(default_factory=list)
     """The credentials of all requests, in order."""
+    modules: BaseModules | None = None
+    """What it reports of its base; None: it has no such route, as an earlier version."""
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
     port: int = 0
+    tls: ssl.SSLContext | None = None
+    """Serves HTTPS with it."""
     _runner: web.AppRunner | None = None
     _seq: int = 1
     _in_flight: int = 0
@@ -125,7 +131,7 @@ class FakeRuntime:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     # --- for tests
 
@@ -173,7 +179,7 @@ class FakeRuntime:
         runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         self._runner = runner
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True)
+        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self.port = int(runner.addresses[0][1])
         try:
@@ -190,6 +196,7 @@ class FakeRuntime:
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/readyz", self._health)
         app.router.add_get("/v1/runtime", self._runtime)
+        app.router.add_get("/v1/base/modules", self._modules)
         app.router.add_put("/v1/adapters/{uid}/{digest}", self._put)
         app.router.add_delete("/v1/adapters/{uid}/{digest}", self._delete)
         app.router.add_post("/v1/resolve", self._resolve)
@@ -227,6 +234,11 @@ class FakeRuntime:
         body, challenge = json.dumps(self.snapshot().dump()).encode(), self._challenge(request)
         proof = challenge.answer(token_sha256(self.token), body) if challenge is not None else ""
         return web.Response(body=body, content_type="application/json", headers={HEADER_PROOF: proof})
+
+    async def _modules(self, _: web.Request) -> web.Response:
+        if self.modules is None:
+            raise web.HTTPNotFound
+        return web.json_response(self.modules.dump())
 
     def _challenge(self, request: web.Request) -> Challenge | None:
         """The challenge of a poll that means this pod and comes from a poller that knows the token."""

@@ -17,9 +17,9 @@ from fakes import Adapter, FakeRuntime
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterReport, RuntimeSnapshot
-from lorapool_artifacts.compatibility import BaseFacts
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.inspect import BaseInspection
+from lorapool_artifacts.inspect import BaseFiles, BaseInspection
 from lorapool_operator.world.observed import SourceFacts, SourceFailure
 
 NOTHING_TO_MEASURE = SimpleNamespace(
@@ -46,6 +46,8 @@ class FakeInspector:
     asked: list[str] = field(default_factory=list)
     credentials: list[Mapping[str, str] | None] = field(default_factory=list)
     """Those of each adapter's inspection; None: the operator's."""
+    against: list[BaseFacts | None] = field(default_factory=list)
+    """The base that each adapter was checked against."""
     bases_asked: int = 0
     running: int = 0
     most_running: int = 0
@@ -57,7 +59,7 @@ class FakeInspector:
         answer = self.answers.get(uri)
         if isinstance(answer, ArtifactError):
             raise answer
-        return BaseInspection("rev-base", digest(uri), BaseFacts({"model.layers.0.self_attn.q_proj": (8, 8)}), 5000)
+        return BaseInspection("rev-base", digest(uri), BaseFiles(), 5000)
 
     async def adapter(
         self,
@@ -71,6 +73,7 @@ class FakeInspector:
     ) -> SourceFacts | SourceFailure:
         self.asked.append(uri)
         self.credentials.append(credentials)
+        self.against.append(base)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:

@@ -7,11 +7,13 @@ into a slot in use). `serving` runs the real server over a real socket.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import queue
+import ssl
 import threading
 import time
 from collections import Counter
@@ -52,7 +54,10 @@ from lorapool_runtime.engines.interface import (
     TokenOutput,
     TokenSink,
 )
+from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.openai.grammar import GrammarCompiler
+from lorapool_runtime.openai.template_process import TemplateProcesses
 from lorapool_runtime.openai.tokenizer import Tokenizer as BaseTokenizer
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
@@ -301,6 +306,8 @@ class FakeStore:
     """Per URI, the errors of the next fetches, one each; when empty, fetches succeed."""
     digests: dict[str, str] = field(default_factory=dict)
     """Per URI, the digest of a source that holds another one than requested."""
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Per URI, the folder with files that are really there; others are invented."""
     fetches: Counter[str] = field(default_factory=Counter)
     disk: set[str] = field(default_factory=set)
     credentials: NamespaceCredentials = field(default_factory=NamespaceCredentials)
@@ -313,7 +320,9 @@ class FakeStore:
         tier = Tier.DISK if digest in self.disk else Tier.SOURCE
         self.disk.add(digest)
         tag = source.uri.rpartition("/")[2]
-        return StoredAdapter(Path("/fake") / tag, self.digests.get(source.uri, digest), tier)
+        return StoredAdapter(
+            self.folders.get(source.uri, Path("/fake") / tag), self.digests.get(source.uri, digest), tier
+        )
 
     @contextlib.contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
@@ -396,9 +405,26 @@ def settings_for_tests(**changes: Any) -> RuntimeSettings:
 
 
 @functools.cache
+def template_processes() -> TemplateProcesses:
+    """Shared by all tokenizers of this process; they end with it."""
+    made = TemplateProcesses(2, 4.0)
+    atexit.register(made.close)
+    return made
+
+
+@functools.cache
 def tokenizer_of(folder: Path) -> BaseTokenizer:
     """Loaded once per folder, which takes a quarter of a second. It keeps no state."""
-    return BaseTokenizer(folder, threads=2, timeout_s=5.0)
+    return BaseTokenizer(folder, threads=2, timeout_s=5.0, processes=template_processes())
+
+
+def formats_of(folder: Path) -> ChatFormats:
+    return ChatFormats(tokenizer_of(folder), rows=VOCAB, eos_ids={EOS})
+
+
+def chat_of(folder: Path) -> ChatFormat:
+    """The format of the base's own template."""
+    return formats_of(folder).base
 
 
 async def acquire(manager: AdapterManager, key: AdapterKey) -> Lease:
@@ -417,15 +443,17 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
 
 
 @contextlib.asynccontextmanager
-async def listening(runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app) -> AsyncIterator[str]:
+async def listening(
+    runtime: Runtime, make: Callable[[Runtime], web.Application] = make_app, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     """Serves `runtime` on a free port of loopback; yields its URL."""
     runner = web.AppRunner(
         make(runtime), access_log=None, handler_cancellation=True, auto_decompress=False, shutdown_timeout=0.5
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -438,6 +466,7 @@ async def serving(
     store: FakeStore | None = None,
     clock: Clock | None = None,
     sweep: bool = False,
+    tls: ssl.SSLContext | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     """A whole runtime with a fake engine and store, over a real socket."""
@@ -446,10 +475,10 @@ async def serving(
     engine.start()
     tokenizer = tokenizer_of(tokenizer_folder)
     grammars = GrammarCompiler(tokenizer.grammar_json(), vocab_size=VOCAB, eos_token_ids={EOS}, timeout_s=5.0)
-    runtime.serve(LoadedBase(engine, tokenizer, grammars, store, digest_of_name("base")))
+    runtime.serve(LoadedBase(engine, tokenizer, formats_of(tokenizer_folder), grammars, store, digest_of_name("base")))
     sweeping = asyncio.create_task(runtime.sweep_forever()) if sweep else None
     try:
-        async with listening(runtime) as url:
+        async with listening(runtime, tls=tls) as url:
             yield Served(url, runtime, engine, store)
     finally:
         if sweeping is not None:

@@ -122,7 +122,10 @@ def _runtime(tokenizer: Path) -> int:
         grammars = GrammarCompiler(
             made.grammar_json(), vocab_size=fakes_runtime.VOCAB, eos_token_ids={fakes_runtime.EOS}, timeout_s=5.0
         )
-        return LoadedBase(engine, made, grammars, fakes_runtime.FakeStore(), fakes_runtime.digest_of_name("base"))
+        return LoadedBase(
+            engine, made, fakes_runtime.formats_of(tokenizer), grammars, fakes_runtime.FakeStore(),
+            fakes_runtime.digest_of_name("base"),
+        )  # fmt: skip
 
     process.bring_up = bring_up  # type: ignore[assignment]
     notice = os.environ.get(NOTICE_S)

@@ -18,6 +18,7 @@ from aiohttp import web
 from fakes import FakeRuntime, digest_of
 
 from lorapool_api.common import AdapterKey
+from lorapool_api.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import client_session, key_guard
@@ -134,6 +135,7 @@ class FakeWaker:
 class World:
     settings: Settings
     session: aiohttp.ClientSession
+    trust: ReleaseTrust = field(default_factory=ReleaseTrust)
     routes: LiveRoutes = field(default_factory=LiveRoutes)
     keys: LiveKeys = field(default_factory=lambda: LiveKeys(KeyTable.of([api_key(KEY)])))
     metrics: Metrics = field(default_factory=Metrics)
@@ -149,7 +151,7 @@ class World:
     runtimes: RuntimeClient = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = HttpClient(read_timeout_s=self.settings.request_timeout_s)
+        self.http = HttpClient(trust=self.trust, read_timeout_s=self.settings.request_timeout_s)
         self.runtimes = RuntimeClient(self.http, lambda base: self.tokens)
         guard = key_guard(self.settings, self.keys, self.metrics)
         dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics, guard)
@@ -214,10 +216,10 @@ class World:
 
 
 @asynccontextmanager
-async def world(**settings: Any) -> AsyncIterator[World]:
+async def world(*, trust: ReleaseTrust | None = None, **settings: Any) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
-        made = World(Settings(keys_namespace="lorapool", **settings), session)
+        made = World(Settings(keys_namespace="lorapool", **settings), session, trust or ReleaseTrust())
         stack.push_async_callback(made.http.close)
         runner = web.ServerRunner(made.gateway.server(), shutdown_timeout=0.1)
         await runner.setup()

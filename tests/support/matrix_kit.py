@@ -7,6 +7,7 @@ same base: a forward pass over a prompt and an answer gives, at every position, 
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ PROJECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 ARCHITECTURES = (
     "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Phi3", "Olmo2", "Granite", "Qwen3Moe", "Mixtral",
 )  # fmt: skip
+
+
+OTHER_NAMES = "names of other trainers"
 
 
 def kinds(architecture: str) -> dict[str, dict[str, Any]]:
@@ -64,6 +68,10 @@ def kinds(architecture: str) -> dict[str, dict[str, Any]]:
         "eva": {"r": 4, "target_modules": [first, last], "init_lora_weights": "eva"},
         "mica": {"r": 4, "target_modules": [first, last], "init_lora_weights": "mica"},
         "velora": {"r": 4, "target_modules": [first, last], "velora_config": {"num_groups": 8}},
+        "expression that looks ahead": {
+            "r": 4, "target_modules": rf"^(?!.*(?:visual{'|vision_tower' * 50})).*\.(?:{first}|{last})",
+        },
+        OTHER_NAMES: {"r": 4, "lora_alpha": 16, "target_modules": [last, inner[0]]},
         "pissa, converted": {"r": 2, "lora_alpha": 2, "target_modules": [first, last], "init_lora_weights": "pissa"},
     }  # fmt: skip
 
@@ -105,7 +113,27 @@ def matrix_world(folder: Path, architecture: str) -> World:
                 model = PeftModel.from_pretrained(base, place, adapter_name=_label(name))
             else:
                 model.load_adapter(place, adapter_name=_label(name))
+    _rename_as_other_trainers(adapters[OTHER_NAMES])
     return World(folder / "base", adapters, model.eval())
+
+
+def _rename_as_other_trainers(folder: Path) -> None:
+    """Writes the same adapter as torch.compile, checkpointing, FSDP and older versions of peft leave it."""
+    from safetensors.torch import load_file, save_file
+
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(
+        {
+            name.removeprefix("base_model.model.")
+            .replace(".layers.0.", "._orig_mod.layers.0._checkpoint_wrapped_module.")
+            .replace(".layers.1.", ".layers.1._fsdp_wrapped_module.")
+            .replace(".weight", ".default.weight"): tensor
+            for name, tensor in load_file(weights).items()
+        },
+        weights,
+    )
+    old = {"r": 4.0, "fan_in_fan_out": True, "merge_weights": True, "enable_lora": None, "rank_pattern": None}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | old))
 
 
 def _saved(folder: Path, base: Any, settings: dict[str, Any], *, seed: int) -> Path:

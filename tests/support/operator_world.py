@@ -43,6 +43,7 @@ ROOTS = {
     "replicasets": "/apis/apps/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
+    "secrets": "/api/v1",
     "serviceaccounts": "/api/v1",
     "services": "/api/v1",
     "events": "/api/v1",

@@ -19,13 +19,14 @@ def pod_object(
     ip: str = "127.0.0.1",
     ready: bool = True,
     terminating: bool = False,
+    scheme: str = "http",
 ) -> dict[str, Any]:
     """`owner`: uid of its ReplicaSet, by default that of `owner_objects`."""
     metadata = _metadata(name, namespace, f"uid-{name}", base, base_uid)
     metadata |= _controlled_by("ReplicaSet", f"rs-{base_uid}" if owner is None else owner)
     if terminating:
         metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-    ports = [{"name": "metrics", "containerPort": 9}, {"name": "http", "containerPort": port}]
+    ports = [{"name": "metrics", "containerPort": 9}, {"name": scheme, "containerPort": port}]
     status = {"phase": "Running", "podIP": ip, "conditions": [{"type": "Ready", "status": str(ready)}]}
     return {"metadata": metadata, "spec": {"containers": [{"ports": ports}]}, "status": status}
 

@@ -84,6 +84,8 @@
   value: {{ .Values.apiKeys.whenStale }}
 - name: LORAPOOL_GATEWAY_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
+- name: LORAPOOL_GATEWAY_INTERNAL_CA_FILE
+  value: /etc/lorapool/internal-ca/ca.crt
 - name: LORAPOOL_GATEWAY_LOG_LEVEL
   value: {{ $gateway.logLevel }}
 - name: LORAPOOL_GATEWAY_MAX_BODY_BYTES
@@ -98,6 +100,8 @@
   value: {{ $gateway.maxConnections | int64 | quote }}
 - name: LORAPOOL_GATEWAY_MAX_CONNECTIONS_PER_ADDRESS
   value: {{ $gateway.maxConnectionsPerAddress | int64 | quote }}
+- name: LORAPOOL_GATEWAY_CORS_ORIGINS
+  value: {{ join "," $gateway.corsOrigins | quote }}
 - name: LORAPOOL_GATEWAY_REQUEST_TIMEOUT_S
   value: {{ $gateway.requestTimeoutSeconds | int64 | quote }}
 - name: LORAPOOL_GATEWAY_DEADLINE_S
@@ -142,6 +146,10 @@
   value: {{ .Values.artifacts.namespaceCredentials | quote }}
 - name: LORAPOOL_OPERATOR_MASTER_TOKEN_FILE
   value: /etc/lorapool/master/token
+- name: LORAPOOL_OPERATOR_INTERNAL_CA_DIR
+  value: /etc/lorapool/internal-ca
+- name: LORAPOOL_OPERATOR_INTERNAL_TLS
+  value: {{ .Values.internalTLS.enabled | quote }}
 - name: LORAPOOL_OPERATOR_LOG_LEVEL
   value: {{ $operator.logLevel }}
 - name: LORAPOOL_OPERATOR_LOG_FORMAT

@@ -125,6 +125,28 @@ spec:
 {{- default (printf "%s-runtime-token" (include "lorapool.fullname" .)) .Values.runtimeToken.existingSecret -}}
 {{- end -}}
 
+{{/* Secret with the authority that signs the certificates of runtimes. */}}
+{{- define "lorapool.internalCASecret" -}}
+{{- $suffix := ternary "internal-ca-issued" "internal-ca" (hasKey .Values.internalTLS.certManager.issuerRef "name") -}}
+{{- default (printf "%s-%s" (include "lorapool.fullname" .) $suffix) .Values.internalTLS.existingSecret -}}
+{{- end -}}
+
+{{/* The volume with that Secret: what signs for the operator alone, what is trusted for both. Call with (list $ component). */}}
+{{- define "lorapool.internalCAVolume" -}}
+{{- $tls := (index . 0).Values.internalTLS -}}
+name: internal-ca
+secret:
+  secretName: {{ include "lorapool.internalCASecret" (index . 0) }}
+  defaultMode: 0440
+  optional: {{ not $tls.enabled }}
+  items:
+    - {key: ca.crt, path: ca.crt}
+    {{- if and $tls.enabled (eq (index . 1) "operator") }}
+    - {key: tls.crt, path: tls.crt}
+    - {key: tls.key, path: tls.key}
+    {{- end }}
+{{- end -}}
+
 {{- define "lorapool.leaseName" -}}
 {{- printf "%s-operator" (include "lorapool.fullname" .) -}}
 {{- end -}}
@@ -211,6 +233,9 @@ affinity:
 {{- fail (printf "the API key %s is in the release's namespace, where the gateway no longer looks for keys by default. Move the keys to %s (docs/how-to/upgrade.md), or set apiKeys.namespace=%s." .metadata.name (include "lorapool.keysNamespace" $) $.Release.Namespace) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+{{- if and .Values.internalTLS.existingSecret .Values.internalTLS.certManager.issuerRef.name -}}
+{{- fail "internalTLS.existingSecret and internalTLS.certManager.issuerRef are both set: set only one of them." -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
 {{- fail "ingress.enabled needs at least one entry in ingress.hosts." -}}

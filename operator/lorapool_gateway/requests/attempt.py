@@ -21,6 +21,7 @@ from lorapool_api.common import (
     HEADER_ADAPTER,
     HEADER_ATTEMPT,
     HEADER_COLD_START,
+    HEADER_RELAXED,
     HEADER_REQUEST_ID,
     HEADER_USAGE,
     AdapterKey,
@@ -72,6 +73,11 @@ class Accepted:
     cancel: Callable[[], Awaitable[Usage | None]]
     """Ends the generation; returns what it has used, if the runtime says it."""
     _release: Callable[[], None]
+
+    @property
+    def relaxed(self) -> str | None:
+        """The keywords of the request's schemas that the runtime does not enforce, as it lists them."""
+        return self.response.headers.get(HEADER_RELAXED)
 
     @property
     def sends_events(self) -> bool:
@@ -198,7 +204,7 @@ class RuntimeClient:
         path, headers = ROUTE_ATTEMPT.format(id=sent.id), {"Authorization": f"Bearer {sent.token}"}
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT_S):
-                response = await self._http.send(sent.replica.endpoint.url, "DELETE", path, headers, b"")
+                response = await self._send(sent.replica, "DELETE", path, headers)
                 try:
                     await response.head()
                     body = await response.read_all(ERROR_BODY_MAX_BYTES) or b""
@@ -207,6 +213,12 @@ class RuntimeClient:
                     response.close()
         except (HttpClientError, TimeoutError):
             return None
+
+    async def _send(
+        self, replica: RuntimeReplica, method: str, path: str, headers: dict[str, str], body: bytes = b""
+    ) -> HttpResponse:
+        pod = replica.endpoint
+        return await self._http.send(pod.url, method, path, headers, body, name=pod.server_name)
 
     async def _post(
         self,
@@ -218,7 +230,7 @@ class RuntimeClient:
     ) -> HttpResponse | Refusal:
         """A response whose status and headers have arrived."""
         try:
-            response = await self._http.send(sent.replica.endpoint.url, "POST", request.route, headers, request.body)
+            response = await self._send(sent.replica, "POST", request.route, headers, request.body)
         except ConnectError:
             return Refusal.CONNECT
         sent.response = response
@@ -296,7 +308,7 @@ class RuntimeClient:
         body = json.dumps(descriptor.dump()).encode()
         try:
             async with asyncio.timeout(REGISTER_TIMEOUT_S):
-                response = await self._http.send(replica.endpoint.url, "PUT", path, headers, body)
+                response = await self._send(replica, "PUT", path, headers, body)
                 try:
                     await response.head()
                     if response.status in (200, 201, 202):

@@ -90,7 +90,7 @@ class Dispatcher:
                 record.identity = resolved.identity
                 result = await self._try(table, resolved, request, request_id, deadline_s, record, left)
                 if isinstance(result, Accepted | Passed):
-                    self._note_cold(record, result, held_s if was_held else None)
+                    self._note_answer(record, result, held_s if was_held else None)
                     return result
                 lost += result is Refusal.LOST
                 if lost > LOST_RETRIES:
@@ -220,8 +220,9 @@ class Dispatcher:
             raise displaced_error(str(base.ref), base.max_queued)
 
     @staticmethod
-    def _note_cold(record: RequestRecord, result: Accepted | Passed, held_s: float | None) -> None:
+    def _note_answer(record: RequestRecord, result: Accepted | Passed, held_s: float | None) -> None:
         load_ms = result.runtime_cold_ms if isinstance(result, Accepted) else None
+        record.relaxed = result.relaxed if isinstance(result, Accepted) else None
         if held_s is not None or load_ms is not None:
             record.cold_ms = round((held_s or 0.0) * 1000) + (load_ms or 0)
 

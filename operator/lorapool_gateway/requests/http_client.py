@@ -1,8 +1,9 @@
 """An HTTP/1.1 client for runtimes: persistent connections, one request at a time on each, streamed responses.
 
-It supports only what requests to runtimes need: no redirects, cookies, proxies, compression or TLS. The session of a
-general library takes more processor time per request than the rest of the gateway. llhttp (httptools) parses the
-responses. Buffers are bounded, and no request is ever sent twice here.
+It supports only what requests to runtimes need: no redirects, cookies, proxies or compression. The session of a general
+library takes more processor time per request than the rest of the gateway. llhttp (httptools) parses the responses.
+Buffers are bounded, and no request is ever sent twice here. An https:// URL is spoken to only after its certificate was
+checked: its authority, its dates, and the name that the caller expects.
 
     HttpClientError
     ├── ConnectError           nothing was sent
@@ -13,14 +14,17 @@ responses. Buffers are bounded, and no request is ever sent twice here.
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from collections import deque
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from lorapool_api.keep_alive import keep_alive
+from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 
 HEAD_MAX_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 256 * 1024
@@ -191,16 +195,24 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
         waiter.set_result(None)
 
 
+class _Tls(NamedTuple):
+    """What the certificate of a connection was checked against."""
+
+    context: ssl.SSLContext
+    name: str
+
+
 class _Connection(asyncio.Protocol):
     """One socket; llhttp calls the `on_` methods while it parses."""
 
-    def __init__(self, pool: HttpClient, url: str) -> None:
+    def __init__(self, pool: HttpClient, url: str, tls: _Tls | None) -> None:
         self._pool, self._url = pool, url
+        self.tls = tls
         self._parser = httptools.HttpResponseParser(self)
         self._response: HttpResponse | None = None
         self._headers: dict[str, str] = {}
         self._head_bytes = 0
-        self._in_body = self._paused = False
+        self._in_body = self._paused = self._sent_much = False
         self.transport: asyncio.Transport | None = None
         self.idle_since_s = 0.0
 
@@ -258,17 +270,24 @@ class _Connection(asyncio.Protocol):
         self._in_body, self._head_bytes = False, 0
         if response is None or self.transport is None:
             return
-        if self._parser.should_keep_alive() and self.transport.get_write_buffer_size() == 0:
+        if self._parser.should_keep_alive() and self._has_sent_all():
             self.resume()
             self._pool.keep(self._url, self)
         else:  # it responded before reading the request, or closes the connection
             self.transport.abort()
         response.completed()
 
+    def _has_sent_all(self) -> bool:
+        """Whether no part of the request is left in a buffer. A TLS transport does not show the buffer below it."""
+        assert self.transport is not None
+        if self.tls is not None and self._sent_much and self._parser.get_status_code() >= 400:
+            return False
+        return self.transport.get_write_buffer_size() == 0
+
     # --- used by HttpResponse and HttpClient
 
     def send(self, head: bytes, body: bytes, response: HttpResponse) -> None:
-        self._response, self._head_bytes = response, 0
+        self._response, self._head_bytes, self._sent_much = response, 0, len(body) >= JOIN_BYTES
         if self.transport is None or self.transport.is_closing():
             self._fail(ConnectionLostError("the connection was closed"))
         elif len(body) < JOIN_BYTES:
@@ -299,10 +318,18 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpClient:
-    """Connections to all runtimes, pooled by URL (`http://host:port`)."""
+    """Connections to all runtimes, pooled by URL (`http://address:port` or `https://address:port`)."""
 
-    def __init__(self, *, connect_timeout_s: float = 1.0, read_timeout_s: float = 600.0, idle_s: float = 15.0) -> None:
+    def __init__(
+        self,
+        *,
+        trust: ReleaseTrust | None = None,
+        connect_timeout_s: float = 1.0,
+        read_timeout_s: float = 600.0,
+        idle_s: float = 15.0,
+    ) -> None:
         """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection."""
+        self._trust = trust or ReleaseTrust()
         self._connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
         self._idle_s = idle_s
@@ -310,13 +337,20 @@ class HttpClient:
         self._sweeping: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def send(self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes) -> HttpResponse:
-        """Sends a request. Raises ConnectError, and ValueError for a header that contains a line end."""
+    async def send(
+        self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes, *, name: str = ""
+    ) -> HttpResponse:
+        """Sends a request; `name` is the one that the certificate of an https:// URL must have.
+
+        Raises ConnectError, and ValueError for a header that contains a line end.
+        """
         if any("\n" in value or "\r" in value for value in headers.values()):
             raise ValueError("a header value must not hold a line end")
         loop = asyncio.get_running_loop()
-        connection = self._take(url, loop.time()) or await self._connect(url)
-        lines = [f"{method} {path} HTTP/1.1\r\nHost: {url[7:]}\r\nContent-Length: {len(body)}\r\n"]
+        tls = _Tls(self._trust.context(), name) if url.startswith("https") else None
+        connection = self._take(url, tls, loop.time()) or await self._connect(url, tls)
+        host = url.partition("//")[2]
+        lines = [f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"]
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
         response = HttpResponse(connection, loop, self.read_timeout_s)
         connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, response)
@@ -332,27 +366,38 @@ class HttpClient:
                 connection.drop()
         await asyncio.sleep(0)  # transports close in the next iteration of the loop
 
-    async def _connect(self, url: str) -> _Connection:
-        address = urlsplit(url)
+    async def _connect(self, url: str, tls: _Tls | None) -> _Connection:
+        loop, made = asyncio.get_running_loop(), _Connection(self, url, tls)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self, url), address.hostname or "", address.port or 80
+                connected = await _connected_socket(url)
+            if tls is None:
+                await loop.create_connection(lambda: made, sock=connected)
+            else:
+                await loop.create_connection(
+                    lambda: made,
+                    sock=connected,
+                    ssl=tls.context,
+                    server_hostname=tls.name,
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
                 )
         except (OSError, TimeoutError) as error:
-            raise ConnectError(f"{url}: {type(error).__name__}") from error
-        return connection
+            raise ConnectError(f"{url}: {self._trust.refusal(error) or type(error).__name__}") from error
+        return made
 
     # --- idle connections
 
-    def _take(self, url: str, now_s: float) -> _Connection | None:
-        """Takes the connection that was used last; if that one is too old, so are all others."""
+    def _take(self, url: str, tls: _Tls | None, now_s: float) -> _Connection | None:
+        """Takes the connection that was used last; if that one is too old, so are all others.
+
+        A connection that was checked against another name, or against authorities that have changed, is not used again.
+        """
         connections = self._idle.get(url)
         while connections:
             connection = connections.pop()
             if connection.transport is None or connection.transport.is_closing():
                 continue
-            if now_s - connection.idle_since_s < self._idle_s:
+            if now_s - connection.idle_since_s < self._idle_s and connection.tls == tls:
                 return connection
             connection.drop()
         return None
@@ -382,3 +427,18 @@ class HttpClient:
                 del self._idle[url]
         if self._idle:
             self._sweeping = loop.call_later(self._idle_s, self._sweep)
+
+
+async def _connected_socket(url: str) -> socket.socket:
+    """Opens a TCP connection. Raises OSError."""
+    address = urlsplit(url)
+    host = address.hostname or ""
+    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        opened.setblocking(False)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(opened, (host, address.port or 80))
+    except BaseException:
+        opened.close()
+        raise
+    return opened

@@ -14,6 +14,8 @@ from lorapool_api.protocol import USAGE_COMMENT, Usage
 EVENT_MAX_BYTES = 8 * 2**20
 _DONE = b"data: [DONE]"
 DONE_EVENT = _DONE + b"\n\n"
+_ENDS = (_DONE, b"event: response.completed\n", b"event: response.incomplete\n")
+"""How the last event of a stream begins: [DONE], or for /v1/responses the event with the whole response."""
 _DATA = b"data: "
 _ERROR_BODY = b'{"error"'
 _ERROR = _DATA + _ERROR_BODY
@@ -28,7 +30,7 @@ class EventFilter:
         self._buffer = bytearray()
         self._usage: bytes | None = None
         self.done = False
-        """`[DONE]` was passed on: the response is complete."""
+        """The last event was passed on: the response is complete."""
         self.failed = False
         """The runtime itself ended the stream with an error event."""
 
@@ -56,7 +58,7 @@ class EventFilter:
                 if line.startswith(USAGE_COMMENT):
                     self._usage = line[len(USAGE_COMMENT) :]
             event = b"\n".join(line for line in lines if not line.startswith(b":"))
-        if event.startswith(_DONE):
+        if event.startswith(_ENDS):
             self.done = True
         elif event.startswith(_ERROR):
             self.failed = True

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from lorapool_gateway.routing.auth import ApiKey
-from lorapool_gateway.routing.objects import AdapterRoute
+from lorapool_gateway.routing.objects import AdapterRoute, BaseRoute
 from lorapool_gateway.routing.routes import Entry, RouteTable
 
 KEPT_LISTS = 16
@@ -37,11 +37,11 @@ class ModelLists:
 
 
 def _listed(table: RouteTable, key: ApiKey) -> bytes:
-    data = [model_object(entry, name) for entry in table.visible(key) for name in table.names_of(entry, key)]
+    data = [model_object(table, entry, name) for entry in table.visible(key) for name in table.names_of(entry, key)]
     return json.dumps({"object": "list", "data": data}).encode()
 
 
-def model_object(entry: Entry, name: str) -> dict[str, Any]:
+def model_object(table: RouteTable, entry: Entry, name: str) -> dict[str, Any]:
     """The object under one of its names; `root` is the name that never changes its meaning."""
     model: dict[str, Any] = {
         "id": name,
@@ -50,6 +50,9 @@ def model_object(entry: Entry, name: str) -> dict[str, Any]:
         "owned_by": entry.ref.namespace,
         "root": str(entry.ref),
     }
+    base = entry if isinstance(entry, BaseRoute) else table.bases.get(entry.base_ref)
+    if base is not None:
+        model["max_model_len"] = base.spec.max_model_len
     if isinstance(entry, AdapterRoute):
         model["parent"] = str(entry.base_ref)
     return model

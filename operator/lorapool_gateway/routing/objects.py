@@ -16,9 +16,9 @@ from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, BaseCondition, Reason, duration_s
 from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.ownership import Owned
+from lorapool_api.pod_address import runtime_port, server_name, url_of
 from lorapool_api.protocol import AdapterState, RuntimeSnapshot, Tier
 
-PORT_NAME = "http"
 _NO_POD_REASONS = frozenset(
     {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}
 )
@@ -104,8 +104,14 @@ class Endpoint:
     pod_uid: str
     pod_name: str
     url: str
+    """http://… or https://…, as the pod serves."""
     ready: bool
     terminating: bool
+
+    @property
+    def server_name(self) -> str:
+        """The name that its certificate must have, if it serves TLS."""
+        return server_name(self.base_uid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +203,7 @@ def runtime_pod(raw: Mapping[str, Any]) -> RuntimePod | None:
     """Parses a pod with the labels of a runtime; None while it has no address, or once it has ended."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     labels = metadata.get("labels") or {}
-    host, port = str(status.get("podIP") or ""), _runtime_port(raw.get("spec") or {})
+    host, (scheme, port) = str(status.get("podIP") or ""), runtime_port(raw.get("spec") or {})
     if not host or not port or status.get("phase") in ("Succeeded", "Failed"):
         return None
     ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
@@ -206,7 +212,7 @@ def runtime_pod(raw: Mapping[str, Any]) -> RuntimePod | None:
         base_uid=str(labels.get(LABEL_BASE_UID, "")),
         pod_uid=str(metadata["uid"]),
         pod_name=str(metadata["name"]),
-        url=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+        url=url_of(scheme, host, port),
         ready=ready,
         terminating=metadata.get("deletionTimestamp") is not None,
     )
@@ -254,9 +260,3 @@ def _unix_s(metadata: Mapping[str, Any]) -> float:
 def unix_s(text: str | None) -> float:
     """Seconds since 1970 of an RFC 3339 time; 0 if there is none. Raises ValueError."""
     return datetime.fromisoformat(text).timestamp() if text else 0.0
-
-
-def _runtime_port(spec: Mapping[str, Any]) -> int:
-    """The container port named http, on which the runtime listens; 0 for none."""
-    ports = (port for container in spec.get("containers") or () for port in container.get("ports") or ())
-    return next((int(port["containerPort"]) for port in ports if port.get("name") == PORT_NAME), 0)

@@ -18,8 +18,10 @@ from typing import NamedTuple
 
 import aiohttp
 
+from lorapool_api.pod_address import server_name
 from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import ROUTE_RUNTIME, RuntimeSnapshot, token_sha256
+from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 from lorapool_gateway.routing.objects import RuntimeState, runtime_state
 
 log = logging.getLogger(__name__)
@@ -39,14 +41,21 @@ BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 class PolledPod(NamedTuple):
     url: str
     base_uid: str
+    base: str = ""
+    """namespace/name, for the log."""
 
 
 class RuntimePolls:
     def __init__(
-        self, session: aiohttp.ClientSession, tokens: Callable[[str], tuple[str, ...]], on_change: Callable[[], None]
+        self,
+        session: aiohttp.ClientSession,
+        tokens: Callable[[str], tuple[str, ...]],
+        on_change: Callable[[], None],
+        trust: ReleaseTrust | None = None,
     ) -> None:
         """`tokens(base_uid)` are the bearer tokens of a base's runtimes, in the order in which to try them."""
         self._session = session
+        self._trust = trust or ReleaseTrust()
         self._tokens = tokens
         self._on_change = on_change
         self._tasks: dict[str, tuple[PolledPod, asyncio.Task[None]]] = {}
@@ -94,7 +103,7 @@ class RuntimePolls:
                 spent_s = time.monotonic() - began_s
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
                 if failures == 0:
-                    log.info("runtime does not answer", extra={"replica": polled.url, "error": repr(error)[:200]})
+                    self._report(polled, error)
                 state = None
                 if (known := self.states.get(pod_uid)) is None or not known.draining:
                     self._set(pod_uid, None)
@@ -106,6 +115,13 @@ class RuntimePolls:
             self.proven.add(pod_uid)
             self._set(pod_uid, state)
             await asyncio.sleep(max(INTERVAL_S, PARSE_SHARE * spent_s))
+
+    def _report(self, polled: PolledPod, error: Exception) -> None:
+        where = {"base": polled.base, "replica": polled.url}
+        if refusal := self._trust.refusal(error):
+            log.error("runtime is not trusted", extra={**where, "error": refusal})
+        else:
+            log.info("runtime does not answer", extra={**where, "error": repr(error)[:200]})
 
     async def _get(self, pod_uid: str, polled: PolledPod, after: int, state: RuntimeState | None) -> bytes:
         *earlier, last = self._tokens(polled.base_uid)
@@ -123,9 +139,15 @@ class RuntimePolls:
         challenge = Challenge.new(digest, pod_uid)
         params = {} if state is None else {"after": str(after), "boot": state.boot_id, "wait": str(POLL_WAIT_S)}
         headers = {"Authorization": challenge.authorization}
-        limits = aiohttp.ClientTimeout(total=POLL_WAIT_S + ANSWER_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        connect_s = CONNECT_TIMEOUT_S + (HANDSHAKE_TIMEOUT_S if polled.url.startswith("https") else 0)
         async with self._session.get(
-            polled.url + ROUTE_RUNTIME, params=params, headers=headers, timeout=limits, allow_redirects=False
+            polled.url + ROUTE_RUNTIME,
+            params=params,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=POLL_WAIT_S + ANSWER_TIMEOUT_S, sock_connect=connect_s),
+            allow_redirects=False,
+            ssl=self._trust.context(),
+            server_hostname=server_name(polled.base_uid),
         ) as response:
             response.raise_for_status()
             body = await response.read()

@@ -138,7 +138,13 @@ class TableBuilder:
 
     def _follow(self, pods: Iterable[Endpoint]) -> None:
         if self.polls is not None:
-            self.polls.follow({pod.pod_uid: PolledPod(pod.url, pod.base_uid) for pod in pods if not pod.terminating})
+            self.polls.follow(
+                {
+                    pod.pod_uid: PolledPod(pod.url, pod.base_uid, str(pod.base_ref))
+                    for pod in pods
+                    if not pod.terminating
+                }
+            )
 
 
 def owned_pods(pods: Iterable[RuntimePod], owners: Owners, bases: Mapping[ObjectRef, BaseRoute]) -> list[Endpoint]:

@@ -6,6 +6,7 @@ Ready with `Loaded=False`, reason Parked. A base that is scaled to zero or start
 
 from __future__ import annotations
 
+from lorapool_api.chat import ChatReport
 from lorapool_api.common import AdapterCondition, FailureReason, Reason, set_conditions
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus, ReplicaStatus
 from lorapool_api.protocol import AdapterState, Tier
@@ -17,7 +18,7 @@ from lorapool_operator.decisions.pins import kept_replicas
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
 from lorapool_operator.decisions.validity import Validity
 from lorapool_operator.world.cluster_cache import find_condition
-from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter
+from lorapool_operator.world.observed import AdapterOnReplica, ObservedAdapter, SourceFacts, unchecked
 
 COMPATIBILITY = frozenset(
     {
@@ -38,6 +39,11 @@ UNVERIFIED: ConditionValue = (
     "True",
     Reason.UNVERIFIED.value,
     "Only a runtime can read this source; it is checked when a request starts the base.",
+)
+NOT_CHECKED: ConditionValue = (
+    "Unknown",
+    Reason.NOT_CHECKED.value,
+    "Not checked against the base yet, of which no runtime has run. A request starts one, which checks the adapter.",
 )
 PENDING: ConditionValue = ("Unknown", Reason.PENDING.value, "The source is being inspected.")
 
@@ -71,6 +77,7 @@ def status_of(
         loaded=f"{on_device}/{max(observed.min_replicas, on_device, 1)}",
         replicas=replicas,
         placement=placement,
+        chat=_chat(observed, facts),
         last_used=before.last_used,
         usage=before.usage,
         failure=validity.failure,
@@ -127,6 +134,15 @@ def _with_usage(
     return after.model_copy(update=update), None
 
 
+def _chat(observed: ObservedAdapter, facts: SourceFacts | None) -> ChatReport | None:
+    """Returns how the runtimes write requests for these files; what was observed last while none has read them."""
+    before, digest = observed.adapter.status, facts.digest if facts is not None else None
+    reports = [replica.report(digest) for replica in observed.holders if replica.runtime.current is not None]
+    found = next((report.chat for report in reports if report is not None and report.chat is not None), None)
+    same = before.digest == digest and before.observed_generation == observed.adapter.meta.generation
+    return found or (before.chat if same else None)
+
+
 def _replicas(observed: ObservedAdapter, digest: str | None) -> list[ReplicaStatus]:
     """Returns the runtimes that currently report these files on the device or in host memory."""
     found = []
@@ -167,7 +183,9 @@ def _source(
     if failed is not None and failed not in LOADING:
         return ("False", failed.value, message), ("Unknown", failed.value, "The source could not be used.")
     compatible: ConditionValue = ("True", Reason.COMPATIBLE.value, "")
-    if facts is not None and facts.rank is not None:
+    if unchecked(validity.fingerprint):
+        compatible = NOT_CHECKED
+    elif facts is not None and facts.rank is not None:
         compatible = ("True", Reason.COMPATIBLE.value, f"Rank {facts.rank} on {', '.join(facts.target_modules)}.")
     if blocker is not None and blocker.reason is Reason.BASE_NOT_FOUND:
         compatible = ("Unknown", blocker.reason.value, blocker.message)

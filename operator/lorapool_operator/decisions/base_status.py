@@ -7,6 +7,7 @@ replica serves. `Stalled` and `Reconciling` follow kstatus.
 from __future__ import annotations
 
 from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, StartStatus
+from lorapool_api.chat import ChatReport
 from lorapool_api.common import BaseCondition, Reason, set_conditions
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions import starts
@@ -56,6 +57,8 @@ def status_of(
         state=values[BaseCondition.READY.value][1],
         adapters=counts(observed),
         pods=_pods(observed),
+        modules=before.modules or observed.modules,
+        chat=_chat(observed),
         start=start,
         last_used=before.last_used,
     )
@@ -69,6 +72,12 @@ def status_of(
             return after.model_copy(update={"last_used": iso(last)}), None
         return None, shown + settings.usage_interval_s
     return (after if after != before else None), None
+
+
+def _chat(observed: ObservedBase) -> ChatReport | None:
+    """Returns how a runtime writes requests for the base; what was observed last while none serves."""
+    reports = [runtime.current.base.chat for runtime in observed.runtimes if runtime.current is not None]
+    return next((report for report in reports if report is not None), observed.base.status.chat)
 
 
 def _only_pending(observed: ObservedBase, source: BaseSource) -> bool:
@@ -130,9 +139,8 @@ def _available(
         return blocked
     if unusable(observed, source):
         return ("False", source.condition[1], source.condition[2])
-    refused = _refused_token(observed)
-    if refused:
-        return ("False", Reason.TOKEN_REFUSED.value, refused)
+    if (refused := _refused(observed)) is not None:
+        return ("False", refused[0].value, refused[1])
     if start is not None and start.reason is not None:
         return ("False", start.reason, _failed_start(observed, decision, start))
     if decision.replicas == 0:
@@ -153,12 +161,18 @@ def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartS
 
 def _trouble(observed: ObservedBase, start: StartStatus | None) -> str:
     """Returns why not all replicas serve: a problem of a pod, or how far the start is."""
-    return starts.problem(observed) or _refused_token(observed) or starts.progress_text(start)
+    refused = _refused(observed)
+    return starts.problem(observed) or (refused[1] if refused is not None else "") or starts.progress_text(start)
 
 
-def _refused_token(observed: ObservedBase) -> str:
-    pods = [runtime.pod for runtime in observed.runtimes if runtime.token_refused]
-    return f"Pod {pods[0]}: {TOKEN_REFUSED}" if pods else ""
+def _refused(observed: ObservedBase) -> tuple[Reason, str] | None:
+    """Returns why operator and runtime do not accept each other: the token of the one, the certificate of the other."""
+    for runtime in observed.runtimes:
+        if runtime.token_refused:
+            return Reason.TOKEN_REFUSED, f"Pod {runtime.pod}: {TOKEN_REFUSED}"
+        if runtime.distrust:
+            return Reason.CERTIFICATE_REFUSED, f"Pod {runtime.pod}: {runtime.distrust}"
+    return None
 
 
 def _restarted(observed: ObservedBase, now: float) -> str:

@@ -1,8 +1,8 @@
 """The children of a BaseModel as plain objects, ready for server-side apply.
 
-Pods pass the `restricted` pod security standard. They hold no service-account token and no Secret of Lorapool, only the
-sha256 of the bearer tokens that gateway and operator derive. Nothing in a tenant's spec becomes a path, an image or a
-volume; those come from the administrator's profile.
+Pods pass the `restricted` pod security standard. They hold no service-account token, only the sha256 of the bearer
+tokens that gateway and operator derive, and the key of their base's certificate. Nothing in a tenant's spec becomes a
+path, an image or a volume; those come from the administrator's profile.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lorapool_api.basemodel import KIND
 from lorapool_api.common import (
     ANNOTATION_SPEC_HASH,
     ANNOTATION_TEMPLATE_HASH,
-    API_VERSION,
+    FIELD_MANAGER,
     LABEL_BASE,
     LABEL_BASE_UID,
     LABEL_COMPONENT,
@@ -26,19 +25,22 @@ from lorapool_api.common import (
     LABEL_NAME,
     quantity_bytes,
 )
+from lorapool_api.pod_address import ENCRYPTED, PLAIN
 from lorapool_api.protocol import (
     ENV_TOKEN_SHA256_FILE,
     ROUTE_HEALTH,
     ROUTE_METRICS,
     ROUTE_READY,
     RUNTIME_PORT,
+    BaseChat,
     PreloadList,
 )
 from lorapool_artifacts.policy import SourceRules
-from lorapool_operator.world.cluster_cache import RUNTIME_PORT_NAME, BaseObject
+from lorapool_operator.decisions.runtime_tls import owner_reference, serve_tls
+from lorapool_operator.world.cluster_cache import BaseObject
 from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile, device_names
 
-MANAGED_BY = "lorapool-operator"
+MANAGED_BY = FIELD_MANAGER
 METRICS_PORT = 9090
 ENV_POD_UID = "LORAPOOL_RUNTIME_POD_UID"
 METRICS_PORT_NAME = "metrics"
@@ -50,6 +52,8 @@ TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
 PRELOAD_FILE = "preload.json"
 SOURCE_RULES_FILE = "source-rules.json"
+CHAT_FILE = "chat.json"
+ENV_CHAT_FILE = "LORAPOOL_RUNTIME_CHAT_FILE"
 CACHE_RESERVE = 0.1
 """The share of the cache volume that adapters may not use: temporary files need room, and the kubelet evicts a pod
 that reaches its limit."""
@@ -86,14 +90,18 @@ def children(
     rules: SourceRules,
     preload: PreloadList = NO_PRELOAD,
     paused: bool = False,
+    tls: bool = False,
 ) -> list[Manifest]:
-    """Returns all children, each with the hash of its own content as an annotation."""
+    """Returns all children, each with the hash of its own content as an annotation.
+
+    With `tls` the pods serve HTTPS; the Secret of their certificate is not among the children, since bases share it.
+    """
     made = [
         files(base, token_sha256, rules, preload),
         *model_cache_claim(base, profile),
         *network_policy(base, profile),  # before the pods that it is for
-        deployment(base, profile, image, replicas=replicas, paused=paused),
-        service(base),
+        deployment(base, profile, image, replicas=replicas, paused=paused, tls=tls),
+        service(base, ENCRYPTED if tls else PLAIN),
         pdb(base, profile),
     ]
     for child in made:
@@ -107,12 +115,14 @@ def content_hash(manifest: Manifest) -> str:
 
 
 def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, preload: PreloadList) -> Manifest:
-    """Returns the ConfigMap with the hashes of the accepted bearer tokens, the rules for sources, and what new pods
-    load first.
+    """Returns the ConfigMap with the hashes of the accepted bearer tokens, the rules for sources, what the base says
+    about chats, and what new pods load first.
 
     A change of it restarts no pod.
     """
     hot = {PRELOAD_FILE: json.dumps(preload.dump(), sort_keys=True)} if preload.adapters else {}
+    chat = BaseChat(chat_template=base.spec.chat_template, generation=base.spec.generation)
+    said = {CHAT_FILE: json.dumps(chat.dump(), sort_keys=True)} if chat != BaseChat() else {}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -121,6 +131,7 @@ def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, p
             TOKEN_HASHES_FILE: "".join(f"{digest}\n" for digest in token_sha256),
             SOURCE_RULES_FILE: rules.model_dump_json(by_alias=True, exclude_none=True),
             **hot,
+            **said,
         },
     }
 
@@ -141,10 +152,12 @@ def network_policy(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manife
 
 
 def deployment(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool, tls: bool = False
 ) -> Manifest:
     """Returns the Deployment. While it is paused, its pods are not replaced when the template changes."""
     template = pod_template(base, profile, image)
+    if tls:
+        serve_tls(template["spec"], base)
     template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(template)
     return {
         "apiVersion": "apps/v1",
@@ -184,7 +197,7 @@ def template_hash(made: Sequence[Manifest]) -> str:
     return next((str(item["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH]) for item in templates), "")
 
 
-def service(base: BaseObject) -> Manifest:
+def service(base: BaseObject, scheme: str = PLAIN) -> Manifest:
     """Returns a headless Service, by which monitoring and other clients find the pods; the gateway reads the pods."""
     return {
         "apiVersion": "v1",
@@ -194,7 +207,7 @@ def service(base: BaseObject) -> Manifest:
             "clusterIP": "None",
             "selector": selector_labels(base),
             "ports": [
-                {"name": RUNTIME_PORT_NAME, "port": RUNTIME_PORT, "targetPort": RUNTIME_PORT_NAME, "protocol": "TCP"},
+                {"name": scheme, "port": RUNTIME_PORT, "targetPort": scheme, "protocol": "TCP"},
                 {"name": METRICS_PORT_NAME, "port": METRICS_PORT, "targetPort": METRICS_PORT_NAME, "protocol": "TCP"},
             ],
         },
@@ -283,7 +296,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -
         "command": ["python", "-m", "lorapool_runtime"],
         "env": _env(base, profile),
         "ports": [
-            {"name": RUNTIME_PORT_NAME, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
+            {"name": PLAIN, "containerPort": RUNTIME_PORT, "protocol": "TCP"},
             {"name": METRICS_PORT_NAME, "containerPort": METRICS_PORT, "protocol": "TCP"},
         ],
         "resources": profile.resources,
@@ -338,6 +351,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_SOURCE_RULES_FILE", "value": f"{TOKEN_DIR}/{SOURCE_RULES_FILE}"})
+    ours.append({"name": ENV_CHAT_FILE, "value": f"{TOKEN_DIR}/{CHAT_FILE}"})
     ours.append({"name": ENV_POD_UID, "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}})
     ours += [
         {"name": "HOME", "value": "/tmp"},
@@ -408,14 +422,5 @@ def _metadata(base: BaseObject) -> Manifest:
         "name": children_name(base.meta.name),
         "namespace": base.meta.namespace,
         "labels": _labels(base),
-        "ownerReferences": [
-            {
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "name": base.meta.name,
-                "uid": base.meta.uid,
-                "controller": True,
-                "blockOwnerDeletion": False,
-            }
-        ],
+        "ownerReferences": [{**owner_reference(base), "controller": True}],
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lorapool_api.chat import chat_hash
 from lorapool_api.common import AdapterCondition, AdapterKey, Reason, duration_s
 from lorapool_api.loraadapter import LoraAdapterStatus, PlacementStatus
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, SourceRef, descriptor_of
@@ -151,13 +152,18 @@ def _placement(observed: ObservedAdapter, spread: SpreadDecision) -> PlacementSt
 def _registers(
     observed: ObservedAdapter, base: BaseObject, validity: Validity, k: int, now: float
 ) -> tuple[Register, ...]:
-    """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded."""
+    """Loads the adapter on its preferred replicas; on others, updates only runtimes that already have it loaded.
+
+    Every runtime that knows the adapter is given what its object says about chats, by which the next request is
+    written.
+    """
     warm = set(observed.pinned_pod_uids)
     hot = warm | set(observed.serving_pod_uids[:k] if k > 1 else ())
     if validity.facts is not None:
         hot |= takes_over(observed, validity.facts.digest, k, now)
     trial = set(observed.serving_pod_uids[: max(k, observed.min_replicas)] if validity.candidate is not None else ())
-    source = observed.adapter.spec.source
+    spec = observed.adapter.spec
+    source, said = spec.source, chat_hash(spec.chat_template, spec.generation)
     wanted: list[Register] = []
     for replica in observed.replicas if hot or trial else observed.holders:
         snapshot, pod_uid = replica.runtime.current, replica.runtime.pod_uid
@@ -168,7 +174,8 @@ def _registers(
             (validity.candidate, source.uri, source.revision, False, pod_uid in trial),
         ):
             report = replica.report(facts.digest) if facts is not None else None
-            if facts is None or not (load or (report is not None and report.state is AdapterState.LOADED)):
+            outdated = report is not None and report.chat_hash != said
+            if facts is None or not (load or outdated or (report is not None and report.state is AdapterState.LOADED)):
                 continue
             descriptor = _descriptor(observed, base, facts, uri or source.uri, revision, pinned=pinned, load=load)
             unloaded = load and not pinned and report is not None and report.state is AdapterState.REGISTERED

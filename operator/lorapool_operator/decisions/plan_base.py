@@ -144,6 +144,7 @@ def _children(
         rules=observed.source_rules or SourceRules(owner=observed.base.meta.namespace),
         preload=preload,
         paused=paused,
+        tls=observed.serves_tls,
     )
     return tuple(made)
 

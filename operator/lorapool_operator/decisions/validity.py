@@ -18,7 +18,13 @@ from lorapool_api.protocol import AdapterState, ErrorDetail
 from lorapool_operator.clock import iso, retry_at_unix_s, unix
 from lorapool_operator.decisions.plan import InspectionJob, PlanSettings
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, find_condition
-from lorapool_operator.world.observed import InspectionResult, ObservedAdapter, SourceFacts, SourceFailure
+from lorapool_operator.world.observed import (
+    InspectionResult,
+    ObservedAdapter,
+    SourceFacts,
+    SourceFailure,
+    unchecked,
+)
 
 TERMINAL_RETRY_MAX_S = 600.0
 """A source that does not exist may still be uploaded, one that refuses access may still grant it: both are inspected at
@@ -253,6 +259,8 @@ def _new_validity(
         failure, due = _failure_status(outcome, result, settings)
         # after a transient failure the inspection is repeated, so its fingerprint is not recorded
         fingerprint = last.fingerprint if due is not None else result.fingerprint
+        if due is None and unchecked(last.fingerprint):
+            last = replace(last, ok=False)  # these are the files that turn out not to fit
         return ValidityDecision(replace(last, fingerprint=fingerprint, failure=failure, newer_failed=last.ok), due=due)
     new = Validity(outcome, source.uri, source.revision, ok=True, fingerprint=result.fingerprint)
     changed = last.facts is None or last.facts.digest != outcome.digest

@@ -13,6 +13,8 @@ from lorapool_api.common import ANNOTATION_DELETION_COST, Reason
 from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.decisions.plan_unreadable import UnreadablePlan
+from lorapool_operator.decisions.runtime_tls import TLS_SECRET
+from lorapool_operator.effects.certificates import Certificates
 from lorapool_operator.effects.cluster import (
     ClusterError,
     ForeignObjectError,
@@ -51,12 +53,15 @@ class Applier:
         intake: Intake,
         runtimes: RuntimeTracker,
         inspections: InspectionTracker,
+        certificates: Certificates | None = None,
     ) -> None:
+        """`certificates`: None where runtimes serve without TLS."""
         self._cluster = cluster
         self._cache = cache
         self._intake = intake
         self._runtimes = runtimes
         self._inspections = inspections
+        self._certificates = certificates
 
     async def adapter(self, observed: ObservedAdapter, plan: AdapterPlan) -> None:
         """Applies an adapter's plan; the status first, as others act on it. Raises ClusterError, RuntimeCallError."""
@@ -95,8 +100,9 @@ class Applier:
             return False
         if plan.remove_deployment_uid is not None:
             await self._remove_deployment(plan.remove_deployment_uid)
+        refused = await self._certify(base)
         if plan.children:
-            refused = await self._apply_children(plan)
+            refused = refused or await self._apply_children(plan)
             if memory.children_applied(plan.children_hash, refused, time.time()):
                 return True  # the status was decided without knowing this
         if plan.status is not None:
@@ -121,6 +127,19 @@ class Applier:
             return
         subject = Subject(key.kind.value, key.namespace, key.name, meta["uid"], str(meta["resourceVersion"]))
         await self._post(subject, (plan.event,))
+
+    async def _certify(self, base: BaseObject) -> ChildProblem | None:
+        """Has a certificate for the base's pods, also while they run without any change. Returns why one is refused."""
+        if self._certificates is None:
+            return None
+        try:
+            await self._certificates.ensure(base)
+        except ClusterError as error:
+            refused = refusal({"kind": "Secret", "metadata": {"name": TLS_SECRET}}, error)
+            if refused is None:
+                raise
+            return refused
+        return None
 
     async def _apply_children(self, plan: BasePlan) -> ChildProblem | None:
         """Applies all children. Returns why the API server refused one; a transient error is raised."""

@@ -228,11 +228,11 @@ class Cluster:
         name = f"{manifest['kind']} {meta['namespace']}/{meta['name']}"
         if (meta.get("labels") or {}).get(LABEL_MANAGED_BY) != MANAGED_BY:
             raise ForeignObjectError(f"{name} exists and is not managed by Lorapool; rename it or the BaseModel.")
-        wanted = manifest["metadata"]["ownerReferences"][0]["uid"]
+        wanted = {owner["uid"] for owner in manifest["metadata"]["ownerReferences"]}
         owners = {owner.get("uid") for owner in meta.get("ownerReferences") or ()}
-        if owners and wanted not in owners:
+        if owners and not wanted & owners:
             await self.delete(manifest["kind"], meta["namespace"], meta["name"], uid=meta["uid"])
-            raise ObjectConflictError(f"{name} belongs to a deleted BaseModel of this name and is being deleted", 409)
+            raise ObjectConflictError(f"{name} belongs to deleted BaseModels alone and is being deleted", 409)
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None:
         """Deletes the object if it has this uid. A missing object is no error. Raises ObjectConflictError."""

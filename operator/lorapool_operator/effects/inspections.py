@@ -2,8 +2,8 @@
 
 The number of concurrent inspections and the time of each are bounded, and equal inspections are shared. Each namespace
 has a share of the permits, and base models have their own, so that hanging sources of one do not delay the others. A
-result stays until the object is inspected again; the plan decides what follows from it. The facts of a base are read
-once and shared by all its adapters.
+result stays until the object is inspected again; the plan decides what follows from it. Adapters are checked against
+the modules that a runtime has reported of their base; before one did, they are checked by themselves.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES, ResolveRequest, SourceRef
-from lorapool_artifacts.compatibility import BaseFacts
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base
+from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base, names_of, parse_source
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.fair_permits import FairPermits
 from lorapool_operator.effects.runtime_calls import RuntimeCallError
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.effects.source_access import SourceAccess
-from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, ObjectKind
+from lorapool_operator.world.cluster_cache import ClusterCache, Key, ObjectKind
 from lorapool_operator.world.observed import InspectionResult, RunningInspection, SourceFacts, SourceFailure
 
 log = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ class InspectionTracker:
         self._results: dict[str, InspectionResult] = {}
         self._started: dict[str, _Started] = {}
         self._shared: dict[tuple[Any, ...], asyncio.Task[Outcome]] = {}
-        self._facts: dict[str, BaseFacts] = {}
-        self._facts_tasks: dict[str, asyncio.Task[BaseInspection]] = {}
+        self._facts: dict[str, tuple[BaseModules, BaseFacts]] = {}
+        """By the uid of the base, with what they were made from."""
         self.outcomes: dict[str, int] = {}
         """Number of finished inspections by reason, for the metrics."""
 
@@ -172,7 +173,7 @@ class InspectionTracker:
     async def close(self) -> None:
         """Cancels all inspections and waits for their end."""
         tasks: list[asyncio.Task[Any]] = [started.task for started in self._started.values()]
-        tasks += [*self._shared.values(), *self._facts_tasks.values()]
+        tasks += self._shared.values()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -219,16 +220,15 @@ class InspectionTracker:
             )
 
     async def _base(self, job: InspectionJob) -> Outcome:
-        self._facts.pop(job.uid, None)
         credentials = await self._access.credentials(job.key.namespace, job.rights)
-        found = await self._inspect_base(job.uid, job.uri, job.revision, credentials)
+        found = await self._inspector.base(job.uri, job.revision, credentials=credentials)
         return SourceFacts(found.digest or "", found.revision, size_bytes=found.size_bytes)
 
     async def _adapter(self, job: InspectionJob) -> Outcome:
-        facts = await self._base_facts(job.base_uid or "")
+        facts = self._base_facts(job.base_uid or "")
         credentials = await self._access.credentials(job.key.namespace, job.rights)
         reader = None if credentials is None else job.key.namespace
-        inspection = (job.uri, job.revision, job.digest, job.base_uid, job.max_rank, reader)
+        inspection = (job.uri, job.revision, job.digest, job.base_uid, facts is None, job.max_rank, reader)
         return await _share(
             self._shared,
             inspection,
@@ -257,34 +257,19 @@ class InspectionTracker:
             response.digest, response.revision, response.rank, tuple(response.target_modules), response.size_bytes
         )
 
-    async def _base_facts(self, base_uid: str) -> BaseFacts:
-        known = self._facts.get(base_uid)
-        if known is not None:
-            return known
+    def _base_facts(self, base_uid: str) -> BaseFacts | None:
+        """Returns what a runtime has reported of the base; None before one did. Raises ArtifactError."""
         base = next((item for item in self._cache.bases if item.meta.uid == base_uid), None)
         if base is None:
             raise ArtifactError(FailureReason.SOURCE_UNAVAILABLE, "The BaseModel does not exist any more.")
-        return (await self._facts_of(base)).facts
-
-    async def _facts_of(self, base: BaseObject) -> BaseInspection:
-        source = base.spec.source
-        try:
-            rights = self._access.rules_of(base).check(base.meta.namespace, source.uri)
-            credentials = await self._access.credentials(base.meta.namespace, rights)
-            return await self._inspect_base(base.meta.uid, source.uri, source.revision, credentials)
-        except ArtifactError as error:
-            # a base's failure is transient for its adapters, whatever its reason: they wait for the base
-            message = f"BaseModel {base.key}: {error.message}"
-            raise ArtifactError(FailureReason.SOURCE_UNAVAILABLE, message, retry_after_s=error.retry_after_s) from error
-
-    async def _inspect_base(
-        self, uid: str, uri: str, revision: str | None, credentials: Mapping[str, str] | None
-    ) -> BaseInspection:
-        found = await _share(
-            self._facts_tasks, uid, lambda: self._inspector.base(uri, revision, credentials=credentials)
-        )
-        self._facts[uid] = found.facts
-        return found
+        if base.status.modules is None:
+            return None
+        known = self._facts.get(base_uid)
+        if known is None or known[0] is not base.status.modules:
+            uri, served = base.spec.source.uri, base.spec.served_name or ""
+            facts = BaseFacts.published(base.status.modules, *names_of(parse_source(uri)), served)
+            known = self._facts[base_uid] = (base.status.modules, facts)
+        return known[1]
 
 
 async def _share(

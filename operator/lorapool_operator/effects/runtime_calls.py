@@ -9,10 +9,13 @@ from typing import TypeVar
 import aiohttp
 from pydantic import ValidationError
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
+from lorapool_api.pod_address import ENCRYPTED, server_name, url_of
 from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     ROUTE_ADAPTER,
+    ROUTE_BASE_MODULES,
     ROUTE_CREDENTIALS,
     ROUTE_RESOLVE,
     ROUTE_RUNTIME,
@@ -24,6 +27,7 @@ from lorapool_api.protocol import (
     ResolveRequest,
     token_sha256,
 )
+from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import PodObject
 
@@ -43,6 +47,10 @@ class RuntimeTimeoutError(RuntimeGoneError):
     """The runtime did not respond in time."""
 
 
+class RuntimeUntrustedError(RuntimeGoneError):
+    """The runtime's certificate failed a check, which the message names together with the remedy."""
+
+
 class RuntimeRefusedError(RuntimeCallError):
     """The runtime responded with an error status, or with a body that cannot be parsed."""
 
@@ -54,9 +62,17 @@ class RuntimeRefusedError(RuntimeCallError):
 class RuntimeClient:
     """The requests over one session. Belongs to one event loop."""
 
-    def __init__(self, tokens: Callable[[str], tuple[str, ...]], *, timeout_s: float, fence: Fence) -> None:
+    def __init__(
+        self,
+        tokens: Callable[[str], tuple[str, ...]],
+        *,
+        timeout_s: float,
+        fence: Fence,
+        trust: ReleaseTrust | None = None,
+    ) -> None:
         """`tokens(base_uid)` are the bearer tokens of its runtimes, in the order in which to try them."""
         self._tokens = tokens
+        self._trust = trust or ReleaseTrust()
         self._timeout_s = timeout_s
         self._fence = fence
         self._session: aiohttp.ClientSession | None = None
@@ -112,6 +128,10 @@ class RuntimeClient:
         body = request.model_dump_json(by_alias=True)
         return _parse(ResolveAnswer, await self._call(pod, "POST", ROUTE_RESOLVE, body=body, timeout_s=timeout_s))
 
+    async def base_modules(self, pod: PodObject) -> BaseModules:
+        """Returns what adapters may name in the base. Raises RuntimeGoneError, RuntimeRefusedError."""
+        return _parse(BaseModules, await self._call(pod, "GET", ROUTE_BASE_MODULES))
+
     async def give_credentials(self, pod: PodObject, credentials: NamespaceCredentials) -> None:
         """Gives a runtime the namespaces' credentials. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
         await self._call(pod, "PUT", ROUTE_CREDENTIALS, body=credentials.model_dump_json(by_alias=True))
@@ -142,9 +162,9 @@ class RuntimeClient:
         """Returns the body and the headers of the response. Raises RuntimeGoneError, RuntimeRefusedError."""
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), auto_decompress=True)
-        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         total_s = timeout_s if timeout_s is not None else self._timeout_s
-        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=CONNECT_TIMEOUT_S)
+        connect_s = CONNECT_TIMEOUT_S + (HANDSHAKE_TIMEOUT_S if pod.scheme == ENCRYPTED else 0)
+        timeout = aiohttp.ClientTimeout(total=total_s, sock_connect=connect_s)
         headers = {"Authorization": authorization}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -154,12 +174,14 @@ class RuntimeClient:
         try:
             async with self._session.request(
                 method,
-                f"http://{host}:{pod.port}{path}",
+                url_of(pod.scheme, pod.ip, pod.port) + path,
                 params=query,
                 data=body,
                 headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
+                ssl=self._trust.context(),
+                server_hostname=server_name(pod.base_uid),
             ) as response:
                 raw = await response.content.read(MAX_SNAPSHOT_BYTES)
                 while not response.content.at_eof() and len(raw) < MAX_SNAPSHOT_BYTES:
@@ -172,6 +194,8 @@ class RuntimeClient:
         except TimeoutError as error:
             raise RuntimeTimeoutError(f"{call}: no response within {total_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
+            if refusal := self._trust.refusal(error):
+                raise RuntimeUntrustedError(refusal) from error
             raise RuntimeGoneError(f"{call}: {type(error).__name__} {error}") from error
 
 
@@ -179,7 +203,7 @@ def _route_of(adapter: AdapterKey) -> str:
     return ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
 
 
-RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer)
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer, BaseModules)
 
 
 def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:

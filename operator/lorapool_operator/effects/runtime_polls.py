@@ -16,6 +16,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.poll_proof import ProofError
@@ -29,12 +30,14 @@ from lorapool_api.protocol import (
     ResolveRequest,
     RuntimeSnapshot,
 )
+from lorapool_api.tls import ReleaseTrust
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.runtime_calls import (
     RuntimeCallError,
     RuntimeClient,
     RuntimeGoneError,
     RuntimeRefusedError,
+    RuntimeUntrustedError,
 )
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, PodObject
 from lorapool_operator.world.compact import compact_report
@@ -68,6 +71,10 @@ class _Polled:
     stale_reported: bool = False
     token_refused: bool = False
     """The last answer was that the operator's token is not valid."""
+    asked_modules: str = ""
+    """Boot id of the process that was asked for the modules of the base."""
+    distrust: str = ""
+    """Why the certificate that it served last is refused; empty if it is trusted."""
     viewed: tuple[tuple[object, ...], AdapterOnReplica] | None = None
     """The last view of it, without reports, and what it shows: each of thousands of plans asks for it."""
 
@@ -101,6 +108,7 @@ class RuntimeTracker:
         changed: RuntimeChanged,
         turn: Callable[[], Awaitable[None]] = _at_once,
         fence: Fence | None = None,
+        trust: ReleaseTrust | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
@@ -112,7 +120,7 @@ class RuntimeTracker:
         self._turn = turn
         self._settings = settings
         self._changed = changed
-        self._client = RuntimeClient(tokens, timeout_s=settings.timeout_s, fence=fence or Fence())
+        self._client = RuntimeClient(tokens, timeout_s=settings.timeout_s, fence=fence or Fence(), trust=trust)
         self._clock = clock
         self._now_unix_s = now_unix_s
         self._polled: dict[str, _Polled] = {}
@@ -121,6 +129,8 @@ class RuntimeTracker:
         self._lost: dict[str, dict[str, UsagePart]] = {}
         self._strays: dict[tuple[str, AdapterKey], float] = {}
         self._registered: dict[str, dict[tuple[str, str], AdapterDescriptor]] = {}
+        self._modules: dict[str, BaseModules] = {}
+        """By the uid of the base, whose source never changes."""
         self.polls = 0
         self.poll_failures = 0
 
@@ -192,6 +202,10 @@ class RuntimeTracker:
             if adapter_uid in polled.reports
         ]
 
+    def modules_of(self, base: BaseObject) -> BaseModules | None:
+        """Returns what adapters may name in the base, if a runtime reported it to this process."""
+        return self._modules.get(base.meta.uid)
+
     def busy(self, base: Key, adapter_uids: Iterable[str], requests: int) -> set[str]:
         """Returns those of the adapters that have at least so many requests on one replica of the base."""
         polled = [item for item in self._polled.values() if item.pod.base == base]
@@ -260,7 +274,8 @@ class RuntimeTracker:
 
     def _view(self, polled: _Polled) -> AdapterOnReplica:
         """Returns the present view of a runtime, without reports."""
-        shown = (polled.pod, polled.snapshot, self._fresh(polled), polled.token_refused, polled.skew_s)
+        refused = (polled.token_refused, polled.distrust)
+        shown = (polled.pod, polled.snapshot, self._fresh(polled), *refused, polled.skew_s)
         if polled.viewed is None or polled.viewed[0] != shown:
             polled.viewed = (shown, AdapterOnReplica(_make_view(*shown), ()))
         return polled.viewed[1]
@@ -297,7 +312,24 @@ class RuntimeTracker:
             await self._turn()
             self._arrived(polled, snapshot)
             self._heard.set()
+            await self._read_modules(polled, snapshot)
             await asyncio.sleep(self._settings.pause_s)
+
+    async def _read_modules(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
+        """Reads once for each base what adapters may name in it. A runtime that does not answer is asked once."""
+        pod = polled.pod
+        if pod.base_uid in self._modules or polled.asked_modules == snapshot.boot_id or not snapshot.ready:
+            return
+        base = self._cache.bases.get(pod.base.namespace, pod.base.name)
+        if base is None or base.status.modules is not None:
+            return
+        polled.asked_modules = snapshot.boot_id
+        try:
+            self._modules[pod.base_uid] = await self._client.base_modules(pod)
+        except RuntimeCallError as error:
+            log.warning("runtime reports no modules", extra={"replica": pod.meta.name, "error": str(error)[:200]})
+            return
+        self._changed(pod.base, (), urgent=True, serving=False)
 
     def _failed(self, polled: _Polled, error: Exception) -> None:
         now = self._clock()
@@ -305,8 +337,12 @@ class RuntimeTracker:
             polled.failing_since = now
             log.info("runtime does not answer", extra={"replica": polled.pod.meta.name, "error": str(error)[:200]})
         refused = isinstance(error, RuntimeRefusedError) and error.status in (401, 403)
-        if refused != polled.token_refused:
-            polled.token_refused = refused
+        distrust = str(error) if isinstance(error, RuntimeUntrustedError) else ""
+        if distrust and not polled.distrust:
+            where = {"base": str(polled.pod.base), "replica": polled.pod.meta.name}
+            log.error("runtime is not trusted", extra={**where, "error": distrust})
+        if (refused, distrust) != (polled.token_refused, polled.distrust):
+            polled.token_refused, polled.distrust = refused, distrust
             self._changed(polled.pod.base, (), urgent=True, serving=False)
         stale = now - polled.failing_since >= self._settings.stale_s or not polled.pod.ready
         if stale and not polled.stale_reported:
@@ -318,7 +354,7 @@ class RuntimeTracker:
         if snapshot.now_unix_s is not None:
             polled.skew_s = clock_skew(polled.skew_s, self._now_unix_s() - snapshot.now_unix_s)
         recovered = polled.failing_since is not None
-        polled.failing_since, polled.stale_reported, polled.token_refused = None, False, False
+        polled.failing_since, polled.stale_reported, polled.token_refused, polled.distrust = None, False, False, ""
         restarted = before is not None and before.boot_id != snapshot.boot_id
         changed = _changed_reports(polled.reports, snapshot)
         for uid, (old, new) in changed.items():
@@ -409,7 +445,7 @@ def _changed_reports(known: Mapping[str, Reports], snapshot: RuntimeSnapshot) ->
 
 
 def _make_view(
-    pod: PodObject, snapshot: RuntimeSnapshot | None, fresh: bool, token_refused: bool, skew_s: float
+    pod: PodObject, snapshot: RuntimeSnapshot | None, fresh: bool, token_refused: bool, distrust: str, skew_s: float
 ) -> RuntimeView:
     return RuntimeView(
         pod=pod.meta.name,
@@ -419,6 +455,7 @@ def _make_view(
         snapshot=snapshot,
         fresh=fresh,
         token_refused=token_refused,
+        distrust=distrust,
         skew_s=skew_s,
     )
 

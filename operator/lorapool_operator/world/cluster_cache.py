@@ -33,13 +33,13 @@ from lorapool_api.common import (
 )
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.ownership import Owned, Owners, controller_uid
+from lorapool_api.pod_address import PLAIN, runtime_port
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
 from lorapool_operator.world.compact import compact_adapter, share_conditions
 
 log = logging.getLogger(__name__)
 
-RUNTIME_PORT_NAME = "http"
 DELETED_UIDS = 10_000
 """Remembered deletions of each kind: far more than responses are under way at a time."""
 
@@ -250,6 +250,8 @@ class PodObject:
     last_exit_unix_s: float = 0.0
     owner_uid: str = ""
     """Uid of the ReplicaSet that controls it."""
+    scheme: str = PLAIN
+    """How its runtime is spoken to: http or https."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> PodObject:
@@ -258,6 +260,7 @@ class PodObject:
         annotations = raw["metadata"].get("annotations") or {}
         status = raw.get("status") or {}
         ended = status.get("phase") in ("Succeeded", "Failed")
+        scheme, port = runtime_port(raw.get("spec") or {})
         restarts, last, last_at = problems.last_exit(status)
         ready = any(item["type"] == "Ready" and item["status"] == "True" for item in status.get("conditions") or ())
         return cls(
@@ -265,7 +268,7 @@ class PodObject:
             base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
             base_uid=labels.get(LABEL_BASE_UID, ""),
             ip="" if ended else status.get("podIP") or "",
-            port=_runtime_port(raw.get("spec") or {}),
+            port=port,
             ready=ready and not ended and not meta.deleting,
             terminating=meta.deleting or ended,
             problem=problems.pod_problem(status),
@@ -276,6 +279,7 @@ class PodObject:
             last_exit=last,
             last_exit_unix_s=unix(last_at) or 0.0,
             owner_uid=controller_uid(raw["metadata"], "ReplicaSet"),
+            scheme=scheme,
         )
 
 
@@ -324,15 +328,6 @@ class DeploymentObject:
             paused=bool(spec.get("paused")),
             rolling=not spec.get("paused") and _progress(raw.get("status") or {}) not in SETTLED,
         )
-
-
-def _runtime_port(spec: Mapping[str, Any]) -> int:
-    """Returns the container port named http, on which the runtime of this pod listens; 0 for none."""
-    for container in spec.get("containers") or ():
-        for port in container.get("ports") or ():
-            if port.get("name") == RUNTIME_PORT_NAME:
-                return int(port["containerPort"])
-    return 0
 
 
 SETTLED = ("", "NewReplicaSetAvailable", "ProgressDeadlineExceeded")

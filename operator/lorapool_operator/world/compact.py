@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from lorapool_api.chat import ChatReport, TemplateOrigin
 from lorapool_api.common import Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport
@@ -45,6 +46,7 @@ def compact_report(report: AdapterReport) -> AdapterReport:
     unused = _unused(report.usage.boot_id)
     if report.usage == unused:
         values["usage"] = unused
+    values["chat"] = _same_chat(report.chat)
     return report
 
 
@@ -59,7 +61,21 @@ def compact_adapter(spec: LoraAdapterSpec, status: LoraAdapterStatus) -> None:
     compact(status)
     _intern(spec.base_model_ref.__dict__, "name", "namespace")
     _intern(status.__dict__, "state", "digest")
+    status.__dict__["chat"] = _same_chat(status.chat)
     status.__dict__["target_modules"] = _modules(tuple(status.target_modules))
+
+
+def _same_chat(chat: ChatReport | None) -> ChatReport | None:
+    return None if chat is None else _chat(chat.template, chat.template_digest, tuple(chat.stop_tokens), chat.problem)
+
+
+@functools.lru_cache(maxsize=SHARED_CONDITIONS)
+def _chat(
+    template: TemplateOrigin, digest: str | None, stop_tokens: tuple[str, ...], problem: str | None
+) -> ChatReport:
+    return compact(
+        ChatReport(template=template, template_digest=digest, stop_tokens=list(stop_tokens), problem=problem)
+    )
 
 
 def _intern(values: dict[str, Any], *names: str) -> None:

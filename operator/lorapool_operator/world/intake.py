@@ -186,4 +186,5 @@ def _adapters_depend_on(base: BaseObject) -> tuple[Any, ...]:
     Its counts and its number of replicas, which change often, are no part.
     """
     spec, failure = base.spec.model_copy(update={"replicas": None}), base.failure
-    return base.meta.uid, spec, base.meta.deleting, failure.reason if failure is not None else None, base.stalled
+    failed = failure.reason if failure is not None else None
+    return base.meta.uid, spec, base.meta.deleting, failed, base.stalled, base.status.modules is None

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec
+from lorapool_api.chat import chat_hash
 from lorapool_api.common import AdapterKey, FailureReason, Reason
 from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
@@ -39,6 +41,8 @@ class RuntimeView:
     """True if the latest poll succeeded, or polls have failed only for a moment."""
     token_refused: bool = False
     """The runtime's last answer was that the operator's token is not valid."""
+    distrust: str = ""
+    """Why the certificate that it served last is refused; empty if it is trusted."""
     skew_s: float = 0.0
     """The operator's clock minus the runtime's."""
 
@@ -276,6 +280,15 @@ class ObservedAdapter:
         return sum(report.in_flight + report.waiting for item in current for report in item.reports)
 
 
+UNCHECKED = "?"
+"""Ends the fingerprint of an inspection without the base, whose modules are not known yet."""
+
+
+def unchecked(fingerprint: str | None) -> bool:
+    """True for a result that says nothing of the adapter's base."""
+    return fingerprint is not None and UNCHECKED in fingerprint
+
+
 def fingerprint_origin(base: BaseObject, rights: Rights) -> str:
     """Returns what a result is void without: the same weights of the base, and the same rights to the source."""
     origin = uid_hash(base.meta.uid)
@@ -286,9 +299,13 @@ def adapter_fingerprint(adapter: AdapterObject, base: BaseObject, rights: Rights
     """Returns the hash of all an inspection depends on, after its origin."""
     source = adapter.spec.source
     parts = [source.uri, source.revision or "", source.digest or "", adapter.meta.retry or ""]
-    if runtime_reads_source(adapter, base):
+    by_runtime = runtime_reads_source(adapter, base)
+    if by_runtime:
         parts.append(str(base.spec.lora.max_rank))  # the runtime checks the rank itself
-    return f"{fingerprint_origin(base, rights)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    if said := chat_hash(adapter.spec.chat_template, adapter.spec.generation):
+        parts.append(said)  # a template that cannot be used is a failure which another one heals
+    against = "" if by_runtime or base.status.modules is not None else UNCHECKED
+    return f"{fingerprint_origin(base, rights)}/{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}{against}"
 
 
 def runtime_reads_source(adapter: AdapterObject, base: BaseObject) -> bool:
@@ -450,6 +467,10 @@ class ObservedBase:
     """When the credentials with which this process inspects sources changed last; 0 for never."""
     source_rules: SourceRules | None = None
     """The rules for the sources that its runtimes read; None: every one may be used with the shared rights."""
+    modules: BaseModules | None = None
+    """What adapters may name in it, if a runtime reported it to this process."""
+    serves_tls: bool = False
+    """True if its new pods are to serve TLS."""
 
     @property
     def permission(self) -> Permission:

@@ -7,6 +7,7 @@ raises ArtifactError. All methods block and are called in a thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import BinaryIO, Protocol
 
 from lorapool_api.common import FailureReason
@@ -28,13 +29,19 @@ class Source(Protocol):
         """An identifier of exactly this content: a commit, a manifest digest or a hash of the listing."""
 
     def list_files(self) -> Sequence[RemoteFile]:
-        """All files at the top level."""
+        """All files of the folder. Those in sub folders have their path as their name; they serve messages, and a
+        source may leave them out where the folder itself has weights."""
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         """Bytes of a listed file from `start`; may end early when the connection does. Raises ArtifactError."""
 
     def close(self) -> None:
         """Closes connections and files."""
+
+
+def files_below(prefix: str, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
+    """The files whose names begin with the prefix, without it. No prefix: all."""
+    return [replace(file, name=file.name[len(prefix) :]) for file in files if file.name.startswith(prefix)]
 
 
 def read_range(source: Source, name: str, start: int, length: int) -> bytes:

@@ -1,7 +1,6 @@
-"""A local folder, read without following symbolic links: a mounted claim (`pvc://`) or a fetched artifact.
+"""A local folder: a mounted claim (`pvc://`), a fetched artifact, or a folder that a person named.
 
-Every part of the path is opened relative to the one before it with O_NOFOLLOW, so that nothing inside a volume can
-lead out of it.
+Symbolic links are followed as long as they stay inside the volume; see `beneath`.
 """
 
 from __future__ import annotations
@@ -9,32 +8,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapool_api.common import FailureReason
+from lorapool_artifacts.causes import refusal
 from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
+from lorapool_artifacts.sources.beneath import FolderBeneath, LinkLeadsOutError
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_ENTRIES = 10_000
+MAX_DEPTH = 3
+"""Levels of sub folders whose files are listed where the folder itself has no weights."""
 REVISION_PREFIX = "stat-"
 
 
 class FolderSource:
     """The files of one folder. The revision is a hash of their names, sizes and modification times."""
 
-    def __init__(self, descriptor: int, where: str, deadline: Deadline | None) -> None:
-        self._descriptor = descriptor
+    def __init__(self, folder: FolderBeneath, where: str, deadline: Deadline | None) -> None:
+        self._folder = folder
         self._deadline = deadline
         self.where = where
         try:
-            self._stats = self._scan()
+            self._stats = dict(self._scan())
         except BaseException:
             self.close()
             raise
@@ -43,31 +45,41 @@ class FolderSource:
 
     @classmethod
     def open(
-        cls, root: Path, parts: Sequence[str] = (), *, where: str | None = None, deadline: Deadline | None = None
+        cls,
+        root: Path,
+        parts: Sequence[str] = (),
+        *,
+        boundary: int = 0,
+        where: str | None = None,
+        deadline: Deadline | None = None,
     ) -> FolderSource:
-        """Opens the folder `root`/`parts`. `root` is trusted, `parts` are not. Raises ArtifactError."""
+        """Opens the folder `root`/`parts`. `root` is trusted, `parts` are not. Links stay below the root and the first
+        `boundary` parts. Raises ArtifactError."""
         where = where or str(root)
-        with translated(where, "the folder"):
-            descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
             if part in ("", ".", "..") or "/" in part:
-                os.close(descriptor)
                 raise ArtifactError(FailureReason.INVALID_SOURCE, f"{where}: {part!r} is not a folder name.")
+        with translated(where, "the folder"):
+            folder = FolderBeneath(root)
             try:
-                with translated(where, f"the folder {part}"):
-                    inner = os.open(part, _DIRECTORY, dir_fd=descriptor)
-            finally:
-                os.close(descriptor)
-            descriptor = inner
-        return cls(descriptor, where, deadline)
+                folder.enter(parts[:boundary])
+                folder.become_root()
+                folder.enter(parts[boundary:])
+            except BaseException:
+                folder.close()
+                raise
+        return cls(folder, where, deadline)
 
     def list_files(self) -> Sequence[RemoteFile]:
-        return [RemoteFile(name, info.st_size) for name, info in self._stats.items()]
+        files = [RemoteFile(name, info.st_size) for name, info in self._stats.items()]
+        if not any(name.endswith(".safetensors") for name in self._stats):
+            files += (RemoteFile(path, 0) for path in self._nested() if "/" in path)
+        return files
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         known = self._stats[name]
         with translated(self.where, name):
-            descriptor = os.open(name, _FILE, dir_fd=self._descriptor)
+            descriptor = self._folder.open_file(name)
         with open(descriptor, "rb", buffering=0) as file:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or (found.st_size, found.st_mtime_ns) != (
@@ -90,32 +102,56 @@ class FolderSource:
                 yield chunk
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._folder.close()
 
     def __del__(self) -> None:
         self.close()
 
-    def _scan(self) -> dict[str, os.stat_result]:
-        stats = {}
-        with translated(self.where, "the folder"), os.scandir(self._descriptor) as entries:
+    def _scan(self) -> Iterator[tuple[str, os.stat_result]]:
+        with translated(self.where, "the folder"), self._entries("") as entries:
             for count, entry in enumerate(entries):
                 if count >= MAX_ENTRIES:
                     raise ArtifactError(FailureReason.TOO_LARGE, f"{self.where} holds more than {MAX_ENTRIES} entries.")
-                info = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(info.st_mode):
-                    stats[entry.name] = info
-                elif stat.S_ISLNK(info.st_mode) and entry.name.endswith((".json", ".safetensors")):
-                    raise _is_link(self.where, entry.name)
-        return stats
+                info: os.stat_result | None = entry.stat(follow_symlinks=False)
+                if entry.is_symlink():
+                    info = self._behind_link(entry.name)
+                if info is not None and stat.S_ISREG(info.st_mode):
+                    yield entry.name, info
 
+    def _behind_link(self, name: str) -> os.stat_result | None:
+        """What a link leads to. None for a link that leads out, if no file of that kind is ever read."""
+        try:
+            descriptor = self._folder.open_file(name)
+        except (LinkLeadsOutError, OSError):
+            if name.endswith((".json", ".safetensors")):
+                raise refusal("link-out", where=self.where, file=name) from None
+            return None
+        try:
+            return os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
 
-def _is_link(where: str, name: str) -> ArtifactError:
-    return ArtifactError(
-        FailureReason.INVALID_SOURCE,
-        f"{where}: {name} is a symbolic link, which is never followed; copy the file itself.",
-    )
+    def _nested(self) -> Iterator[str]:
+        """Paths of the files in sub folders, of the first entries only and without following links."""
+        pending, left = [""], MAX_ENTRIES
+        while pending and left > 0:
+            path = pending.pop(0)
+            with contextlib.suppress(OSError), self._entries(path) as entries:
+                for entry in itertools.islice(entries, left):
+                    left -= 1
+                    if not entry.is_dir(follow_symlinks=False):
+                        yield path + entry.name
+                    elif path.count("/") < MAX_DEPTH:
+                        pending.append(f"{path}{entry.name}/")
+
+    @contextlib.contextmanager
+    def _entries(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        descriptor = self._folder.open_folder(path)
+        try:
+            with os.scandir(descriptor) as entries:
+                yield entries
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -123,13 +159,13 @@ def translated(where: str, what: str) -> Iterator[None]:
     """Turns OSErrors into ArtifactErrors, by error number."""
     try:
         yield
+    except LinkLeadsOutError as error:
+        raise refusal("link-out", where=where, file=what) from error
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENOTDIR):
             raise ArtifactError(
                 FailureReason.SOURCE_NOT_FOUND, f"{where}: {what} does not exist; check the path."
             ) from error
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise _is_link(where, what) from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise ArtifactError(
                 FailureReason.UNAUTHORIZED,

@@ -1,4 +1,4 @@
-"""`hf://org/name[@revision]`: a model repository of a Hugging Face hub.
+"""`hf://org/name[/folder][@revision]`: a model repository of a Hugging Face hub.
 
 huggingface_hub provides the hub's API, its URLs and the token (HF_ENDPOINT, HF_TOKEN). Files are downloaded through
 our own session, so that they are bounded, resumable and cannot be redirected into the cluster. The hub lists the
@@ -21,6 +21,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.address_guard import AddressGuard
+from lorapool_artifacts.sources.base import files_below
 from lorapool_artifacts.sources.http import (
     GuardedSession,
     error_of_status,
@@ -46,10 +47,11 @@ class HfSource:
     def __init__(
         self, uri: HfUri, revision: str, files: Sequence[RemoteFile], settings: SourceSettings, deadline: Deadline
     ) -> None:
-        self.where = f"hf://{uri.repo}"
+        self.where = uri.folder
         self.revision = revision
         self._repo = uri.repo
-        self._files = files
+        self._prefix = f"{uri.path}/" if uri.path else ""
+        self._files = files_below(self._prefix, files)
         self._endpoint = settings.hf_endpoint or PUBLIC_HUB
         self._deadline = deadline
         self._headers = build_hf_headers(token=_token(settings), library_name="lorapool")
@@ -59,7 +61,7 @@ class HfSource:
         return self._files
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        url = hf_hub_url(self._repo, name, revision=self.revision, endpoint=self._endpoint)
+        url = hf_hub_url(self._repo, self._prefix + name, revision=self.revision, endpoint=self._endpoint)
         headers = {**self._headers, "Accept-Encoding": "identity", **range_header(start, length)}
         with translated(self._deadline):
             response = self._session.get(url, headers=headers, stream=True)
@@ -87,7 +89,7 @@ def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline
             error.response.status_code,
             error.response.headers,
             where=str(uri),
-            what="the repository or revision",
+            what=_what_is_missing(revision or uri.revision),
             access=ACCESS,
         ) from error
     except httpx2.TimeoutException as error:
@@ -100,6 +102,15 @@ def open_hf(uri: HfUri, revision: str | None, settings: SourceSettings, deadline
         raise _not_a_hub(uri, endpoint)
     files = [_remote_file(item.rfilename, item.size, item.lfs) for item in info.siblings or ()]
     return HfSource(uri, info.sha, [file for file in files if file is not None], settings, deadline)
+
+
+def _what_is_missing(revision: str | None) -> str:
+    """The part of the URI that the hub does not know. A folder behind the revision is read as a part of its name."""
+    if revision is None or "/" not in revision:
+        return "the repository or revision"
+    return (
+        f"the repository or revision {revision!r} (a folder is written before the revision: hf://org/name/folder@main)"
+    )
 
 
 def _guard(settings: SourceSettings, deadline: Deadline) -> AddressGuard:

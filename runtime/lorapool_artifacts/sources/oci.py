@@ -1,4 +1,4 @@
-"""`oci://host/repository[:tag|@sha256:…]`: an artifact whose layers are the files.
+"""`oci://host/repository[:tag|@sha256:…][/folder]`: an artifact whose layers are the files.
 
 oras implements the authentication of registries and finds Docker's credentials. Requests go through our own session,
 which is bounded and does not use oras' retries (minutes of sleep). A layer's title annotation is the file name, its
@@ -24,6 +24,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import MIB, SourceSettings
 from lorapool_artifacts.sources.address_guard import AddressGuard
+from lorapool_artifacts.sources.base import files_below
 from lorapool_artifacts.sources.http import (
     GuardedSession,
     error_of_status,
@@ -53,16 +54,17 @@ class OciSource:
     def __init__(
         self, uri: OciUri, registry: _Registry, revision: str, layers: Mapping[str, tuple[RemoteFile, str]]
     ) -> None:
-        self.where = f"oci://{uri.host}/{uri.repo}"
+        self.where = str(uri)
         self.revision = revision
         self._registry = registry
         self._layers = layers
+        self._prefix = f"{uri.path}/" if uri.path else ""
 
     def list_files(self) -> Sequence[RemoteFile]:
-        return [file for file, _ in self._layers.values()]
+        return files_below(self._prefix, [file for file, _ in self._layers.values()])
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
-        _, digest = self._layers[name]
+        _, digest = self._layers[self._prefix + name]
         response = self._registry.get(f"blobs/{digest}", range_header(start, length))
         if response.status_code not in (200, 206):
             response.close()

@@ -1,7 +1,8 @@
 """`pvc://claim/path`: a folder of a volume mounted into this process.
 
 Only runtimes have such mounts: the administrator's runtime profile mounts a claim at `<pvc_root>/<claim>`. A process
-without them fails transiently, since a runtime can read the source. A volume stores no revisions: the reported one
+without them fails transiently, since a runtime can read the source. Links lead out of neither the claim nor the folder
+of it that the namespace may read. A volume stores no revisions: the reported one
 only detects changes, and the digest identifies the content.
 """
 
@@ -31,5 +32,6 @@ def open_pvc(uri: PvcUri, revision: str | None, settings: SourceSettings, deadli
             f"{uri}: the claim {uri.claim} is not mounted into the runtime; add it to runtimeProfiles.<name>.volumes "
             "of the chart, where <name> is spec.runtimeProfile of the BaseModel.",
         )
-    parts = [uri.claim, *uri.path.split("/")] if uri.path else [uri.claim]
-    return FolderSource.open(settings.pvc_root, parts, where=str(uri), deadline=deadline)
+    parts = uri.path.split("/") if uri.path else []
+    depth = len(settings.pvc_boundary.split("/")) if settings.pvc_boundary else 0
+    return FolderSource.open(settings.pvc_root / uri.claim, parts, boundary=depth, where=str(uri), deadline=deadline)

@@ -24,7 +24,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.address_guard import AddressGuard
-from lorapool_artifacts.sources.base import CHUNK_BYTES, changed
+from lorapool_artifacts.sources.base import CHUNK_BYTES, changed, files_below
 from lorapool_artifacts.sources.http import GuardedSession, error_of_status
 from lorapool_artifacts.sources.http import translated as translated_http
 from lorapool_artifacts.uri import S3Uri
@@ -40,7 +40,7 @@ _AMBIENT = (
 
 
 class S3Source:
-    """The objects directly below one prefix, as listed when the source was opened."""
+    """The objects below one prefix, those directly below it as listed when the source was opened."""
 
     def __init__(self, uri: S3Uri, store: Any, settings: SourceSettings, deadline: Deadline) -> None:
         self.where = str(uri)
@@ -53,12 +53,15 @@ class S3Source:
         self.revision = f"{REVISION_PREFIX}{hashlib.sha256(''.join(lines).encode()).hexdigest()[:32]}"
 
     def list_files(self) -> Sequence[RemoteFile]:
-        if not self._objects:
+        files = [RemoteFile(name, item["size"]) for name, item in self._objects.items()]
+        if not any(name.endswith(".safetensors") for name in self._objects):
+            files += self._nested()
+        if not files:
             raise ArtifactError(
                 FailureReason.SOURCE_NOT_FOUND,
                 f"{self.where} holds no objects; check the bucket, the prefix and its case.",
             )
-        return [RemoteFile(name, item["size"]) for name, item in self._objects.items()]
+        return files
 
     def stream(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
         item = self._objects[name]
@@ -77,6 +80,13 @@ class S3Source:
                     yield bytes(chunk)
         except PreconditionError as error:
             raise changed(self.where, name) from error
+
+    def _nested(self) -> Sequence[RemoteFile]:
+        """The objects in sub folders, of the first page of the listing only."""
+        with translated(self._deadline, "the prefix"):
+            page = next(iter(obstore.list(self._store, self._prefix or None, chunk_size=1000)), ())
+        below = files_below(self._prefix, [RemoteFile(item["path"], item["size"]) for item in page])
+        return [file for file in below if "/" in file.name]
 
     def close(self) -> None:
         self._store = None

@@ -25,8 +25,8 @@ from lorapool_api.protocol import (
     SourceRef,
     Tier,
 )
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
-from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind
@@ -94,7 +94,7 @@ class DiskStore:
         self._inspectors = ThreadPoolExecutor(
             MAX_INSPECTIONS, thread_name_prefix="inspect-adapter", initializer=lower_thread_priority
         )
-        self._inspected: dict[str, tuple[int, _Signature]] = {}
+        self._inspected: dict[str, tuple[AdapterLimits, _Signature]] = {}
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
         limit = max_bytes or DEFAULT_MAX_ADAPTER_BYTES
@@ -102,16 +102,17 @@ class DiskStore:
             folder, tier = self._cache.get(digest), Tier.DISK
             if folder is None:
                 tier = Tier.SOURCE
-                limits = replace(self._fetch_limits, max_total_bytes=limit)
-                resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, limits, sources)
+                bounds = replace(self._fetch_limits, max_total_bytes=limit)
+                resolved = await resolve(source.uri, source.revision, ArtifactKind.ADAPTER, bounds, sources)
                 folder = await self._cache.obtain(resolved, digest)
         self._cache.touch(digest)
+        limits = AdapterLimits(self._max_rank, limit, sources.max_tensors)
         await asyncio.get_running_loop().run_in_executor(
-            self._inspectors, self._inspect, folder, digest, source.uri, limit
+            self._inspectors, self._inspect, folder, digest, source.uri, limits
         )
         return StoredAdapter(folder, digest, tier)
 
-    def _inspect(self, folder: Path, digest: str, uri: str, limit: int) -> None:
+    def _inspect(self, folder: Path, digest: str, uri: str, limits: AdapterLimits) -> None:
         """Raises ArtifactError if the folder has another digest or does not fit the base."""
         try:
             signature = _signature(folder)
@@ -119,9 +120,9 @@ class DiskStore:
             raise ArtifactError(
                 FailureReason.CORRUPT_ARTIFACT, f"The copy of {uri} on this machine cannot be read: {error.strerror}."
             ) from error
-        if self._inspected.get(digest) == (limit, signature):
+        if self._inspected.get(digest) == (limits, signature):
             return
-        found = inspect_adapter_folder(folder, self._base, AdapterLimits(self._max_rank, max_bytes=limit))
+        found = inspect_adapter_folder(folder, self._base, limits)
         if found.digest is not None and found.digest != digest:
             raise ArtifactError(
                 FailureReason.DIGEST_MISMATCH,
@@ -132,7 +133,7 @@ class DiskStore:
             raise ArtifactError(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
         if len(self._inspected) >= MAX_REMEMBERED:
             self._inspected.clear()
-        self._inspected[digest] = (limit, signature)
+        self._inspected[digest] = (limits, signature)
 
     def give_credentials(self, credentials: NamespaceCredentials) -> None:
         self._access.give(credentials.namespaces)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import ApiError, client_fault
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, ErrorDetail
+from lorapool_runtime.openai.chat_files import ChatFiles
+from lorapool_runtime.openai.chat_format import ChatFormat
 from lorapool_runtime.usage import AdapterUsage
 
 
@@ -66,6 +68,10 @@ class AdapterEntry:
     used_unix_s: float | None = None
     rank: int | None = None
     device_bytes: int = 0
+    chat_files: ChatFiles | None = None
+    """What its files say about chats; None until they were read."""
+    chat: ChatFormat | None = None
+    """How requests are written for it; None until its files were read."""
     waiting: int = 0
     """Requests that wait for its load, or for their turn."""
     failure: LoadFailure | None = None
@@ -91,6 +97,8 @@ class AdapterEntry:
         before = self.descriptor
         if (before.source, before.max_bytes) != (descriptor.source, descriptor.max_bytes):
             self.failure = None
+        if before.chat_hash != descriptor.chat_hash:
+            self.failure = None
         self.descriptor = descriptor
         self.usage.rename(descriptor.display)
         self.on_change(self.key)
@@ -111,6 +119,10 @@ class AdapterEntry:
     def set_loaded(self, rank: int, device_bytes: int, *, now_s: float, unix_s: float) -> None:
         self.rank, self.device_bytes, self.failure = rank, device_bytes, None
         self.used_s, self.since_unix_s = now_s, unix_s
+        self.on_change(self.key)
+
+    def set_chat(self, files: ChatFiles, chat: ChatFormat) -> None:
+        self.chat_files, self.chat = files, chat
         self.on_change(self.key)
 
     def set_unloaded(self, unix_s: float) -> None:

@@ -33,6 +33,8 @@ from lorapool_runtime.adapters.registry import AdapterRegistry
 from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import Engine, HostAdapter
 from lorapool_runtime.metrics import Metrics
+from lorapool_runtime.openai.chat_files import ChatFiles
+from lorapool_runtime.openai.chat_formats import ChatFormats
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class AdapterLoader:
         registry: AdapterRegistry,
         engine: Engine,
         store: AdapterStore,
+        formats: ChatFormats,
         metrics: Metrics,
         on_drain: Callable[[AdapterKey], None],
         rng: random.Random,
@@ -59,6 +62,7 @@ class AdapterLoader:
         self._registry = registry
         self._engine = engine
         self._store = store
+        self._formats = formats
         self._metrics = metrics
         self._on_drain = on_drain
         self._rng = rng
@@ -125,7 +129,9 @@ class AdapterLoader:
     async def _host_copy(self, entry: AdapterEntry) -> tuple[HostAdapter, Tier]:
         """The adapter in host memory, fetched and read if need be, and the tier it came from."""
         digest = entry.key.digest
-        if (kept := self._registry.host_copy(digest)) is not None:
+        kept, files = self._registry.host_copy(digest), self._registry.chat_files(digest)
+        if kept is not None and files is not None:
+            await self._set_chat(entry, files)
             return kept, Tier.HOST
         with entry.cancellable_load(), self._store.pinned(digest):
             turn = nullcontext() if self._store.on_disk(digest) else self._fetch_turn(entry)
@@ -139,11 +145,33 @@ class AdapterLoader:
                     "spec.source.digest or pin the revision.",
                 )
             self._registry.add_disk_copy(digest)
-            host = await asyncio.get_running_loop().run_in_executor(
-                self._readers, lambda: self._engine.read_adapter(str(stored.folder), max_rank=self._limits.max_rank)
-            )
+            loop = asyncio.get_running_loop()
+            await self._set_chat(entry, await loop.run_in_executor(self._readers, self._formats.read, stored.folder))
+            if (host := kept) is None:
+                host = await loop.run_in_executor(
+                    self._readers, lambda: self._engine.read_adapter(str(stored.folder), max_rank=self._limits.max_rank)
+                )
         self._registry.add_host_copy(digest, host)
         return host, stored.tier
+
+    async def _set_chat(self, entry: AdapterEntry, files: ChatFiles) -> None:
+        """Raises ArtifactError for a chat template or a tokenizer that cannot be used."""
+        said = entry.descriptor
+        chat = await asyncio.get_running_loop().run_in_executor(
+            self._readers, self._formats.of_adapter, files, said.chat_template, said.generation
+        )
+        entry.set_chat(files, chat)
+
+    async def renew_chat(self, entry: AdapterEntry) -> None:
+        """Applies what its object, or the base's, says about chats now. An adapter for which that fails is unloaded."""
+        if entry.chat_files is None:
+            return
+        try:
+            await self._set_chat(entry, entry.chat_files)
+        except ArtifactError as error:
+            self._failed(entry, error.reason, error.message)
+            if self._registry.usable(entry):
+                self._make_room(entry)
 
     @asynccontextmanager
     async def _fetch_turn(self, entry: AdapterEntry) -> AsyncIterator[None]:

@@ -30,6 +30,8 @@ from lorapool_runtime.engines.interface import Engine
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.metrics import Metrics
+from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.usage import UsageTracker
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class AdapterManager:
         self,
         engine: Engine,
         store: AdapterStore,
+        formats: ChatFormats,
         limits: AdapterLimits,
         *,
         boot_id: str,
@@ -60,7 +63,7 @@ class AdapterManager:
         self._registry = AdapterRegistry(
             limits, boot_id=boot_id, clock=clock, changes=changes, events=events, usage=usage
         )
-        self._loader = AdapterLoader(self._registry, engine, store, metrics, on_drain, rng or random.Random())
+        self._loader = AdapterLoader(self._registry, engine, store, formats, metrics, on_drain, rng or random.Random())
 
     # --- state --------------------------------------------------------------------------
 
@@ -119,7 +122,10 @@ class AdapterManager:
         if entry is None:
             entry = self._registry.add(key, descriptor, on_disk=self._store.on_disk(key.digest))
         elif entry.descriptor != descriptor:
+            said = entry.descriptor.chat_hash
             entry.describe(descriptor)
+            if descriptor.chat_hash != said:
+                await self._loader.renew_chat(entry)
         if descriptor.load or descriptor.pinned:
             self._loader.preload(entry)
         self._changes.bump()
@@ -197,6 +203,15 @@ class AdapterManager:
             error = await self._wait_for_slot(entry)
             if error is not None:
                 raise error
+
+    def chat_of(self, key: AdapterKey) -> ChatFormat | None:
+        """How requests are written for it; None until its files were read. Raises RuntimeNotRegisteredError."""
+        return self._registered(key).chat
+
+    async def renew_chats(self) -> None:
+        """Applies a change of the base's chat format to the adapters that use it."""
+        for entry in self._registry:
+            await self._loader.renew_chat(entry)
 
     def lease(self, key: AdapterKey, cold_start_s: float | None) -> Lease | None:
         """A lease on the adapter's slot; None when it must be waited for again. Raises RuntimeNotRegisteredError."""

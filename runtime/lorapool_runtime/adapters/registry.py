@@ -21,6 +21,7 @@ from lorapool_runtime.adapters.slot_table import SlotTable
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import HostAdapter
 from lorapool_runtime.events import Changes, EventRing
+from lorapool_runtime.openai.chat_files import ChatFiles
 from lorapool_runtime.usage import UsageTracker
 
 
@@ -136,6 +137,11 @@ class AdapterRegistry:
 
     def host_copy(self, digest: str) -> HostAdapter | None:
         return self._host.get(digest, self.clock.now_s())
+
+    def chat_files(self, digest: str) -> ChatFiles | None:
+        """What these files say about chats, if they were read for any object."""
+        known = (entry.chat_files for entry in self._entries.values() if entry.key.digest == digest)
+        return next((files for files in known if files is not None), None)
 
     def add_disk_copy(self, digest: str) -> None:
         self._on_disk.add(digest)
@@ -349,6 +355,8 @@ class AdapterRegistry:
             entry.since_unix_s,
             entry.used_unix_s,
             entry.failure,
+            entry.chat,
+            entry.descriptor.chat_hash,
             entry.usage.values(now_s),
         )
 
@@ -368,6 +376,8 @@ class AdapterRegistry:
             since_unix_s=entry.since_unix_s,
             last_used_unix_s=entry.used_unix_s,
             failure=None if entry.failure is None else entry.failure.detail(),
+            chat=None if entry.chat is None else entry.chat.report,
+            chat_hash=entry.descriptor.chat_hash,
             usage=entry.usage.report(self.boot_id, now_s),
         )
 

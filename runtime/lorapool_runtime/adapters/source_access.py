@@ -39,8 +39,12 @@ class SourceAccess:
         Raises ArtifactError: SourceNotPermitted; SourceUnavailable without readable rules, and while the credentials
         that the source asks for have not arrived.
         """
-        if self._rules_file is None or _rules(self._rules_file).check(namespace, uri) is Rights.SHARED:
+        if self._rules_file is None:
             yield self._settings
+            return
+        rules = _rules(self._rules_file)
+        if rules.check(namespace, uri) is Rights.SHARED:
+            yield self._settings.model_copy(update={"pvc_boundary": rules.boundary(namespace, uri)})
             return
         try:
             yield self._settings.with_only(self._own.get(namespace, {}))

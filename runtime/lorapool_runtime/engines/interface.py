@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from lorapool_api.base_modules import BaseModule
+
 BASE_SLOT = -1
 """The slot number of a row that runs on the base alone."""
 
@@ -143,9 +145,12 @@ class ModelFacts:
     dtype: str
     eos_token_ids: frozenset[int]
     targets: tuple[TargetShape, ...]
+    """The linear layers inside the model."""
     weight_bytes: int
     decode_program: DecodeProgramState | None = None
     """None for an engine that has no such program, as on a GPU."""
+    modules: tuple[BaseModule, ...] = ()
+    """All modules that adapters may name, with all their names."""
 
 
 @dataclass(frozen=True, slots=True)

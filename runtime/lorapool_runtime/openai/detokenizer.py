@@ -68,10 +68,14 @@ class TextChunk(NamedTuple):
 
 
 class StopFilter:
-    """Cuts the answer before the stop string that is completed first; of two at once, before the longer one."""
+    """Cuts the answer before the stop string that is completed first; of two at once, before the longer one.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    With `included` it is cut after the stop string.
+    """
+
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
         self._stops = tuple(stops)
+        self._included = included
         self._longest = max((len(stop) for stop in stops), default=0)
         self._held = ""
 
@@ -82,7 +86,7 @@ class StopFilter:
         cut = self._first_stop(held, known=len(self._held))
         if cut is not None:
             self._held = ""
-            return TextChunk(held[:cut], stopped=True)
+            return TextChunk(held[: cut[0] if self._included else cut[1]], stopped=True)
         keep = self._possible_start(held)
         self._held = held[len(held) - keep :]
         return TextChunk(held[: len(held) - keep])
@@ -92,15 +96,15 @@ class StopFilter:
         held, self._held = self._held, ""
         return held
 
-    def _first_stop(self, text: str, *, known: int) -> int | None:
-        """The start of the stop string that is completed first. None ends within the first `known` characters."""
+    def _first_stop(self, text: str, *, known: int) -> tuple[int, int] | None:
+        """End and start of the stop string that is completed first. None ends within the first `known` characters."""
         best: tuple[int, int] | None = None  # (end, start)
         for stop in self._stops:
             start = text.find(stop, max(0, known - len(stop) + 1))
             if start >= 0:
                 found = (start + len(stop), start)
                 best = found if best is None else min(best, found)
-        return None if best is None else best[1]
+        return best
 
     def _possible_start(self, text: str) -> int:
         """Length of the longest suffix of `text` that is a proper prefix of a stop string."""
@@ -114,9 +118,9 @@ class StopFilter:
 class TextStream:
     """A detokenizer followed by a stop filter: tokens in, text that may be sent out."""
 
-    def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
+    def __init__(self, decode: Decode, stops: Sequence[str], *, included: bool = False) -> None:
         self._detokenizer = Detokenizer(decode)
-        self._filter = StopFilter(stops)
+        self._filter = StopFilter(stops, included=included)
 
     @property
     def characters(self) -> int:

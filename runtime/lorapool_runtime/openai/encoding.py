@@ -9,12 +9,16 @@ import sys
 from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
+from lorapool_runtime.engines.interface import ModelFacts, SamplingParams, TokenConstraint
+from lorapool_runtime.openai.chat_format import ChatFormat
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
 from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.min_tokens import MinTokens
+from lorapool_runtime.openai.reasoning import ReasoningStart
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
-from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.openai.stops import Stops, stops_of
+from lorapool_runtime.openai.tokenizer import ChatPrompt, Decoder, Tokenizer
 from lorapool_runtime.openai.tools import tools_grammar
 
 MAX_REQUEST_TOKENS = 65_536
@@ -30,49 +34,76 @@ class EncodedRequest:
     sampling: tuple[SamplingParams, ...]
     """One per sequence: `n` per prompt, in the order of the response's choices."""
     grammar: Grammar | None
+    min_tokens: int
+    vocab_size: int
     echo: tuple[EchoedPrompt, ...]
     """One per prompt when the request asks for it, else empty."""
+    stops: Stops
+    decoder: Decoder
+    chat: ChatFormat
+    reasoning: ReasoningStart = ReasoningStart.NONE
+
+    def constraint(self, sampling: SamplingParams) -> TokenConstraint | None:
+        """A new constraint for one sequence; None if it may generate any token."""
+        if self.grammar is not None:
+            return self.grammar.constraint(sampling.stop_token_ids)
+        if self.min_tokens and sampling.stop_token_ids:
+            return MinTokens(self.min_tokens, sampling.stop_token_ids, self.vocab_size)
+        return None
 
 
 async def encode(
     request: ChatRequest | CompletionRequest,
     tokenizer: Tokenizer,
+    chat: ChatFormat,
     grammars: GrammarCompiler,
     facts: ModelFacts,
     tenant: str,
 ) -> EncodedRequest:
-    """Encodes a request for the base.
+    """Encodes a request for the base, or for an adapter with its own chat format.
 
     Raises InvalidRequestError beyond the base's bounds, UnavailableError or TooManyRequestsError under load.
     """
-    prompts = await _prompts(request, tokenizer, facts, tenant)
-    spec = _grammar_spec(request, tokenizer)
+    stops = stops_of(request, chat, facts.vocab_size)
+    found = await _prompts(request, tokenizer, chat, facts, tenant)
+    prompts = tuple(prompt.ids for prompt in found)
+    spec = _grammar_spec(request, chat)
     grammar = None if spec is None else await grammars.compile(spec)
     share = _share_of_logprobs(request, prompts)
     sampling = tuple(
-        _sampling(request, len(prompt), choice, len(prompts) * request.n, share, tokenizer, facts)
+        _sampling(request, len(prompt), choice, len(prompts) * request.n, share, stops.token_ids, facts)
         for prompt in prompts
         for choice in range(request.n)
     )
+    decoder = Decoder(tokenizer, chat.extra, request.skip_special_tokens)
     echo: tuple[EchoedPrompt, ...] = ()
     if isinstance(request, CompletionRequest) and request.echo:
-        echo = tuple([await tokenizer.echo(prompt, tenant=tenant) for prompt in prompts])
-    return EncodedRequest(prompts, sampling, grammar, echo)
+        echo = tuple([await tokenizer.echo(prompt, decode=decoder, tenant=tenant) for prompt in prompts])
+    reasoning = ReasoningStart.NONE if _begins_with_grammar(request) else found[0].reasoning
+    return EncodedRequest(
+        prompts, sampling, grammar, request.min_tokens, facts.vocab_size, echo, stops, decoder, chat, reasoning
+    )
 
 
 async def _prompts(
-    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, facts: ModelFacts, tenant: str
-) -> tuple[tuple[int, ...], ...]:
+    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, chat: ChatFormat, facts: ModelFacts, tenant: str
+) -> tuple[ChatPrompt, ...]:
     if isinstance(request, ChatRequest):
         texts = "".join(message["content"].strip() for message in request.messages if message["role"] == "user")
         _refuse_beyond_context(tokenizer.least_tokens(texts), facts.max_model_len, request.prompt_param)
         tools = [tool.definition for tool in request.tools.offered]
-        return (await tokenizer.prompt_of_messages(request.messages, tools, tenant=tenant),)
+        return (
+            await tokenizer.prompt_of_messages(
+                request.messages, tools, chat=chat, options=request.template, tenant=tenant
+            ),
+        )
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
             _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len, request.prompt_param)
-        ids = await tokenizer.prompt_of_text(prompt, tenant=tenant) if isinstance(prompt, str) else prompt
+            ids = await tokenizer.prompt_of_text(prompt, extra=chat.extra, tenant=tenant)
+        else:
+            ids = prompt
         if not ids:
             raise InvalidRequestError("The prompt has no tokens.", param="prompt")
         if max(ids) >= facts.vocab_size:
@@ -80,7 +111,7 @@ async def _prompts(
                 f"The prompt names token {max(ids)}, but the vocabulary has {facts.vocab_size} tokens.",
                 param="prompt",
             )
-        prompts.append(ids)
+        prompts.append(ChatPrompt(ids))
     return tuple(prompts)
 
 
@@ -97,9 +128,14 @@ def _refuse_beyond_context(least_tokens: int, max_model_len: int, param: str) ->
         )
 
 
-def _grammar_spec(request: ChatRequest | CompletionRequest, tokenizer: Tokenizer) -> GrammarSpec | None:
+def _begins_with_grammar(request: ChatRequest | CompletionRequest) -> bool:
+    """Whether a grammar holds from the first token on, which leaves no room for reasoning."""
+    return request.grammar is not None or (isinstance(request, ChatRequest) and request.tools.mode == "required")
+
+
+def _grammar_spec(request: ChatRequest | CompletionRequest, chat: ChatFormat) -> GrammarSpec | None:
     if isinstance(request, ChatRequest) and request.tools.active:
-        return tools_grammar(request.tools, tokenizer.tool_format)
+        return tools_grammar(request.tools, chat.shape.tools, request.grammar)
     return request.grammar
 
 
@@ -109,15 +145,14 @@ def _sampling(
     choice: int,
     sequences: int,
     share_of_logprobs: int,
-    tokenizer: Tokenizer,
+    stop_token_ids: frozenset[int],
     facts: ModelFacts,
 ) -> SamplingParams:
     """The engine's parameters of one sequence."""
     given = request.sampling
-    wanted = request.max_tokens
-    if wanted is not None and wanted > share_of_logprobs:
+    max_tokens = _max_tokens(request.max_tokens, request.prompt_param, prompt_tokens, sequences, facts.max_model_len)
+    if request.max_tokens is not None and max_tokens > share_of_logprobs:
         raise _too_many_logprobs()
-    max_tokens = _max_tokens(wanted, request.prompt_param, prompt_tokens, sequences, facts.max_model_len)
     if given.logit_bias and max(given.logit_bias) >= facts.vocab_size:
         raise InvalidRequestError(
             f"`logit_bias` names token {max(given.logit_bias)}, but the vocabulary has {facts.vocab_size} tokens.",
@@ -127,7 +162,7 @@ def _sampling(
         given,
         max_tokens=min(max_tokens, share_of_logprobs),
         seed=None if given.seed is None else given.seed + choice,
-        stop_token_ids=frozenset() if given.ignore_eos else tokenizer.eos_token_ids,
+        stop_token_ids=stop_token_ids,
     )
 
 
@@ -155,7 +190,7 @@ def _too_many_logprobs() -> InvalidRequestError:
 
 
 def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, sequences: int, max_model_len: int) -> int:
-    """Completion tokens of one sequence: `wanted` if it fits, or as many as fit."""
+    """Completion tokens of one sequence: `wanted`, or as many as fit the context if that is less."""
     room = max_model_len - prompt_tokens
     if room < (0 if wanted == 0 else 1):
         raise InvalidRequestError(
@@ -167,17 +202,11 @@ def _max_tokens(wanted: int | None, prompt_param: str, prompt_tokens: int, seque
     share = budget // sequences
     if wanted is None:
         return min(room, share)
-    if wanted > room:
+    granted = min(wanted, room)
+    if granted > share:
         raise InvalidRequestError(
-            f"This model's context is {max_model_len} tokens: the prompt has {prompt_tokens}, so `max_tokens` "
-            f"may be at most {room}, not {wanted}.",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    if wanted > share:
-        raise InvalidRequestError(
-            f"{sequences} sequences of `max_tokens` {wanted} are {sequences * wanted} tokens; "
+            f"{sequences} sequences of `max_tokens` {granted} are {sequences * granted} tokens; "
             f"one request may ask for {budget}, so `max_tokens` may be at most {share}.",
             param="max_tokens",
         )
-    return wanted
+    return granted

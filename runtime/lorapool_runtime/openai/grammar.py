@@ -18,10 +18,14 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequestError, TooManyRequestsError, UnavailableError
 from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
-from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
+from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec, SchemaPart
+from lorapool_runtime.openai.json_body import printable
+from lorapool_runtime.openai.relaxation import relaxed
 
 _CACHED = 64
 _MAX_PENDING = 64
+NAMED_PATHS = 10
+"""Keywords that an error message names at most."""
 _LIMITS: Mapping[str, Any] = {
     "max_grammar_size": 100_000,  # symbols
     "initial_lexer_fuel": 500_000,  # about 10 ms
@@ -35,21 +39,30 @@ _LIMITS: Mapping[str, Any] = {
 class Grammar:
     """A compiled grammar."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(
+        self, matcher: LLMatcher, relaxed: tuple[str, ...] = (), eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
         self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self.relaxed = relaxed
+        """Where its schemas have keywords that are not enforced: parameter and path of each."""
 
-    def constraint(self) -> TokenConstraint:
-        """A new constraint for one sequence, with its own state."""
-        return _Constraint(self._matcher.deep_copy())
+    def constraint(self, end_ids: frozenset[int] = frozenset()) -> TokenConstraint:
+        """A new constraint for one sequence, with its own state. `end_ids` may end it wherever it may end."""
+        return _Constraint(self._matcher.deep_copy(), self._eos_token_ids, end_ids - self._eos_token_ids)
 
 
 class _Constraint:
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], further_ends: frozenset[int]) -> None:
         self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._further_ends = further_ends
 
     def mask(self) -> bytes:
-        bits = self._matcher.compute_bitmask()
+        bits: bytes = self._matcher.compute_bitmask()
         self._raise_if_failed()
+        if self._further_ends and any(bits[end // 8] >> end % 8 & 1 for end in self._eos_token_ids):
+            return _with(bits, self._further_ends)
         return bits
 
     def accept(self, token_id: int) -> None:
@@ -62,7 +75,15 @@ class _Constraint:
 
     def _raise_if_failed(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the grammar of this answer failed: {_first_line(self._matcher.get_error())}")
+            raise ConstraintError(f"the grammar of this answer failed: {_reason(self._matcher.get_error())}")
+
+
+def _with(bits: bytes, token_ids: Iterable[int]) -> bytes:
+    changed = bytearray(bits)
+    for token_id in token_ids:
+        if token_id // 8 < len(changed):
+            changed[token_id // 8] |= 1 << token_id % 8
+    return bytes(changed)
 
 
 class GrammarCompiler:
@@ -70,11 +91,12 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Iterable[int], timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._pending = 0
         self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # used by the worker thread only
         self._tokenizer: Future[LLTokenizer] = self._pool.submit(
-            _make_tokenizer, tokenizer_json, vocab_size, sorted(eos_token_ids)
+            _make_tokenizer, tokenizer_json, vocab_size, sorted(self._eos_token_ids)
         )
 
     def close(self) -> None:
@@ -110,15 +132,40 @@ class GrammarCompiler:
         if spec in self._cache:
             self._cache.move_to_end(spec)
             return self._cache[spec]
-        matcher = self._matcher(spec.schema, spec.lark)
-        if matcher.is_error():
-            raise self._refusal(spec, matcher.get_error())
-        grammar = self._cache[spec] = Grammar(matcher)
+        grammar = self._cache[spec] = self._grammar(spec)
         if len(self._cache) > _CACHED:
             self._cache.popitem(last=False)
         return grammar
 
-    def _matcher(self, schema: str | None, lark: str | None) -> LLMatcher:
+    def _grammar(self, spec: GrammarSpec) -> Grammar:
+        matcher = self._matcher(spec.text([part.schema for part in spec.parts]), is_schema=not spec.lark)
+        if not matcher.is_error():
+            return Grammar(matcher, (), self._eos_token_ids)
+        parts = [self._relaxed(part) for part in spec.parts]
+        matcher = self._matcher(spec.text([schema for schema, _ in parts]), is_schema=not spec.lark)
+        if matcher.is_error():
+            raise _refusal(spec.param, matcher.get_error())
+        unenforced = tuple(path for _, dropped in parts for path in dropped)
+        return Grammar(matcher, unenforced, self._eos_token_ids)
+
+    def _relaxed(self, part: SchemaPart) -> tuple[str, tuple[str, ...]]:
+        """The schema that is enforced for this one, and where it has less. Raises InvalidRequestError."""
+        error = self._error(part.schema)
+        if not error:
+            return part.schema, ()
+        made, dropped = relaxed(json.loads(part.schema), lambda schema: bool(self._error(json.dumps(schema))))
+        if part.strict:
+            raise _refusal(part.param, error, dropped)
+        text = json.dumps(made, ensure_ascii=False)
+        if error := self._error(text):
+            raise _refusal(part.param, error)
+        return text, tuple(f"{part.param}.{path}" for path in dropped)
+
+    def _error(self, schema: str) -> str:
+        """Why the library refuses a schema; empty if it does not."""
+        return self._matcher(schema, is_schema=True).get_error()
+
+    def _matcher(self, text: str, *, is_schema: bool) -> LLMatcher:
         try:
             tokenizer = self._tokenizer.result()
         except Exception as error:
@@ -126,19 +173,17 @@ class GrammarCompiler:
                 "This base model's tokenizer does not support grammars: send neither `response_format` nor `tools`.",
                 code="unsupported_parameter",
             ) from error
-        text = json_grammar(schema) if schema is not None else lark or ""
-        return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+        grammar = json_grammar(text) if is_schema else text
+        return LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
 
-    def _refusal(self, spec: GrammarSpec, message: str) -> InvalidRequestError:
-        param = spec.param
-        for part_param, schema in spec.parts:
-            matcher = self._matcher(schema, None)
-            if matcher.is_error():
-                param, message = part_param, matcher.get_error()
-                break
-        return InvalidRequestError(
-            f"The schema in `{param}` cannot be used: {_first_line(message)}", param=param, code="unsupported_schema"
-        )
+
+def _refusal(param: str, message: str, unenforceable: tuple[str, ...] = ()) -> InvalidRequestError:
+    """`unenforceable`: the paths of the keywords that are the reason."""
+    where = ", ".join(f"`{printable(path)}`" for path in unenforceable[:NAMED_PATHS])
+    remedy = f" Leave out {where}, or do not set `strict`." if where else ""
+    return InvalidRequestError(
+        f"The schema in `{param}` cannot be used: {_reason(message)}{remedy}", param=param, code="unsupported_schema"
+    )
 
 
 def json_grammar(schema: str) -> str:
@@ -152,6 +197,8 @@ def _make_tokenizer(tokenizer_json: str, vocab_size: int, eos_token_ids: list[in
     return LLTokenizer(tokenizer_json, n_vocab=max(vocab_size, count), eos_token=eos_token_ids or None)
 
 
-def _first_line(message: str) -> str:
-    line = message.strip().split("\n", 1)[0][:300].rstrip(".")
-    return f"{line}."
+def _reason(message: str) -> str:
+    """The first line of the library's message, and where that only announces an error, the last one too."""
+    lines = [line.strip() for line in message.strip().split("\n")]
+    shown = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{shown[:300].rstrip('.')}."

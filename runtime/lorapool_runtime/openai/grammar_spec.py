@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,34 @@ JSON_STYLE: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator":
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarSpec:
-    """A JSON schema, or a grammar in the library's Lark dialect."""
+class SchemaPart:
+    """A JSON schema of a request."""
 
     param: str
     """The request parameter that it comes from, for error messages."""
-    schema: str | None = None
-    lark: str | None = None
-    parts: tuple[tuple[str, str], ...] = ()
-    """(param, schema) of each schema within `lark`, so that an error message can name it."""
+    schema: str
+    """As JSON text."""
+    strict: bool
+    """True: it is enforced in full or refused. Otherwise a keyword that cannot be enforced is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """One JSON schema, or a grammar in the library's Lark dialect around several."""
+
+    param: str
+    """The request parameter that it comes from, for error messages."""
+    parts: tuple[SchemaPart, ...]
+    lark: tuple[str, ...] = ()
+    """The texts around the schemas, one more than these. Empty: the one schema is the grammar."""
+
+    def text(self, schemas: Sequence[str]) -> str:
+        """The library's Lark grammar with these schemas in place of `parts`; for one schema, the schema itself."""
+        if not self.lark:
+            return schemas[0]
+        styled = [f"%json {_styled(schema)}" for schema in schemas]
+        return "".join(f"{before}{schema}" for before, schema in zip(self.lark, [*styled, ""], strict=True))
+
+
+def _styled(schema: str) -> str:
+    return json.dumps({**json.loads(schema), "x-guidance": JSON_STYLE}, ensure_ascii=False)

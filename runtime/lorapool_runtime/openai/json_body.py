@@ -1,4 +1,4 @@
-"""A JSON body whose fields are read by type and bound; an unknown field is refused, never ignored.
+"""A JSON body whose fields are read by type and bound; an unknown field that asks for something is refused by name.
 
 It knows the parameters that are accepted without effect, but not what any parameter means.
 """
@@ -18,37 +18,46 @@ MAX_CONTAINERS = 100_000
 """Lists and objects of one body. Each costs the event loop some 0.3 µs; 4 MiB could hold 1.4 million of them."""
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
-_LABELS = frozenset({"metadata", "safety_identifier", "prompt_cache_key"})
-"""Labels for the caller's own use, accepted without effect, like `user`."""
+_LABELS = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store"}
+)
+"""Labels and wishes for the caller's own use, accepted without effect, like `user`. Nothing is stored."""
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     # unsupported parameters, and the values with which they have no effect and are accepted
     "functions": (None, []),
     "function_call": (None, "none"),
     "best_of": (None, 1),
     "suffix": (None, ""),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "chat_template": (None,),
     "chat_template_kwargs": (None, {}),
     "add_generation_prompt": (None, True),
+    "add_special_tokens": (None,),
     "continue_final_message": (None, False),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
     "prompt_embeds": (None,),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "stop_token_ids": (None, []),
 }
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+"""Values of parameters that are not known at all, with which they ask for nothing."""
 
 
 class Body:
     """A JSON object whose fields are read by type and bound. Null means that a field is not given, as with OpenAI."""
 
-    def __init__(self, raw: bytes, known: frozenset[str]) -> None:
-        self.fields = parse_json_object(raw, constants=True)
+    def __init__(self, raw: bytes | dict[str, Any], known: frozenset[str]) -> None:
+        """`raw`: the JSON text, or its object."""
+        self.fields = raw if isinstance(raw, dict) else parse_json_object(raw, constants=True)
         for name in self.fields:
             self._check_known(name, known)
 
@@ -56,11 +65,13 @@ class Body:
         if name in known or name in _LABELS:
             return
         if name in _NEUTRAL:
-            if self.fields[name] in _NEUTRAL[name]:
+            if _is_one_of(self.fields[name], _NEUTRAL[name]):
                 return
             raise InvalidRequestError(
                 f"`{name}` is not supported by this server.", param=name, code="unsupported_parameter"
             )
+        if _is_one_of(self.fields[name], _NOTHING):
+            return
         shown = printable(name)
         raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
 
@@ -86,6 +97,8 @@ class Body:
         value = self.fields.get(name)
         if value is None:
             return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
             self.refuse(name, f"must be a whole number, {bound}")
@@ -100,6 +113,11 @@ class Body:
             start = f"above {low:g}" if above else f"between {low:g}"
             self.refuse(name, f"must be a number {start} and {'at most ' if above else ''}{high:g}")
         return float(value)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether it is one of these JSON values, in which false is not the number 0."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in values)
 
 
 def parse_json_object(raw: bytes, *, constants: bool = False) -> dict[str, Any]:

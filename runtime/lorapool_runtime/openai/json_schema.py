@@ -1,13 +1,14 @@
-"""JSON schemas of requests, checked before a grammar is made of them.
+"""JSON schemas of requests, checked and closed before a grammar is made of them.
 
 The bounds are on what determines the size of a grammar: bytes, nodes, and the alternatives that `allOf` of `anyOf`
-multiplies. The meaning of a schema is left to the grammar library. Pure.
+multiplies. An object that names its properties has no others unless `additionalProperties` is given: a model left free
+invents some endlessly. All other meaning of a schema is left to the grammar library. Pure.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorapool_api.openai import InvalidRequestError
@@ -20,11 +21,35 @@ MAX_ALTERNATIVES = 1024
 MAX_PATTERN_CHARS = 1000
 _OF_THE_LIBRARY = "x-guidance"
 
+Schema = dict[str, Any]
+Path = tuple[str, ...]
+
+MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+SINGLES = frozenset({"items", "additionalItems", "additionalProperties"})
+ANNOTATIONS = frozenset(
+    {
+        "$anchor", "$comment", "$defs", "$id", "$schema", "contentEncoding", "contentMediaType", "default",
+        "definitions", "deprecated", "description", "examples", "id", "readOnly", "title", "writeOnly",
+    }
+)  # fmt: skip
+_COMBINING = ("allOf", "anyOf", "oneOf", "$ref")
+_VALUES = frozenset({"const", "default"})
+"""Keywords whose null is a value. The null of any other one means that it is not given."""
+
 
 def checked_schema(value: Any, param: str) -> str:
-    """The schema as compact JSON text. Raises InvalidRequestError naming `param` and the bound that is exceeded."""
+    """The schema as compact JSON text, its objects closed.
+
+    Raises InvalidRequestError naming `param` and the bound that is exceeded.
+    """
     if not isinstance(value, dict):
         raise InvalidRequestError(f"`{param}` must be a JSON schema: an object.", param=param)
+    _check_bounds(value, param)
+    return json.dumps(closed(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _check_bounds(value: Schema, param: str) -> None:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8", "surrogatepass")) > MAX_SCHEMA_BYTES:
         raise _too_large(param, f"is longer than {MAX_SCHEMA_BYTES} bytes")
@@ -35,7 +60,78 @@ def checked_schema(value: Any, param: str) -> str:
             _check_keywords(node, param)
     if _Alternatives(value).most() > MAX_ALTERNATIVES:
         raise _too_large(param, f"multiplies out to more than {MAX_ALTERNATIVES} alternatives at one node")
-    return text
+
+
+def rewritten(node: Any, change: Callable[[Schema, Path], Schema], path: Path = ()) -> Any:
+    """The schema with each node replaced by `change(node, path)`, the inner ones first."""
+    if not isinstance(node, dict):
+        return node
+    own = {keyword: _rewritten_value(keyword, value, change, (*path, keyword)) for keyword, value in node.items()}
+    return change(own, path)
+
+
+def _rewritten_value(keyword: str, value: Any, change: Callable[[Schema, Path], Schema], path: Path) -> Any:
+    if keyword in MAPS and isinstance(value, dict):
+        return {name: rewritten(inner, change, (*path, name)) for name, inner in value.items()}
+    if isinstance(value, list) and (keyword in LISTS or keyword == "items"):
+        return [rewritten(inner, change, (*path, str(place))) for place, inner in enumerate(value)]
+    return rewritten(value, change, path) if keyword in SINGLES else value
+
+
+def closed(schema: Schema) -> Schema:
+    """The schema with `additionalProperties: false` in each object that lists its properties and leaves it open.
+
+    An object that is merged with another schema (`allOf`, or a reference with further keywords) stays as it is: closed,
+    it would exclude the properties of the other one. Keywords that are null are left out.
+    """
+    nodes: dict[Path, Schema] = {}
+
+    def copied(node: Schema, path: Path) -> Schema:
+        given = {keyword: value for keyword, value in node.items() if value is not None or keyword in _VALUES}
+        nodes[path] = given
+        return given
+
+    made: Schema = rewritten(schema, copied)
+    merged = _merged(nodes)
+    for path, node in nodes.items():
+        if path not in merged and _may_close(node):
+            node["additionalProperties"] = False
+    return made
+
+
+def _may_close(node: Schema) -> bool:
+    properties, required = node.get("properties"), node.get("required", ())
+    if not isinstance(properties, dict) or node.keys() & {"additionalProperties", "unevaluatedProperties"}:
+        return False
+    return isinstance(required, (list, tuple)) and all(name in properties for name in required)
+
+
+def _merged(nodes: Mapping[Path, Schema]) -> set[Path]:
+    """The paths of the nodes that apply to a value together with another one."""
+    due = [path for path, node in nodes.items() if _merges(node)]
+    found: set[Path] = set()
+    while due:
+        path = due.pop()
+        if path in nodes and path not in found:
+            found.add(path)
+            due += _members(nodes[path], path)
+    return found
+
+
+def _merges(node: Schema) -> bool:
+    combining = [keyword for keyword in _COMBINING if keyword in node]
+    return "allOf" in combining or (bool(combining) and len(node.keys() - ANNOTATIONS - {"type"}) > 1)
+
+
+def _members(node: Schema, path: Path) -> list[Path]:
+    listed = [(*path, keyword, str(place)) for keyword in _COMBINING for place in range(len(_listed(node, keyword)))]
+    reference = node.get("$ref")
+    return [*listed, _steps(reference)] if isinstance(reference, str) else listed
+
+
+def _steps(reference: str) -> Path:
+    """The path of a JSON pointer into the schema itself."""
+    return tuple(step.replace("~1", "/").replace("~0", "~") for step in reference.removeprefix("#").split("/")[1:])
 
 
 def _too_large(param: str, why: str) -> InvalidRequestError:
@@ -95,8 +191,7 @@ class _Alternatives:
 
     def _target(self, reference: str) -> Any:
         found: Any = self._root
-        for step in reference.removeprefix("#").split("/")[1:]:
-            key = step.replace("~1", "/").replace("~0", "~")
+        for key in _steps(reference):
             found = found.get(key) if isinstance(found, dict) else None
         return found
 

@@ -14,31 +14,35 @@ from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import SamplingParams
 from lorapool_runtime.openai.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
-from lorapool_runtime.openai.tools import ToolChoice, parse_earlier_calls, parse_response_format, parse_tools
+from lorapool_runtime.openai.messages import Message, parse_messages
+from lorapool_runtime.openai.template_options import TemplateOptions, parse_template_options
+from lorapool_runtime.openai.tools import ToolChoice, parse_response_format, parse_tools
 
 MAX_N = 8
 MAX_SEQUENCES = 64
 """prompts x n of one request."""
-MAX_MESSAGES = 2048
 MAX_STOPS = 8
 MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; chat's is all that fits."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _SHARED = frozenset(
     {
         "model", "stream", "stream_options", "max_tokens", "n", "temperature", "top_p", "top_k", "min_p", "seed",
         "stop", "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "user",
-        "ignore_eos", "response_format",
+        "ignore_eos", "min_tokens", "response_format", "stop_token_ids", "skip_special_tokens",
+        "include_stop_str_in_output",
     }
 )  # fmt: skip
-_CHAT = _SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls"}
+_CHAT = _SHARED | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+    "chat_template_kwargs", "reasoning_effort", "add_generation_prompt", "continue_final_message",
+}  # fmt: skip
 _COMPLETION = _SHARED | {"prompt", "echo"}
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +50,44 @@ class ParsedRequest:
     model: str
     stream: bool
     include_usage: bool
+    """A stream ends with a chunk that reports the usage."""
+    continuous_usage: bool
+    """Every chunk of such a stream reports the usage so far."""
     n: int
     stops: tuple[str, ...]
     max_tokens: int | None
     """None: as many as fit."""
+    min_tokens: int
+    """The end token cannot be generated before so many."""
     sampling: SamplingParams
     """As the body gives them. `encoding` sets `max_tokens`, each choice's seed and the stop tokens."""
     grammar: GrammarSpec | None
-    """Of `response_format`. The grammar of `tools` depends on how the base writes calls."""
+    """Of `response_format`. That of `tools`, which includes it, depends on how the base writes calls."""
+    stop_token_ids: frozenset[int]
+    """Tokens that end an answer, besides those of the model."""
+    skip_special_tokens: bool
+    """False: control tokens are part of the text."""
+    include_stop: bool
+    """True: the stop string, or the text of the token that ended the answer, is part of the text."""
+
+    def own_param(self, param: str) -> str:
+        """The name that a parameter has in the body."""
+        return param
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(ParsedRequest):
-    messages: tuple[Mapping[str, Any], ...]
+    messages: tuple[Message, ...]
     tools: ToolChoice
+    template: TemplateOptions
 
     @property
     def prompt_param(self) -> str:
         return "messages"
+
+    @property
+    def sequences(self) -> int:
+        return self.n
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -80,13 +104,17 @@ class CompletionRequest(ParsedRequest):
         return "prompt"
 
     @property
+    def sequences(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
     def prompt_logprobs(self) -> int | None:
         """How many of the most likely tokens to report with each prompt token; None: no prompt log-probabilities."""
         return self.sampling.top_logprobs if self.echo else None
 
 
-def parse_chat(raw: bytes) -> ChatRequest:
-    """Parses a chat request. Raises InvalidRequestError naming the parameter at fault."""
+def parse_chat(raw: bytes | dict[str, Any]) -> ChatRequest:
+    """Parses a chat request, from JSON text or its object. Raises InvalidRequestError naming the parameter at fault."""
     body = Body(raw, _CHAT)
     top_logprobs = body.integer("top_logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     if body.flag("logprobs"):
@@ -95,22 +123,27 @@ def parse_chat(raw: bytes) -> ChatRequest:
         body.refuse("top_logprobs", "needs `logprobs` to be true")
     tools = parse_tools(body)
     grammar = _response_format(body)
-    if tools.active and grammar is not None:
-        body.refuse("response_format", "cannot be combined with `tools` unless `tool_choice` is none")
     if tools.active and body.flag("ignore_eos"):
         body.refuse("ignore_eos", "cannot be combined with `tools`: a constrained answer must be allowed to end")
     max_tokens = body.integer("max_completion_tokens", None, low=1) or body.integer("max_tokens", None, low=1)
+    options = _stream_options(body)
     return ChatRequest(
         model=body.text("model"),
         stream=body.flag("stream"),
-        include_usage=_include_usage(body),
+        include_usage=options.get("include_usage", False),
+        continuous_usage=options.get("continuous_usage_stats", False),
         n=body.integer("n", 1, low=1, high=MAX_N),
         stops=_stops(body),
         max_tokens=max_tokens,
+        min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=grammar,
-        messages=_messages(body),
+        stop_token_ids=_stop_token_ids(body),
+        skip_special_tokens=_skips_special_tokens(body),
+        include_stop=body.flag("include_stop_str_in_output"),
+        messages=parse_messages(body),
         tools=tools,
+        template=parse_template_options(body),
     )
 
 
@@ -124,15 +157,21 @@ def parse_completion(raw: bytes) -> CompletionRequest:
     prompts = _prompts(body)
     if len(prompts) * n > MAX_SEQUENCES:
         body.refuse("prompt", f"and `n` ask for {len(prompts) * n} sequences; at most {MAX_SEQUENCES} fit one request")
+    options = _stream_options(body)
     return CompletionRequest(
         model=body.text("model"),
         stream=body.flag("stream"),
-        include_usage=_include_usage(body),
+        include_usage=options.get("include_usage", False),
+        continuous_usage=options.get("continuous_usage_stats", False),
         n=n,
         stops=_stops(body),
         max_tokens=max_tokens,
+        min_tokens=_min_tokens(body, max_tokens),
         sampling=_sampling(body, top_logprobs),
         grammar=_response_format(body),
+        stop_token_ids=_stop_token_ids(body),
+        skip_special_tokens=_skips_special_tokens(body),
+        include_stop=body.flag("include_stop_str_in_output"),
         prompts=prompts,
         echo=echo,
     )
@@ -158,28 +197,36 @@ def _sampling(body: Body, top_logprobs: int | None) -> SamplingParams:
     )
 
 
-def _include_usage(body: Body) -> bool:
+def _stream_options(body: Body) -> Mapping[str, bool]:
+    """The options that are true."""
     options = body.fields.get("stream_options")
-    if options is None:
-        return False
+    if not options and options in (None, {}):
+        return {}
     if not isinstance(options, dict):
         body.refuse("stream_options", "must be an object")
     if not body.flag("stream"):
         body.refuse("stream_options", "is only for `stream: true`")
     for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation"):
-            shown = f"stream_options.{printable(name)}"
-            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+        shown = f"stream_options.{printable(name)}"
         if not isinstance(value, bool | None):
-            body.refuse(f"stream_options.{name}", "must be true or false")
-    if options.get("include_obfuscation"):
-        body.refuse("stream_options.include_obfuscation", "is not supported by this server")
-    return bool(options.get("include_usage"))
+            body.refuse(shown, "must be true or false")
+        if value and name == "include_obfuscation":
+            body.refuse(shown, "is not supported by this server")
+        if value and name not in _STREAM_OPTIONS:
+            raise InvalidRequestError(f"Unknown parameter: `{shown}`.", param=shown, code="unknown_parameter")
+    return {name: True for name, value in options.items() if value}
+
+
+def _min_tokens(body: Body, max_tokens: int | None) -> int:
+    least: int = body.integer("min_tokens", 0, low=0, high=max_tokens)
+    if least and (body.fields.get("response_format") or body.fields.get("tools")):
+        body.refuse("min_tokens", "cannot be combined with `response_format` or `tools`, whose answers may have to end")
+    return least
 
 
 def _stops(body: Body) -> tuple[str, ...]:
     value = body.fields.get("stop")
-    if value is None:
+    if value is None or value == "":
         return ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
@@ -189,6 +236,19 @@ def _stops(body: Body) -> tuple[str, ...]:
             body.refuse("stop", f"must hold strings of 1 to {MAX_STOP_CHARS} characters")
         clean_text(stop, "stop")
     return tuple(dict.fromkeys(stops))
+
+
+def _stop_token_ids(body: Body) -> frozenset[int]:
+    value = body.fields.get("stop_token_ids")
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _all(value, _is_id):
+        body.refuse("stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")
+    return frozenset(value)
+
+
+def _skips_special_tokens(body: Body) -> bool:
+    return body.fields.get("skip_special_tokens") is None or body.flag("skip_special_tokens")
 
 
 def _logit_bias(body: Body) -> Mapping[int, float]:
@@ -216,64 +276,7 @@ def _response_format(body: Body) -> GrammarSpec | None:
     return grammar
 
 
-# --- messages and prompts -----------------------------------------------------------------
-
-
-def _messages(body: Body) -> tuple[Mapping[str, str], ...]:
-    value = body.fields.get("messages")
-    if not isinstance(value, list) or not value:
-        body.refuse("messages", "must be a non-empty list")
-    if len(value) > MAX_MESSAGES:
-        body.refuse("messages", f"may hold at most {MAX_MESSAGES} messages")
-    return tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
-
-
-def _message(item: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(item, dict):
-        raise InvalidRequestError(f"`{where}` must be an object.", param=where)
-    role = item.get("role")
-    if role not in ROLES:
-        raise InvalidRequestError(
-            f"`{where}.role` must be one of {', '.join(ROLES)}.", param=f"{where}.role", code="unsupported_role"
-        )
-    known = {"role", "content", "name", *_OF_ROLE.get(role, ())}
-    for name, value in item.items():
-        if name not in known and value not in (None, [], ""):
-            shown = f"{where}.{printable(name)}"
-            raise InvalidRequestError(
-                f"`{shown}` is not supported by this server.", param=shown, code="unknown_parameter"
-            )
-    if role == "assistant" and item.get("tool_calls"):
-        calls = parse_earlier_calls(item["tool_calls"], f"{where}.tool_calls")
-        return {"role": role, "content": _content(item.get("content") or "", where), "tool_calls": calls}
-    if role == "tool":
-        answered = item.get("tool_call_id")
-        if not isinstance(answered, str) or not answered:
-            param = f"{where}.tool_call_id"
-            raise InvalidRequestError(f"`{param}` must be the id of the call that this message answers.", param=param)
-        own = {"tool_call_id": clean_text(answered, where)}
-        return {"role": role, "content": _content(item.get("content"), where), **own}
-    # "developer" is OpenAI's newer name for "system", the role that templates of open models support
-    return {"role": "system" if role == "developer" else role, "content": _content(item.get("content"), where)}
-
-
-def _content(value: Any, where: str) -> str:
-    param = f"{where}.content"
-    if isinstance(value, str):
-        return clean_text(value, param)
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError(f"`{param}` must be a string or a list of text parts.", param=param)
-    texts = []
-    for place, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise InvalidRequestError(
-                f'`{param}[{place}]` must be a part of type "text"; this model accepts no other type.',
-                param=f"{param}[{place}]",
-                code="unsupported_content",
-            )
-        texts.append(clean_text(part["text"], param))
-    return "".join(texts)
+# --- prompts -----------------------------------------------------------------------------
 
 
 def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason, TokenLogprob
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
-from lorapool_runtime.openai.tool_calls import ToolCall, ToolCallReader
+from lorapool_runtime.openai.reasoning import ReasoningReader, ReasoningStart
+from lorapool_runtime.openai.tool_calls import ToolCallDelta, ToolCallReader
 from lorapool_runtime.openai.tool_format import ToolFormat
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], list[int]]
+DONE_EVENT = b"data: [DONE]\n\n"
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -54,6 +58,7 @@ class ResponseHead:
     created_unix_s: int
     fingerprint: str
     include_usage: bool = False
+    continuous_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
 
     def body(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,6 +73,17 @@ class ResponseHead:
 
 
 @dataclass(slots=True)
+class _Call:
+    name: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+    arguments: list[str] = field(default_factory=list)
+
+    def body(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
 class _Choice:
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -76,18 +92,42 @@ class _Choice:
     finish: str | None = None
     begun: bool = False
     reader: ToolCallReader | None = None
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
+    reasoner: ReasoningReader | None = None
+    reasoning: str = ""
+
+    def apart(self, delta: Delta) -> tuple[str, Delta]:
+        """The delta's reasoning, and the delta without it."""
+        if self.reasoner is None:
+            return "", delta
+        reasoning, content = self.reasoner.push(delta.text)
+        if delta.finish is not None:
+            rest = self.reasoner.finish()
+            reasoning, content = reasoning + rest.reasoning, content + rest.content
+        self.reasoning += reasoning
+        return reasoning, replace(delta, text=content)
 
     def read(self, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
-        """The delta's text, and the tool calls that it completes."""
+        """The delta's text, and its parts of tool calls as a stream has them."""
         if self.reader is None:
             return delta.text, []
         parts = self.reader.push(delta.text)
         if delta.finish is not None:
             parts += self.reader.finish()
-        fresh = [_call_body(part) for part in parts if isinstance(part, ToolCall)]
-        self.calls += fresh
-        return "".join(part for part in parts if isinstance(part, str)), fresh
+        text = "".join(part for part in parts if isinstance(part, str))
+        return text, self._take_calls([part for part in parts if isinstance(part, ToolCallDelta)])
+
+    def _take_calls(self, parts: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+        """Adds the parts to the calls; returns one streamed part for each call."""
+        streamed: dict[int, dict[str, Any]] = {}
+        for part in parts:
+            if part.name is not None:
+                self.calls.append(_Call(part.name))
+                streamed[part.index] = {"index": part.index, **self.calls[-1].body()}
+            self.calls[part.index].arguments.append(part.arguments)
+            own = streamed.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+            own["function"]["arguments"] += part.arguments
+        return list(streamed.values())
 
     def finish_reason(self, finish: FinishReason) -> str:
         return "tool_calls" if self.calls and finish is FinishReason.STOP else _FINISH[finish]
@@ -104,8 +144,9 @@ class ResponseBuilder:
         top_logprobs: int | None,
         echo: Sequence[EchoedPrompt],
         tools: ToolFormat | None = None,
-        token_text: Callable[[int], str],
-        token_bytes: Callable[[int], list[int]],
+        reasoning: ReasoningStart = ReasoningStart.NONE,
+        token_text: TokenText,
+        token_bytes: TokenBytes,
     ) -> None:
         self._head = head
         self._top_logprobs = top_logprobs
@@ -113,12 +154,19 @@ class ResponseBuilder:
         self._token_bytes = token_bytes
         self._echo = echo
         self._chunk_start: bytes | None = None
-        self._choices = [_Choice(reader=None if tools is None else ToolCallReader(tools)) for _ in range(choices)]
+        self._choices = [
+            _Choice(
+                reader=None if tools is None else ToolCallReader(tools),
+                reasoner=None if reasoning is ReasoningStart.NONE else ReasoningReader(reasoning),
+            )
+            for _ in range(choices)
+        ]
 
     # --- whole --------------------------------------------------------------------------
 
     def add(self, delta: Delta) -> None:
         choice = self._choices[delta.number]
+        _, delta = choice.apart(delta)
         choice.text += choice.read(delta)[0]
         choice.logprobs.extend(delta.logprobs)
         choice.offsets.extend(delta.offsets)
@@ -135,8 +183,10 @@ class ResponseBuilder:
         if self._head.chat:
             logprobs = self._chat_logprobs(choice.logprobs)
             message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.reasoning:
+                message["reasoning_content"] = choice.reasoning
             if choice.calls:
-                message |= {"content": choice.text or None, "tool_calls": choice.calls}
+                message |= {"content": choice.text or None, "tool_calls": [call.body() for call in choice.calls]}
             return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         echo = self._echo_of(number)
         text = (echo.text if echo else "") + choice.text
@@ -151,18 +201,19 @@ class ResponseBuilder:
         """The data events of one delta: the role first, then text, then the end."""
         choice = self._choices[delta.number]
         parts: list[tuple[dict[str, Any], Any, str | None]] = []  # (delta or text, logprobs, finish_reason)
-        before = len(choice.calls)
+        reasoning, delta = choice.apart(delta)
         text, calls = choice.read(delta)
         finish = None if delta.finish is None else choice.finish_reason(delta.finish)
         if self._head.chat:
             logprobs = self._chat_logprobs(delta.logprobs)
             if not choice.begun:
                 parts.append(({"delta": {"role": "assistant", "content": ""}}, None, None))
+            if reasoning:
+                parts.append(({"delta": {"reasoning_content": reasoning}}, None, None))
             if text or logprobs:
                 parts.append(({"delta": {"content": text}}, logprobs, None))
             if calls:
-                numbered = [{"index": before + place, **call} for place, call in enumerate(calls)]
-                parts.append(({"delta": {"tool_calls": numbered}}, None, None))
+                parts.append(({"delta": {"tool_calls": calls}}, None, None))
             if finish is not None:
                 parts.append(({"delta": {}}, None, finish))
         else:
@@ -174,14 +225,15 @@ class ResponseBuilder:
             )
             parts.append(({"text": text}, logprobs, finish))
         choice.begun = True
+        usage = delta.usage if self._head.continuous_usage else None
         return [
-            self._event([{"index": delta.number, **part, "logprobs": own_logprobs, "finish_reason": end}], None)
+            self._event([{"index": delta.number, **part, "logprobs": own_logprobs, "finish_reason": end}], usage)
             for part, own_logprobs, end in parts
         ]
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The extra chunk of `stream_options.include_usage`."""
-        return self._event([], usage)
+    def closing(self, usage: Usage) -> list[bytes]:
+        """The events after the last delta: with `stream_options.include_usage` the usage, then the end."""
+        return [self._event([], usage), DONE_EVENT] if self._head.include_usage else [DONE_EVENT]
 
     def _event(self, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
         if self._chunk_start is None:  # encoded once: every chunk begins with the same fields
@@ -200,18 +252,7 @@ class ResponseBuilder:
     def _chat_logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._top_logprobs is None or not entries:
             return None
-        content = [
-            {**self._token(entry.token_id, entry.logprob), "top_logprobs": [self._token(*pair) for pair in entry.top]}
-            for entry in entries
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": self._token_text(token_id),
-            "logprob": _finite(logprob),
-            "bytes": self._token_bytes(token_id),
-        }
+        return {"content": chat_logprobs(entries, self._token_text, self._token_bytes), "refusal": None}
 
     def _completion_logprobs(
         self,
@@ -249,9 +290,18 @@ class ResponseBuilder:
         return found
 
 
-def _call_body(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def chat_logprobs(
+    entries: Sequence[TokenLogprob], token_text: TokenText, token_bytes: TokenBytes
+) -> list[dict[str, Any]]:
+    """The log-probabilities of a chat's tokens, each with those of the likeliest ones."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": token_text(token_id), "logprob": _finite(logprob), "bytes": token_bytes(token_id)}
+
+    return [
+        {**token(entry.token_id, entry.logprob), "top_logprobs": [token(*pair) for pair in entry.top]}
+        for entry in entries
+    ]
 
 
 def _finite(logprob: float) -> float:
@@ -276,6 +326,3 @@ def data_event(body: dict[str, Any]) -> bytes:
 
 def compact_json(body: Any) -> bytes:
     return _ENCODER.encode(body).encode()
-
-
-DONE_EVENT = b"data: [DONE]\n\n"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_NAME, _KEY, _TEXT = "lookup_probe", "probe_key", "plain probe text"
+_NAME, _KEY, _TEXT, _RESULT = "lookup_probe", "probe_key", "plain probe text", "result probe text"
 _ARGUMENTS = re.compile(r'\{\s*"probe_key"\s*:\s*7\s*\}')
 
 Render = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None], str]
@@ -69,11 +69,16 @@ def _inferred(render: Render) -> ToolFormat | None:
     call = {"type": "function", "id": "call12345", "function": {"name": _NAME, "arguments": {_KEY: 7}}}
     try:
         with_text = render([user, {"role": "assistant", "content": _TEXT}], [tool])
-        with_call = render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], [tool])
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        with_call = render([user, calling], [tool])
+        result = {"role": "tool", "tool_call_id": "call12345", "name": _NAME, "content": _RESULT}
+        answered = render([user, calling, result], [tool])
     except Exception:  # a template may raise anything: then it does not support tools
         return None
     header, found, trailer = with_text.rpartition(_TEXT)
-    if not found or _NAME not in header or not with_call.startswith(header) or not with_call.endswith(trailer):
+    if not found or _NAME not in header or _RESULT not in answered:
+        return None
+    if not with_call.startswith(header) or not with_call.endswith(trailer):
         return None
     body = with_call[len(header) : len(with_call) - len(trailer)]
     split = _split(body)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec
+from lorapool_runtime.openai.grammar_spec import GrammarSpec, SchemaPart
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
 from lorapool_runtime.openai.json_schema import checked_schema
 from lorapool_runtime.openai.tool_format import ToolFormat
@@ -21,8 +21,7 @@ from lorapool_runtime.openai.tool_format import ToolFormat
 MAX_TOOLS = 64
 MAX_CALLS = 16
 """Maximum number of calls in one answer."""
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
 _ANY_OBJECT = '{"type":"object"}'
 
 
@@ -31,9 +30,8 @@ class Tool:
     name: str
     definition: Mapping[str, Any]
     """The tool as the chat template receives it."""
-    schema: str
-    """The JSON schema of its arguments, as text."""
-    param: str
+    schema: SchemaPart
+    """Of its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ def parse_response_format(body: Body) -> GrammarSpec | None:
     if not isinstance(value, dict):
         body.refuse("response_format", "must be an object")
     if value == {"type": "json_object"}:
-        return GrammarSpec("response_format", schema=_ANY_OBJECT)
+        return GrammarSpec("response_format", (SchemaPart("response_format", _ANY_OBJECT, strict=True),))
     if value.get("type") != "json_schema":
         body.refuse("response_format", "must be of type text, json_object or json_schema")
     _only(value, {"type", "json_schema"}, "response_format")
@@ -71,8 +69,8 @@ def parse_response_format(body: Body) -> GrammarSpec | None:
         body.refuse(where, "must be an object with `name` and `schema`")
     _only(own, {"name", "schema", "strict", "description"}, where)
     _check_name(own.get("name"), f"{where}.name")
-    _check_strict(own, where)
-    return GrammarSpec(f"{where}.schema", schema=checked_schema(own.get("schema"), f"{where}.schema"))
+    schema = _schema_part(own, "schema", where)
+    return GrammarSpec(schema.param, (schema,))
 
 
 def parse_tools(body: Body) -> ToolChoice:
@@ -125,65 +123,41 @@ def _tool(item: Any, where: str) -> Tool:
     function, where = item["function"], f"{where}.function"
     _only(function, {"name", "description", "parameters", "strict"}, where)
     _check_name(function.get("name"), f"{where}.name")
-    _check_strict(function, where)
     description = function.get("description") or ""
     if not isinstance(description, str):
         raise InvalidRequestError(f"`{where}.description` must be a string.", param=f"{where}.description")
-    parameters = dict(_NO_ARGUMENTS) if function.get("parameters") is None else function["parameters"]
-    if not isinstance(parameters, dict) or parameters.get("type") != "object":
-        param = f"{where}.parameters"
-        raise InvalidRequestError(f"`{param}` must be a JSON schema of type object.", param=param)
+    own = {**function, "parameters": _parameters(function.get("parameters"), f"{where}.parameters")}
+    schema = _schema_part(own, "parameters", where)
     definition = {
         "name": function["name"],
         "description": clean_text(description, f"{where}.description"),
-        "parameters": parameters,
+        "parameters": own["parameters"],
     }
-    schema = checked_schema(parameters, f"{where}.parameters")
-    return Tool(
-        function["name"], {"type": "function", "function": definition}, clean_text(schema, where), f"{where}.parameters"
-    )
+    return Tool(function["name"], {"type": "function", "function": definition}, schema)
 
 
-def parse_earlier_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """`tool_calls` of an earlier assistant message, with the arguments as an object, as chat templates expect them."""
-    if not isinstance(value, list) or len(value) > MAX_CALLS:
-        raise InvalidRequestError(f"`{where}` must be a list of at most {MAX_CALLS} calls.", param=where)
-    return [_earlier_call(call, f"{where}[{place}]") for place, call in enumerate(value)]
+def _parameters(value: Any, param: str) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object. A tool that lists none takes none."""
+    given = {} if value is None else value
+    if not isinstance(given, dict) or given.get("type") not in (None, "object"):
+        raise InvalidRequestError(f"`{param}` must be a JSON schema of type object.", param=param)
+    named = {keyword: inner for keyword, inner in given.items() if inner is not None}
+    listed: dict[str, Any] = {} if named.keys() & {"$ref", "allOf", "anyOf", "oneOf"} else {"properties": {}}
+    return {"type": "object", **listed, **named}
 
 
-def _earlier_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) and call.get("type", "function") == "function" else None
-    if not isinstance(function, dict) or not isinstance(call.get("id"), str):
-        raise InvalidRequestError(
-            f"`{where}` must hold `id`, `type` function and `function` with name and arguments.", param=where
-        )
-    _only(call, {"id", "type", "function", "index"}, where)
-    _only(function, {"name", "arguments"}, f"{where}.function")
-    _check_name(function.get("name"), f"{where}.function.name")
-    try:
-        arguments = json.loads(clean_text(function.get("arguments") or "{}", where), parse_constant=_no_constant)
-    except (TypeError, ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        param = f"{where}.function.arguments"
-        raise InvalidRequestError(f"`{param}` must be the text of a JSON object.", param=param)
-    function = {"name": function["name"], "arguments": arguments}
-    return {"id": clean_text(call["id"], where), "type": "function", "function": function}
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not valid JSON")
+def _schema_part(holder: Mapping[str, Any], name: str, where: str) -> SchemaPart:
+    """The checked schema in the field `name`, as strict as the field `strict` says."""
+    strict, param = holder.get("strict"), f"{where}.{name}"
+    if not isinstance(strict, bool | None):
+        raise InvalidRequestError(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
+    schema = checked_schema(holder.get(name), param)
+    return SchemaPart(param, clean_text(schema, param), bool(strict))
 
 
 def _check_name(value: Any, param: str) -> None:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise InvalidRequestError(f"`{param}` must be 1 to 64 letters, digits, _ or -.", param=param)
-
-
-def _check_strict(value: Mapping[str, Any], where: str) -> None:
-    """Checks the type only: every schema is enforced exactly, so `strict` has no effect."""
-    if not isinstance(value.get("strict"), bool | None):
-        raise InvalidRequestError(f"`{where}.strict` must be true or false.", param=f"{where}.strict")
+        raise InvalidRequestError(f"`{param}` must be 1 to 128 letters, digits, _, -, ., : or /.", param=param)
 
 
 def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -196,33 +170,41 @@ def _only(value: Mapping[str, Any], known: set[str], where: str) -> None:
 # --- grammars -----------------------------------------------------------------------------
 
 
-def tools_grammar(choice: ToolChoice, style: ToolFormat) -> GrammarSpec:
-    """`required`: only calls. `auto`: any text, in which everything that begins as a call is a valid call."""
+def tools_grammar(choice: ToolChoice, style: ToolFormat, answer: GrammarSpec | None = None) -> GrammarSpec:
+    """`required`: only calls. `auto`: any text, in which everything that begins as a call is a valid call.
+
+    With an `answer`, the grammar of one schema, `auto` is either calls or such an answer.
+    """
     several = choice.parallel and style.separator is not None
+    more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
+    only_calls = ["calls: call" + more, f"call: {_literal(style.opening)} body"]
+    answers: tuple[SchemaPart, ...] = ()
     if choice.mode == "required":
-        more = f" ({_literal(style.separator or '')} call){{0,{MAX_CALLS - 1}}}" if several else ""
-        head = ["start: call" + more, f"call: {_literal(style.opening)} body"]
+        head = ["start: calls", *only_calls]
+    elif answer is not None:
+        head, answers = ["start: calls | answer", *only_calls], answer.parts
     else:
-        rest = style.opening[len(style.trigger) :]
-        head = [
-            "start: call* text" if several else "start: call | text",
-            "text: TEXT",
-            f"call: trigger {_literal(rest)} body",
-            f"trigger[lazy]: TEXT {_literal(style.trigger)}",
-            r"TEXT: /(.|\n)*/",
-        ]
-    bodies = [
-        f"body_{place}: {_literal(tool.name + style.middle)} %json {_styled(tool.schema)} {_literal(style.closing)}"
-        for place, tool in enumerate(choice.tools)
+        head = _free_text(style, several)
+    any_body = "body: " + " | ".join(f"body_{place}" for place in range(len(choice.tools)))
+    lark = ["\n".join(["%llguidance {}", *head, any_body, ""])]
+    for place, tool in enumerate(choice.tools):
+        lark[-1] += f"body_{place}: {_literal(tool.name + style.middle)} "
+        lark.append(f" {_literal(style.closing)}\n")
+    for _ in answers:
+        lark[-1] += "answer: "
+        lark.append("\n")
+    return GrammarSpec("tools", (*(tool.schema for tool in choice.tools), *answers), tuple(lark))
+
+
+def _free_text(style: ToolFormat, several: bool) -> list[str]:
+    return [
+        "start: call* text" if several else "start: call | text",
+        "text: TEXT",
+        f"call: trigger {_literal(style.opening[len(style.trigger) :])} body",
+        f"trigger[lazy]: TEXT {_literal(style.trigger)}",
+        r"TEXT: /(.|\n)*/",
     ]
-    any_body = "body: " + " | ".join(f"body_{place}" for place in range(len(bodies)))
-    lark = "\n".join(["%llguidance {}", *head, any_body, *bodies, ""])
-    return GrammarSpec("tools", lark=lark, parts=tuple((tool.param, tool.schema) for tool in choice.tools))
 
 
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def _styled(schema: str) -> str:
-    return json.dumps({**json.loads(schema), "x-guidance": JSON_STYLE}, ensure_ascii=False)

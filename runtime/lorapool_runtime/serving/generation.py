@@ -19,6 +19,7 @@ from lorapool_runtime.openai.detokenizer import Decode, TextStream
 from lorapool_runtime.openai.encoding import EncodedRequest
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.response import Delta
+from lorapool_runtime.openai.stops import Stops
 from lorapool_runtime.usage import Outcome
 
 
@@ -41,7 +42,7 @@ def engine_requests(
             sampling,
             cache_scope,
             prompt_logprobs=request.prompt_logprobs,
-            constraint=None if encoded.grammar is None else encoded.grammar.constraint(),
+            constraint=encoded.constraint(sampling),
         )
         for number, sampling in enumerate(encoded.sampling)
     ]
@@ -100,7 +101,7 @@ class Generation:
         requests: Sequence[GenerationRequest],
         *,
         n: int,
-        stops: Sequence[str],
+        stops: Stops,
         decode: Decode,
         on_token: Callable[[int], None],
         on_end: Callable[[Outcome, Usage], None],
@@ -120,7 +121,11 @@ class Generation:
         self._score_end_token = score_end_token
         self._report_steps = report_steps
         self._requests = requests
-        self._sequences = [_SequenceState(request.request_id, TextStream(decode, stops)) for request in requests]
+        self._stop_is_text = stops.included
+        self._sequences = [
+            _SequenceState(request.request_id, TextStream(decode, stops.texts, included=stops.included))
+            for request in requests
+        ]
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._prompt_tokens = [0] * (len(requests) // n)
         self._cached_tokens = [0] * (len(requests) // n)
@@ -223,7 +228,7 @@ class Generation:
             sequence.pending_offsets.append(sequence.stream.characters)
         sequence.prompt_logprobs = output.prompt_logprobs or sequence.prompt_logprobs
         text, stopped = "", False
-        if output.token_id is not None and output.text_token:
+        if output.token_id is not None and (output.text_token or self._stop_is_text):
             text, stopped = sequence.stream.push(output.token_id)
         finish, error = output.finish_reason, output.error
         if finish is FinishReason.CANCELLED:

@@ -11,17 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from aiohttp import web
 
-from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_REQUEST_ID, HEADER_USAGE
+from lorapool_api.common import HEADER_ADAPTER, HEADER_COLD_START, HEADER_RELAXED, HEADER_REQUEST_ID, HEADER_USAGE
 from lorapool_api.openai import ServerError
 from lorapool_api.protocol import USAGE_COMMENT, Usage
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.metrics import Metrics
+from lorapool_runtime.openai.relaxation import header_value
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.response import DONE_EVENT, Delta, ResponseBuilder, ResponseHead, data_event
+from lorapool_runtime.openai.responses_answer import ResponsesBuilder
+from lorapool_runtime.openai.responses_request import ResponsesRequest
+from lorapool_runtime.openai.tool_calls import ToolCallReader
 from lorapool_runtime.serving.caller import SSE, Caller
 from lorapool_runtime.serving.service import AdmittedRequest
 
@@ -35,6 +40,18 @@ time at 256 sequences, for counts that only matter if this process is killed."""
 PIECE_BYTES = 256 * 1024
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 """Set by `server` for every request."""
+
+
+class Builder(Protocol):
+    """Makes the body, or the events, of one API's response."""
+
+    def add(self, delta: Delta) -> None: ...
+
+    def body(self, usage: Usage) -> dict[str, Any]: ...
+
+    def chunks(self, delta: Delta) -> list[bytes]: ...
+
+    def closing(self, usage: Usage) -> list[bytes]: ...
 
 
 class Responder:
@@ -62,27 +79,33 @@ class Responder:
             return await self._whole_as_events(request, admitted, caller, builder, latency)
         return await self._whole(admitted, caller, builder, latency)
 
-    def _builder(self, parsed: ChatRequest | CompletionRequest, admitted: AdmittedRequest) -> ResponseBuilder:
-        tokenizer = admitted.tokenizer
+    def _builder(self, parsed: ChatRequest | CompletionRequest, admitted: AdmittedRequest) -> Builder:
+        encoded = admitted.encoded
         head = ResponseHead(
             chat=isinstance(parsed, ChatRequest),
             model=parsed.model,
             created_unix_s=int(self._clock.unix_s()),
             fingerprint=admitted.fingerprint,
             include_usage=parsed.include_usage,
+            continuous_usage=parsed.continuous_usage,
         )
+        tools = encoded.chat.shape.tools if isinstance(parsed, ChatRequest) and parsed.tools.active else None
+        if isinstance(parsed, ResponsesRequest):
+            reader = None if tools is None else ToolCallReader(tools)
+            return ResponsesBuilder(head, parsed.given, reader, encoded.decoder.token_text, encoded.decoder.token_bytes)
         return ResponseBuilder(
             head,
             choices=admitted.sequences,
             top_logprobs=parsed.sampling.top_logprobs,
-            echo=admitted.echo,
-            tools=tokenizer.tool_format if isinstance(parsed, ChatRequest) and parsed.tools.active else None,
-            token_text=tokenizer.token_text,
-            token_bytes=tokenizer.token_bytes,
+            echo=encoded.echo,
+            tools=tools,
+            reasoning=encoded.reasoning,
+            token_text=encoded.decoder.token_text,
+            token_bytes=encoded.decoder.token_bytes,
         )
 
     async def _whole(
-        self, admitted: AdmittedRequest, caller: Caller, builder: ResponseBuilder, latency: _Latency
+        self, admitted: AdmittedRequest, caller: Caller, builder: Builder, latency: _Latency
     ) -> web.Response:
         unfinished = admitted.sequences
         usage = admitted.generation.usage()
@@ -103,7 +126,7 @@ class Responder:
         request: web.Request,
         admitted: AdmittedRequest,
         caller: Caller,
-        builder: ResponseBuilder,
+        builder: Builder,
         latency: _Latency,
     ) -> web.StreamResponse:
         response = await self._begin(request, admitted, caller)
@@ -151,7 +174,7 @@ class Responder:
         parsed: ChatRequest | CompletionRequest,
         admitted: AdmittedRequest,
         caller: Caller,
-        builder: ResponseBuilder,
+        builder: Builder,
         latency: _Latency,
     ) -> web.StreamResponse:
         if caller.wants_events:
@@ -180,9 +203,9 @@ class Responder:
                 break
             await self._send(request, response, out)
             delta = await admitted.generation.next()
-        if parsed.include_usage:
-            out += comment(delta.usage) + builder.usage_chunk(delta.usage)
-        await self._send(request, response, out + comment(delta.usage) + DONE_EVENT)
+        for event in builder.closing(delta.usage):
+            out += comment(delta.usage) + event
+        await self._send(request, response, out)
         await response.write_eof()
         return response
 
@@ -227,6 +250,8 @@ def _headers(admitted: AdmittedRequest) -> dict[str, str]:
     headers = {HEADER_ADAPTER: admitted.target}
     if admitted.cold_start_s is not None:
         headers[HEADER_COLD_START] = milliseconds(admitted.cold_start_s)
+    if admitted.relaxed:
+        headers[HEADER_RELAXED] = header_value(admitted.relaxed)
     return headers
 
 

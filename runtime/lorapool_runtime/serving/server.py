@@ -35,6 +35,7 @@ from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
     ROUTE_ATTEMPT,
+    ROUTE_BASE_MODULES,
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
     ROUTE_CREDENTIALS,
@@ -45,6 +46,7 @@ from lorapool_api.protocol import (
     ROUTE_READY,
     ROUTE_REQUESTS,
     ROUTE_RESOLVE,
+    ROUTE_RESPONSES,
     ROUTE_RUNTIME,
     AdapterDescriptor,
     NamespaceCredentials,
@@ -53,6 +55,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from lorapool_runtime.openai.responses_request import parse_responses, renamed
 from lorapool_runtime.serving.caller import caller_of
 from lorapool_runtime.serving.probes import exposition, health_response, name_no_software, readiness_response
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
@@ -75,6 +78,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_READY, server.readiness)
     app.router.add_get(ROUTE_METRICS, server.metrics)
     app.router.add_get(ROUTE_RUNTIME, server.snapshot)
+    app.router.add_get(ROUTE_BASE_MODULES, server.base_modules)
     app.router.add_get(ROUTE_EVENTS, server.events)
     app.router.add_get(ROUTE_REQUESTS, server.requests)
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
@@ -86,6 +90,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_MODELS + "/{model:.+}", server.model)
     app.router.add_post(ROUTE_CHAT, server.chat)
     app.router.add_post(ROUTE_COMPLETIONS, server.completions)
+    app.router.add_post(ROUTE_RESPONSES, server.responses)
     return app
 
 
@@ -163,6 +168,9 @@ class _Server:
         headers = {HEADER_PROOF: proof} if proof is not None else None
         return web.Response(body=body, content_type="application/json", headers=headers)
 
+    async def base_modules(self, _request: web.Request) -> web.Response:
+        return _json(self._runtime.base_modules)
+
     async def events(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
         await self._wait_while(lambda: after >= self._runtime.events.last_seq, wait_s)
@@ -220,6 +228,7 @@ class _Server:
             "created": int(self._runtime.started_unix_s),
             "owned_by": "lorapool",
             "parent": None if name == base else base,
+            "max_model_len": self._runtime.max_model_len,
         }
 
     # --- inference ----------------------------------------------------------------------
@@ -229,6 +238,13 @@ class _Server:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         return await self._infer(request, parse_completion(await self._body(request)))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        parsed = parse_responses(await self._body(request))
+        try:
+            return await self._infer(request, parsed)
+        except InvalidRequestError as error:
+            raise renamed(error, parsed.names) from error
 
     async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""

@@ -8,14 +8,13 @@ anything is accepted.
 from __future__ import annotations
 
 import asyncio
-import functools
 import hashlib
 import logging
 import uuid
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import PrefixSharing
 from lorapool_api.common import BASE_TARGET, HEADER_ADAPTER, AdapterKey
 from lorapool_api.openai import (
@@ -26,6 +25,7 @@ from lorapool_api.openai import (
     UnavailableError,
 )
 from lorapool_api.protocol import (
+    BaseChat,
     BaseReport,
     NamespaceCredentials,
     Preload,
@@ -37,6 +37,7 @@ from lorapool_api.protocol import (
     RuntimeSnapshot,
     Usage,
 )
+from lorapool_api.release import release
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -45,7 +46,8 @@ from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import BASE_SLOT, Engine, EngineStats
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.metrics import Gauges, Metrics
-from lorapool_runtime.openai.detokenizer import EchoedPrompt
+from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chat_formats import NO_BASE_CHAT, ChatFormats
 from lorapool_runtime.openai.encoding import EncodedRequest, encode
 from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
@@ -75,9 +77,12 @@ class LoadedBase:
 
     engine: Engine
     tokenizer: Tokenizer
+    formats: ChatFormats
     grammars: GrammarCompiler
     store: AdapterStore
     digest: str | None
+    modules: BaseModules = field(default_factory=lambda: BaseModules(modules=[]))
+    """What adapters may name in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +103,14 @@ class AdmittedRequest:
     """A request that the engine runs, with everything its response needs."""
 
     generation: Generation
-    tokenizer: Tokenizer
+    encoded: EncodedRequest
     sequences: int
-    echo: tuple[EchoedPrompt, ...]
     target: str
     """For the response header: `<namespace>/<name>@<digest>` or `base`."""
     cold_start_s: float | None
     fingerprint: str
+    relaxed: tuple[str, ...] = ()
+    """The keywords of its JSON schemas that are not enforced."""
 
 
 class Runtime:
@@ -154,6 +160,7 @@ class Runtime:
         manager = AdapterManager(
             base.engine,
             base.store,
+            base.formats,
             limits,
             boot_id=self.boot_id,
             clock=self.clock,
@@ -193,6 +200,16 @@ class Runtime:
                 if not self.healthy:
                     return
                 self._serving.adapters.sweep()
+                await self._renew_base_chat(self._serving)
+
+    async def _renew_base_chat(self, serving: _Serving) -> None:
+        """Applies what the BaseModel says about chats, if that has changed."""
+        formats, said = serving.base.formats, read_base_chat(self.settings.chat_file)
+        if said == formats.said:
+            return
+        await asyncio.to_thread(formats.use_base, said)
+        await serving.adapters.renew_chats()
+        self.changes.bump()
 
     async def report_startup(self) -> None:
         """Lets long-polls see the progress of the start. Runs until it is cancelled."""
@@ -241,6 +258,11 @@ class Runtime:
         """Raises UnavailableError until the base is loaded."""
         return self._need_serving().adapters
 
+    @property
+    def base_modules(self) -> BaseModules:
+        """Raises UnavailableError until the base is loaded."""
+        return self._need_serving().base.modules
+
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         return await self._need_serving().base.store.resolve(request)
 
@@ -285,38 +307,65 @@ class Runtime:
         base = serving.base
         self._refuse_when_draining()
         target = self.target_of(header, request.model)
-        encoded = await encode(request, base.tokenizer, base.grammars, base.engine.facts, caller.tenant)
+        chat = base.formats.base if target is None else serving.adapters.chat_of(target)
+        encoded = None if chat is None else await self._encoded(serving, request, chat, caller.tenant)
         self._refuse_when_draining()
-        flow, sequences = BASE_SALT if target is None else str(target), len(encoded.sampling)
-        place = Place(caller.tenant, flow, sequences)
+        place = Place(caller.tenant, BASE_SALT if target is None else str(target), request.sequences)
         self._admission.enter(place)
         try:
             async with self._admission.waiting(place):
-                turn, lease = await self._turn_and_lease(serving, target, encoded, caller.tenant)
+                waited_s: float | None = None
+                if target is not None and encoded is None:  # its files say how the request is written
+                    waited_s, chat = await self._chat_of(serving, target)
+                    encoded = await self._encoded(serving, request, chat, caller.tenant)
+                assert encoded is not None
+                turn, lease = await self._turn_and_lease(serving, target, encoded, caller.tenant, waited_s)
         except BaseException:
             self._admission.leave(place)
             raise
         return AdmittedRequest(
             self._submit(serving, request, encoded, turn, lease, caller, place),
-            base.tokenizer,
-            sequences=sequences,
-            echo=encoded.echo,
+            encoded,
+            sequences=request.sequences,
             target=BASE_TARGET if lease is None else f"{lease.display}@{lease.key.digest}",
             cold_start_s=None if lease is None else lease.cold_start_s,
             fingerprint=self._fingerprint(base.digest, lease),
+            relaxed=() if encoded.grammar is None else tuple(map(request.own_param, encoded.grammar.relaxed)),
         )
 
+    @staticmethod
+    async def _encoded(
+        serving: _Serving, request: ChatRequest | CompletionRequest, chat: ChatFormat, tenant: str
+    ) -> EncodedRequest:
+        base = serving.base
+        return await encode(request, base.tokenizer, chat, base.grammars, base.engine.facts, tenant)
+
+    @staticmethod
+    async def _chat_of(serving: _Serving, target: AdapterKey) -> tuple[float, ChatFormat]:
+        """The chat format of an adapter that is not loaded yet, and how long its load was waited for."""
+        waited_s = 0.0
+        while (chat := serving.adapters.chat_of(target)) is None:
+            waited_s += await serving.adapters.loaded(target, has_waited=waited_s > 0) or 0.0
+        return waited_s, chat
+
     async def _turn_and_lease(
-        self, serving: _Serving, target: AdapterKey | None, encoded: EncodedRequest, tenant: str
+        self,
+        serving: _Serving,
+        target: AdapterKey | None,
+        encoded: EncodedRequest,
+        tenant: str,
+        cold_start_s: float | None,
     ) -> tuple[Turn, Lease | None]:
-        """Waits until the adapter is loaded and it is this request's turn; again when the adapter leaves meanwhile."""
+        """Waits until the adapter is loaded and it is this request's turn; again when the adapter leaves meanwhile.
+
+        `cold_start_s`: how long it has waited for the load already; None if it has not.
+        """
         sequences, tokens = len(encoded.sampling), sum(map(len, encoded.prompts))
         if target is None:
             turn = await serving.turns.take(BASE_SALT, tenant=tenant, sequences=sequences, tokens=tokens)
             assert turn is not None  # the base is never recalled
             return turn, None
-        cold_start_s: float | None = None
-        has_waited = False
+        has_waited = cold_start_s is not None
         while True:
             waited_s = await serving.adapters.loaded(target, has_waited=has_waited)
             cold_start_s = waited_s if cold_start_s is None else cold_start_s + (waited_s or 0.0)
@@ -367,8 +416,8 @@ class Runtime:
             serving.mailbox,
             engine_requests(request, encoded, slot=slot, cache_salt=salt, cache_scope=scope),
             n=request.n,
-            stops=request.stops,
-            decode=serving.base.tokenizer.decode,
+            stops=encoded.stops,
+            decode=encoded.decoder,
             on_token=turn.charge,
             on_end=on_end,
             # evaluation harnesses count tokens (lm-eval drops the last one, whatever it is)
@@ -409,10 +458,17 @@ class Runtime:
     def _fingerprint(self, base_digest: str | None, lease: Lease | None) -> str:
         """Identifies the weights and the version: `seed` is reproducible only while it stays the same."""
         weights = BASE_SALT if lease is None else lease.key.digest
-        text = f"{base_digest or self.settings.model} {weights} {_version()}"
+        text = f"{base_digest or self.settings.model} {weights} {release()}"
         return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
     # --- state --------------------------------------------------------------------------
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together; 0 while it is not known."""
+        if self._serving is None:
+            return self.settings.max_model_len or 0
+        return self._serving.base.engine.facts.max_model_len
 
     def snapshot(self, after: int = 0) -> RuntimeSnapshot:
         """The present state. It leaves out the adapters that are unchanged since the snapshot numbered `after`."""
@@ -427,10 +483,9 @@ class Runtime:
             base=BaseReport(
                 served_name=self.settings.base_name,
                 digest=None if serving is None else serving.base.digest,
-                max_model_len=self.settings.max_model_len or 0
-                if serving is None
-                else serving.base.engine.facts.max_model_len,
+                max_model_len=self.max_model_len,
                 dtype=self.settings.dtype if serving is None else serving.base.engine.facts.dtype,
+                chat=None if serving is None else serving.base.formats.base.report,
             ),
             ready=self.ready,
             draining=self.draining,
@@ -501,6 +556,17 @@ class Runtime:
         return self._serving.base.engine.observe()
 
 
+def read_base_chat(file: Path | None) -> BaseChat:
+    """What the BaseModel says about chats; nothing if the file is missing or malformed."""
+    if file is None or not file.is_file():
+        return NO_BASE_CHAT
+    try:
+        return BaseChat.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        log.warning("spec.chatTemplate is not used: %s cannot be read", file, extra={"error": str(error)[:300]})
+        return NO_BASE_CHAT
+
+
 def read_preloads(file: Path | None) -> list[Preload]:
     """The adapters to load before the runtime is ready; none if the file is missing or malformed."""
     if file is None or not file.is_file():
@@ -514,11 +580,3 @@ def read_preloads(file: Path | None) -> list[Preload]:
 
 def _kv_usage(stats: EngineStats) -> float:
     return min(1.0, stats.kv_blocks_used / stats.kv_blocks_total) if stats.kv_blocks_total else 0.0
-
-
-@functools.cache  # reads files, and every request needs it
-def _version() -> str:
-    try:
-        return version("lorapool")
-    except PackageNotFoundError:
-        return "unknown"

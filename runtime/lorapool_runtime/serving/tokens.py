@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hmac
 import logging
-import os
 import re
 from pathlib import Path
 
+from lorapool_api.mounted_files import Stamp, stamp_of, why_unreadable
 from lorapool_api.poll_proof import Challenge
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, token_sha256
 from lorapool_api.settings import SettingsError
@@ -24,8 +24,6 @@ CHECK_INTERVAL_S = 5.0
 """Longest time that a token which was removed from the file stays valid. A refused token is looked up at once."""
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
-_Signature = tuple[int, int, int, int]
-
 
 class BearerTokens:
     """Raises SettingsError when the settings name a file that cannot be used at the start."""
@@ -36,10 +34,10 @@ class BearerTokens:
         self._pod_uid = settings.pod_uid
         self._clock = clock
         self._checked_s = clock.now_s()
-        self._read: _Signature | None = None
+        self._read: Stamp | None = None
         self._hashes = frozenset({settings.token_sha256} if settings.token_sha256 else ())
         if self._file is not None:
-            self._read = _signature(self._file)
+            self._read = stamp_of(self._file)
             self._hashes = _hashes_in(self._file)
 
     def accepts(self, authorization: str) -> bool:
@@ -79,9 +77,9 @@ class BearerTokens:
     def _read_again(self) -> bool:
         """Reads the file if it has changed; true if it was read. The last valid hashes are kept while it is broken."""
         self._checked_s = self._clock.now_s()
-        if self._file is None or (signature := _signature(self._file)) == self._read:
+        if self._file is None or (stamp := stamp_of(self._file)) == self._read:
             return False
-        self._read = signature
+        self._read = stamp
         try:
             self._hashes = _hashes_in(self._file)
         except SettingsError as error:
@@ -91,21 +89,11 @@ class BearerTokens:
         return True
 
 
-def _signature(file: Path) -> _Signature | None:
-    """Changes when the file, or the link to it, is replaced or written; None while it cannot be read."""
-    try:
-        info = os.stat(file)
-    except OSError:
-        return None
-    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
-
-
 def _hashes_in(file: Path) -> frozenset[str]:
     try:
         lines = file.read_text(encoding="ascii").split()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SettingsError(f"{ENV_TOKEN_SHA256_FILE}: {file} cannot be read: {reason}") from None
+        raise SettingsError(f"{ENV_TOKEN_SHA256_FILE}: {file} cannot be read: {why_unreadable(error)}") from None
     if not lines or not all(_SHA256.match(line) for line in lines):
         raise SettingsError(
             f"{ENV_TOKEN_SHA256_FILE}: {file} must have the SHA-256 (64 lower-case hex digits) of one token per line"

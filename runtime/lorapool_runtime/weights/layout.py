@@ -22,7 +22,10 @@ LINE_BYTES = 64  # every group and every B starts on a cache line
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """One linear layer: A [rank, in] at element a_at, B [rank, out] (transposed, with the scale folded in) at b_at."""
+    """One layer: A [rank, in] at element a_at, B [rank, out] (transposed, with the scale folded in) at b_at.
+
+    `rank` counts the rows of all experts, one expert after the other. The A of an embedding is transposed, [in, rank].
+    """
 
     rank: int
     in_features: int
@@ -46,10 +49,8 @@ class Layout:
     elements: int
     table: np.ndarray
     """int64 [3, linears]: rank, a_at and b_at."""
-
-    @property
-    def rank(self) -> int:
-        return max((linear.rank for linear in self.linears), default=0)
+    rank: int = 0
+    """The largest rank of a linear or output layer, which kernels compute."""
 
 
 def first_linears(groups: Iterable[TargetGroup]) -> tuple[int, ...]:
@@ -69,14 +70,16 @@ def lay_out(groups: tuple[TargetGroup, ...], ranks: tuple[int, ...], itemsize: i
     linears: list[PackedLinear] = []
     at, left = 0, iter(ranks)
     for group in groups:
-        group_ranks = [next(left) for _ in group.modules]
+        group_ranks = [next(left) * group.experts for _ in group.modules]
         a_at = list(accumulate((rank * group.in_features for rank in group_ranks), initial=at))
         at = _round_up(a_at[-1], line)
         for rank, out, a in zip(group_ranks, group.out_features, a_at[:-1], strict=True):
             linears.append(PackedLinear(rank, group.in_features, out, a, at))
             at = _round_up(at + rank * out, line)
     table = np.array([(linear.rank, linear.a_at, linear.b_at) for linear in linears], np.int64).reshape(-1, 3).T
-    return Layout(tuple(linears), at, np.ascontiguousarray(table))
+    kernels = [group.by_kernel for group in groups for _ in group.modules]
+    rank = max((rank for rank, by_kernel in zip(ranks, kernels, strict=True) if by_kernel), default=0)
+    return Layout(tuple(linears), at, np.ascontiguousarray(table), rank)
 
 
 def _round_up(value: int, unit: int) -> int:

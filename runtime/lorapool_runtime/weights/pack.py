@@ -104,6 +104,29 @@ def _pack_file(file: int, buffer: np.ndarray, matrices: np.ndarray, scales: np.n
     return None
 
 
+def read_values(file: int, kind: str, start: int, first: int, count: int) -> np.ndarray:
+    """float32 [count]: elements of a tensor from its element `first` on. Raises OSError, EOFError.
+
+    kind: one of FILE_TYPES; start: the tensor's first byte in the open file.
+    """
+    size = 4 if kind == "F32" else 2
+    return _widened(_read(file, count * size, start + first * size), kind)
+
+
+def rounded_to(values: np.ndarray, kind: str) -> np.ndarray:
+    """float32 values as they are after storing them in a file as `kind`, one of FILE_TYPES."""
+    match kind:
+        case "BF16":
+            bits = np.empty(values.shape, np.uint16)
+            _cast(values, bits)
+            return _widened(bytearray(bits.tobytes()), kind).reshape(values.shape)
+        case "F16":
+            with np.errstate(over="ignore"):
+                return values.astype(np.float16).astype(np.float32)
+        case _:  # F32
+            return values
+
+
 def _read(file: int, size: int, offset: int) -> bytearray:
     data = bytearray()
     while len(data) < size:

@@ -14,15 +14,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lorapool_api.base_modules import ModuleKind
 from lorapool_artifacts.adapter_config import AdapterConfig
-from lorapool_artifacts.compatibility import pair_of
+from lorapool_artifacts.adapter_tensors import AdapterTensors
+from lorapool_artifacts.base_facts import Place
 from lorapool_artifacts.header import TensorInfo
-from lorapool_runtime.weights.layout import Layout, lay_out
+from lorapool_runtime.weights.layout import Layout, PackedLinear, lay_out
 from lorapool_runtime.weights.pack import FILE_TYPES, MATRIX_FIELDS
 from lorapool_runtime.weights.targets import TargetGroup
 
 MAX_PLANS = 64
 """About 100 KiB each for a base of thirty layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """A region whose rows the file has rank by rank, and the buffer has expert by expert."""
+
+    at: int
+    rank: int
+    experts: int
+    width: int
+
+    def sort(self, buffer: np.ndarray) -> None:
+        """Reorders the rows in place."""
+        region = buffer[self.at : self.at + self.rank * self.experts * self.width]
+        rows = region.reshape(self.rank, self.experts, self.width)
+        region[:] = rows.transpose(1, 0, 2).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,46 +54,79 @@ class ReadPlan:
     """float32 [matrices], the factor of each matrix."""
     modules: tuple[str, ...]
     """The module of each matrix."""
+    interleaved: tuple[Interleaved, ...] = ()
+    """What has to be sorted after reading."""
+    copies: tuple[tuple[str, TensorInfo], ...] = ()
+    """Modules of the base of which the file has a whole matrix, which must equal the base's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    info: TensorInfo
+    to: int
+    transposed: bool
+    scale: float
+    module: str
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        rows, cols = self.info.shape
+        return self.info.start, FILE_TYPES.index(self.info.dtype), rows, cols, int(self.transposed), self.to
 
 
 def plan_reading(
     groups: Sequence[TargetGroup],
     config: AdapterConfig,
-    tensors: Mapping[str, TensorInfo],
+    header: Mapping[str, TensorInfo],
+    tensors: AdapterTensors,
     *,
     itemsize: int,
+    rank: int,
     target_modules: tuple[str, ...],
 ) -> ReadPlan:
-    """The plan for tensors that were validated as complete. itemsize: bytes per element of the buffer.
+    """The plan for tensors that were validated as complete. itemsize: bytes per element of the buffer; rank and
+    target_modules are reported.
 
-    B matrices are transposed and scaled.
+    B matrices are transposed and scaled, as are the A matrices of embeddings. Matrices of modules that no text passes
+    are left out.
     """
-    pairs: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if pair := pair_of(name):
-            pairs.setdefault(pair[0], {})[pair[1]] = info
     modules = [module for group in groups for module in group.modules]
-    ranks = tuple(config.rank_of(module) if module in pairs else 0 for module in modules)
-    layout = lay_out(tuple(groups), ranks, itemsize)
-    found: list[tuple[tuple[int, ...], float, str]] = []
-    for module, linear in zip(modules, layout.linears, strict=True):
-        if module in pairs:
-            found.append((_matrix(pairs[module]["A"], linear.a_at, transposed=False), 1.0, module))
-            found.append((_matrix(pairs[module]["B"], linear.b_at, transposed=True), config.scaling_of(module), module))
-    found.sort(key=lambda one: one[0])
+    known = set(modules)
+    pairs = [(pair, pair.place) for pair in tensors.pairs if pair.place is not None and pair.place.module in known]
+    rank_of = {place.module: config.rank_of(place.setting) for _, place in pairs}
+    layout = lay_out(tuple(groups), tuple(rank_of.get(module, 0) for module in modules), itemsize)
+    linears = dict(zip(modules, layout.linears, strict=True))
+    found = [
+        matrix
+        for pair, place in pairs
+        for matrix in _of_pair(header[pair.a], header[pair.b], place, linears[place.module], config)
+    ]
+    found.sort(key=lambda matrix: matrix.fields)
     return ReadPlan(
-        rank=layout.rank,
+        rank=rank,
         target_modules=target_modules,
         layout=layout,
-        matrices=np.array([matrix for matrix, _, _ in found], np.int64).reshape(-1, len(MATRIX_FIELDS)),
-        scales=np.array([scale for _, scale, _ in found], np.float32),
-        modules=tuple(module for _, _, module in found),
+        matrices=np.array([matrix.fields for matrix in found], np.int64).reshape(-1, len(MATRIX_FIELDS)),
+        scales=np.array([matrix.scale for matrix in found], np.float32),
+        modules=tuple(matrix.module for matrix in found),
+        interleaved=tuple(
+            Interleaved(linears[place.module].b_at, rank_of[place.module], place.experts, place.out_features)
+            for _, place in pairs
+            if place.experts > 1
+        ),
+        copies=tuple((whole.module, header[whole.name]) for whole in tensors.wholes),
     )
 
 
-def _matrix(info: TensorInfo, to: int, *, transposed: bool) -> tuple[int, ...]:
-    rows, cols = info.shape
-    return info.start, FILE_TYPES.index(info.dtype), rows, cols, int(transposed), to
+def _of_pair(
+    a: TensorInfo, b: TensorInfo, place: Place, linear: PackedLinear, config: AdapterConfig
+) -> tuple[_Matrix, _Matrix]:
+    before = (place.expert or 0) * config.rank_of(place.setting)  # rows of the experts before this one
+    embeds = place.kind is ModuleKind.EMBEDDING
+    return (
+        _Matrix(a, linear.a_at + before * place.in_features, embeds, 1.0, place.module),
+        _Matrix(b, linear.b_at + before * place.out_features, True, config.scaling_of(place.setting), place.module),
+    )
 
 
 class ReadPlanCache:

@@ -8,21 +8,26 @@ runs in worker threads, hence without torch. It never unpickles and never passes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
+from lorapool_api.base_modules import BaseModule
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.compatibility import AdapterFacts, BaseFacts, check_compatibility
+from lorapool_artifacts.adapter_tensors import sort_tensors
+from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.causes import refusal
+from lorapool_artifacts.compatibility import AdapterFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.layout import Layout
+from lorapool_runtime.weights.originals import StoredMatrix, first_changed_row
 from lorapool_runtime.weights.pack import UNTHROTTLED, Throttle, pack_file
 from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache, plan_reading
 from lorapool_runtime.weights.safetensors_file import WeightsFile, open_weights
@@ -48,13 +53,25 @@ class PackedAdapter:
 
 
 class AdapterReader:
-    """Reads adapters for one base. dtype: the type the base computes in (float32, float16 or bfloat16)."""
+    """Reads adapters for one base."""
 
-    def __init__(self, groups: Sequence[TargetGroup], dtype: str) -> None:
+    def __init__(
+        self,
+        groups: Sequence[TargetGroup],
+        dtype: str,
+        base: BaseFacts | None = None,
+        originals: Mapping[str, StoredMatrix] | None = None,
+    ) -> None:
+        """dtype: the type the base computes in (float32, float16 or bfloat16).
+
+        base: the modules by all their names; None: the groups' own names only. originals: the base's matrices of which
+        adapters may have copies, by module.
+        """
         self._groups = tuple(groups)
         self._dtype = dtype
         self._element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-        self._base = base_facts(groups)
+        self._base = base or base_facts(groups)
+        self._originals = originals or {}
         self._plans = ReadPlanCache()
 
     def read(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> PackedAdapter:
@@ -66,6 +83,7 @@ class AdapterReader:
                     (hashlib.sha256(file.head).digest(), file.size_bytes, config.meaning(), max_rank),
                     lambda: self._plan(config, file, max_rank),
                 )
+                self._compare_copies(file.descriptor, plan)
                 buffer = huge_page_zeros(plan.layout.elements, self._element)
                 first_non_finite = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, throttle)
         except (OSError, EOFError) as error:
@@ -77,7 +95,17 @@ class AdapterReader:
                 f"weights of {plan.modules[first_non_finite]} are not finite numbers in {self._dtype}: "
                 "the training diverged, train it again with a lower learning rate",
             )
+        for region in plan.interleaved:
+            region.sort(buffer)
         return PackedAdapter(plan.rank, plan.target_modules, plan.layout, buffer)
+
+    def _compare_copies(self, file: int, plan: ReadPlan) -> None:
+        """Raises ArtifactError for a whole matrix with rows that are not the base's."""
+        for module, info in plan.copies:
+            original = self._originals.get(module)
+            changed = 0 if original is None else first_changed_row(file, info, original)
+            if changed is not None:
+                raise refusal("changed-copy", module=module, row=changed)
 
     def _plan(self, config: AdapterConfig, file: WeightsFile, max_rank: int) -> ReadPlan:
         header = file.header()
@@ -90,7 +118,9 @@ class AdapterReader:
             self._groups,
             config,
             header.tensors,
+            sort_tensors(header.tensors, self._base, config.target_parameters or ()),
             itemsize=self._element.itemsize,
+            rank=result.rank,
             target_modules=result.target_modules,
         )
 
@@ -98,7 +128,7 @@ class AdapterReader:
 def base_facts(groups: Sequence[TargetGroup]) -> BaseFacts:
     """The facts about the loaded base that decide whether an adapter fits."""
     shapes = (shape for group in groups for shape in group.shapes())
-    return BaseFacts({shape.module: (shape.out_features, shape.in_features) for shape in shapes}, loaded=True)
+    return BaseFacts.of(BaseModule(shape.module, shape.out_features, shape.in_features) for shape in shapes)
 
 
 def _read_config(folder: Path) -> AdapterConfig:

@@ -1,7 +1,8 @@
 """An open safetensors file: the bytes of its header, and a descriptor to read its tensors from.
 
-`lorapool_artifacts.header` parses the header, by the same bounds as when the adapter was validated. The tensors are
-read, never mapped: a truncated file or a failing disk then fails one load instead of killing the process by a signal.
+`lorapool_artifacts.header` parses the header. The file was inspected before, so that its number of tensors is not
+bounded again. The tensors are read, never mapped: a truncated file or a failing disk then fails one load instead of
+killing the process by a signal.
 """
 
 from __future__ import annotations
@@ -12,9 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapool_artifacts.header import ADAPTER_BOUNDS, LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
+from lorapool_artifacts.header import (
+    ADAPTER_DTYPES,
+    LENGTH_BYTES,
+    HeaderBounds,
+    SafetensorsHeader,
+    header_length,
+    parse_header,
+)
 
 _FIRST_READ_BYTES = 64 * 1024  # most headers are shorter
+_UNBOUNDED = HeaderBounds(max_tensors=2**31, dtypes=ADAPTER_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +33,24 @@ class WeightsFile:
     head: bytes
     """The length and the JSON of the header, exactly as in the file."""
     name: str
+    bounds: HeaderBounds = _UNBOUNDED
 
     def header(self) -> SafetensorsHeader:
         """The parsed header. Raises ArtifactError."""
-        return parse_header(self.head, self.size_bytes, ADAPTER_BOUNDS, name=self.name)
+        return parse_header(self.head, self.size_bytes, self.bounds, name=self.name)
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[WeightsFile]:
+def open_weights(path: Path, bounds: HeaderBounds = _UNBOUNDED) -> Iterator[WeightsFile]:
     """Opens the file while the context lasts. Raises ArtifactError for an invalid header, and OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         size = os.fstat(descriptor).st_size
         head = os.pread(descriptor, _FIRST_READ_BYTES, 0)
-        whole = LENGTH_BYTES + header_length(head, size, ADAPTER_BOUNDS, name=path.name)
+        whole = LENGTH_BYTES + header_length(head, size, bounds, name=path.name)
         if len(head) < whole:
             head += os.pread(descriptor, whole - len(head), len(head))
-        yield WeightsFile(descriptor, size, head[:whole], path.name)
+        yield WeightsFile(descriptor, size, head[:whole], path.name, bounds)
     finally:
         os.close(descriptor)

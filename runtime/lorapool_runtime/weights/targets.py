@@ -1,4 +1,4 @@
-"""The linear layers that LoRA may target, grouped by the input they share. Pure.
+"""The layers that LoRA may target, grouped by the input they share. Pure.
 
 The loader of the base finds them; slots and readers of adapters arrange matrices by them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorapool_api.base_modules import ModuleKind
 from lorapool_runtime.engines.interface import TargetShape
 
 
@@ -18,6 +19,14 @@ class TargetGroup:
     """Full dotted names in the model."""
     in_features: int
     out_features: tuple[int, ...]
+    kind: ModuleKind = ModuleKind.LINEAR
+    experts: int = 1
+    """Matrices in each module."""
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether the LoRA kernels compute it; torch computes embeddings and experts."""
+        return self.kind in (ModuleKind.LINEAR, ModuleKind.OUTPUT, ModuleKind.PARAMETER)
 
     @property
     def size(self) -> int:

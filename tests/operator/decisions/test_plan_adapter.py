@@ -70,6 +70,39 @@ def test_an_idle_adapter_is_ready_and_not_loaded() -> None:
     }  # fmt: skip
 
 
+def never_run() -> BaseObject:
+    return replace(base(), status=BaseModelStatus())
+
+
+def test_before_a_runtime_of_the_base_ran_an_adapter_is_ready_but_not_said_to_fit() -> None:
+    one = settled(adapter(), never_run())
+    states = {item.type: (item.status, item.reason) for item in one.status.conditions}
+    assert states["Compatible"] == ("Unknown", "NotChecked")
+    assert states["Resolved"] == ("True", "Resolved")
+    assert states["Ready"] == ("True", "Parked"), "a request starts the base, whose runtime checks it"
+    assert plan(ObservedAdapter(one, never_run())) == AdapterPlan()
+
+
+def test_once_the_base_is_known_an_unchecked_adapter_is_inspected_and_keeps_being_served() -> None:
+    one = settled(adapter(), never_run())
+    made = plan(ObservedAdapter(one, base(), replicas=(replica(report()),)))
+    assert made.inspect is not None
+    assert condition(made, "Ready")[0] == "True"
+    fits = plan(ObservedAdapter(one, base(), inspection=inspected(good(), one, base())))
+    assert condition(fits, "Compatible") == ("True", "Compatible")
+
+
+def test_an_unchecked_adapter_that_turns_out_not_to_fit_is_not_ready() -> None:
+    one = settled(adapter(), never_run())
+    misfit = SourceFailure(FailureReason.WRONG_BASE, "64x64 in the base but the adapter fits 16x16")
+    made = plan(ObservedAdapter(one, base(), inspection=inspected(misfit, one, base())))
+    assert condition(made, "Compatible") == ("False", "WrongBase")
+    assert condition(made, "Ready") == ("False", "WrongBase")
+    down = SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "502 from the hub")
+    kept = plan(ObservedAdapter(one, base(), inspection=inspected(down, one, base())))
+    assert kept.status is None or condition(kept, "Ready")[0] == "True"
+
+
 def test_nothing_is_written_when_nothing_changed() -> None:
     one = settled(adapter(), base())
     assert plan(ObservedAdapter(one, base())) == AdapterPlan()
@@ -531,7 +564,8 @@ def test_only_a_terminal_failure_to_load_outlasts_its_runtime(reason: str, after
 def failing(reason: str, **more: Any) -> BaseObject:
     ready = {"type": "Ready", "status": "False", "reason": reason, "message": "as it is", "lastTransitionTime": "now"}
     conditions = [ready, *({**ready, "type": kind, "status": "True"} for kind in more.pop("also", ()))]
-    return replace(base(**more), status=BaseModelStatus.model_validate({"conditions": conditions}))
+    status = {"conditions": conditions, "modules": {"modules": []}}
+    return replace(base(**more), status=BaseModelStatus.model_validate(status))
 
 
 @pytest.mark.parametrize(
@@ -559,7 +593,7 @@ def test_a_base_that_may_recover_soon_does_not_make_its_adapters_unready() -> No
     one, since = settled(adapter(), base()), "2023-11-14T22:13:20Z"
     crashed = failing("CrashLooping")
     conditions = [item.model_copy(update={"last_transition_time": since}) for item in crashed.status.conditions]
-    crashed = replace(crashed, status=BaseModelStatus(conditions=conditions))
+    crashed = replace(crashed, status=crashed.status.model_copy(update={"conditions": conditions}))
     early = plan(ObservedAdapter(one, crashed), NOW + 29)
     assert (early.status, early.requeue_at) == (None, NOW + 30)
     assert condition(plan(ObservedAdapter(one, crashed), NOW + 30), "Ready") == ("False", "BaseNotReady")

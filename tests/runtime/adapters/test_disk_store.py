@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from engine_kit import save_adapter, tiny_model
 
+from lorapool_api.base_modules import BaseModule
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
-from lorapool_artifacts.compatibility import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.policy import SourceRules
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
@@ -23,7 +24,7 @@ from lorapool_runtime.adapters.source_access import SourceAccess
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-MODULES = {f"model.layers.{layer}.self_attn.q_proj": (64, 64) for layer in range(2)}
+MODULES = [BaseModule(f"model.layers.{layer}.self_attn.q_proj", 64, 64) for layer in range(2)]
 SOURCE = SourceRef(uri="pvc://claim/one")
 
 
@@ -36,7 +37,7 @@ class World:
         self.inspected = 0
         self.cache = DiskCache(folder / "cache", high_bytes=2**24, low_bytes=2**23)
         self.cache.start()
-        facts = BaseFacts(MODULES, loaded=True)
+        facts = BaseFacts.of(MODULES)
         self.rules = folder / "rules.json"
         self.rules.write_text(SourceRules(owner="owner").model_dump_json())
         access = SourceAccess(SourceSettings(pvc_root=folder), self.rules)
@@ -119,6 +120,21 @@ def test_a_grant_of_the_bases_owner_lets_a_guest_read_below_its_prefix(world: Wo
     assert world.fetch(digest, namespace="guest") is Tier.SOURCE
     with pytest.raises(ArtifactError, match=r"spec\.access\.sources"):
         world.fetch(digest, namespace="other")
+
+
+def test_a_guest_leaves_its_part_of_a_volume_by_no_link(world: World, tmp_path: Path) -> None:
+    (tmp_path / "claim" / "theirs").mkdir()
+    (tmp_path / "claim" / "theirs" / "lora").symlink_to("../one")
+    world.rules.write_text(SourceRules(owner="owner", grants={"guest": ("pvc://claim/theirs/",)}).model_dump_json())
+    link = SourceRef(uri="pvc://claim/theirs/lora")
+    answers = {
+        namespace: asyncio.run(world.store.resolve(ResolveRequest(source=link, namespace=namespace)))
+        for namespace in ("owner", "guest")
+    }
+    assert answers["owner"].failure is None
+    refused = answers["guest"].failure
+    assert refused is not None
+    assert "leads out of the volume" in refused.message
 
 
 def test_without_readable_rules_nothing_is_read_and_it_is_tried_again(world: World) -> None:

@@ -18,7 +18,6 @@ from fakes_runtime import FakeClock, FakeEngine, Served, acquire, descriptor, ke
 from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import AdapterState, ResolveRequest, SourceRef, Tier
 from lorapool_artifacts.cache import DiskCache
-from lorapool_artifacts.inspect import inspect_base
 from lorapool_artifacts.settings import FetchLimits, SourceSettings
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters.entry import AdapterEntry
@@ -181,10 +180,9 @@ async def test_a_thousand_requests_for_one_cold_adapter_are_one_fetch_and_one_lo
         hub.repos["acme/base"], hub.repos["acme/poet"] = zoo.base_files(), zoo.adapter_files()
         hub.faults = [Fault("resolve/", delay_s=0.2)]
         sources = SourceSettings(hf_endpoint=hub.url)
-        facts = (await inspect_base("hf://acme/base", None, sources)).facts
         cache = DiskCache(tmp_path, high_bytes=2**24, low_bytes=2**23)
         cache.start()
-        store = DiskStore(cache, facts, SourceAccess(sources), max_rank=16, fetch_limits=FetchLimits())
+        store = DiskStore(cache, zoo.base_facts(), SourceAccess(sources), max_rank=16, fetch_limits=FetchLimits())
         source = SourceRef(uri="hf://acme/poet")
         digest = (await store.resolve(ResolveRequest(source=source))).digest
         assert digest is not None

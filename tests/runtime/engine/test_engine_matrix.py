@@ -10,7 +10,8 @@ from engine_kit import VOCAB, Collector, greedy, request, started
 from matrix_kit import ARCHITECTURES, World, matrix_world
 
 from lorapool_artifacts.adapter_config import AdapterConfig
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
+from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.engine import TorchEngine
@@ -43,7 +44,8 @@ def test_short_chunks_without_a_prefix_cache_equal_peft_one_by_one(world: World)
 
 
 def test_the_operator_accepts_from_the_headers_what_the_engine_runs(world: World) -> None:
-    facts = base_facts_from_folder(world.base)
+    facts = facts_of(base_files_from_folder(world.base))
+    assert facts is not None
     for name, folder in world.adapters.items():
         result = inspect_adapter_folder(folder, facts, AdapterLimits(max_rank=16)).compatibility
         assert result.ok, (name, result.message)

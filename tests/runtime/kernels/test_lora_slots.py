@@ -12,11 +12,13 @@ import pytest
 import torch
 from lora_kit import RandomAdapter
 
+from lorapool_api.base_modules import ModuleKind
 from lorapool_runtime.engines.torch.lora.slot_state import IllegalSlotMoveError, WrongWeightsError
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.targets import TargetGroup
 
+EMBED = ModuleKind.EMBEDDING
 GROUPS = (TargetGroup(("q", "k"), 512, (512, 128)), TargetGroup(("o",), 512, (512,)))
 
 
@@ -151,6 +153,32 @@ def test_slots_on_a_device_do_not_overlap() -> None:
         matrices = made.matrices(0, slot)
         assert matrices is not None
         assert torch.equal(matrices.a, adapter(rank).a(0))
+
+
+EDGES = (*GROUPS, TargetGroup(("head",), 512, (4096,), ModuleKind.OUTPUT), TargetGroup(("embed",), 4096, (512,), EMBED))
+
+
+def test_an_adapter_of_a_large_layer_has_memory_of_its_own_on_a_device_while_it_is_in_a_slot() -> None:
+    """The regions keep the size for linear layers; no kernel or graph computes what changes an embedding."""
+    device = torch.device("cpu")
+    made = AdapterSlots(EDGES, slots=3, max_rank=8, dtype=torch.float32, device=device, in_host_memory=False)
+    usual = AdapterSlots(GROUPS, slots=3, max_rank=8, dtype=torch.float32, device=device, in_host_memory=False)
+    assert made.memory.nbytes == usual.memory.nbytes
+    large = RandomAdapter(EDGES, (8, 8, 8, 8, 4), np.random.default_rng(1))
+    small = RandomAdapter(EDGES, (8, 0, 8, 0, 0), np.random.default_rng(2))
+    assert load(made, 0, large) == usual.memory.nbytes // 3 + large.buffer.nbytes
+    assert load(made, 1, small) == usual.memory.nbytes // 3
+    for slot, weights, heads in ((0, large, 8), (1, small, 0)):
+        assert [int(ranks) for ranks in made.groups[2].ranks[:, slot]] == [heads]
+        matrices = made.matrices(0, slot)
+        assert matrices is not None
+        assert torch.equal(matrices.a[:8], weights.a(0))
+    assert (made.runs_by_torch(0), made.runs_by_torch(1), made.any_by_torch) == (True, False, True)
+    address = made.memory.data_ptr() + int(made.groups[2].a_at[0, 0]) * 4
+    stored = (ctypes.c_float * 4).from_address(address)
+    assert list(stored) == large.a(3).flatten()[:4].tolist()
+    made.withdraw(0)
+    assert (made.runs_by_torch(0), made.any_by_torch) == (False, False)
 
 
 def test_a_slot_on_a_device_occupies_its_reserved_region_and_gives_nothing_back() -> None:

@@ -30,6 +30,8 @@ META = torch.device("meta")
 ADAPTERS: dict[str, dict[str, Any]] = {
     "everything": {"r": 5, "lora_alpha": 8, "target_modules": "all-linear"},
     "qv": {"r": 8, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+    "output": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"]},
 }
 
 
@@ -76,7 +78,7 @@ def test_every_decode_step_equals_the_eager_one(
     """Base rows and two adapters, rows that come and go, contexts past Gemma's window of 6, padding to 4 and to 5."""
     world = peft_world(tmp_path, tiny_model(architecture, num_hidden_layers=layers), ADAPTERS)
     core = core_of(world.base)
-    for slot, name in ((0, "everything"), (2, "qv")):
+    for slot, name in ((0, "everything"), (1, "output"), (2, "qv")):
         core.load(slot, read(core, world.adapters[name]))
     capture = NoCapture()
     monkeypatch.setattr(triton_attention, "_PARTS", 1)  # each part is a program, and the interpreter is slow
@@ -94,7 +96,7 @@ def test_every_decode_step_equals_the_eager_one(
             "a": (None, -1, [5, 6, 7], 5),
             "b": ("everything", 0, [9, 8], 4),
             "c": ("qv", 2, list(range(3, 12)), 5),
-            "d": ("everything", 0, [4], 2),
+            "d": ("output", 1, [4], 2),
             "e": (None, -1, [30, 31], 2),
         }
         tokens: dict[str, list[int]] = {name: [] for name in asked}
@@ -109,6 +111,36 @@ def test_every_decode_step_equals_the_eager_one(
         assert tokens[name] == world.answer(adapter, prompt, count), name
     assert capture.captured == 2 * len(graphs.sizes)
     assert compared.sizes == {3: 1, 5: 1, 2: 1}  # padded to 4, 5 and 2
+
+
+def test_a_step_with_an_adapter_of_the_embedding_runs_the_models_own_code(tmp_path: Path) -> None:
+    """As on a GPU: the other layers by Triton's kernels, the embedding by torch, in mixed batches equal to peft."""
+    world = peft_world(tmp_path, tiny_model("Llama", num_hidden_layers=1), ADAPTERS)
+    core = core_of(world.base)
+    core.slots = core.base.lora.slots = AdapterSlots(
+        core.base.groups, slots=3, max_rank=16, dtype=torch.float32, device=torch.device("cpu"), in_host_memory=False
+    )
+    kernel = core.base.lora.kernel = TritonKernel(core.slots)
+    kernel.warm_up(core.slots)
+    for slot, name in ((0, "qv"), (1, "embedding")):
+        core.load(slot, read(core, world.adapters[name]))
+    graphs = core.runner.decode_path = DecodeGraphs(
+        core.base, core.pool, max_batch=5, max_model_len=32, capture=NoCapture()
+    )
+    asked = {"a": (None, -1, [5, 6, 7], 3), "b": ("qv", 0, [9, 8], 3), "c": ("embedding", 1, [4, 30], 3)}
+    tokens: dict[str, list[int]] = {name: [] for name in asked}
+    could: list[bool] = []
+    can_run = graphs.can_run
+    graphs.can_run = lambda plan: could.append(can_run(plan)) or could[-1]  # type: ignore[method-assign,func-returns-value]
+    with torch.inference_mode():
+        graphs.capture_all()
+        for name, (_, slot, prompt, count) in asked.items():
+            core.add(request(name, prompt, greedy(count), slot=slot))
+        while core.scheduler.has_work:
+            collect(core.step(), tokens)
+    for name, (adapter, _, prompt, count) in asked.items():
+        assert tokens[name] == world.answer(adapter, prompt, count), name
+    assert not any(could)
 
 
 def read(core: Core, folder: Path) -> PackedAdapter:
@@ -154,7 +186,7 @@ def test_a_decode_step_never_asks_the_device_nor_takes_a_shape_from_data(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = meta_graphs(tmp_path, architecture, monkeypatch)
-    layers, groups = len(graphs._base.layers), len(graphs._base.groups)
+    layers, groups = len(graphs._base.layers), sum(group.by_kernel for group in graphs._base.groups)
     for size in graphs.sizes:
         for with_lora in (True, False):
             with torch.inference_mode(), CaptureGuard(META) as guard:

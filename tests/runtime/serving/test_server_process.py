@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import openai
 import pytest
 from aiohttp import web
 from fakes_runtime import (
+    VOCAB,
     FakeClock,
     FakeEngine,
     FakeStore,
@@ -37,12 +39,14 @@ from fakes_runtime import (
 
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.metrics_access import MetricsAccess
-from lorapool_api.openai import InvalidRequestError, UnavailableError
+from lorapool_api.openai import InvalidRequestError
 from lorapool_api.protocol import HEADER_TENANT, token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_runtime.openai import encoding, json_body
+from lorapool_runtime.openai.chat_format import ExtraTokens
+from lorapool_runtime.openai.chat_formats import ChatFormats
 from lorapool_runtime.openai.fair_pool import FairPool
 from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
 from lorapool_runtime.serving.probes import probes
@@ -157,9 +161,12 @@ async def test_a_template_that_takes_too_long_is_refused_and_other_prompts_are_e
     slow = "{% for a in range(90000) %}{% for b in range(300) %}{% endfor %}{% endfor %}"
     folder = save_byte_tokenizer(tmp_path, chat_template=slow)
     tokenizer = Tokenizer(folder, threads=2, timeout_s=0.2)
-    with pytest.raises(UnavailableError) as caught:
-        await tokenizer.prompt_of_messages(HI)
-    assert caught.value.code == "prompt_timeout"
+    formats = ChatFormats(tokenizer, rows=VOCAB, eos_ids=())
+    assert formats.base.template is None
+    assert "did not end within" in formats.base.problem
+    with pytest.raises(InvalidRequestError) as caught:
+        await tokenizer.prompt_of_messages(HI, chat=replace(formats.base, template=slow))
+    assert caught.value.code == "chat_template_timeout"
     assert await tokenizer.prompt_of_text("ab", tenant="another") == (97, 98)
     tokenizer.close()
 
@@ -186,7 +193,7 @@ async def test_other_work_goes_on_while_a_long_text_is_tokenized(byte_tokenizer:
 async def test_a_text_that_cannot_fit_the_context_is_refused_before_it_is_tokenized(
     byte_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, path: str, wish: dict[str, Any]
 ) -> None:
-    for method in ("_encode", "_render"):
+    for method in ("_encode", "_chat_prompt"):
         monkeypatch.setattr(Tokenizer, method, lambda *_: pytest.fail("the text was tokenized"))
     async with (
         serving(byte_tokenizer) as served,
@@ -203,10 +210,10 @@ async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_anothe
     encode, run, go_on = Tokenizer._encode, FairPool.run, threading.Event()
     arrived = []
 
-    def slow(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    def slow(tokenizer: Tokenizer, text: str, extra: ExtraTokens) -> tuple[int, ...]:
         if text.startswith("long"):
             assert go_on.wait(20)
-        return encode(tokenizer, text)
+        return encode(tokenizer, text, extra)
 
     async def counted(pool: FairPool, tenant: str, work: Any) -> Any:
         arrived.append(tenant)
@@ -323,7 +330,7 @@ async def test_a_template_cannot_leave_its_sandbox(tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokenizer = Tokenizer(save_byte_tokenizer(tmp_path, chat_template=escape), threads=1, timeout_s=5.0)
     with pytest.raises(InvalidRequestError) as caught:
-        await tokenizer.prompt_of_messages(HI)
+        await tokenizer.prompt_of_messages(HI, chat=ChatFormats(tokenizer, rows=VOCAB, eos_ids=()).base)
     assert caught.value.code == "chat_template_refused"
     tokenizer.close()
 

@@ -4,6 +4,7 @@ the headers alone; nothing of them is loaded."""
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 import torch
 from engine_kit import tiny_model
 
+from lorapool_api.base_modules import compact
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.inspect import base_facts_from_folder, inspect_adapter_folder
+from lorapool_artifacts.inspect import inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
 from lorapool_runtime.weights.reader import AdapterReader
-from lorapool_runtime.weights.targets import TargetGroup
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -31,18 +33,16 @@ class Base:
     def __init__(self, folder: Path, architecture: str, **changes: Any) -> None:
         self.model, self.folder = tiny_model(architecture, **changes), folder / "base"
         self.model.save_pretrained(self.folder)
-        self.groups: tuple[TargetGroup, ...] = load_base(
-            str(self.folder), dtype="float32", device=torch.device("cpu")
-        ).groups
+        base = load_base(str(self.folder), dtype="float32", device=torch.device("cpu"))
+        self.reader = AdapterReader(base.groups, "float32", BaseFacts.of(base.modules), base.originals)
+        self.published = BaseFacts.published(compact(base.modules))
 
     def words_about(self, folder: Path) -> tuple[str, str]:
         """The refusals of the runtime and of the operator, which only reads the headers."""
         with pytest.raises(ArtifactError) as runtime:
-            AdapterReader(self.groups, "float32").read(folder, max_rank=16)
+            self.reader.read(folder, max_rank=16)
         try:
-            result = inspect_adapter_folder(
-                folder, base_facts_from_folder(self.folder), AdapterLimits(16)
-            ).compatibility
+            result = inspect_adapter_folder(folder, self.published, AdapterLimits(16)).compatibility
         except ArtifactError as error:
             return runtime.value.message, error.message
         assert not result.ok, "accepted from the headers"
@@ -74,9 +74,7 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"use_dora": True}, ("DoRA", "use_dora=False")),
         ({"lora_bias": True}, ("trained biases", "lora_bias=False")),
         ({"bias": "lora_only"}, ("biases of the base", 'bias="none"')),
-        ({"modules_to_save": ["lm_head"]}, ("fully trained modules", "without modules_to_save")),
         ({"trainable_token_indices": [1, 2]}, ("trained tokens", "without trainable_token_indices")),
-        ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ("single parameters", "target_modules only")),
         ({"kasa_config": {}}, ("KaSA", "base's weights", "without KaSA")),
         ({"monteclora_config": {}}, ("samples its weights", "without monteclora_config")),
         ({"use_bdlora": {"target_modules_bd_b": QV, "nblocks": 2}}, ("block-diagonal", "without use_bdlora")),
@@ -84,8 +82,6 @@ def saved(folder: Path, model: Any, config: Any) -> Path:
         ({"layer_replication": [[0, 2], [1, 2]]}, ("replicated layers", "without layer_replication")),
         ({"init_lora_weights": "pissa"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
         ({"init_lora_weights": "olora"}, ("into the adapter", "path_initial_model_for_weight_conversion")),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, ("embed_tokens", "all adapters share", "without these")),
-        ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "all adapters share", "without these")),
     ],
 )
 def test_each_lora_that_is_not_plain_lora_is_refused_by_its_own_reason(
@@ -129,16 +125,9 @@ def test_the_refusal_of_each_other_kind_says_how_it_differs_from_lora(kind: str,
         assert "LoraConfig" in message
 
 
-def test_adapters_that_change_the_experts_of_a_mixture_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
-    from peft import LoraConfig
-
-    folder = saved(tmp_path, mixture.model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    for message in mixture.words_about(folder):
-        assert "experts of a mixture" in message
-        assert "target_modules only" in message
-
-
-def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: Base, tmp_path: Path) -> None:
+def test_an_adapter_with_matrices_for_some_experts_only_is_refused_with_their_number(
+    mixture: Base, tmp_path: Path
+) -> None:
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
@@ -149,9 +138,11 @@ def test_experts_named_as_older_trainers_did_are_refused_with_a_reason(mixture: 
         old = name.replace("self_attn.q_proj", "mlp.experts.3.gate_proj")
         tensors[old] = torch.zeros(32 if "lora_B" in name else 2, 2 if "lora_B" in name else 64)
     save_file(tensors, weights)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "gate_proj"]}))
     for message in mixture.words_about(folder):
-        assert "model.layers.0.mlp.experts.3.gate_proj is an expert of a mixture" in message
-        assert "train without these modules" in message
+        assert "model.layers.0.mlp.experts.gate_proj has weights for 1 of 4 experts" in message
+        assert "one and the same save_pretrained()" in message
 
 
 def test_a_base_without_layers_that_lora_could_target_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_known_header_in_a_file_of_another_length_is_corrupt(folder: Path, rea
     reader.read(folder)
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(ArtifactError, match="upload it again"):
+    with pytest.raises(ArtifactError, match="Upload the original file again"):
         reader.read(folder)
 
 

@@ -135,13 +135,12 @@ def test_files_in_16_bit_types_are_read_exactly(folder: Path, dtype: torch.dtype
     ("changes", "words"),
     [
         ({"use_dora": True}, ("DoRA", "use_dora=False")),
-        ({"modules_to_save": ["lm_head"]}, ("modules_to_save",)),
         ({"bias": "lora_only"}, ("bias",)),
         ({"lora_bias": True}, ("lora_bias=False",)),
         ({"trainable_token_indices": [1]}, ("trainable_token_indices",)),
         ({"layer_replication": [[0, 1]]}, ("layer_replication",)),
         ({"peft_type": "IA3"}, ("IA3", "LoRA")),
-        ({"init_lora_weights": "pissa"}, ("pissa", "convert")),
+        ({"init_lora_weights": "pissa"}, ("pissa", "Convert")),
         ({"a_future_option": 3}, ("a_future_option",)),
     ],
 )
@@ -156,8 +155,8 @@ def test_each_kind_that_is_not_plain_lora_is_refused_with_its_own_reason(
     ("name", "words"),
     [
         (f"{Q0}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.weight", "output layer"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "embed_tokens has no lora_B"),
+        ("base_model.model.score.weight", "the output layer of a classifier"),
         (f"{Q0}.something", "not part of a LoRA"),
     ],
 )

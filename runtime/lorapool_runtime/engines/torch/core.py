@@ -12,6 +12,8 @@ import time
 
 import torch
 
+from lorapool_api.base_modules import ModuleKind
+from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_runtime.cgroup import usable_memory_bytes
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
@@ -98,12 +100,17 @@ class Core:
             vocab_size=self.base.vocab_size,
             dtype=str(self.base.dtype).removeprefix("torch."),
             eos_token_ids=self.base.eos_token_ids,
-            targets=tuple(shape for group in self.base.groups for shape in group.shapes()),
+            targets=tuple(
+                shape for group in self.base.groups if group.kind is ModuleKind.LINEAR for shape in group.shapes()
+            ),
+            modules=self.base.modules,
             weight_bytes=self.base.weight_bytes,
             decode_program=decode_program,
         )
         self.batching_window_s = _batching_window_s(config, device)
-        self.reader = AdapterReader(self.base.groups, self.facts.dtype)
+        self.reader = AdapterReader(
+            self.base.groups, self.facts.dtype, BaseFacts.of(self.base.modules), self.base.originals
+        )
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
 

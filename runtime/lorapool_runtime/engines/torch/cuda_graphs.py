@@ -133,8 +133,12 @@ class DecodeGraphs:
                 self._replays[size, with_lora] = self._capture(partial(self.step, size, with_lora))
 
     def can_run(self, plan: StepPlan) -> bool:
-        """Whether the step only decodes, with at most as many rows as the largest captured size."""
-        return not plan.prefills and 0 < len(plan.decodes) <= self.sizes[-1]
+        """Whether the step only decodes, with at most as many rows as the largest captured size, and without an adapter
+        that changes an embedding or experts."""
+        slots = self._base.lora.slots
+        if plan.prefills or not 0 < len(plan.decodes) <= self.sizes[-1]:
+            return False
+        return slots is None or not any(slots.runs_by_torch(chunk.sequence.slot) for chunk in plan.decodes)
 
     def run(self, plan: StepPlan) -> Tensor:
         """Returns [decoding rows, vocabulary], which the next `run` overwrites."""

@@ -45,14 +45,16 @@ class Runner:
         positions: list[int] = []
         keep: list[int] = []
         rows: list[SlotRows] = []
+        kept: list[SlotRows] = []
         for chunk in plan.chunks:
             begin, end = len(token_ids), len(token_ids) + chunk.num_tokens
             token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
             positions += range(chunk.start, chunk.start + chunk.num_tokens)
             rows.append(SlotRows(chunk.sequence.slot, begin, end))
+            kept.append(SlotRows(chunk.sequence.slot, len(keep), len(keep) + len(chunk.logit_rows)))
             keep += [begin + row for row in chunk.logit_rows]
         device = self.base.device
-        self.base.lora.set(rows)
+        self.base.lora.set(rows, kept if keep else (SlotRows(BASE_SLOT, 0, 1),))
         logits = self.base.logits(
             torch.tensor(token_ids, device=device),
             torch.tensor(positions, device=device),

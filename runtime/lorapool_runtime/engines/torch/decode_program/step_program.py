@@ -129,11 +129,14 @@ class StepProgram:
         job.u, job.most_ahead = self._u.ctypes.data, _shared_cache_bytes() // 2
 
     def can_run(self, plan: StepPlan) -> bool:
-        """Whether the step only decodes, with at most MAX_ROWS_PER_ADAPTER rows of each adapter."""
+        """Whether the step only decodes, with at most MAX_ROWS_PER_ADAPTER rows of each adapter, none of them one that
+        changes an embedding or experts."""
         if plan.prefills or not 0 < len(plan.decodes) <= self._max_batch:
             return False
         rows_of = Counter(chunk.sequence.slot for chunk in plan.decodes)
         del rows_of[BASE_SLOT]
+        if any(map(self._adapters.runs_by_torch, rows_of)):
+            return False
         return max(rows_of.values(), default=0) <= MAX_ROWS_PER_ADAPTER
 
     def run(self, plan: StepPlan) -> Tensor:

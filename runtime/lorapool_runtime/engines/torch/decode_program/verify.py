@@ -283,9 +283,9 @@ class _RandomAdapter:
 @contextmanager
 def random_adapters(base: Base, adapters: AdapterSlots) -> Iterator[tuple[int, ...]]:
     """The slots of adapters that exist meanwhile: one on every linear, one on two thirds of them with mixed ranks."""
-    linears = sum(group.size for group in base.groups)
+    by_kernel = [group.by_kernel for group in base.groups for _ in group.modules]  # others are not in the program
     rank = min(_ADAPTER_RANK, adapters.max_rank)
-    ranks = ([rank] * linears, [min(rank, n % 3) for n in range(linears)])
+    ranks = ([rank * adapts for adapts in by_kernel], [min(rank, n % 3) * adapts for n, adapts in enumerate(by_kernel)])
     slots = tuple(range(min(len(ranks), adapters.count)))
     for slot in slots:
         layout = lay_out(base.groups, tuple(ranks[slot]), base.dtype.itemsize)

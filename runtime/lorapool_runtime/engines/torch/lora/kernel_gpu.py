@@ -49,7 +49,7 @@ class TritonKernel:
         """Compiles every kernel that a step may launch, with a row of the base, for which they access no memory."""
         nothing = np.full(1, BASE_SLOT, np.int32)
         row_slots, (order, segments) = self._moved(nothing), map(self._moved, row_tiles(nothing, self._slots))
-        for group in slots.groups:
+        for group in slots.by_kernel:
             x = torch.zeros(1, group.in_features, dtype=slots.dtype, device=self._device)
             y = torch.zeros(1, sum(group.out_features), dtype=slots.dtype, device=self._device)
             self.add(y, x, row_slots, group)

@@ -11,6 +11,7 @@ so a value that is not finite stays in its row. The engine thread alone runs the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -45,6 +46,15 @@ class StepKernel(RowKernel, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _RowsWithSlots:
+    """How one step adds LoRA to the rows that some layers are called with."""
+
+    row_slots: Tensor | None = None  # int32 [rows], for a row kernel
+    prepared: Callable[[Tensor, Tensor, GroupTables], None] | None = None  # the step's `add` of a step kernel
+    torch_ops: tuple[TorchLoraOp, ...] = ()  # without a kernel
+
+
 class LoraBatch:
     """The state that all LoRA layers read during a step. An engine has one and passes it to every group."""
 
@@ -52,40 +62,52 @@ class LoraBatch:
         self.slots: AdapterSlots | None = None
         self.groups: list[LoraGroup] = []
         self.kernel: RowKernel | None = None
-        self._row_slots: Tensor | None = None  # int32 [rows], for a row kernel
-        self._prepared: Callable[[Tensor, Tensor, GroupTables], None] | None = None  # the step's `add` of a step kernel
-        self._torch_ops: tuple[TorchLoraOp, ...] = ()  # without a kernel
+        self.output_group: int | None = None
+        """The number of the output layer's group, which is called with the rows that get logits only."""
+        self.segments: tuple[SlotRows, ...] = ()
+        """The step's rows that get LoRA, for the layers that torch computes: the embedding and experts."""
+        self._rows = self._kept = _RowsWithSlots()
 
-    def set(self, batch: Sequence[SlotRows]) -> None:
-        """Prepares the next step. `batch` covers its rows from 0 on without a gap."""
-        self._row_slots, self._prepared, self._torch_ops = None, None, ()
+    def set(self, batch: Sequence[SlotRows], kept: Sequence[SlotRows] | None = None) -> None:
+        """Prepares the next step. `batch` covers its rows from 0 on without a gap.
+
+        kept: the same of the rows that get logits, in their order; None: all rows do.
+        """
+        self._rows = self._kept = self._prepare(batch)
+        self.segments = adapter_segments(batch) if self.slots is not None and self.slots.any_by_torch else ()
+        if kept is not None and self.output_group is not None and self._rows is not _NO_ROWS:
+            self._kept = self._prepare(kept)
+
+    def _prepare(self, batch: Sequence[SlotRows]) -> _RowsWithSlots:
         slots = self.slots
         if slots is None or all(rows.slot == BASE_SLOT for rows in batch):
-            return
+            return _NO_ROWS
         if isinstance(self.kernel, StepKernel):
-            self._prepared = self.kernel.prepare(batch)
-        elif self.kernel is not None:
-            self._row_slots = torch.tensor(slot_of_each_row(batch), dtype=torch.int32, device=slots.memory.device)
-        else:
-            self._torch_ops = tuple(TorchLoraOp(segment, slots) for segment in adapter_segments(batch))
+            return _RowsWithSlots(prepared=self.kernel.prepare(batch))
+        if self.kernel is not None:
+            row_slots = torch.tensor(slot_of_each_row(batch), dtype=torch.int32, device=slots.memory.device)
+            return _RowsWithSlots(row_slots=row_slots)
+        return _RowsWithSlots(torch_ops=tuple(TorchLoraOp(segment, slots) for segment in adapter_segments(batch)))
 
     def use(self, row_slots: Tensor) -> None:
         """Prepares a captured graph: the kernel reads the slots from a tensor that the caller keeps and overwrites.
 
-        row_slots: int32 [rows].
+        row_slots: int32 [rows], of which each gets logits. No slot may hold an adapter of an embedding or of experts.
         """
-        self._row_slots, self._prepared, self._torch_ops = row_slots, None, ()
+        self._rows = self._kept = _RowsWithSlots(row_slots=row_slots)
+        self.segments = ()
 
     def add(self, group: int, x: Tensor, y: Tensor) -> None:
         """x: [rows, in]; y: [rows, out of all members], added to in place."""
-        if self._row_slots is not None:
+        rows = self._kept if group == self.output_group else self._rows
+        if rows.row_slots is not None:
             assert self.kernel is not None
             assert self.slots is not None
-            self.kernel.add(y, x, self._row_slots, self.slots.groups[group])
-        if self._prepared is not None:
+            self.kernel.add(y, x, rows.row_slots, self.slots.groups[group])
+        if rows.prepared is not None:
             assert self.slots is not None
-            self._prepared(y, x, self.slots.groups[group])
-        for op in self._torch_ops:
+            rows.prepared(y, x, self.slots.groups[group])
+        for op in rows.torch_ops:
             op.add(group, x, y)
 
 
@@ -110,6 +132,9 @@ class TorchLoraOp:
                 y[self._rows, columns].addmm_(u[:, ranks], b)
             else:
                 y[self._rows, columns] += u[:, ranks] @ b.float()
+
+
+_NO_ROWS = _RowsWithSlots()
 
 
 class LoraGroup:
@@ -153,12 +178,31 @@ class LoraLinear(nn.Module):
         return self.group.output(self._member, x)
 
 
-class PlainLinear(nn.Module):
-    """An output layer that no adapter targets: the base's product alone, packed where that is faster."""
+class LoraEmbedding(nn.Module):
+    """Replaces the embedding of tokens: row t of A, [tokens, rank], times B is added to token t's."""
 
-    def __init__(self, base: FusedLinear) -> None:
+    def __init__(self, embedding: nn.Embedding, number: int, batch: LoraBatch) -> None:
         super().__init__()
-        self.base = base
+        self.embedding, self._number, self._batch = embedding, number, batch
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [..., rows] of one sequence of rows -> [..., rows, hidden]"""
+        y: Tensor = self.embedding(token_ids)
+        if self._batch.segments:
+            self._add(token_ids.reshape(-1), y.view(-1, y.shape[-1]))
+        return y
+
+    def _add(self, token_ids: Tensor, y: Tensor) -> None:
+        slots, factor = self._batch.slots, getattr(self.embedding, "embed_scale", 1.0)
+        assert slots is not None
+        for segment in self._batch.segments:
+            matrices = slots.member_matrices(self._number, 0, segment.slot)
+            if matrices is not None:
+                a, b = matrices
+                rows = slice(segment.begin, segment.end)
+                added = a.view(-1, b.shape[0])[token_ids[rows]].float() @ b.float()
+                y[rows] += (added * factor).to(y.dtype)

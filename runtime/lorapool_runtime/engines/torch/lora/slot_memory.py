@@ -49,17 +49,26 @@ class SlotMemory(Protocol):
 
 
 class DeviceMemory:
-    """One region of equal size per slot. Only the engine thread may place adapters: its stream orders the copies."""
+    """One region of equal size per slot; a larger adapter gets memory of its own while it is in a slot.
+
+    Only the engine thread may place adapters: its stream orders the copies.
+    """
 
     def __init__(self, slots: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._elements = elements
         self.memory = torch.zeros(slots * elements, dtype=dtype, device=device)
 
     def place(self, slot: int, weights: PackedWeights) -> Placement:
-        first = slot * self._elements
-        buffer = self.memory[first : first + weights.layout.elements]
+        elements = weights.layout.elements
+        if elements > self._elements:
+            buffer = torch.empty(elements, dtype=self.memory.dtype, device=self.memory.device)
+            first = (buffer.data_ptr() - self.memory.data_ptr()) // self.memory.itemsize
+            resident_bytes = self._elements * self.memory.itemsize + buffer.nbytes
+        else:
+            first, resident_bytes = slot * self._elements, self._elements * self.memory.itemsize
+            buffer = self.memory[first : first + elements]
         buffer.copy_(torch.from_numpy(weights.buffer).view(self.memory.dtype), non_blocking=True)
-        return Placement(first, buffer, self._elements * self.memory.itemsize, None)
+        return Placement(first, buffer, resident_bytes, None)
 
 
 class HostMemory:

@@ -6,6 +6,7 @@ thread alone publishes and withdraws, between two steps. See `slot_state` for th
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lorapool_api.base_modules import ModuleKind
 from lorapool_runtime.engines.torch.lora.slot_memory import (
     DeviceMemory,
     HostMemory,
@@ -22,8 +24,10 @@ from lorapool_runtime.engines.torch.lora.slot_memory import (
     weights_bytes,
 )
 from lorapool_runtime.engines.torch.lora.slot_state import SlotContents, SlotState, SlotStatus
-from lorapool_runtime.weights.layout import first_linears, lay_out
+from lorapool_runtime.weights.layout import Layout, first_linears, lay_out
 from lorapool_runtime.weights.targets import TargetGroup
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class AdapterSlots:
         """in_host_memory: a slot is its adapter's own buffer instead of a copy. Possible on a CPU only."""
         self.count, self.max_rank, self.dtype = slots, max_rank, dtype
         linears = sum(group.size for group in groups)
-        self._elements = lay_out(tuple(groups), (max_rank,) * linears, dtype.itemsize).elements
+        usual = tuple(max_rank if group.kind is ModuleKind.LINEAR else 0 for group in groups for _ in group.modules)
+        self._elements = lay_out(tuple(groups), usual, dtype.itemsize).elements
         self._storage: SlotMemory = (
             HostMemory(dtype) if in_host_memory else DeviceMemory(slots, self._elements, dtype, device)
         )
@@ -78,6 +83,8 @@ class AdapterSlots:
         self._ranks = torch.zeros(linears, slots, dtype=torch.int32, device=device)
         self._positions = torch.zeros(2, linears, slots, dtype=torch.int64, device=device)
         self._matrices: dict[tuple[int, int], GroupMatrices | None] = {}  # by group and slot: views are slow to make
+        self._by_torch: set[int] = set()
+        self._targets = tuple(groups)
         self.first_linears = first_linears(groups)
         self.groups = tuple(
             self._tables(number, first, group)
@@ -97,6 +104,11 @@ class AdapterSlots:
             max_rank=self.max_rank,
         )
 
+    @property
+    def by_kernel(self) -> tuple[GroupTables, ...]:
+        """The groups that a kernel computes."""
+        return tuple(tables for tables, group in zip(self.groups, self._targets, strict=True) if group.by_kernel)
+
     # --- any thread, while the slot is not published ---
 
     def fill(self, slot: int, weights: PackedWeights) -> int:
@@ -106,7 +118,7 @@ class AdapterSlots:
         """
         state, layout = self._states[slot], weights.layout
         state.require_unpublished()
-        if layout.elements > self._elements or layout.rank > self.max_rank:
+        if layout.rank > self.max_rank:
             raise ValueError(f"an adapter of rank {layout.rank} does not fit slots of rank {self.max_rank}")
         state.fill(SlotContents(layout, self._storage.place(slot, weights)))
         return state.resident_bytes
@@ -134,11 +146,15 @@ class AdapterSlots:
         self._host_tables[1:, :, slot] += state.contents.placement.first_element
         self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
         self._positions[:, :, slot] = self._host_tables[1:, :, slot].to(self._positions)
+        if self._changes_by_torch(state.contents.layout):
+            self._by_torch.add(slot)
+            log.info("an adapter changes an embedding or experts: its decode steps run the model's own code")
         self._forget_views(slot)
 
     def withdraw(self, slot: int) -> None:
         """Hides the slot from the next step on: it adds nothing to any row. Harmless where it is not published."""
         self._states[slot].withdraw()
+        self._by_torch.discard(slot)
         self._forget_views(slot)
         self._host_tables[0, :, slot] = 0
         self._ranks[:, slot] = 0
@@ -146,6 +162,14 @@ class AdapterSlots:
     def claim(self, slot: int, salt: str) -> None:
         """Binds the slot's weights to the identity of a request. Raises WrongWeightsError, see `SlotState.claim`."""
         self._states[slot].claim(salt)
+
+    def runs_by_torch(self, slot: int) -> bool:
+        """Whether the published adapter changes an embedding or experts, which no kernel and no graph computes."""
+        return slot in self._by_torch
+
+    @property
+    def any_by_torch(self) -> bool:
+        return bool(self._by_torch)
 
     def is_published(self, slot: int) -> bool:
         return self._states[slot].status is SlotStatus.PUBLISHED
@@ -164,6 +188,28 @@ class AdapterSlots:
             published = self.is_published(slot)
             self._matrices[key] = self._views(self.groups[group], self._states[slot].contents) if published else None
         return self._matrices[key]
+
+    def member_matrices(self, group: int, member: int, slot: int) -> tuple[Tensor, Tensor] | None:
+        """A and B of one member, [rows of the member, in] and [rows, out]; None where the adapter has none."""
+        if not self.is_published(slot):
+            return None
+        contents = self._states[slot].contents
+        linear = contents.layout.linears[self.first_linears[group] + member]
+        if not linear.rank:
+            return None
+        buffer = contents.placement.buffer
+        return (
+            _matrix(buffer, linear.a_at, linear.rank, linear.in_features),
+            _matrix(buffer, linear.b_at, linear.rank, linear.out_features),
+        )
+
+    def _changes_by_torch(self, layout: Layout) -> bool:
+        return any(
+            linear.rank
+            for first, group in zip(self.first_linears, self._targets, strict=True)
+            if not group.by_kernel
+            for linear in layout.linears[first : first + group.size]
+        )
 
     def _views(self, group: GroupTables, contents: SlotContents) -> GroupMatrices | None:
         layout, buffer = contents.layout, contents.placement.buffer

@@ -1,6 +1,6 @@
 """Loads the base and prepares it for shared use: the one module that knows transformers' private names.
 
-No architecture is recognized by its name. A probe run of the stock model shows which linear layers share an input and
+No architecture is recognized by its name. A probe run of the stock model shows what adapters may change (`probe`) and
 which parameters every attention layer has; the layers are then replaced, and the engine compares the result with the
 stock logits before it serves. Reads safetensors from a local folder only, and runs no code from it. Bases that cannot
 be computed exactly are refused with a message that says why.
@@ -9,8 +9,7 @@ be computed exactly are refused with a message that says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
-from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup, LoraLinear, PlainLinear
+from lorapool_api.base_modules import BaseModule
+from lorapool_runtime.engines.torch.lora.layer import LoraBatch
 from lorapool_runtime.engines.torch.model.attention import (
     Attention,
     LayerAttention,
     ProbeAttention,
     UnsupportedAttentionError,
 )
+from lorapool_runtime.engines.torch.model.key_map import KeyMap
+from lorapool_runtime.engines.torch.model.lora_modules import fit_lora
 from lorapool_runtime.engines.torch.model.native_modules import replace_with_native
+from lorapool_runtime.engines.torch.model.probe import ProbeResult, adaptable, run_probe
+from lorapool_runtime.engines.torch.model.stored import stored_matrices, tensors_in
+from lorapool_runtime.weights.originals import StoredMatrix
 from lorapool_runtime.weights.targets import TargetGroup
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = 12
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
@@ -57,17 +60,13 @@ class UnsupportedBaseError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """The logits of the stock model for a fixed prompt, to compare the modified model with."""
-
-    token_ids: tuple[int, ...]
-    logits: Tensor  # [tokens, vocabulary]
-
-
-@dataclass(frozen=True, slots=True)
 class Base:
     model: nn.Module
     groups: tuple[TargetGroup, ...]
+    modules: tuple[BaseModule, ...]
+    """All modules that adapters may name."""
+    originals: Mapping[str, StoredMatrix]
+    """Of the embedding and the output layer, by module: where the files have the weight."""
     lora: LoraBatch
     layers: tuple[LayerAttention, ...]
     probe: ProbeResult
@@ -101,19 +100,23 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     )
     model.requires_grad_(False)
     model.eval().to(device)
-    probe, calls = _run_stock(model, device)
-    names = {module: name for name, module in model.named_modules()}
-    found = _grouped(calls, names, model.get_output_embeddings())
-    if not found:
+    probe, calls = run_probe(model, device)
+    files = tensors_in(Path(folder))
+    key_map = KeyMap(model, files)
+    found = adaptable(model, calls, key_map)
+    if not found.groups:
         raise UnsupportedBaseError("the base has no linear layers that LoRA could target")
+    originals = stored_matrices(model, found.modules, files, key_map)
     lora = LoraBatch()
-    groups, fused_bytes = _replace_linears(model, found, names, lora)
+    groups, fused_bytes = fit_lora(model, found, lora)
     replace_with_native(model)
     model.set_attn_implementation(_ATTENTION_NAME)
     text = config.get_text_config()
     base = Base(
         model=model,
         groups=groups,
+        modules=found.modules,
+        originals=originals,
         lora=lora,
         layers=(),
         probe=probe,
@@ -175,92 +178,6 @@ def cpu_computes_in(dtype: torch.dtype, capabilities: Mapping[str, Any]) -> bool
     oneDNN's own check cannot be used: it is also true where oneDNN emulates the type with AVX-512.
     """
     return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS.get(dtype, ()))
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    linear: nn.Linear
-    x: Tensor  # referenced, so that the same object means the same input
-
-
-def _run_stock(model: Any, device: torch.device) -> tuple[ProbeResult, list[_Call]]:
-    vocab = int(model.get_input_embeddings().weight.shape[0])
-    ids = tuple((7 + 13 * i) % vocab for i in range(PROBE_TOKENS))
-    calls: list[_Call] = []
-    with _recording(model, calls):
-        out = model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-    return ProbeResult(ids, out.logits[0].float()), calls
-
-
-@contextmanager
-def _recording(model: nn.Module, calls: list[_Call]) -> Iterator[None]:
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.Linear)
-        calls.append(_Call(module, args[0]))
-
-    handles = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _grouped(calls: list[_Call], names: dict[nn.Module, str], output: nn.Module | None) -> list[list[nn.Linear]]:
-    """Groups the linear layers of one parent that were called in sequence with the same input, one row per token."""
-    call_counts = {call.linear: sum(other.linear is call.linear for other in calls) for call in calls}
-    groups: list[list[nn.Linear]] = []
-    last: _Call | None = None
-    for call in calls:
-        one_row_per_token = call.x.shape[:-1].numel() == PROBE_TOKENS
-        if (
-            call.linear is output
-            or call_counts[call.linear] != 1
-            or not one_row_per_token
-            or type(call.linear) is not nn.Linear
-        ):
-            last = None
-            continue
-        if last is not None and call.x is last.x and _parent(names[call.linear]) == _parent(names[last.linear]):
-            groups[-1].append(call.linear)
-        else:
-            groups.append([call.linear])
-        last = call
-    return groups
-
-
-def _replace_linears(
-    model: Any, found: list[list[nn.Linear]], names: dict[nn.Module, str], lora: LoraBatch
-) -> tuple[tuple[TargetGroup, ...], int]:
-    """Replaces linear layers by LoRA layers and packs the output layer.
-
-    Returns the groups and the bytes of weights that are no longer parameters of the model.
-    """
-    groups: list[TargetGroup] = []
-    fused_bytes = 0
-    for linears in found:
-        base = FusedLinear(linears)
-        target = TargetGroup(tuple(names[linear] for linear in linears), base.in_features, base.out_features)
-        group = LoraGroup(len(groups), target, base, lora)
-        for member, name in enumerate(target.modules):
-            _replace(model, name, LoraLinear(group, member))
-        groups.append(target)
-        fused_bytes += base.nbytes
-    output = model.get_output_embeddings()
-    if type(output) is nn.Linear:
-        base = FusedLinear([output])
-        _replace(model, names[output], PlainLinear(base))
-        tied = output.weight is model.get_input_embeddings().weight
-        fused_bytes += base.nbytes if base.packed or not tied else 0
-    return tuple(groups), fused_bytes
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], module)
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _with_layers(base: Base, text: Any) -> Base:
