@@ -114,7 +114,7 @@ effects, except:
 - `text.format` is the response format, `text.verbosity` and `reasoning.effort` are the chat's `verbosity` and
   `reasoning_effort`.
 - Items of `input` are messages, `function_call`, `function_call_output` and `reasoning`. Earlier reasoning is not
-  shown to the model again.
+  shown to the model again; that of the answer is an item with a `reasoning_text`.
 - `include` knows `message.output_text.logprobs` and, without effect, `reasoning.encrypted_content`.
 - `n`, `logprobs`, `messages`, `response_format`, `max_tokens` and `max_completion_tokens` do not exist.
 

@@ -1,7 +1,7 @@
 """Bodies and stream events of `/v1/responses`, built from deltas.
 
-The answer is a list of items: messages, and calls of functions. Each is streamed as it is generated: its beginning, its
-deltas, its end. Pure.
+The answer is a list of items: reasoning, messages, and calls of functions. Each is streamed as it is generated: its
+beginning, its deltas, its end. Pure.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason
+from lorapool_runtime.openai.reasoning import ReasoningReader, ReasoningStart
 from lorapool_runtime.openai.response import Delta, ResponseHead, TokenBytes, TokenText, chat_logprobs, compact_json
 from lorapool_runtime.openai.tool_calls import ToolCallDelta, ToolCallReader
 
@@ -67,6 +68,23 @@ class _Message:
 
 
 @dataclass(slots=True)
+class _Reasoning:
+    id: str = field(default_factory=lambda: _new_id("rs"))
+    pieces: list[str] = field(default_factory=list)
+
+    def body(self, status: str) -> dict[str, Any]:
+        text = {"type": "reasoning_text", "text": "".join(self.pieces)}
+        content = [] if status == "in_progress" else [text]
+        return {"id": self.id, "type": "reasoning", "status": status, "summary": [], "content": content}
+
+    def begin(self, at: Event) -> Iterator[Event]:
+        yield from ()
+
+    def end(self, at: Event) -> Iterator[Event]:
+        yield {"type": "response.reasoning_text.done", **at, "content_index": 0, "text": "".join(self.pieces)}
+
+
+@dataclass(slots=True)
 class _Call:
     name: str
     id: str = field(default_factory=lambda: _new_id("fc"))
@@ -85,6 +103,9 @@ class _Call:
         yield {"type": "response.function_call_arguments.done", **at, **done}
 
 
+_Item = _Message | _Reasoning | _Call
+
+
 class ResponsesBuilder:
     """One answer in progress: `add` collects a delta for the whole `body`, `chunks` encodes it for a stream."""
 
@@ -93,6 +114,7 @@ class ResponsesBuilder:
         head: ResponseHead,
         given: Mapping[str, Any],
         reader: ToolCallReader | None,
+        reasoning: ReasoningStart,
         token_text: TokenText,
         token_bytes: TokenBytes,
     ) -> None:
@@ -100,10 +122,11 @@ class ResponsesBuilder:
         self._head = head
         self._given = given
         self._reader = reader
+        self._reasoner = None if reasoning is ReasoningStart.NONE else ReasoningReader(reasoning)
         self._token_text = token_text
         self._token_bytes = token_bytes
         self._done: list[dict[str, Any]] = []
-        self._item: _Message | _Call | None = None
+        self._item: _Item | None = None
         self._finish: FinishReason | None = None
         self._sequence_number = -1
 
@@ -129,7 +152,10 @@ class ResponsesBuilder:
 
     def _events(self, delta: Delta) -> Iterator[Event]:
         logprobs = chat_logprobs(delta.logprobs, self._token_text, self._token_bytes)
-        for part in self._read(delta):
+        reasoning, content = self._apart(delta)
+        if reasoning:
+            yield from self._reason(reasoning)
+        for part in self._read(content, delta.finish):
             if isinstance(part, ToolCallDelta):
                 yield from self._call(part)
             else:
@@ -141,11 +167,29 @@ class ResponsesBuilder:
                 yield from self._begin(_Message())
             yield from self._end(self._status())
 
-    def _read(self, delta: Delta) -> Sequence[str | ToolCallDelta]:
+    def _apart(self, delta: Delta) -> tuple[str, str]:
+        """The delta's reasoning, and the rest of its text."""
+        if self._reasoner is None:
+            return "", delta.text
+        found = self._reasoner.push(delta.text)
+        if delta.finish is None:
+            return found
+        rest = self._reasoner.finish()
+        return found.reasoning + rest.reasoning, found.content + rest.content
+
+    def _read(self, text: str, finish: FinishReason | None) -> Sequence[str | ToolCallDelta]:
         if self._reader is None:
-            return [delta.text] if delta.text else []
-        parts = self._reader.push(delta.text)
-        return parts if delta.finish is None else [*parts, *self._reader.finish()]
+            return [text] if text else []
+        parts = self._reader.push(text)
+        return parts if finish is None else [*parts, *self._reader.finish()]
+
+    def _reason(self, text: str) -> Iterator[Event]:
+        if not isinstance(self._item, _Reasoning):
+            yield from self._end("completed")
+            yield from self._begin(_Reasoning())
+        assert isinstance(self._item, _Reasoning)
+        self._item.pieces.append(text)
+        yield {"type": "response.reasoning_text.delta", **self._at(), "content_index": 0, "delta": text}
 
     def _text(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         if not isinstance(self._item, _Message):
@@ -166,7 +210,7 @@ class ResponsesBuilder:
             self._item.pieces.append(part.arguments)
             yield {"type": "response.function_call_arguments.delta", **self._at(), "delta": part.arguments}
 
-    def _begin(self, item: _Message | _Call) -> Iterator[Event]:
+    def _begin(self, item: _Item) -> Iterator[Event]:
         self._item = item
         yield {"type": "response.output_item.added", "output_index": len(self._done), "item": item.body("in_progress")}
         yield from item.begin(self._at())

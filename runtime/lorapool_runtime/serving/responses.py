@@ -92,7 +92,14 @@ class Responder:
         tools = encoded.chat.shape.tools if isinstance(parsed, ChatRequest) and parsed.tools.active else None
         if isinstance(parsed, ResponsesRequest):
             reader = None if tools is None else ToolCallReader(tools)
-            return ResponsesBuilder(head, parsed.given, reader, encoded.decoder.token_text, encoded.decoder.token_bytes)
+            return ResponsesBuilder(
+                head,
+                parsed.given,
+                reader,
+                encoded.reasoning,
+                encoded.decoder.token_text,
+                encoded.decoder.token_bytes,
+            )
         return ResponseBuilder(
             head,
             choices=admitted.sequences,

@@ -95,8 +95,8 @@ def test_every_decode_step_equals_the_eager_one(
         asked = {
             "a": (None, -1, [5, 6, 7], 5),
             "b": ("everything", 0, [9, 8], 4),
-            "c": ("qv", 2, list(range(3, 12)), 5),
-            "d": ("output", 1, [4], 2),
+            "c": ("output", 1, list(range(3, 12)), 5),
+            "d": ("everything", 0, [4], 2),
             "e": (None, -1, [30, 31], 2),
         }
         tokens: dict[str, list[int]] = {name: [] for name in asked}

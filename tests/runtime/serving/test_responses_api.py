@@ -14,6 +14,11 @@ from fakes_runtime import FakeEngine, Served, serving
 from pydantic import BaseModel
 
 from lorapool_api.openai import InvalidRequestError
+from lorapool_api.protocol import Usage
+from lorapool_runtime.engines.interface import FinishReason
+from lorapool_runtime.openai.reasoning import ReasoningStart
+from lorapool_runtime.openai.response import Delta, ResponseHead
+from lorapool_runtime.openai.responses_answer import ResponsesBuilder
 from lorapool_runtime.openai.responses_request import parse_responses
 
 WEATHER: dict[str, Any] = {
@@ -239,3 +244,18 @@ def test_a_call_whose_arguments_are_wrong_is_named_by_its_item() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse_responses(json.dumps(body).encode())
     assert caught.value.param == "input[0].name"
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_reasoning_is_an_item_of_its_own_and_no_text(size: int) -> None:
+    head = ResponseHead(chat=True, model="m", created_unix_s=1, fingerprint="f")
+    builder = ResponsesBuilder(head, {}, None, ReasoningStart.MAYBE, str, lambda token: [])
+    usage, text = Usage(prompt_tokens=1, completion_tokens=9), "<think>hm</think>Hi."
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    deltas = [Delta(0, piece, (), usage) for piece in pieces] + [Delta(0, "", (), usage, FinishReason.STOP)]
+    events = [json.loads(event.split(b"data: ", 1)[1]) for delta in deltas for event in builder.chunks(delta)]
+    for kind, wanted in (("response.reasoning_text.delta", "hm"), ("response.output_text.delta", "Hi.")):
+        assert "".join(event["delta"] for event in events if event["type"] == kind) == wanted
+    reasoning, message = builder.body(usage)["output"]
+    assert (reasoning["type"], reasoning["content"]) == ("reasoning", [{"type": "reasoning_text", "text": "hm"}])
+    assert message["content"][0]["text"] == "Hi."
