@@ -17,6 +17,7 @@ from reference.parameters import RecordingBody, parsed_bodies
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
+EVENTS: Schema = {"description": "Server-sent events; each `data` is a chunk as JSON, or `[DONE]`."}
 ANY_OBJECT: Schema = {"type": "object"}
 TOKEN_IDS: Schema = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
 NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_.:/-]{1,128}$"}
@@ -324,7 +325,7 @@ _MODEL_NAME = {
 
 
 def _infers(name: str, body: Schema, answer: Schema) -> Schema:
-    content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": TEXT}}
+    content = {"application/json": {"schema": answer}, "text/event-stream": {"schema": EVENTS}}
     return {
         "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},

@@ -56,7 +56,7 @@ GROUPS: Mapping[str, Mapping[str, Cause]] = {
         "sub-folder": Cause(
             FailureReason.SOURCE_NOT_FOUND,
             "{where} itself holds no {wanted}, but folders in it do: {folders}",
-            "Name one of them in the source, such as: {example}",
+            "Name one of them in the source, such as {example}",
         ),
         "sharded-training-state": Cause(
             _FORMAT,

@@ -122,7 +122,7 @@ def _status(world: World, key: str) -> int:
     [
         ({"n": 9}, "n"),
         ({"temperature": -1}, "temperature"),
-        ({"max_tokens": 100000}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages"),
         ({"stop": [""]}, "stop"),

@@ -11,7 +11,7 @@ from typing import Any
 from lorapool_api.base_modules import BaseModule, ModuleKind
 from lorapool_artifacts.base_facts import BaseFacts
 
-HIDDEN, INNER, KV, LAYERS, VOCAB = 16, 32, 8, 2, 64
+HIDDEN, INNER, KV, LAYERS, VOCAB, HEAD = 16, 32, 8, 2, 64, 4
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -82,6 +82,11 @@ def base_files(**changes: Any) -> dict[str, bytes]:
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
+        "num_attention_heads": HIDDEN // HEAD,
+        "num_key_value_heads": KV // HEAD,
+        "head_dim": HEAD,
+        "intermediate_size": INNER,
+        "vocab_size": VOCAB,
         "_name_or_path": "tiny/llama",
     }
     return {

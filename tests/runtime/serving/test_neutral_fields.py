@@ -50,7 +50,7 @@ async def test_null_neutral_and_integral_values_pass(served: Served, fields: dic
 
 @pytest.mark.parametrize(
     "fields",
-    [{"invented": 1}, {"invented": True}, {"length_penalty": 1.5}, {"skip_special_tokens": False}, {"best_of": 2}],
+    [{"invented": 1}, {"invented": True}, {"length_penalty": 1.5}, {"best_of": 2}],
     ids=str,
 )
 async def test_a_field_that_asks_for_something_unknown_is_refused(served: Served, fields: dict[str, Any]) -> None:
