@@ -259,7 +259,8 @@ def _new_validity(
         failure, due = _failure_status(outcome, result, settings)
         # after a transient failure the inspection is repeated, so its fingerprint is not recorded
         fingerprint = last.fingerprint if due is not None else result.fingerprint
-        if due is None and unchecked(last.fingerprint):
+        same = (last.uri, last.revision) == (source.uri, source.revision)
+        if due is None and same and unchecked(last.fingerprint):
             last = replace(last, ok=False)  # these are the files that turn out not to fit
         return ValidityDecision(replace(last, fingerprint=fingerprint, failure=failure, newer_failed=last.ok), due=due)
     new = Validity(outcome, source.uri, source.revision, ok=True, fingerprint=result.fingerprint)
