@@ -20,7 +20,7 @@ from pydantic import Field
 
 from lorapool_api.common import ApiModel
 
-MAX_ENTRIES = 512
+MAX_ENTRIES = 4096
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _HOLE = "{}"
 
