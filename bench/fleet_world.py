@@ -21,8 +21,8 @@ import aiohttp
 from aiohttp import web
 
 from lorapool_api.common import GROUP, LABEL_BASE, LABEL_BASE_UID, LABEL_MANAGED_BY
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import runtime_token, token_sha256
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 
 NAMESPACE = "fleet"
 BASE = "tiny"

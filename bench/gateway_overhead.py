@@ -33,7 +33,7 @@ from aiohttp import ClientSession, TCPConnector, web
 from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
 from lorapool_api.pod_address import CERTIFICATE, KEY
-from lorapool_api.tls import ReleaseTrust, ServerCertificate
+from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import key_guard, listen, run

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapool_api import openai, protocol
-from lorapool_runtime.openai import json_body, messages, request, template_options, tools
+from lorapool_runtime.openai import json_body, messages, request
+from lorapool_runtime.openai.chats import template_options
+from lorapool_runtime.openai.tools import tool_choice
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -138,7 +140,7 @@ NESTED: Mapping[str, Schema] = {
             ),
         ]
     },
-    "tools": {"type": "array", "maxItems": tools.MAX_TOOLS, "items": one_of("function", function=FUNCTION)},
+    "tools": {"type": "array", "maxItems": tool_choice.MAX_TOOLS, "items": one_of("function", function=FUNCTION)},
     "tool_choice": {
         "anyOf": [
             {"enum": ["none", "auto", "required"]},
@@ -186,7 +188,7 @@ RESPONSES: Mapping[str, Schema] = {
     "text": {"type": ["object", "null"], "properties": {"format": {"type": "object"}}},
     "tools": {
         "type": ["array", "null"],
-        "maxItems": tools.MAX_TOOLS,
+        "maxItems": tool_choice.MAX_TOOLS,
         "items": {**FUNCTION, "required": ["type", "name"],
                   "properties": {"type": {"const": "function"}, **FUNCTION["properties"]}},
     },

@@ -19,8 +19,8 @@ from lorapool_api import common, openai, protocol, reasons
 from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
 from lorapool_api.loraadapter import UsagePart
-from lorapool_artifacts import peft_settings
-from lorapool_artifacts.causes import GROUPS
+from lorapool_artifacts.checks import peft_settings
+from lorapool_artifacts.checks.causes import GROUPS
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings

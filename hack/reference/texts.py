@@ -5,8 +5,11 @@ The generator fails where a text is missing, and where one is left over.
 
 from __future__ import annotations
 
-from lorapool_api import common, pod_address, poll_proof, protocol
-from lorapool_runtime.openai import encoding, messages, request, template_options, tools
+from lorapool_api import common, pod_address, protocol
+from lorapool_api.trust import poll_proof
+from lorapool_runtime.openai import encoding, messages, request
+from lorapool_runtime.openai.chats import template_options
+from lorapool_runtime.openai.tools import tool_choice
 
 PATTERNS = {
     common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
@@ -84,7 +87,7 @@ HEADERS = {
     common.HEADER_RELAXED: "Answer: the keywords of the request's JSON schemas that are not enforced; absent when all "
     "are.",
     poll_proof.HEADER_PROOF: "Answer to a poll whose `Authorization` is a `LorapoolPoll` challenge in place of the "
-    "token: proves the pod and the body (`lorapool_api.poll_proof`).",
+    "token: proves the pod and the body (`lorapool_api.trust.poll_proof`).",
     common.HEADER_PROCESSING_MS: "Answer: milliseconds until the headers were sent.",
 }
 
@@ -250,8 +253,8 @@ PARAMETERS: dict[str, str] = {
     "ignore_eos": "Generates up to `max_tokens`. Cannot be combined with a grammar. Not OpenAI's.",
     "response_format": "`text`, `json_object`, or `json_schema` with `name` and `schema`: see [JSON schemas]"
     "(#json-schemas).",
-    "tools": f"At most {tools.MAX_TOOLS} functions; a grammar enforces their `parameters`: see [JSON schemas]"
-    f"(#json-schemas). An answer has at most {tools.MAX_CALLS} calls.",
+    "tools": f"At most {tool_choice.MAX_TOOLS} functions; a grammar enforces their `parameters`: see [JSON schemas]"
+    f"(#json-schemas). An answer has at most {tool_choice.MAX_CALLS} calls.",
     "tool_choice": "`none`, `auto`, `required`, or one function by name.",
     "parallel_tool_calls": "Whether an answer may hold more than one call. Default: true.",
     "echo": "Returns the prompt before the completion, with `logprobs` also its log-probabilities.",

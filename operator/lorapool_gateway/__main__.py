@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from lorapool_api.logs import set_up_logs
-from lorapool_api.runtime_tokens import RuntimeTokens
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import GatewayProcess, drain, run, running
 from lorapool_gateway.routing.kube import Kube

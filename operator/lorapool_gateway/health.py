@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_gateway.metrics import Metrics
 
 

@@ -22,9 +22,9 @@ from aiohttp import web
 
 from lorapool_api.keep_alive import keep_alive
 from lorapool_api.liveness import Heartbeat, in_own_thread
-from lorapool_api.metrics_access import MetricsAccess
-from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_api.tls import ReleaseTrust
+from lorapool_api.trust.metrics_access import MetricsAccess
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics

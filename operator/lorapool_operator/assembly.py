@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, FailureReason, Reason
-from lorapool_api.tls import ReleaseTrust
+from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_artifacts.policy import SourcePolicy
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.effects.apply import Applier

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from lorapool_api.common import AdapterCondition
 from lorapool_api.loraadapter import UsageStatus
-from lorapool_api.metrics_access import MetricsAccess
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_operator.decisions.usage import COUNTERS
 from lorapool_operator.effects.cluster import Cluster
 from lorapool_operator.effects.inspections import InspectionTracker

@@ -19,10 +19,10 @@ from pathlib import Path
 from aiohttp import web
 from kubernetes.aio.client.api_client import ApiClient
 
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.pod_address import AUTHORITY
-from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_api.tls import ReleaseTrust
+from lorapool_api.trust.metrics_access import MetricsAccess
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_artifacts.policy import PolicyError, read_policy
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client

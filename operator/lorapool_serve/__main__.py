@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapool_api.common import LABEL_API_KEY
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import drain, run, running

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.inspect import BaseInspection, base_files_from_folder
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.assembly import Control, ControlSettings

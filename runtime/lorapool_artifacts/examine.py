@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import AdapterConfig, read_adapter_config
-from lorapool_artifacts.base_facts import BaseFacts
-from lorapool_artifacts.compatibility import AdapterFacts, Finding, all_findings, check_compatibility
+from lorapool_artifacts.checks.adapter_config import AdapterConfig, read_adapter_config
+from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.checks.compatibility import AdapterFacts, Finding, all_findings, check_compatibility
+from lorapool_artifacts.checks.header import ADAPTER_DTYPES, HeaderBounds, SafetensorsHeader
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
     ADAPTER_CONFIG,
@@ -17,7 +18,6 @@ from lorapool_artifacts.files import (
     digest_of,
     select_files,
 )
-from lorapool_artifacts.header import ADAPTER_DTYPES, HeaderBounds, SafetensorsHeader
 from lorapool_artifacts.inspect import read_header, read_json, with_hashes
 from lorapool_artifacts.settings import AdapterLimits
 from lorapool_artifacts.sources import Source

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lorapool_api.common import FailureReason, FileDigest, artifact_digest
-from lorapool_artifacts.causes import refusal
+from lorapool_artifacts.checks.causes import refusal
 from lorapool_artifacts.errors import ArtifactError
 
 

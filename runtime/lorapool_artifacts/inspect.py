@@ -14,10 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import load_json_object, parse_adapter_config, refuse_code
-from lorapool_artifacts.base_facts import BaseFacts
-from lorapool_artifacts.causes import refusal
-from lorapool_artifacts.compatibility import AdapterFacts, CompatibilityResult, check_compatibility
+from lorapool_artifacts.checks.adapter_config import load_json_object, parse_adapter_config, refuse_code
+from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.checks.causes import refusal
+from lorapool_artifacts.checks.compatibility import AdapterFacts, CompatibilityResult, check_compatibility
+from lorapool_artifacts.checks.header import (
+    ADAPTER_DTYPES,
+    LENGTH_BYTES,
+    HeaderBounds,
+    SafetensorsHeader,
+    header_length,
+    parse_header,
+)
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import (
@@ -30,14 +38,6 @@ from lorapool_artifacts.files import (
     digest_of,
     files_of,
     select_files,
-)
-from lorapool_artifacts.header import (
-    ADAPTER_DTYPES,
-    LENGTH_BYTES,
-    HeaderBounds,
-    SafetensorsHeader,
-    header_length,
-    parse_header,
 )
 from lorapool_artifacts.settings import MAX_JSON_BYTES, MAX_TENSORS, MIB, AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range

@@ -23,8 +23,8 @@ from pathlib import Path
 from lorapool_api.basemodel import BaseLora
 from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES
 from lorapool_api.settings import SettingsError
-from lorapool_artifacts.base_facts import BaseFacts
-from lorapool_artifacts.compatibility import Finding
+from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.checks.compatibility import Finding
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.examine import Examination, examine_adapter

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseFiles
 

@@ -23,12 +23,12 @@ from aiohttp import web
 
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.logs import set_up_logs
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import SettingsError
-from lorapool_api.tls import ServerCertificate
+from lorapool_api.trust.metrics_access import MetricsAccess
+from lorapool_api.trust.tls import ServerCertificate
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
-from lorapool_runtime.openai.tokenizer import TokenizerError
+from lorapool_runtime.openai.chats.tokenizer import TokenizerError
 from lorapool_runtime.serving.probes import probes
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapool_api.base_modules import compact
-from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import fetch, folder_digest, resolve
 from lorapool_artifacts.files import ArtifactKind
@@ -28,9 +28,9 @@ from lorapool_artifacts.writer_folders import remove_dead
 from lorapool_runtime.adapters.disk_store import DiskStore
 from lorapool_runtime.adapters.source_access import SourceAccess
 from lorapool_runtime.engines.choose import EngineFactory
-from lorapool_runtime.openai.chat_formats import ChatFormats
-from lorapool_runtime.openai.grammar import GrammarCompiler
-from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.tokenizer import Tokenizer
+from lorapool_runtime.openai.tools.grammar import GrammarCompiler
 from lorapool_runtime.serving.service import LoadedBase, read_base_chat
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.startup_progress import StartupProgress

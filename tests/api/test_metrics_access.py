@@ -16,8 +16,8 @@ from artifact_hub import self_signed
 from prometheus_client import CollectorRegistry
 
 from lorapool_api.liveness import Heartbeat
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import ProcessSettings, SettingsError
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics
 from lorapool_operator.metrics import status_app

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorapool_api.protocol import runtime_token
-from lorapool_api.runtime_tokens import RECHECK_S, RuntimeTokens, read_master_tokens
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.runtime_tokens import RECHECK_S, RuntimeTokens, read_master_tokens
 
 OLD, NEW = "o" * 64, "n" * 64
 

@@ -8,7 +8,7 @@ import artifact_zoo as zoo
 import pytest
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import parse_adapter_config, read_adapter_config
+from lorapool_artifacts.checks.adapter_config import parse_adapter_config, read_adapter_config
 from lorapool_artifacts.errors import ArtifactError
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
-from lorapool_artifacts.base_facts import BaseFacts, Place, place_of
+from lorapool_artifacts.checks.base_facts import BaseFacts, Place, place_of
 
 EXPERTS = "model.layers.0.mlp.experts"
 OLD = "model.layers.0.block_sparse_moe.experts"

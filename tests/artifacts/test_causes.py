@@ -9,7 +9,7 @@ import artifact_zoo as zoo
 import pytest
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.causes import CAUSES, Cause
+from lorapool_artifacts.checks.causes import CAUSES, Cause
 from lorapool_artifacts.examine import examine_adapter
 from lorapool_artifacts.settings import AdapterLimits
 from lorapool_artifacts.sources.folder import FolderSource

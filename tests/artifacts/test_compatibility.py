@@ -6,16 +6,16 @@ import artifact_zoo as zoo
 import pytest
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import parse_adapter_config
-from lorapool_artifacts.base_facts import BaseFacts
-from lorapool_artifacts.compatibility import (
+from lorapool_artifacts.checks.adapter_config import parse_adapter_config
+from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.checks.compatibility import (
     AdapterFacts,
     CompatibilityResult,
     all_findings,
     check_compatibility,
 )
+from lorapool_artifacts.checks.header import ADAPTER_BOUNDS, parse_header
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.header import ADAPTER_BOUNDS, parse_header
 from lorapool_artifacts.settings import AdapterLimits
 
 LIMITS = AdapterLimits(max_rank=8, max_bytes=100_000)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapool_api.common import FailureReason
+from lorapool_artifacts.checks.header import ADAPTER_BOUNDS, BASE_BOUNDS, HeaderBounds, header_length, parse_header
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.header import ADAPTER_BOUNDS, BASE_BOUNDS, HeaderBounds, header_length, parse_header
 
 GOOD = zoo.safetensors(zoo.adapter_tensors())
 ONE: dict[str, Any] = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}

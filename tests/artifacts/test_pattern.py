@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapool_artifacts.pattern import MAX_CHARS, Pattern, PatternError
+from lorapool_artifacts.checks.pattern import MAX_CHARS, Pattern, PatternError
 
 MODULES = [f"model.layers.{i}.{m}" for i in (0, 1, 10) for m in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")]
 MODULES += ["lm_head", "model.embed_tokens", "model.layers.1.mlp.experts.3.gate_proj", ""]

@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 
-from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
+from lorapool_artifacts.checks.adapter_config import AdapterConfig, parse_adapter_config
+from lorapool_artifacts.checks.peft_settings import (
+    HARMLESS,
+    INITIALIZATIONS,
+    KINDS,
+    LORA,
+    REFUSED,
+    REFUSED_INITIALIZATIONS,
+)
 from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
 from lorapool_artifacts.loaded_base import facts_of
-from lorapool_artifacts.peft_settings import HARMLESS, INITIALIZATIONS, KINDS, LORA, REFUSED, REFUSED_INITIALIZATIONS
 from lorapool_artifacts.settings import AdapterLimits
 
 peft = pytest.importorskip("peft")

@@ -15,8 +15,8 @@ from aiohttp import web
 from chart_kit import CHART, tool
 from fakes_operator import NOTHING_TO_MEASURE
 
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.settings import ProcessSettings
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache
 

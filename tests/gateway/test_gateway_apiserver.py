@@ -19,7 +19,7 @@ from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, condition, until, until_it
 
 from lorapool_api.protocol import runtime_token
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_gateway import process
 from lorapool_gateway.__main__ import serving_cluster
 from lorapool_gateway.settings import Settings

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pods import owner_objects, pod_object
 
 from lorapool_api.openai import ApiError, ModelNotFoundError
-from lorapool_api.ownership import Owners
+from lorapool_api.trust.ownership import Owners
 from lorapool_gateway.routing.objects import (
     Endpoint,
     ObjectRef,

@@ -18,7 +18,7 @@ from gateway_world import until, world
 from pods import pod_object
 
 from lorapool_api.pod_address import AUTHORITY, server_name
-from lorapool_api.tls import ReleaseTrust, ServerCertificate
+from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate
 from lorapool_gateway.requests.http_client import ConnectError, HttpClient
 from lorapool_gateway.routing.objects import runtime_pod
 from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls

@@ -23,7 +23,7 @@ from gateway_world import KEY, FakeKube, adapter_object, base_object, key_of, un
 from pods import owner_objects, pod_object
 
 from lorapool_api.protocol import runtime_token
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import GatewayProcess, running
 from lorapool_gateway.routing.kube import Kube

@@ -17,9 +17,9 @@ from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
-from lorapool_api.poll_proof import HEADER_PROOF
 from lorapool_api.protocol import AdapterDescriptor, runtime_token, token_sha256
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.poll_proof import HEADER_PROOF
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeGoneError, RuntimeTracker
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,

@@ -12,7 +12,7 @@ from pods import adopt
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import runtime_token
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker, clock_skew
 from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key, Meta, ObjectKind, PodObject
 

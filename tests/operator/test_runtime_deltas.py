@@ -14,7 +14,7 @@ from pods import adopt
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.protocol import runtime_token, token_sha256
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,

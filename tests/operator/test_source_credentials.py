@@ -12,7 +12,7 @@ import pytest
 from fakes_operator import FakeInspector
 
 from lorapool_api.protocol import NamespaceCredentials
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_artifacts.policy import Rights, SourcePolicy
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects import source_access

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 
 HIDDEN, INNER, KV, LAYERS, VOCAB, HEAD = 16, 32, 8, 2, 64, 4
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from lorapool_api.pod_address import AUTHORITY, CERTIFICATE, KEY
-from lorapool_api.tls import ReleaseTrust, ServerCertificate
+from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate
 from lorapool_operator.effects.authority import Issuer, read_issuer
 
 BASE_UID = "base-demo-tiny"

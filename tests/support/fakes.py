@@ -32,7 +32,6 @@ from lorapool_api.openai import (
     UnauthenticatedError,
     UnavailableError,
 )
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     USAGE_COMMENT,
     AdapterDescriptor,
@@ -47,6 +46,7 @@ from lorapool_api.protocol import (
     Usage,
     token_sha256,
 )
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 
 
 def digest_of(text: str) -> str:

@@ -17,7 +17,7 @@ from fakes import Adapter, FakeRuntime
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.loraadapter import UsagePart
 from lorapool_api.protocol import AdapterReport, RuntimeSnapshot
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseFiles, BaseInspection
 from lorapool_operator.world.observed import SourceFacts, SourceFailure

@@ -54,11 +54,11 @@ from lorapool_runtime.engines.interface import (
     TokenOutput,
     TokenSink,
 )
-from lorapool_runtime.openai.chat_format import ChatFormat
-from lorapool_runtime.openai.chat_formats import ChatFormats
-from lorapool_runtime.openai.grammar import GrammarCompiler
-from lorapool_runtime.openai.template_process import TemplateProcesses
-from lorapool_runtime.openai.tokenizer import Tokenizer as BaseTokenizer
+from lorapool_runtime.openai.chats.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.template_process import TemplateProcesses
+from lorapool_runtime.openai.chats.tokenizer import Tokenizer as BaseTokenizer
+from lorapool_runtime.openai.tools.grammar import GrammarCompiler
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings

@@ -112,7 +112,7 @@ def _runtime(tokenizer: Path) -> int:
     import fakes_runtime
 
     from lorapool_runtime import __main__ as process
-    from lorapool_runtime.openai.grammar import GrammarCompiler
+    from lorapool_runtime.openai.tools.grammar import GrammarCompiler
     from lorapool_runtime.serving.service import LoadedBase
 
     def bring_up(*_: object, **__: object) -> LoadedBase:

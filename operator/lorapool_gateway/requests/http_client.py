@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from lorapool_api.keep_alive import keep_alive
-from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
+from lorapool_api.trust.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 
 HEAD_MAX_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 256 * 1024

@@ -15,9 +15,9 @@ from lorapool_api.basemodel import KIND as BASE_KIND
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, BaseCondition, Reason, duration_s
 from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
-from lorapool_api.ownership import Owned
 from lorapool_api.pod_address import runtime_port, server_name, url_of
 from lorapool_api.protocol import AdapterState, RuntimeSnapshot, Tier
+from lorapool_api.trust.ownership import Owned
 
 _NO_POD_REASONS = frozenset(
     {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}

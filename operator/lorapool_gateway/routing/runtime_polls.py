@@ -19,9 +19,9 @@ from typing import NamedTuple
 import aiohttp
 
 from lorapool_api.pod_address import server_name
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import ROUTE_RUNTIME, RuntimeSnapshot, token_sha256
-from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
+from lorapool_api.trust.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 from lorapool_gateway.routing.objects import RuntimeState, runtime_state
 
 log = logging.getLogger(__name__)

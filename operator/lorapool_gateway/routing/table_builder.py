@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorapool_api.logs import audit
-from lorapool_api.ownership import Owners
+from lorapool_api.trust.ownership import Owners
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.routing.auth import ApiKey, KeyTable, parse_key
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from lorapool_api.mounted_files import stamp_of, why_unreadable
 from lorapool_api.pod_address import CERTIFICATE, KEY, server_name
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.mounted_files import stamp_of, why_unreadable
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES, ResolveRequest, SourceRef
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base, names_of, parse_source
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings

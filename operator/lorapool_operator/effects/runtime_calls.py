@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
 from lorapool_api.pod_address import ENCRYPTED, server_name, url_of
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     ROUTE_ADAPTER,
     ROUTE_BASE_MODULES,
@@ -27,7 +26,8 @@ from lorapool_api.protocol import (
     ResolveRequest,
     token_sha256,
 )
-from lorapool_api.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
+from lorapool_api.trust.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import PodObject
 

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import UsagePart
-from lorapool_api.poll_proof import ProofError
 from lorapool_api.protocol import (
     AdapterDescriptor,
     AdapterReport,
@@ -30,7 +29,8 @@ from lorapool_api.protocol import (
     ResolveRequest,
     RuntimeSnapshot,
 )
-from lorapool_api.tls import ReleaseTrust
+from lorapool_api.trust.poll_proof import ProofError
+from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.runtime_calls import (
     RuntimeCallError,

@@ -32,8 +32,8 @@ from lorapool_api.common import (
     Reason,
 )
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
-from lorapool_api.ownership import Owned, Owners, controller_uid
 from lorapool_api.pod_address import PLAIN, runtime_port
+from lorapool_api.trust.ownership import Owned, Owners, controller_uid
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
 from lorapool_operator.world.compact import compact_adapter, share_conditions

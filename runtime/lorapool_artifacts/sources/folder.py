@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.causes import refusal
+from lorapool_artifacts.checks.causes import refusal
 from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import RemoteFile

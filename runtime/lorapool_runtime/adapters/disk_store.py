@@ -25,8 +25,8 @@ from lorapool_api.protocol import (
     SourceRef,
     Tier,
 )
-from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.fetch import resolve
 from lorapool_artifacts.files import ArtifactKind

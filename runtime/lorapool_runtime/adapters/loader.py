@@ -33,8 +33,8 @@ from lorapool_runtime.adapters.registry import AdapterRegistry
 from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import Engine, HostAdapter
 from lorapool_runtime.metrics import Metrics
-from lorapool_runtime.openai.chat_files import ChatFiles
-from lorapool_runtime.openai.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.chat_files import ChatFiles
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from lorapool_runtime.engines.interface import Engine
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.metrics import Metrics
-from lorapool_runtime.openai.chat_format import ChatFormat
-from lorapool_runtime.openai.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
 from lorapool_runtime.usage import UsageTracker
 
 log = logging.getLogger(__name__)

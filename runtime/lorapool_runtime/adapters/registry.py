@@ -21,7 +21,7 @@ from lorapool_runtime.adapters.slot_table import SlotTable
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import HostAdapter
 from lorapool_runtime.events import Changes, EventRing
-from lorapool_runtime.openai.chat_files import ChatFiles
+from lorapool_runtime.openai.chats.chat_files import ChatFiles
 from lorapool_runtime.usage import UsageTracker
 
 

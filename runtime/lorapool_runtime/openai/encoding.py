@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import ModelFacts, SamplingParams, TokenConstraint
-from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.tokenizer import ChatPrompt, Decoder, Tokenizer
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
-from lorapool_runtime.openai.grammar import Grammar, GrammarCompiler
-from lorapool_runtime.openai.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.min_tokens import MinTokens
 from lorapool_runtime.openai.reasoning import ReasoningStart
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.stops import Stops, stops_of
-from lorapool_runtime.openai.tokenizer import ChatPrompt, Decoder, Tokenizer
-from lorapool_runtime.openai.tools import tools_grammar
+from lorapool_runtime.openai.tools.grammar import Grammar, GrammarCompiler
+from lorapool_runtime.openai.tools.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.tools.tool_choice import tools_grammar
 
 MAX_REQUEST_TOKENS = 65_536
 """Completion tokens that one request may ask for (sequences x max_tokens), or one context where that is more: beyond

@@ -12,11 +12,11 @@ from typing import Any
 
 from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.engines.interface import SamplingParams
-from lorapool_runtime.openai.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.chats.template_options import TemplateOptions, parse_template_options
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
 from lorapool_runtime.openai.messages import Message, parse_messages
-from lorapool_runtime.openai.template_options import TemplateOptions, parse_template_options
-from lorapool_runtime.openai.tools import ToolChoice, parse_response_format, parse_tools
+from lorapool_runtime.openai.tools.grammar_spec import GrammarSpec
+from lorapool_runtime.openai.tools.tool_choice import ToolChoice, parse_response_format, parse_tools
 
 MAX_N = 8
 MAX_SEQUENCES = 64

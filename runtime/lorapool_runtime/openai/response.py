@@ -16,8 +16,8 @@ from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason, TokenLogprob
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
 from lorapool_runtime.openai.reasoning import ReasoningReader, ReasoningStart
-from lorapool_runtime.openai.tool_calls import ToolCallDelta, ToolCallReader
-from lorapool_runtime.openai.tool_format import ToolFormat
+from lorapool_runtime.openai.tools.tool_calls import ToolCallDelta, ToolCallReader
+from lorapool_runtime.openai.tools.tool_format import ToolFormat
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 TokenText = Callable[[int], str]

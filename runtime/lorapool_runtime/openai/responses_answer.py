@@ -15,7 +15,7 @@ from lorapool_api.protocol import Usage
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.openai.reasoning import ReasoningReader, ReasoningStart
 from lorapool_runtime.openai.response import Delta, ResponseHead, TokenBytes, TokenText, chat_logprobs, compact_json
-from lorapool_runtime.openai.tool_calls import ToolCallDelta, ToolCallReader
+from lorapool_runtime.openai.tools.tool_calls import ToolCallDelta, ToolCallReader
 
 Event = dict[str, Any]
 

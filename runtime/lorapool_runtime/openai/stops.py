@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.openai.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.chat_format import ChatFormat
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 
 

@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from lorapool_api.liveness import Heartbeat
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.protocol import ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_runtime.serving.service import Runtime
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

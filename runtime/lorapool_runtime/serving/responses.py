@@ -21,12 +21,12 @@ from lorapool_api.protocol import USAGE_COMMENT, Usage
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import FinishReason
 from lorapool_runtime.metrics import Metrics
-from lorapool_runtime.openai.relaxation import header_value
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.response import DONE_EVENT, Delta, ResponseBuilder, ResponseHead, data_event
 from lorapool_runtime.openai.responses_answer import ResponsesBuilder
 from lorapool_runtime.openai.responses_request import ResponsesRequest
-from lorapool_runtime.openai.tool_calls import ToolCallReader
+from lorapool_runtime.openai.tools.relaxation import header_value
+from lorapool_runtime.openai.tools.tool_calls import ToolCallReader
 from lorapool_runtime.serving.caller import SSE, Caller
 from lorapool_runtime.serving.service import AdmittedRequest
 

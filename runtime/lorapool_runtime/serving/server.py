@@ -30,7 +30,6 @@ from lorapool_api.openai import (
     ServerError,
     UnauthenticatedError,
 )
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.protocol import (
     LONG_POLL_MAX_S,
     ROUTE_ADAPTER,
@@ -53,6 +52,7 @@ from lorapool_api.protocol import (
     PutAnswer,
     ResolveRequest,
 )
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from lorapool_runtime.openai.responses_request import parse_responses, renamed

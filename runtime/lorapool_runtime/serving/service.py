@@ -46,12 +46,12 @@ from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import BASE_SLOT, Engine, EngineStats
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.metrics import Gauges, Metrics
-from lorapool_runtime.openai.chat_format import ChatFormat
-from lorapool_runtime.openai.chat_formats import NO_BASE_CHAT, ChatFormats
+from lorapool_runtime.openai.chats.chat_format import ChatFormat
+from lorapool_runtime.openai.chats.chat_formats import NO_BASE_CHAT, ChatFormats
+from lorapool_runtime.openai.chats.tokenizer import Tokenizer
 from lorapool_runtime.openai.encoding import EncodedRequest, encode
-from lorapool_runtime.openai.grammar import GrammarCompiler
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
-from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.openai.tools.grammar import GrammarCompiler
 from lorapool_runtime.serving.admission import Admission, Place
 from lorapool_runtime.serving.caller import Caller
 from lorapool_runtime.serving.finished import FinishedRing

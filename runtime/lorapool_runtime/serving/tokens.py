@@ -11,10 +11,10 @@ import logging
 import re
 from pathlib import Path
 
-from lorapool_api.mounted_files import Stamp, stamp_of, why_unreadable
-from lorapool_api.poll_proof import Challenge
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, token_sha256
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.mounted_files import Stamp, stamp_of, why_unreadable
+from lorapool_api.trust.poll_proof import Challenge
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.settings import RuntimeSettings
 

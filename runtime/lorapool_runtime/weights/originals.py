@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorapool_artifacts.header import TensorInfo
+from lorapool_artifacts.checks.header import TensorInfo
 from lorapool_runtime.weights.pack import read_values, rounded_to
 
 _CHUNK_ELEMENTS = 1 << 20

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorapool_api.base_modules import ModuleKind
-from lorapool_artifacts.adapter_config import AdapterConfig
-from lorapool_artifacts.adapter_tensors import AdapterTensors
-from lorapool_artifacts.base_facts import Place
-from lorapool_artifacts.header import TensorInfo
+from lorapool_artifacts.checks.adapter_config import AdapterConfig
+from lorapool_artifacts.checks.adapter_tensors import AdapterTensors
+from lorapool_artifacts.checks.base_facts import Place
+from lorapool_artifacts.checks.header import TensorInfo
 from lorapool_runtime.weights.layout import Layout, PackedLinear, lay_out
 from lorapool_runtime.weights.pack import FILE_TYPES, MATRIX_FIELDS
 from lorapool_runtime.weights.targets import TargetGroup

@@ -1,7 +1,7 @@
 """Reads a verified folder into an adapter that is packed for its slot, with every tensor used and every value finite.
 
-`lorapool_artifacts.compatibility` decides whether an adapter fits, as in the operator, but with the layers of the
-loaded base. This module refuses files that cannot be read and values that are not finite, and names the remedy. It
+`lorapool_artifacts.checks.compatibility` decides whether an adapter fits, as in the operator, but with the layers of
+the loaded base. This module refuses files that cannot be read and values that are not finite, and names the remedy. It
 runs in worker threads, hence without torch. It never unpickles and never passes a folder to peft.
 """
 
@@ -17,11 +17,11 @@ import numpy as np
 
 from lorapool_api.base_modules import BaseModule
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import AdapterConfig, parse_adapter_config
-from lorapool_artifacts.adapter_tensors import sort_tensors
-from lorapool_artifacts.base_facts import BaseFacts
-from lorapool_artifacts.causes import refusal
-from lorapool_artifacts.compatibility import AdapterFacts, check_compatibility
+from lorapool_artifacts.checks.adapter_config import AdapterConfig, parse_adapter_config
+from lorapool_artifacts.checks.adapter_tensors import sort_tensors
+from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.checks.causes import refusal
+from lorapool_artifacts.checks.compatibility import AdapterFacts, check_compatibility
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lorapool_artifacts.settings import AdapterLimits

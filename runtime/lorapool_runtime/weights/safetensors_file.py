@@ -1,7 +1,7 @@
 """An open safetensors file: the bytes of its header, and a descriptor to read its tensors from.
 
-`lorapool_artifacts.header` parses the header. The file was inspected before, so that its number of tensors is not
-bounded again. The tensors are read, never mapped: a truncated file or a failing disk then fails one load instead of
+`lorapool_artifacts.checks.header` parses the header. The file was inspected before, so that its number of tensors is
+not bounded again. The tensors are read, never mapped: a truncated file or a failing disk then fails one load instead of
 killing the process by a signal.
 """
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorapool_artifacts.header import (
+from lorapool_artifacts.checks.header import (
     ADAPTER_DTYPES,
     LENGTH_BYTES,
     HeaderBounds,

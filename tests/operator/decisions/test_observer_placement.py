@@ -11,7 +11,7 @@ from pods import adopt
 
 from lorapool_api.common import Condition
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, PlacementStatus
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator.effects.source_access import SourceAccess
 from lorapool_operator.observe import ROLLOUT_SEEN_S, YIELD_PAUSE_S, Observer
 from lorapool_operator.world.cluster_cache import AdapterObject, ClusterCache, Key, ObjectKind

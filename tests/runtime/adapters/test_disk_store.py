@@ -13,8 +13,8 @@ from engine_kit import save_adapter, tiny_model
 from lorapool_api.base_modules import BaseModule
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import ResolveRequest, SourceRef, Tier
-from lorapool_artifacts.base_facts import BaseFacts
 from lorapool_artifacts.cache import DiskCache
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.policy import SourceRules
 from lorapool_artifacts.settings import FetchLimits, SourceSettings

@@ -17,7 +17,7 @@ from multimodal_kit import glm_with_extra_layers, tiny_gemma3
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.base_modules import BaseModules, ModuleKind, compact
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
 from lorapool_artifacts.loaded_base import facts_of

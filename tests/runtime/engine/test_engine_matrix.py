@@ -9,7 +9,7 @@ import pytest
 from engine_kit import VOCAB, Collector, greedy, request, started
 from matrix_kit import ARCHITECTURES, World, matrix_world
 
-from lorapool_artifacts.adapter_config import AdapterConfig
+from lorapool_artifacts.checks.adapter_config import AdapterConfig
 from lorapool_artifacts.inspect import base_files_from_folder, inspect_adapter_folder
 from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.settings import AdapterLimits

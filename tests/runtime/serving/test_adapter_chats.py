@@ -29,8 +29,8 @@ from lorapool_api.chat import ChatTemplate, Generation, TemplateOrigin, Template
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import AdapterReport, AdapterState
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_runtime.openai.chat_files import read_chat_files
-from lorapool_runtime.openai.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.chat_files import read_chat_files
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 START, PAD = 256, 258

@@ -14,7 +14,7 @@ from runtime_process import TOKEN, runtime_process
 
 from lorapool_api.base_modules import BaseModules, ModuleKind
 from lorapool_api.protocol import ROUTE_BASE_MODULES, ResolveAnswer
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.inspect import inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits
 

@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 from fakes_runtime import FakeClock, descriptor, key_of, serving, settings_for_tests
 
-from lorapool_api.poll_proof import HEADER_PROOF, Challenge, ProofError
 from lorapool_api.protocol import token_sha256
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge, ProofError
 from lorapool_runtime.__main__ import main
 from lorapool_runtime.serving.tokens import CHECK_INTERVAL_S, BearerTokens
 from lorapool_runtime.settings import read_settings

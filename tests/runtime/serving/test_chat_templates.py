@@ -15,10 +15,10 @@ from fakes_runtime import chat_of, formats_of, save_byte_tokenizer, template_pro
 from transformers import AutoTokenizer
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.openai import template_process
-from lorapool_runtime.openai.template_options import TemplateOptions
-from lorapool_runtime.openai.template_process import TemplateProcesses, TemplateRefusedError, TemplateTimeoutError
-from lorapool_runtime.openai.tokenizer import BREAK
+from lorapool_runtime.openai.chats import template_process
+from lorapool_runtime.openai.chats.template_options import TemplateOptions
+from lorapool_runtime.openai.chats.template_process import TemplateProcesses, TemplateRefusedError, TemplateTimeoutError
+from lorapool_runtime.openai.chats.tokenizer import BREAK
 
 ALTERNATES = """{% if messages[0]['role'] == 'system' %}[system]{{ messages[0]['content'] }}
 {% set messages = messages[1:] %}{% endif %}{% for m in messages %}

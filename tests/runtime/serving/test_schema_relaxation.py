@@ -12,10 +12,10 @@ import pytest
 from fakes_runtime import EOS, VOCAB, FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
 from llguidance import LLMatcher, LLTokenizer
 
-from lorapool_runtime.openai.grammar import GrammarCompiler, json_grammar
-from lorapool_runtime.openai.grammar_spec import GrammarSpec, SchemaPart
-from lorapool_runtime.openai.json_schema import checked_schema
-from lorapool_runtime.openai.relaxation import header_value, relaxed
+from lorapool_runtime.openai.tools.grammar import GrammarCompiler, json_grammar
+from lorapool_runtime.openai.tools.grammar_spec import GrammarSpec, SchemaPart
+from lorapool_runtime.openai.tools.json_schema import checked_schema
+from lorapool_runtime.openai.tools.relaxation import header_value, relaxed
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 RELAXED = "x-lorapool-relaxed"

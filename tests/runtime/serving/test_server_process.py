@@ -38,17 +38,17 @@ from fakes_runtime import (
 )
 
 from lorapool_api.liveness import Heartbeat, in_own_thread
-from lorapool_api.metrics_access import MetricsAccess
 from lorapool_api.openai import InvalidRequestError
 from lorapool_api.protocol import HEADER_TENANT, token_sha256
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_runtime.openai import encoding, json_body
-from lorapool_runtime.openai.chat_format import ExtraTokens
-from lorapool_runtime.openai.chat_formats import ChatFormats
-from lorapool_runtime.openai.fair_pool import FairPool
-from lorapool_runtime.openai.tokenizer import Tokenizer, TokenizerError
+from lorapool_runtime.openai.chats.chat_format import ExtraTokens
+from lorapool_runtime.openai.chats.chat_formats import ChatFormats
+from lorapool_runtime.openai.chats.fair_pool import FairPool
+from lorapool_runtime.openai.chats.tokenizer import Tokenizer, TokenizerError
 from lorapool_runtime.serving.probes import probes
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import Runtime

@@ -13,11 +13,11 @@ import pytest
 from fakes_runtime import FakeEngine, Served, chat_of, save_byte_tokenizer, serving, tokenizer_of
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.openai import tool_calls
 from lorapool_runtime.openai.request import parse_chat
-from lorapool_runtime.openai.tool_calls import JsonObjectScanner, ToolCallDelta, ToolCallReader
-from lorapool_runtime.openai.tool_format import PLAIN, ToolFormat, infer_format, plain_messages
-from lorapool_runtime.openai.tools import tools_grammar
+from lorapool_runtime.openai.tools import tool_calls
+from lorapool_runtime.openai.tools.tool_calls import JsonObjectScanner, ToolCallDelta, ToolCallReader
+from lorapool_runtime.openai.tools.tool_choice import tools_grammar
+from lorapool_runtime.openai.tools.tool_format import PLAIN, ToolFormat, infer_format, plain_messages
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 WEATHER: dict[str, Any] = {

@@ -15,7 +15,7 @@ import torch
 from engine_kit import tiny_model
 
 from lorapool_api.base_modules import compact
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits

@@ -13,7 +13,7 @@ import time
 import torch
 
 from lorapool_api.base_modules import ModuleKind
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_runtime.cgroup import usable_memory_bytes
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,

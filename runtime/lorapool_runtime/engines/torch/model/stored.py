@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
-from lorapool_artifacts.header import HeaderBounds
+from lorapool_artifacts.checks.header import HeaderBounds
 from lorapool_runtime.engines.torch.model.key_map import KeyMap
 from lorapool_runtime.weights.originals import StoredMatrix
 from lorapool_runtime.weights.pack import FILE_TYPES

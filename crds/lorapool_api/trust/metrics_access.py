@@ -9,9 +9,9 @@ import hmac
 import ssl
 from pathlib import Path
 
-from lorapool_api.mounted_files import why_unreadable
 from lorapool_api.settings import ProcessSettings, SettingsError
-from lorapool_api.tls import ServerCertificate
+from lorapool_api.trust.mounted_files import why_unreadable
+from lorapool_api.trust.tls import ServerCertificate
 
 
 class MetricsAccess:

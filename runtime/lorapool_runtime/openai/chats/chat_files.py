@@ -17,7 +17,7 @@ from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
 from lorapool_artifacts.settings import MAX_JSON_BYTES
-from lorapool_runtime.openai.chat_format import AddedToken
+from lorapool_runtime.openai.chats.chat_format import AddedToken
 
 MAX_TEMPLATE_BYTES = 256 * 1024
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

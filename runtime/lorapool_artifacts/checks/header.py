@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorapool_artifacts.causes import refusal
+from lorapool_artifacts.checks.causes import refusal
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import MAX_TENSORS, MIB
 

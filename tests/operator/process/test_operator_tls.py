@@ -19,8 +19,8 @@ from pods import adopt, pod_object
 from lorapool_api.common import AdapterKey
 from lorapool_api.pod_address import ENCRYPTED
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
-from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_api.tls import ReleaseTrust, ServerCertificate
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate
 from lorapool_artifacts.policy import SourceRules
 from lorapool_operator.decisions.manifests import children, template_hash
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeGoneError, RuntimeTracker

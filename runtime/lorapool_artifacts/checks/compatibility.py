@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from lorapool_api.base_modules import ModuleKind
 from lorapool_api.common import FailureReason
-from lorapool_artifacts.adapter_config import AdapterConfig, suffixes
-from lorapool_artifacts.adapter_tensors import (
+from lorapool_artifacts.checks.adapter_config import AdapterConfig, suffixes
+from lorapool_artifacts.checks.adapter_tensors import (
     AdapterTensors,
     Pair,
     Shape,
@@ -26,11 +26,11 @@ from lorapool_artifacts.adapter_tensors import (
     shapes_of,
     sort_tensors,
 )
-from lorapool_artifacts.base_facts import BaseFacts, is_parameter
-from lorapool_artifacts.causes import CAUSES
-from lorapool_artifacts.peft_settings import TENSORS
+from lorapool_artifacts.checks.base_facts import BaseFacts, is_parameter
+from lorapool_artifacts.checks.causes import CAUSES
+from lorapool_artifacts.checks.peft_settings import TENSORS
+from lorapool_artifacts.checks.tensor_names import without_wrappers
 from lorapool_artifacts.settings import AdapterLimits
-from lorapool_artifacts.tensor_names import without_wrappers
 
 MAX_MISMATCHES = 3
 """Mismatches described in a message; the others are counted."""

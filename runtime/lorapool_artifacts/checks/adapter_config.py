@@ -17,11 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorapool_artifacts.causes import refusal
-from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.module_names import Names, PerModule
-from lorapool_artifacts.pattern import MAX_CHARS, PatternError
-from lorapool_artifacts.peft_settings import (
+from lorapool_artifacts.checks.causes import refusal
+from lorapool_artifacts.checks.module_names import Names, PerModule
+from lorapool_artifacts.checks.pattern import MAX_CHARS, PatternError
+from lorapool_artifacts.checks.peft_settings import (
     GENERATES,
     HARMLESS,
     INITIALIZATIONS,
@@ -31,6 +30,7 @@ from lorapool_artifacts.peft_settings import (
     REFUSED,
     REFUSED_INITIALIZATIONS,
 )
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import MAX_JSON_BYTES
 
 CONFIG = "adapter_config.json"

@@ -21,11 +21,17 @@ from lorapool_api.common import FailureReason
 from lorapool_api.protocol import BaseChat
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import TOKENIZER
-from lorapool_runtime.openai.chat_files import NO_FILES, ChatFiles, added_tokens, read_chat_files, template_of_several
-from lorapool_runtime.openai.chat_format import AddedToken, ChatFormat, ExtraTokens
-from lorapool_runtime.openai.template_process import TemplateRefusedError, TemplateTimeoutError
-from lorapool_runtime.openai.template_shape import TemplateShape, infer_shape
-from lorapool_runtime.openai.tokenizer import Tokenizer
+from lorapool_runtime.openai.chats.chat_files import (
+    NO_FILES,
+    ChatFiles,
+    added_tokens,
+    read_chat_files,
+    template_of_several,
+)
+from lorapool_runtime.openai.chats.chat_format import AddedToken, ChatFormat, ExtraTokens
+from lorapool_runtime.openai.chats.template_process import TemplateRefusedError, TemplateTimeoutError
+from lorapool_runtime.openai.chats.template_shape import TemplateShape, infer_shape
+from lorapool_runtime.openai.chats.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

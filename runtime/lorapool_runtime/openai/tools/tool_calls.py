@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from lorapool_runtime.openai.tool_format import ToolFormat
+from lorapool_runtime.openai.tools.tool_format import ToolFormat
 
 MAX_NAME_CHARS = 256
 _IN_STRING = re.compile(r'[^"\\]*')

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorapool_api.mounted_files import Stamp, stamp_of, why_unreadable
 from lorapool_api.protocol import runtime_token
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.mounted_files import Stamp, stamp_of, why_unreadable
 
 log = logging.getLogger(__name__)
 

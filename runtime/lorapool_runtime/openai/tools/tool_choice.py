@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.openai.grammar_spec import GrammarSpec, SchemaPart
 from lorapool_runtime.openai.json_body import Body, clean_text, printable
-from lorapool_runtime.openai.json_schema import checked_schema
-from lorapool_runtime.openai.tool_format import ToolFormat
+from lorapool_runtime.openai.tools.grammar_spec import GrammarSpec, SchemaPart
+from lorapool_runtime.openai.tools.json_schema import checked_schema
+from lorapool_runtime.openai.tools.tool_format import ToolFormat
 
 MAX_TOOLS = 64
 MAX_CALLS = 16

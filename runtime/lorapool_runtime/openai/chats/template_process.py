@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
-from lorapool_runtime.openai.template_worker import LENGTH
+from lorapool_runtime.openai.chats.template_worker import LENGTH
 
 _PROGRAM = Path(__file__).with_name("template_worker.py")
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")

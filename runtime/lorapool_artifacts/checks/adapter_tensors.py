@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorapool_api.base_modules import ModuleKind
-from lorapool_artifacts.base_facts import BaseFacts, Place, place_of
-from lorapool_artifacts.peft_settings import HARMLESS_TENSORS
-from lorapool_artifacts.tensor_names import matrix_of, whole_of
+from lorapool_artifacts.checks.base_facts import BaseFacts, Place, place_of
+from lorapool_artifacts.checks.peft_settings import HARMLESS_TENSORS
+from lorapool_artifacts.checks.tensor_names import matrix_of, whole_of
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"})
 _OUTPUTS = frozenset({"lm_head", "embed_out"})

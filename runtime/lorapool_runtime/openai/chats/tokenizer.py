@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lorapool_api.openai import InvalidRequestError, UnavailableError
-from lorapool_runtime.openai.chat_format import AddedToken, ChatFormat, ExtraTokens
+from lorapool_runtime.openai.chats.chat_format import AddedToken, ChatFormat, ExtraTokens
+from lorapool_runtime.openai.chats.fair_pool import FairPool
+from lorapool_runtime.openai.chats.template_options import TemplateOptions
+from lorapool_runtime.openai.chats.template_process import TemplateProcesses, TemplateRefusedError, TemplateTimeoutError
+from lorapool_runtime.openai.chats.template_shape import fit
 from lorapool_runtime.openai.detokenizer import EchoedPrompt, echo_prompt
-from lorapool_runtime.openai.fair_pool import FairPool
 from lorapool_runtime.openai.reasoning import END, ReasoningStart, reasoning_start, split_reasoning
-from lorapool_runtime.openai.template_options import TemplateOptions
-from lorapool_runtime.openai.template_process import TemplateProcesses, TemplateRefusedError, TemplateTimeoutError
-from lorapool_runtime.openai.template_shape import fit
-from lorapool_runtime.openai.tool_format import plain_messages
+from lorapool_runtime.openai.tools.tool_format import plain_messages
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from aiohttp import web
 from fakes import FakeRuntime, digest_of
 
 from lorapool_api.common import AdapterKey
-from lorapool_api.tls import ReleaseTrust
+from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import client_session, key_guard

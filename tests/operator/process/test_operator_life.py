@@ -24,7 +24,7 @@ from lorapool_operator.world.observed import SourceFailure
 
 pytestmark = pytest.mark.apiserver
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 async def ready(api: Api, name: str) -> tuple[str, str]:

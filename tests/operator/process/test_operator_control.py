@@ -17,7 +17,7 @@ from pods import owner_objects, pod_object
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.protocol import AdapterDescriptor, runtime_token
-from lorapool_api.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator import slices
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.manifests import Manifest

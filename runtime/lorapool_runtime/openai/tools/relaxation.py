@@ -10,7 +10,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lorapool_runtime.openai.json_schema import ANNOTATIONS, LISTS, MAPS, SINGLES, Path, Schema, rewritten
+from lorapool_runtime.openai.tools.json_schema import (
+    ANNOTATIONS,
+    LISTS,
+    MAPS,
+    SINGLES,
+    Path,
+    Schema,
+    rewritten,
+)
 
 Fails = Callable[[Schema], bool]
 """Whether the library refuses a schema."""

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2 as httpx
 from openai import APIStatusError, AsyncOpenAI, OpenAI
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BASE = "smollm2"
 
 

@@ -18,9 +18,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from lorapool_api.openai import CODE_QUEUE_FULL, InvalidRequestError, TooManyRequestsError, UnavailableError
 from lorapool_runtime.engines.interface import ConstraintError, TokenConstraint
-from lorapool_runtime.openai.grammar_spec import JSON_STYLE, GrammarSpec, SchemaPart
 from lorapool_runtime.openai.json_body import printable
-from lorapool_runtime.openai.relaxation import relaxed
+from lorapool_runtime.openai.tools.grammar_spec import JSON_STYLE, GrammarSpec, SchemaPart
+from lorapool_runtime.openai.tools.relaxation import relaxed
 
 _CACHED = 64
 _MAX_PENDING = 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from lorapool_artifacts.pattern import Pattern, PatternError
+from lorapool_artifacts.checks.pattern import Pattern, PatternError
 
 MAX_EXPRESSIONS = 256
 """Regular expressions in one rank_pattern or alpha_pattern; the number of plain names is not limited."""

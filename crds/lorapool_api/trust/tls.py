@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from lorapool_api.mounted_files import stamp_of, why_unreadable
 from lorapool_api.pod_address import CERTIFICATE, KEY
 from lorapool_api.settings import SettingsError
+from lorapool_api.trust.mounted_files import stamp_of, why_unreadable
 
 log = logging.getLogger(__name__)
 

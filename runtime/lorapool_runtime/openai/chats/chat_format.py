@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lorapool_api.chat import ChatReport, TemplateOrigin
-from lorapool_runtime.openai.template_shape import AS_GIVEN, TemplateShape
+from lorapool_runtime.openai.chats.template_shape import AS_GIVEN, TemplateShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from fakes_operator import FakeInspector, digest, found
 
-from lorapool_api.runtime_tokens import RuntimeTokens
-from lorapool_artifacts.base_facts import BaseFacts
+from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.inspect import BaseFiles, BaseInspection
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects.fair_permits import FairPermits

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorapool_runtime.openai.tool_format import PLAIN, Render, ToolFormat, infer_format
+from lorapool_runtime.openai.tools.tool_format import PLAIN, Render, ToolFormat, infer_format
 
 Message = Mapping[str, Any]
 
