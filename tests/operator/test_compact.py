@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -83,3 +84,9 @@ def test_reports_of_one_adapter_share_names_and_the_counts_of_an_unused_one() ->
     used = compact_report(report("a", requests=3))
     assert used.usage.requests == 3
     assert used == report("a", requests=3)
+
+
+def test_reports_share_the_names_of_their_fields() -> None:
+    own, shared = sys.getsizeof(report("a").__dict__), sys.getsizeof(compact_report(report("a")).__dict__)
+    assert shared < 0.6 * own
+    assert list(compact_report(report("a")).__dict__) == list(report("a").__dict__)
