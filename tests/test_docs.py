@@ -39,6 +39,7 @@ CODE = [path for folder in ("crds", "operator", "runtime", "hack", "tests", "ben
 SOURCES = "\n".join(path.read_text() for path in [ROOT / "Makefile", *CODE] if path != Path(__file__))
 FOLDERS = ("bench", "charts", "crds", "docs", "examples", "hack", "operator", "runtime", "tests")
 KUBERNETES = {
+    "job",
     "namespace",
     "secret",
     "configmap",
