@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 import instructor
@@ -47,8 +48,17 @@ def client(mode: str) -> Any:
     return instructor.from_openai(made, mode=getattr(instructor.Mode, mode)).chat.completions
 
 
+async def async_person() -> Any:
+    async with openai.AsyncOpenAI(base_url=BASE, api_key=KEY, max_retries=0) as made:
+        return await instructor.from_openai(made).chat.completions.create(response_model=Person, **ASK)
+
+
 for mode in ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA", "RESPONSES_TOOLS"):
     check(mode, lambda mode=mode: isinstance(client(mode).create(response_model=Person, **ASK), Person))
+check("a simple type", lambda: client("TOOLS").create(response_model=Literal["spam", "ham"], **ASK) in ("spam", "ham"))
+check("the completion too", lambda: client("TOOLS").create_with_completion(
+    response_model=Person, **ASK)[1].usage.completion_tokens > 0)  # fmt: skip
+check("async", lambda: isinstance(asyncio.run(async_person()), Person))
 check("a set", lambda: isinstance(client("TOOLS").create(response_model=Tagged, **ASK), Tagged))
 check("a recursive model", lambda: client("TOOLS").create(response_model=Node, **{**ASK, "max_tokens": 1000}))
 check("create_partial", lambda: len(list(client("TOOLS").create_partial(response_model=Person, **ASK))) > 3)

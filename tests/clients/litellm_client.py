@@ -32,6 +32,8 @@ IMAGE: list[Any] = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
 ]
 PROXY_START_S = 120
+PROXY_KEY = "sk-lorapool-0123456789abcdef0123456789abcdef"
+"""The proxy does not start without a key of its own."""
 WEATHER: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 10}}, "required": ["city"]}}}]  # fmt: skip
 
@@ -78,29 +80,34 @@ def proxy() -> Iterator[str]:
             "model": f"openai/{MODEL}", "api_base": BASE, "api_key": KEY}}]}  # fmt: skip
         (Path(folder) / "config.yaml").write_text(json.dumps(config))
         program = [str(Path(sys.executable).with_name("litellm")), "--config", f"{folder}/config.yaml"]
-        process = subprocess.Popen(
-            [*program, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        log = Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*program, "--host", "127.0.0.1", "--port", str(port)],
+                env={**os.environ, "LITELLM_MASTER_KEY": PROXY_KEY},
+                stdout=out,
+                stderr=out,
+            )
         try:
-            _wait(f"http://127.0.0.1:{port}/health/liveliness", process)
+            _wait(f"http://127.0.0.1:{port}/health/liveliness", process, log)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(30)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     ends = time.monotonic() + PROXY_START_S
     while time.monotonic() < ends and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.5)
-    raise TimeoutError("the proxy did not start")
+    raise TimeoutError(f"the proxy did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
 def messages_by_proxy(url: str) -> bool:
     body = json.dumps({"model": "tiny", "max_tokens": 10, "messages": HELLO}).encode()
-    headers = {"content-type": "application/json", "x-api-key": "any", "anthropic-version": "2023-06-01"}
+    headers = {"content-type": "application/json", "x-api-key": PROXY_KEY, "anthropic-version": "2023-06-01"}
     with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/messages", body, headers), timeout=60) as answer:
         return json.load(answer)["type"] == "message"
 
@@ -128,7 +135,7 @@ check("an image is a 400", lambda: raises(litellm.BadRequestError, lambda: compl
 check("embeddings are refused", lambda: raises(openai.APIStatusError, lambda: litellm.embedding(
     model=f"openai/{MODEL}", input=["x"], api_base=BASE, api_key=KEY)))  # fmt: skip
 with proxy() as url:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=PROXY_KEY, max_retries=0)
     check("proxy: chat", lambda: client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=8).usage)
     check("proxy: stream", lambda: len(list(client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=8, stream=True))) > 2)  # fmt: skip

@@ -117,7 +117,7 @@ def test_litellm_and_its_proxy(place: Place) -> None:
 
 @pytest.mark.deep
 def test_instructor(place: Place) -> None:
-    python("instructor_client.py", place, 10)
+    python("instructor_client.py", place, 12)
 
 
 @pytest.mark.deep
