@@ -52,8 +52,19 @@ class ReasoningReader:
         self._begun = False
         """Whether a part of the reasoning, or of the content after it, was returned: white space before it is not."""
         self._trims = False
+        self.tokens = 0
+        """How many tokens of the answer its reasoning has so far, with the tags."""
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str, tokens: int = 0) -> Piece:
+        """Reads the next text, up to which the answer has so many tokens."""
+        if self._state is ReasoningStart.INSIDE:
+            self.tokens = tokens
+        found = self._push(text)
+        if self._state is ReasoningStart.INSIDE or found.reasoning:
+            self.tokens = tokens
+        return found
+
+    def _push(self, text: str) -> Piece:
         self._held += text
         if self._state is ReasoningStart.MAYBE and not self._decide():
             return Piece("", "")

@@ -42,6 +42,8 @@ class Delta:
     """For each log-probability, the offset in the sequence's text at which its token begins."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's tokens from the second on, with the first delta of a sequence that asked for them."""
+    tokens: int = 0
+    """Generated tokens of the sequence up to this text."""
 
     @property
     def is_output(self) -> bool:
@@ -100,7 +102,7 @@ class _Choice:
         """The delta's reasoning, and the delta without it."""
         if self.reasoner is None:
             return "", delta
-        reasoning, content = self.reasoner.push(delta.text)
+        reasoning, content = self.reasoner.push(delta.text, delta.tokens)
         if delta.finish is not None:
             rest = self.reasoner.finish()
             reasoning, content = reasoning + rest.reasoning, content + rest.content
@@ -177,7 +179,7 @@ class ResponseBuilder:
     def body(self, usage: Usage) -> dict[str, Any]:
         kind = "chat.completion" if self._head.chat else "text_completion"
         choices = [self._choice_body(number, choice) for number, choice in enumerate(self._choices)]
-        return {**self._head.body(kind, choices), "usage": usage_body(usage)}
+        return {**self._head.body(kind, choices), "usage": self._usage_body(usage)}
 
     def _choice_body(self, number: int, choice: _Choice) -> dict[str, Any]:
         if self._head.chat:
@@ -241,10 +243,14 @@ class ResponseBuilder:
             self._chunk_start = b"data: " + compact_json(self._head.body(kind, []))[: -len(b"[]}")]
         end = b"}\n\n"
         if self._head.include_usage:
-            end = b',"usage":' + compact_json(None if usage is None else usage_body(usage)) + end
+            end = b',"usage":' + compact_json(None if usage is None else self._usage_body(usage)) + end
         return self._chunk_start + compact_json(choices) + end
 
     # --- parts --------------------------------------------------------------------------
+
+    def _usage_body(self, usage: Usage) -> dict[str, Any]:
+        reasoners = [choice.reasoner for choice in self._choices if choice.reasoner is not None]
+        return usage_body(usage, sum(reasoner.tokens for reasoner in reasoners))
 
     def _echo_of(self, number: int) -> EchoedPrompt | None:
         return self._echo[number * len(self._echo) // len(self._choices)] if self._echo else None
@@ -309,13 +315,14 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage_body(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
     """OpenAI's usage object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 

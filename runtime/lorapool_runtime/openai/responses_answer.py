@@ -171,7 +171,7 @@ class ResponsesBuilder:
         """The delta's reasoning, and the rest of its text."""
         if self._reasoner is None:
             return "", delta.text
-        found = self._reasoner.push(delta.text)
+        found = self._reasoner.push(delta.text, delta.tokens)
         if delta.finish is None:
             return found
         rest = self._reasoner.finish()
@@ -254,17 +254,17 @@ class ResponsesBuilder:
             "service_tier": "default",
             "store": False,
             "truncation": "disabled",
-            "usage": None if usage is None else _usage_body(usage),
+            "usage": None if usage is None else self._usage_body(usage),
             **_REPEATED,
             **given,
         }
 
-
-def _usage_body(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+    def _usage_body(self, usage: Usage) -> dict[str, Any]:
+        reasoning_tokens = 0 if self._reasoner is None else self._reasoner.tokens
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }

@@ -260,6 +260,7 @@ class Generation:
             error,
             tuple(sequence.pending_offsets),
             sequence.prompt_logprobs,
+            sequence.completion_tokens,
         )
         sequence.pending_logprobs.clear()
         sequence.pending_offsets.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ def write(folder: Path, **files: Any) -> Path:
 async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
     async with serving(byte_tokenizer, engine=FakeEngine(reply=lambda *_: "said"), store=FakeStore()) as running:
         yield running
+
+
+class Counting:
+    """Calls a function, and counts."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run, self.calls = run, 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        self.run()
 
 
 async def register(served: Served, folder: Path | None, name: str = "poet", **said: Any) -> AdapterReport:
@@ -181,6 +192,21 @@ async def test_the_base_gets_a_template_from_its_object_and_again_when_it_change
         chat = served.runtime.snapshot().base.chat
         assert chat is not None
         assert chat.template is TemplateOrigin.NONE
+
+
+async def test_a_malformed_file_of_the_base_is_reported_once_until_it_changes(
+    byte_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "chat.json"
+    file.write_text("{")
+    async with serving(byte_tokenizer, sweep=True, chat_file=file, sweep_interval_s=0.001) as served:
+        sweeps = served.runtime.adapters.sweep = Counting(served.runtime.adapters.sweep)  # type: ignore[method-assign]
+        await until(lambda: sweeps.calls > 5)
+        assert [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()] == [
+            f"spec.chatTemplate is not used: {file} cannot be read"
+        ]
+        file.write_text(json.dumps({"chatTemplate": {"inline": "ONE"}}))
+        await until(lambda: (chat := served.runtime.snapshot().base.chat) and chat.template is TemplateOrigin.SPEC)
 
 
 # --- end tokens -------------------------------------------------------------------------------

@@ -20,12 +20,6 @@ async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
         yield running
 
 
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 async def status(served: Served, **fields: Any) -> int:
     body = {"model": "tiny", "messages": HI, "max_tokens": 8, **fields}
     async with aiohttp.ClientSession(served.url) as http, http.post("/v1/chat/completions", json=body) as response:

@@ -37,12 +37,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield running
 
 
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def says(served: Served, answer: str | list[int]) -> None:
     served.engine.reply = lambda *_: answer
 
@@ -82,6 +76,25 @@ async def test_an_answer_that_ends_while_it_reasons_has_no_content(
     says(served, "<think>\nIs it?")
     reasoning, content, _ = await chat(client, stream)
     assert (reasoning, content or "") == ("Is it?", "")
+
+
+@pytest.mark.parametrize(("answer", "reasoning"), [("<think>Is it?</think>Yes.", 21), ("Yes.", 0), ("<think>Is", 10)])
+async def test_the_usage_counts_the_tokens_of_the_reasoning_with_its_tags(
+    client: openai.AsyncOpenAI, served: Served, answer: str, reasoning: int
+) -> None:
+    says(served, answer)
+    asked: dict[str, Any] = {"model": "tiny", "messages": HI, "n": 2}
+    whole = await client.chat.completions.create(**asked)
+    options: Any = {"include_usage": True}
+    stream = await client.chat.completions.create(**asked, stream=True, stream_options=options)
+    last = [chunk async for chunk in stream][-1]
+    response = await client.responses.create(model="tiny", input="hi")
+    for usage in (whole.usage, last.usage):
+        assert usage is not None
+        assert usage.completion_tokens_details is not None
+        assert usage.completion_tokens_details.reasoning_tokens == 2 * reasoning
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens == reasoning
 
 
 async def test_a_template_that_opens_the_reasoning_itself_is_understood(

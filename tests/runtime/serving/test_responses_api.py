@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from fakes_runtime import FakeEngine, Served, serving
+from fakes_runtime import Served
 from pydantic import BaseModel
 
 from lorapool_api.openai import InvalidRequestError
@@ -39,18 +37,6 @@ CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Wien"}}</tool_
 class Person(BaseModel):
     name: str
     age: int
-
-
-@pytest.fixture
-async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
-    async with serving(byte_tokenizer, engine=FakeEngine(max_model_len=4096)) as running:
-        yield running
-
-
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def says(served: Served, text: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from fakes_runtime import EOS, VOCAB, FakeEngine, Served, save_byte_tokenizer, serving, tokenizer_of
+from fakes_runtime import EOS, VOCAB, Served, save_byte_tokenizer, tokenizer_of
 from llguidance import LLMatcher, LLTokenizer
 
 from lorapool_runtime.openai.tools.grammar import GrammarCompiler, json_grammar
@@ -24,12 +24,6 @@ FINE: dict[str, Any] = {
     "type": "function",
     "function": {"name": "fine", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
 }
-
-
-@pytest.fixture
-async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
-    async with serving(byte_tokenizer, engine=FakeEngine(max_model_len=4096)) as running:
-        yield running
 
 
 def with_argument(schema: Any, **function: Any) -> list[dict[str, Any]]:

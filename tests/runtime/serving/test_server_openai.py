@@ -24,12 +24,6 @@ async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture
 async def http(served: Served) -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(served.url) as session:
         yield session

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
-from fakes_runtime import FakeEngine, Served, chat_of, save_byte_tokenizer, serving, tokenizer_of
+from fakes_runtime import Served, chat_of, save_byte_tokenizer, tokenizer_of
 
 from lorapool_api.openai import InvalidRequestError
 from lorapool_runtime.openai.request import parse_chat
@@ -36,18 +35,6 @@ WEATHER: dict[str, Any] = {
 NOW: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Wien"}}</tool_call>'
 SECOND = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
-
-
-@pytest.fixture
-async def served(byte_tokenizer: Path) -> AsyncIterator[Served]:
-    async with serving(byte_tokenizer, engine=FakeEngine(max_model_len=4096)) as running:
-        yield running
-
-
-@pytest.fixture
-async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def says(served: Served, text: str) -> None:
