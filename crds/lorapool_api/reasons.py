@@ -230,8 +230,9 @@ FAILURES: Mapping[FailureReason, Explanation] = {
     ),
     FailureReason.TOO_LARGE: Explanation(
         "The files are larger, or have more tensors, than Lorapool reads.",
-        "Of an adapter: save it in bf16, or train it with a smaller rank or fewer target modules; for more tensors, "
-        "raise LORAPOOL_MAX_TENSORS in the chart's artifacts.env. Of a base: raise artifacts.maxBaseBytes.",
+        "Of an adapter: save it in bf16, train it with a smaller rank or fewer target modules, or raise "
+        "LORAPOOL_MAX_ADAPTER_BYTES or, for more tensors, LORAPOOL_MAX_TENSORS in the chart's artifacts.env. Of a "
+        "base: raise artifacts.maxBaseBytes.",
     ),
     FailureReason.CORRUPT_ARTIFACT: Explanation(
         "A file is damaged or does not match its listed size or hash.", "Upload the files again."

@@ -83,7 +83,7 @@ async def resolve(
             files = select_files(wanted, source.list_files(), where=source.where)
         finally:
             source.close()
-        check_total(files, bounds.max_total_bytes, source.where)
+        check_total(wanted, files, bounds.max_total_bytes, source.where)
         size_bytes = sum(file.size_bytes for file in files)
         return ResolvedArtifact(parsed, wanted, source.revision, files, size_bytes, digest_of(files), given, bounds)
 

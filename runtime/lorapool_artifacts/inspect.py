@@ -134,7 +134,7 @@ async def inspect_base(
         source = open_source(parsed, revision, settings, deadline)
         try:
             files = select_files(ArtifactKind.BASE, source.list_files(), where=source.where)
-            check_total(files, settings.base_max_bytes, source.where)
+            check_total(ArtifactKind.BASE, files, settings.base_max_bytes, source.where)
             found = _base_files(source, files, settings.max_tensors, *names_of(parsed))
             unhashed = sum(file.size_bytes for file in files if file.sha256 is None)
             if unhashed <= MAX_UNHASHED_BASE_BYTES:
@@ -179,7 +179,7 @@ def inspect_adapter_source(
 ) -> AdapterInspection:
     """Checks the adapter first and hashes its files only when it fits. Blocks. Raises ArtifactError."""
     files = select_files(ArtifactKind.ADAPTER, source.list_files(), where=source.where)
-    check_total(files, limits.max_bytes, source.where)
+    check_total(ArtifactKind.ADAPTER, files, limits.max_bytes, source.where)
     by_name = {file.name: file for file in files}
     raw = read_json(source, by_name[ADAPTER_CONFIG])
     files = files_of(expected_digest, _with_known(files, ADAPTER_CONFIG, hashlib.sha256(raw).hexdigest()))
@@ -229,14 +229,12 @@ def read_json(source: Source, file: RemoteFile) -> bytes:
     return raw
 
 
-def check_total(files: Sequence[RemoteFile], max_bytes: int, where: str) -> None:
+def check_total(kind: ArtifactKind, files: Sequence[RemoteFile], max_bytes: int, where: str) -> None:
     """Raises ArtifactError (TooLarge) when the listed sizes exceed `max_bytes`."""
     total = sum(file.size_bytes for file in files)
     if total > max_bytes:
-        raise ArtifactError(
-            FailureReason.TOO_LARGE,
-            f"{where} is {total} bytes, more than the {max_bytes} allowed; save it in bf16, or train fewer parameters.",
-        )
+        cause = "base-too-large" if kind is ArtifactKind.BASE else "too-large"
+        raise refusal(cause, where=where, size=total, bound=max_bytes)
 
 
 def check_digest(digest: str | None, expected: str | None, where: str) -> None:

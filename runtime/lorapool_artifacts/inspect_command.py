@@ -17,18 +17,18 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorapool_api.basemodel import BaseLora
-from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES
 from lorapool_api.settings import SettingsError
-from lorapool_artifacts.checks.base_facts import BaseFacts
+from lorapool_artifacts.chat_check import chat_refusal
 from lorapool_artifacts.checks.compatibility import Finding
 from lorapool_artifacts.deadline import Deadline, in_thread
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.examine import Examination, examine_adapter
-from lorapool_artifacts.inspect import base_files_from_folder, inspect_base, parse_source
+from lorapool_artifacts.inspect import BaseFiles, base_files_from_folder, inspect_base, parse_source
 from lorapool_artifacts.loaded_base import facts_of
 from lorapool_artifacts.settings import AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source
@@ -82,23 +82,22 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
     settings = SourceSettings.from_env(os.environ, pvc_root=given.pvc_root)
-    limits = AdapterLimits(given.max_rank, DEFAULT_MAX_ADAPTER_BYTES, settings.max_tensors)
+    limits = AdapterLimits(given.max_rank, settings.max_adapter_bytes, settings.max_tensors)
     return Options(given.source, given.revision, given.base, given.base_revision, limits, settings, given.json)
 
 
 async def _examine(options: Options) -> Examination:
     try:
-        base = await _base_facts(options) if options.base else None
+        files = await _base_files(options) if options.base else BaseFiles()
+        base = await asyncio.to_thread(facts_of, files) if options.base else None
     except ArtifactError as error:
         return _failed(error, f"The base: {error.message}")
     deadline = Deadline(FetchLimits(), where=options.source)
 
     def run() -> Examination:
-        source = _open(options, deadline)
-        try:
-            return examine_adapter(source, base, options.limits)
-        finally:
-            source.close()
+        with closing(_open(options.source, options.revision, options.settings, deadline)) as source:
+            found = examine_adapter(source, base, options.limits)
+            return _with_chat(options, found, source, files, deadline) if found.was_read else found
 
     try:
         return await in_thread(deadline, run)
@@ -110,20 +109,31 @@ def _failed(error: ArtifactError, message: str) -> Examination:
     return Examination((Finding(error.reason, message),))
 
 
-async def _base_facts(options: Options) -> BaseFacts | None:
-    """None where the runtime, which knows the modules of a loaded base, is not installed."""
+async def _base_files(options: Options) -> BaseFiles:
     assert options.base is not None
     if (folder := local_folder(options.base)) is not None:
-        files = await asyncio.to_thread(base_files_from_folder, folder, options.settings.max_tensors)
+        return await asyncio.to_thread(base_files_from_folder, folder, options.settings.max_tensors)
+    return (await inspect_base(options.base, options.base_revision, options.settings)).files
+
+
+def _with_chat(
+    options: Options, found: Examination, source: Source, files: BaseFiles, deadline: Deadline
+) -> Examination:
+    """The examination, with what a runtime would refuse of the adapter's chat files."""
+    if options.base is None:
+        refused = chat_refusal(source, None, files.config)
     else:
-        files = (await inspect_base(options.base, options.base_revision, options.settings)).files
-    return await asyncio.to_thread(facts_of, files)
+        with closing(_open(options.base, options.base_revision, options.settings, deadline)) as base:
+            refused = chat_refusal(source, base, files.config)
+    if refused is None:
+        return found
+    return replace(found, findings=(*found.findings, Finding(refused.reason, refused.message)), digest=None)
 
 
-def _open(options: Options, deadline: Deadline) -> Source:
-    if (folder := local_folder(options.source)) is not None:
-        return FolderSource.open(Path("/"), folder.parts[1:], where=options.source, deadline=deadline)
-    return open_source(parse_source(options.source), options.revision, options.settings, deadline)
+def _open(text: str, revision: str | None, settings: SourceSettings, deadline: Deadline) -> Source:
+    if (folder := local_folder(text)) is not None:
+        return FolderSource.open(Path("/"), folder.parts[1:], where=text, deadline=deadline)
+    return open_source(parse_source(text), revision, settings, deadline)
 
 
 def local_folder(text: str) -> Path | None:

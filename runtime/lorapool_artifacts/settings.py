@@ -23,6 +23,8 @@ GIB = 1024 * MIB
 
 MAX_JSON_BYTES = 4 * MIB
 """A longer adapter_config.json or config.json is refused unread. Naming all 36,000 experts' layers takes 2 MiB."""
+MAX_ADAPTER_BYTES = 4 * GIB
+"""Files of one adapter. One of rank 128 on all modules of a 70B base has 3.3 GB in bf16."""
 MAX_TENSORS = 200_000
 """Tensors in one file. LoRA on all experts of a mixture with 60 layers of 384 experts has 138,240."""
 
@@ -65,7 +67,7 @@ class AdapterLimits:
 
     max_rank: int
     """Largest rank of any module."""
-    max_bytes: int = 2 * GIB
+    max_bytes: int = MAX_ADAPTER_BYTES
     """Size of all files together."""
     max_tensors: int = MAX_TENSORS
     """Tensors in its file."""
@@ -126,6 +128,9 @@ class SourceSettings(SettingsGroup):
     """The bucket is part of the host name; own endpoints rarely support that."""
     base_max_bytes: Annotated[int, Env("LORAPOOL_BASE_MAX_BYTES")] = Field(default=200_000_000_000, ge=1)
     """Files of one base model together; a larger one is refused. A base of 70B parameters has 150 GB."""
+    max_adapter_bytes: Annotated[int, Env("LORAPOOL_MAX_ADAPTER_BYTES")] = Field(default=MAX_ADAPTER_BYTES, ge=1)
+    """Files of one adapter together; a larger one is refused. A runtime holds an adapter in memory while it is in use,
+    in the type of the base, and on disk."""
     base_fetch_timeout_s: Annotated[float, Env("LORAPOOL_BASE_FETCH_TIMEOUT_S")] = Field(default=21_600.0, gt=0)
     """Longest download of a base model: 150 GB at 7 MB/s. What was fetched until then is kept for the next attempt."""
     max_tensors: Annotated[int, Env("LORAPOOL_MAX_TENSORS")] = Field(default=MAX_TENSORS, ge=1, le=2_000_000)

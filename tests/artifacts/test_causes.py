@@ -113,6 +113,7 @@ ELSEWHERE = {
     "link-out": "test_pvc_source.py",
     "too-many-tensors": "test_header.py",
     "too-large": "test_compatibility.py",
+    "base-too-large": "test_resumed_fetch.py",
 }
 """Causes that need another base, volume or bound, and the files that provoke them."""
 

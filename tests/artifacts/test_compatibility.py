@@ -191,7 +191,9 @@ def test_another_name_of_a_base_with_the_same_shapes_is_only_a_hint() -> None:
 
 
 def test_too_many_bytes_are_too_large() -> None:
-    assert checked(limits=AdapterLimits(8, max_bytes=10)).reason is FailureReason.TOO_LARGE
+    found = checked(limits=AdapterLimits(8, max_bytes=10))
+    assert found.reason is FailureReason.TOO_LARGE
+    assert "raise LORAPOOL_MAX_ADAPTER_BYTES in the chart's artifacts.env" in found.message
 
 
 def test_without_a_base_only_the_adapter_itself_is_checked() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import artifact_zoo as zoo
 import pytest
 from artifact_hub import Hub
+from fakes_runtime import save_byte_tokenizer
 
 from lorapool_api.basemodel import BaseLora
 from lorapool_artifacts.inspect_command import read_options
@@ -98,6 +99,32 @@ def test_a_link_of_a_local_hub_cache_is_followed(tmp_path: Path) -> None:
     (snapshot / "adapter_config.json").symlink_to("../../blobs/adapter_config.json")
     (snapshot / "adapter_model.safetensors").symlink_to(f"{blobs}/adapter_model.safetensors")
     assert main(["inspect", str(snapshot)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON; save it again, or remove the file"),
+        ("chat_template.jinja", "{% if %}", "Correct it, or set spec.chatTemplate"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<new>", "added_tokens_decoder": {"900": {"content": "<new>"}}}',
+            f"for which the base has no row: its embedding has {zoo.VOCAB} rows",
+        ),
+    ],
+)
+def test_what_an_adapter_brings_for_chats_is_checked_against_the_base(
+    tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str], file: str, content: str, words: str
+) -> None:
+    save_byte_tokenizer(Path(base))
+    folder = Path(write(tmp_path / "lora", zoo.adapter_files()))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert main(["inspect", str(folder), "--base", base]) == 0
+    (folder / file).write_text(content)
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--base", base, "--json"]) == 1
+    [finding] = json.loads(capsys.readouterr().out)["findings"]
+    assert words in finding["message"]
 
 
 def test_the_defaults_are_those_of_a_base_and_its_runtime() -> None:

@@ -161,6 +161,7 @@ async def test_a_base_larger_than_the_bound_is_refused_with_the_bound_that_was_s
     with pytest.raises(ArtifactError) as caught:
         await inspect_base("hf://acme/base", None, small)
     assert caught.value.reason is FailureReason.TOO_LARGE
+    assert "raise the chart's artifacts.maxBaseBytes" in caught.value.message
     assert SourceSettings().base_max_bytes > 150e9
     assert SourceSettings().base_fetch_timeout_s > 150e9 / 10e6
 

@@ -39,6 +39,17 @@ def test_the_bound_of_a_base_model_fits_150_gb_and_reaches_the_operator() -> Non
     assert operator_settings.read_settings(environment(raised, "operator")).sources.base_max_bytes == 900_000_000_000
 
 
+def test_the_bound_of_an_adapter_reaches_the_operator() -> None:
+    raised = render({"artifacts": {"env": [{"name": "LORAPOOL_MAX_ADAPTER_BYTES", "value": "9000000000"}]}})
+    assert operator_settings.read_settings(environment(raised, "operator")).sources.max_adapter_bytes == 9_000_000_000
+
+
+@pytest.mark.parametrize("origins", [["https://app.example.com", "http://localhost:3000"], ["*"], []])
+def test_the_origins_of_browser_pages_reach_the_gateway(origins: list[str]) -> None:
+    manifests = render({"gateway": {"corsOrigins": origins}})
+    assert gateway_settings.read_settings(environment(manifests, "gateway")).cors_origins == frozenset(origins)
+
+
 def test_the_bound_of_concurrent_rollouts_and_a_profiles_rollout_reach_the_operator() -> None:
     profile = {"rollout": {"strategy": "Recreate"}}
     manifests = render({"operator": {"rollout": {"maxConcurrentBases": 3}}, "runtimeProfiles": {"gpu": profile}})

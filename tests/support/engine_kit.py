@@ -21,7 +21,7 @@ from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
 VOCAB = 320
 _BOTH = ["sliding_attention", "full_attention"]
 MAX_LEN = 160
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -54,7 +54,7 @@ def tiny_model(architecture: str, **changes: Any) -> Any:
         "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     }[architecture]
     name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
-    config = getattr(transformers, name)(**_COMMON | own | changes)
+    config = getattr(transformers, name)(**COMMON | own | changes)
     torch.manual_seed(11)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():

@@ -118,6 +118,10 @@ class FakeRuntime:
     authorizations: list[str] = field(default_factory=list)
     """The credentials of all requests, in order."""
     modules: BaseModules | None = None
+    modules_asked: list[int] = field(default_factory=list)
+    """The statuses of the answers to the question for them."""
+    modules_status: int = 404
+    """Of the answer while there are none."""
     """What it reports of its base; None: it has no such route, as an earlier version."""
     resolve_answer: ResolveAnswer = field(default_factory=ResolveAnswer)
     port: int = 0
@@ -236,8 +240,9 @@ class FakeRuntime:
         return web.Response(body=body, content_type="application/json", headers={HEADER_PROOF: proof})
 
     async def _modules(self, _: web.Request) -> web.Response:
+        self.modules_asked.append(self.modules_status if self.modules is None else 200)
         if self.modules is None:
-            raise web.HTTPNotFound
+            return web.Response(status=self.modules_status)
         return web.json_response(self.modules.dump())
 
     def _challenge(self, request: web.Request) -> Challenge | None:

@@ -8,21 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_kit import VOCAB
+from engine_kit import COMMON
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 160,
-    "initializer_range": 0.2,
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-    "pad_token_id": 0,
-}
+_COMMON: dict[str, Any] = {**COMMON, "bos_token_id": 1}
 
 
 def tiny_gemma3() -> Any:

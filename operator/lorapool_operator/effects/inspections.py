@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.common import FailureReason
-from lorapool_api.protocol import DEFAULT_MAX_ADAPTER_BYTES, ResolveRequest, SourceRef
+from lorapool_api.protocol import ResolveRequest, SourceRef
 from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import BaseInspection, inspect_adapter, inspect_base, names_of, parse_source
@@ -82,8 +82,8 @@ class ArtifactInspector:
         *,
         credentials: Mapping[str, str] | None = None,
     ) -> Outcome:
-        limits = AdapterLimits(max_rank=max_rank, max_bytes=DEFAULT_MAX_ADAPTER_BYTES)
         settings = self._with(credentials)
+        limits = AdapterLimits(max_rank=max_rank, max_bytes=settings.max_adapter_bytes)
         found = await inspect_adapter(uri, revision, digest, base, limits, settings, fetch_limits=self._limits)
         if not found.compatibility.ok or found.digest is None:
             return SourceFailure(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
@@ -242,7 +242,6 @@ class InspectionTracker:
             source=SourceRef(uri=job.uri, revision=job.revision),
             namespace=job.key.namespace,
             digest=job.digest,
-            max_bytes=DEFAULT_MAX_ADAPTER_BYTES,
         )
         response = await self._runtimes.resolve(pod_uid, request, timeout_s=self._timeout_s)
         if response.failure is not None:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 BACKOFF_MIN_S = 0.3
 BACKOFF_MAX_S = 3.0
+MODULES_RETRY_S = 30.0
+"""Between two questions for the modules of a base, where the first one failed."""
 SKEW_TOLERANCE_S = 2.0
 """Clocks that differ by less count as equal: a runtime may send a snapshot half a second after it was made."""
 
@@ -71,8 +74,10 @@ class _Polled:
     stale_reported: bool = False
     token_refused: bool = False
     """The last answer was that the operator's token is not valid."""
-    asked_modules: str = ""
-    """Boot id of the process that was asked for the modules of the base."""
+    without_modules: str = ""
+    """Boot id of a process of an earlier version, which does not know the modules of its base."""
+    modules_due: float = 0.0
+    """Monotonic time: the modules are not asked for again before."""
     distrust: str = ""
     """Why the certificate that it served last is refused; empty if it is trusted."""
     viewed: tuple[tuple[object, ...], AdapterOnReplica] | None = None
@@ -316,18 +321,22 @@ class RuntimeTracker:
             await asyncio.sleep(self._settings.pause_s)
 
     async def _read_modules(self, polled: _Polled, snapshot: RuntimeSnapshot) -> None:
-        """Reads once for each base what adapters may name in it. A runtime that does not answer is asked once."""
+        """Reads once for each base what adapters may name in it. After a failure it is tried again."""
         pod = polled.pod
-        if pod.base_uid in self._modules or polled.asked_modules == snapshot.boot_id or not snapshot.ready:
+        if pod.base_uid in self._modules or polled.without_modules == snapshot.boot_id or not snapshot.ready:
+            return
+        if self._clock() < polled.modules_due:
             return
         base = self._cache.bases.get(pod.base.namespace, pod.base.name)
         if base is None or base.status.modules is not None:
             return
-        polled.asked_modules = snapshot.boot_id
         try:
             self._modules[pod.base_uid] = await self._client.base_modules(pod)
         except RuntimeCallError as error:
             log.warning("runtime reports no modules", extra={"replica": pod.meta.name, "error": str(error)[:200]})
+            polled.modules_due = self._clock() + MODULES_RETRY_S
+            if isinstance(error, RuntimeRefusedError) and error.status == HTTPStatus.NOT_FOUND:
+                polled.without_modules = snapshot.boot_id
             return
         self._changed(pod.base, (), urgent=True, serving=False)
 

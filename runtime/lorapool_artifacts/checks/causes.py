@@ -94,6 +94,11 @@ GROUPS: Mapping[str, Mapping[str, Cause]] = {
             "{where} holds {wanted} but no adapter_config.json",
             "Upload both files that peft's save_pretrained() writes.",
         ),
+        "base-too-large": Cause(
+            FailureReason.TOO_LARGE,
+            "{where} is {size} bytes, more than the {bound} allowed",
+            "Save the model in bf16, or raise the chart's artifacts.maxBaseBytes.",
+        ),
         "link-out": Cause(
             FailureReason.INVALID_SOURCE,
             "{where}: {file} is a symbolic link that leads out of the volume or to nothing",
@@ -165,8 +170,9 @@ GROUPS: Mapping[str, Mapping[str, Cause]] = {
     "The tensors": {
         "too-large": Cause(
             FailureReason.TOO_LARGE,
-            "the adapter is {size} bytes, more than the {bound} allowed",
-            "Save it in bf16, or train with a smaller rank or fewer target modules.",
+            "{where} is {size} bytes, more than the {bound} allowed",
+            "Save it in bf16, train with a smaller rank or fewer target modules, or raise LORAPOOL_MAX_ADAPTER_BYTES "
+            "in the chart's artifacts.env.",
         ),
         "empty-tensors": Cause(
             _MISFIT,

@@ -199,7 +199,9 @@ def _mismatches(
 
 def _too_large(adapter: AdapterFacts, limits: AdapterLimits) -> Iterator[_Mismatch]:
     if adapter.size_bytes > limits.max_bytes:
-        yield from _mismatch("too-large", [{"size": adapter.size_bytes, "bound": limits.max_bytes}])
+        yield from _mismatch(
+            "too-large", [{"where": "the adapter", "size": adapter.size_bytes, "bound": limits.max_bytes}]
+        )
 
 
 def _empty_tensors(shapes: Mapping[str, Shape]) -> Iterator[Mapping[str, object]]:

@@ -17,7 +17,6 @@ from typing import Protocol
 
 from lorapool_api.common import FailureReason
 from lorapool_api.protocol import (
-    DEFAULT_MAX_ADAPTER_BYTES,
     ErrorDetail,
     NamespaceCredentials,
     ResolveAnswer,
@@ -97,8 +96,8 @@ class DiskStore:
         self._inspected: dict[str, tuple[AdapterLimits, _Signature]] = {}
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
-        limit = max_bytes or DEFAULT_MAX_ADAPTER_BYTES
         with self._access.reading(namespace, source.uri) as sources:
+            limit = max_bytes or sources.max_adapter_bytes
             folder, tier = self._cache.get(digest), Tier.DISK
             if folder is None:
                 tier = Tier.SOURCE
@@ -145,9 +144,9 @@ class DiskStore:
         return self._cache.get(digest) is not None
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
-        limit = request.max_bytes or DEFAULT_MAX_ADAPTER_BYTES
         try:
             with self._access.reading(request.namespace, request.source.uri) as sources:
+                limit = request.max_bytes or sources.max_adapter_bytes
                 found = await inspect_adapter(
                     request.source.uri,
                     request.source.revision,
