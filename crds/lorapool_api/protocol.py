@@ -33,6 +33,10 @@ ROUTE_COMPLETIONS = "/v1/completions"
 ROUTE_RESPONSES = "/v1/responses"
 INFERENCE_ROUTES = (ROUTE_CHAT, ROUTE_COMPLETIONS, ROUTE_RESPONSES)
 """Routes that generate tokens."""
+ROUTE_TOKENIZE = "/tokenize"
+ROUTE_DETOKENIZE = "/detokenize"
+TOKEN_ROUTES = (ROUTE_TOKENIZE, ROUTE_DETOKENIZE)
+"""Routes that convert between text and tokens, as a model does."""
 ROUTE_MODELS = "/v1/models"
 ROUTE_OPENAPI = "/openapi.json"
 ROUTE_VERSION = "/version"
@@ -105,7 +109,7 @@ class AdapterDescriptor(ApiModel):
     source: SourceRef
     """Where a replica fetches the files."""
     max_bytes: int | None = Field(default=None, ge=1)
-    """Larger files are refused."""
+    """Larger files are refused. None: the bound of the runtime's settings."""
     idle_after_s: float = Field(default=300.0, ge=0)
     """The adapter is unloaded from the device after this long without requests."""
     pinned: bool = False
@@ -335,7 +339,7 @@ class ResolveRequest(ApiModel):
     digest: str | None = Field(default=None, pattern=DIGEST_PATTERN)
     """Expected digest; other files are a failure."""
     max_bytes: int | None = None
-    """Larger files are refused."""
+    """Larger files are refused. None: the bound of the runtime's settings."""
 
 
 class ResolveAnswer(ApiModel):
@@ -468,9 +472,6 @@ class FinishedRequests(ApiModel):
     """The requests numbered above SEQ, oldest first; at most 1000."""
 
 
-DEFAULT_MAX_ADAPTER_BYTES = 4 * 2**30
-
-
 def descriptor_of(
     *,
     namespace: str,
@@ -487,7 +488,6 @@ def descriptor_of(
         display=f"{namespace}/{name}",
         names=[name, *([spec.alias] if spec.alias else [])],
         source=SourceRef(uri=spec.source.uri, revision=revision or spec.source.revision),
-        max_bytes=DEFAULT_MAX_ADAPTER_BYTES,
         idle_after_s=duration_s(idle_after),
         pinned=pinned,
         load=load,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapool_api import openai, protocol
-from lorapool_runtime.openai import json_body, messages, request
+from lorapool_runtime.openai import json_body, messages, request, tokenization
 from lorapool_runtime.openai.chats import template_options
 from lorapool_runtime.openai.tools import tool_choice
 from reference import texts
@@ -261,6 +261,27 @@ RESPONSE: Schema = {
         },
     },
 }
+TOKENS: Schema = {
+    "type": "object",
+    "required": ["count", "max_model_len", "tokens", "token_strs"],
+    "properties": {
+        "count": {"type": "integer", "minimum": 1},
+        "max_model_len": {"type": "integer"},
+        "tokens": {"type": "array", "items": {"type": "integer"}},
+        "token_strs": {"type": ["array", "null"], "items": TEXT},
+    },
+}
+PROMPT: Schema = {"type": "string", "minLength": 1}
+DETOKENIZE: Schema = {
+    "type": "object",
+    "required": ["model", "tokens"],
+    "additionalProperties": {"enum": list(json_body._NOTHING)},
+    "properties": {
+        "model": {"type": "string", "minLength": 1},
+        "tokens": {**TOKEN_IDS, "minItems": 0, "maxItems": tokenization.MAX_TOKENS},
+    },
+}
+DETOKENIZED: Schema = {"type": "object", "required": ["prompt"], "properties": {"prompt": TEXT}}
 ANSWERED = "Answered"
 KEY: list[Schema] = [{"apiKey": []}]
 
@@ -302,6 +323,10 @@ def document() -> str:
                 "post": _infers("complete", _request(plain), completion("text_completion", text=TEXT))
             },
             protocol.ROUTE_RESPONSES: {"post": _infers("respond", _responses(chat), RESPONSE)},
+            protocol.ROUTE_TOKENIZE: {
+                "post": _converts("tokenize", {"anyOf": [_tokenized(chat), _tokenized(plain, prompt=PROMPT)]}, TOKENS)
+            },
+            protocol.ROUTE_DETOKENIZE: {"post": _converts("detokenize", DETOKENIZE, DETOKENIZED)},
             protocol.ROUTE_MODELS: {
                 "get": _reads("listModels", "The models that the key may use.", _list_of(_ref("Model")), [])
             },
@@ -324,6 +349,19 @@ _MODEL_NAME = {
     "schema": {"type": "string", "minLength": 1},
     "description": "A full name has a slash, which need not be encoded.",
 }
+
+
+def _converts(name: str, body: Schema, answer: Schema) -> Schema:
+    found = _infers(name, body, answer)
+    del found["responses"]["200"]["content"]["text/event-stream"]
+    return found
+
+
+def _tokenized(body: RecordingBody, **own: Schema) -> Schema:
+    known = _request(body)
+    flag: Schema = {"type": ["boolean", "null"]}
+    more: Schema = {"return_token_strs": flag, "add_special_tokens": flag if own else {"enum": [None, False]}}
+    return {**known, "properties": {**known["properties"], **more, **own}}
 
 
 def _infers(name: str, body: Schema, answer: Schema) -> Schema:

@@ -339,7 +339,7 @@ def gateway_api() -> str:
     refused = [
         [code(name), ", ".join(code(json.dumps(v)) for v in values)] for name, values in json_body._NEUTRAL.items()
     ]
-    text += table(["parameter", "accepted values"], refused) + texts.RESPONSES + texts.SCHEMAS
+    text += table(["parameter", "accepted values"], refused) + texts.RESPONSES + texts.TOKENS + texts.SCHEMAS
     headers = [[code(header), what] for header, what in texts.ANSWER_HEADERS.items()]
     text += "\n## Headers of answers\n\n" + table(["header", ""], headers)
     statuses = error_statuses()

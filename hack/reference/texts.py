@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lorapool_api import common, pod_address, protocol
 from lorapool_api.trust import poll_proof
-from lorapool_runtime.openai import encoding, messages, request
+from lorapool_runtime.openai import encoding, messages, request, tokenization
 from lorapool_runtime.openai.chats import template_options
 from lorapool_runtime.openai.tools import tool_choice
 
@@ -103,7 +103,8 @@ HEADERS = {
 GATEWAY_API = f"""# Gateway API
 
 OpenAI's API with an API key as bearer token: `POST {protocol.ROUTE_CHAT}`, `POST {protocol.ROUTE_COMPLETIONS}`,
-`POST {protocol.ROUTE_RESPONSES}`, `GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`.
+`POST {protocol.ROUTE_RESPONSES}`, `GET {protocol.ROUTE_MODELS}` and `GET {protocol.ROUTE_MODELS}/{{id}}`; and vLLM's
+`POST {protocol.ROUTE_TOKENIZE}` and `POST {protocol.ROUTE_DETOKENIZE}`.
 `GET {protocol.ROUTE_OPENAPI}` returns the OpenAPI document, and `GET {protocol.ROUTE_VERSION}` the version.
 {" and ".join(f"`GET {route}`" for route in protocol.ALIVE_ROUTES)} need no key: 200, or 503 once the pod is
 about to end. [clients.md](clients.md) says which clients work.
@@ -137,6 +138,24 @@ send the whole conversation in `input`. Some clients send references unless they
 
 A stream has OpenAI's events from `response.created` to `response.completed` or, for an answer that
 `max_output_tokens` cuts off, `response.incomplete`. An error in the middle of it is one event with an `error`."""
+
+TOKENS = f"""
+## `{protocol.ROUTE_TOKENIZE}` and `{protocol.ROUTE_DETOKENIZE}`
+
+The tokens are those that a request to the same `model` has, with the chat template and the tokens of the adapter. A
+base that is scaled to zero is started, and an adapter that is not loaded is loaded. Nothing is generated or counted.
+
+`{protocol.ROUTE_TOKENIZE}` takes the body of a chat, or of a completion with one `prompt` that is a string, and:
+
+- `add_special_tokens`: whether a prompt begins with the start token, if the base has one; by default it does. The
+  control tokens of a chat are those of its template.
+- `return_token_strs`: the answer has the tokens as the vocabulary writes them in `token_strs`, else null.
+
+The answer is `count`, `tokens` and `max_model_len`, the tokens of prompt and completion together that the model has
+room for. `count` may be larger.
+
+`{protocol.ROUTE_DETOKENIZE}` takes `model` and at most {tokenization.MAX_TOKENS} `tokens`. The answer is their text in
+`prompt`, with that of control tokens."""
 
 SCHEMAS = f"""
 ## JSON schemas
@@ -214,6 +233,8 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     ("POST", protocol.ROUTE_CHAT): "OpenAI's chat completions, see [gateway-api.md](gateway-api.md).",
     ("POST", protocol.ROUTE_COMPLETIONS): "OpenAI's completions, see [gateway-api.md](gateway-api.md).",
     ("POST", protocol.ROUTE_RESPONSES): "OpenAI's responses, see [gateway-api.md](gateway-api.md).",
+    ("POST", protocol.ROUTE_TOKENIZE): "The tokens of a prompt, see [gateway-api.md](gateway-api.md).",
+    ("POST", protocol.ROUTE_DETOKENIZE): "The text of tokens, see [gateway-api.md](gateway-api.md).",
 }
 
 PARAMETERS: dict[str, str] = {

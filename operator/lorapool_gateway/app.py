@@ -41,6 +41,7 @@ from lorapool_api.protocol import (
     ROUTE_OPENAPI,
     ROUTE_RESPONSES,
     ROUTE_VERSION,
+    TOKEN_ROUTES,
 )
 from lorapool_api.release import release
 from lorapool_gateway.connections import ConnectionLimits, Server
@@ -133,7 +134,7 @@ class Gateway:
         self._cors = Cors(settings.cors_origins)
 
         self._routes_by_path: dict[str, dict[str, Handler]] = {
-            **{route: {"POST": self._infer} for route in INFERENCE_ROUTES},
+            **{route: {"POST": self._infer} for route in (*INFERENCE_ROUTES, *TOKEN_ROUTES)},
             ROUTE_MODELS: {"GET": self._list_models, "HEAD": self._list_models},
             ROUTE_OPENAPI: {"GET": self._openapi, "HEAD": self._openapi},
             ROUTE_VERSION: {"GET": self._version, "HEAD": self._version},

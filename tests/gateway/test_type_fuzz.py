@@ -109,12 +109,23 @@ RESPONSE_FORMAT: dict[str, Any] = {
     "max_output_tokens": 3,
     "text": {"format": {"type": "json_schema", "name": "x", "strict": False, "schema": FUNCTION["parameters"]}},
 }
+TOKENIZE: dict[str, Any] = {
+    "model": "tiny",
+    "messages": CHAT["messages"],
+    "tools": CHAT["tools"],
+    "add_special_tokens": False,
+    "return_token_strs": True,
+}
+DETOKENIZE: dict[str, Any] = {"model": "tiny", "tokens": [1, 2]}
 BODIES = [
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", FORMAT),
     ("/v1/completions", COMPLETION),
     ("/v1/responses", RESPONSE),
     ("/v1/responses", RESPONSE_FORMAT),
+    ("/tokenize", TOKENIZE),
+    ("/tokenize", {"model": "tiny", "prompt": "x", "add_special_tokens": True}),
+    ("/detokenize", DETOKENIZE),
 ]
 RELATED = {
     # a wrong value of the one makes the other one wrong

@@ -81,7 +81,7 @@ class Accepted:
 
     @property
     def sends_events(self) -> bool:
-        """False for a runtime of an earlier version that answers a whole request with JSON alone."""
+        """False for an answer of JSON alone: of tokens, or of a runtime of an earlier version to a whole request."""
         return self.response.headers.get("content-type", "").startswith(SSE)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from lorapool_gateway.requests.sse import EventTooLongError, WholeAnswer, is_err
 log = logging.getLogger(__name__)
 
 SHORT_BYTES = 2**20
-EARLIER_VERSION_MAX_BYTES = 64 * 2**20
+JSON_MAX_BYTES = 64 * 2**20
 
 
 async def relay_whole(
@@ -42,7 +42,7 @@ async def relay_whole(
     Raises UnavailableError when the runtime is lost before anything was sent; the request is not sent again.
     """
     if not accepted.sends_events:
-        return await _from_earlier_version(accepted, record, ending, deadline)
+        return await _json_alone(accepted, record, ending, deadline)
     answer = WholeAnswer()
     sent: web.StreamResponse | None = None
     complete = False
@@ -112,13 +112,13 @@ async def _pass_on(
     return True
 
 
-async def _from_earlier_version(accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float) -> bytes:
-    """The body of a runtime that answers with JSON alone."""
+async def _json_alone(accepted: Accepted, record: RequestRecord, ending: Ending, deadline: float) -> bytes:
+    """The body of an answer that is no events: of tokens, or of a runtime of an earlier version."""
     response = accepted.response
     record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
     try:
         async with ending.bound(deadline):
-            body = await response.read_all(EARLIER_VERSION_MAX_BYTES)
+            body = await response.read_all(JSON_MAX_BYTES)
     except HttpClientError:
         raise lost("was lost while it answered") from None
     if body is None:

@@ -208,6 +208,10 @@ class AdapterManager:
         """How requests are written for it; None until its files were read. Raises RuntimeNotRegisteredError."""
         return self._registered(key).chat
 
+    def display_of(self, key: AdapterKey) -> str:
+        """The name that its responses report. Raises RuntimeNotRegisteredError."""
+        return self._registered(key).descriptor.display
+
     async def renew_chats(self) -> None:
         """Applies a change of the base's chat format to the adapters that use it."""
         for entry in self._registry:

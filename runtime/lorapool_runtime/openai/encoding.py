@@ -6,6 +6,7 @@ This is done before a request waits for anything, so that a request beyond the b
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
@@ -65,7 +66,7 @@ async def encode(
     Raises InvalidRequestError beyond the base's bounds, UnavailableError or TooManyRequestsError under load.
     """
     stops = stops_of(request, chat, facts.vocab_size)
-    found = await _prompts(request, tokenizer, chat, facts, tenant)
+    found = await prompts_of(request, tokenizer, chat, facts, tenant)
     prompts = tuple(prompt.ids for prompt in found)
     spec = _grammar_spec(request, chat)
     grammar = None if spec is None else await grammars.compile(spec)
@@ -85,9 +86,19 @@ async def encode(
     )
 
 
-async def _prompts(
-    request: ChatRequest | CompletionRequest, tokenizer: Tokenizer, chat: ChatFormat, facts: ModelFacts, tenant: str
+async def prompts_of(
+    request: ChatRequest | CompletionRequest,
+    tokenizer: Tokenizer,
+    chat: ChatFormat,
+    facts: ModelFacts,
+    tenant: str,
+    *,
+    start_token: bool = True,
 ) -> tuple[ChatPrompt, ...]:
+    """The token ids of a request's prompts. `start_token`: whether a prompt without a template begins with one.
+
+    Raises InvalidRequestError beyond the base's bounds, UnavailableError under load.
+    """
     if isinstance(request, ChatRequest):
         texts = "".join(message["content"].strip() for message in request.messages if message["role"] == "user")
         _refuse_beyond_context(tokenizer.least_tokens(texts), facts.max_model_len, request.prompt_param)
@@ -101,18 +112,22 @@ async def _prompts(
     for prompt in request.prompts:
         if isinstance(prompt, str):
             _refuse_beyond_context(tokenizer.least_tokens(prompt), facts.max_model_len, request.prompt_param)
-            ids = await tokenizer.prompt_of_text(prompt, extra=chat.extra, tenant=tenant)
+            ids = await tokenizer.prompt_of_text(prompt, extra=chat.extra, start_token=start_token, tenant=tenant)
         else:
             ids = prompt
         if not ids:
             raise InvalidRequestError("The prompt has no tokens.", param="prompt")
-        if max(ids) >= facts.vocab_size:
-            raise InvalidRequestError(
-                f"The prompt names token {max(ids)}, but the vocabulary has {facts.vocab_size} tokens.",
-                param="prompt",
-            )
+        refuse_unknown_tokens(ids, facts, "prompt")
         prompts.append(ChatPrompt(ids))
     return tuple(prompts)
+
+
+def refuse_unknown_tokens(token_ids: Sequence[int], facts: ModelFacts, param: str) -> None:
+    """Raises InvalidRequestError for an id beyond the vocabulary."""
+    if (highest := max(token_ids, default=0)) >= facts.vocab_size:
+        raise InvalidRequestError(
+            f"`{param}` names token {highest}, but the vocabulary has {facts.vocab_size} tokens.", param=param
+        )
 
 
 def _refuse_beyond_context(least_tokens: int, max_model_len: int, param: str) -> None:

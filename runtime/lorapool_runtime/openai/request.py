@@ -147,8 +147,8 @@ def parse_chat(raw: bytes | dict[str, Any]) -> ChatRequest:
     )
 
 
-def parse_completion(raw: bytes) -> CompletionRequest:
-    """Parses a completion request. Raises InvalidRequestError naming the parameter at fault."""
+def parse_completion(raw: bytes | dict[str, Any]) -> CompletionRequest:
+    """Parses a completion request, from JSON text or its object. Raises as `parse_chat`."""
     body = Body(raw, _COMPLETION)
     top_logprobs = body.integer("logprobs", None, low=0, high=MAX_TOP_LOGPROBS)
     echo = body.flag("echo")
@@ -242,7 +242,7 @@ def _stop_token_ids(body: Body) -> frozenset[int]:
     value = body.fields.get("stop_token_ids")
     if value is None:
         return frozenset()
-    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _all(value, _is_id):
+    if not isinstance(value, list) or len(value) > MAX_STOP_TOKEN_IDS or not _all(value, is_id):
         body.refuse("stop_token_ids", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")
     return frozenset(value)
 
@@ -286,7 +286,7 @@ def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:
         return (_prompt_text(body, value),)
     if not isinstance(value, list) or not value:
         body.refuse("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
-    if _all(value, _is_id):
+    if _all(value, is_id):
         return (tuple(value),)
     if len(value) > MAX_SEQUENCES:
         body.refuse("prompt", f"may hold at most {MAX_SEQUENCES} prompts")
@@ -294,7 +294,7 @@ def _prompts(body: Body) -> tuple[str | tuple[int, ...], ...]:
     for item in value:
         if isinstance(item, str):
             prompts.append(_prompt_text(body, item))
-        elif isinstance(item, list) and item and _all(item, _is_id):
+        elif isinstance(item, list) and item and _all(item, is_id):
             prompts.append(tuple(item))
         else:
             body.refuse("prompt", "must hold non-empty strings or non-empty lists of token ids")
@@ -307,7 +307,8 @@ def _prompt_text(body: Body, value: str) -> str:
     return clean_text(value, "prompt")
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """True for a number that may be the id of a token."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 

@@ -38,6 +38,7 @@ from lorapool_api.protocol import (
     ROUTE_CHAT,
     ROUTE_COMPLETIONS,
     ROUTE_CREDENTIALS,
+    ROUTE_DETOKENIZE,
     ROUTE_EVENTS,
     ROUTE_HEALTH,
     ROUTE_METRICS,
@@ -47,6 +48,7 @@ from lorapool_api.protocol import (
     ROUTE_RESOLVE,
     ROUTE_RESPONSES,
     ROUTE_RUNTIME,
+    ROUTE_TOKENIZE,
     AdapterDescriptor,
     NamespaceCredentials,
     PutAnswer,
@@ -56,10 +58,12 @@ from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from lorapool_runtime.openai.responses_request import parse_responses, renamed
-from lorapool_runtime.serving.caller import caller_of
+from lorapool_runtime.openai.tokenization import parse_detokenize, parse_tokenize
+from lorapool_runtime.serving.caller import Caller, caller_of
 from lorapool_runtime.serving.probes import exposition, health_response, name_no_software, readiness_response
 from lorapool_runtime.serving.responses import REQUEST_ID, Responder, milliseconds
 from lorapool_runtime.serving.service import Runtime
+from lorapool_runtime.serving.tokenization import Tokenized, detokenize, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +95,8 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_post(ROUTE_CHAT, server.chat)
     app.router.add_post(ROUTE_COMPLETIONS, server.completions)
     app.router.add_post(ROUTE_RESPONSES, server.responses)
+    app.router.add_post(ROUTE_TOKENIZE, server.tokenize)
+    app.router.add_post(ROUTE_DETOKENIZE, server.detokenize)
     return app
 
 
@@ -246,13 +252,19 @@ class _Server:
         except InvalidRequestError as error:
             raise renamed(error, parsed.names) from error
 
+    async def tokenize(self, request: web.Request) -> web.Response:
+        return _tokens(await tokenize(self._runtime, parse_tokenize(await self._body(request)), *_asked(request)))
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        return _tokens(await detokenize(self._runtime, parse_detokenize(await self._body(request)), *_asked(request)))
+
     async def _infer(self, request: web.Request, parsed: ChatRequest | CompletionRequest) -> web.StreamResponse:
         """When the client leaves, aiohttp cancels the handler, which cancels the generation."""
         started_s = self._runtime.clock.now_s()
         if request.transport is not None:
             keep_alive(request.transport.get_extra_info("socket"), self._settings.write_timeout_s)
-        caller = caller_of(request.headers, request[REQUEST_ID])
-        admitted = await self._runtime.admit(parsed, request.headers.get(HEADER_ADAPTER), caller)
+        header, caller = _asked(request)
+        admitted = await self._runtime.admit(parsed, header, caller)
         try:
             return await self._responder.respond(request, parsed, admitted, caller, started_s=started_s)
         finally:
@@ -291,6 +303,15 @@ def _api_error(error: Exception) -> ApiError:
             RouteNotFoundError("There is no such route.") if error.status == 404 else InvalidRequestError(error.reason)
         )
     return ServerError("An internal error occurred; the runtime's log has the details.")
+
+
+def _asked(request: web.Request) -> tuple[str | None, Caller]:
+    """The weights that must answer, if the request says it, and who asks."""
+    return request.headers.get(HEADER_ADAPTER), caller_of(request.headers, request[REQUEST_ID])
+
+
+def _tokens(answer: Tokenized) -> web.Response:
+    return web.json_response(answer.body, headers={HEADER_ADAPTER: answer.target})
 
 
 def _json(model: BaseModel) -> web.Response:

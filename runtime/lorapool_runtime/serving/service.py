@@ -11,6 +11,8 @@ import asyncio
 import hashlib
 import logging
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from lorapool_api.protocol import (
     Usage,
 )
 from lorapool_api.release import release
+from lorapool_api.trust.mounted_files import Stamp, stamp_of
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -113,6 +116,16 @@ class AdmittedRequest:
     """The keywords of its JSON schemas that are not enforced."""
 
 
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model that a request names: the base, or an adapter of it."""
+
+    base: LoadedBase
+    chat: ChatFormat
+    target: str
+    """As in `AdmittedRequest`."""
+
+
 class Runtime:
     """Raises SettingsError when a file that the settings name cannot be read."""
 
@@ -136,6 +149,8 @@ class Runtime:
         self.finished = FinishedRing(self.boot_id, self.clock)
         self._admission = Admission(settings.max_batch + settings.max_waiting, self._note_request)
         self._last_request_unix_s: float | None = None
+        self._chat_stamp: Stamp | None = None
+        """Of the file that says how the base is talked to, as it was read last."""
         self._cached_snapshots: tuple[int, float, dict[int, bytes]] = (0, 0.0, {})
         """(seq, monotonic time, JSON by the number of the reader's last snapshot)."""
 
@@ -203,8 +218,13 @@ class Runtime:
                 await self._renew_base_chat(self._serving)
 
     async def _renew_base_chat(self, serving: _Serving) -> None:
-        """Applies what the BaseModel says about chats, if that has changed."""
-        formats, said = serving.base.formats, read_base_chat(self.settings.chat_file)
+        """Applies what the BaseModel says about chats, if its file has changed."""
+        file = self.settings.chat_file
+        stamp = None if file is None else stamp_of(file)
+        if stamp == self._chat_stamp:
+            return
+        self._chat_stamp = stamp
+        formats, said = serving.base.formats, read_base_chat(file)
         if said == formats.said:
             return
         await asyncio.to_thread(formats.use_base, said)
@@ -295,6 +315,25 @@ class Runtime:
         return key
 
     # --- requests -----------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def named_model(self, model: str, header: str | None, caller: Caller) -> AsyncIterator[NamedModel]:
+        """The model that a request names, for one that generates nothing; it counts as a request while inside.
+
+        Waits for the load of an adapter whose files were not read yet. Raises ApiError.
+        """
+        serving = self._need_serving()
+        self._refuse_when_draining()
+        target = self.target_of(header, model)
+        place = Place(caller.tenant, BASE_SALT if target is None else str(target), 1)
+        self._admission.enter(place)
+        try:
+            async with self._admission.waiting(place):
+                chat = serving.base.formats.base if target is None else (await self._chat_of(serving, target))[1]
+                name = BASE_TARGET if target is None else f"{serving.adapters.display_of(target)}@{target.digest}"
+                yield NamedModel(serving.base, chat, name)
+        finally:
+            self._admission.leave(place)
 
     async def admit(
         self, request: ChatRequest | CompletionRequest, header: str | None, caller: Caller

@@ -133,6 +133,11 @@ class Tokenizer:
         found: str | None = self._backend.id_to_token(token_id)
         return found
 
+    def vocabulary_text(self, token_id: int, extra: ExtraTokens) -> str:
+        """The text of a token as the vocabulary, or an adapter's additions to it, have it; empty for an unused id."""
+        added = extra.by_id.get(token_id)
+        return added.text if added is not None else self.id_text(token_id) or ""
+
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text; None when there is no such token."""
         found: int | None = self._backend.token_to_id(text)
@@ -166,13 +171,19 @@ class Tokenizer:
         """A lower bound of the number of tokens of a text, without tokenizing it; 0 where none is known."""
         return -(-len(text) // self._characters_per_token) if self._characters_per_token else 0
 
-    async def prompt_of_text(self, text: str, *, extra: ExtraTokens = _NO_EXTRA, tenant: str = "") -> tuple[int, ...]:
+    async def prompt_of_text(
+        self, text: str, *, extra: ExtraTokens = _NO_EXTRA, start_token: bool = True, tenant: str = ""
+    ) -> tuple[int, ...]:
         """Ids of a prompt without a template, with the start token if the base has one. Raises UnavailableError."""
-        return await self._within_limits(functools.partial(self._encode, text, extra), tenant)
+        return await self._within_limits(functools.partial(self._encode, text, extra, start_token), tenant)
 
     async def echo(self, token_ids: Sequence[int], *, decode: Decoder, tenant: str = "") -> EchoedPrompt:
         """The decoded prompt, for a response that begins with it. Raises UnavailableError."""
         return await self._within_limits(functools.partial(echo_prompt, decode, token_ids), tenant)
+
+    async def text_of(self, ids: Sequence[int], *, extra: ExtraTokens = _NO_EXTRA, tenant: str = "") -> str:
+        """The text of many tokens, also of control tokens. Raises UnavailableError."""
+        return await self._within_limits(functools.partial(self.decode, ids, skip_special=False, extra=extra), tenant)
 
     def _chat_prompt(
         self,
@@ -246,8 +257,8 @@ class Tokenizer:
         # Unlike `encode`, `encode_batch` lets other threads of Python run: a long text does not stop the event loop.
         return [list(found.ids) for found in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def _encode(self, text: str, extra: ExtraTokens) -> tuple[int, ...]:
-        (encoding,) = self._backend.encode_batch([text], add_special_tokens=True)
+    def _encode(self, text: str, extra: ExtraTokens, start_token: bool) -> tuple[int, ...]:
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=start_token)
         ids = tuple(encoding.ids)
         if any(token in text for token in extra.ids):
             start = ids[:1] if self._bos_id is not None and ids[:1] == (self._bos_id,) else ()
