@@ -39,6 +39,7 @@ CODE = [path for folder in ("crds", "operator", "runtime", "hack", "tests", "ben
 SOURCES = "\n".join(path.read_text() for path in [ROOT / "Makefile", *CODE] if path != Path(__file__))
 FOLDERS = ("bench", "charts", "crds", "docs", "examples", "hack", "operator", "runtime", "tests")
 KUBERNETES = {
+    "job",
     "namespace",
     "secret",
     "configmap",
@@ -173,6 +174,7 @@ def test_every_flag_of_the_runtime_that_a_page_names_exists(page: Path) -> None:
 @by_guide
 def test_every_reason_and_condition_a_page_names_exists(page: Path) -> None:
     known = {str(item) for names in (Reason, FailureReason, AdapterCondition, BaseCondition) for item in names}
+    known |= set(re.findall(r"- alert: (\w+)", (ROOT / "charts/lorapool/rules/alerts.yaml").read_text()))
     named = re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)`", page.read_text())
     named += re.findall(r"--for=condition=(\w+)", page.read_text())
     assert set(named) - known - {kind.kind for kind in KINDS} - {"Allow", "Engine", "Secret", "Established"} == set()

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.chat import BaseChatTemplate, ChatReport, Generation
-from lorapool_api.common import ApiModel, Condition, Duration, Quantity
+from lorapool_api.common import DECIMAL_PATTERN, ApiModel, Condition, Duration, Quantity
 
 KIND = "BaseModel"
 PLURAL = "basemodels"
@@ -248,12 +248,65 @@ class Access(ApiModel):
     )
 
 
+class TuningDefaults(ApiModel):
+    """Defaults for FineTuneJobs of this base that leave the field out."""
+
+    rank: int = Field(default=8, ge=1, le=256, description="Rank of the adapter's matrices.")
+    learning_rate: str = Field(
+        default="1e-4",
+        max_length=24,
+        pattern=DECIMAL_PATTERN,
+        description='Largest learning rate, as text such as "1e-3". Small bases take larger ones.',
+    )
+
+
+class FineTuning(ApiModel):
+    """Whether and how FineTuneJobs train adapters on this base."""
+
+    enabled: bool = Field(
+        default=False,
+        description="True lets the namespaces that may use the base train on it. A trainer is a pod of its own with "
+        "its own copy of the base; it runs only while there are jobs.",
+    )
+    profile: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=63,
+        description="Name of the profile in the chart's runtimeProfiles for the trainer's pod. Default: that of the "
+        "base's runtimes.",
+    )
+    max_jobs: int = Field(
+        default=8, ge=1, le=64, description="Jobs that train on one copy of the base at the same time; others wait."
+    )
+    max_rank: int | None = Field(
+        default=None, ge=1, le=256, description="Largest rank that is trained. Default: lora.maxRank, which is served."
+    )
+    tokens_per_cycle: int = Field(
+        default=2048,
+        ge=16,
+        le=1048576,
+        description="Tokens of all jobs that are computed together. More need more memory for activations.",
+    )
+    defaults: TuningDefaults = Field(default_factory=TuningDefaults)
+    idle_after: Duration = Field(
+        default="2m", description="A trainer without work for this long ends, and its pod with it."
+    )
+
+
 class BaseModelSpec(ApiModel):
     """The desired state of a BaseModel."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule("self.source == oldSelf.source", "source is immutable: create a new BaseModel for other weights"),
+            rule(
+                "!has(self.fineTuning.maxRank) || self.fineTuning.maxRank <= self.lora.maxRank",
+                "fineTuning.maxRank must not exceed lora.maxRank: a larger adapter could not be served",
+            ),
+            rule(
+                "double(self.fineTuning.defaults.learningRate) > 0.0",
+                "fineTuning.defaults.learningRate must be above 0",
+            ),
             rule(
                 "!has(self.servedName) || !self.servedName.contains('/')",
                 "servedName must not contain a slash: that is a full name",
@@ -297,6 +350,7 @@ class BaseModelSpec(ApiModel):
     cold_start: ColdStart = Field(default_factory=ColdStart)
     adapter_defaults: AdapterDefaults = Field(default_factory=AdapterDefaults)
     access: Access = Field(default_factory=Access)
+    fine_tuning: FineTuning = Field(default_factory=FineTuning)
     prefix_cache: PrefixCache = Field(default_factory=PrefixCache)
     chat_template: BaseChatTemplate | None = Field(
         default=None,

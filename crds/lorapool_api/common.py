@@ -275,6 +275,9 @@ def quantity_bytes(value: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
+DECIMAL_PATTERN = r"^[0-9]{1,9}(\.[0-9]{1,12})?([eE][-+]?[0-9]{1,2})?$"
+"""A number of 0 or more as text, such as 0.1 or 1e-3."""
+
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
 
 

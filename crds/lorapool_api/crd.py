@@ -14,6 +14,8 @@ from pydantic import BaseModel as PydanticModel
 
 from lorapool_api import basemodel, loraadapter
 from lorapool_api.common import GROUP, VERSION
+from lorapool_api.tuning import finetunejob
+from lorapool_api.tuning.finetunejob_status import FineTuneJobStatus
 
 Schema = dict[str, Any]
 
@@ -161,6 +163,28 @@ KINDS = (
         ),
         selectable=(".spec.baseModelRef.name", ".spec.source.uri", ".status.state"),
         scale=True,
+    ),
+    Kind(
+        kind=finetunejob.KIND,
+        plural=finetunejob.PLURAL,
+        short="ftj",
+        name_max=finetunejob.NAME_MAX,
+        spec=finetunejob.FineTuneJobSpec,
+        status=FineTuneJobStatus,
+        description="A fine-tuning job: an adapter of a BaseModel that is trained together with the base's other jobs.",
+        columns=(
+            ("BASE", "string", ".spec.baseModelRef.name", 0),
+            ("STATE", "string", ".status.state", 0),
+            ("PROGRESS", "string", ".status.progress.steps", 0),
+            ("LOSS", "number", ".status.metrics.trainLoss", 0),
+            ("VALID", "number", ".status.metrics.validLoss", 0),
+            ("MODEL", "string", ".status.result.model", 0),
+            ("AGE", "date", ".metadata.creationTimestamp", 0),
+            ("DATA", "string", ".spec.data.training.uri", 1),
+            ("REASON", "string", ".status.failure.reason", 1),
+        ),
+        selectable=(".spec.baseModelRef.name", ".status.state"),
+        scale=False,
     ),
 )
 

@@ -19,6 +19,7 @@ from lorapool_api import common, openai, protocol, reasons
 from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
 from lorapool_api.loraadapter import UsagePart
+from lorapool_api.tuning import reasons as tuning_reasons
 from lorapool_artifacts.checks import peft_settings
 from lorapool_artifacts.checks.causes import GROUPS
 from lorapool_artifacts.settings import SourceSettings
@@ -166,7 +167,25 @@ def conditions() -> str:
         [code(reason), "transient" if reason.transient else "terminal", code(reason.code), why.meaning, why.remedy]
         for reason, why in reasons.FAILURES.items()
     ]
-    return text + texts.FAILURES + table(["reason", "", "error code", "meaning", "remedy"], failures)
+    text += texts.FAILURES + table(["reason", "", "error code", "meaning", "remedy"], failures)
+    return text + _tuning_conditions()
+
+
+def _tuning_conditions() -> str:
+    conditions = [[code(kind), meaning] for kind, meaning in tuning_reasons.JOB_CONDITIONS.items()]
+    states = [[code(reason), why.meaning, why.remedy] for reason, why in tuning_reasons.JOB_REASONS.items()]
+    failures = [
+        [code(reason), "transient" if reason.transient else "terminal", code(reason.code), why.meaning, why.remedy]
+        for reason, why in tuning_reasons.JOB_FAILURES.items()
+    ]
+    return (
+        "\n## Conditions of a FineTuneJob\n\n"
+        + table(["type", "`True` means"], conditions)
+        + "\n## Reasons of a FineTuneJob\n\n"
+        + table(["reason", "meaning", "remedy"], states)
+        + texts.JOB_FAILURES
+        + table(["reason", "", "error code", "meaning", "remedy"], failures)
+    )
 
 
 # --- refusals of adapters ----------------------------------------------------------------

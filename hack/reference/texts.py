@@ -15,6 +15,7 @@ PATTERNS = {
     common.DURATION_PATTERN: "a duration such as `90s`, `5m` or `1h30m`",
     common.QUANTITY_PATTERN: "a quantity such as `512Mi` or `2Gi`",
     common.DIGEST_PATTERN: "`sha256:` and 64 hex digits",
+    common.DECIMAL_PATTERN: "a number of 0 or more as text, such as `0.1` or `1e-3`",
 }
 
 OBJECTS = """# Objects
@@ -43,6 +44,14 @@ one is checked again when the spec changes or the annotation `{common.ANNOTATION
 `SourceNotFound` and `Unauthorized` are both: terminal for requests, and the source is read again at `retryAt`, after 10
 minutes at most; after a change of the operator's mounted credentials `Unauthorized` is tried again at once. A
 request is answered with 503 for a transient and 422 for a terminal failure, and with the error code.
+
+"""
+
+JOB_FAILURES = """
+## Failures of a FineTuneJob
+
+A job with a terminal failure has ended and never changes again: correct the cause and create another job. One with a
+transient failure goes on by itself.
 
 """
 

@@ -12,7 +12,15 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -64,6 +72,11 @@ class Metrics:
         )  # fmt: skip
         self.repairs = Counter(
             "lorapool_operator_resync_repairs", "Objects that a watch had missed.", registry=self.registry
+        )
+        self.authority_expiry = Gauge(
+            "lorapool_operator_authority_expiry_timestamp_seconds",
+            "When the authority of the runtimes' certificates expires, in Unix time; 0 while the internal TLS is off.",
+            registry=self.registry,
         )
         self._durations_of = {kind: self._durations.labels(kind.value) for kind in ObjectKind}
         self._reconciles_of = {

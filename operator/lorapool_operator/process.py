@@ -125,6 +125,8 @@ class Process:
             Subject("Lease", settings.own_namespace, settings.lease_name, api_version="coordination.k8s.io/v1"),
             settings.watched,
         )
+        if self._authority is not None:
+            self.metrics.authority_expiry.set_function(self._authority.expiry_unix_s)
         self.metrics.registry.register(
             StateCollector(
                 self.control.cache,

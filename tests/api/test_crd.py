@@ -6,11 +6,11 @@ import yaml
 from pydantic import BaseModel
 
 from lorapool_api.__main__ import TARGETS, rendered, to_yaml
-from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
+from lorapool_api.basemodel import BaseModelSpec
 from lorapool_api.crd import KINDS, crd, structural
-from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = [model for kind in KINDS for model in (kind.spec, kind.status)]
 
 
 @pytest.mark.parametrize("folder", TARGETS, ids=str)
@@ -33,7 +33,7 @@ def _nodes(schema: dict[str, object]):  # type: ignore[no-untyped-def]
         yield from _nodes(schema["items"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("model", [BaseModelSpec, LoraAdapterSpec, BaseModelStatus, LoraAdapterStatus])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_string_and_list_is_bounded(model: type[BaseModel]) -> None:
     for node in _nodes(structural(model)):
         if node["type"] == "array":
@@ -42,7 +42,7 @@ def test_every_string_and_list_is_bounded(model: type[BaseModel]) -> None:
             assert "maxLength" in node or "pattern" in node or node.get("format") == "date-time", node
 
 
-@pytest.mark.parametrize("model", [BaseModelSpec, LoraAdapterSpec, BaseModelStatus, LoraAdapterStatus])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_field_is_documented(model: type[BaseModel]) -> None:
     fields = [item for node in _nodes(structural(model)) for item in node.get("properties", {}).items()]
     assert [name for name, field in fields if not field.get("description")] == []

@@ -34,6 +34,12 @@ def test_every_dashboard_expression_returns_a_series(world: World) -> None:
     world.wait("a series for each expression", all_there, timeout_s=120, every_s=5)
 
 
+def test_the_expiry_of_the_authority_is_exported_by_each_operator(world: World) -> None:
+    found = world.prometheus("lorapool_operator_authority_expiry_timestamp_seconds - time()")
+    assert found
+    assert all(float(sample["value"][1]) > 9 * 365 * 86400 for sample in found)
+
+
 def test_the_series_of_a_deleted_adapter_vanish(world: World, tmp_path: Path) -> None:
     world.apply(*copies_of_routing(world, ["shortlived"]))
     world.wait("Ready", lambda: world.condition("lora", "shortlived", "Ready")[0] == "True", timeout_s=30)

@@ -204,8 +204,10 @@ def test_an_authority_that_expires_soon_is_announced(tmp_path: Path, caplog: pyt
     caplog.set_level(logging.WARNING)
     authority(tmp_path / "long")
     assert caplog.text == ""
-    authority(tmp_path / "short", days=20)
+    short = authority(tmp_path / "short", days=20)
     assert "expires on" in caplog.text
+    expiry_unix_s = short.certificate.not_valid_after_utc.timestamp()
+    assert Authority(tmp_path / "short").expiry_unix_s() == expiry_unix_s
 
 
 def test_files_that_are_no_authority_are_refused_at_the_start_and_named(tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ class Authority:
                 log.error("cannot use the changed authority; the old one stays in force", extra={"error": str(error)})
         return self._issuer
 
+    def expiry_unix_s(self) -> float:
+        """Returns when the authority in use expires, in Unix time."""
+        return self._issuer.certificate.not_valid_after_utc.timestamp()
+
 
 def read_issuer(certificate: Path, key: Path) -> Issuer:
     """Reads an authority. Raises SettingsError, which shows no part of the key."""

@@ -38,9 +38,11 @@ OURS = f"/apis/{GROUP}/{VERSION}"
 ROOTS = {
     "basemodels": OURS,
     "loraadapters": OURS,
+    "finetunejobs": OURS,
     "configmaps": "/api/v1",
     "deployments": "/apis/apps/v1",
     "replicasets": "/apis/apps/v1",
+    "jobs": "/apis/batch/v1",
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
     "secrets": "/api/v1",
@@ -138,6 +140,21 @@ class Api:
             "spec": {"baseModelRef": ref, "source": {"uri": f"hf://org/{name}"}, **spec},
         }
         return await self.create("loraadapters", body, namespace=namespace)
+
+    async def tuning(self, name: str, *, base: str = "tiny", **spec: Any) -> dict[str, Any]:
+        """Creates a FineTuneJob, which measures with a tenth of its data unless `spec` says otherwise."""
+        training = {"uri": f"store://{self.namespace}/files/file-1"}
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "FineTuneJob",
+            "metadata": {"name": name},
+            "spec": {
+                "baseModelRef": {"name": base},
+                "data": {"training": training, "validationFraction": "0.1"},
+                **spec,
+            },
+        }
+        return await self.create("finetunejobs", body)
 
     async def runtime_pod(self, base: dict[str, Any], name: str, port: int) -> dict[str, Any]:
         """Creates a ready runtime pod of a base; its runtime listens on a port of this machine."""
