@@ -25,7 +25,8 @@ class PackedAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         """q: [1, heads, rows, head_dim]; k, v: [1, kv_heads, rows, head_dim] -> [1, rows, heads, head_dim]."""
-        pieces = list(zip(*(each.split(self._pieces, dim=2) for each in (q, k, v)), strict=True))
+        split = [torch.split(each, self._pieces, dim=2) for each in (q, k, v)]
+        pieces: list[tuple[Tensor, Tensor, Tensor]] = list(zip(*split, strict=True))
         outputs = [_attend(*piece, scale, wants) for piece in pieces[: self._sequences]]
         outputs += [torch.zeros_like(queries).transpose(1, 2) for queries, _, _ in pieces[self._sequences :]]
         return torch.cat(outputs, dim=1)

@@ -31,8 +31,9 @@ class Dropout:
         """float32 [rows, features]: 0 for a dropped element, 1 / (1 - probability) for another."""
         key = _mixed(self.rows + zlib.crc32(module.encode()))
         numbers = _mixed(key[:, None] + _features(features, self.rows.device))
-        kept = (_shifted(numbers, 64 - _BITS)).float() >= self.probability * 2**_BITS
-        return kept.float() / (1 - self.probability)
+        kept: Tensor = (_shifted(numbers, 64 - _BITS)).float() >= self.probability * 2**_BITS
+        scaled: Tensor = kept.float() / (1 - self.probability)
+        return scaled
 
 
 def row_keys(seed: int, step: int, examples: Tensor, positions: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class LoraCycle:
         rows = [each for each in self._rows if name in each.weights.pairs]
         if not rows:
             return y
-        added: Tensor = _AddLora.apply(y, x, self._anchor, name, rows)  # type: ignore[no-untyped-call]
+        added: Tensor = _AddLora.apply(y, x, self._anchor, name, rows)
         return added
 
 
