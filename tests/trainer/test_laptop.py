@@ -58,7 +58,7 @@ def kill_at_random(base: Path, jobs: list[Path], out: Path, kills: int, seed: in
         )
         known, wanted = set(out.glob("*/checkpoints/0*")), drawn.randint(1, 3)
         while process.poll() is None and len(set(out.glob("*/checkpoints/0*")) - known) < wanted:
-            time.sleep(0.002)
+            time.sleep(0.02)
         process.kill()
         process.wait()
     done = run_command(base, out, *jobs)
@@ -87,7 +87,7 @@ def test_ctrl_c_writes_checkpoints_and_the_next_run_continues_with_the_same_bits
         command(base, tmp_path, *jobs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     while process.poll() is None and not list(tmp_path.glob("one/checkpoints/0*")):
-        time.sleep(0.002)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 130, error

@@ -239,7 +239,7 @@ class Tokenizer:
 
     def completion_ids(self, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids of a prompt without a template, and of the text that continues it. Blocks."""
-        return self._encode(prompt, _NO_EXTRA), self._joined([completion], first=False)
+        return self._encode(prompt, _NO_EXTRA, True), self._joined([completion], first=False)
 
     def _refuse_control_keys(self, value: Any, chat: ChatFormat) -> None:
         """Refuses control tokens in property names, which templates write as they write values."""
