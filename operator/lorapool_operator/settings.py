@@ -66,6 +66,17 @@ class Settings(ProcessSettings):
     """New runtime pods serve HTTPS, with certificates that the operator issues. Off, they serve HTTP; pods of the other
     kind are used until they are replaced."""
 
+    tuning: bool = False
+    """Acts on FineTuneJobs. Off, they are not even watched, and the rights for them are not needed."""
+    tuning_active_jobs: Annotated[int, Field(ge=1)] = 8
+    """Jobs of one namespace that train at the same time; further ones wait."""
+    tuning_unfinished_jobs: Annotated[int, Field(ge=1)] = 64
+    """Jobs of one namespace that have not ended; further ones are refused."""
+    tuning_status_interval_s: PositiveS = 10.0
+    """Shortest time between two writes of one job's progress. A new state is written at once."""
+    tuning_priority_class: str = ""
+    """PriorityClass of trainers' pods whose profile names none; empty: that of the profile's other pods."""
+
     store_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
     """URL of the release's store, without a path. Empty: there is none, and `store://` sources cannot be read."""
     store_token_file: Path = Path("/etc/lorapool/store/token")

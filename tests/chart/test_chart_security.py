@@ -331,3 +331,14 @@ def test_no_pod_reaches_the_credentials_of_its_node(values: dict[str, Any]) -> N
                 block = peer.get("ipBlock", {})
                 if block.get("cidr") == "0.0.0.0/0":
                     assert "169.254.0.0/16" in block["except"], name
+
+
+def test_the_rights_for_fine_tuning_exist_only_with_it() -> None:
+    tuning = grants(render({**NAMESPACED, "tuning": {"enabled": True}}))["lorapool-operator"]
+    more = set(tuning) - set(grants(render(NAMESPACED))["lorapool-operator"])
+    assert {line.partition(": ")[2] for line in more} == {
+        "get list watch patch delete finetunejobs.lorapool.dev",
+        "patch finetunejobs/status.lorapool.dev",
+        "create loraadapters.lorapool.dev",
+        "get list watch create delete jobs.batch",
+    }

@@ -156,6 +156,16 @@
   value: {{ $operator.logFormat }}
 - name: LORAPOOL_OPERATOR_MAX_CONCURRENT_ROLLOUTS
   value: {{ $operator.rollout.maxConcurrentBases | int64 | quote }}
+{{- if .Values.tuning.enabled }}
+- name: LORAPOOL_OPERATOR_TUNING
+  value: "true"
+- name: LORAPOOL_OPERATOR_TUNING_ACTIVE_JOBS
+  value: {{ .Values.tuning.quotas.activeJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_UNFINISHED_JOBS
+  value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_PRIORITY_CLASS
+  value: {{ include "lorapool.tuningPriorityClass" . | quote }}
+{{- end }}
 - name: LORAPOOL_OPERATOR_RESYNC_S
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_INSPECTION_CONCURRENCY
