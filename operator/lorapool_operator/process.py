@@ -31,7 +31,7 @@ from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.decisions.tuning.session import trainer_profile
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.effects.authority import Authority
-from lorapool_operator.effects.cluster import Cluster, Subject
+from lorapool_operator.effects.cluster import Cluster, ClusterError, Subject
 from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.effects.lease import Leadership
@@ -39,6 +39,7 @@ from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.effects.runtime_calls import RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
+from lorapool_operator.effects.store_certificate import StoreCertificate
 from lorapool_operator.effects.store_grants import StoreGrants
 from lorapool_operator.effects.tuning import JobFiles, TuningControl, TuningSetup
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
@@ -59,6 +60,8 @@ GIL_SWITCH_S = 0.0005
 """For how long kopf's threads may keep the interpreter while the event loop waits for it after a system call."""
 FILES_CHECK_S = 2.0
 """How often the mounted profiles, policy and credentials are looked at for a change."""
+STORE_CERTIFICATE_S = 30.0
+"""How often the store's certificate is looked at."""
 POLICY_SPREAD_S = 5.0
 """All adapters are planned again within this time after a change of the policy."""
 
@@ -242,6 +245,8 @@ class Process:
                 group.create_task(self._watch_policy(), name="policy")
                 group.create_task(self._watch_credentials(), name="credentials")
                 group.create_task(self._deliver_credentials(), name="namespace credentials")
+                if self._authority is not None and self.settings.store_tls_secret:
+                    group.create_task(self._keep_store_certificate(self._authority), name="store certificate")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -334,6 +339,16 @@ class Process:
             if await self.control.delivery.run_once():
                 self.control.credentials_changed()
             await asyncio.sleep(FILES_CHECK_S)
+
+    async def _keep_store_certificate(self, authority: Authority) -> None:
+        """Issues the store's certificate, and again when it is due, changed or lost."""
+        keeper = StoreCertificate(self.cluster, authority, self.settings.own_namespace, self.settings.store_tls_secret)
+        while True:
+            try:
+                await keeper.ensure()
+            except ClusterError as error:
+                log.warning("the store's certificate cannot be written; tried again", extra={"error": str(error)})
+            await asyncio.sleep(STORE_CERTIFICATE_S)
 
     # --- probes
 

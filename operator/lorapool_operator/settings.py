@@ -83,6 +83,8 @@ class Settings(ProcessSettings):
     """File with the store's master token, which signs the tokens of namespaces and jobs. Only read if there is a
     store. During a rotation it has two lines, the current token and the previous one. A change is noticed without a
     restart."""
+    store_tls_secret: str = Field(default="", pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$")
+    """Name of the Secret in the own namespace that gets a certificate for the store. Empty: none is issued."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""

@@ -112,6 +112,12 @@
   value: {{ include "lorapool.drainSeconds" . | quote }}
 - name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- if .Values.store.enabled }}
+- name: LORAPOOL_GATEWAY_STORE_URL
+  value: {{ include "lorapool.storeURL" . }}
+- name: LORAPOOL_GATEWAY_STORE_TOKEN_FILE
+  value: /etc/lorapool/store/token
+{{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
 - name: LORAPOOL_GATEWAY_{{ $name }}
   value: {{ $value }}
@@ -174,6 +180,16 @@
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- if .Values.store.enabled }}
+- name: LORAPOOL_OPERATOR_STORE_URL
+  value: {{ include "lorapool.storeURL" . }}
+- name: LORAPOOL_OPERATOR_STORE_TOKEN_FILE
+  value: /etc/lorapool/store/token
+{{- if .Values.internalTLS.enabled }}
+- name: LORAPOOL_OPERATOR_STORE_TLS_SECRET
+  value: {{ include "lorapool.storeTLSSecret" . }}
+{{- end }}
+{{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . true) | fromJson).env }}
 - name: LORAPOOL_OPERATOR_{{ $name }}
   value: {{ $value }}
