@@ -12,9 +12,11 @@ import yaml
 
 from lorapool_api.common import AdapterCondition, BaseCondition, FailureReason, Reason
 from lorapool_api.crd import KINDS, crd
+from lorapool_api.tuning.states import JobCondition, JobFailure, JobReason, JobState
 from lorapool_runtime.settings import RuntimeSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+REASONS = (Reason, FailureReason, AdapterCondition, BaseCondition, JobCondition, JobFailure, JobReason, JobState)
 sys.path.append(str(ROOT / "hack"))
 
 from reference.pages import PAGES as GENERATED  # noqa: E402  # found through the line above
@@ -173,7 +175,7 @@ def test_every_flag_of_the_runtime_that_a_page_names_exists(page: Path) -> None:
 
 @by_guide
 def test_every_reason_and_condition_a_page_names_exists(page: Path) -> None:
-    known = {str(item) for names in (Reason, FailureReason, AdapterCondition, BaseCondition) for item in names}
+    known = {str(item) for names in REASONS for item in names}
     known |= set(re.findall(r"- alert: (\w+)", (ROOT / "charts/lorapool/rules/alerts.yaml").read_text()))
     named = re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)`", page.read_text())
     named += re.findall(r"--for=condition=(\w+)", page.read_text())

@@ -24,7 +24,7 @@ NAME_MAX = 40
 Namespace = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 
 
-SOURCE_PREFIX_PATTERN = r"^(hf|oci|s3|pvc)://[^\s\\%?#@]*$"
+SOURCE_PREFIX_PATTERN = r"^(hf|oci|s3|pvc|store)://[^\s\\%?#@]*$"
 """The start of source URIs, up to a slash or the end of a name."""
 SourcePrefix = Annotated[str, Field(min_length=5, max_length=512, pattern=SOURCE_PREFIX_PATTERN)]
 
@@ -39,6 +39,12 @@ def rules(*items: dict[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": list(items)}
 
 
+def schemes(*prefixes: str) -> dict[str, Any]:
+    """`json_schema_extra` of a source whose URI starts with one of these."""
+    wanted = f"source.uri must start with {', '.join(prefixes[:-1])} or {prefixes[-1]}"
+    return rules(rule(f"{list(prefixes)}.exists(p, self.uri.startsWith(p))", wanted))
+
+
 class DType(StrEnum):
     """Number format of weights and activations. `auto` keeps the format of the files where the device supports it."""
 
@@ -51,14 +57,7 @@ class DType(StrEnum):
 class BaseSource(ApiModel):
     """Location of the base's files."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "['hf://', 'oci://', 's3://', 'pvc://'].exists(p, self.uri.startsWith(p))",
-                "source.uri must start with hf://, oci://, s3:// or pvc://",
-            )
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=schemes("hf://", "oci://", "s3://", "pvc://"))
 
     uri: str = Field(
         min_length=7,

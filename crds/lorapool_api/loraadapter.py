@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from lorapool_api.basemodel import BaseSource, Namespace, rule, rules
+from lorapool_api.basemodel import BaseSource, Namespace, rule, rules, schemes
 from lorapool_api.chat import ChatReport, ChatTemplate, Generation
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, Condition, Duration
 
@@ -44,6 +44,14 @@ class UpdatePolicy(StrEnum):
 class AdapterSource(BaseSource):
     """Location and expected content of the adapter's files."""
 
+    model_config = ConfigDict(json_schema_extra=schemes("hf://", "oci://", "s3://", "pvc://", "store://"))
+
+    uri: str = Field(
+        min_length=7,
+        max_length=512,
+        description="Location of the files: hf://org/name[/folder], oci://registry/repo:tag[/folder], "
+        "s3://bucket/prefix, pvc://claim/path or, in the release's own store, store://namespace/key.",
+    )
     digest: str | None = Field(
         default=None,
         max_length=71,

@@ -5,10 +5,14 @@ Gateway and runtime raise them and each turns them into a response in one place.
     ApiError
     ├─ InvalidRequestError 400           ├─ PayloadTooLargeError 413
     ├─ UnauthenticatedError 401          ├─ UnprocessableError 422 (code: the adapter's failure reason)
-    ├─ ModelNotFoundError 404            ├─ TooManyRequestsError 429 + Retry-After
-    ├─ RouteNotFoundError 404            ├─ ServerError 500
-    ├─ RuntimeNotRegisteredError 404 *   └─ UnavailableError 503 + Retry-After
+    ├─ PermissionDeniedError 403         ├─ TooManyRequestsError 429 + Retry-After
+    ├─ ModelNotFoundError 404            ├─ ServerError 500
+    ├─ RouteNotFoundError 404            └─ UnavailableError 503 + Retry-After
+    ├─ UnknownFileError 404
+    ├─ UnknownJobError 404
+    ├─ RuntimeNotRegisteredError 404 *
     ├─ MethodNotAllowedError 405
+    ├─ RequestTimeoutError 408
     ├─ UnsupportedMediaTypeError 415
     └─ NoFreeSlotError 409 *
 
@@ -65,6 +69,14 @@ class UnauthenticatedError(ApiError):
     default_code = "invalid_api_key"
 
 
+class PermissionDeniedError(ApiError):
+    """The key is known and may not do this at all, whatever it names."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
+
+
 class ModelNotFoundError(ApiError):
     """The model does not exist or the key may not use it; the response does not tell which."""
 
@@ -86,6 +98,36 @@ class RouteNotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
+
+
+class UnknownFileError(ApiError):
+    """The file does not exist, or is another organization's; the response does not tell which."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "file_not_found"
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"No such File object: {file_id[:128]}", param="id")
+
+
+class UnknownJobError(ApiError):
+    """The fine-tuning job does not exist, or is another organization's; the response does not tell which."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "fine_tune_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"Could not find fine tune: {job_id[:128]}", param="fine_tune_id")
+
+
+class RequestTimeoutError(ApiError):
+    """The body did not arrive in time. Client libraries send it again."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "body_timeout"
 
 
 class MethodNotAllowedError(ApiError):

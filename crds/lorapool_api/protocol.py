@@ -94,7 +94,7 @@ class SourceRef(ApiModel):
     """A source at one revision."""
 
     uri: str = Field(min_length=7, max_length=512)
-    """`hf://`, `oci://`, `s3://` or `pvc://`, as in `spec.source.uri`."""
+    """`hf://`, `oci://`, `s3://`, `pvc://` or `store://`, as in `spec.source.uri`."""
     revision: str | None = Field(default=None, max_length=256)
     """The resolved, immutable revision where the source has one."""
 

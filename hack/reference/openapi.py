@@ -14,7 +14,7 @@ from lorapool_api import openai, protocol
 from lorapool_runtime.openai import json_body, messages, request, tokenization
 from lorapool_runtime.openai.chats import template_options
 from lorapool_runtime.openai.tools import tool_choice
-from reference import texts
+from reference import texts, tuning_paths
 from reference.parameters import RecordingBody, parsed_bodies
 
 Schema = dict[str, Any]
@@ -331,11 +331,13 @@ def document() -> str:
                 "get": _reads("listModels", "The models that the key may use.", _list_of(_ref("Model")), [])
             },
             protocol.ROUTE_MODELS + "/{model}": {
-                "get": _reads("getModel", "One model, by any of its names.", _ref("Model"), [_MODEL_NAME])
+                "get": _reads("getModel", "One model, by any of its names.", _ref("Model"), [_MODEL_NAME]),
+                "delete": tuning_paths.deletes_model(_errors(), _MODEL_NAME),
             },
+            **tuning_paths.paths(_errors()),
         },
         "components": {
-            "schemas": {"Model": MODEL, "Error": ERROR},
+            "schemas": {"Model": MODEL, "Error": ERROR, **tuning_paths.schemas()},
             "securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}},
         },
     }

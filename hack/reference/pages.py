@@ -34,6 +34,8 @@ from lorapool_runtime.openai import json_body
 from lorapool_runtime.serving import server
 from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings
+from lorapool_store import metrics as store_metrics
+from lorapool_store.settings import Settings as StoreSettings
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -217,6 +219,7 @@ def metrics() -> str:
     parts: dict[str, CollectorRegistry] = {
         "Operator": _operator_registry(),
         "Gateway": gateway_metrics.Metrics().registry,
+        "Store": store_metrics.Metrics().registry,
         "Runtime": runtime._registry,
         "Runtime, under the names that inference gateways read": runtime._gateway_names,
     }
@@ -260,6 +263,7 @@ def settings() -> str:
     for title, model, prefix in (
         ("Operator", OperatorSettings, OperatorSettings.prefix),
         ("Gateway", GatewaySettings, GatewaySettings.prefix),
+        ("Store", StoreSettings, StoreSettings.prefix),
         ("Runtime", RuntimeSettings, RuntimeSettings.prefix),
         ("Sources, for operator and runtime", SourceSettings, ""),
     ):

@@ -29,7 +29,7 @@ async def serving_cluster(settings: Settings, tokens: RuntimeTokens) -> AsyncIte
     kube = await Kube.connect(settings.kubeconfig)
     try:
         source = KubeSource(kube, settings.namespaces, settings.keys_namespace, metrics.watch_failed)
-        async with running(settings, tokens, source, kube, metrics) as process:
+        async with running(settings, tokens, source, kube, metrics, kube) as process:
             yield process
     finally:
         await kube.close()

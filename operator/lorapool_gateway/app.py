@@ -60,6 +60,8 @@ from lorapool_gateway.routing.key_guard import KeyGuard
 from lorapool_gateway.routing.live_tables import RouteSource
 from lorapool_gateway.routing.model_lists import ModelLists, model_object
 from lorapool_gateway.settings import Settings
+from lorapool_gateway.tuning.routes import Handler as TuningHandler
+from lorapool_gateway.tuning.routes import Tuning, TuningCall, caller_for
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,9 @@ ABSENT = {
     "/v1/embeddings": " The models of this server generate text; they have no embeddings.",
     "/v1/messages": " Put a proxy in front that speaks both APIs, such as LiteLLM's.",
     ROUTE_RESPONSES: " No answers are stored; `POST /v1/responses` makes one.",
+    "/v1/files": " This release has no store for files; the chart's store.enabled makes one.",
+    "/v1/fine_tuning": " This release has no store for files; the chart's store.enabled makes one.",
+    "/v1/uploads": " Files are uploaded as a whole, with `POST /v1/files`.",
 }
 """What an unknown path may look for, and what to do."""
 KEY_SHARE = 8
@@ -119,6 +124,7 @@ class Gateway:
         self._keys = keys
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._tuning: Tuning | None = None
         self._by_key: Counter[str] = Counter()
         self._bodies = BodyBudget(settings.max_held_body_bytes, settings.max_held_body_bytes_per_key)
         self.in_flight = 0
@@ -149,6 +155,10 @@ class Gateway:
         )
         return Server(self.handle, limits, self._metrics.connection_refused)
 
+    def use_tuning(self, tuning: Tuning) -> None:
+        """Serves files and fine-tuning jobs as well. Called before the first request."""
+        self._tuning = tuning
+
     def end_requests(self) -> None:
         """Answers every request in flight with an error: a stream by its last event, others by 503."""
         self._ending.end()
@@ -161,7 +171,10 @@ class Gateway:
         if methods is not None:
             return methods
         if path.startswith(ROUTE_MODELS + "/") and path != ROUTE_MODELS + "/":
-            return {"GET": self._get_model, "HEAD": self._get_model}
+            methods = {"GET": self._get_model, "HEAD": self._get_model}
+            return methods if self._tuning is None else {**methods, "DELETE": self._delete_model}
+        if self._tuning is not None and (found := self._tuning.handlers(path)) is not None:
+            return {method: partial(self._tune, handler) for method, handler in found.items()}
         why = next((why for absent, why in ABSENT.items() if path == absent or path.startswith(absent + "/")), "")
         raise RouteNotFoundError(f"There is no {path[:200]}.{why}")
 
@@ -239,6 +252,29 @@ class Gateway:
         name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
         table = self._routes.table
         return _json(json.dumps(model_object(table, table.find(name, key), name)).encode(), exchange.headers())
+
+    async def _tune(self, handler: TuningHandler, exchange: _Exchange) -> web.StreamResponse:
+        request, key = exchange.request, self._key(exchange)
+        caller = caller_for(key, request)
+        with self._admitted(key):
+            body = HeldBody(self._bodies, key.id)
+
+            async def read() -> bytes:
+                await self._read_body(request, body)
+                return body.data
+
+            try:
+                answer = await handler(TuningCall(request, caller, exchange.headers, read))
+            finally:
+                body.drop()
+        return (
+            answer if isinstance(answer, web.StreamResponse) else _json(json.dumps(answer).encode(), exchange.headers())
+        )
+
+    async def _delete_model(self, exchange: _Exchange) -> web.StreamResponse:
+        assert self._tuning is not None  # or there is no such method
+        name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
+        return await self._tune(partial(self._tuning.delete_model, name), exchange)
 
     # --- limits
 

@@ -23,7 +23,7 @@ from aiohttp import web
 from lorapool_api.keep_alive import keep_alive
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.trust.metrics_access import MetricsAccess
-from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import MasterTokens, RuntimeTokens
 from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
 from lorapool_gateway.health import health_app
@@ -35,9 +35,15 @@ from lorapool_gateway.requests.wake import ScaleWaker
 from lorapool_gateway.routing.key_guard import KeyGuard
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.runtime_polls import RuntimePolls
-from lorapool_gateway.routing.source import ObjectSource, ScaleClient
+from lorapool_gateway.routing.source import Kind, ObjectSource, ScaleClient
 from lorapool_gateway.routing.table_builder import TableBuilder
 from lorapool_gateway.settings import Settings
+from lorapool_gateway.tuning.files import Files
+from lorapool_gateway.tuning.job_object import parse_object
+from lorapool_gateway.tuning.jobs import Jobs, ObjectApi
+from lorapool_gateway.tuning.routes import Tuning
+from lorapool_gateway.tuning.store_client import StoreClient
+from lorapool_gateway.tuning.upload import UploadLimits
 
 log = logging.getLogger("lorapool_gateway")
 
@@ -61,9 +67,17 @@ class GatewayProcess:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, tokens: RuntimeTokens, source: ObjectSource, scale: ScaleClient, metrics: Metrics
+    settings: Settings,
+    tokens: RuntimeTokens,
+    source: ObjectSource,
+    scale: ScaleClient,
+    metrics: Metrics,
+    objects: ObjectApi | None = None,
 ) -> AsyncIterator[GatewayProcess]:
-    """Serves inside the context: on the API port, and metrics and probes on a port and in a thread of their own."""
+    """Serves inside the context: on the API port, and metrics and probes on a port and in a thread of their own.
+
+    `objects` makes the objects of fine-tuning jobs. Raises SettingsError if a file that the settings name is unusable.
+    """
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         routes, keys, trust = LiveRoutes(), LiveKeys(), ReleaseTrust(settings.internal_ca_file)
@@ -79,6 +93,8 @@ async def running(
         guard = key_guard(settings, keys, metrics)
         dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics, guard)
         gateway = Gateway(settings, routes, guard, dispatcher, metrics)
+        if settings.store_url and objects is not None:
+            gateway.use_tuning(_tuning(stack, settings, source, routes, trust, objects))
         watching = asyncio.create_task(tables.run(), name="tables")
         stack.push_async_callback(_cancel, watching)
 
@@ -97,6 +113,23 @@ async def running(
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
         yield GatewayProcess(gateway, tables, site, api_port, metrics_port)
+
+
+def _tuning(
+    stack: AsyncExitStack,
+    settings: Settings,
+    source: ObjectSource,
+    routes: LiveRoutes,
+    trust: ReleaseTrust,
+    objects: ObjectApi,
+) -> Tuning:
+    """Files and fine-tuning jobs. The jobs are watched; whether that works decides nothing else."""
+    masters = MasterTokens.from_file(settings.store_token_file)
+    store = StoreClient(settings.store_url, masters.current, trust)
+    stack.push_async_callback(store.close)
+    jobs = Jobs(objects, source.caches(Kind.JOBS, parse_object, lambda: None))
+    limits = UploadLimits(silence_s=settings.body_timeout_s, whole_s=settings.upload_timeout_s)
+    return Tuning(store, Files(store), jobs, objects, routes, limits)
 
 
 def key_guard(settings: Settings, keys: LiveKeys, metrics: Metrics) -> KeyGuard:

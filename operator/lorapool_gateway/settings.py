@@ -72,6 +72,13 @@ class Settings(ServingSettings):
     """Origins of the pages that may call the API from a browser: a comma-separated list such as
     https://app.example.com, or "*" for every page. A page's key is as public as the page."""
 
+    store_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """URL of the release's store, without a path. Empty: there is none, and no API for files and fine-tuning."""
+    store_token_file: Path = Path("/etc/lorapool/store/token")
+    """File with the store's master token. Only read if there is a store. A change is noticed without a restart."""
+    upload_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """An upload of a file that takes longer is ended with 408. One that sends nothing for `body_timeout_s` is, too."""
+
     connect_timeout_s: Annotated[float, Field(gt=0)] = 1.0
     """TCP connect to a runtime. Pods are near, so a longer connect means that the pod is gone."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

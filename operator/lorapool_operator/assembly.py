@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lorapool_api.common import AdapterCondition, FailureReason, Reason
+from lorapool_api.store_protocol import StoreAccess
 from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_artifacts.policy import SourcePolicy
 from lorapool_operator.decisions.plan import PlanSettings
@@ -49,6 +50,8 @@ class ControlSettings:
     """Which sources each namespace may use."""
     namespace_credentials: str = ""
     """Name of the Secret with a namespace's own credentials; empty: none is read."""
+    store: Callable[[str], StoreAccess | None] = lambda _namespace: None
+    """How a namespace reads its objects in the release's store; None: there is no store."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     polls: PollSettings = field(default_factory=PollSettings)
     authority: Authority | None = None
@@ -77,6 +80,7 @@ class Control:
             settings.policy,
             read=lambda namespace, name: target.get("Secret", namespace, name),
             secret=settings.namespace_credentials,
+            store=settings.store,
         )
         self.runtimes = RuntimeTracker(
             self.cache,

@@ -21,7 +21,7 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.pod_address import AUTHORITY
 from lorapool_api.trust.metrics_access import MetricsAccess
-from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.trust.runtime_tokens import MasterTokens, RuntimeTokens
 from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_artifacts.policy import PolicyError, read_policy
 from lorapool_artifacts.settings import SourceSettings
@@ -36,6 +36,7 @@ from lorapool_operator.effects.lease import Leadership
 from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.effects.runtime_polls import PollSettings
+from lorapool_operator.effects.store_grants import StoreGrants
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.namespaces import Namespaces
 from lorapool_operator.resync import Resync
@@ -73,6 +74,7 @@ class Process:
         self._policy = read_policy(settings.source_policy_file)
         self._sources = sources
         self._tokens = RuntimeTokens.from_file(settings.master_token_file)
+        self._store = store_grants(settings)
         self._authority = Authority(settings.internal_ca_dir) if settings.internal_tls else None
         self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.inspection_timeout_s)
@@ -148,6 +150,7 @@ class Process:
             profiles=self._profiles,
             policy=self._policy,
             namespace_credentials=settings.namespace_credentials,
+            store=self._store.of_namespace if self._store is not None else lambda _namespace: None,
             inspections=settings.inspection_concurrency,
             inspection_timeout_s=settings.inspection_timeout_s,
             counts_interval_s=settings.counts_interval_s,
@@ -321,6 +324,14 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+def store_grants(settings: Settings) -> StoreGrants | None:
+    """How this process lets others use the store; None without one. Raises SettingsError."""
+    if not settings.store_url:
+        return None
+    masters = MasterTokens.from_file(settings.store_token_file)
+    return StoreGrants(settings.store_url, masters, settings.internal_ca_dir / AUTHORITY)
 
 
 def _content(file: Path | None) -> bytes:

@@ -66,6 +66,13 @@ class Settings(ProcessSettings):
     """New runtime pods serve HTTPS, with certificates that the operator issues. Off, they serve HTTP; pods of the other
     kind are used until they are replaced."""
 
+    store_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """URL of the release's store, without a path. Empty: there is none, and `store://` sources cannot be read."""
+    store_token_file: Path = Path("/etc/lorapool/store/token")
+    """File with the store's master token, which signs the tokens of namespaces and jobs. Only read if there is a
+    store. During a rotation it has two lines, the current token and the previous one. A change is noticed without a
+    restart."""
+
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9090

@@ -43,7 +43,7 @@ from lorapool_artifacts.files import (
 from lorapool_artifacts.settings import MAX_JSON_BYTES, MAX_TENSORS, MIB, AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range
 from lorapool_artifacts.sources.folder import FolderSource
-from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
+from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, StoreUri, parse_uri
 
 FIRST_READ_BYTES = 64 * 1024
 """Contains the whole header of most adapters, so that one request is enough."""
@@ -57,7 +57,7 @@ _ONE_HEADER = threading.Lock()
 """Held while a header is parsed and checked, which takes memory in proportion to its tensors and the interpreter
 anyway. It is never held while a source is read."""
 
-UNVERSIONED = ("pvc://", "s3://")
+UNVERSIONED = ("pvc://", "s3://", "store://")
 """Sources without revisions: what was overwritten is lost."""
 
 
@@ -268,7 +268,7 @@ def names_of(uri: ArtifactUri) -> tuple[str, ...]:
     match uri:
         case HfUri(repo=repo, path=path) | OciUri(repo=repo, path=path):
             return (repo, path.rpartition("/")[2]) if path else (repo,)
-        case S3Uri(prefix=path) | PvcUri(path=path):
+        case S3Uri(prefix=path) | PvcUri(path=path) | StoreUri(key=path):
             return (path.rpartition("/")[2],) if path else ()
 
 

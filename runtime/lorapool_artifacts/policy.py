@@ -6,6 +6,7 @@ owner of a base may let a guest, which is a namespace that uses the base of anot
     no entry: the base's own namespace   -> any source, with the shared credentials and the base's volumes
               a guest                    -> any source but a volume, with its own credentials or none
     an entry                             -> the sources below its prefixes, with the credentials that it names
+    a store:// source, with either       -> the namespace's own objects, with a token that the operator makes for it
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic.alias_generators import to_camel
 from lorapool_api.basemodel import SOURCE_PREFIX_PATTERN, Access
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, parse_uri
+from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, PvcUri, S3Uri, StoreUri, parse_uri
 
 EVERY_NAMESPACE = "*"
 """The key of the entry for the namespaces that have none."""
@@ -34,6 +35,7 @@ DEFAULT_SECRET = "lorapool-source-credentials"
 _Parts = tuple[str, ...]
 
 _UNLISTED = "which none of its prefixes in the chart's artifacts.policy covers; ask the administrator to add one."
+_FOREIGN_STORE = "objects of the store are read by their own namespace alone; use one below store://{}/."
 _FOREIGN_VOLUME = "a volume of the base's owner; ask the owner for an entry in spec.access.sources of the BaseModel."
 
 
@@ -89,6 +91,8 @@ def _parts_of(uri: ArtifactUri) -> _Parts:
             return ("s3", root, *_split(path))
         case PvcUri(claim=root, path=path):
             return ("pvc", root, *_split(path))
+        case StoreUri(namespace=root, key=path):
+            return ("store", root, *_split(path))
 
 
 def _split(path: str) -> _Parts:
@@ -196,10 +200,14 @@ class SourceRules(_Strict):
         return min(folders, key=len, default="")
 
     def _permission(self, namespace: str, uri: ArtifactUri) -> Permission:
+        if isinstance(uri, StoreUri) and uri.namespace != namespace:
+            return Permission(refused=f"Namespace {namespace} may not use {uri}: {_FOREIGN_STORE.format(namespace)}")
         entry = self.policy.of(namespace)
         listed = entry is not None and entry.prefixes is not None and covers(entry.prefixes, uri)
         if entry is not None and entry.prefixes is not None and not listed:
             return Permission(refused=f"Namespace {namespace} may not use {uri}, {_UNLISTED}")
+        if isinstance(uri, StoreUri):
+            return Permission(Rights.OWN)
         if self._shares(namespace, entry) or self._granted(namespace, uri):
             return Permission(Rights.SHARED)
         if not isinstance(uri, PvcUri):

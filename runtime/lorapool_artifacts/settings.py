@@ -42,6 +42,9 @@ TENANT_CREDENTIALS = frozenset(
     }
 )
 """The variables that a namespace's own Secret may have. Endpoints are the administrator's."""
+STORE_URL, STORE_TOKEN, STORE_CA = "LORAPOOL_STORE_URL", "LORAPOOL_STORE_TOKEN", "LORAPOOL_STORE_CA"
+STORE_ACCESS = frozenset({STORE_URL, STORE_TOKEN, STORE_CA})
+"""What the operator adds to the credentials of a namespace, so that it can read its own objects of the store."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -126,6 +129,13 @@ class SourceSettings(SettingsGroup):
     """Requests are not signed, for public buckets."""
     s3_virtual_hosted: Annotated[bool, Env("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")] = False
     """The bucket is part of the host name; own endpoints rarely support that."""
+    store_url: Annotated[str | None, Env(STORE_URL), AfterValidator(_without_slash)] = None
+    """URL of the release's store; None: `store://` sources cannot be read. In a cluster the operator gives runtimes
+    this and the next two for each namespace."""
+    store_token: Annotated[str | None, Env(STORE_TOKEN)] = Field(default=None, repr=False)
+    """Token for the store, which covers the objects that may be read."""
+    store_ca: Annotated[str | None, Env(STORE_CA)] = None
+    """The authorities (PEM) that sign the store's certificate; None: it is reached over plain HTTP."""
     base_max_bytes: Annotated[int, Env("LORAPOOL_BASE_MAX_BYTES")] = Field(default=200_000_000_000, ge=1)
     """Files of one base model together; a larger one is refused. A base of 70B parameters has 150 GB."""
     max_adapter_bytes: Annotated[int, Env("LORAPOOL_MAX_ADAPTER_BYTES")] = Field(default=MAX_ADAPTER_BYTES, ge=1)
@@ -162,7 +172,7 @@ class SourceSettings(SettingsGroup):
         """These settings with no other credentials than these, each named like its variable; others are ignored."""
         given: dict[str, object] = {"ambient": False, "credentials_dir": None, "docker_config": None}
         for (field, *_), names in variables(SourceSettings, "").items():
-            if TENANT_CREDENTIALS.intersection(names):
+            if TENANT_CREDENTIALS.union(STORE_ACCESS).intersection(names):
                 given[field] = credentials.get(names[0], "").strip() or None
         return SourceSettings.model_validate({**self.model_dump(), **given})
 

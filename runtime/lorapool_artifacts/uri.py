@@ -1,8 +1,8 @@
 """Parses source URIs strictly, without resolving them.
 
-`hf://org/name[/folder][@rev]`, `oci://host[:port]/repo[:tag|@sha256:…][/folder]`, `s3://bucket/prefix` and
-`pvc://claim/path`. Other schemes, user names, queries, fragments and dot segments are refused, and so are characters
-that a client library might interpret differently. Pure.
+`hf://org/name[/folder][@rev]`, `oci://host[:port]/repo[:tag|@sha256:…][/folder]`, `s3://bucket/prefix`,
+`pvc://claim/path` and `store://namespace/key`. Other schemes, user names, queries, fragments and dot segments are
+refused, and so are characters that a client library might interpret differently. Pure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from lorapool_api.store_protocol import is_key, is_namespace
 
 MAX_URI_CHARS = 512
 
@@ -90,7 +92,18 @@ class PvcUri:
         return f"pvc://{self.claim}/{self.path}"
 
 
-ArtifactUri: TypeAlias = HfUri | OciUri | S3Uri | PvcUri
+@dataclass(frozen=True, slots=True)
+class StoreUri:
+    """A folder of the release's store. `key` has no slash at either end and may be empty."""
+
+    namespace: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"store://{self.namespace}/{self.key}"
+
+
+ArtifactUri: TypeAlias = HfUri | OciUri | S3Uri | PvcUri | StoreUri
 
 
 def parse_uri(text: str) -> ArtifactUri:
@@ -100,8 +113,8 @@ def parse_uri(text: str) -> ArtifactUri:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme not in _PARSERS:
         raise ValueError(
-            f"unknown source {text[:80]!r}: write hf://org/name, oci://host/repo:tag, s3://bucket/prefix or "
-            f"pvc://claim/path{_perhaps(text)}"
+            f"unknown source {text[:80]!r}: write hf://org/name, oci://host/repo:tag, s3://bucket/prefix, "
+            f"pvc://claim/path or store://namespace/key{_perhaps(text)}"
         )
     if bad := re.search(r"[\x00-\x1f\x7f\\?#%]|[^\x00-\x7f]", rest):
         raise ValueError(f"source URI {text[:80]!r} contains {bad[0]!r}, which is not allowed in a source")
@@ -186,6 +199,14 @@ def _parse_pvc(rest: str) -> PvcUri:
     return PvcUri(claim, _path(path, f"pvc://{rest[:80]}"))
 
 
+def _parse_store(rest: str) -> StoreUri:
+    namespace, _, key = rest.partition("/")
+    key = key.rstrip("/")
+    if not is_namespace(namespace) or (key and not is_key(key)):
+        raise ValueError(f"store://{rest[:80]}: write store://namespace/key, with letters, digits and ._- in each part")
+    return StoreUri(namespace, key)
+
+
 def _path(text: str, uri: str) -> str:
     text = text.rstrip("/")
     if text and not all(_PATH_PART.match(part) or re.match(r"^\.[A-Za-z0-9_-]+$", part) for part in text.split("/")):
@@ -198,4 +219,5 @@ _PARSERS: Mapping[str, Callable[[str], ArtifactUri]] = {
     "oci": _parse_oci,
     "s3": _parse_s3,
     "pvc": _parse_pvc,
+    "store": _parse_store,
 }

@@ -89,6 +89,21 @@ def test_an_entry_chooses_the_credentials_and_the_star_is_for_those_without_one(
     assert chosen.permission("team-a", "s3://public/tune").refused
 
 
+@pytest.mark.parametrize("namespace", ["owner", "team-b"])
+def test_objects_of_the_store_are_read_by_their_own_namespace_with_its_own_rights(namespace: str) -> None:
+    for found in (rules(), rules({namespace: {"credentials": "Shared"}}), rules(grants={"team-b": ["store://owner/"]})):
+        assert found.permission(namespace, f"store://{namespace}/adapters/a") == OWN
+        for foreign in ("store://team-a/adapters/a", f"store://{namespace}x/adapters/a", "store://files/a"):
+            assert f"store://{namespace}/" in found.permission(namespace, foreign).refused
+
+
+def test_an_entry_of_the_administrator_also_bounds_what_is_read_from_the_store() -> None:
+    bounded = rules({"team-b": {"prefixes": ["hf://team-b/", "store://team-b/adapters/", "store://team-a/"]}})
+    assert bounded.permission("team-b", "store://team-b/adapters/a") == OWN
+    assert "artifacts.policy" in bounded.permission("team-b", "store://team-b/files/a").refused
+    assert bounded.permission("team-b", "store://team-a/adapters/a").refused
+
+
 @pytest.mark.parametrize(
     ("prefix", "covered", "not_covered"),
     [
@@ -102,6 +117,7 @@ def test_an_entry_chooses_the_credentials_and_the_star_is_for_those_without_one(
         ("oci://reg:5000", ["oci://reg:5000/a:1"], ["oci://reg:50000/a:1", "oci://reg/a:1"]),
         ("pvc://models/team-b", ["pvc://models/team-b/x"], ["pvc://models/team-bc", "pvc://models2/team-b"]),
         ("s3://", ["s3://any/thing"], ["hf://any/thing"]),
+        ("store://team-b/a", ["store://team-b/a", "store://team-b/a/b"], ["store://team-b/ab", "store://team-c/a"]),
     ],
 )  # fmt: skip
 def test_a_prefix_covers_whole_parts_of_a_path(prefix: str, covered: list[str], not_covered: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Source URIs: four schemes are parsed strictly."""
+"""Source URIs: five schemes are parsed strictly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapool_artifacts.uri import HfUri, OciUri, PvcUri, S3Uri, parse_uri
+from lorapool_artifacts.uri import HfUri, OciUri, PvcUri, S3Uri, StoreUri, parse_uri
 
 DIGEST = f"sha256:{'ab' * 32}"
 
@@ -33,6 +33,8 @@ DIGEST = f"sha256:{'ab' * 32}"
         ("s3://my-bucket", S3Uri("my-bucket", "")),
         ("pvc://models/llama/.hidden/a b", PvcUri("models", "llama/.hidden/a b")),
         ("pvc://models", PvcUri("models", "")),
+        ("store://team-a/adapters/1_a.b/", StoreUri("team-a", "adapters/1_a.b")),
+        ("store://team-a", StoreUri("team-a", "")),
     ],
 )
 def test_a_good_uri_is_parsed_and_written_back(text: str, value: object) -> None:
@@ -50,7 +52,9 @@ def test_a_good_uri_is_parsed_and_written_back(text: str, value: object) -> None
         "oci://host:0/repo", "oci://host/Repo", "oci://host/a//b", "oci://host/../b", "oci://host/a:", "oci://host/a@sha256:12",
         "oci://ho..st/a", "oci://host/a@main", "s3://B/x", "s3://ab", "s3://bucket/../x", "s3://bucket//x", "s3://bu..cket/x",
         "s3://bucket/./x", "pvc://Claim/x", "pvc://claim/../x", "pvc://claim/x/..", "pvc://../x", "pvc:///x", "pvc://claim//x",
-        "pvc://claim/x\0", "pvc://claim/..x/", "hf://" + "a" * 600,
+        "pvc://claim/x\0", "pvc://claim/..x/",
+        "store://", "store://Team/a", "store://a/../b", "store://a/.b", "store://a//b", "store://a/b c", "store://a/b#1",
+        "store://_expiry/1", "hf://" + "a" * 600,
     ],
 )  # fmt: skip
 def test_anything_else_is_a_value_error_with_words(text: str) -> None:

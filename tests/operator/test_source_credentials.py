@@ -12,7 +12,8 @@ import pytest
 from fakes_operator import FakeInspector
 
 from lorapool_api.protocol import NamespaceCredentials
-from lorapool_api.trust.runtime_tokens import RuntimeTokens
+from lorapool_api.store_protocol import StoreGrant, grant_of
+from lorapool_api.trust.runtime_tokens import MasterTokens, RuntimeTokens
 from lorapool_artifacts.policy import Rights, SourcePolicy
 from lorapool_operator.decisions.plan import InspectionJob
 from lorapool_operator.effects import source_access
@@ -21,6 +22,7 @@ from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_calls import RuntimeGoneError
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.effects.source_access import CredentialDelivery, SourceAccess, credentials_of
+from lorapool_operator.effects.store_grants import StoreGrants
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, ObjectKind
 
 SECRET = "lorapool-source-credentials"
@@ -155,6 +157,32 @@ async def test_runtimes_receive_the_credentials_of_guests_once_and_again_after_a
     now[0], secrets.found["team-b"] = source_access.REREAD_S, secret(HF_TOKEN="new")
     assert await delivery.run_once()
     assert runtimes.received[2:] == [(uid, {"team-b": {"HF_TOKEN": "new"}}) for uid in ("one-uid", "two-uid")]
+
+
+async def test_every_namespace_that_uses_a_base_receives_access_to_its_own_objects_of_the_store() -> None:
+    cache, runtimes, secrets = (
+        ClusterCache(),
+        Runtimes("one"),
+        Secrets(team_b=secret(HF_TOKEN="b", LORAPOOL_STORE_URL="x")),
+    )
+    cache.bases.put(base_world.base(access={"namespaces": ["team-b"]}))
+    grants = StoreGrants("http://store:8000", MasterTokens(["s" * 64]))
+    access = SourceAccess(read=secrets.read, secret=SECRET, store=grants.of_namespace)
+    delivery = CredentialDelivery(cache, runtimes, access)  # type: ignore[arg-type]  # a fake
+    cache.put_adapter(adapter_of("team"))
+    cache.put_adapter(adapter_of("team-b"))
+    await delivery.run_once()
+    (_, received), *more = runtimes.received
+    assert more == []
+    assert {name: sorted(given) for name, given in received.items()} == {
+        "team": ["LORAPOOL_STORE_CA", "LORAPOOL_STORE_TOKEN", "LORAPOOL_STORE_URL"],
+        "team-b": ["HF_TOKEN", "LORAPOOL_STORE_CA", "LORAPOOL_STORE_TOKEN", "LORAPOOL_STORE_URL"],
+    }
+    for name, given in received.items():
+        assert given["LORAPOOL_STORE_URL"] == "http://store:8000"
+        assert grant_of(["s" * 64], given["LORAPOOL_STORE_TOKEN"], 0.0) == StoreGrant(read=(f"{name}/",))
+    await delivery.run_once()
+    assert len(runtimes.received) == 1
 
 
 def test_credentials_are_in_no_repr() -> None:

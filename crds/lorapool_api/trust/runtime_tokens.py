@@ -1,4 +1,4 @@
-"""The bearer tokens of runtimes, derived from the master token in a file that is read again when it changes.
+"""Master tokens in files that are read again when they change, and the bearer tokens of runtimes derived from one.
 
 During a rotation the file has two lines: the current master token, then the previous one. Clients try the tokens in
 that order, and runtimes accept both, so that no process has to restart.
@@ -36,8 +36,8 @@ def read_master_tokens(path: Path) -> tuple[str, ...]:
     return tokens
 
 
-class RuntimeTokens:
-    """`of(uid)` are the tokens of one base's runtimes."""
+class MasterTokens:
+    """The master tokens as their file has them."""
 
     def __init__(
         self, masters: Sequence[str], file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
@@ -50,16 +50,16 @@ class RuntimeTokens:
         self._checked_s = clock()
 
     @classmethod
-    def from_file(cls, path: Path) -> RuntimeTokens:
+    def from_file(cls, path: Path) -> MasterTokens:
         """Raises SettingsError if the file has no valid master token."""
         return cls(read_master_tokens(path), path)
 
-    def of(self, base_uid: str) -> tuple[str, ...]:
-        """The bearer tokens of this base's runtimes, the current one first."""
+    def current(self) -> tuple[str, ...]:
+        """The current token, then the previous one if there is one."""
         if self._file is not None and self._clock() - self._checked_s >= RECHECK_S:
             self._checked_s = self._clock()
             self._read_if_changed(self._file)
-        return tuple(runtime_token(master, base_uid) for master in self._masters)
+        return self._masters
 
     def _read_if_changed(self, file: Path) -> None:
         """Keeps the tokens that were read before when the changed file cannot be used."""
@@ -73,3 +73,22 @@ class RuntimeTokens:
                 log.info("read the changed master token")
         except SettingsError as error:
             log.error("cannot use the changed master token; the old one stays in force", extra={"error": str(error)})
+
+
+class RuntimeTokens:
+    """`of(uid)` are the tokens of one base's runtimes."""
+
+    def __init__(
+        self, masters: Sequence[str], file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`file`: where later changes are read from."""
+        self._masters = MasterTokens(masters, file, clock=clock)
+
+    @classmethod
+    def from_file(cls, path: Path) -> RuntimeTokens:
+        """Raises SettingsError if the file has no valid master token."""
+        return cls(read_master_tokens(path), path)
+
+    def of(self, base_uid: str) -> tuple[str, ...]:
+        """The bearer tokens of this base's runtimes, the current one first."""
+        return tuple(runtime_token(master, base_uid) for master in self._masters.current())

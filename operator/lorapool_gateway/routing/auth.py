@@ -28,6 +28,7 @@ FIELD_MODELS = "models"
 FIELD_NOT_BEFORE = "notBefore"
 FIELD_EXPIRES = "expires"
 FIELD_OWNER = "owner"
+FIELD_FINE_TUNING = "fineTuning"
 FIELDS = frozenset(
     {
         FIELD_SHA256,
@@ -38,6 +39,7 @@ FIELDS = frozenset(
         FIELD_NOT_BEFORE,
         FIELD_EXPIRES,
         FIELD_OWNER,
+        FIELD_FINE_TUNING,
     }
 )
 ALL = "*"
@@ -70,6 +72,8 @@ class ApiKey:
     expires_unix_s: float = math.inf
     owner: str = ""
     """The person or team that the key was given to, for audits."""
+    fine_tuning: bool = False
+    """Whether it may use files and fine-tuning jobs, and delete the models that these make."""
     tenant: str = field(init=False)
     """Identifies the tenant to runtimes (`HEADER_TENANT`), the same for all keys of one owner: 16 hex digits."""
 
@@ -170,6 +174,7 @@ def parse_key(secret: Mapping[str, Any]) -> ApiKey:
         not_before_unix_s=_time(data, FIELD_NOT_BEFORE, 0.0),
         expires_unix_s=_time(data, FIELD_EXPIRES, math.inf),
         owner=_owner(data),
+        fine_tuning=_fine_tuning(data),
     )
 
 
@@ -227,6 +232,13 @@ def _owner(data: Mapping[str, Any]) -> str:
     if text and not _OWNER.fullmatch(text):
         raise ApiKeyError(f"{FIELD_OWNER} must be 1 to 128 printable ASCII characters")
     return text
+
+
+def _fine_tuning(data: Mapping[str, Any]) -> bool:
+    text = _text(data, FIELD_FINE_TUNING) if data.get(FIELD_FINE_TUNING) is not None else "false"
+    if text not in ("true", "false"):
+        raise ApiKeyError(f"{FIELD_FINE_TUNING} must be true or false")
+    return text == "true"
 
 
 def _list(data: Mapping[str, Any], name: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The few calls that this process makes to the API server, with the credentials and TLS of `kubernetes.aio`'s client.
 
 Answers stay plain JSON, because converting thousands of objects to generated classes first would be slow. A request
-in flight never causes a call, except to scale its base up while none of its replicas serves.
+in flight never causes a call, except to scale its base up while none of its replicas serves. Calls about fine-tuning
+jobs, which are objects, do.
 """
 
 from __future__ import annotations
@@ -82,6 +83,24 @@ class Kube:
         except KubeError as error:
             if error.status != HTTPStatus.CONFLICT:
                 raise
+
+    async def create(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Creates an object of the collection at this path, and returns it. Raises KubeError."""
+        async with self._call("POST", path, body=body) as response:
+            answer: dict[str, Any] = await response.json(content_type=None)
+            return answer
+
+    async def merge(self, path: str, patch: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes the object at this path by a merge patch, and returns it. Raises KubeError."""
+        async with self._call("PATCH", path, body=patch) as response:
+            answer: dict[str, Any] = await response.json(content_type=None)
+            return answer
+
+    async def delete(self, path: str, uid: str) -> None:
+        """Deletes the object at this path if it still has this uid. Raises KubeError."""
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}}
+        async with self._call("DELETE", path, body=body) as response:
+            await response.read()
 
     async def scale_up(self, ref: ObjectRef, add: int, bound: int) -> ScaleResult:
         """Writes over the resource version that was just read, so a number written in the meantime is never lowered."""

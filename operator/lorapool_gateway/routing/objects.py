@@ -18,6 +18,7 @@ from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapter
 from lorapool_api.pod_address import runtime_port, server_name, url_of
 from lorapool_api.protocol import AdapterState, RuntimeSnapshot, Tier
 from lorapool_api.trust.ownership import Owned
+from lorapool_api.tuning.finetunejob import ANNOTATION_JOB
 
 _NO_POD_REASONS = frozenset(
     {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}
@@ -87,6 +88,8 @@ class AdapterRoute:
     """The first k replicas of the adapter's placement order share its requests."""
     extra_name: str | None = None
     """The additional model name that the operator granted."""
+    tuned: bool = False
+    """A FineTuneJob made it."""
 
     @property
     def names_in(self) -> str:
@@ -196,6 +199,7 @@ def adapter_route(raw: Mapping[str, Any]) -> AdapterRoute:
         message=ready.message if ready is not None else "",
         preferred_replicas=status.placement.k if status.placement is not None else 1,
         extra_name=_granted(spec.alias, status.alias),
+        tuned=ANNOTATION_JOB in (metadata.get("annotations") or {}),
     )
 
 

@@ -28,6 +28,8 @@ class Kind(StrEnum):
     REPLICA_SETS = "replicasets"
     DEPLOYMENTS = "deployments"
     API_KEYS = "secrets"
+    JOBS = "finetunejobs"
+    """Only read where the release has a store."""
 
 
 class ObjectCache(Generic[T]):

@@ -43,6 +43,7 @@ API_OF = {
     Kind.REPLICA_SETS: "/apis/apps/v1",
     Kind.DEPLOYMENTS: "/apis/apps/v1",
     Kind.API_KEYS: "/api/v1",
+    Kind.JOBS: f"/apis/{GROUP}/{VERSION}",
 }
 SELECTOR_OF = {
     Kind.PODS: LABEL_BASE,

@@ -16,8 +16,9 @@ from typing import Any
 from lorapool_api.basemodel import Access
 from lorapool_api.common import LABEL_SOURCE_CREDENTIALS
 from lorapool_api.protocol import NamespaceCredentials
+from lorapool_api.store_protocol import StoreAccess
 from lorapool_artifacts.policy import Rights, SourcePolicy, SourceRules
-from lorapool_artifacts.settings import TENANT_CREDENTIALS
+from lorapool_artifacts.settings import STORE_CA, STORE_TOKEN, STORE_URL, TENANT_CREDENTIALS
 from lorapool_operator.effects.cluster import ClusterError, ObjectNotFoundError
 from lorapool_operator.effects.runtime_calls import RuntimeCallError
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
@@ -55,11 +56,14 @@ class SourceAccess:
         *,
         read: Callable[[str, str], Awaitable[Mapping[str, Any]]] | None = None,
         secret: str = "",
+        store: Callable[[str], StoreAccess | None] = lambda _namespace: None,
     ) -> None:
-        """`read(namespace, name)` returns a Secret. `secret` is its name where the policy has none; empty: none is."""
+        """`read(namespace, name)` returns a Secret. `secret` is its name where the policy has none; empty: none is.
+        `store(namespace)` gives access to a namespace's objects in the release's store, if there is one."""
         self.policy = policy or SourcePolicy()
         self._read = read
         self._secret = secret
+        self._store = store
         self._own: dict[str, tuple[float, Credentials]] = {}
         self._rules: dict[Key, tuple[Access, SourcePolicy, SourceRules]] = {}
 
@@ -81,7 +85,16 @@ class SourceAccess:
         return None if rights is Rights.SHARED else await self.own(namespace)
 
     async def own(self, namespace: str) -> Credentials:
-        """Returns the credentials of a namespace, at most `REREAD_S` old unless its Secret cannot be read."""
+        """Returns the credentials of a namespace, with those for its objects in the store."""
+        return {**await self._of_secret(namespace), **self.of_store(namespace)}
+
+    def of_store(self, namespace: str) -> Credentials:
+        """Returns how a namespace reads its objects in the store; nothing if there is no store."""
+        access = self._store(namespace)
+        return {} if access is None else {STORE_URL: access.url, STORE_TOKEN: access.token, STORE_CA: access.ca}
+
+    async def _of_secret(self, namespace: str) -> Credentials:
+        """Returns what its Secret has, at most `REREAD_S` old unless it cannot be read."""
         read_at, known = self._own.get(namespace, (-REREAD_S, {}))
         if time.monotonic() < read_at + REREAD_S:
             return known
@@ -127,8 +140,10 @@ class CredentialDelivery:
     async def _wanted(self, base: BaseObject) -> NamespaceCredentials:
         rules = self._access.rules_of(base)
         users = {adapter.meta.namespace for adapter in self._cache.adapters_of(base.key)}
-        own = sorted(namespace for namespace in users if rules.uses_own_credentials(namespace))
-        return NamespaceCredentials(namespaces={name: dict(await self._access.own(name)) for name in own})
+        own = {name for name in users if rules.uses_own_credentials(name)}
+        found = {name: await self._access.own(name) for name in own}
+        found |= {name: given for name in users - own if (given := self._access.of_store(name))}
+        return NamespaceCredentials(namespaces={name: dict(found[name]) for name in sorted(found)})
 
     async def _deliver(self, pod_uid: str, boot_id: str, wanted: NamespaceCredentials) -> None:
         if self._delivered.get(boot_id, NamespaceCredentials()) == wanted:

@@ -7,7 +7,7 @@ from lorapool_artifacts.deadline import Deadline
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_artifacts.sources.base import Source, download, read_range
-from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, S3Uri, is_revision
+from lorapool_artifacts.uri import ArtifactUri, HfUri, OciUri, S3Uri, StoreUri, is_revision
 
 __all__ = ["Source", "download", "open_source", "read_range"]
 
@@ -34,6 +34,10 @@ def open_source(uri: ArtifactUri, revision: str | None, settings: SourceSettings
         from lorapool_artifacts.sources.s3 import open_s3
 
         return open_s3(uri, revision, settings, deadline)
+    if isinstance(uri, StoreUri):
+        from lorapool_artifacts.sources.store import open_store
+
+        return open_store(uri, revision, settings, deadline)
     from lorapool_artifacts.sources.pvc import open_pvc
 
     return open_pvc(uri, revision, settings, deadline)

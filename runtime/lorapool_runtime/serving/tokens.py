@@ -10,13 +10,13 @@ import hmac
 import logging
 import re
 from pathlib import Path
+from typing import Protocol
 
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_api.trust.mounted_files import Stamp, stamp_of, why_unreadable
 from lorapool_api.trust.poll_proof import Challenge
 from lorapool_runtime.clock import Clock
-from lorapool_runtime.settings import RuntimeSettings
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +25,26 @@ CHECK_INTERVAL_S = 5.0
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 
+class TokenSettings(Protocol):
+    """Of the settings of a runtime or a trainer."""
+
+    @property
+    def needs_token(self) -> bool: ...
+
+    @property
+    def token_sha256(self) -> str | None: ...
+
+    @property
+    def token_sha256_file(self) -> Path | None: ...
+
+    @property
+    def pod_uid(self) -> str | None: ...
+
+
 class BearerTokens:
     """Raises SettingsError when the settings name a file that cannot be used at the start."""
 
-    def __init__(self, settings: RuntimeSettings, clock: Clock) -> None:
+    def __init__(self, settings: TokenSettings, clock: Clock) -> None:
         self._required = settings.needs_token
         self._file = settings.token_sha256_file
         self._pod_uid = settings.pod_uid

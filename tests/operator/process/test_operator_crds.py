@@ -21,6 +21,7 @@ async def refused(attempt: Any) -> str:
     ("spec", "message"),
     [
         ({"source": {"uri": "https://host/model"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
+        ({"source": {"uri": "store://models/a"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
         ({"scaling": {"minReplicas": 3, "maxReplicas": 2}}, "minReplicas must not exceed scaling.maxReplicas"),
         ({"lora": {"maxRank": 0}}, "should be greater than or equal to 1"),
         ({"lora": {"slots": 5000}}, "should be less than or equal to 1024"),
@@ -39,7 +40,10 @@ async def test_a_bad_base_is_refused_with_the_field_and_the_bound(api: Api, spec
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"source": {"uri": "file:///etc/passwd"}}, "source.uri must start with hf://, oci://, s3:// or pvc://"),
+        (
+            {"source": {"uri": "file:///etc/passwd"}},
+            "source.uri must start with hf://, oci://, s3://, pvc:// or store://",
+        ),
         ({"source": {"uri": "hf://org/a", "digest": "sha256:short"}}, "should match"),
         ({"minReplicas": 3, "maxReplicas": 2}, "minReplicas must not exceed maxReplicas"),
         ({"idleAfter": "5 minutes"}, "should match"),

@@ -193,6 +193,22 @@ class Tokenizer:
         options: TemplateOptions,
         tenant: str,
     ) -> ChatPrompt:
+        text = self.chat_text(messages, tools, chat, options, tenant)
+        reasoning = reasoning_start(text, continues=options.continue_final) if chat.thinks else ReasoningStart.NONE
+        return ChatPrompt(self._encode_marked(text, chat.extra), reasoning)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        chat: ChatFormat,
+        options: TemplateOptions = DEFAULT_OPTIONS,
+        tenant: str = "",
+    ) -> str:
+        """A conversation as its template writes it, with a break in each control token of a message. Blocks.
+
+        `chat` must have a template. Raises InvalidRequestError for what the template refuses.
+        """
         if not chat.shape.tools.native:
             messages, tools = plain_messages(messages, tools), ()
         messages = fit(_with_reasoning(messages, options) if chat.thinks else messages, chat.shape)
@@ -205,7 +221,7 @@ class Tokenizer:
         template = chat.template_for(tools=bool(tools))
         assert template is not None  # checked by prompt_of_messages
         try:
-            text = self.processes.render(
+            return self.processes.render(
                 template,
                 tenant=tenant,
                 messages=marked(messages),
@@ -216,8 +232,14 @@ class Tokenizer:
             )
         except TemplateRefusedError as error:
             raise _refusal(error) from error
-        reasoning = reasoning_start(text, continues=options.continue_final) if chat.thinks else ReasoningStart.NONE
-        return ChatPrompt(self._encode_marked(text, chat.extra), reasoning)
+
+    def chunk_ids(self, chunks: Sequence[str], chat: ChatFormat) -> list[tuple[int, ...]]:
+        """Ids of each of the consecutive chunks of one `chat_text`, encoded apart as prompt and answer are. Blocks."""
+        return [self._encode_marked(chunk, chat.extra, first=place == 0) for place, chunk in enumerate(chunks)]
+
+    def completion_ids(self, prompt: str, completion: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of a prompt without a template, and of the text that continues it. Blocks."""
+        return self._encode(prompt, _NO_EXTRA, True), self._joined([completion], first=False)
 
     def _refuse_control_keys(self, value: Any, chat: ChatFormat) -> None:
         """Refuses control tokens in property names, which templates write as they write values."""
@@ -228,22 +250,25 @@ class Tokenizer:
         for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             self._refuse_control_keys(inner, chat)
 
-    def _encode_marked(self, text: str, extra: ExtraTokens) -> tuple[int, ...]:
+    def _encode_marked(self, text: str, extra: ExtraTokens, *, first: bool = True) -> tuple[int, ...]:
         """Ids of a rendered prompt. A control token with a break in it is encoded as the text on either side of it."""
         if text.count(BREAK) > MAX_FORGED:
             raise InvalidRequestError(
                 f"The messages hold more than {MAX_FORGED} control tokens of this model.", param="messages"
             )
         parts = [part for piece in text.split(BREAK) if piece for part in extra.split(piece)]
-        return self._joined(parts)
+        return self._joined(parts, first=first)
 
-    def _joined(self, parts: Sequence[str | int]) -> tuple[int, ...]:
-        """Ids of texts and tokens that follow each other."""
-        texts = [part if place == 0 else f"\n{part}" for place, part in enumerate(parts) if isinstance(part, str)]
-        encoded = iter(self._encode_parts(texts))
+    def _joined(self, parts: Sequence[str | int], *, first: bool = True) -> tuple[int, ...]:
+        """Ids of texts and tokens that follow each other, and, unless `first`, a text before them."""
+        starts = [first and place == 0 for place in range(len(parts))]
+        both = list(zip(parts, starts, strict=True))
+        encoded = iter(
+            self._encode_parts([part if start else f"\n{part}" for part, start in both if isinstance(part, str)])
+        )
         ids: list[int] = []
-        for place, part in enumerate(parts):
-            ids += [part] if isinstance(part, int) else self._without_newline(next(encoded), part, first=place == 0)
+        for part, start in both:
+            ids += [part] if isinstance(part, int) else self._without_newline(next(encoded), part, first=start)
         return tuple(ids)
 
     def _without_newline(self, ids: list[int], text: str, *, first: bool) -> list[int]:

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCH_DEPENDENT_ROPES = frozenset({"dynamic", "longrope"})
 
-_ATTENTION_NAME = "lorapool_paged"
-_ATTENTION_KWARG = "lorapool_attention"
+ATTENTION_NAME = "lorapool_paged"
+ATTENTION_KWARG = "lorapool_attention"
 _HARMLESS_KWARGS = frozenset(
     {
         "position_ids",
@@ -84,7 +84,7 @@ class Base:
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=keep,
-            **{_ATTENTION_KWARG: attend},
+            **{ATTENTION_KWARG: attend},
         )
         logits: Tensor = out.logits[0]
         return logits
@@ -92,9 +92,9 @@ class Base:
 
 def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     """Loads the base in `folder`. Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
-    config = _checked_config(folder)
-    element = _element_type(config, dtype, device)
-    AttentionInterface.register(_ATTENTION_NAME, _attention)
+    config = checked_config(folder)
+    element = element_type(config, dtype, device)
+    register_attention()
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
@@ -110,7 +110,7 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     lora = LoraBatch()
     groups, fused_bytes = fit_lora(model, found, lora)
     replace_with_native(model)
-    model.set_attn_implementation(_ATTENTION_NAME)
+    model.set_attn_implementation(ATTENTION_NAME)
     text = config.get_text_config()
     base = Base(
         model=model,
@@ -130,7 +130,13 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     return _with_layers(base, text)
 
 
-def _checked_config(folder: str) -> Any:
+def register_attention() -> None:
+    """Makes `ATTENTION_NAME` known to transformers: a model with it calls the `Attention` that its caller passes."""
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+def checked_config(folder: str) -> Any:
+    """The base's configuration. Raises UnsupportedBaseError for one whose attention is not computed."""
     if not any(Path(folder).glob("*.safetensors")):
         raise UnsupportedBaseError(
             f"{folder} has no *.safetensors: save the base as safetensors, no other format is read"
@@ -152,7 +158,7 @@ def _checked_config(folder: str) -> Any:
     return config
 
 
-def _element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
+def element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:
     """The torch type for `dtype`. auto: as stored, but float32 on a CPU that could only emulate the stored type."""
     if dtype != "auto":
         return _DTYPES[dtype]
@@ -217,7 +223,7 @@ def _attention(
 
     The batch is passed through the model's keyword arguments, so there is no global state.
     """
-    attention: Attention | None = rest.pop(_ATTENTION_KWARG, None)
+    attention: Attention | None = rest.pop(ATTENTION_KWARG, None)
     if attention is None:
         raise UnsupportedAttentionError(f"{type(module).__name__} does not pass keyword arguments to its attention")
     unknown = sorted(name for name, value in rest.items() if value is not None and name not in _HARMLESS_KWARGS)

@@ -1,0 +1,153 @@
+"""A job's files in the release's store, mirrored in a folder of this pod.
+
+Checkpoints, pictures and the report are below the job's workspace, the adapter below its output. Files are written here
+first and then stored; the report of an ended job comes last, since it says that all else is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import safetensors.torch
+from torch import Tensor
+
+from lorapool_api.common import FailureReason
+from lorapool_api.tuning.trainer_protocol import TrainerJob
+from lorapool_artifacts.errors import ArtifactError
+from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
+from lorapool_trainer.jobs.adapter_folder import WEIGHTS
+from lorapool_trainer.jobs.checkpoint import FOLDER as CHECKPOINTS
+from lorapool_trainer.jobs.live import CURVE_FILE, METRICS_FILE
+
+REPORT_FILE = "report.json"
+STORED_AS = {name: f"result_files/{name}" for name in (METRICS_FILE, CURVE_FILE)}
+
+
+class Listed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+class ObjectStore(Protocol):
+    """Of the store's client, what a job needs. Blocks; raises ArtifactError."""
+
+    def list(self, namespace: str, prefix: str = "") -> list[Listed]: ...
+
+    def get(self, namespace: str, key: str) -> bytes: ...
+
+    def stream(self, namespace: str, key: str) -> Iterator[bytes]: ...
+
+    def put(self, namespace: str, key: str, data: bytes) -> object: ...
+
+    def delete(self, namespace: str, key: str) -> None: ...
+
+
+class StoreFiles:
+    """`JobFiles` in the store. The client may be replaced by one with a newer token at any time."""
+
+    def __init__(self, folder: Path, job: TrainerJob, client: ObjectStore) -> None:
+        self._folder, self._job, self.client = folder, job, client
+        self._workspace, self._output = location(job.workspace), location(job.output)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def training(self) -> BinaryIO:
+        return self._download(self._job.data.training.uri, "training.jsonl")
+
+    def validation(self) -> BinaryIO | None:
+        found = self._job.data.validation
+        return None if found is None else self._download(found.uri, "validation.jsonl")
+
+    def initial(self) -> Mapping[str, Tensor] | None:
+        if self._job.init_from is None:
+            return None
+        namespace, key = location(self._job.init_from.source.uri)
+        tensors: dict[str, Tensor] = safetensors.torch.load(self.client.get(namespace, f"{key}/{WEIGHTS}"))
+        return tensors
+
+    def restore(self) -> None:
+        """Fetches checkpoints that are not here yet."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        namespace, key = self._workspace
+        names: dict[str, list[str]] = {}
+        for item in self.client.list(namespace, f"{key}/{CHECKPOINTS}/"):
+            name, _, file = item.key.removeprefix(f"{key}/{CHECKPOINTS}/").partition("/")
+            names.setdefault(name, []).append(file)
+        for name, files in names.items():
+            self._restore_folder(f"{CHECKPOINTS}/{name}", files)
+
+    def _restore_folder(self, name: str, files: list[str]) -> None:
+        target = self._folder / name
+        if target.is_dir():
+            return
+        writing = target.with_name(f".fetching-{target.name}")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        namespace, key = self._workspace
+        for file in files:
+            with (writing / file).open("wb") as out:
+                out.writelines(self.client.stream(namespace, f"{key}/{name}/{file}"))
+        writing.rename(target)
+
+    def save(self, *names: str) -> None:
+        for name in names:
+            path = self._folder / name
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                namespace, key = self._key(name, file.name if path.is_dir() else "")
+                self.client.put(namespace, key, file.read_bytes())
+
+    def drop(self, name: str) -> None:
+        namespace, key = self._key(name, "")
+        self.client.delete(namespace, f"{key}/")
+
+    def _key(self, name: str, file: str) -> tuple[str, str]:
+        if name == ADAPTER:
+            namespace, key = self._output
+            return namespace, f"{key}/{file}"
+        namespace, key = self._workspace
+        return namespace, "/".join(filter(None, (key, STORED_AS.get(name, name), file)))
+
+    def _download(self, uri: str, name: str) -> BinaryIO:
+        """To a file, so that data sets larger than memory are read line by line."""
+        namespace, key = location(uri)
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as out:
+            out.writelines(self.client.stream(namespace, key))
+        return path.open("rb")
+
+    # --- the report -----------------------------------------------------------------------
+
+    def read_report(self) -> bytes | None:
+        """What an earlier trainer wrote when the job ended; None if it did not end."""
+        namespace, key = self._workspace
+        stored = {item.key for item in self.client.list(namespace, f"{key}/")}
+        return self.client.get(namespace, f"{key}/{REPORT_FILE}") if f"{key}/{REPORT_FILE}" in stored else None
+
+    def write_report(self, text: str) -> None:
+        namespace, key = self._workspace
+        self.client.put(namespace, f"{key}/{REPORT_FILE}", text.encode())
+
+    def add_events(self, number: int, text: str) -> None:
+        """One immutable part of the job's events."""
+        namespace, key = self._workspace
+        self.client.put(namespace, f"{key}/events/{number:010d}.jsonl", text.encode())
+
+    def event_parts(self) -> int:
+        namespace, key = self._workspace
+        return len(self.client.list(namespace, f"{key}/events/"))
+
+
+def location(uri: str) -> tuple[str, str]:
+    """Namespace and key of a `store://` URI, without a slash at the end. Raises ArtifactError for any other one."""
+    scheme, _, rest = uri.partition("://")
+    namespace, _, key = rest.strip("/").partition("/")
+    if scheme != "store" or not namespace or not key:
+        message = f"{uri} cannot be read by a trainer; upload the file and use store://<namespace>/<key>."
+        raise ArtifactError(FailureReason.INVALID_SOURCE, message)
+    return namespace, key
