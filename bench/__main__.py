@@ -52,6 +52,7 @@ FULL = (
     Step("fairness.py", ("BASE", "--rounds", "5"), 900.0),
     Step("scale_to_zero.py", (), 1500.0),
     Step("hostile_caller.py", (), 600.0),
+    Step("training.py", ("BASE", "--rounds", "5"), 1800.0),
 )
 
 

@@ -74,6 +74,7 @@ def peft_adapter(name: str, settings: JobSettings, examples: Sequence[Example]) 
     return {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls an attribute that transformers deprecates
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_ends_with_the_bits_of_a_loop_with_peft(name: str, job: str) -> None:
