@@ -19,6 +19,7 @@ from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.inspections import InspectionTracker, Inspector
 from lorapool_operator.effects.runtime_polls import PollSettings, RuntimeTracker
 from lorapool_operator.effects.source_access import CredentialDelivery, SourceAccess
+from lorapool_operator.effects.tuning import TuningControl
 from lorapool_operator.metrics import Metrics
 from lorapool_operator.observe import Observer
 from lorapool_operator.reconciler import Reconciler
@@ -75,6 +76,8 @@ class Control:
         self.cache = ClusterCache()
         self.queue: WorkQueue[Key] = WorkQueue()
         self.slices = Slices()
+        self.tuning: TuningControl | None = None
+        """Fine-tuning, where the process sets it up."""
         self._usage_delay_s = settings.usage_delay_s
         self.access = SourceAccess(
             settings.policy,
@@ -104,9 +107,9 @@ class Control:
         )
         self.intake = Intake(
             self.cache,
-            self.queue.add,
+            self._dirty,
             counts_interval_s=settings.counts_interval_s,
-            pods_changed=self.runtimes.follow_pods,
+            pods_changed=self._pods_changed,
         )
         self.observer = Observer(
             self.cache,
@@ -147,8 +150,20 @@ class Control:
 
     async def close(self) -> None:
         """Ends all inspections and polls."""
+        if self.tuning is not None:
+            await self.tuning.close()
         await self.inspections.close()
         await self.runtimes.close()
+
+    def _dirty(self, key: Key, delay_s: float) -> None:
+        self.queue.add(key, delay_s)
+        if self.tuning is not None:
+            self.tuning.intake.touched(key, delay_s)
+
+    def _pods_changed(self) -> None:
+        self.runtimes.follow_pods()
+        if self.tuning is not None:
+            self.tuning.trainers.follow_pods()
 
     def _runtime_changed(self, base: Key, adapter_uids: Iterable[str], *, urgent: bool, serving: bool) -> None:
         """Marks dirty what a runtime's report affects: at once for conditions, later for counters."""

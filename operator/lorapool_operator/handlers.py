@@ -20,7 +20,10 @@ from kopf._core.reactor.inventory import (
 from lorapool_api.basemodel import PLURAL as BASES
 from lorapool_api.common import GROUP, LABEL_BASE, VERSION
 from lorapool_api.loraadapter import PLURAL as ADAPTERS
+from lorapool_api.tuning.finetunejob import PLURAL as JOBS
 from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.tuning import LABEL_TRAINER
+from lorapool_operator.world.tuning_intake import TuningIntake
 
 
 class Feed(Protocol):
@@ -30,9 +33,15 @@ class Feed(Protocol):
 
 
 def registry_of(
-    intake: Intake, put: Callable[[Feed, Mapping[str, Any], bool], None], login: Any
+    intake: Intake,
+    put: Callable[[Feed, Mapping[str, Any], bool], None],
+    login: Any,
+    tuning: TuningIntake | None = None,
 ) -> kopf.OperatorRegistry:
-    """Returns a kopf registry of its own that holds all handlers. Each passes (feed, object, deleted) to `put`."""
+    """Returns a kopf registry of its own that holds all handlers. Each passes (feed, object, deleted) to `put`.
+
+    The kinds of fine-tuning are watched only if there is a `tuning`: a watch that is refused ends all others.
+    """
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)
 
@@ -47,6 +56,9 @@ def registry_of(
     kopf.on.event("", "v1", "pods", registry=registry)(passes_to(intake.pod))
     kopf.on.event("apps", "v1", "replicasets", registry=registry)(passes_to(intake.replica_set))
     kopf.on.event("apps", "v1", "deployments", registry=registry)(passes_to(intake.deployment))
+    if tuning is not None:
+        kopf.on.event(GROUP, VERSION, JOBS, registry=registry)(passes_to(tuning.job))
+        kopf.on.event("batch", "v1", "jobs", registry=registry)(passes_to(tuning.session))
     return registry
 
 
@@ -110,6 +122,7 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.watching.label_selectors["pods"] = LABEL_BASE
     settings.watching.label_selectors["replicasets.apps"] = LABEL_BASE
     settings.watching.label_selectors["deployments.apps"] = LABEL_BASE
+    settings.watching.label_selectors["jobs.batch"] = LABEL_TRAINER
     settings.networking.request_timeout = 15
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8)
     settings.queueing.error_delays = (1, 1, 2, 3, 5, 8, 13, 21, 30)

@@ -28,15 +28,20 @@ from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.access import load_configuration, login_handler, make_client
 from lorapool_operator.assembly import Control, ControlSettings
 from lorapool_operator.decisions.plan import PlanSettings
+from lorapool_operator.decisions.tuning.session import trainer_profile
+from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.effects.authority import Authority
-from lorapool_operator.effects.cluster import Cluster, Subject
+from lorapool_operator.effects.cluster import Cluster, ClusterError, Subject
 from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.effects.lease import Leadership
 from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
+from lorapool_operator.effects.runtime_calls import RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
+from lorapool_operator.effects.store_certificate import StoreCertificate
 from lorapool_operator.effects.store_grants import StoreGrants
+from lorapool_operator.effects.tuning import JobFiles, TuningControl, TuningSetup
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.namespaces import Namespaces
 from lorapool_operator.resync import Resync
@@ -55,6 +60,8 @@ GIL_SWITCH_S = 0.0005
 """For how long kopf's threads may keep the interpreter while the event loop waits for it after a system call."""
 FILES_CHECK_S = 2.0
 """How often the mounted profiles, policy and credentials are looked at for a change."""
+STORE_CERTIFICATE_S = 30.0
+"""How often the store's certificate is looked at."""
 POLICY_SPREAD_S = 5.0
 """All adapters are planned again within this time after a change of the policy."""
 
@@ -62,7 +69,14 @@ POLICY_SPREAD_S = 5.0
 class Process:
     """One operator process. `run` returns when the Lease is lost or after `stop`."""
 
-    def __init__(self, settings: Settings, *, sources: SourceSettings, inspector: Inspector | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        sources: SourceSettings,
+        inspector: Inspector | None = None,
+        job_files: JobFiles | None = None,
+    ) -> None:
         """Raises ProfilesError, PolicyError or SettingsError if a file that the settings name cannot be used."""
         self.settings = settings
         self.metrics = Metrics()
@@ -78,6 +92,7 @@ class Process:
         self._authority = Authority(settings.internal_ca_dir) if settings.internal_tls else None
         self._metrics_access = MetricsAccess(settings)
         self._inspector = inspector or ArtifactInspector(sources, timeout_s=settings.inspection_timeout_s)
+        self._job_files = job_files
         self._stop = asyncio.Event()
         self._finished = False
 
@@ -122,6 +137,8 @@ class Process:
             rate_limit=RateLimit(settings.api_qps, settings.api_burst),
         )
         self.control = Control(self.cluster, self._inspector, self._control_settings(), self.metrics, fence=fence)
+        if settings.tuning:
+            self.control.tuning = self._tuning(fence)
         self.reports = NamespaceReports(
             self.cluster,
             Subject("Lease", settings.own_namespace, settings.lease_name, api_version="coordination.k8s.io/v1"),
@@ -140,6 +157,28 @@ class Process:
                 leading=self._leadership.may_write,
                 max_tracked_adapters=settings.max_tracked_adapters,
             )
+        )
+
+    def _tuning(self, fence: Fence) -> TuningControl:
+        settings, observer = self.settings, self.control.observer
+        trust = ReleaseTrust(settings.internal_ca_dir / AUTHORITY)
+        return TuningControl(
+            self.cluster,
+            self.control.cache,
+            RuntimeClient(self._tokens.of, timeout_s=settings.runtime_timeout_s, fence=fence, trust=trust),
+            _poll_settings(settings),
+            TuningSetup(
+                image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+                profile_of=lambda base: trainer_profile(base, observer.profiles),
+                files=self._job_files,
+                limits=TuningLimits(
+                    active_jobs=settings.tuning_active_jobs,
+                    unfinished_jobs=settings.tuning_unfinished_jobs,
+                    status_interval_s=settings.tuning_status_interval_s,
+                    priority_class=settings.tuning_priority_class,
+                ),
+                serves_tls=self._authority is not None,
+            ),
         )
 
     def _control_settings(self) -> ControlSettings:
@@ -168,9 +207,7 @@ class Process:
                 start_retry_max_s=settings.start_retry_max_s,
                 max_concurrent_rollouts=settings.max_concurrent_rollouts,
             ),
-            polls=PollSettings(
-                settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s
-            ),
+            polls=_poll_settings(settings),
             authority=self._authority,
             trust=ReleaseTrust(settings.internal_ca_dir / AUTHORITY),
         )
@@ -179,7 +216,8 @@ class Process:
 
     async def _act(self) -> None:
         inbox = Inbox(self.control.slices.turn)
-        resync = Resync(self.cluster, self.control.cache, self.control.intake, self.control.slices.turn)
+        tuning = self.control.tuning
+        resync = Resync(self.cluster, self.control.cache, self.control.intake, self.control.slices.turn, tuning)
         login = functools.partial(login_handler, self.settings.kubeconfig)
         namespaces = Namespaces(
             self.settings.watched,
@@ -187,7 +225,7 @@ class Process:
             self.reports,
             self.control.cache,
             self.metrics,
-            watch=watcher(inbox, self.control.intake, login, resync.versions),
+            watch=watcher(inbox, self.control.intake, login, resync.versions, tuning.intake if tuning else None),
             resync_s=self.settings.resync_s,
         )
         sys.setswitchinterval(GIL_SWITCH_S)
@@ -201,10 +239,14 @@ class Process:
                 gc.freeze()  # what was listed lives long: collections need not examine it
                 group.create_task(self.control.reconciler.work(self.settings.workers), name="workers")
                 group.create_task(self._resync(), name="resync")
+                if tuning is not None:
+                    group.create_task(tuning.work(), name="fine-tuning")
                 group.create_task(self._watch_profiles(), name="profiles")
                 group.create_task(self._watch_policy(), name="policy")
                 group.create_task(self._watch_credentials(), name="credentials")
                 group.create_task(self._deliver_credentials(), name="namespace credentials")
+                if self._authority is not None and self.settings.store_tls_secret:
+                    group.create_task(self._keep_store_certificate(self._authority), name="store certificate")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -233,6 +275,8 @@ class Process:
             control.runtimes.follow_pods()
             control.observer.apply_all_again()
             control.mark_all(interval_s)
+            if control.tuning is not None:
+                control.tuning.mark_all()
 
     async def _watch_profiles(self) -> None:
         """Plans the bases again that a change of the file affects, within `FILES_CHECK_S`."""
@@ -296,6 +340,16 @@ class Process:
                 self.control.credentials_changed()
             await asyncio.sleep(FILES_CHECK_S)
 
+    async def _keep_store_certificate(self, authority: Authority) -> None:
+        """Issues the store's certificate, and again when it is due, changed or lost."""
+        keeper = StoreCertificate(self.cluster, authority, self.settings.own_namespace, self.settings.store_tls_secret)
+        while True:
+            try:
+                await keeper.ensure()
+            except ClusterError as error:
+                log.warning("the store's certificate cannot be written; tried again", extra={"error": str(error)})
+            await asyncio.sleep(STORE_CERTIFICATE_S)
+
     # --- probes
 
     @asynccontextmanager
@@ -324,6 +378,12 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+def _poll_settings(settings: Settings) -> PollSettings:
+    return PollSettings(
+        settings.poll_wait_s, settings.poll_pause_s, settings.snapshot_stale_s, settings.runtime_timeout_s
+    )
 
 
 def store_grants(settings: Settings) -> StoreGrants | None:

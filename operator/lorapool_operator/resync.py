@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, ObjectNotFoundError, Page, plural_of
+from lorapool_operator.effects.tuning import TuningControl
 from lorapool_operator.world.cluster_cache import ClusterCache, ObjectKind
 from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.tuning import LABEL_TRAINER
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,9 @@ class Resync:
         cache: ClusterCache,
         intake: Intake,
         turn: Callable[[], Awaitable[None]],
+        tuning: TuningControl | None = None,
     ) -> None:
-        """`turn()` waits until the event loop has time for one more object."""
+        """`turn()` waits until the event loop has time for one more object. `tuning`: its kinds are listed too."""
         self._turn = turn
         self._cluster = cluster
         self._versions: dict[str | None, dict[str, str]] = {}
@@ -40,6 +43,7 @@ class Resync:
             ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
             (ObjectKind.BASE.value, "", intake.base, lambda: cache.bases),
             (ObjectKind.ADAPTER.value, "", intake.adapter, lambda: cache.adapters),
+            *(_tuning_kinds(tuning) if tuning is not None else ()),
         )
 
     async def first(self, namespace: str | None) -> None:
@@ -104,6 +108,13 @@ class Resync:
                 feed(_tombstone(at, gone), deleted=True)
         log.info("repaired a lost watch event", extra={"kind": kind, "object": "/".join(at)})
         return 1
+
+
+def _tuning_kinds(tuning: TuningControl) -> tuple[tuple[str, str, Feed, Callable[[], Any]], ...]:
+    return (
+        ("Job", LABEL_TRAINER, tuning.intake.session, lambda: tuning.cache.sessions),
+        (ObjectKind.TUNING.value, "", tuning.intake.job, lambda: tuning.cache.jobs),
+    )
 
 
 def _behind(cached: str, meta: Mapping[str, Any]) -> bool:

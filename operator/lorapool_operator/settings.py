@@ -66,12 +66,25 @@ class Settings(ProcessSettings):
     """New runtime pods serve HTTPS, with certificates that the operator issues. Off, they serve HTTP; pods of the other
     kind are used until they are replaced."""
 
+    tuning: bool = False
+    """Acts on FineTuneJobs. Off, they are not even watched, and the rights for them are not needed."""
+    tuning_active_jobs: Annotated[int, Field(ge=1)] = 8
+    """Jobs of one namespace that train at the same time; further ones wait."""
+    tuning_unfinished_jobs: Annotated[int, Field(ge=1)] = 64
+    """Jobs of one namespace that have not ended; further ones are refused."""
+    tuning_status_interval_s: PositiveS = 10.0
+    """Shortest time between two writes of one job's progress. A new state is written at once."""
+    tuning_priority_class: str = ""
+    """PriorityClass of trainers' pods whose profile names none; empty: that of the profile's other pods."""
+
     store_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
     """URL of the release's store, without a path. Empty: there is none, and `store://` sources cannot be read."""
     store_token_file: Path = Path("/etc/lorapool/store/token")
     """File with the store's master token, which signs the tokens of namespaces and jobs. Only read if there is a
     store. During a rotation it has two lines, the current token and the previous one. A change is noticed without a
     restart."""
+    store_tls_secret: str = Field(default="", pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$")
+    """Name of the Secret in the own namespace that gets a certificate for the store. Empty: none is issued."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""

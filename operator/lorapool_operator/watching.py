@@ -20,6 +20,7 @@ from aiohttp import ClientHandlerType, ClientMiddlewareType, ClientRequest, Clie
 
 from lorapool_operator.handlers import Feed, NoMemories, pinned_settings, registry_of
 from lorapool_operator.world.intake import Intake
+from lorapool_operator.world.tuning_intake import TuningIntake
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ def watcher(
     intake: Intake,
     login: Callable[[ClientMiddlewareType], Any],
     versions: Callable[[str | None], Mapping[str, str]],
+    tuning: TuningIntake | None = None,
 ) -> Callable[[str | None], Awaitable[None]]:
     """Returns the function that watches one namespace, from `versions` on, until it is cancelled or fails.
 
@@ -201,7 +203,7 @@ def watcher(
 
     async def watch(namespace: str | None) -> None:
         def registry() -> kopf.OperatorRegistry:
-            return registry_of(intake, inbox.put, login(continue_from(versions(namespace))))
+            return registry_of(intake, inbox.put, login(continue_from(versions(namespace))), tuning)
 
         await KopfThread(namespace, registry).run()
 

@@ -201,7 +201,7 @@ def test_crds_are_the_generated_ones_and_survive_an_uninstall() -> None:
     rendered = of_kind(render(), "CustomResourceDefinition")
     files = sorted((chart_kit.REPOSITORY / "crds").glob("*.yaml"))
 
-    assert len(files) == len(rendered) == 2
+    assert len(files) == len(rendered) == 3
     for file in files:
         generated = yaml.safe_load(file.read_text())
         mine = rendered[generated["metadata"]["name"]]

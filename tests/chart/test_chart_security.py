@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from base_world import base
-from chart_kit import NAMESPACE, Manifest, environment, of_kind, pod_of, refusal, render, restricted_violations
+from chart_kit import NAMESPACE, Manifest, environment, grants, of_kind, pod_of, refusal, render, restricted_violations
 
 from lorapool_operator.decisions.manifests import network_policy
 from lorapool_operator.effects.authority import Authority
@@ -18,33 +18,6 @@ from lorapool_operator.world.profiles import parse_profiles
 GOLDEN = Path(__file__).parent / "golden_rbac.json"
 NAMESPACED: dict[str, Any] = {"watchNamespaces": ["team-a", "team-b"], "apiKeys": {"namespace": "lorapool-keys"}}
 CLUSTER: dict[str, Any] = {"scope": "cluster", "apiKeys": {"namespace": "lorapool-keys"}}
-
-
-def grants(manifests: list[Manifest]) -> dict[str, list[str]]:
-    """Component → one line per permission: namespace, resource and verbs."""
-    roles = {
-        (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]): manifest["rules"]
-        for manifest in manifests
-        if manifest["kind"] in {"Role", "ClusterRole"}
-    }
-    result: dict[str, list[str]] = {}
-    for manifest in manifests:
-        if manifest["kind"] not in {"RoleBinding", "ClusterRoleBinding"}:
-            continue
-        [subject] = manifest["subjects"]
-        assert subject["namespace"] == NAMESPACE
-        namespace = manifest["metadata"].get("namespace")
-        reference = manifest["roleRef"]
-        rules = roles[(reference["kind"], namespace, reference["name"])]
-        for rule in rules:
-            for group in rule["apiGroups"]:
-                for resource in rule["resources"]:
-                    what = f"{resource}.{group}" if group else resource
-                    named = f" named {','.join(rule['resourceNames'])}" if "resourceNames" in rule else ""
-                    where = f"in {namespace}" if namespace else "in every namespace"
-                    line = f"{where}: {' '.join(rule['verbs'])} {what}{named}"
-                    result.setdefault(subject["name"], []).append(line)
-    return {name: sorted(lines) for name, lines in sorted(result.items())}
 
 
 def test_the_rights_are_exactly_the_golden_ones() -> None:
@@ -331,3 +304,14 @@ def test_no_pod_reaches_the_credentials_of_its_node(values: dict[str, Any]) -> N
                 block = peer.get("ipBlock", {})
                 if block.get("cidr") == "0.0.0.0/0":
                     assert "169.254.0.0/16" in block["except"], name
+
+
+def test_the_rights_for_fine_tuning_exist_only_with_it() -> None:
+    tuning = grants(render({**NAMESPACED, "tuning": {"enabled": True}}))["lorapool-operator"]
+    more = set(tuning) - set(grants(render(NAMESPACED))["lorapool-operator"])
+    assert {line.partition(": ")[2] for line in more} == {
+        "get list watch patch delete finetunejobs.lorapool.dev",
+        "patch finetunejobs/status.lorapool.dev",
+        "create loraadapters.lorapool.dev",
+        "get list watch create delete jobs.batch",
+    }

@@ -186,3 +186,20 @@ def test_the_policy_of_sources_reaches_the_operator_and_private_hosts_reach_all(
     assert [
         rule["resourceNames"] for rule in rights if rule["resources"] == ["secrets"] and rule["verbs"] == ["get"]
     ] == [["mine", "sources"]]
+
+
+def test_fine_tuning_gives_the_operator_its_quotas_and_a_priority_class_below_serving() -> None:
+    quotas = {"activeJobs": 3, "unfinishedJobs": 5}
+    manifests = render({"tuning": {"enabled": True, "quotas": quotas}})
+    settings = operator_settings.read_settings(environment(manifests, "operator"))
+    [made] = of_kind(manifests, "PriorityClass").values()
+    assert (settings.tuning, settings.tuning_active_jobs, settings.tuning_unfinished_jobs) == (True, 3, 5)
+    assert settings.tuning_priority_class == made["metadata"]["name"]
+    assert (made["value"] < 0, made["preemptionPolicy"]) == (True, "Never")
+    assert of_kind(render({}), "PriorityClass") == {}
+
+
+def test_a_profiles_queue_for_trainers_reaches_the_operator() -> None:
+    trainer = {"suspend": True, "jobLabels": {"kueue.x-k8s.io/queue-name": "gpu"}, "priorityClassName": "low"}
+    found = profiles({"runtimeProfiles": {"gpu": {"trainer": trainer}}})["gpu"].trainer
+    assert (found.suspend, found.job_labels, found.priority_class_name) == (True, trainer["jobLabels"], "low")

@@ -62,7 +62,8 @@ def test_no_other_setting_differs_from_kopfs_default() -> None:
 
 def test_kopf_watches_only_pods_and_their_owners_of_bases() -> None:
     selectors = pinned_settings().watching.label_selectors
-    assert len(selectors) == 3
+    assert len(selectors) == 4
+    assert selectors["jobs.batch"] == "lorapool.dev/trainer"
     assert {selectors[kind] for kind in ("pods", "replicasets.apps", "deployments.apps")} == {"lorapool.dev/base"}
 
 

@@ -183,6 +183,33 @@ _VOLUMES = {
 }
 
 
+def grants(manifests: list[Manifest]) -> dict[str, list[str]]:
+    """Component → one line per permission: namespace, resource and verbs."""
+    roles = {
+        (manifest["kind"], manifest["metadata"].get("namespace"), manifest["metadata"]["name"]): manifest["rules"]
+        for manifest in manifests
+        if manifest["kind"] in {"Role", "ClusterRole"}
+    }
+    result: dict[str, list[str]] = {}
+    for manifest in manifests:
+        if manifest["kind"] not in {"RoleBinding", "ClusterRoleBinding"}:
+            continue
+        [subject] = manifest["subjects"]
+        assert subject["namespace"] == NAMESPACE
+        namespace = manifest["metadata"].get("namespace")
+        reference = manifest["roleRef"]
+        rules = roles[(reference["kind"], namespace, reference["name"])]
+        for rule in rules:
+            for group in rule["apiGroups"]:
+                for resource in rule["resources"]:
+                    what = f"{resource}.{group}" if group else resource
+                    named = f" named {','.join(rule['resourceNames'])}" if "resourceNames" in rule else ""
+                    where = f"in {namespace}" if namespace else "in every namespace"
+                    line = f"{where}: {' '.join(rule['verbs'])} {what}{named}"
+                    result.setdefault(subject["name"], []).append(line)
+    return {name: sorted(lines) for name, lines in sorted(result.items())}
+
+
 def restricted_violations(spec: Mapping[str, Any]) -> list[str]:
     """How a pod's spec violates Pod Security `restricted` or our rules: read-only root file system, resources."""
     wrong = []

@@ -112,6 +112,12 @@
   value: {{ include "lorapool.drainSeconds" . | quote }}
 - name: LORAPOOL_GATEWAY_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- if .Values.store.enabled }}
+- name: LORAPOOL_GATEWAY_STORE_URL
+  value: {{ include "lorapool.storeURL" . }}
+- name: LORAPOOL_GATEWAY_STORE_TOKEN_FILE
+  value: /etc/lorapool/store/token
+{{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
 - name: LORAPOOL_GATEWAY_{{ $name }}
   value: {{ $value }}
@@ -156,6 +162,16 @@
   value: {{ $operator.logFormat }}
 - name: LORAPOOL_OPERATOR_MAX_CONCURRENT_ROLLOUTS
   value: {{ $operator.rollout.maxConcurrentBases | int64 | quote }}
+{{- if .Values.tuning.enabled }}
+- name: LORAPOOL_OPERATOR_TUNING
+  value: "true"
+- name: LORAPOOL_OPERATOR_TUNING_ACTIVE_JOBS
+  value: {{ .Values.tuning.quotas.activeJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_UNFINISHED_JOBS
+  value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_PRIORITY_CLASS
+  value: {{ include "lorapool.tuningPriorityClass" . | quote }}
+{{- end }}
 - name: LORAPOOL_OPERATOR_RESYNC_S
   value: {{ $operator.resyncSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_INSPECTION_CONCURRENCY
@@ -164,6 +180,16 @@
   value: {{ $operator.usageIntervalSeconds | int64 | quote }}
 - name: LORAPOOL_OPERATOR_MAX_TRACKED_ADAPTERS
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
+{{- if .Values.store.enabled }}
+- name: LORAPOOL_OPERATOR_STORE_URL
+  value: {{ include "lorapool.storeURL" . }}
+- name: LORAPOOL_OPERATOR_STORE_TOKEN_FILE
+  value: /etc/lorapool/store/token
+{{- if .Values.internalTLS.enabled }}
+- name: LORAPOOL_OPERATOR_STORE_TLS_SECRET
+  value: {{ include "lorapool.storeTLSSecret" . }}
+{{- end }}
+{{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . true) | fromJson).env }}
 - name: LORAPOOL_OPERATOR_{{ $name }}
   value: {{ $value }}

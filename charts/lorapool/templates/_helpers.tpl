@@ -147,6 +147,30 @@ secret:
     {{- end }}
 {{- end -}}
 
+{{- define "lorapool.storeTokenSecret" -}}
+{{- default (printf "%s-store-token" (include "lorapool.fullname" .)) .Values.store.token.existingSecret -}}
+{{- end -}}
+
+{{/* Secret with the store's certificate, which the operator writes. */}}
+{{- define "lorapool.storeTLSSecret" -}}
+{{- printf "%s-store-tls" (include "lorapool.fullname" .) -}}
+{{- end -}}
+
+{{/* URL of the store; its certificate has a name of its own. */}}
+{{- define "lorapool.storeURL" -}}
+{{- printf "%s://%s-store.%s.svc:8000" (ternary "https" "http" .Values.internalTLS.enabled) (include "lorapool.fullname" .) .Release.Namespace -}}
+{{- end -}}
+
+{{/* The volume with the store's master token. */}}
+{{- define "lorapool.storeTokenVolume" -}}
+name: store-token
+secret:
+  secretName: {{ include "lorapool.storeTokenSecret" . }}
+  defaultMode: 0440
+  items:
+    - {key: {{ .Values.store.token.key }}, path: token}
+{{- end -}}
+
 {{- define "lorapool.leaseName" -}}
 {{- printf "%s-operator" (include "lorapool.fullname" .) -}}
 {{- end -}}

@@ -61,6 +61,20 @@
     - {protocol: TCP, port: 8000}
 {{- end -}}
 
+{{- define "lorapool.netpol.toStore" -}}
+{{- if .Values.store.enabled -}}
+- to:
+    - namespaceSelector:
+        matchLabels:
+          kubernetes.io/metadata.name: {{ .Release.Namespace }}
+      podSelector:
+        matchLabels:
+          {{- include "lorapool.selectorLabels" (list . "store") | nindent 10 }}
+  ports:
+    - {protocol: TCP, port: 8000}
+{{- end -}}
+{{- end -}}
+
 {{/* Where clouds give service accounts their identities. */}}
 {{- define "lorapool.netpol.cloudIdentity" -}}
 - to:
@@ -93,6 +107,7 @@ ingress:
 egress:
   {{- include "lorapool.netpol.dns" $root | nindent 2 }}
   {{- include "lorapool.netpol.sources" $root | nindent 2 }}
+  {{- include "lorapool.netpol.toStore" $root | nindent 2 }}
   {{- if (index . 1).cloudIdentity }}
   {{- include "lorapool.netpol.cloudIdentity" $root | nindent 2 }}
   {{- end }}

@@ -19,6 +19,7 @@ from pydantic import Field
 from lorapool_api.basemodel import BaseModelSpec
 from lorapool_api.common import DIGEST_PATTERN, ApiModel, duration_s
 from lorapool_api.protocol import ErrorDetail, SourceRef, StartupReport
+from lorapool_api.store_protocol import StoreAccess
 from lorapool_api.tuning.finetunejob import (
     Checkpoints,
     FineTuneJobSpec,
@@ -58,18 +59,6 @@ class InitialAdapter(ApiModel):
     """Digest of its files; other content is refused."""
 
 
-class StoreAccess(ApiModel):
-    """How the trainer reaches the files of one job, and nothing else, in the release's store."""
-
-    url: str = Field(max_length=512)
-    """Address of the store's API."""
-    token: str = Field(max_length=4096, repr=False)
-    """Reads the job's data and its initial adapter, writes its workspace and its output. It expires; the operator
-    sends the job again with another one well before."""
-    ca: str = Field(default="", repr=False)
-    """The authorities (PEM) that may have signed the store's certificate. Empty where the url is http://."""
-
-
 class TrainerJob(ApiModel):
     """Body of `PUT /v1/jobs/{uid}`: everything that a trainer needs to train the job, in any pod, from any point."""
 
@@ -82,7 +71,8 @@ class TrainerJob(ApiModel):
     priority: int = Field(default=50, ge=0, le=100)
     """Its share of the computation."""
     store: StoreAccess | None = None
-    """How the files below are reached. None: the trainer has rights of its own, as on a laptop."""
+    """How the files below, and no others, are reached. It expires; the operator sends the job again well before. None:
+    the trainer has rights of its own, as on a laptop."""
     workspace: str = Field(max_length=512)
     """`store://<namespace>/jobs/<uid>`: folder of checkpoints, events, report.json, and result_files."""
     output: str = Field(max_length=512)

@@ -16,7 +16,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -51,7 +51,9 @@ PATHS = {
     "Pod": ("api/v1", "pods"),
     "Lease": ("apis/coordination.k8s.io/v1", "leases"),
     ObjectKind.BASE: (f"apis/{GROUP}/{VERSION}", "basemodels"),
+    "Job": ("apis/batch/v1", "jobs"),
     ObjectKind.ADAPTER: (f"apis/{GROUP}/{VERSION}", "loraadapters"),
+    ObjectKind.TUNING: (f"apis/{GROUP}/{VERSION}", "finetunejobs"),
 }
 RUNTIME_SELECTOR = LABEL_BASE
 
@@ -222,6 +224,17 @@ class Cluster:
             await self._check_owned(manifest, existing)
         query = [*_MANAGER, ("force", "true")]
         return await self._write("child", "PATCH", path, manifest, content=APPLY, query=query)
+
+    async def create(self, manifest: Manifest) -> dict[str, Any]:
+        """Creates an object. Raises ObjectConflictError if one of this name exists."""
+        path = _path(manifest["kind"], manifest["metadata"]["namespace"])
+        return await self._write("child", "POST", path, manifest, content="application/json", query=_MANAGER)
+
+    async def set_finalizers(self, key: Key, version: str, finalizers: Sequence[str]) -> dict[str, Any]:
+        """Replaces the finalizers of this version of an object. Raises ObjectConflictError."""
+        body = {"metadata": {"resourceVersion": version, "finalizers": list(finalizers)}}
+        path = _path(key.kind, key.namespace, key.name)
+        return await self._write("finalizers", "PATCH", path, body, content=MERGE, query=_MANAGER)
 
     async def _check_owned(self, manifest: Manifest, existing: Mapping[str, Any]) -> None:
         meta = existing["metadata"]

@@ -28,6 +28,7 @@ from lorapool_api.protocol import (
 )
 from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.trust.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
+from lorapool_api.tuning.trainer_protocol import ROUTE_JOB, PutJobAnswer, TrainerJob
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.world.cluster_cache import PodObject
 
@@ -82,25 +83,26 @@ class RuntimeClient:
         if self._session is not None:
             await self._session.close()
 
-    async def snapshot(self, pod: PodObject, query: Mapping[str, str], *, timeout_s: float) -> bytes:
-        """Returns the JSON of a RuntimeSnapshot, by a poll that does not carry the token.
+    async def snapshot(
+        self, pod: PodObject, query: Mapping[str, str], *, timeout_s: float, route: str = ROUTE_RUNTIME
+    ) -> bytes:
+        """Returns the JSON of a RuntimeSnapshot, or of what a trainer answers at its route, by a poll that does not
+        carry the token.
 
         Raises RuntimeGoneError, RuntimeRefusedError, and ProofError unless this pod itself answers.
         """
         *earlier, last = map(token_sha256, self._tokens(pod.base_uid))
         for digest in earlier:
             try:
-                return await self._poll(digest, pod, query, timeout_s)
+                return await self._poll(digest, pod, query, timeout_s, route)
             except RuntimeRefusedError as error:
                 if error.status != HTTPStatus.UNAUTHORIZED:
                     raise
-        return await self._poll(last, pod, query, timeout_s)
+        return await self._poll(last, pod, query, timeout_s, route)
 
-    async def _poll(self, digest: str, pod: PodObject, query: Mapping[str, str], timeout_s: float) -> bytes:
+    async def _poll(self, digest: str, pod: PodObject, query: Mapping[str, str], timeout_s: float, route: str) -> bytes:
         challenge = Challenge.new(digest, pod.meta.uid)
-        raw, headers = await self._send(
-            challenge.authorization, pod, "GET", ROUTE_RUNTIME, query=query, timeout_s=timeout_s
-        )
+        raw, headers = await self._send(challenge.authorization, pod, "GET", route, query=query, timeout_s=timeout_s)
         challenge.check(digest, headers.get(HEADER_PROOF), raw)
         return raw
 
@@ -135,6 +137,19 @@ class RuntimeClient:
     async def give_credentials(self, pod: PodObject, credentials: NamespaceCredentials) -> None:
         """Gives a runtime the namespaces' credentials. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
         await self._call(pod, "PUT", ROUTE_CREDENTIALS, body=credentials.model_dump_json(by_alias=True))
+
+    async def put_job(self, pod: PodObject, uid: str, job: TrainerJob) -> PutJobAnswer:
+        """Sends a job to a trainer; idempotent. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        body = job.model_dump_json(by_alias=True, exclude_none=True)
+        return _parse(PutJobAnswer, await self._call(pod, "PUT", ROUTE_JOB.format(uid=uid), body=body))
+
+    async def delete_job(self, pod: PodObject, uid: str) -> None:
+        """Has a trainer forget a job. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        try:
+            await self._call(pod, "DELETE", ROUTE_JOB.format(uid=uid))
+        except RuntimeRefusedError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
 
     async def _call(
         self, pod: PodObject, method: str, path: str, *, body: str | None = None, timeout_s: float | None = None
@@ -203,7 +218,7 @@ def _route_of(adapter: AdapterKey) -> str:
     return ROUTE_ADAPTER.format(uid=adapter.uid, digest=adapter.digest)
 
 
-RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer, BaseModules)
+RuntimeResponse = TypeVar("RuntimeResponse", PutAnswer, DeleteAnswer, ResolveAnswer, BaseModules, PutJobAnswer)
 
 
 def _parse(kind: type[RuntimeResponse], raw: bytes) -> RuntimeResponse:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import BaseModel as PydanticModel
 from pydantic import ValidationError
@@ -49,6 +49,7 @@ class ObjectKind(StrEnum):
 
     BASE = "BaseModel"
     ADAPTER = "LoraAdapter"
+    TUNING = "FineTuneJob"
 
     __hash__ = str.__hash__  # the enum's own is a Python function, and every look-up by a key calls it
 
@@ -102,7 +103,7 @@ class UnreadableError(ValueError):
 Part = TypeVar("Part", bound=PydanticModel)
 
 
-def _part(model: type[Part], raw: Mapping[str, Any], name: str) -> Part:
+def parse_part(model: type[Part], raw: Mapping[str, Any], name: str) -> Part:
     """Parses spec or status. Raises UnreadableError, or KeyError if there is no spec."""
     try:
         return model.model_validate(raw[name] if name == "spec" else raw.get(name) or {})
@@ -158,8 +159,8 @@ class BaseObject:
         """Parses the API server's JSON. Raises UnreadableError or KeyError."""
         return cls(
             Meta.parse(raw["metadata"]),
-            _part(BaseModelSpec, raw, "spec"),
-            _part(BaseModelStatus, raw, "status"),
+            parse_part(BaseModelSpec, raw, "spec"),
+            parse_part(BaseModelStatus, raw, "status"),
         )
 
 
@@ -208,8 +209,8 @@ class AdapterObject:
         status["conditions"] = share_conditions(status.get("conditions") or [])
         item = cls(
             Meta.parse(raw["metadata"]),
-            _part(LoraAdapterSpec, raw, "spec"),
-            _part(LoraAdapterStatus, {"status": status}, "status"),
+            parse_part(LoraAdapterSpec, raw, "spec"),
+            parse_part(LoraAdapterStatus, {"status": status}, "status"),
         )
         compact_adapter(item.spec, item.status)
         return item
@@ -250,6 +251,10 @@ class PodObject:
     last_exit_unix_s: float = 0.0
     owner_uid: str = ""
     """Uid of the ReplicaSet that controls it."""
+    job_uid: str = ""
+    """Uid of the batch/v1 Job that controls it, for the pod of a trainer."""
+    disruption: str = ""
+    """Why Kubernetes ends it, such as PreemptionByScheduler; empty while it does not."""
     scheme: str = PLAIN
     """How its runtime is spoken to: http or https."""
 
@@ -279,6 +284,8 @@ class PodObject:
             last_exit=last,
             last_exit_unix_s=unix(last_at) or 0.0,
             owner_uid=controller_uid(raw["metadata"], "ReplicaSet"),
+            job_uid=controller_uid(raw["metadata"], "Job"),
+            disruption=problems.disruption(status),
             scheme=scheme,
         )
 
@@ -541,7 +548,12 @@ def _discard(index: dict[At, set[Key]], at: At, member: Key) -> None:
             del index[at]
 
 
-P = TypeVar("P", BaseObject, AdapterObject, PodObject, ReplicaSetObject, DeploymentObject)
+class _Parsed(Protocol):
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Self: ...
+
+
+P = TypeVar("P", bound=_Parsed)
 ParseErrors = (KeyError, TypeError, ValueError)
 
 

@@ -62,6 +62,12 @@ def pod_problem(status: Mapping[str, Any]) -> str:
     return ""
 
 
+def disruption(status: Mapping[str, Any]) -> str:
+    """Returns why Kubernetes ends the pod, such as PreemptionByScheduler; empty while it does not."""
+    ends = (item for item in status.get("conditions") or () if item["type"] == "DisruptionTarget")
+    return next((str(item.get("reason") or "") for item in ends if item["status"] == "True"), "")
+
+
 def deployment_problem(status: Mapping[str, Any]) -> str:
     """Returns why the Deployment cannot create pods; empty if nothing is wrong."""
     for item in status.get("conditions") or ():

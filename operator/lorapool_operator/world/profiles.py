@@ -117,6 +117,17 @@ class Rollout(_Strict):
         return self
 
 
+class TrainerProfile(_Strict):
+    """How the batch/v1 Jobs of trainers are queued; their pods are otherwise those of the profile."""
+
+    suspend: bool = False
+    """The Job is created suspended, and has no pod until an administrator or a queue releases it."""
+    job_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the Job, such as `kueue.x-k8s.io/queue-name`; the operator's own take precedence."""
+    priority_class_name: str = ""
+    """PriorityClass of the pod. Empty: the one of the chart's value tuning.priorityClass, below serving."""
+
+
 class RuntimeProfile(_Strict):
     """One profile. Values of Kubernetes' own types are passed on unchanged."""
 
@@ -183,6 +194,8 @@ class RuntimeProfile(_Strict):
     """Annotations of the pods."""
     rollout: Rollout = Field(default_factory=Rollout)
     """How pods are replaced when their template changes."""
+    trainer: TrainerProfile = Field(default_factory=TrainerProfile)
+    """How trainers are queued, where a BaseModel's fineTuning uses the profile."""
 
     def permits(self, namespace: str) -> bool:
         """Whether BaseModels of this namespace may use the profile."""

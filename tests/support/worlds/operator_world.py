@@ -27,6 +27,7 @@ from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, 
 from lorapool_api.protocol import runtime_token
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_operator.decisions.manifests import MANAGED_BY
+from lorapool_operator.effects.tuning import JobFiles
 from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings
 
@@ -314,11 +315,17 @@ async def operator_program(api: Api, folder: Path, *, profiles: str = PROFILES, 
 
 @asynccontextmanager
 async def running_operator(
-    api: Api, folder: Path, inspector: FakeInspector, *, sources: SourceSettings | None = None, **changes: Any
+    api: Api,
+    folder: Path,
+    inspector: FakeInspector,
+    *,
+    sources: SourceSettings | None = None,
+    job_files: JobFiles | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Process]:
     """The whole process, in this event loop."""
     settings = operator_settings(api, folder, **changes)
-    process = Process(settings, sources=sources or SourceSettings(), inspector=inspector)
+    process = Process(settings, sources=sources or SourceSettings(), inspector=inspector, job_files=job_files)
     task = asyncio.create_task(process.run())
     try:
 

@@ -1,0 +1,62 @@
+"""Which jobs of a base are trained now, and which wait for their turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorapool_api.tuning.states import JobReason, RunState
+from lorapool_operator.decisions.tuning.values import Waiting
+from lorapool_operator.world.tuning import ObservedJob
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Uids of the jobs that a trainer should have, and why each other one waits."""
+
+    wanted: frozenset[str]
+    waiting: Mapping[str, Waiting]
+
+
+def take_turns(
+    ready: Sequence[ObservedJob],
+    *,
+    registered: Iterable[str],
+    max_jobs: int,
+    active_jobs: int,
+    active_elsewhere: Mapping[str, int],
+) -> Turns:
+    """Chooses at most `max_jobs` of the jobs that could be trained, and at most `active_jobs` of one namespace.
+
+    A job that the trainer has stays there; then higher priorities come first, then older jobs. A paused job takes no
+    place.
+    """
+    has = frozenset(registered)
+    order = sorted(
+        (item for item in ready if item.job.spec.run is RunState.RUN),
+        key=lambda item: (
+            item.job.meta.uid not in has,
+            -item.job.spec.priority,
+            item.job.meta.created_unix_s,
+            item.job.meta.uid,
+        ),
+    )
+    active = Counter(active_elsewhere)
+    wanted: set[str] = set()
+    waiting: dict[str, Waiting] = {}
+    for item in order:
+        uid, namespace = item.job.meta.uid, item.job.meta.namespace
+        position = len(waiting) + 1
+        if active[namespace] >= active_jobs:
+            message = f"Namespace {namespace} trains {active_jobs} jobs, as many as it may: it waits for one to end."
+            waiting[uid] = Waiting(JobReason.NAMESPACE_LIMIT, message, position)
+        elif len(wanted) >= max_jobs:
+            message = (
+                f"The base trains {max_jobs} jobs (spec.fineTuning.maxJobs): this one is number {position} in turn."
+            )
+            waiting[uid] = Waiting(JobReason.WAITING_FOR_TURN, message, position)
+        else:
+            wanted.add(uid)
+            active[namespace] += 1
+    return Turns(frozenset(wanted), waiting)
