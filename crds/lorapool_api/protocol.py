@@ -347,6 +347,8 @@ class ResolveAnswer(ApiModel):
 
     digest: str | None = None
     """Digest of the files."""
+    weights_digest: str | None = None
+    """Digest of the weights and their config alone, without what an adapter brings for chats."""
     revision: str | None = None
     """The resolved, immutable revision."""
     rank: int | None = None

@@ -36,6 +36,7 @@ from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_store import metrics as store_metrics
 from lorapool_store.settings import Settings as StoreSettings
+from lorapool_trainer.serve.settings import TrainerSettings
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -265,6 +266,7 @@ def settings() -> str:
         ("Gateway", GatewaySettings, GatewaySettings.prefix),
         ("Store", StoreSettings, StoreSettings.prefix),
         ("Runtime", RuntimeSettings, RuntimeSettings.prefix),
+        ("Trainer", TrainerSettings, TrainerSettings.prefix),
         ("Sources, for operator and runtime", SourceSettings, ""),
     ):
         head = ["setting", "type", "default", "bounds", "unit", "meaning"]

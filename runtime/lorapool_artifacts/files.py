@@ -92,8 +92,13 @@ def files_of(expected_digest: str | None, files: Sequence[RemoteFile]) -> tuple[
 
     A digest that was pinned or recorded when only these two were read keeps its meaning. All, if a hash is unknown.
     """
-    weights = tuple(file for file in files if file.name not in CHAT_FILES)
+    weights = weights_of(files)
     return weights if expected_digest is not None and digest_of(weights) == expected_digest else tuple(files)
+
+
+def weights_of(files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """The weights of an adapter and their config, without what it brings for chats."""
+    return tuple(file for file in files if file.name not in CHAT_FILES)
 
 
 def _adapter_names(by_name: Mapping[str, RemoteFile], where: str) -> set[str]:

@@ -38,6 +38,7 @@ from lorapool_artifacts.files import (
     digest_of,
     files_of,
     select_files,
+    weights_of,
 )
 from lorapool_artifacts.settings import MAX_JSON_BYTES, MAX_TENSORS, MIB, AdapterLimits, FetchLimits, SourceSettings
 from lorapool_artifacts.sources import Source, open_source, read_range
@@ -67,6 +68,8 @@ class AdapterInspection:
     revision: str
     digest: str | None
     """None only when the adapter does not fit and the source lists no hashes."""
+    weights_digest: str | None
+    """Of the weights and their config alone; None as for `digest`."""
     rank: int
     target_modules: tuple[str, ...]
     size_bytes: int
@@ -199,7 +202,10 @@ def inspect_adapter_source(
         files = files_of(expected_digest, with_hashes(source, files))
         digest, size_bytes = digest_of(files), sum(file.size_bytes for file in files)
         check_digest(digest, expected_digest, source.where)
-    return AdapterInspection(source.revision, digest, result.rank, result.target_modules, size_bytes, result)
+    weights_digest = digest_of(weights_of(files))
+    return AdapterInspection(
+        source.revision, digest, weights_digest, result.rank, result.target_modules, size_bytes, result
+    )
 
 
 def read_header(source: Source, file: RemoteFile, bounds: HeaderBounds) -> SafetensorsHeader:

@@ -1,8 +1,17 @@
-"""`python -m lorapool_trainer`: trains jobs of files on this machine (`laptop`)."""
+"""`python -m lorapool_trainer`: trains jobs of files on this machine, or with `serve` those of an operator."""
 
 import sys
 
-from lorapool_trainer.laptop import main
+
+def main() -> int:
+    if sys.argv[1:2] == ["serve"]:
+        from lorapool_trainer.serve.process import main as serve
+
+        return serve()
+    from lorapool_trainer.laptop import main as train
+
+    return train(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

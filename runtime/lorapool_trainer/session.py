@@ -269,6 +269,9 @@ class Session:
     def _enter(self, job: LiveJob) -> None:
         try:
             job.enter(self._engine, self._monotonic())
+        except ArtifactError as error:
+            self._fail(job, JobFailure.SOURCE_UNAVAILABLE, error.message)
+            return
         except (TargetError, ValueError) as error:
             self._fail(job, JobFailure.INCOMPATIBLE, f"{error}.")
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
-from tuning_kit import save_tiny_base, write_data
+from tuning_kit import environment, save_tiny_base, write_data
 
 from lorapool_api.protocol import StartupPhase, StartupReport, token_sha256
 from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
@@ -210,3 +212,12 @@ async def test_only_who_has_the_token_or_a_proof_is_answered(
             assert (response.status, "more than 16" in await response.text()) == (400, True)
         async with client.put(JOB, json={"display": 7}) as response:
             assert response.status == 400
+
+
+def test_the_process_loads_its_base_and_ends_with_0_when_there_is_no_work(base: Path, tmp_path: Path) -> None:
+    own = {"MODEL": str(base), "LISTEN_PORT": "0", "IDLE_AFTER_S": "0.5", "CACHE_DIR": str(tmp_path), "THREADS": "1"}
+    variables = {**environment(), **{f"LORAPOOL_TRAINER_{name}": value for name, value in own.items()}}
+    done = subprocess.run(
+        [sys.executable, "-m", "lorapool_trainer", "serve"], env=variables, capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode, '"message": "ready"' in done.stderr) == (0, True), done.stderr

@@ -307,6 +307,13 @@ def _outdated(observed: ObservedAdapter, validity: Validity) -> ConditionValue |
         same = served is not None and (status.digest, status.judged) == (served.digest, validity.fingerprint)
         kept = before is not None and same and not validity.checked
         return (before.status, before.reason, before.message) if before is not None and kept else None
+    if newer.weights_digest == served.digest:
+        message = (
+            "The weights are the same, and the source has files for chats too: a chat template, a tokenizer or a "
+            f"generation config. They are not in use, because {served.digest} was recorded by a version that did not "
+            "read them. To use them, change the annotation lorapool.dev/retry."
+        )
+        return ("True", Reason.SOURCE_CHANGED.value, message)
     message = (
         f"The source holds {newer.digest} (revision {newer.revision}) now; served is {served.digest} (revision "
         f"{served.revision}). To serve the newer files, name their revision in spec.source, set "

@@ -87,7 +87,9 @@ class ArtifactInspector:
         found = await inspect_adapter(uri, revision, digest, base, limits, settings, fetch_limits=self._limits)
         if not found.compatibility.ok or found.digest is None:
             return SourceFailure(found.compatibility.reason or FailureReason.INCOMPATIBLE, found.compatibility.message)
-        return SourceFacts(found.digest, found.revision, found.rank, found.target_modules, found.size_bytes)
+        return SourceFacts(
+            found.digest, found.revision, found.rank, found.target_modules, found.size_bytes, found.weights_digest
+        )
 
     def _with(self, credentials: Mapping[str, str] | None) -> SourceSettings:
         return self._settings if credentials is None else self._settings.with_only(credentials)
@@ -253,7 +255,12 @@ class InspectionTracker:
         if response.digest is None:
             return SourceFailure(FailureReason.SOURCE_UNAVAILABLE, "The runtime reported no digest.")
         return SourceFacts(
-            response.digest, response.revision, response.rank, tuple(response.target_modules), response.size_bytes
+            response.digest,
+            response.revision,
+            response.rank,
+            tuple(response.target_modules),
+            response.size_bytes,
+            response.weights_digest,
         )
 
     def _base_facts(self, base_uid: str) -> BaseFacts | None:

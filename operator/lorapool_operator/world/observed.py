@@ -124,6 +124,8 @@ class SourceFacts:
     rank: int | None = None
     target_modules: tuple[str, ...] = ()
     size_bytes: int | None = None
+    weights_digest: str | None = None
+    """Of an adapter's weights and their config alone; None where an inspection did not find it."""
 
 
 @dataclass(frozen=True, slots=True)

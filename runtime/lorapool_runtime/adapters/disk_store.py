@@ -164,6 +164,7 @@ class DiskStore:
             failure = ErrorDetail(reason=reason.value, message=found.compatibility.message)
         return ResolveAnswer(
             digest=found.digest,
+            weights_digest=found.weights_digest,
             revision=found.revision,
             rank=found.rank,
             target_modules=list(found.target_modules),

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ENV_TOKEN_SHA256_FILE
 from lorapool_api.settings import Env, ServingSettings
+from lorapool_api.tuning.finetunejob import Numerics
 from lorapool_api.tuning.trainer_protocol import TRAINER_PORT
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_runtime.settings import RuntimeSettings
-from lorapool_trainer.engine import Numerics
 
 
 class TrainerSettings(ServingSettings):

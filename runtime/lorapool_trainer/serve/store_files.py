@@ -6,8 +6,10 @@ first and then stored; the report of an ended job comes last, since it says that
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -22,6 +24,8 @@ from lorapool_trainer.jobs.adapter_folder import WEIGHTS
 from lorapool_trainer.jobs.checkpoint import FOLDER as CHECKPOINTS
 from lorapool_trainer.jobs.live import CURVE_FILE, METRICS_FILE
 
+log = logging.getLogger(__name__)
+
 REPORT_FILE = "report.json"
 STORED_AS = {name: f"result_files/{name}" for name in (METRICS_FILE, CURVE_FILE)}
 
@@ -34,7 +38,7 @@ class Listed(Protocol):
 class ObjectStore(Protocol):
     """Of the store's client, what a job needs. Blocks; raises ArtifactError."""
 
-    def list(self, namespace: str, prefix: str = "") -> list[Listed]: ...
+    def list(self, namespace: str, prefix: str = "") -> Sequence[Listed]: ...
 
     def get(self, namespace: str, key: str) -> bytes: ...
 
@@ -50,6 +54,8 @@ class StoreFiles:
 
     def __init__(self, folder: Path, job: TrainerJob, client: ObjectStore) -> None:
         self._folder, self._job, self.client = folder, job, client
+        self._unsaved: dict[str, None] = {}
+        """Names that the store did not take yet."""
         self._workspace, self._output = location(job.workspace), location(job.output)
 
     @property
@@ -95,15 +101,29 @@ class StoreFiles:
         writing.rename(target)
 
     def save(self, *names: str) -> None:
-        for name in names:
+        """What the store refuses now is stored by a later `flush`, so that training goes on meanwhile."""
+        self._unsaved |= dict.fromkeys(names)
+        try:
+            self.flush()
+        except ArtifactError as error:
+            log.warning("the store refused", extra={"job": self._job.display, "error": error.message})
+
+    def flush(self) -> None:
+        """Stores what was not stored yet. Raises ArtifactError."""
+        for name in list(self._unsaved):
             path = self._folder / name
+            if not path.exists():  # a checkpoint that was superseded meanwhile
+                del self._unsaved[name]
+                continue
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:
                 namespace, key = self._key(name, file.name if path.is_dir() else "")
                 self.client.put(namespace, key, file.read_bytes())
+            del self._unsaved[name]
 
     def drop(self, name: str) -> None:
         namespace, key = self._key(name, "")
-        self.client.delete(namespace, f"{key}/")
+        with contextlib.suppress(ArtifactError):  # it is deleted with the job at the latest
+            self.client.delete(namespace, f"{key}/")
 
     def _key(self, name: str, file: str) -> tuple[str, str]:
         if name == ADAPTER:

@@ -162,7 +162,8 @@ class Worker:
         if (text := entry.events.part(now_s, ended=ended)) is not None:
             entry.files.add_events(entry.files.event_parts(), text)
             entry.events.stored(now_s)
-        if job.state.ended:
+        entry.files.flush()
+        if job.state.ended and not (job.failure and job.failure.reason.transient):
             report = self._report(job.uid, entry)
             entry.files.write_report(report.model_dump_json(by_alias=True, exclude_none=True))
             entry.reported = True

@@ -787,6 +787,16 @@ def test_newer_files_at_a_pinned_source_are_reported_and_not_served() -> None:
     assert "Outdated" not in types(back)
 
 
+def test_files_for_chats_that_a_recorded_digest_leaves_out_are_not_called_newer_weights() -> None:
+    on = base()
+    one = settled(adapter(), on)
+    whole = SourceFacts(NEW, "rev", 8, ("q_proj",), 100, weights_digest=OLD)
+    made = plan(ObservedAdapter(one, on, inspection=check_of(one, on, whole, NOW), since_unix_s=NOW - 1))
+    assert condition(made, "Outdated") == ("True", "SourceChanged")
+    assert "The weights are the same" in text_of(made, "Outdated")
+    assert "change the annotation lorapool.dev/retry" in text_of(made, "Outdated")
+
+
 def test_newer_files_at_a_polled_source_are_rolled_out() -> None:
     on = base()
     one = settled(adapter(source={"uri": "hf://org/a", "updatePolicy": "Poll"}), on)
