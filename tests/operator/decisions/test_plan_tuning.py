@@ -27,11 +27,13 @@ from tuning_plans import (
 
 from lorapool_api.base_modules import BaseModule, compact
 from lorapool_api.basemodel import BaseModelStatus
+from lorapool_api.settings import read
 from lorapool_api.tuning.finetunejob import FINALIZER
 from lorapool_api.tuning.states import JobFailure, JobState
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.world.profiles import RuntimeProfile
 from lorapool_operator.world.tuning import DataFinding, ObservedJob, Sent
+from lorapool_trainer.serve.settings import TrainerSettings
 
 MODULES = compact([BaseModule("model.layers.0.self_attn.q_proj", 8, 8), BaseModule("model.layers.0.mlp.up_proj", 8, 8)])
 
@@ -447,3 +449,11 @@ def test_a_deleted_job_leaves_the_trainer_then_its_files_are_deleted_then_it_goe
 def test_nothing_is_planned_while_the_base_may_only_be_unlisted() -> None:
     found = plan(observed(), base=None, base_may_exist=True)
     assert (found.jobs, found.start) == ((), ())
+
+
+def test_the_trainer_starts_with_the_environment_of_its_pod() -> None:
+    (made,) = plan(observed(), tls=True).start
+    container = made["spec"]["template"]["spec"]["containers"][0]
+    environment = {item["name"]: str(item.get("value") or "pod-uid") for item in container["env"]}
+    settings = read(TrainerSettings, environment)
+    assert (settings.model, settings.base_label, settings.idle_after_s) == ("hf://org/base", "team/tiny", 120.0)
