@@ -34,6 +34,7 @@ from lorapool_operator.effects.authority import Authority
 from lorapool_operator.effects.cluster import Cluster, ClusterError, Subject
 from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
+from lorapool_operator.effects.job_files import StoreFiles
 from lorapool_operator.effects.lease import Leadership
 from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
@@ -170,7 +171,7 @@ class Process:
             TuningSetup(
                 image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
                 profile_of=lambda base: trainer_profile(base, observer.profiles),
-                files=self._job_files,
+                files=self._job_files or (StoreFiles(self._store) if self._store is not None else None),
                 limits=TuningLimits(
                     active_jobs=settings.tuning_active_jobs,
                     unfinished_jobs=settings.tuning_unfinished_jobs,

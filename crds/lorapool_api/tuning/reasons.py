@@ -40,7 +40,7 @@ JOB_REASONS: Mapping[JobReason, Explanation] = {
     ),
     JobReason.NO_STORE: Explanation(
         "The operator knows no store, where data and results would be. The job waits.",
-        "Set the chart's value tuning.store.",
+        "Set the chart's value store.enabled.",
     ),
     JobReason.NAMESPACE_LIMIT: Explanation(
         "The namespace trains as many jobs as the chart's value tuning.quotas.activeJobs allows. The job waits.",

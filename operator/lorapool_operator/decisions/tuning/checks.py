@@ -39,7 +39,7 @@ def waits_for_base(tuning: ObservedTuning, job: TuningObject) -> Waiting | None:
             "spec.fineTuning.profile of the BaseModel.",
         )
     if not tuning.store:
-        return Waiting(JobReason.NO_STORE, "The operator knows no store: set the chart's value tuning.store.")
+        return Waiting(JobReason.NO_STORE, "The operator knows no store: set the chart's value store.enabled.")
     return None
 
 
