@@ -18,8 +18,10 @@ from aiohttp.test_utils import TestServer
 from tuning_kit import environment, save_tiny_base, write_data
 
 from lorapool_api.protocol import StartupPhase, StartupReport, token_sha256
+from lorapool_api.settings import variables
 from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
 from lorapool_api.tuning.trainer_protocol import JobReport, TrainerSnapshot
+from lorapool_operator.decisions.tuning.session import SHARED
 from lorapool_trainer.data.encoder import Encoder
 from lorapool_trainer.engine import Engine
 from lorapool_trainer.serve.server import TrainerState, make_app
@@ -221,3 +223,9 @@ def test_the_process_loads_its_base_and_ends_with_0_when_there_is_no_work(base: 
         [sys.executable, "-m", "lorapool_trainer", "serve"], env=variables, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, '"message": "ready"' in done.stderr) == (0, True), done.stderr
+
+
+def test_every_setting_that_the_operator_passes_on_exists() -> None:
+    """An unknown variable would end the process."""
+    known = {name for names in variables(TrainerSettings, TrainerSettings.prefix).values() for name in names}
+    assert {f"LORAPOOL_TRAINER_{name}" for name in SHARED} <= known

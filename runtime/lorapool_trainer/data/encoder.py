@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from lorapool_api.openai import InvalidRequestError
+from lorapool_api.protocol import BaseChat
 from lorapool_api.tuning.states import JobFailure
 from lorapool_artifacts.datasets.errors import DatasetError
 from lorapool_artifacts.datasets.examples import ChatExample, CompletionExample, Example
@@ -43,12 +44,14 @@ class Encoder:
     stop_ids: frozenset[int]
 
     @classmethod
-    def of_base(cls, folder: Path) -> Encoder:
-        """The encoder of a base's folder. Raises TokenizerError."""
+    def of_base(cls, folder: Path, said: BaseChat | None = None) -> Encoder:
+        """The encoder of a base's folder; `said`: what its object says about chats. Raises TokenizerError."""
         tokenizer = Tokenizer(folder, threads=1, timeout_s=RENDER_TIMEOUT_S)
         ends = _generation_ends(folder)
-        chat = ChatFormats(tokenizer, rows=0, eos_ids=ends).base
-        return cls(tokenizer, chat, ends | chat.stop_ids)
+        formats = ChatFormats(tokenizer, rows=0, eos_ids=ends)
+        if said is not None:
+            formats.use_base(said)
+        return cls(tokenizer, formats.base, ends | formats.base.stop_ids)
 
     def close(self) -> None:
         self.tokenizer.close()

@@ -34,6 +34,7 @@ from lorapool_api.tuning.trainer_protocol import TrainerBase, TrainerJob, Traine
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.sources.store_client import StoreClient
 from lorapool_runtime.cgroup import usable_cores, usable_memory_bytes
+from lorapool_runtime.serving.service import read_base_chat
 from lorapool_runtime.startup import BaseError, BaseFolder, base_folder, reason_of
 from lorapool_runtime.startup_progress import StartupProgress
 from lorapool_trainer.data.encoder import Encoder
@@ -114,7 +115,7 @@ def load(settings: TrainerSettings, progress: StartupProgress) -> Loaded:
     root.mkdir(parents=True, exist_ok=True)
     session = Session(
         engine,
-        Encoder.of_base(folder.path),
+        Encoder.of_base(folder.path, read_base_chat(settings.chat_file)),
         BaseName(settings.label, folder.digest or base_identity(folder.path)),
         Suspects(root),
         SessionLimits(settings.max_jobs, limit),

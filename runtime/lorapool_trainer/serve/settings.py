@@ -69,6 +69,11 @@ class TrainerSettings(ServingSettings):
     """Folder of mounted claims: pvc://claim/path is read from <pvc_root>/<claim>/<path>."""
     source_rules_file: Path | None = None
     """Accepted because every pod of a base has it; a job's files are reached with the token that came with the job."""
+    chat_file: Path | None = None
+    """A JSON file (`BaseChat`) with the chat template and stop tokens of the BaseModel, read at the start. The operator
+    writes it. None or a missing file: the base's files decide."""
+    native: Annotated[str, Env("LORAPOOL_NATIVE")] = "auto"
+    """Accepted because the profile of the runtimes may set it; training uses torch's operators."""
     memory_bytes: int | None = Field(default=None, ge=2**20)
     """Memory that jobs are admitted by; None: that of the device or of the container."""
     drain_grace_s: float = Field(default=25.0, ge=0)
