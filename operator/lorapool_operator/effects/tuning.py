@@ -228,8 +228,7 @@ class TuningControl:
         if plan.status is not None:
             await self._write(plan, memory)
         if plan.unregister and trainer is not None:
-            await self.trainers.delete(trainer.pod.meta.uid, job.meta.uid)
-            self.queue.add(job.base_key)
+            await self.trainers.delete(trainer.pod.meta.uid, job.meta.uid)  # its next report requests the next plan
         if plan.delete_data and self._setup.files is not None:
             await self._delete_files(self._setup.files, job)
             memory.deleted_data = True
