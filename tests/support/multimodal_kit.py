@@ -77,3 +77,14 @@ def glm_with_extra_layers(folder: Path) -> Saved:
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"num_nextn_predict_layers": 1}))
     return Saved(folder, model)
+
+
+def llama_without_prefix(folder: Path, model: Any) -> Path:
+    """A copy of a Llama as AutoModel saves it: `layers.0…` on disk is `model.layers.0…` when loaded."""
+    from transformers import AutoModel
+
+    model.save_pretrained(folder / "whole")
+    AutoModel.from_pretrained(folder / "whole", dtype=torch.float32).save_pretrained(folder / "bare")
+    config = folder / "bare" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
+    return folder / "bare"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from engine_kit import Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
-from multimodal_kit import glm_with_extra_layers, tiny_gemma3
+from multimodal_kit import glm_with_extra_layers, llama_without_prefix, tiny_gemma3
 from safetensors.torch import load_file, save_file
 
 from lorapool_api.base_modules import BaseModules, ModuleKind, compact
@@ -187,16 +187,10 @@ def test_layers_that_exist_only_on_disk_are_not_expected_of_an_adapter(tmp_path:
 
 
 def test_a_base_that_was_saved_without_its_prefix_serves_adapters(tmp_path: Path) -> None:
-    """As AutoModel saves it: `layers.0…` on disk is `model.layers.0…` when loaded."""
-    from transformers import AutoModel
-
-    world = peft_world(tmp_path, tiny_model("Llama"), {"plain": {"r": 4, "target_modules": QV}})
-    bare = tmp_path / "bare"
-    AutoModel.from_pretrained(world.base, dtype=torch.float32).save_pretrained(bare)
-    config = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    assert not any(name.startswith("model.") for name in base_files_from_folder(bare).shapes)
-    world.base = bare
+    model = tiny_model("Llama")
+    world = peft_world(tmp_path, model, {"plain": {"r": 4, "target_modules": QV}})
+    world.base = llama_without_prefix(tmp_path, model)
+    assert not any(name.startswith("model.") for name in base_files_from_folder(world.base).shapes)
     world.adapters["without prefix"] = renamed(
         world.adapters["plain"], lambda name: name.replace("model.model.layers", "model.layers"), tmp_path / "other"
     )
