@@ -13,7 +13,10 @@ from gateway_world import KEY, OTHER_KEY
 from store_kit import StoreProcess, running_store
 from tuning_world import CHAT_KEY, A, B, TuningWorld, tuning_world
 
+from lorapool_api.openai import InvalidRequestError
+from lorapool_gateway.routing.auth import ApiKey
 from lorapool_gateway.tuning import upload
+from lorapool_gateway.tuning.organization import caller_of
 from lorapool_gateway.tuning.upload import shown_name
 
 DATA = b'{"messages": []}\n' * 1000
@@ -236,3 +239,11 @@ async def test_without_a_store_that_answers_a_call_is_503_and_may_be_repeated(
             for method, path in (("GET", "/v1/files"), ("GET", "/v1/files/file-" + "x" * 24)):
                 answer = await here.call(method, path)
                 assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+
+
+@pytest.mark.parametrize("organization", ["a/../b", "..", "A", "a?b", "a%2Fb", "x" * 64, "a\n"])
+def test_a_key_of_all_namespaces_names_one_that_could_exist(organization: str) -> None:
+    key = ApiKey("admin", "0" * 64, None, fine_tuning=True)
+    assert caller_of(key, "team-a").namespace == "team-a"
+    with pytest.raises(InvalidRequestError, match="does not exist"):
+        caller_of(key, organization)

@@ -5,12 +5,14 @@ An unknown namespace and one of another tenant look the same to a caller.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lorapool_api.openai import InvalidRequestError, PermissionDeniedError
 from lorapool_gateway.routing.auth import ApiKey
 
 HEADER_ORGANIZATION = "OpenAI-Organization"
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ def caller_of(key: ApiKey, organization: str | None) -> Caller:
             "This API key may not use files and fine-tuning. Ask the administrator to set fineTuning in its Secret."
         )
     if organization:
-        if key.namespaces is not None and organization not in key.namespaces:
+        known = _NAMESPACE.fullmatch(organization) if key.namespaces is None else organization in key.namespaces
+        if not known:
             raise InvalidRequestError(
                 f"The organization {organization[:64]!r} does not exist or this API key does not belong to it.",
                 code="invalid_organization",
