@@ -15,12 +15,13 @@ import yaml
 from pydantic import ValidationError
 
 from lorapool_api.crd import KINDS
+from lorapool_api.tuning.finetunejob import KIND as TUNING
 from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import ref_of
 from lorapool_serve.objects import SECRET, Objects, Raw
 
 NAMESPACE = "default"
-SPEC_OF = {kind.kind: kind.spec for kind in KINDS}
+SPEC_OF = {kind.kind: kind.spec for kind in KINDS if kind.kind != TUNING}
 
 Found = dict[tuple[str, ObjectRef], Raw]
 
@@ -112,6 +113,8 @@ def _checked(raw: Any) -> Raw:
         }
         made["data"] = {**raw.get("data", {}), **encoded}
         return made
+    if kind == TUNING:
+        raise FileError(f"{kind} {name}: jobs are not served; train it with python -m lorapool_trainer --job FILE")
     if kind not in SPEC_OF:
         raise FileError(f"{kind} {name}: only {', '.join(SPEC_OF)} and {SECRET} can be served from a folder")
     try:

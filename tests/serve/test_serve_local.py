@@ -75,6 +75,7 @@ def test_an_edited_file_changes_its_models_and_a_deleted_one_removes_them(served
         ("kind: [", "bad.yaml: not YAML: while parsing"),
         ("hello", "bad.yaml: not a Kubernetes object: it needs kind and metadata.name."),
         ("{kind: Pod, metadata: {name: a}}", "bad.yaml: Pod a: only BaseModel, LoraAdapter and Secret can be served"),
+        ("{kind: FineTuneJob, metadata: {name: a}}", "bad.yaml: FineTuneJob a: jobs are not served; train it with"),
         (
             "{kind: LoraAdapter, metadata: {name: a}, spec: {source: {uri: 'pvc://a/b'}}}",
             "bad.yaml: LoraAdapter a: spec.baseModelRef: Field required.",

@@ -18,7 +18,7 @@ import openai
 import yaml
 
 FAKE_RUNTIME = Path(__file__).with_name("fake_runtime_process.py")
-TIMEOUT_S = 600.0
+TIMEOUT_S = 240.0
 PROGRAM = "import sys; from lorapool_serve.__main__ import main; sys.exit(main(sys.argv[2:], command={command}))"
 
 
