@@ -16,6 +16,11 @@ LONGEST = {
     "test_instruction_sets.py",
     "test_engine_matrix.py",
     "test_serve_local.py",
+    "test_laptop.py",
+    "test_session.py",
+    "test_engine_isolation.py",
+    "test_engine_peft.py",
+    "test_trainer_server.py",
 }
 
 

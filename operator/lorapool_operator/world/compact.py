@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from lorapool_api.chat import ChatReport, TemplateOrigin
 from lorapool_api.common import Condition
-from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus, UsagePart
+from lorapool_api.loraadapter import AdapterSource, BaseModelRef, LoraAdapterSpec, LoraAdapterStatus, UsagePart
 from lorapool_api.protocol import AdapterReport
 
 M = TypeVar("M", bound=BaseModel)
@@ -42,7 +42,8 @@ def compact(model: M) -> M:
 def _share_names(model: BaseModel) -> None:
     """Gives the model a dict that shares the names of the fields with all models of its class (PEP 412).
 
-    Python makes such a dict when attributes are set one by one, not when a whole dict is assigned as pydantic does.
+    Python makes such a dict when attributes are set one by one, not when a whole dict is assigned as pydantic does. It
+    takes the names from the first instances of a class: hence the call for each class below, before any is parsed.
     """
     values = model.__dict__
     object.__delattr__(model, "__dict__")
@@ -114,3 +115,13 @@ def _shared(raw: Any) -> Any:
 @functools.lru_cache(maxsize=SHARED_CONDITIONS)
 def _condition(items: Iterable[tuple[str, Any]]) -> Condition:
     return compact(Condition.model_validate(dict(items)))
+
+
+def _learn_names(*classes: type[BaseModel]) -> None:
+    for each in classes:
+        first = object.__new__(each)
+        for name in each.model_fields:
+            object.__setattr__(first, name, None)
+
+
+_learn_names(AdapterReport, AdapterSource, BaseModelRef, Condition, LoraAdapterSpec, LoraAdapterStatus, UsagePart)

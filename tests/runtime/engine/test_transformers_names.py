@@ -12,7 +12,7 @@ RUNTIME = Path(__file__).parents[3] / "runtime" / "lorapool_runtime"
 FOLDER = "engines/torch/model"
 MODEL = f"{FOLDER}/load.py"
 PUBLIC = {
-    "openai/tokenizer.py": {"transformers.AutoTokenizer"},
+    "openai/chats/tokenizer.py": {"transformers.AutoTokenizer"},
     "engines/choose.py": {"transformers.utils.logging"},
     MODEL: {
         "transformers.AttentionInterface",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import _COMMON, save_adapter, tiny_model
+from engine_kit import COMMON, save_adapter, tiny_model
 from torch import Tensor
 
 from lorapool_runtime.clock import Clock
@@ -115,7 +115,7 @@ def ministral() -> Any:
     import transformers
 
     config = transformers.Ministral3Config(
-        **_COMMON | {"head_dim": 16},
+        **COMMON | {"head_dim": 16},
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
