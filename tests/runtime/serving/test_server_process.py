@@ -210,10 +210,10 @@ async def test_the_long_prompts_of_one_tenant_do_not_delay_the_prompts_of_anothe
     encode, run, go_on = Tokenizer._encode, FairPool.run, threading.Event()
     arrived = []
 
-    def slow(tokenizer: Tokenizer, text: str, extra: ExtraTokens) -> tuple[int, ...]:
+    def slow(tokenizer: Tokenizer, text: str, extra: ExtraTokens, start_token: bool) -> tuple[int, ...]:
         if text.startswith("long"):
             assert go_on.wait(20)
-        return encode(tokenizer, text, extra)
+        return encode(tokenizer, text, extra, start_token)
 
     async def counted(pool: FairPool, tenant: str, work: Any) -> Any:
         arrived.append(tenant)

@@ -26,6 +26,9 @@ _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 PENALTY_S = 60.0
 """A template that did not end in time is not tried again for this long, for the same tenant."""
 MAX_PENALTIES = 1024
+FILE_PATIENCE = 5
+"""An adapter's tokenizer file may take so many times the time of a template: no request waits for it alone, and a busy
+machine must not refuse an adapter. The processor time is bounded as for a template."""
 
 
 class TemplateRefusedError(Exception):
@@ -73,9 +76,9 @@ class TemplateProcesses:
         return facts
 
     def _run(self, job: dict[str, Any], *, restarts: bool = False) -> Any:
-        process = self._idle.get()
+        process, wait_s = self._idle.get(), self._timeout_s * (FILE_PATIENCE if restarts else 1)
         try:
-            answer = process.answer(json.dumps({**job, "seconds": self._timeout_s}).encode(), self._timeout_s)
+            answer = process.answer(json.dumps({**job, "seconds": self._timeout_s}).encode(), wait_s)
             if restarts:
                 process.close()  # it keeps the memory that a large file took
         finally:
