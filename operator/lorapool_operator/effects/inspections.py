@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from lorapool_api.base_modules import BaseModules
@@ -197,7 +198,10 @@ class InspectionTracker:
         reason = outcome.reason.value if isinstance(outcome, SourceFailure) else "Resolved"
         self.outcomes[reason] = self.outcomes.get(reason, 0) + 1
         jitter = random.random()
-        self._results[job.uid] = InspectionResult(job.fingerprint, job.attempt, outcome, time.time(), jitter, began)
+        fingerprint = sys.intern(job.fingerprint)  # as the status will have it
+        if isinstance(outcome, SourceFacts):
+            outcome = replace(outcome, digest=sys.intern(outcome.digest))
+        self._results[job.uid] = InspectionResult(fingerprint, job.attempt, outcome, time.time(), jitter, began)
         self._changed(job.key, 0.0)
 
     async def _outcome(self, job: InspectionJob) -> Outcome:
