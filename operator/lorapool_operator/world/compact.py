@@ -73,7 +73,9 @@ def compact_adapter(spec: LoraAdapterSpec, status: LoraAdapterStatus) -> None:
     compact(spec)
     compact(status)
     _intern(spec.base_model_ref.__dict__, "name", "namespace")
-    _intern(status.__dict__, "state", "digest", "judged")
+    _intern(status.__dict__, "state", "digest")
+    if status.judged is not None:
+        status.__dict__.update(judged=sys.intern(status.judged))
     status.__dict__["chat"] = _same_chat(status.chat)
     status.__dict__["target_modules"] = _modules(tuple(status.target_modules))
 
