@@ -267,6 +267,8 @@ class RuntimeSnapshot(ApiModel):
     """Identifier of the runtime process."""
     started_unix_s: float
     """Start of the process."""
+    ready_unix_s: float | None = None
+    """When requests were first accepted; None before."""
     now_unix_s: float | None = None
     """The runtime's clock when it sent this. All times here are of that clock, which may differ from the reader's."""
     base: BaseReport

@@ -158,7 +158,11 @@ def _load(observed: ObservedBase, wanted: int) -> Load:
         runtime.local_time(at)
         for runtime in alive
         if runtime.current is not None
-        for at in (runtime.current.started_unix_s, runtime.current.last_request_unix_s)
+        for at in (
+            runtime.current.started_unix_s,
+            runtime.current.ready_unix_s,
+            runtime.current.last_request_unix_s,
+        )
     ]
     return Load(
         in_flight=sum(snapshot.in_flight + snapshot.waiting for snapshot in answers),

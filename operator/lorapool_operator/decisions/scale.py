@@ -30,7 +30,11 @@ class Load:
     ready: int
     """Number of replicas that serve."""
     last_activity_unix_s: float
-    """The latest of: a request, the start of a replica, the wake-up that asked for it, the object's creation."""
+    """The latest of: a request, the readiness of a replica, the wake-up that asked for it, the object's creation.
+
+    Readiness counts because a start can take longer than `idleAfter`: the requests that are held for the base get that
+    long to arrive.
+    """
     asked_unix_s: float = 0.0
     """When the newest replica was asked for: a wake-up or the creation of its pod."""
 

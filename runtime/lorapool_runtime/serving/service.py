@@ -148,6 +148,7 @@ class Runtime:
         self._by_attempt: dict[str, Generation] = {}
         self.finished = FinishedRing(self.boot_id, self.clock)
         self._admission = Admission(settings.max_batch + settings.max_waiting, self._note_request)
+        self._ready_unix_s: float | None = None
         self._last_request_unix_s: float | None = None
         self._chat_stamp: Stamp | None = None
         """Of the file that says how the base is talked to, as it was read last."""
@@ -188,7 +189,8 @@ class Runtime:
         self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()), turns)
         if wanted := read_preloads(self.settings.preload_file):
             self._preloading = asyncio.create_task(self._preload(manager, wanted), name="preload")
-        self.changes.bump()
+        else:
+            self._accept()
 
     async def _preload(self, adapters: AdapterManager, wanted: list[Preload]) -> None:
         try:
@@ -196,7 +198,11 @@ class Runtime:
             log.info("adapters preloaded", extra={"loaded": loaded, "wanted": len(wanted)})
         finally:
             self._preloading = None
-            self.changes.bump()
+            self._accept()
+
+    def _accept(self) -> None:
+        self._ready_unix_s = self.clock.unix_s()
+        self.changes.bump()
 
     @property
     def ready(self) -> bool:
@@ -518,6 +524,7 @@ class Runtime:
             seq=self.changes.seq,
             boot_id=self.boot_id,
             started_unix_s=self.started_unix_s,
+            ready_unix_s=self._ready_unix_s,
             now_unix_s=self.clock.unix_s(),
             base=BaseReport(
                 served_name=self.settings.base_name,

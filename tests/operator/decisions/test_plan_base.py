@@ -397,6 +397,14 @@ def test_idleness_is_measured_on_one_clock() -> None:
     assert plan(observed, NOW + 1087).scale_to == 0
 
 
+def test_a_base_whose_start_takes_longer_than_its_idle_time_is_not_idle_once_it_is_ready() -> None:
+    slow = runtime(started_unix_s=NOW, ready_unix_s=NOW + 1200)
+    of = base(replicas=1, scaling={"idleAfter": "90s"})
+    observed = world(of, pods=(pod(),), runtimes=(slow,), deployment=deployment())
+    assert plan(observed, NOW + 1201).scale_to is None
+    assert plan(observed, NOW + 1291).scale_to == 0
+
+
 def test_no_more_pods_run_than_the_owner_allows_whatever_an_autoscaler_asks_for() -> None:
     scaling = {"mode": "External", "maxReplicas": 2}
     two = tuple(runtime(f"p{number}", in_flight=1) for number in range(2))

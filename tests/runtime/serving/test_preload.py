@@ -37,7 +37,11 @@ async def test_it_is_ready_once_the_listed_adapters_are_loaded(byte_tokenizer: P
     async with starting(byte_tokenizer, store, preload_file=file) as served:
         assert await readiness(served) == (503, "loading")
         assert not served.runtime.snapshot().ready
+        assert served.runtime.snapshot().ready_unix_s is None
         await until(lambda: served.runtime.ready)
+        loaded = served.runtime.snapshot()
+        assert loaded.ready_unix_s is not None
+        assert loaded.started_unix_s + 0.5 <= loaded.ready_unix_s
         assert served.engine.loads == {"a": 1, "b": 1}
         assert await readiness(served) == (200, "ready")
 
