@@ -33,7 +33,11 @@ def api_key(
             "namespace": keys_namespace,
             "labels": {"lorapool.dev/api-key": "true"},
         },
-        "stringData": {"keySha256": hashlib.sha256(key.encode()).hexdigest(), "namespaces": namespaces},
+        "stringData": {
+            "keySha256": hashlib.sha256(key.encode()).hexdigest(),
+            "namespaces": namespaces,
+            "fineTuning": "true",
+        },
     }
 
 
@@ -51,6 +55,7 @@ def base_model(uri: str, *, idle_after: str = "10m", namespace: str = NAMESPACE)
             "lora": {"maxRank": 16, "slots": 8, "hostCacheBytes": "256Mi"},
             "scaling": {"minReplicas": 0, "maxReplicas": 1, "idleAfter": idle_after},
             "coldStart": {"maxWait": "5m", "maxQueued": 256},
+            "fineTuning": {"enabled": True, "tokensPerCycle": 1024, "idleAfter": "30s"},
         },
     }
 

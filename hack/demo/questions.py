@@ -37,6 +37,21 @@ class Answer:
     warm_s: float
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The fine-tune that was trained here, for the end of the report and summary.json. Losses on the held-out lines."""
+
+    job: str
+    model: str
+    seconds: float
+    trained_tokens: int
+    base_loss: float | None
+    loss: float | None
+    question: str
+    base_answer: str
+    answer: str
+
+
 def questions(namespace: str) -> list[Question]:
     """The committed questions; adapters are named after their task."""
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from demo.questions import Answer
+from demo.questions import Answer, Trained
 
 
 def table(answers: list[Answer]) -> str:
@@ -20,6 +20,19 @@ def table(answers: list[Answer]) -> str:
             f"  {'':9}  {answer.prompt_tokens} + {answer.completion_tokens} tokens, "
             f"cold {answer.cold_s:.2f} s, warm {answer.warm_s:.2f} s"
         )
+    return "\n".join(lines)
+
+
+def trained_block(trained: Trained) -> str:
+    """What was trained, how well it does on lines that it has not seen, and its answer."""
+    losses = f"loss {trained.base_loss:.2f} -> {trained.loss:.2f}" if trained.loss and trained.base_loss else ""
+    lines = [
+        f"\n\033[1mtrained here\033[0m   {trained.model}",
+        _row("asked", trained.question),
+        _row("base", trained.base_answer),
+        _row("fine-tune", trained.answer),
+        f"  {'':9}  {trained.trained_tokens} tokens in {trained.seconds:.0f} s from upload to model, {losses}",
+    ]
     return "\n".join(lines)
 
 

@@ -26,8 +26,8 @@ from typing import Any
 from cluster.places import cache_dir
 from demo import objects, preflight
 from demo.ground import REPOSITORY, Ground, existing, of_local
-from demo.questions import Answer, questions
-from demo.report import table, usage_table
+from demo.questions import Answer, Trained, questions
+from demo.report import table, trained_block, usage_table
 from demo.schedule import Step, StepError, run_all
 from demo.steps import Commands, Console, write_json
 from images.build import TARGETS, Image
@@ -68,6 +68,7 @@ class Demo:
     url: str = field(init=False)  # gateway
     key: str = field(init=False)  # objects
     answers: list[Answer] = field(init=False)  # ask
+    trained: Trained = field(init=False)  # train
     had_cluster: bool = True
 
     @property
@@ -177,6 +178,7 @@ def plan(demo: Demo) -> list[Step]:
             ("gateway", *(step.name for step in pulled)),
         ),
         Step("usage", "wait for the usage in the objects' status", lambda: _wait_usage(demo), ("ask",)),
+        Step("train", "train a fine-tune by the OpenAI client, and ask it", lambda: _train(demo), ("ask",)),
     ]
 
 
@@ -332,6 +334,13 @@ def _ask(demo: Demo) -> None:
     demo.answers = [Answer(**item) for item in json.loads(_last_line(out))]
 
 
+def _train(demo: Demo) -> None:
+    model = f"{objects.NAMESPACE}/{objects.BASE}"
+    asked = {"url": f"{demo.url}/v1", "api_key": demo.key, "namespace": objects.NAMESPACE, "model": model}
+    out = demo.tool("train", "demo/tune.py", timeout_s=900, stdin=json.dumps(asked))
+    demo.trained = Trained(**json.loads(_last_line(out)))
+
+
 def _last_line(out: str) -> str:
     lines = [line for line in out.splitlines() if line.strip()]
     if not lines:
@@ -469,7 +478,8 @@ def _end_port_forward(folder: Path) -> None:
 def _report(demo: Demo, seconds: dict[str, float]) -> None:
     ground, url, key = demo.ground, demo.url, demo.key
     print(table(demo.answers))
-    print("\n" + demo.kubectl("get", "bm,lora", "-n", objects.NAMESPACE))
+    print(trained_block(demo.trained))
+    print("\n" + demo.kubectl("get", "bm,lora,ftj", "-n", objects.NAMESPACE))
     print(usage_table(demo.get("lora", "-n", objects.NAMESPACE)["items"]))
     summary = {
         "kubeconfig": str(ground.kubeconfig),
@@ -485,6 +495,7 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         "artifact_registry": ground.artifact_registry,
         "seconds": seconds,
         "answers": [asdict(answer) for answer in demo.answers],
+        "trained": asdict(demo.trained),
     }
     write_json(demo.folder / "summary.json", summary, mode=0o600)  # it holds the key
     shown = demo.folder.relative_to(REPOSITORY) if demo.folder.is_relative_to(REPOSITORY) else demo.folder

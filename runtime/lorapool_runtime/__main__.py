@@ -27,6 +27,7 @@ from lorapool_api.settings import SettingsError
 from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_api.trust.tls import ServerCertificate
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_runtime.cgroup import wait_passively
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
 from lorapool_runtime.openai.chats.tokenizer import TokenizerError
 from lorapool_runtime.serving.probes import probes
@@ -44,10 +45,6 @@ LAST_ARRIVALS_S = 0.25
 """Between closing the listening sockets and closing the connections. Requests that have arrived are still refused in
 words, which a gateway takes elsewhere; a connection that is cut may have begun its request."""
 HEADER_MAX_BYTES = 16 * 1024
-WAIT_POLICY = "PASSIVE"
-"""OMP_WAIT_POLICY of torch's CPU threads between two parallel regions. Spinning threads starve each other when the
-cores are shared: on 2 cores under a load of 8, 24 tokens took 32 s spinning and 2 s passive, with 15 s and 1.7 s of
-processor time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(settings: RuntimeSettings) -> None:
     """Sets the variables that torch and the native kernels read when they are imported, which is later."""
-    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+    wait_passively()
     os.environ["LORAPOOL_NATIVE"] = settings.native
 
 

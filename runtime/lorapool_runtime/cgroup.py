@@ -11,6 +11,15 @@ import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+WAIT_POLICY = "PASSIVE"
+"""OMP_WAIT_POLICY of torch's CPU threads between two parallel regions. Spinning threads starve each other when the
+cores are shared: on 2 cores under a load of 8, 24 tokens took 32 s spinning and 2 s passive, with 15 s and 1.7 s of
+processor time."""
+
+
+def wait_passively() -> None:
+    """Lets torch's threads sleep while they wait, unless the environment decides. Comes before torch's import."""
+    os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:

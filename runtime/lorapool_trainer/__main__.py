@@ -2,8 +2,12 @@
 
 import sys
 
+from lorapool_runtime.cgroup import wait_passively
+
 
 def main() -> int:
+    """Returns the process's exit code."""
+    wait_passively()  # what is imported below imports torch
     if sys.argv[1:2] == ["serve"]:
         from lorapool_trainer.serve.process import main as serve
 

@@ -60,11 +60,19 @@ def test_rights_grow_by_jobs_and_one_secret_by_name() -> None:
     [
         ({}, ["lorapool-store"]),
         ({"persistence": {"existingClaim": "mine"}}, []),
+        ({"persistence": {"enabled": False}}, []),
         ({"location": "s3://bucket/files"}, []),
     ],
 )
 def test_a_volume_is_made_for_a_folder_alone(values: dict[str, Any], claims: list[str]) -> None:
     assert list(of_kind(render({"store": {"enabled": True, **values}}), "PersistentVolumeClaim")) == claims
+
+
+def test_without_persistence_the_objects_live_as_long_as_the_pod() -> None:
+    manifests = render({"store": {"enabled": True, "persistence": {"enabled": False}}})
+    pod = pod_of(of_kind(manifests, "Deployment")["lorapool-store"])
+    assert pod is not None
+    assert {"name": "data", "emptyDir": {}} in pod["spec"]["volumes"]
 
 
 def test_without_internal_tls_the_store_serves_plain_http() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -13,9 +14,19 @@ from pathlib import Path
 import pytest
 from tuning_kit import adapter_hash, command, environment, run_command, save_tiny_base, write_data, write_job
 
+from lorapool_trainer.__main__ import main
+
 JOBS = ("one", "two")
 KILLS = 3
 """In the unit suite; `deep` has twenty."""
+
+
+def test_threads_of_torch_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr("sys.argv", ["lorapool-trainer", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 @pytest.fixture(scope="module")

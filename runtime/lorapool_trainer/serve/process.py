@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from aiohttp import web
+from transformers.utils import logging as transformers_logging
 
 from lorapool_api.common import FailureReason
 from lorapool_api.liveness import Heartbeat, in_own_thread
@@ -101,6 +102,7 @@ def load(settings: TrainerSettings, progress: StartupProgress) -> Loaded:
     folder = base_folder(own, own.sources, progress)
     progress.begin_load()
     device = device_of(settings)
+    transformers_logging.disable_progress_bar()  # the log has one JSON object per line
     asked = settings.numerics
     default = Numerics.EXACT if device == "cpu" else Numerics.FAST
     numerics = default if asked is None else Numerics(asked.value)
