@@ -105,7 +105,7 @@ def paths(value: Any, path: str = "") -> Iterator[str]:
             yield from paths(inner, path)
 
 
-ALL_FIELDS = fields_of("BaseModel") | fields_of("LoraAdapter")
+ALL_FIELDS = set().union(*(fields_of(item.kind) for item in KINDS))
 METRICS = set(re.findall(r"`(lorapool_\w+)`", GENERATED["metrics.md"]()))
 SETTINGS = set(re.findall(r"LORAPOOL_\w+", GENERATED["settings.md"]()))
 
