@@ -103,9 +103,9 @@ def figures(client: OpenAI, job: FineTuningJob) -> dict[str, Any]:
     measured = [
         event.data
         for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
-        if isinstance(event.data, dict) and event.data.get("valid_loss") is not None
+        if isinstance(event.data, dict) and event.data.get("full_valid_loss") is not None
     ]
-    by_step = {int(data["step"]): float(data["valid_loss"]) for data in measured}
+    by_step = {int(data["step"]): float(data["full_valid_loss"]) for data in measured}
     return {"base_loss": by_step.get(0), "loss": by_step[max(by_step)] if by_step else None}
 
 

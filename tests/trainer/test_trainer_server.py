@@ -167,7 +167,11 @@ async def test_a_job_is_trained_and_everything_that_it_made_is_in_the_store(
         if "/events/" in name
         for line in store.objects[f"team/{name}"].splitlines()
     ]
-    assert [event["data"]["step"] for event in events if event["type"] == "metrics"] == list(range(17))
+    figures = [event["data"] for event in events if event["type"] == "metrics"]
+    assert [data["step"] for data in figures] == list(range(17))
+    losses = [data["full_valid_loss"] for data in figures if "full_valid_loss" in data]
+    assert (losses[0], losses[-1]) == (job.metrics.base_valid_loss, job.metrics.valid_loss)
+    assert events[-1]["message"] == "The job was completed; the adapter is stored"
     assert len({event["id"] for event in events}) == len(events)
 
     async with serving(base, engine, store, tmp_path / "second") as (client, state):

@@ -37,13 +37,20 @@ class EventLog:
     since_s: float = 0.0
 
     def observe(self, job: LiveJob, now_unix_s: float) -> None:
-        """Adds lines for a state that is new and for steps that were made."""
+        """Adds lines for a state that is new and for steps that are complete: made, and measured where that is due."""
+        if not job.state.ended:
+            self._observe_state(job, now_unix_s)
+        complete = complete_rows(job)
+        for row in complete[self.rows :]:
+            self._add(_metrics(row, job.loaded.steps if job.loaded else row.step), now_unix_s)
+        self.rows = max(self.rows, len(complete))
+        if job.state.ended:
+            self._observe_state(job, now_unix_s)
+
+    def _observe_state(self, job: LiveJob, now_unix_s: float) -> None:
         if job.state is not self.state:
             self.state = job.state
             self._say(_message(job), now_unix_s, level="error" if job.failure else "info")
-        for row in job.rows[self.rows :]:
-            self._add(_metrics(row, job.loaded.steps if job.loaded else row.step), now_unix_s)
-        self.rows = max(self.rows, len(job.rows))
 
     def part(self, now_s: float, *, ended: bool) -> str | None:
         """The lines of the next part when it is time to store it; they stay until `stored` is called."""
@@ -63,6 +70,11 @@ class EventLog:
         self.lines.append(json.dumps({**head, **event}) + "\n")
 
 
+def complete_rows(job: LiveJob) -> list[Row]:
+    """The rows to which nothing is added any more: not the last one while it is measured."""
+    return job.rows[:-1] if job.measuring is not None else job.rows
+
+
 def _message(job: LiveJob) -> str | None:
     return job.failure.message if job.failure is not None else _SAID.get(job.state)
 
@@ -73,6 +85,8 @@ def _metrics(row: Row, steps: int) -> dict[str, Any]:
         "train_mean_token_accuracy": row.train_accuracy,
         "valid_loss": row.valid_loss,
         "valid_mean_token_accuracy": row.valid_accuracy,
+        "full_valid_loss": row.valid_loss,  # a measurement is always of all validation examples
+        "full_valid_mean_token_accuracy": row.valid_accuracy,
     }
     data = {
         "step": row.step,

@@ -82,8 +82,8 @@ class Tuning:
         found = {}
         for event in self.client.fine_tuning.jobs.list_events(job.id, limit=100):
             data = event.data if isinstance(event.data, dict) else {}
-            if data.get("valid_loss") is not None:
-                found[int(data["step"])] = float(data["valid_loss"])
+            if data.get("full_valid_loss") is not None:
+                found[int(data["step"])] = float(data["full_valid_loss"])
         return found
 
     def loss_of(self, model: str, lines: Sequence[Line]) -> float:
