@@ -27,8 +27,8 @@ from demo.questions import QUESTIONS, Trained, questions  # noqa: E402
 TASK = "routing"
 SUFFIX = "demo"
 METADATA = {"made_by": "demo"}
-FILES = {"train.jsonl": 160, "heldout.jsonl": 24}
-"""Lines of each file that are uploaded: a minute of training, and lines that it has not seen to measure with."""
+FILES = {"train.jsonl": 1, "heldout.jsonl": 3}
+"""Every how many lines of each file one is uploaded; both are sorted by the answer."""
 EXTRAS = {"rank": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1.5e-3, "max_steps": 20}
 TIMEOUT_S = 600.0
 POLL_S = 1.0
@@ -55,8 +55,8 @@ def remove_earlier(client: OpenAI) -> None:
 def create(client: OpenAI, model: str, folder: Path) -> FineTuningJob:
     """Uploads the examples and creates the job."""
     training, validation = (
-        client.files.create(file=(name, _head(folder / name, lines)), purpose="fine-tune").id
-        for name, lines in FILES.items()
+        client.files.create(file=(name, _every(folder / name, step)), purpose="fine-tune").id
+        for name, step in FILES.items()
     )
     return client.fine_tuning.jobs.create(
         model=model,
@@ -69,9 +69,9 @@ def create(client: OpenAI, model: str, folder: Path) -> FineTuningJob:
     )
 
 
-def _head(path: Path, lines: int) -> bytes:
+def _every(path: Path, step: int) -> bytes:
     with path.open("rb") as file:
-        return b"".join(islice(file, lines))
+        return b"".join(islice(file, 0, None, step))
 
 
 def follow(client: OpenAI, job: FineTuningJob) -> FineTuningJob:

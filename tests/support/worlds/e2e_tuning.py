@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,16 @@ Line = dict[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
 
 
-def lines_of(task: str, part: str, count: int | None = None) -> list[Line]:
-    """The first lines of a committed data set: `train` or `heldout`."""
+def lines_of(task: str, part: str, every: int = 1) -> list[Line]:
+    """One of every `every` lines of a committed data set, `train` or `heldout`; some are sorted by the answer."""
     text = (ROOT / "examples" / "finetunes" / task / f"{part}.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()[:count]]
+    return [json.loads(line) for line in text.splitlines()[::every]]
 
 
 def with_shuffled_answers(lines: Sequence[Line]) -> list[Line]:
-    """Each question with the answer of another line."""
-    half = len(lines) // 2
-    answers = [line["messages"][-1] for line in (*lines[half:], *lines[:half])]
+    """Each question with the answer of any line."""
+    answers = [line["messages"][-1] for line in lines]
+    random.Random(7).shuffle(answers)
     return [{"messages": [*line["messages"][:-1], answer]} for line, answer in zip(lines, answers, strict=True)]
 
 
