@@ -172,7 +172,7 @@ def test_a_command_gets_its_standard_input(tmp_path: Path) -> None:
 def test_the_demos_steps_depend_only_on_earlier_ones(context: str | None, tmp_path: Path) -> None:
     steps = plan(Demo(Options(context=context), Commands(tmp_path / "log"), ignore))
     check(steps)
-    assert steps[-1].name == "usage"
+    assert steps[-1].name == "train"
 
 
 def test_while_the_programs_are_compiled_the_images_are_built(tmp_path: Path) -> None:
