@@ -422,7 +422,8 @@ def _wait_usage(demo: Demo) -> None:
 
     def missing() -> str | None:
         items = demo.get("lora", "-n", objects.NAMESPACE)["items"]
-        late = [i["metadata"]["name"] for i in items if not (i.get("status", {}).get("usage") or {}).get("requests")]
+        asked = [item for item in items if item["metadata"]["name"] in demo.adapter_uris]
+        late = [i["metadata"]["name"] for i in asked if not (i.get("status", {}).get("usage") or {}).get("requests")]
         return f"no usage yet of {', '.join(late)} (written at most once a minute)" if late else None
 
     demo.until("usage", missing, timeout_s=180, remedy="The operator's log says what it waits for.")
