@@ -41,17 +41,17 @@ RUN --mount=type=cache,target=/root/.cache/uv \
  && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes \
       -r /opt/lorapool/requirements-control.lock \
  && pip --no-cache-dir uninstall -qy uv \
- && PYTHONDONTWRITEBYTECODE= python -c "import aiohttp.web, huggingface_hub, kopf, kubernetes.aio.client, oras.provider, prometheus_client"
+ && PYTHONDONTWRITEBYTECODE= python -c "import aiohttp.web, huggingface_hub, kopf, kubernetes.aio.client, obstore, oras.provider, prometheus_client"
 
 FROM control-dependencies AS control
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="lorapool-control" \
-      org.opencontainers.image.description="Lorapool's operator and gateway" \
+      org.opencontainers.image.description="Lorapool's operator, gateway and store" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
 COPY --from=wheel /dist /dist
 RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
- && PYTHONDONTWRITEBYTECODE= python -c "import lorapool_operator.__main__, lorapool_gateway.__main__"
+ && PYTHONDONTWRITEBYTECODE= python -c "import lorapool_operator.__main__, lorapool_gateway.__main__, lorapool_store.__main__"
 USER 65532:65532
 CMD ["lorapool-operator"]
 
@@ -72,14 +72,15 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 FROM runtime-dependencies AS runtime
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="lorapool-runtime" \
-      org.opencontainers.image.description="Lorapool's runtime: one base model, many adapters in one batch" \
+      org.opencontainers.image.description="Lorapool's runtime (one base model, many adapters in one batch) and trainer" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}"
-# Compiles what the runtime imports in addition to the packages above.
+# Compiles what runtime and trainer import in addition to the packages above.
 COPY --from=wheel /dist /dist
 # Group 0 owns /cache, for platforms that run pods as a user of their own choice in that group (OpenShift).
 RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
  && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null \
+ && PYTHONDONTWRITEBYTECODE= python -c "import lorapool_trainer.serve.process" \
  && chgrp 0 /cache && chmod g=u /cache
 USER 65532:65532
 EXPOSE 8000
