@@ -104,7 +104,8 @@ def served(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert ready.wait(30)
+    while not ready.wait(1):
+        assert thread.is_alive()
     yield made[0]
     over.set()
     thread.join(30)
