@@ -27,6 +27,7 @@ from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
 from lorapool_operator import metrics as operator_metrics
 from lorapool_operator.settings import Settings as OperatorSettings
+from lorapool_operator.tuning_metrics import TuningCollector
 from lorapool_operator.world.profiles import CONTAINER_FIELDS, POD_FIELDS, RuntimeProfile
 from lorapool_runtime.engines.interface import DecodeProgramState
 from lorapool_runtime.metrics import Gauges
@@ -36,7 +37,9 @@ from lorapool_runtime.serving.service import Runtime
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_store import metrics as store_metrics
 from lorapool_store.settings import Settings as StoreSettings
+from lorapool_trainer.serve.metrics import TrainerMetrics
 from lorapool_trainer.serve.settings import TrainerSettings
+from lorapool_trainer.serve.worker import Published
 from reference import texts
 from reference.parameters import RecordingBody, parsed_bodies
 
@@ -222,6 +225,7 @@ def metrics() -> str:
         "Gateway": gateway_metrics.Metrics().registry,
         "Store": store_metrics.Metrics().registry,
         "Runtime": runtime._registry,
+        "Trainer": TrainerMetrics("", Published, lambda: 0).registry,
         "Runtime, under the names that inference gateways read": runtime._gateway_names,
     }
     text = texts.METRICS
@@ -238,6 +242,7 @@ def _operator_registry() -> CollectorRegistry:
             empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=0
         )
     )
+    registry.register(TuningCollector((), max_tracked_jobs=0))
     return registry
 
 

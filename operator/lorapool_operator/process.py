@@ -47,6 +47,7 @@ from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.namespaces import Namespaces
 from lorapool_operator.resync import Resync
 from lorapool_operator.settings import Settings
+from lorapool_operator.tuning_metrics import TuningCollector
 from lorapool_operator.watching import Inbox, watcher
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, read_profiles
 
@@ -159,6 +160,9 @@ class Process:
                 max_tracked_adapters=settings.max_tracked_adapters,
             )
         )
+        if self.control.tuning is not None:
+            jobs = self.control.tuning.cache.jobs
+            self.metrics.registry.register(TuningCollector(jobs, max_tracked_jobs=settings.max_tracked_adapters))
 
     def _tuning(self, fence: Fence) -> TuningControl:
         settings, observer = self.settings, self.control.observer

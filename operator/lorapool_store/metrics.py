@@ -19,7 +19,7 @@ class _Bytes(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         family = GaugeMetricFamily(
-            "lorapool_store_bytes", "Bytes of the namespaces used in the last minute.", labels=("namespace",)
+            "lorapool_store_bytes", "Bytes of the namespaces used in the last minute.", labels=("store_namespace",)
         )
         for namespace, size in sorted(self.read().items()):
             family.add_metric((namespace,), size)

@@ -17,7 +17,7 @@ from lorapool_api.tuning.trainer_protocol import MAX_CRASHES
 from lorapool_artifacts.datasets.errors import DatasetError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_trainer.data.encoder import Encoder
-from lorapool_trainer.engine import Engine, JobSettings, Numerics, Take, TargetError
+from lorapool_trainer.engine import Engine, JobSettings, MemoryFigures, Numerics, Take, TargetError
 from lorapool_trainer.jobs.checkpoint import CheckpointMismatchError, check_origin, read_checkpoints
 from lorapool_trainer.jobs.initial import InitialAdapter, continued_settings
 from lorapool_trainer.jobs.inputs import JobInput, read_input
@@ -123,6 +123,11 @@ class Session:
     def has_work(self) -> bool:
         """Whether any job can be computed, or will be once its data was read."""
         return bool(self._reading) or any(job.active or job.state is JobState.QUEUED for job in self.jobs.values())
+
+    @property
+    def memory(self) -> MemoryFigures:
+        """What is used by what, without measuring again."""
+        return self._engine.memory_as_known()
 
     def wait_for_data(self, timeout_s: float) -> None:
         """Blocks while nothing but the reading of data goes on."""

@@ -16,9 +16,13 @@ from chart_kit import CHART, DASHBOARDS, dashboard_expressions, of_kind, panels,
 from lorapool_gateway.metrics import Metrics as GatewayMetrics
 from lorapool_operator.metrics import Metrics as OperatorMetrics
 from lorapool_operator.metrics import StateCollector
+from lorapool_operator.tuning_metrics import TuningCollector
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
 from lorapool_runtime.usage import UsageTracker
+from lorapool_store.metrics import Metrics as StoreMetrics
+from lorapool_trainer.serve.metrics import TrainerMetrics
+from lorapool_trainer.serve.worker import Published
 
 RULES = [CHART / "rules" / "recording.yaml", CHART / "rules" / "alerts.yaml"]
 RULE_TEST = CHART / "rules" / "alerts_test.yaml"
@@ -34,7 +38,7 @@ _WORDS = {"sum", "max", "min", "by", "on", "or", "and", "unless", "group_left", 
 
 
 def exported() -> dict[str, set[str]]:
-    """Label names of each sample that any of the three processes exports."""
+    """Label names of each sample that any process exports."""
     nothing = SimpleNamespace(
         bases=(),
         adapters=(),
@@ -53,10 +57,12 @@ def exported() -> dict[str, set[str]]:
     operator.register(
         StateCollector(empty, empty, empty, empty, empty, empty, leading=lambda: True, max_tracked_adapters=1)
     )
+    operator.register(TuningCollector((), max_tracked_jobs=1))
+    trainer = TrainerMetrics("ns/base", Published, lambda: 0).registry
     clock = Clock()
     runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}
-    for registry in (GatewayMetrics().registry, operator, runtime._registry):
+    for registry in (GatewayMetrics().registry, operator, runtime._registry, trainer, StoreMetrics().registry):
         for collector in list(registry._collector_to_names):
             own = set(getattr(collector, "_labelnames", ()))
             for family in collector.collect():
@@ -202,7 +208,10 @@ def test_a_dashboard_works_with_any_data_source_and_lays_its_panels_out_without_
             assert target["datasource"]["uid"] == "${datasource}"
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("fleet", set()), ("base", {"base"}), ("adapter", {"base", "adapter"})])
+DASHBOARD_VARIABLES = [("fleet", set()), ("base", {"base"}), ("adapter", {"base", "adapter"}), ("tuning", {"base"})]
+
+
+@pytest.mark.parametrize(("name", "wanted"), DASHBOARD_VARIABLES)
 def test_a_dashboards_variables_come_from_labels_that_exist(name: str, wanted: set[str]) -> None:
     board = json.loads((CHART / "dashboards" / f"{name}.json").read_text())
     queries = {item["name"]: item["definition"] for item in board["templating"]["list"] if item["type"] == "query"}

@@ -234,7 +234,7 @@ def test_dashboards_become_config_maps_that_a_sidecar_finds() -> None:
     maps = of_kind(render(ALL_ON), "ConfigMap")
     files = {file.stem: file for file in (CHART / "dashboards").glob("*.json")}
 
-    assert set(files) == {"fleet", "base", "adapter"}
+    assert set(files) == {"fleet", "base", "adapter", "tuning"}
     for name, file in files.items():
         config_map = maps[f"lorapool-dashboard-{name}"]
         assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"

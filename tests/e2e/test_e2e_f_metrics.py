@@ -24,7 +24,8 @@ def test_promtool_finds_nothing_to_complain_of(world: World, component: str) -> 
 def test_every_dashboard_expression_returns_a_series(world: World) -> None:
     for task in world.tasks:
         world.chat(task)
-    asked = list(dashboard_expressions(base=world.model(BASE), adapter=world.model("routing")))
+    every = dashboard_expressions(base=world.model(BASE), adapter=world.model("routing"))
+    asked = [(where, expression) for where, expression in every if not where.startswith("tuning:")]  # no job trains
     assert len(asked) > 40
 
     def all_there() -> object:

@@ -258,7 +258,7 @@ def test_metrics_count_requests_and_show_the_bytes_of_namespaces(tmp_path: Path)
         store.call("PUT", "team-a/x", b"12345")
         store.call("GET", "team-a/none")
         text = requests.get(f"{store.metrics_url}/metrics", timeout=20).text
-        assert 'lorapool_store_bytes{namespace="team-a"} 5.0' in text
+        assert 'lorapool_store_bytes{store_namespace="team-a"} 5.0' in text
         assert 'lorapool_store_requests_total{code="404",method="GET"} 1.0' in text
         assert requests.get(f"{store.metrics_url}/readyz", timeout=20).status_code == 200
         assert store.stop() == 0

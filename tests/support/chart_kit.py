@@ -102,12 +102,21 @@ def tool(name: str) -> Path:
     return found
 
 
-def run(name: str, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    name: str, *args: str | Path, cwd: Path | None = None, text: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs a program with a temporary HOME, so that no file of the user is read or written."""
     with tempfile.TemporaryDirectory() as home:
         env = {"PATH": os.environ["PATH"], "HOME": home, "KUBECONFIG": str(Path(home) / "none")}
         return subprocess.run(
-            [tool(name), *args], capture_output=True, text=True, timeout=120, env=env, cwd=cwd, check=False
+            [tool(name), *args],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=env,
+            cwd=cwd,
+            check=False,
+            input=text,
         )
 
 

@@ -195,8 +195,13 @@ class Engine:
         """The first call, and the first after a change of the token budget, computes a step as large as the budget."""
         if self._activations is None or self._activations[0] != self.token_budget:
             self._activations = self.token_budget, peak_bytes(self.base.device, self._warm_up)
+        return self.memory_as_known()
+
+    def memory_as_known(self) -> MemoryFigures:
+        """As `memory`, but never measures: activations are 0 before the first measurement."""
+        activations = self._activations[1] if self._activations is not None else 0
         present = sum(_parameters(job.weights) for job in self._jobs.values())
-        return MemoryFigures(self.base.weight_bytes, self._fixed, present * BYTES_PER_PARAMETER, self._activations[1])
+        return MemoryFigures(self.base.weight_bytes, self._fixed, present * BYTES_PER_PARAMETER, activations)
 
     def admits(self, settings: JobSettings, limit_bytes: int) -> Admission:
         """Whether a job fits in addition to the present ones. Raises TargetError."""

@@ -12,7 +12,8 @@ from lorapool_api.tuning.states import JobState
 from lorapool_api.tuning.trainer_protocol import JobReport
 from lorapool_trainer.serve.worker import Published
 
-LABELS = ("base", "job")
+LABELS = ("base", "fine_tune_job")
+"""Not `job`: Prometheus has a label of that name for what it scrapes, and renames others."""
 Figure = Callable[[JobReport], object]
 """The number, or anything else where there is none yet."""
 
@@ -29,7 +30,7 @@ GAUGES: tuple[tuple[str, str, Figure], ...] = (
         lambda job: job.metrics and job.metrics.base_valid_loss,
     ),
     ("step", "Optimiser steps that are done.", lambda job: job.progress and job.progress.step),
-    ("steps_total", "Optimiser steps of the whole job.", lambda job: job.progress and job.progress.total_steps),
+    ("steps_planned", "Optimiser steps of the whole job.", lambda job: job.progress and job.progress.total_steps),
 )
 COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("trained_tokens", "Tokens that were computed for the job.", lambda job: job.usage.trained_tokens),
@@ -43,13 +44,14 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
 
 
 class TrainerMetrics(Collector):
-    def __init__(self, base: str, published: Callable[[], Published]) -> None:
-        self._base, self._published = base, published
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+    def __init__(self, base: str, published: Callable[[], Published], limit_bytes: Callable[[], int]) -> None:
+        """`base` is `namespace/name`."""
+        self._base, self._published, self._limit_bytes = base, published, limit_bytes
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def render(self) -> bytes:
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         found = self._published()
@@ -67,6 +69,29 @@ class TrainerMetrics(Collector):
         busy = CounterMetricFamily("lorapool_tuning_busy_seconds", "Time in cycles.", labels=("base",))
         busy.add_metric((self._base,), found.busy_s)
         yield busy
+        yield from self._memory(found)
+
+    def _memory(self, found: Published) -> Iterator[Metric]:
+        """What jobs are admitted by."""
+        limit = GaugeMetricFamily(
+            "lorapool_tuning_memory_limit_bytes", "Memory that training may use.", labels=("base",)
+        )
+        parts = GaugeMetricFamily(
+            "lorapool_tuning_memory_bytes",
+            "Memory by use; activations as measured for a whole cycle.",
+            labels=("base", "part"),
+        )
+        if found.memory is not None:
+            figures = found.memory
+            limit.add_metric((self._base,), self._limit_bytes())
+            for part, size in (
+                ("base", figures.base),
+                ("process", figures.fixed),
+                ("jobs", figures.adapters),
+                ("activations", figures.activations),
+            ):
+                parts.add_metric((self._base, part), size)
+        yield from (limit, parts)
 
     def _filled(
         self, family: GaugeMetricFamily | CounterMetricFamily, jobs: Iterable[JobReport], figure: Figure

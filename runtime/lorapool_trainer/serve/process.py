@@ -30,7 +30,7 @@ from lorapool_api.settings import SettingsError, read
 from lorapool_api.store_protocol import StoreAccess
 from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_api.trust.tls import ServerCertificate
-from lorapool_api.tuning.trainer_protocol import TrainerBase, TrainerJob, TrainerMemory
+from lorapool_api.tuning.trainer_protocol import TrainerBase, TrainerJob
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.sources.store_client import StoreClient
 from lorapool_runtime.cgroup import usable_cores, usable_memory_bytes
@@ -56,7 +56,7 @@ JOBS_FOLDER = "jobs"
 class Loaded(NamedTuple):
     session: Session
     base: TrainerBase
-    memory: TrainerMemory
+    memory_limit_bytes: int
 
 
 def main() -> int:
@@ -120,7 +120,7 @@ def load(settings: TrainerSettings, progress: StartupProgress) -> Loaded:
         Suspects(root),
         SessionLimits(settings.max_jobs, limit),
     )
-    return Loaded(session, _base(engine, folder, device), TrainerMemory(limit_bytes=limit))
+    return Loaded(session, _base(engine, folder, device), limit)
 
 
 def _base(engine: Engine, folder: BaseFolder, device: str) -> TrainerBase:
@@ -148,7 +148,7 @@ async def _train(state: TrainerState, loaded: Loaded, stop: asyncio.Event) -> in
 
     folder = state.settings.cache_dir.expanduser() / JOBS_FOLDER
     worker = Worker(loaded.session, folder, make_client, changed)
-    state.base, state.memory, state.worker = loaded.base, loaded.memory, worker
+    state.base, state.memory_limit_bytes, state.worker = loaded.base, loaded.memory_limit_bytes, worker
     worker.start()
     state.changes.bump()
     log.info("ready", extra={"base": state.settings.label})

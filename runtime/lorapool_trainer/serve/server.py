@@ -58,10 +58,10 @@ class TrainerState:
         self.started_unix_s = time.time()
         self.tokens = BearerTokens(settings, Clock())
         self.changes = Changes()
-        self.metrics = TrainerMetrics(settings.label, lambda: self.published)
+        self.metrics = TrainerMetrics(settings.label, lambda: self.published, lambda: self.memory_limit_bytes)
         self.draining = False
         self.base: TrainerBase | None = None
-        self.memory: TrainerMemory | None = None
+        self.memory_limit_bytes = 0
         self.worker: Worker | None = None
         self._startup = startup
 
@@ -85,10 +85,20 @@ class TrainerState:
             draining=self.draining,
             base=self.base,
             startup=self._startup() if self.worker is None else None,
-            memory=self.memory,
+            memory=self._memory(found),
             busy_seconds=round(found.busy_s, 3),
             idle_since_unix_s=found.idle_since_unix_s,
             jobs=list(found.jobs),
+        )
+
+    def _memory(self, found: Published) -> TrainerMemory | None:
+        if found.memory is None:
+            return None
+        return TrainerMemory(
+            limit_bytes=self.memory_limit_bytes,
+            base_bytes=found.memory.base,
+            jobs_bytes=found.memory.adapters,
+            activation_bytes=found.memory.activations,
         )
 
 

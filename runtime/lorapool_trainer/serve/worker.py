@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from lorapool_api.tuning.trainer_protocol import JobReport, TrainerJob
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_trainer.engine import MemoryFigures
 from lorapool_trainer.jobs.live import LiveJob
 from lorapool_trainer.jobs.order import JobOrder
 from lorapool_trainer.report import report_of
@@ -38,6 +39,7 @@ class Published:
     idle_since_s: float | None = None
     """Monotonic."""
     idle_since_unix_s: float | None = None
+    memory: MemoryFigures | None = None
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Worker:
         self._entries: dict[str, _Entry] = {}
         self._stopping = threading.Event()
         self.ended: Future[None] = Future()
-        self.published = Published(idle_since_s=time.monotonic(), idle_since_unix_s=time.time())
+        self.published = Published((), 0.0, time.monotonic(), time.time(), session.memory)
         self._thread = threading.Thread(target=self._run, name="trainer", daemon=True)
 
     def start(self) -> None:
@@ -193,7 +195,7 @@ class Worker:
             idle_s, idle_unix_s = None, None
         else:
             idle_s, idle_unix_s = before.idle_since_s or time.monotonic(), before.idle_since_unix_s or time.time()
-        self.published = Published(jobs, self._session.busy_s, idle_s, idle_unix_s)
+        self.published = Published(jobs, self._session.busy_s, idle_s, idle_unix_s, self._session.memory)
         states = [(job.uid, job.state) for job in jobs] != [(job.uid, job.state) for job in before.jobs]
         if at_once or states or jobs != before.jobs:
             self._changed(at_once or states)
