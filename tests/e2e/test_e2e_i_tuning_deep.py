@@ -48,10 +48,10 @@ def test_the_five_examples_train_side_by_side_and_score_as_the_committed_ones(wo
         timeout_s=TRAINED_S,
     )
     [pod] = tuning.trainer_pods()
-    assert {tuning.status(job)["trainer"]["sharedWith"] for job in jobs.values()} == {4}
+    assert {tuning.status(job)["trainer"]["pod"] for job in jobs.values()} == {pod["metadata"]["name"]}
     ended = {name: tuning.ended(job, TRAINED_S) for name, job in jobs.items()}
     assert {job.status for job in ended.values()} == {"succeeded"}
-    assert {tuning.status(job)["trainer"]["pod"] for job in ended.values()} == {pod["metadata"]["name"]}
+    assert [each["metadata"]["uid"] for each in tuning.trainer_pods()] == [pod["metadata"]["uid"]]
     found = {name: score(tuning, TASKS[name], str(job.fine_tuned_model)) for name, job in ended.items()}
     committed = json_scores()
     print({name: (round(found[name], 3), committed[name]) for name in found})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,20 +91,21 @@ class Tuning:
     def loss_of(self, model: str, lines: Sequence[Line]) -> float:
         """The mean loss over the answers' tokens in nats, from the log probabilities that the gateway answers."""
         tokenizer: Any = AutoTokenizer.from_pretrained(real_base(), local_files_only=True)
-        total, counted = 0.0, 0
-        for line in lines:
-            prompt, answer = _tokens(tokenizer, line)
+
+        def one(tokens: tuple[list[int], list[int]]) -> list[float]:
+            prompt, answer = tokens
             reply = self.client.completions.create(
                 model=model, prompt=[*prompt, *answer], max_tokens=0, echo=True, logprobs=1, temperature=0
             )
             logprobs = reply.choices[0].logprobs
             assert logprobs is not None
             assert logprobs.token_logprobs is not None
-            own = logprobs.token_logprobs[len(prompt) :]
-            assert len(own) == len(answer)
-            total -= sum(own)
-            counted += len(own)
-        return total / counted
+            assert len(logprobs.token_logprobs) == len(prompt) + len(answer)
+            return logprobs.token_logprobs[len(prompt) :]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [value for own in pool.map(one, [_tokens(tokenizer, line) for line in lines]) for value in own]
+        return -sum(found) / len(found)
 
 
 def _tokens(tokenizer: Any, line: Line) -> tuple[list[int], list[int]]:
