@@ -209,8 +209,10 @@ image: install ## build the two images and push them: REGISTRY=127.0.0.1:PORT of
 	$(PYTHON) hack/images build --registry $(REGISTRY)
 
 .PHONY: train
-train: install model ## train the five example fine-tunes (minutes each on two cores)
-	$(PY) hack/models/train.py
+train: install model ## train the five example fine-tunes together (some ten minutes on two cores); Ctrl-C and again continues
+	base=$$($(PY) hack/models/base.py | tail -1)
+	$(PY) -m lorapool_trainer --model "$$base" --job examples/finetunes/jobs.yaml --out .cache/finetunes
+	$(PY) hack/models/install_adapters.py .cache/finetunes
 
 .PHONY: eval
 eval: install model ## score base and fine-tunes on the held-out lines

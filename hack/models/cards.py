@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from finetune_tasks import BASE_NAME, FINETUNES, SCORES, SEED, SOURCES, TASKS, Task, read_lines
+from finetune_tasks import BASE_NAME, FINETUNES, SCORES, SOURCES, TASKS, Task, read_lines
 
 ABOUT = {
     "translation": "Short sentences of a traveller's phrase book, in the polite form of Spain: asking the way, trains "
@@ -30,6 +30,7 @@ def card(task: Task, score: dict[str, Any]) -> str:
     train = read_lines(task.folder / "train.jsonl")
     heldout = read_lines(task.folder / "heldout.jsonl")
     sample = heldout[0]["messages"]
+    config = json.loads((task.folder / "adapter_config.json").read_text(encoding="utf-8"))
     size = (task.folder / "adapter_model.safetensors").stat().st_size
     rows = "\n".join(f"| {key} | {score['base'][key]:.1%} | {score['finetune'][key]:.1%} |" for key in score["base"])
     return f"""---
@@ -46,13 +47,11 @@ A LoRA fine-tune of {BASE_NAME}, made for Lorapool's examples and tests.
 | | |
 |---|---|
 | base | {BASE_NAME} |
-| rank, alpha | {task.rank}, {task.alpha} |
-| target modules | {task.reach} |
+| rank, alpha | {config["r"]}, {config["lora_alpha"]:g} |
+| target modules | {_modules(config)} |
 | weights | bf16, {size / 1e6:.1f} MB |
 | training lines | {len(train)} (`train.jsonl`) |
 | held-out lines | {len(heldout)} (`heldout.jsonl`), none of them a training line with a word changed |
-| steps | {task.steps} of 8 lines, peak learning rate {task.learning_rate}, loss on the answer only |
-| seed | {SEED} |
 | license | Apache-2.0, data and weights |
 
 ## Score on the held-out lines
@@ -62,7 +61,7 @@ Greedy, with the same messages for base and fine-tune. `{task.measure}` is the {
 | measure | base | fine-tune |
 |---|---|---|
 {rows}
-
+{_curve(task)}
 ## Use
 
 Send the system message that the lines have:
@@ -73,17 +72,28 @@ Send the system message that the lines have:
 
 Expected: `{sample[-1]["content"]}`
 
-Data: written for this project by hand, `hack/models/data/{SOURCES.joinpath(task.name + ".txt").name}`. To train and
-score it again: `python hack/models/train.py {task.name}`, then `python hack/models/evaluate.py {task.name}`.
+Data: written for this project by hand, `hack/models/data/{SOURCES.joinpath(task.name + ".txt").name}`. The job
+`{task.name}` of [jobs.yaml](../jobs.yaml) trains it again, together with the others: `make train`, then `make eval`.
 """
+
+
+def _curve(task: Task) -> str:
+    return "\n![loss over steps](loss.svg)\n" if (task.folder / "loss.svg").is_file() else ""
+
+
+def _modules(config: dict[str, Any]) -> str:
+    names = ", ".join(config["target_modules"])
+    layers = config.get("layers_to_transform")
+    return f"{names} of layers {layers[0]} to {layers[-1]}" if layers else names
 
 
 def overview(scores: dict[str, Any]) -> str:
     rows = []
     for name, task in TASKS.items():
         score = scores["tasks"][name]
+        config = json.loads((task.folder / "adapter_config.json").read_text(encoding="utf-8"))
         rows.append(
-            f"| [{name}]({name}/README.md) | {task.title} | {task.rank} | {task.reach} "
+            f"| [{name}]({name}/README.md) | {task.title} | {config['r']} | {_modules(config)} "
             f"| {task.measure} | {score['base'][task.measure]:.1%} | {score['finetune'][task.measure]:.1%} |"
         )
     table = "\n".join(rows)
@@ -97,7 +107,7 @@ The scores are those of `scores.json`, on lines that were not trained on.
 {table}
 
 `demo.json` holds one held-out question per fine-tune, which the demo asks the base and the fine-tune.
-`python hack/models/train.py` trains them, `python hack/models/evaluate.py` scores them,
+`make train` trains all five again together, from the jobs in `jobs.yaml`, `make eval` scores them,
 `python hack/models/push.py FOLDER HOST/REPOSITORY:TAG` pushes one to a registry.
 """
 

@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("task", nargs="*", help="all when none is named")
     parser.add_argument("--answers", type=Path, metavar="DIR", help="write every answer there")
     arguments = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # see train.py
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is imported: threads that spin while they wait slow a busy machine down several times.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     logging.disable_progress_bar()

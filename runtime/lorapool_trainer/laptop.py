@@ -96,7 +96,7 @@ def _session(options: Options, jobs: Jobs) -> Session:
     engine = Engine.load(
         str(options.model), dtype=options.dtype, device=options.device, numerics=numerics, token_budget=options.tokens
     )
-    encoder = Encoder.of_base(options.model)
+    encoder = Encoder.of_base(options.model, rows=engine.base.vocab_size)
     base = BaseName(options.model.name, base_identity(options.model))
     return Session(engine, encoder, base, Suspects(options.out), SessionLimits(max_jobs=len(jobs)))
 

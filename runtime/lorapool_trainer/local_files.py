@@ -1,7 +1,8 @@
 """Jobs of a laptop: FineTuneJob objects in YAML files, data and results in folders of this machine.
 
 The objects are those that a cluster takes, so a job can be tried here and applied there. Only their `data` differs: a
-path (relative to the YAML file) or a file:// URI stands in place of a store's.
+path (relative to the YAML file) or a file:// URI stands in place of a store's. `initFrom` names a folder of results, as
+it names the LoraAdapter that a cluster makes of them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import ValidationError
-from torch import Tensor
 
 from lorapool_api.basemodel import TuningDefaults
 from lorapool_api.common import API_VERSION
-from lorapool_api.tuning.finetunejob import KIND, FineTuneJobSpec
+from lorapool_api.tuning.finetunejob import KIND, FineTuneJobSpec, LoraSettings
 from lorapool_api.tuning.trainer_protocol import DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS
+from lorapool_artifacts.files import ADAPTER_CONFIG
+from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
 from lorapool_trainer.jobs.order import JobOrder
 
 _STAND_IN = "store://local/files/"
@@ -37,6 +39,7 @@ class LocalFiles:
     folder: Path
     training_path: Path
     validation_path: Path | None
+    initial_path: Path | None = None
 
     def training(self) -> BinaryIO:
         return self.training_path.open("rb")
@@ -44,8 +47,8 @@ class LocalFiles:
     def validation(self) -> BinaryIO | None:
         return None if self.validation_path is None else self.validation_path.open("rb")
 
-    def initial(self) -> Mapping[str, Tensor] | None:
-        return None
+    def initial(self) -> Path | None:
+        return self.initial_path
 
     def restore(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,20 @@ def _job(path: Path, item: Any, out: Path) -> tuple[JobOrder, LocalFiles]:
     if training is None:
         raise JobFileError(f"{path}: spec.data.training.uri must name the file of the training data.")
     parsed = _parsed(path, {**spec, "data": _with_stand_ins(spec["data"])})
-    return _order(name, namespace, parsed), LocalFiles(out / name, training, paths["validation"])
+    files = LocalFiles(out / name, training, paths["validation"], _initial_path(path, parsed, out))
+    return _order(name, namespace, parsed), files
+
+
+def _initial_path(path: Path, spec: FineTuneJobSpec, out: Path) -> Path | None:
+    if spec.init_from is None:
+        return None
+    folder = out / spec.init_from.name / ADAPTER
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise JobFileError(
+            f"{path}: spec.initFrom names {spec.init_from.name}, but {folder} holds no {ADAPTER_CONFIG}; train that "
+            "job first, or put the adapter's folder there."
+        )
+    return folder
 
 
 def _local_path(path: Path, spec: Mapping[str, Any], use: str) -> Path | None:
@@ -110,14 +126,11 @@ def _parsed(path: Path, spec: Mapping[str, Any]) -> FineTuneJobSpec:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, ("spec", *first["loc"])))
         raise JobFileError(f"{path}: {where}: {first['msg']}.") from error
-    if parsed.init_from is not None:
-        raise JobFileError(f"{path}: spec.initFrom names an object of a cluster; here a job begins with the base.")
     return parsed
 
 
 def _order(name: str, namespace: str, spec: FineTuneJobSpec) -> JobOrder:
     defaults = TuningDefaults()
-    rank = spec.lora.rank or defaults.rank
     numbers = {
         "epochs": spec.training.epochs or DEFAULT_EPOCHS,
         "batch_size": spec.training.batch_size or DEFAULT_BATCH_SIZE,
@@ -127,12 +140,17 @@ def _order(name: str, namespace: str, spec: FineTuneJobSpec) -> JobOrder:
         uid=name,
         display=f"{namespace}/{name}",
         data=spec.data,
-        lora=spec.lora.model_copy(update={"rank": rank, "alpha": spec.lora.alpha or 2 * rank}),
+        lora=spec.lora if spec.init_from is not None else _resolved(spec.lora, defaults.rank),
         training=spec.training.model_copy(update=numbers),
         checkpoints=spec.checkpoints,
         priority=spec.priority,
         run=spec.run,
     )
+
+
+def _resolved(lora: LoraSettings, default: int) -> LoraSettings:
+    rank = lora.rank or default
+    return lora.model_copy(update={"rank": rank, "alpha": lora.alpha or 2 * rank})
 
 
 def base_identity(folder: Path) -> str:

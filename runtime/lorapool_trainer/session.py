@@ -16,10 +16,11 @@ from lorapool_api.tuning.states import JobFailure, JobReason, JobState, RunState
 from lorapool_api.tuning.trainer_protocol import MAX_CRASHES
 from lorapool_artifacts.datasets.errors import DatasetError
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_trainer.data.dataset import Dataset, FileOptions, make_dataset, read_training, read_validation
 from lorapool_trainer.data.encoder import Encoder
-from lorapool_trainer.engine import Engine, MemoryFigures, Numerics, Take, TargetError
+from lorapool_trainer.engine import Engine, JobSettings, MemoryFigures, Numerics, Take, TargetError
 from lorapool_trainer.jobs.checkpoint import CheckpointMismatchError, check_origin, read_checkpoints
+from lorapool_trainer.jobs.initial import InitialAdapter, continued_settings
+from lorapool_trainer.jobs.inputs import JobInput, read_input
 from lorapool_trainer.jobs.live import LiveJob, Loaded
 from lorapool_trainer.jobs.order import JobFiles, JobOrder, engine_settings
 from lorapool_trainer.shares import Demand, Shares
@@ -62,7 +63,7 @@ class Session:
         self.busy_s = 0.0
         self._shares = Shares()
         self._readers = ThreadPoolExecutor(1, "read-data")
-        self._reading: dict[str, Future[Dataset]] = {}
+        self._reading: dict[str, Future[JobInput]] = {}
 
     # --- jobs come, change and go ---------------------------------------------------------
 
@@ -71,7 +72,9 @@ class Session:
         job = self.jobs.get(order.uid)
         if job is None:
             job = self.jobs[order.uid] = LiveJob(order, files, self._unix_time())
-            self._reading[order.uid] = self._readers.submit(read_dataset, job, self._encoder, self._most_tokens(order))
+            self._reading[order.uid] = self._readers.submit(
+                read_input, order, files, self._encoder, self._most_tokens(order)
+            )
         elif not job.state.ended:
             job.order = replace(job.order, run=order.run, priority=order.priority)
         self._apply_run(job)
@@ -215,14 +218,16 @@ class Session:
                 del self._reading[uid]
                 self._data_read(self.jobs[uid], future)
 
-    def _data_read(self, job: LiveJob, future: Future[Dataset]) -> None:
+    def _data_read(self, job: LiveJob, future: Future[JobInput]) -> None:
         if job.state.ended:
             return
         try:
-            settings = engine_settings(job.order)
+            found = future.result()
+            settings = self._settings(job.order, found.initial)
             self._engine.targets(settings)
             self._check_numerics(job.order)
-            job.loaded = Loaded.of(settings, future.result(), self._base.identity, self._engine.numerics.value)
+            numerics = self._engine.numerics.value
+            job.loaded = Loaded.of(settings, found.dataset, found.initial, self._base.identity, numerics)
             for checkpoint in read_checkpoints(job.files.folder)[-1:]:
                 check_origin(checkpoint, job.loaded.origin)
             self._queue(job)
@@ -237,6 +242,9 @@ class Session:
             self._fail(job, JobFailure.INCOMPATIBLE, str(error))
         except (TargetError, ValueError) as error:
             self._fail(job, JobFailure.INCOMPATIBLE, f"{error}.")
+
+    def _settings(self, order: JobOrder, initial: InitialAdapter | None) -> JobSettings:
+        return engine_settings(order) if initial is None else continued_settings(order, initial, self._engine.targets)
 
     def _check_numerics(self, order: JobOrder) -> None:
         asked = order.training.numerics
@@ -316,19 +324,3 @@ class Session:
             if now_s - job.checkpointed_s >= job.order.checkpoint_every_s:
                 self._checkpoint(job)
                 job.write_pictures()
-
-
-def read_dataset(job: LiveJob, encoder: Encoder, most_tokens: int) -> Dataset:
-    """Reads, checks and tokenizes a job's files. Raises DatasetError, ArtifactError and OSError."""
-    order, files = job.order, job.files
-    files.restore()
-    data = order.data
-    options = FileOptions(data.training.format, data.loss_on, most_tokens, data.training.digest)
-    with files.training() as file:
-        training = read_training(file, encoder, options)
-    opened = files.validation()
-    if opened is None or data.validation is None:
-        return make_dataset(training, None, order.fraction, order.training.seed)
-    with opened as file:
-        own = replace(options, data_format=data.validation.format, digest=data.validation.digest)
-        return make_dataset(training, read_validation(file, encoder, own), 0.0, order.training.seed)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from cards import cards
-from finetune_tasks import BASE_NAME, FINETUNES, LAYERS, SCORES, TASKS, Task
+from finetune_tasks import BASE_NAME, FINETUNES, SCORES, TASKS, Task, job_specs
 from safetensors import safe_open
 
-HIDDEN, KEYS, INNER = 576, 192, 1536
+HIDDEN, KEYS, INNER, LAYERS = 576, 192, 1536, 30
 # Module: (input width, output width) in the base model.
 WIDTHS = {
     "q_proj": (HIDDEN, HIDDEN),
@@ -36,14 +36,18 @@ def scores() -> dict[str, Any]:
     return found
 
 
+def modules(task: Task) -> list[str]:
+    named: list[str] = job_specs()[task.name]["lora"].get("targetModules", [*WIDTHS])
+    return sorted(named)
+
+
 @EVERY_TASK
-def test_the_config_is_what_the_task_declares(task: Task) -> None:
-    found = config(task)
+def test_the_config_is_what_its_job_asks_for(task: Task) -> None:
+    found, rank = config(task), job_specs()[task.name]["lora"]["rank"]
     assert found["peft_type"] == "LORA"
     assert found["base_model_name_or_path"] == BASE_NAME
-    assert (found["r"], found["lora_alpha"]) == (task.rank, task.alpha)
-    assert found["target_modules"] == sorted(task.targets)
-    assert found["layers_to_transform"] == task.layers
+    assert (found["r"], found["lora_alpha"]) == (rank, 2 * rank)
+    assert found["target_modules"] == modules(task)
     assert (found["bias"], found["use_dora"], found["modules_to_save"]) == ("none", False, None)
 
 
@@ -52,14 +56,14 @@ def test_the_weights_are_one_bf16_pair_per_module_and_layer(task: Task) -> None:
     with safe_open(task.folder / "adapter_model.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         kinds = {file.get_slice(name).get_dtype() for name in shapes}
-    wanted = {}
-    for layer in range(task.first_layer, LAYERS):
-        for module in task.targets:
+    wanted, rank = {}, config(task)["r"]
+    for layer in config(task).get("layers_to_transform") or range(LAYERS):
+        for module in modules(task):
             part = "self_attn" if module in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
             name = f"base_model.model.model.layers.{layer}.{part}.{module}"
             width_in, width_out = WIDTHS[module]
-            wanted[f"{name}.lora_A.weight"] = (task.rank, width_in)
-            wanted[f"{name}.lora_B.weight"] = (width_out, task.rank)
+            wanted[f"{name}.lora_A.weight"] = (rank, width_in)
+            wanted[f"{name}.lora_B.weight"] = (width_out, rank)
     assert shapes == wanted
     assert kinds == {"BF16"}
 
@@ -67,8 +71,8 @@ def test_the_weights_are_one_bf16_pair_per_module_and_layer(task: Task) -> None:
 def test_together_they_are_small_and_of_ranks_4_8_and_16() -> None:
     sizes = [(task.folder / "adapter_model.safetensors").stat().st_size for task in TASKS.values()]
     assert sum(sizes) < MAX_TOTAL_BYTES
-    assert {task.rank for task in TASKS.values()} == {4, 8, 16}
-    assert len({task.targets for task in TASKS.values()}) >= 3
+    assert {config(task)["r"] for task in TASKS.values()} == {4, 8, 16}
+    assert len({tuple(modules(task)) for task in TASKS.values()}) >= 3
 
 
 @EVERY_TASK

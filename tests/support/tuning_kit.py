@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import torch
 import yaml
 from fakes_runtime import save_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorapool_trainer.jobs.live import LiveJob
+from lorapool_trainer.jobs.order import JobOrder
+from lorapool_trainer.local_files import LocalFiles
+from lorapool_trainer.session import Session
+
+Job = tuple[JobOrder, LocalFiles]
+MakeJob = Callable[..., Job]
 
 END = 257
 WORDS = ("alpha", "bravo", "carol", "delta", "echo", "foxes")
@@ -100,3 +109,10 @@ def run_command(base: Path, out: Path, *jobs: Path, extra: tuple[str, ...] = ())
 
 def adapter_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def run_session(session: Session, until: Callable[[], bool] = lambda: False) -> dict[str, LiveJob]:
+    while session.has_work and not until():
+        if not session.work():
+            session.wait_for_data(1.0)
+    return session.jobs

@@ -3,86 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tuning_kit import adapter_hash, save_tiny_base, write_data, write_job
+from safetensors.torch import load_file, save_file
+from tuning_kit import MakeJob, adapter_hash, run_session, write_data
 
 from lorapool_api.tuning.states import JobFailure, JobState, RunState
-from lorapool_trainer.data.encoder import Encoder
-from lorapool_trainer.engine import Engine, Numerics
+from lorapool_trainer.engine import Engine
 from lorapool_trainer.jobs.checkpoint import read_checkpoints
-from lorapool_trainer.jobs.live import LiveJob
-from lorapool_trainer.jobs.order import JobOrder
-from lorapool_trainer.local_files import LocalFiles, read_jobs
-from lorapool_trainer.session import BaseName, Session, SessionLimits
+from lorapool_trainer.session import Session
 from lorapool_trainer.suspects import Suspects
-
-Job = tuple[JobOrder, LocalFiles]
-MakeJob = Callable[..., Job]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return save_tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def encoder(base: Path) -> Iterator[Encoder]:
-    made = Encoder.of_base(base)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def engine(base: Path) -> Engine:
-    """Sessions follow each other on one engine; each removes its jobs."""
-    return Engine.load(str(base), dtype="float32", numerics=Numerics.EXACT, token_budget=256)
-
-
-@pytest.fixture
-def make_job(tmp_path: Path) -> MakeJob:
-    data = write_data(tmp_path / "data.jsonl")
-
-    def make(name: str, data: Path = data, out: str = "out", **spec: object) -> Job:
-        return read_jobs(write_job(tmp_path, name, data, **spec), tmp_path / out)[0]
-
-    return make
-
-
-@pytest.fixture
-def start(engine: Engine, encoder: Encoder, tmp_path: Path) -> Iterator[Callable[..., Session]]:
-    sessions: list[Session] = []
-
-    def begin(*jobs: Job, max_jobs: int = 8) -> Session:
-        session = Session(engine, encoder, BaseName("tiny", "base-1"), Suspects(tmp_path), SessionLimits(max_jobs))
-        sessions.append(session)
-        for order, files in jobs:
-            session.put(order, files)
-        return session
-
-    yield begin
-    for session in sessions:
-        for uid in list(session.jobs):
-            session.delete(uid)
-
-
-def run(session: Session, until: Callable[[], bool] = lambda: False) -> dict[str, LiveJob]:
-    while session.has_work and not until():
-        if not session.work():
-            session.wait_for_data(1.0)
-    return session.jobs
 
 
 def test_a_job_ends_as_an_adapter_that_lowered_the_validation_loss(
     start: Callable[..., Session], make_job: MakeJob
 ) -> None:
-    job = run(start(make_job("one")))["one"]
+    job = run_session(start(make_job("one")))["one"]
     assert job.state is JobState.SUCCEEDED
     assert job.loaded is not None
     assert (job.step, job.loaded.steps) == (16, 16)
@@ -101,7 +41,7 @@ def test_a_job_ends_as_an_adapter_that_lowered_the_validation_loss(
 def test_the_validation_loss_before_the_first_step_is_that_of_the_base(
     start: Callable[..., Session], make_job: MakeJob, engine: Engine
 ) -> None:
-    job = run(start(make_job("one")))["one"]
+    job = run_session(start(make_job("one")))["one"]
     assert job.loaded is not None
     found = engine.evaluate(None, job.loaded.validation)
     assert job.rows[0].step == 0
@@ -111,13 +51,13 @@ def test_the_validation_loss_before_the_first_step_is_that_of_the_base(
 def test_a_job_has_the_same_bits_alone_and_among_jobs_that_diverge_and_one_that_is_cancelled(
     start: Callable[..., Session], make_job: MakeJob
 ) -> None:
-    alone = adapter_hash(run(start(make_job("one", out="alone")))["one"].files.folder)
+    alone = adapter_hash(run_session(start(make_job("one", out="alone")))["one"].files.folder)
     broken = make_job("broken", training={"learningRate": "1e3"})
     cancelled = make_job("cancelled", training={"epochs": 50})
     session = start(broken, cancelled, make_job("one"))
-    run(session, lambda: session.jobs["cancelled"].step >= 2)
+    run_session(session, lambda: session.jobs["cancelled"].step >= 2)
     session.put(replace(cancelled[0], run=RunState.CANCELLED), cancelled[1])
-    jobs = run(session)
+    jobs = run_session(session)
     assert adapter_hash(jobs["one"].files.folder) == alone
     failure = jobs["broken"].failure
     assert failure is not None
@@ -130,15 +70,14 @@ def test_a_job_has_the_same_bits_alone_and_among_jobs_that_diverge_and_one_that_
 
 
 def test_a_job_with_weights_that_are_no_numbers_diverges_and_its_neighbour_keeps_its_bits(
-    start: Callable[..., Session], make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Session], make_job: MakeJob
 ) -> None:
-    alone = adapter_hash(run(start(make_job("one", out="alone")))["one"].files.folder)
-    seed = run(start(make_job("seed", out="alone", lora={"targetModules": ["q_proj"]})))["seed"].files.folder
-    tensors = {
-        name: tensor * float("nan") for name, tensor in load_file(seed / "adapter/adapter_model.safetensors").items()
-    }
-    monkeypatch.setattr(LocalFiles, "initial", lambda files: tensors if files.folder.name == "nan" else None)
-    jobs = run(start(make_job("nan", lora={"targetModules": ["q_proj"]}), make_job("one")))
+    alone = adapter_hash(run_session(start(make_job("one", out="alone")))["one"].files.folder)
+    seed = run_session(start(make_job("seed", lora={"targetModules": ["q_proj"]})))["seed"].files.folder
+    weights = seed / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    nan = make_job("nan", initFrom={"name": "seed"}, lora={"rank": None})
+    jobs = run_session(start(nan, make_job("one")))
     assert jobs["nan"].failure is not None
     assert jobs["nan"].failure.reason is JobFailure.DIVERGED
     assert jobs["nan"].step == 3
@@ -148,17 +87,17 @@ def test_a_job_with_weights_that_are_no_numbers_diverges_and_its_neighbour_keeps
 def test_pausing_frees_the_engine_and_changes_no_bit(
     start: Callable[..., Session], make_job: MakeJob, engine: Engine
 ) -> None:
-    whole = adapter_hash(run(start(make_job("one", out="whole")))["one"].files.folder)
+    whole = adapter_hash(run_session(start(make_job("one", out="whole")))["one"].files.folder)
     order, files = make_job("one")
     session = start((order, files))
-    run(session, lambda: session.jobs["one"].step >= 5)
+    run_session(session, lambda: session.jobs["one"].step >= 5)
     session.put(replace(order, run=RunState.PAUSED), files)
     assert session.jobs["one"].state is JobState.PAUSED
     assert not session.has_work
     with pytest.raises(KeyError):
         engine.offer("one")
     session.put(replace(order, run=RunState.RUN), files)
-    job = run(session)["one"]
+    job = run_session(session)["one"]
     assert (job.state, job.counters.restarts) == (JobState.SUCCEEDED, 1)
     assert adapter_hash(files.folder) == whole
 
@@ -168,7 +107,7 @@ def test_early_stopping_ends_with_the_best_evaluation_and_not_the_last(
 ) -> None:
     shuffled = write_data(tmp_path / "shuffled.jsonl", shuffled=True)
     training = {"epochs": 40, "learningRate": "3e-2", "earlyStopping": {"patience": 2, "minDelta": "0.01"}}
-    job = run(start(make_job("one", data=shuffled, training=training)))["one"]
+    job = run_session(start(make_job("one", data=shuffled, training=training)))["one"]
     assert job.state is JobState.SUCCEEDED
     assert job.loaded is not None
     assert job.step < job.loaded.steps
@@ -187,7 +126,7 @@ def test_trained_tokens_equal_a_recount_of_the_file(
     """The recount renders ChatML by hand: one byte is one token, and each control token is one."""
     order, files = make_job("one", promotion={"policy": "Always"})
     data = order.data.model_copy(update={"validation_fraction": None})
-    job = run(start((replace(order, data=data), files)))["one"]
+    job = run_session(start((replace(order, data=data), files)))["one"]
     recount = 0
     for line in (tmp_path / "data.jsonl").read_text().splitlines():
         for turn in json.loads(line)["messages"]:
@@ -197,7 +136,7 @@ def test_trained_tokens_equal_a_recount_of_the_file(
 
 def test_seconds_are_divided_among_the_jobs_without_rest(start: Callable[..., Session], make_job: MakeJob) -> None:
     session = start(make_job("one"), make_job("two", training={"epochs": 2}))
-    jobs = run(session)
+    jobs = run_session(session)
     assert sum(job.counters.trainer_seconds for job in jobs.values()) == pytest.approx(session.busy_s, rel=0.01)
 
 
@@ -205,11 +144,11 @@ def test_more_jobs_than_may_train_wait_by_priority(start: Callable[..., Session]
     first = make_job("first", training={"epochs": 50})
     session = start(first, make_job("low", priority=10), make_job("high", priority=90), max_jobs=1)
     jobs = session.jobs
-    run(session, lambda: jobs["low"].state is jobs["high"].state is JobState.QUEUED)
+    run_session(session, lambda: jobs["low"].state is jobs["high"].state is JobState.QUEUED)
     session.put(replace(first[0], run=RunState.CANCELLED), first[1])
-    run(session, lambda: jobs["high"].active)
+    run_session(session, lambda: jobs["high"].active)
     assert (jobs["low"].state, jobs["low"].step) == (JobState.QUEUED, 0)
-    run(session)
+    run_session(session)
     assert jobs["low"].state is JobState.SUCCEEDED
 
 
@@ -222,11 +161,11 @@ def test_a_job_that_was_computing_in_two_deaths_computes_alone_and_after_three_i
     together: list[int] = []
     monkeypatch.setattr(engine, "run", lambda takes, run=engine.run: together.append(len(takes)) or run(takes))
     session = start(make_job("poison"), make_job("other"))
-    run(session, lambda: session.jobs["poison"].step >= 1)
+    run_session(session, lambda: session.jobs["poison"].step >= 1)
     assert set(together) == {1}
     for _ in range(3):
         Suspects(tmp_path).computing({"third": 0})
-    job = run(start(make_job("third")))["third"]
+    job = run_session(start(make_job("third")))["third"]
     assert job.failure is not None
     assert job.failure.reason is JobFailure.POISONED
 
@@ -236,7 +175,9 @@ def test_bad_data_fails_with_its_line_and_another_job_trains_on(
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text((tmp_path / "data.jsonl").read_text() + '{"messages": []}\n')
-    jobs = run(start(make_job("bad", data=bad), make_job("gone", data=tmp_path / "none.jsonl"), make_job("one")))
+    jobs = run_session(
+        start(make_job("bad", data=bad), make_job("gone", data=tmp_path / "none.jsonl"), make_job("one"))
+    )
     failure = jobs["bad"].failure
     assert failure is not None
     assert (failure.reason, failure.line) == (JobFailure.INVALID_DATASET, 17)
@@ -248,10 +189,10 @@ def test_bad_data_fails_with_its_line_and_another_job_trains_on(
 def test_checkpoints_of_other_settings_are_refused_by_name(start: Callable[..., Session], make_job: MakeJob) -> None:
     order, files = make_job("one")
     session = start((order, files))
-    run(session, lambda: session.jobs["one"].step >= 3)
+    run_session(session, lambda: session.jobs["one"].step >= 3)
     session.close()
     session.delete("one")
-    job = run(start(make_job("one", training={"seed": 8})))["one"]
+    job = run_session(start(make_job("one", training={"seed": 8})))["one"]
     assert job.failure is not None
     assert job.failure.reason is JobFailure.INCOMPATIBLE
     assert "settings (seed)" in job.failure.message
@@ -260,7 +201,7 @@ def test_checkpoints_of_other_settings_are_refused_by_name(start: Callable[..., 
 def test_a_target_that_the_base_does_not_have_is_refused_by_name(
     start: Callable[..., Session], make_job: MakeJob
 ) -> None:
-    job = run(start(make_job("one", lora={"targetModules": ["w_proj"]})))["one"]
+    job = run_session(start(make_job("one", lora={"targetModules": ["w_proj"]})))["one"]
     assert job.failure is not None
     assert job.failure.reason is JobFailure.INCOMPATIBLE
     assert "w_proj" in job.failure.message
@@ -269,7 +210,7 @@ def test_a_target_that_the_base_does_not_have_is_refused_by_name(
 def test_a_damaged_checkpoint_is_passed_over(start: Callable[..., Session], make_job: MakeJob) -> None:
     order, files = make_job("one", checkpoints={"every": "0s", "keep": 16})
     session = start((order, files))
-    run(session, lambda: session.jobs["one"].step >= 4)
+    run_session(session, lambda: session.jobs["one"].step >= 4)
     session.close()
     session.delete("one")
     *_, before, newest = read_checkpoints(files.folder)

@@ -90,7 +90,7 @@ async def serving(
     settings = TrainerSettings(model=str(base), token_sha256=token_sha256(TOKEN), pod_uid="pod-1")
     state = TrainerState(settings, lambda: StartupReport(phase=StartupPhase.LOADING))
     loop = asyncio.get_running_loop()
-    encoder = Encoder.of_base(base)
+    encoder = Encoder.of_base(base, rows=260)
 
     def changed(at_once: bool) -> None:
         loop.call_soon_threadsafe(state.changes.bump)
@@ -229,3 +229,34 @@ def test_every_setting_that_the_operator_passes_on_exists() -> None:
     """An unknown variable would end the process."""
     known = {name for names in variables(TrainerSettings, TrainerSettings.prefix).values() for name in names}
     assert {f"LORAPOOL_TRAINER_{name}" for name in SHARED} <= known
+
+
+async def test_an_adapter_is_continued_from_the_store_and_refused_with_another_digest(
+    base: Path, engine: Engine, store: MemoryStore, tmp_path: Path
+) -> None:
+    async with serving(base, engine, store, tmp_path / "first") as (client, _):
+        await put(client)
+        first = (await until(client, lambda job: job.state.ended)).result
+    assert first is not None
+    store.delete("team", "jobs/uid-1/")
+    source = "team/adapters/first"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        store.objects[f"{source}/{name}"] = store.objects[f"team/adapters/uid-1/{name}"]
+    store.objects[f"{source}/chat_template.jinja"] = b"no part of what the digest covers"
+    wanted = {"source": {"uri": f"store://{source}"}, "digest": first.digest}
+    async with serving(base, engine, store, tmp_path / "second") as (client, _):
+        await put(client, initFrom=wanted, lora={})
+        job = await until(client, lambda job: job.state.ended)
+        assert job.state == "Succeeded", job.failure
+        assert job.resolved is not None
+        assert (job.resolved.rank, job.resolved.alpha) == (4, 8)
+    assert "team/adapters/uid-1/chat_template.jinja" not in store.objects
+    store.delete("team", "jobs/uid-1/")
+    store.objects[f"{source}/adapter_config.json"] += b" "
+    async with serving(base, engine, store, tmp_path / "third") as (client, _):
+        await put(client, initFrom=wanted, lora={})
+        failure = (await until(client, lambda job: job.state.ended)).failure
+    assert failure is not None
+    assert failure.reason == "Incompatible"
+    assert first.digest in failure.message
+    assert "create another job to continue the present files" in failure.message

@@ -38,7 +38,7 @@ def base(folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encoder]:
-    made = Encoder.of_base(base(tmp_path_factory.mktemp("base")))
+    made = Encoder.of_base(base(tmp_path_factory.mktemp("base")), rows=260)
     yield made
     made.close()
 
@@ -89,13 +89,13 @@ def test_a_completion_counts_with_the_end_that_serving_stops_at(encoder: Encoder
 
 
 def test_an_answer_without_an_end_in_the_template_gets_one(tmp_path: Path) -> None:
-    encoder = Encoder.of_base(base(tmp_path, chat_template=WITHOUT_END))
+    encoder = Encoder.of_base(base(tmp_path, chat_template=WITHOUT_END), rows=260)
     assert counted_text(encoded(encoder, {"messages": turn("one", "uno")})) == "uno\n."
     encoder.close()
 
 
 def test_a_template_that_changes_earlier_answers_is_refused_unless_only_the_last_one_counts(tmp_path: Path) -> None:
-    encoder = Encoder.of_base(base(tmp_path, chat_template=CHANGES_EARLIER_ANSWERS))
+    encoder = Encoder.of_base(base(tmp_path, chat_template=CHANGES_EARLIER_ANSWERS), rows=260)
     line = {"messages": turn("one", "uno", "two", "dos")}
     error = refusal(encoder, line)
     assert (error.reason, error.line, error.code) == (JobFailure.TEMPLATE_UNSUPPORTED, 1, "invalid_training_file")
@@ -111,7 +111,7 @@ def test_tools_are_refused_where_the_template_does_not_write_them(encoder: Encod
 
 
 def test_a_base_without_a_template_learns_from_prompts_alone(tmp_path: Path) -> None:
-    encoder = Encoder.of_base(base(tmp_path, chat_template=None))
+    encoder = Encoder.of_base(base(tmp_path, chat_template=None), rows=260)
     assert refusal(encoder, {"messages": turn("one", "uno")}).reason is JobFailure.TEMPLATE_UNSUPPORTED
     assert counted_text(encoded(encoder, {"prompt": "one", "completion": "uno"})) == "uno."
     encoder.close()

@@ -84,7 +84,8 @@ class TrainerJob(ApiModel):
     data: TrainingData
     """What it learns from."""
     lora: LoraSettings
-    """Rank and alpha are numbers here."""
+    """Rank and alpha are numbers here, unless `init_from` decides them: then they are what the job asks for, if
+    anything, and other values than the adapter's are refused."""
     training: TrainingSettings
     """Epochs, batch size, learning rate and the longest example are numbers here. Without `numerics` the trainer
     decides by its device."""

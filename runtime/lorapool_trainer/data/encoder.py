@@ -1,4 +1,4 @@
-"""One example to token ids and the mask of counted tokens, with the chat template and tokenizer of the base.
+"""One example to token ids and the mask of counted tokens, with the chat template and tokenizer of the base or adapter.
 
 A conversation is rendered up to each counted answer, once as the prompt that a server would continue and once with the
 answer. Each rendering must begin with the one before: only then do the tokens that are trained after a prompt equal
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -40,18 +40,25 @@ class Encoder:
     """Blocks. `stop_ids` end an answer; the first of them in an answer is the last token that counts."""
 
     tokenizer: Tokenizer
+    formats: ChatFormats
     chat: ChatFormat
     stop_ids: frozenset[int]
 
     @classmethod
-    def of_base(cls, folder: Path, said: BaseChat | None = None) -> Encoder:
-        """The encoder of a base's folder; `said`: what its object says about chats. Raises TokenizerError."""
+    def of_base(cls, folder: Path, said: BaseChat | None = None, *, rows: int) -> Encoder:
+        """The encoder of a base's folder; `said`: what its object says about chats, `rows`: rows of its embedding.
+        Raises TokenizerError."""
         tokenizer = Tokenizer(folder, threads=1, timeout_s=RENDER_TIMEOUT_S)
         ends = _generation_ends(folder)
-        formats = ChatFormats(tokenizer, rows=0, eos_ids=ends)
+        formats = ChatFormats(tokenizer, rows=rows, eos_ids=ends)
         if said is not None:
             formats.use_base(said)
-        return cls(tokenizer, formats.base, ends | formats.base.stop_ids)
+        return cls(tokenizer, formats, formats.base, ends | formats.base.stop_ids)
+
+    def of_adapter(self, folder: Path) -> Encoder:
+        """The encoder with the chat template and tokens of an adapter's folder. Raises ArtifactError."""
+        chat = self.formats.of_adapter(self.formats.read(folder), None, None)
+        return replace(self, chat=chat, stop_ids=self.stop_ids | chat.stop_ids)
 
     def close(self) -> None:
         self.tokenizer.close()

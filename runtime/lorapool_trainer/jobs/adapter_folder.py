@@ -36,11 +36,17 @@ def adapter_of(state: JobState) -> dict[str, Tensor]:
 
 
 def write_adapter(
-    path: Path, tensors: Mapping[str, Tensor], settings: JobSettings, modules: Iterable[str], base: str
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    settings: JobSettings,
+    modules: Iterable[str],
+    base: str,
+    chat_files: Mapping[str, bytes],
 ) -> AdapterFolder:
-    """`modules`: full names of the changed layers, or endings that match no other layer. The folder appears whole."""
+    """`modules`: full names of the changed layers, or endings that match no other layer. `chat_files`: what else the
+    folder holds, by name. The folder appears whole."""
     weights = safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)}, {"format": "pt"})
-    files = {CONFIG: _config(settings, modules, base).encode(), WEIGHTS: weights}
+    files = {**chat_files, CONFIG: _config(settings, modules, base).encode(), WEIGHTS: weights}
     write_folder(path, files)
     digests = [FileDigest(name, len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in files.items()]
     return AdapterFolder(artifact_digest(digests), sum(map(len, files.values())))

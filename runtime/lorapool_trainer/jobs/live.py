@@ -26,6 +26,7 @@ from lorapool_trainer.jobs.checkpoint import (
 )
 from lorapool_trainer.jobs.curve import loss_curve
 from lorapool_trainer.jobs.history import Row, as_csv, finite, with_validation
+from lorapool_trainer.jobs.initial import InitialAdapter
 from lorapool_trainer.jobs.order import JobFiles, JobOrder
 from lorapool_trainer.jobs.validation import BROKEN_STEPS, broken_after, evaluation_interval, is_due
 
@@ -66,16 +67,20 @@ class Loaded:
     dataset: Dataset
     steps: int
     interval: int
+    initial: InitialAdapter | None
 
     @classmethod
-    def of(cls, settings: JobSettings, dataset: Dataset, base: str, numerics: str) -> Loaded:
+    def of(
+        cls, settings: JobSettings, dataset: Dataset, initial: InitialAdapter | None, base: str, numerics: str
+    ) -> Loaded:
         training = tuple(Example(item.ids, item.counted) for item in dataset.training)
         validation = tuple(Example(item.ids, item.counted) for item in dataset.validation)
         steps = total_steps(settings, len(training))
         per_step = dataset.train_tokens * settings.batch_size / len(training)
         interval = evaluation_interval(steps, per_step, sum(len(example.ids) for example in validation))
         data = f"{dataset.digest} {dataset.validation_digest} {len(training)}"
-        return cls(settings, Origin.of(base, settings, data, numerics), training, validation, dataset, steps, interval)
+        origin = Origin.of(base, settings, data, numerics)
+        return cls(settings, origin, training, validation, dataset, steps, interval, initial)
 
 
 class LiveJob:
@@ -118,7 +123,7 @@ class LiveJob:
         known = self._known()
         self.checkpoints = read_checkpoints(self.files.folder)
         newest = self.checkpoints[-1] if self.checkpoints else None
-        initial = None if newest else self.files.initial()
+        initial = None if newest or known.initial is None else known.initial.tensors
         engine.add(self.uid, known.settings, known.training, state=newest.state() if newest else None, initial=initial)
         if newest is not None:
             record = newest.record
@@ -254,7 +259,9 @@ class LiveJob:
             tensors = adapter_of(kept.state())
             self.counters = self.counters.model_copy(update={"valid_loss": best.loss, "valid_accuracy": best.accuracy})
         path = self.files.folder / ADAPTER
-        self.result = write_adapter(path, tensors, self._known().settings, self.modules, base)
+        known = self._known()
+        chat_files = known.initial.chat_files if known.initial is not None else {}
+        self.result = write_adapter(path, tensors, known.settings, self.modules, base, chat_files)
         self.files.save(ADAPTER)
         self.state = JobState.SUCCEEDED
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
-
-from torch import Tensor
 
 from lorapool_api.common import duration_s
 from lorapool_api.tuning.finetunejob import ALL_LINEAR, Checkpoints, LoraSettings, TrainingData, TrainingSettings
@@ -26,8 +23,8 @@ class JobFiles(Protocol):
 
     def validation(self) -> BinaryIO | None: ...
 
-    def initial(self) -> Mapping[str, Tensor] | None:
-        """The tensors of the adapter whose training is continued, by their names in peft's file."""
+    def initial(self) -> Path | None:
+        """The folder of the adapter whose training is continued. Raises ArtifactError, also for another digest."""
 
     def restore(self) -> None:
         """Brings what an earlier trainer stored into the folder."""
@@ -41,7 +38,8 @@ class JobFiles(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JobOrder:
-    """One job, as a person or the operator gave it. `lora` and `training` hold numbers, not None."""
+    """One job, as a person or the operator gave it. `training` holds numbers, not None, and so does `lora`, unless an
+    adapter is continued, whose numbers count."""
 
     uid: str
     display: str
@@ -78,12 +76,11 @@ def engine_settings(order: JobOrder) -> JobSettings:
     lora, training = order.lora, order.training
     if not (lora.rank and training.epochs and training.batch_size and training.learning_rate):
         raise ValueError("rank, epochs, batchSize and learningRate must be resolved to numbers")
-    everything = ALL_LINEAR in lora.target_modules
     return JobSettings(
         rank=lora.rank,
         alpha=float(lora.alpha or 2 * lora.rank),
         dropout=float(lora.dropout),
-        target_modules=ALL_LINEAR if everything else tuple(lora.target_modules),
+        target_modules=named_targets(lora),
         epochs=training.epochs,
         max_steps=training.max_steps,
         batch_size=training.batch_size,
@@ -94,3 +91,8 @@ def engine_settings(order: JobOrder) -> JobSettings:
         max_grad_norm=float(training.max_grad_norm),
         seed=training.seed,
     )
+
+
+def named_targets(lora: LoraSettings) -> tuple[str, ...] | str:
+    """As the engine takes them."""
+    return ALL_LINEAR if ALL_LINEAR in lora.target_modules else tuple(lora.target_modules)

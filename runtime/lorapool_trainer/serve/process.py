@@ -115,7 +115,7 @@ def load(settings: TrainerSettings, progress: StartupProgress) -> Loaded:
     root.mkdir(parents=True, exist_ok=True)
     session = Session(
         engine,
-        Encoder.of_base(folder.path, read_base_chat(settings.chat_file)),
+        Encoder.of_base(folder.path, read_base_chat(settings.chat_file), rows=engine.base.vocab_size),
         BaseName(settings.label, folder.digest or base_identity(folder.path)),
         Suspects(root),
         SessionLimits(settings.max_jobs, limit),

@@ -7,26 +7,26 @@ first and then stored; the report of an ended job comes last, since it says that
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
-
-import safetensors.torch
-from torch import Tensor
 
 from lorapool_api.common import FailureReason
 from lorapool_api.tuning.trainer_protocol import TrainerJob
 from lorapool_artifacts.errors import ArtifactError
+from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_FILES, RemoteFile, digest_of, files_of
 from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
-from lorapool_trainer.jobs.adapter_folder import WEIGHTS
 from lorapool_trainer.jobs.checkpoint import FOLDER as CHECKPOINTS
 from lorapool_trainer.jobs.live import CURVE_FILE, METRICS_FILE
 
 log = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+INITIAL = "initial"
+"""Folder of the adapter whose training is continued."""
 STORED_AS = {name: f"result_files/{name}" for name in (METRICS_FILE, CURVE_FILE)}
 
 
@@ -69,12 +69,38 @@ class StoreFiles:
         found = self._job.data.validation
         return None if found is None else self._download(found.uri, "validation.jsonl")
 
-    def initial(self) -> Mapping[str, Tensor] | None:
-        if self._job.init_from is None:
+    def initial(self) -> Path | None:
+        """Fetches the adapter, and raises ArtifactError if its digest is another one."""
+        wanted = self._job.init_from
+        if wanted is None:
             return None
-        namespace, key = location(self._job.init_from.source.uri)
-        tensors: dict[str, Tensor] = safetensors.torch.load(self.client.get(namespace, f"{key}/{WEIGHTS}"))
-        return tensors
+        namespace, key = location(wanted.source.uri)
+        present = {item.key.removeprefix(f"{key}/") for item in self.client.list(namespace, f"{key}/")}
+        folder = self._folder / INITIAL
+        folder.mkdir(parents=True, exist_ok=True)
+        fetched = [
+            self._fetched(namespace, f"{key}/{name}", folder / name)
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *CHAT_FILES)
+            if name in present
+        ]
+        used = files_of(wanted.digest, fetched)
+        if (found := digest_of(used)) != wanted.digest:
+            message = (
+                f"The files of {wanted.source.uri}, the adapter to continue, have the digest {found}, but the job was "
+                f"given {wanted.digest}; create another job to continue the present files."
+            )
+            raise ArtifactError(FailureReason.DIGEST_MISMATCH, message)
+        for file in {*fetched} - {*used}:  # the digest does not cover them
+            (folder / file.name).unlink()
+        return folder
+
+    def _fetched(self, namespace: str, key: str, path: Path) -> RemoteFile:
+        hashed = hashlib.sha256()
+        with path.open("wb") as out:
+            for chunk in self.client.stream(namespace, key):
+                hashed.update(chunk)
+                out.write(chunk)
+        return RemoteFile(path.name, path.stat().st_size, hashed.hexdigest())
 
     def restore(self) -> None:
         """Fetches checkpoints that are not here yet."""

@@ -30,6 +30,7 @@ from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.settings import read
 from lorapool_api.tuning.finetunejob import FINALIZER
 from lorapool_api.tuning.states import JobFailure, JobState
+from lorapool_operator.decisions.tuning.assignment import trainer_job
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.world.profiles import RuntimeProfile
 from lorapool_operator.world.tuning import DataFinding, ObservedJob, Sent
@@ -457,3 +458,15 @@ def test_the_trainer_starts_with_the_environment_of_its_pod() -> None:
     environment = {item["name"]: str(item.get("value") or "pod-uid") for item in container["env"]}
     settings = read(TrainerSettings, environment)
     assert (settings.model, settings.base_label, settings.idle_after_s) == ("hf://org/base", "team/tiny", 120.0)
+
+
+def test_a_trainer_is_sent_the_adapter_to_continue_and_only_what_the_job_itself_asks_for() -> None:
+    """The adapter decides rank, alpha and layers; defaults of the base would look like other wishes."""
+    known = adapter("first", status={"digest": "sha256:" + "1" * 64, "rank": 4})
+    one = replace(observed(initFrom={"name": "first"}, lora={"alpha": 6}), initial=known)
+    sent = trainer_job(one, tuned(fineTuning={"enabled": True, "defaults": {"rank": 16}}))
+    assert sent is not None
+    assert sent.init_from is not None
+    assert (sent.init_from.source.uri, sent.init_from.digest) == (known.spec.source.uri, known.status.digest)
+    assert (sent.lora.rank, sent.lora.alpha) == (None, 6)
+    assert trainer_job(replace(one, initial=adapter("first")), tuned()) is None

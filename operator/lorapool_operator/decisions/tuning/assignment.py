@@ -34,15 +34,14 @@ def assignment(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now:
 def trainer_job(observed: ObservedJob, base: BaseObject) -> TrainerJob | None:
     """Returns what a trainer is sent, but for access to the store; None until the initial adapter is known."""
     job, spec = observed.job, observed.job.spec
-    initial = None
-    lora = resolved_lora(spec, base.spec)
+    initial, lora = None, resolved_lora(spec, base.spec)
     if spec.init_from is not None:
         found = observed.initial
         if found is None or found.status.digest is None:
             return None
         source = SourceRef(uri=found.spec.source.uri, revision=found.status.revision)
         initial = InitialAdapter(source=source, digest=found.status.digest)
-        lora = lora.model_copy(update={"rank": found.status.rank or lora.rank})
+        lora = spec.lora  # the adapter decides what it leaves open
     usage = job.status.usage
     return TrainerJob(
         display=str(job.key),
