@@ -90,6 +90,8 @@ def _entry(tuning: ObservedTuning, observed: ObservedJob, now: float, limits: Tu
         failure = checks.refusal(observed, tuning.base)
         if failure is not None:
             return Decided(JobState.FAILED, failure=failure)
+        if (waiting := checks.waits_for_initial(observed)) is not None:
+            return Decided(JobState.QUEUED, waiting)
     return None if data_is_valid(observed) else _data(observed, now, limits)
 
 
