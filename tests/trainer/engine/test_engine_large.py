@@ -6,6 +6,7 @@ many rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,7 @@ def test_with_two_threads_a_job_has_the_bits_of_peft_and_of_training_alone() -> 
     with threads(2):
         torch.manual_seed(3)
         stock = AutoModelForCausalLM.from_config(config)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         model.load_state_dict(stock.state_dict())
         check(model, stock, 512)
 
