@@ -73,9 +73,10 @@ MESSAGE: Schema = {
         message(["tool", "function"], [], content=OR_NULL, tool_call_id=SAID),
     ]
 }
+MESSAGES: Schema = {"type": "array", "minItems": 1, "maxItems": messages.MAX_MESSAGES, "items": MESSAGE}
 NESTED: Mapping[str, Schema] = {
     "model": {"type": "string", "minLength": 1},
-    "messages": {"type": "array", "minItems": 1, "maxItems": messages.MAX_MESSAGES, "items": MESSAGE},
+    "messages": {"$ref": "#/components/schemas/Messages"},
     "prompt": {
         "anyOf": [
             {"type": "string", "minLength": 1},
@@ -337,7 +338,8 @@ def document() -> str:
             **tuning_paths.paths(_errors()),
         },
         "components": {
-            "schemas": {"Model": MODEL, "Error": ERROR, **tuning_paths.schemas()},
+            "schemas": {"Model": MODEL, "Error": ERROR, "Messages": MESSAGES, **tuning_paths.schemas()},
+            "responses": {f"Error{status}": answer for status, answer in _described_errors().items()},
             "securitySchemes": {"apiKey": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -414,6 +416,11 @@ def _parameter(name: str, body: RecordingBody) -> Schema:
 
 
 def _errors() -> dict[str, Schema]:
+    """References to the errors by their status."""
+    return {status: {"$ref": f"#/components/responses/Error{status}"} for status in _described_errors()}
+
+
+def _described_errors() -> dict[str, Schema]:
     """The errors by their status."""
     whats: dict[int, list[str]] = {}
     for kind in vars(openai).values():

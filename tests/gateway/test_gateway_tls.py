@@ -7,7 +7,7 @@ import logging
 import shutil
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -195,6 +195,30 @@ async def test_plain_and_encrypted_pods_of_one_base_both_serve(tls: Tls) -> None
                 stream = await openai.chat.completions.create(**made.ask("tiny", stream=True))
                 assert len([chunk async for chunk in stream]) > 1
         assert len(plain.seen) == len(encrypted.seen) == 2
+
+
+async def test_no_request_is_lost_while_tls_is_switched_on_and_off_and_on(tls: Tls) -> None:
+    async with AsyncExitStack() as stack:
+        made = await stack.enter_async_context(world(trust=tls.trust()))
+        made.base()
+        statuses: list[int] = []
+        over = False
+
+        async def ask_all_the_time() -> None:
+            while not over:
+                statuses.append((await made.post(made.ask("tiny"))).status)
+
+        old, asking = "", []
+        for number, encrypted in enumerate((False, True, False, True)):  # a rollout: the new pod, then without the old
+            runtime = FakeRuntime(tls=tls.server().context if encrypted else None)
+            await stack.enter_async_context(runtime.running())
+            made.replica(runtime, f"pod-{number}")
+            made.gone(old)
+            old, asking = f"pod-{number}", asking or [asyncio.create_task(ask_all_the_time()) for _ in range(4)]
+            await until(lambda runtime=runtime: len(runtime.seen) >= 10)
+        over = True
+        await asyncio.gather(*asking)
+        assert set(statuses) == {200}, statuses
 
 
 async def test_a_client_that_leaves_ends_its_generation_over_tls_too(tls: Tls) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import signal
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -325,6 +326,17 @@ async def test_a_ready_gateway_stays_ready_while_its_tables_change(api: FakeKube
         assert all(answers), f"{answers.count(False)} of {len(answers)} probes failed"
         process.gateway.draining = True
         assert not await ready()
+
+
+async def test_a_ready_gateway_stays_ready_while_a_new_pod_has_answered_no_poll(api: FakeKube, tmp_path: Path) -> None:
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced)
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            put_pod(api, pod_object(silent.getsockname()[1]))
+            await until(lambda: made.replica() is not None)
+            assert made.tables.polls is not None
+            assert not made.tables.polls.polled_once
+            assert made.tables.synced
 
 
 def status_without_the_loop(process: GatewayProcess, path: str) -> int:

@@ -132,6 +132,27 @@ async def test_an_upload_that_lacks_something_leaves_nothing(
         assert store.keys(A) == []
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'Content-Disposition: form-data; name="a\x0bb"',
+        b"Content-Disposition",
+        b"X: " + b"x" * 10_000,
+        b"X: x\r\n" * 200,
+        b'Content-Disposition: form-data; name="_charset_"\r\n\r\n' + b"x" * 40,
+        b'Content-Disposition: form-data; name="_charset_"\r\n\r\n\xff',
+        b"Content-Type: multipart/mixed; boundary=" + b"b" * 100,
+    ],
+)
+async def test_an_upload_whose_part_is_malformed_is_a_bad_request(store: StoreProcess, head: bytes) -> None:
+    async with tuning_world(store) as here:
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        body = b"--b\r\n" + head + b"\r\n\r\nfine-tune\r\n--b--\r\n"
+        answer = await here.call("POST", "/v1/files", content=body, headers=kind)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_body"), answer.json()
+        assert store.keys(A) == []
+
+
 async def test_a_path_in_a_file_name_is_only_shown_without_its_folders(store: StoreProcess) -> None:
     async with tuning_world(store) as here, here.client() as client:
         made = await client.files.create(file=("../../etc/passwd", DATA), purpose="fine-tune")

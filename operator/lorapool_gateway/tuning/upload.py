@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import aiohttp
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lorapool_api.openai import (
     InvalidRequestError,
@@ -158,7 +159,7 @@ async def _in_time(step: Awaitable[T], limits: UploadLimits) -> T:
             return await step
     except TimeoutError:
         raise RequestTimeoutError(f"The upload sent nothing for {limits.silence_s:g} s.") from None
-    except (ValueError, AssertionError, web.RequestPayloadError) as error:
+    except (ValueError, AssertionError, RuntimeError, HttpProcessingError, web.RequestPayloadError) as error:
         raise _malformed() from error
 
 
