@@ -209,7 +209,7 @@ image: install ## build the two images and push them: REGISTRY=127.0.0.1:PORT of
 	$(PYTHON) hack/images build --registry $(REGISTRY)
 
 .PHONY: train
-train: install model ## train the five example fine-tunes together (some ten minutes on two cores); Ctrl-C and again continues
+train: install model ## train the five example fine-tunes together (about an hour on two cores); after Ctrl-C it continues
 	base=$$($(PY) hack/models/base.py | tail -1)
 	$(PY) -m lorapool_trainer --model "$$base" --job examples/finetunes/jobs.yaml --out .cache/finetunes
 	$(PY) hack/models/install_adapters.py .cache/finetunes

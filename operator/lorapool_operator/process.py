@@ -36,6 +36,7 @@ from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.inspections import ArtifactInspector, Inspector
 from lorapool_operator.effects.job_files import StoreFiles
 from lorapool_operator.effects.lease import Leadership
+from lorapool_operator.effects.left_jobs import release_deleted_jobs
 from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.effects.runtime_calls import RuntimeClient
@@ -175,7 +176,7 @@ class Process:
             TuningSetup(
                 image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
                 profile_of=lambda base: trainer_profile(base, observer.profiles),
-                files=self._job_files or (StoreFiles(self._store) if self._store is not None else None),
+                files=self._files(),
                 limits=TuningLimits(
                     active_jobs=settings.tuning_active_jobs,
                     unfinished_jobs=settings.tuning_unfinished_jobs,
@@ -185,6 +186,9 @@ class Process:
                 serves_tls=self._authority is not None,
             ),
         )
+
+    def _files(self) -> JobFiles | None:
+        return self._job_files or (StoreFiles(self._store) if self._store is not None else None)
 
     def _control_settings(self) -> ControlSettings:
         settings = self.settings
@@ -246,6 +250,8 @@ class Process:
                 group.create_task(self._resync(), name="resync")
                 if tuning is not None:
                     group.create_task(tuning.work(), name="fine-tuning")
+                else:
+                    group.create_task(self._release_deleted_jobs(), name="deleted jobs")
                 group.create_task(self._watch_profiles(), name="profiles")
                 group.create_task(self._watch_policy(), name="policy")
                 group.create_task(self._watch_credentials(), name="credentials")
@@ -271,6 +277,12 @@ class Process:
                 "seconds": round(time.monotonic() - began, 2),
             },
         )
+
+    async def _release_deleted_jobs(self) -> None:
+        files, adapters = self._files(), self.control.cache.adapters
+        while True:
+            await release_deleted_jobs(self.cluster, self.settings.watched, files, adapters)
+            await asyncio.sleep(self.settings.resync_s)
 
     async def _resync(self) -> None:
         """Reconciles every object once in each interval, evenly spread over it."""

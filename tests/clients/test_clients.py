@@ -22,6 +22,8 @@ from engine_kit import tiny_model
 from fakes_runtime import save_byte_tokenizer
 from gateway_world import KEY, world
 from runtime_process import TOKEN, runtime_process
+from store_kit import running_store
+from tuning_world import tuning_world
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -98,6 +100,12 @@ def python(script: str, place: Place, at_least: int) -> None:
 
 def test_openai_npm(place: Place) -> None:
     node("openai_npm.mjs", place, 16)
+
+
+async def test_openai_npm_with_files_and_fine_tuning_jobs(tmp_path: Path) -> None:
+    with running_store(tmp_path / "store") as store:
+        async with tuning_world(store) as here:
+            await asyncio.to_thread(node, "openai_tuning.mjs", Place(here.world.url, tmp_path), 8)
 
 
 @pytest.mark.deep

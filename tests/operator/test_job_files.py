@@ -100,9 +100,9 @@ async def test_deletion_deletes_the_work_and_keeps_a_result_that_is_served(
     put(grants, "team", "jobs/j-uid/checkpoints/1/state", b"x")
     put(grants, "team", "adapters/j-uid/adapter_config.json", b"{}")
     client = StoreClient(grants.access(StoreGrant(write=("",))))
-    await StoreFiles(grants).delete(job(), keep_result=True)
+    await StoreFiles(grants).delete(job().meta, keep_result=True)
     assert (client.list("team", "jobs/j-uid/"), len(client.list("team", "adapters/j-uid/"))) == ([], 1)
-    await StoreFiles(grants).delete(job(), keep_result=False)
+    await StoreFiles(grants).delete(job().meta, keep_result=False)
     assert client.list("team", "adapters/j-uid/") == []
     client.close()
     assert not [name for name in store.files() if "j-uid" in name]

@@ -61,10 +61,10 @@ def tiny_engine(name: str = "llama", *, numerics: Numerics = Numerics.EXACT, tok
     return Engine(frozen_base(tiny_model(name)), numerics, token_budget)
 
 
-def random_examples(seed: int, count: int = 6, longest: int = 16) -> list[Example]:
+def random_examples(seed: int, count: int = 6, longest: int = 16, shortest: int = 3) -> list[Example]:
     """The second half of each example counts."""
     drawn = random.Random(seed)
-    sizes = [drawn.randint(3, longest) for _ in range(count)]
+    sizes = [drawn.randint(shortest, longest) for _ in range(count)]
     return [
         Example(tuple(drawn.randrange(VOCABULARY) for _ in range(n)), tuple(at >= n // 2 for at in range(n)))
         for n in sizes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tuning_kit import MakeJob, adapter_hash, run_session, write_data
+from tuning_kit import Job, MakeJob, adapter_hash, run_session, write_data
 
 from lorapool_api.tuning.states import JobFailure, JobState, RunState
 from lorapool_trainer.engine import Engine
@@ -138,6 +138,28 @@ def test_seconds_are_divided_among_the_jobs_without_rest(start: Callable[..., Se
     session = start(make_job("one"), make_job("two", training={"epochs": 2}))
     jobs = run_session(session)
     assert sum(job.counters.trainer_seconds for job in jobs.values()) == pytest.approx(session.busy_s, rel=0.01)
+
+
+def test_one_job_of_a_tenant_computes_nearly_half_of_the_tokens_against_fifty_of_another(
+    start: Callable[..., Session], make_job: MakeJob
+) -> None:
+    def job(name: str, tenant: str) -> Job:
+        order, files = make_job(name, training={"epochs": 20})
+        data = order.data.model_copy(update={"validation_fraction": None})
+        return replace(order, display=f"{tenant}/{name}", data=data), files
+
+    session = start(*(job(f"a-{number}", "a") for number in range(50)), job("one", "b"), max_jobs=51)
+    one, rest = session.jobs["one"], [found for uid, found in session.jobs.items() if uid != "one"]
+
+    def computed() -> tuple[int, int]:
+        return one.counters.computed_tokens, sum(found.counters.computed_tokens for found in rest)
+
+    run_session(session, lambda: all(found.active for found in (one, *rest)))
+    own, others = computed()
+    run_session(session, lambda: one.counters.computed_tokens > own + 2000)
+    assert all(found.active for found in (one, *rest))
+    share = (computed()[0] - own) / (sum(computed()) - own - others)
+    assert 0.45 <= share <= 0.55
 
 
 def test_more_jobs_than_may_train_wait_by_priority(start: Callable[..., Session], make_job: MakeJob) -> None:

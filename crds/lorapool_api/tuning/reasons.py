@@ -57,6 +57,13 @@ JOB_REASONS: Mapping[JobReason, Explanation] = {
     JobReason.WAITING_FOR_TURN: Explanation(
         "The base trains as many jobs as spec.fineTuning.maxJobs allows. Higher priorities, then older jobs come first."
     ),
+    JobReason.RETRYING: Explanation(
+        "A transient failure, which status.failure has with its reason and the time of the next attempt."
+    ),
+    JobReason.UNREADABLE: Explanation(
+        "This version of the operator cannot read the object, such as one with a field of a newer version.",
+        "Correct the field that the message names, or upgrade the operator.",
+    ),
     JobReason.NO_MEMORY: Explanation(
         "The trainer has no memory for one more job; the message has the figures. It starts when another one ends.",
         "Lower rank or maxTokens, spec.fineTuning.tokensPerCycle of the base, or raise the profile's memory.",

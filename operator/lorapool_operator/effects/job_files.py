@@ -20,6 +20,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.sources.store_client import StoreClient
 from lorapool_operator.effects.store_grants import StoreGrants
 from lorapool_operator.effects.tuning import FilesError
+from lorapool_operator.world.cluster_cache import Meta
 from lorapool_operator.world.tuning import DataFinding, TuningObject
 
 STORE_ACCESS_S = 24 * 3600
@@ -44,7 +45,7 @@ class StoreFiles:
         """Checks the structure of a job's data set, in a thread. Never raises."""
         return await asyncio.to_thread(self._check, job)
 
-    async def delete(self, job: TuningObject, *, keep_result: bool) -> None:
+    async def delete(self, job: Meta, *, keep_result: bool) -> None:
         """Deletes everything that was written for a job, or all but its result. Raises FilesError."""
         await asyncio.to_thread(self._delete, job, keep_result)
 
@@ -54,7 +55,7 @@ class StoreFiles:
         if initial_uri is not None and initial_uri.startswith("store://"):
             read.append(f"{_name(initial_uri)}/")
         expires = int(time.time()) + STORE_ACCESS_S
-        return self._grants.access(StoreGrant(read=tuple(read), write=_written(job), expires_unix_s=expires))
+        return self._grants.access(StoreGrant(read=tuple(read), write=_written(job.meta), expires_unix_s=expires))
 
     def _check(self, job: TuningObject) -> DataFinding:
         data = job.spec.data
@@ -75,14 +76,14 @@ class StoreFiles:
             validation_digest=validation.digest if validation is not None else None,
         )
 
-    def _delete(self, job: TuningObject, keep_result: bool) -> None:
+    def _delete(self, job: Meta, keep_result: bool) -> None:
         work, result = (name.partition("/")[2] for name in _written(job))
         try:
             with self._client(write=_written(job)) as client:
                 for key in (work,) if keep_result else (work, result):
-                    client.delete(job.meta.namespace, key)
+                    client.delete(job.namespace, key)
         except ArtifactError as error:
-            raise FilesError(f"the files of {job.key} are not deleted yet: {error.message}") from error
+            raise FilesError(f"the files of {job.namespace}/{job.name} are not deleted yet: {error.message}") from error
 
     @contextlib.contextmanager
     def _client(self, *, read: tuple[str, ...] = (), write: tuple[str, ...] = ()) -> Iterator[StoreClient]:
@@ -101,9 +102,9 @@ def _name(uri: str) -> str:
     return uri.removeprefix("store://")
 
 
-def _written(job: TuningObject) -> tuple[str, str]:
+def _written(job: Meta) -> tuple[str, str]:
     """Returns the prefixes below which a job's trainer writes: its work, then its result."""
-    return f"{job.meta.namespace}/jobs/{job.meta.uid}/", f"{job.meta.namespace}/adapters/{job.meta.uid}/"
+    return f"{job.namespace}/jobs/{job.uid}/", f"{job.namespace}/adapters/{job.uid}/"
 
 
 def _checked(client: StoreClient, file: DataFile, loss_on: LossOn, minimum: int) -> _Checked:

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lorapool_api.store_protocol import StoreAccess
 from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.plan_unreadable import plan_unreadable_job
 from lorapool_operator.decisions.tuning.plan_tuning import plan_tuning
 from lorapool_operator.decisions.tuning.promotion import adapter_name
 from lorapool_operator.decisions.tuning.values import JobPlan, TuningLimits, TuningPlan
@@ -27,7 +28,7 @@ from lorapool_operator.effects.runtime_calls import RuntimeCallError, RuntimeCli
 from lorapool_operator.effects.runtime_polls import PollSettings
 from lorapool_operator.effects.trainer_polls import TrainerTracker
 from lorapool_operator.workqueue import WorkQueue
-from lorapool_operator.world.cluster_cache import BaseObject, ClusterCache, Key
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, Meta, ObjectKind
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 from lorapool_operator.world.tuning import (
     DataFinding,
@@ -58,7 +59,7 @@ class JobFiles(Protocol):
     async def check(self, job: TuningObject) -> DataFinding:
         """Checks the data set of a job. Never raises."""
 
-    async def delete(self, job: TuningObject, *, keep_result: bool) -> None:
+    async def delete(self, job: Meta, *, keep_result: bool) -> None:
         """Deletes everything that was written for a job, or all but its result. Raises FilesError."""
 
     def access(self, job: TuningObject, initial_uri: str | None) -> StoreAccess:
@@ -74,6 +75,7 @@ class _Memory:
     sent: Sent | None = None
     written_unix_s: float = 0.0
     publish_problem: str = ""
+    publish_failed_unix_s: float = 0.0
     deleted_data: bool = False
 
 
@@ -177,6 +179,7 @@ class TuningControl:
             initial=self._objects.adapters.get(namespace, wanted.name) if wanted is not None else None,
             result=self._objects.adapters.get(namespace, adapter_name(job)),
             publish_problem=memory.publish_problem,
+            publish_failed_unix_s=memory.publish_failed_unix_s,
             deleted_data=memory.deleted_data,
         )
 
@@ -186,6 +189,9 @@ class TuningControl:
     # --- applying
 
     async def _one(self, key: Key) -> float | None:
+        if key.kind is ObjectKind.TUNING:
+            await self._report_unreadable(key)
+            return None
         observed = self.observe(key)
         plan = plan_tuning(observed, time.time(), self._setup.limits)
         await self._session(observed, plan)
@@ -199,6 +205,19 @@ class TuningControl:
         if first is not None:
             raise first
         return plan.requeue_at
+
+    async def _report_unreadable(self, key: Key) -> None:
+        item = self.cache.unreadable.get(key)
+        plan = plan_unreadable_job(item, time.time()) if item is not None else None
+        if item is None or plan is None:
+            return
+        meta = item.raw["metadata"]
+        try:
+            await self._cluster.patch_raw_status(key, str(meta["resourceVersion"]), plan.status)
+        except ObjectNotFoundError:
+            return
+        subject = Subject(key.kind.value, key.namespace, key.name, meta["uid"])
+        await self._cluster.post_event(subject, plan.event, time.time())
 
     async def _session(self, observed: ObservedTuning, plan: TuningPlan) -> None:
         if plan.stop_uid is not None and observed.session is not None:
@@ -222,7 +241,7 @@ class TuningControl:
         if plan.check_data and memory.checking is None and self._setup.files is not None:
             memory.checking = asyncio.create_task(self._check(self._setup.files, job), name=f"check {job.key}")
         if plan.promote is not None:
-            await self._promote(memory, plan.promote)
+            await self._promote(job.base_key, memory, plan.promote)
         if plan.put is not None and trainer is not None and self._setup.files is not None:
             await self._put(self._setup.files, trainer, plan, memory)
         if plan.status is not None:
@@ -244,7 +263,8 @@ class TuningControl:
         gone = job.meta.deleting and not finalizers
         self.intake.job(raw, deleted=gone)
 
-    async def _promote(self, memory: _Memory, manifest: Manifest) -> None:
+    async def _promote(self, base: Key, memory: _Memory, manifest: Manifest) -> None:
+        """Creates the LoraAdapter, or remembers why it is refused, for the next plan."""
         try:
             await self._cluster.create(manifest)
             memory.publish_problem = ""
@@ -252,7 +272,8 @@ class TuningControl:
             memory.publish_problem = ""  # it exists; the watch delivers it
         except ClusterError as error:
             memory.publish_problem = f"The LoraAdapter cannot be created: {error.detail or error}"
-            raise
+            memory.publish_failed_unix_s = time.time()
+            self.queue.add(base)
 
     async def _put(self, files: JobFiles, trainer: TrainerView, plan: JobPlan, memory: _Memory) -> None:
         job, sent = plan.observed.job, plan.put
@@ -278,9 +299,7 @@ class TuningControl:
             await self._cluster.post_event(subject, event, time.time())
 
     async def _delete_files(self, files: JobFiles, job: TuningObject) -> None:
-        result = f"store://{job.meta.namespace}/adapters/{job.meta.uid}"
-        served = any(adapter.spec.source.uri == result for adapter in self._objects.adapters)
-        await files.delete(job, keep_result=served)
+        await files.delete(job.meta, keep_result=is_served(job.meta, self._objects.adapters))
 
     async def _check(self, files: JobFiles, job: TuningObject) -> None:
         memory = self._of(job)
@@ -294,6 +313,12 @@ class TuningControl:
     def _forget_gone(self) -> None:
         known = {job.meta.uid for job in self.cache.jobs}
         self._memory = {uid: memory for uid, memory in self._memory.items() if uid in known}
+
+
+def is_served(job: Meta, adapters: Iterable[AdapterObject]) -> bool:
+    """True if a LoraAdapter has the job's result."""
+    result = f"store://{job.namespace}/adapters/{job.uid}"
+    return any(adapter.spec.source.uri == result for adapter in adapters)
 
 
 def _older(job: TuningObject, unfinished: list[TuningObject]) -> int:

@@ -570,6 +570,18 @@ def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
         return None
 
 
+def parse_own(kind: type[P], key: Key, raw: Mapping[str, Any], unreadable: dict[Key, UnreadableObject]) -> P | None:
+    """Parses one of Lorapool's own objects. One that this version cannot parse is kept in `unreadable`, so that a
+    condition says so."""
+    try:
+        item = kind.parse(raw)
+    except ParseErrors as error:
+        unreadable[key] = UnreadableObject(raw, parse_error_text(error))
+        return None
+    unreadable.pop(key, None)
+    return item
+
+
 def parse_error_text(error: Exception) -> str:
     """Returns the fields that cannot be parsed, and why, without their values."""
     return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)

@@ -16,13 +16,11 @@ from lorapool_operator.world.cluster_cache import (
     Key,
     KindCache,
     ObjectKind,
-    ParseErrors,
     PodObject,
     ReplicaSetObject,
-    UnreadableObject,
     names_of,
-    parse_error_text,
     parse_or_none,
+    parse_own,
 )
 
 Own = TypeVar("Own", BaseObject, AdapterObject)
@@ -126,13 +124,9 @@ class Intake:
 
     def _parse(self, kind: type[Own], key: Key, raw: Mapping[str, Any]) -> Own | None:
         """Parses one of Lorapool's own objects; one that this version cannot parse gets a condition that says so."""
-        try:
-            item = kind.parse(raw)
-        except ParseErrors as error:
-            self._cache.unreadable[key] = UnreadableObject(raw, parse_error_text(error))
+        item = parse_own(kind, key, raw, self._cache.unreadable)
+        if item is None:
             self._mark_dirty(key, 0.0)
-            return None
-        self._cache.unreadable.pop(key, None)
         return item
 
     def wrote_adapter(self, raw: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from lorapool_operator.world.cluster_cache import (
     Meta,
     ObjectKind,
     PodObject,
+    UnreadableObject,
     parse_part,
 )
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
@@ -120,10 +121,12 @@ class TuningCache:
     def __init__(self) -> None:
         self.jobs: KindCache[TuningObject] = KindCache()
         self.sessions: KindCache[SessionObject] = KindCache()
+        self.unreadable: dict[Key, UnreadableObject] = {}
+        """Jobs whose newest version cannot be parsed. Nothing is planned for them."""
 
     def jobs_of(self, base: Key) -> list[TuningObject]:
-        """Returns the jobs that name this base, permitted or not, the oldest first."""
-        found = (job for job in self.jobs if job.base_key == base)
+        """Returns the readable jobs that name this base, permitted or not, the oldest first."""
+        found = (job for job in self.jobs if job.base_key == base and job.key not in self.unreadable)
         return sorted(found, key=lambda job: (job.meta.created_unix_s, job.meta.uid))
 
     def session_of(self, base: Key) -> SessionObject | None:
@@ -212,6 +215,7 @@ class ObservedJob:
     """The LoraAdapter that has the name of the result."""
     publish_problem: str = ""
     """Why the API server refused its LoraAdapter; empty if it did not."""
+    publish_failed_unix_s: float = 0.0
     deleted_data: bool = False
     """Its files were deleted, so that the object may go."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lorapool_operator.world.cluster_cache import Key, ObjectKind, parse_or_none
+from lorapool_operator.world.cluster_cache import Key, ObjectKind, parse_or_none, parse_own
 from lorapool_operator.world.tuning import SessionObject, TuningCache, TuningObject
 
 
@@ -15,7 +15,8 @@ class TuningIntake:
     def __init__(
         self, cache: TuningCache, mark_dirty: Callable[[Key, float], None], *, pods_changed: Callable[[], None]
     ) -> None:
-        """`mark_dirty(base, delay_s)` requests a new plan of a base's jobs. `pods_changed` is called when trainers may
+        """`mark_dirty(base, delay_s)` requests a new plan of a base's jobs; with the key of a job that this version
+        cannot parse, a report of that. `pods_changed` is called when trainers may
         own other pods than before."""
         self._cache = cache
         self._mark_dirty = mark_dirty
@@ -23,15 +24,19 @@ class TuningIntake:
 
     def job(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         meta = raw["metadata"]
+        key = Key(ObjectKind.TUNING, meta["namespace"], meta["name"])
         if deleted:
+            self._cache.unreadable.pop(key, None)
             gone = self._cache.jobs.drop(meta["namespace"], meta["name"], meta["uid"])
             if gone is not None:
                 self._mark_dirty(gone.base_key, 0.0)
             return
         if self._cache.jobs.known(meta):
             return
-        item = parse_or_none(TuningObject, raw)
-        if item is not None and self._cache.jobs.put(item):
+        item = parse_own(TuningObject, key, raw, self._cache.unreadable)
+        if item is None:
+            self._mark_dirty(key, 0.0)
+        elif self._cache.jobs.put(item):
             self._mark_dirty(item.base_key, 0.0)
 
     def session(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:

@@ -66,6 +66,15 @@ class Here:
         self.views = list(views)
 
 
+def test_a_profile_is_seen_only_from_the_namespaces_that_may_use_it() -> None:
+    here = Here()
+    for allowed, denied in ((("others",), True), (("others", "team"), False), ((), False)):
+        here.observer.profiles = {"default": RuntimeProfile(allowed_namespaces=allowed)}
+        observed = here.observer.base(KEY)
+        assert observed is not None
+        assert (observed.profile is None, observed.profile_denied) == (denied, denied)
+
+
 def test_the_oldest_adapters_get_the_pins_and_the_next_one_follows_when_one_is_deleted() -> None:
     here = Here(lora={"maxPinned": 1})
     young = here.adapter("young", minReplicas=1)

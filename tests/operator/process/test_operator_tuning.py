@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_trainer import FakeTrainer
 from fakes_operator import FakeInspector, digest, found
 from operator_world import Api, RefusedError, condition, owned_by, running_operator, token_of, until
+from pydantic import create_model
 
 from lorapool_api.base_modules import BaseModule, compact
 from lorapool_api.store_protocol import StoreAccess
-from lorapool_api.tuning.finetunejob import FINALIZER
+from lorapool_api.tuning.finetunejob import FINALIZER, FineTuneJobSpec, TrainingSettings
 from lorapool_api.tuning.states import JobFailure, JobState
 from lorapool_operator.process import Process
+from lorapool_operator.world.cluster_cache import Meta
 from lorapool_operator.world.tuning import DataFinding, TuningObject
 
 pytestmark = pytest.mark.apiserver
@@ -36,8 +38,8 @@ class Files:
     async def check(self, job: TuningObject) -> DataFinding:
         return self.findings.get(job.meta.name, DataFinding(examples=20, digest=digest("data")))
 
-    async def delete(self, job: TuningObject, *, keep_result: bool) -> None:
-        self.deleted.append((job.meta.name, keep_result))
+    async def delete(self, job: Meta, *, keep_result: bool) -> None:
+        self.deleted.append((job.name, keep_result))
 
     def access(self, job: TuningObject, initial_uri: str | None) -> StoreAccess:
         return StoreAccess(url="http://store", token=f"token-of-{job.meta.uid}")
@@ -282,6 +284,71 @@ async def test_without_the_setting_jobs_are_left_alone(api: Api, tmp_path: Path)
         assert "status" not in await api.get("finetunejobs", "j")
         with pytest.raises(RefusedError):
             await api.get("jobs", "tiny-trainer")
+
+
+async def test_a_job_that_is_deleted_after_tuning_was_switched_off_goes_with_its_files(
+    api: Api, tmp_path: Path
+) -> None:
+    files = Files()
+    async with operator(api, tmp_path, files):
+        await api.base(fineTuning={"enabled": True})
+        await api.tuning("j")
+        await until(lambda: _finalized(api, "j"))
+    await api.delete("finetunejobs", "j", grace_s=None)
+    assert (await api.get("finetunejobs", "j"))["metadata"]["deletionTimestamp"]
+    async with operator(api, tmp_path, files, tuning=False):
+        await until(lambda: _gone(api, "finetunejobs", "j"))
+    assert files.deleted == [("j", False)]
+
+
+async def _finalized(api: Api, name: str) -> bool:
+    return FINALIZER in ((await api.get("finetunejobs", name))["metadata"].get("finalizers") or ())
+
+
+async def test_a_job_of_a_newer_version_has_a_condition_and_nothing_happens_to_it(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await api.base(fineTuning={"enabled": True})
+    await api.tuning("j", training={"schedule": "Linear"})
+    old = create_model("OldTraining", __base__=TrainingSettings, schedule=(Literal["Cosine"], "Cosine"))
+    older = create_model("OldSpec", __base__=FineTuneJobSpec, training=(old, old()))
+    monkeypatch.setattr("lorapool_operator.world.tuning.FineTuneJobSpec", older)
+    async with operator(api, tmp_path, Files()):
+        await until(lambda: _progressing(api, "j"), ("False", "Unreadable"))
+        job = await api.get("finetunejobs", "j")
+        [shown] = job["status"]["conditions"]
+        assert "training.schedule" in shown["message"]
+        assert "state" not in job["status"]
+        await api.tuning("other")
+        await until(lambda: api.find("jobs", "tiny-trainer"))
+        events = [item for item in await api.items("events") if item["involvedObject"]["name"] == "j"]
+        assert [item["reason"] for item in events] == ["Unreadable"]
+    monkeypatch.undo()
+    async with operator(api, tmp_path, Files()):
+        await until(lambda: _progressing(api, "j"), ("False", "Pending"))
+
+
+async def _progressing(api: Api, name: str) -> tuple[str, str]:
+    job = await api.get("finetunejobs", name)
+    return condition(job, "Progressing") if (job.get("status") or {}).get("conditions") else ("", "")
+
+
+async def test_a_job_that_a_trainer_could_not_read_is_trained_again_and_not_twice(api: Api, tmp_path: Path) -> None:
+    async with operator(api, tmp_path, Files()) as process:
+        tuning = process.control.tuning
+        assert tuning is not None
+        tuning._setup = replace(tuning._setup, limits=replace(tuning._setup.limits, retry_s=1.0))
+        base = await api.base(fineTuning={"enabled": True})
+        uid = (await api.tuning("j"))["metadata"]["uid"]
+        async with FakeTrainer(token_of(base)).serving() as trainer:
+            await trainer_pod(api, base, trainer.port)
+            await until(lambda: _registered(trainer, uid))
+            await trainer.say(uid, JobState.FAILED, failure={"reason": "SourceUnavailable", "message": "503"})
+            await until(lambda: _forgotten(trainer, uid))
+            await until(lambda: _registered(trainer, uid))
+            await trainer.say(uid, JobState.TRAINING)
+            await until(lambda: state(api, "j"), "Training")
+            assert "failure" not in (await api.get("finetunejobs", "j"))["status"]
 
 
 async def _adapter_ready(api: Api) -> tuple[str, str]:

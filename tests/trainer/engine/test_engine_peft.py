@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from peft_loop import peft_adapter
 from trainer_kit import CONFIGS, digest, random_examples, tiny_engine, tiny_model, trained
 
-from lorapool_trainer.engine import Example, JobSettings, Schedule, learning_rate, total_steps
-from lorapool_trainer.engine.plan import batch_of
+from lorapool_trainer.engine import JobSettings, Schedule
 
 ONE_EXAMPLE = 1
 """As the size of micro-batches: the loop below computes one example at a time."""
@@ -41,39 +35,6 @@ JOBS = {
 }
 
 
-def peft_adapter(name: str, settings: JobSettings, examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Trains with peft, transformers and torch alone, one example at a time, with the logits of counted
-    tokens only. Gives the tensors of peft's file."""
-    base = tiny_model(name)
-    torch.manual_seed(settings.seed)
-    targets = settings.target_modules
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    model.train()
-    steps = total_steps(settings, len(examples))
-    for step in range(steps):
-        batch = [examples[index] for index in batch_of(settings, len(examples), step)]
-        counted = sum(example.counted_tokens for example in batch)
-        for example in batch:
-            at = torch.tensor([i - 1 for i in range(1, len(example.ids)) if example.counted[i]])
-            ids = torch.tensor(example.ids)
-            logits = model(input_ids=ids[None], logits_to_keep=at).logits[0]
-            (cross_entropy(logits, ids[at + 1], reduction="sum") / counted).backward()
-        torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {key: tensor.detach().clone() for key, tensor in get_peft_model_state_dict(model).items()}
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls an attribute that transformers deprecates
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("job", JOBS)
@@ -81,4 +42,4 @@ def test_a_job_ends_with_the_bits_of_a_loop_with_peft(name: str, job: str) -> No
     examples = random_examples(1)
     engine = tiny_engine(name)
     engine.add("job", JOBS[job], examples)
-    assert trained(engine, ["job"])["job"] == digest(peft_adapter(name, JOBS[job], examples))
+    assert trained(engine, ["job"])["job"] == digest(peft_adapter(tiny_model(name), JOBS[job], examples))

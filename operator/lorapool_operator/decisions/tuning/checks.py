@@ -75,7 +75,27 @@ def _initial(observed: ObservedJob, base: BaseObject) -> Failure | None:
     if observed.initial.base_key != base.key:
         message = f"LoraAdapter {wanted.name} of spec.initFrom is not one of BaseModel {base.key}: name that base."
         return Failure(JobFailure.INCOMPATIBLE, message)
+    if not observed.initial.spec.source.uri.startswith("store://"):
+        message = f"LoraAdapter {wanted.name} of spec.initFrom is not from the store: name the result of another job."
+        return Failure(JobFailure.INCOMPATIBLE, message)
+    given, own = observed.job.spec.lora.rank, observed.initial.status.rank
+    if given is not None and own is not None and given != own:
+        message = (
+            f"spec.lora.rank is {given}, but the adapter of spec.initFrom has {own}; leave spec.lora.rank out, or "
+            "train a new adapter."
+        )
+        return Failure(JobFailure.INCOMPATIBLE, message)
     return None
+
+
+def waits_for_initial(observed: ObservedJob) -> Waiting | None:
+    """Returns what the job waits for while the adapter that it continues is not checked."""
+    wanted = observed.job.spec.init_from
+    if wanted is None or observed.initial is None or observed.initial.status.digest is not None:
+        return None
+    why = observed.initial.status.failure
+    message = f"LoraAdapter {wanted.name} of spec.initFrom is not checked yet. {why.message if why else ''}".strip()
+    return Waiting(JobReason.PENDING, message)
 
 
 def rank_of(observed: ObservedJob, base: BaseObject) -> int:

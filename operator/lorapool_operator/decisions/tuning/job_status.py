@@ -86,7 +86,7 @@ def _shape(status: FineTuneJobStatus) -> tuple[object, ...]:
         status.state,
         status.observed_generation,
         [(item.type, item.status, item.reason) for item in status.conditions],
-        (failure.reason, failure.attempts, failure.line) if failure is not None else None,
+        (failure.reason, failure.attempts, failure.line, failure.retry_at) if failure is not None else None,
         (trainer.pod, trainer.boot_id) if trainer is not None else None,
         status.queue.reason if status.queue is not None else None,
         [item.digest for item in status.checkpoints],
@@ -209,13 +209,18 @@ def data_is_valid(observed: ObservedJob) -> bool:
     """True if the data set was checked, now or by an earlier process."""
     if observed.finding is not None:
         return observed.finding.failure is None
-    known = observed.job.status.conditions
-    return any(item.type == JobCondition.DATA_VALID and item.status == "True" for item in known)
+    return was_valid(observed.job.status)
+
+
+def was_valid(status: FineTuneJobStatus) -> bool:
+    """True if the status says that the data set can be used."""
+    return any(item.type == JobCondition.DATA_VALID and item.status == "True" for item in status.conditions)
 
 
 def _data_valid(observed: ObservedJob, decided: Decided) -> ConditionValue:
     failure = decided.failure
-    if failure is not None and failure.reason in DATA_FAILURES:
+    passing = failure is not None and failure.reason.transient and data_is_valid(observed)
+    if failure is not None and failure.reason in DATA_FAILURES and not passing:
         return ("Unknown" if failure.reason.transient else "False", failure.reason.value, failure.message)
     if data_is_valid(observed):
         return "True", JobReason.VALID.value, "The data set can be used."

@@ -27,6 +27,7 @@ from lorapool_operator.decisions.tuning.job_status import (
 )
 from lorapool_operator.decisions.tuning.promotion import gate, is_result, lora_adapter
 from lorapool_operator.decisions.tuning.reported import silent, trained
+from lorapool_operator.decisions.tuning.retries import retry_at
 from lorapool_operator.decisions.tuning.turns import Turns, take_turns
 from lorapool_operator.decisions.tuning.values import Failure, JobPlan, TuningLimits, TuningPlan
 from lorapool_operator.world.tuning import ObservedJob, ObservedTuning, TuningObject
@@ -89,6 +90,8 @@ def _entry(tuning: ObservedTuning, observed: ObservedJob, now: float, limits: Tu
         failure = checks.refusal(observed, tuning.base)
         if failure is not None:
             return Decided(JobState.FAILED, failure=failure)
+        if (waiting := checks.waits_for_initial(observed)) is not None:
+            return Decided(JobState.QUEUED, waiting)
     return None if data_is_valid(observed) else _data(observed, now, limits)
 
 
@@ -113,13 +116,18 @@ def _over_quota(tuning: ObservedTuning, job: TuningObject, limits: TuningLimits)
 
 
 def _data(observed: ObservedJob, now: float, limits: TuningLimits) -> Decided:
-    finding = observed.finding
+    finding, before = observed.finding, observed.job.status.failure
     if finding is None or finding.failure is None:
-        return Decided(JobState.VALIDATING)
+        known = before is not None and before.reason == JobFailure.SOURCE_UNAVAILABLE  # of an earlier process
+        if before is None or not known:
+            return Decided(JobState.VALIDATING)
+        failure = Failure(JobFailure.SOURCE_UNAVAILABLE, before.message)
+        return Decided(JobState.VALIDATING, failure=failure, retry_at_unix_s=unix(before.retry_at))
     failure = Failure(finding.failure, finding.message, finding.line)
     if not finding.failure.transient:
         return Decided(JobState.FAILED, failure=failure)
-    return Decided(JobState.VALIDATING, failure=failure, retry_at_unix_s=finding.at_unix_s + limits.retry_s)
+    due = retry_at(before, finding.failure, finding.at_unix_s, now, limits)
+    return Decided(JobState.VALIDATING, failure=failure, retry_at_unix_s=due)
 
 
 # --- one job -----------------------------------------------------------------------------
@@ -141,17 +149,18 @@ def _job(
     if entry is None and silent(tuning, job):
         return JobPlan(observed)
     plan = JobPlan(observed, finalizers=_finalizers(job))
-    decided = entry or trained(tuning, observed, turns)
+    decided = entry or trained(tuning, observed, turns, now, limits)
     if entry is None or decided.report is not None:
-        plan = _with_result(tuning, plan, decided)
-        decided = _completed(observed, decided)
+        decided = _completed(observed, decided, now, limits)
+        plan = _with_result(tuning, plan, decided, now)
     report = tuning.report(job.meta.uid)
     retry = decided.retry_at_unix_s
+    again = report is not None and report.state is JobState.FAILED and retry is not None and now >= retry
     checks_data = decided.state is JobState.VALIDATING and not observed.checking and (retry is None or now >= retry)
     plan = replace(
         plan,
         check_data=checks_data,
-        unregister=report is not None and decided.state.ended,
+        unregister=report is not None and (decided.state.ended or again),
         put=assignment(tuning, observed, turns, now) if entry is None and not decided.state.ended else None,
     )
     return _with_status(plan, observed, decided, now, limits)
@@ -231,19 +240,19 @@ def _outcome(observed: ObservedJob, decided: Decided) -> _Outcome | None:
     return _Outcome(failure, promotes=failure is None)
 
 
-def _with_result(tuning: ObservedTuning, plan: JobPlan, decided: Decided) -> JobPlan:
-    """Adds the LoraAdapter, if the result becomes one and it does not exist."""
+def _with_result(tuning: ObservedTuning, plan: JobPlan, decided: Decided, now: float) -> JobPlan:
+    """Adds the LoraAdapter, if the result becomes one, it does not exist, and no refusal is waited for."""
     found = _outcome(plan.observed, decided)
     current = tuning.trainer.current if tuning.trainer is not None else None
     report = decided.report
     if found is None or not found.promotes or plan.observed.result is not None or current is None or report is None:
         return plan
-    if report.result is None:
+    if report.result is None or (decided.retry_at_unix_s or 0.0) > now:
         return plan
     return replace(plan, promote=lora_adapter(plan.observed.job, report, report.result, current))
 
 
-def _completed(observed: ObservedJob, decided: Decided) -> Decided:
+def _completed(observed: ObservedJob, decided: Decided, now: float, limits: TuningLimits) -> Decided:
     """Decides how a trained job ends. It is Publishing until its model has its name, or it is known why it has not."""
     found = _outcome(observed, decided)
     if found is None:
@@ -254,9 +263,12 @@ def _completed(observed: ObservedJob, decided: Decided) -> Decided:
         return replace(decided, state=JobState.SUCCEEDED, failure=None)
     adapter = observed.result
     if adapter is None:
-        problem = observed.publish_problem
-        failure = Failure(JobFailure.PUBLISH_FAILED, problem) if problem else None
-        return replace(decided, failure=failure)
+        if not observed.publish_problem:
+            return replace(decided, failure=None)
+        failure = Failure(JobFailure.PUBLISH_FAILED, observed.publish_problem)
+        before, at = observed.job.status.failure, observed.publish_failed_unix_s
+        due = retry_at(before, JobFailure.PUBLISH_FAILED, at, now, limits)
+        return replace(decided, failure=failure, retry_at_unix_s=due)
     settled = adapter.status.alias == adapter.spec.alias or adapter.status.failure is not None
     state = JobState.SUCCEEDED if settled else JobState.PUBLISHING
     return replace(decided, state=state, failure=None, promoted=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from lorapool_api.tuning.states import JobFailure, JobReason, JobState, RunState
 from lorapool_api.tuning.trainer_protocol import JobReport
-from lorapool_operator.decisions.tuning.job_status import Decided
-from lorapool_operator.decisions.tuning.session import session_name
+from lorapool_operator.decisions.tuning.job_status import Decided, was_valid
+from lorapool_operator.decisions.tuning.retries import retry_at
+from lorapool_operator.decisions.tuning.session import RESTART_S, session_name
 from lorapool_operator.decisions.tuning.turns import Turns
-from lorapool_operator.decisions.tuning.values import Failure, Waiting
+from lorapool_operator.decisions.tuning.values import Failure, TuningLimits, Waiting
 from lorapool_operator.world.tuning import ObservedJob, ObservedTuning, TuningObject
+
+KEPT = (JobFailure.TRAINER_LOST, JobFailure.PREEMPTED, JobFailure.SOURCE_UNAVAILABLE, JobFailure.PUBLISH_FAILED)
+"""Failures that stay in the status until a trainer computes the job again."""
 
 
 def silent(tuning: ObservedTuning, job: TuningObject) -> bool:
@@ -19,16 +23,27 @@ def silent(tuning: ObservedTuning, job: TuningObject) -> bool:
     return trainer.pod.ready and not trainer.pod.terminating and trainer.pod.meta.name == before.pod
 
 
-def trained(tuning: ObservedTuning, observed: ObservedJob, turns: Turns) -> Decided:
+def trained(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now: float, limits: TuningLimits) -> Decided:
     """Returns what the trainer says of a job, or why it has none."""
     job = observed.job
     report = tuning.report(job.meta.uid)
     if report is not None:
+        if (
+            report.state is JobState.FAILED
+            and (failure := _failure_of(report)) is not None
+            and failure.reason.transient
+        ):
+            due = retry_at(job.status.failure, failure.reason, None, now, limits)
+            waiting = Waiting(JobReason.RETRYING, failure.message)
+            return Decided(JobState.QUEUED, waiting, failure, report, retry_at_unix_s=due)
         return _reported(tuning, job, report)
     if job.spec.run is RunState.PAUSED:
         return Decided(JobState.PAUSED)
     waiting = turns.waiting.get(job.meta.uid) or _for_trainer(tuning)
-    return Decided(JobState.QUEUED, waiting, _lost(tuning, job) or waiting.failure)
+    held = tuning.session
+    restart = held.ended_unix_s + RESTART_S if held is not None and held.failure else None
+    failure = _lost(tuning, job) or waiting.failure
+    return Decided(JobState.QUEUED, waiting, failure, retry_at_unix_s=restart if failure is not None else None)
 
 
 def _reported(tuning: ObservedTuning, job: TuningObject, report: JobReport) -> Decided:
@@ -82,7 +97,7 @@ def _lost(tuning: ObservedTuning, job: TuningObject) -> Failure | None:
     before, trainer = job.status.trainer, tuning.trainer
     known = job.status.failure
     if before is None:
-        still = known is not None and known.reason in (JobFailure.TRAINER_LOST, JobFailure.PREEMPTED)
+        still = known is not None and known.reason in KEPT and was_valid(job.status)
         return Failure(JobFailure(known.reason), known.message) if known is not None and still else None
     if trainer is not None and trainer.pod.meta.name == before.pod and trainer.pod.disruption:
         message = f"The pod {before.pod} made room ({trainer.pod.disruption}). Training continues from its checkpoint."

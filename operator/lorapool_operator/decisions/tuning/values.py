@@ -19,7 +19,9 @@ class TuningLimits:
     active_jobs: int = 8
     unfinished_jobs: int = 64
     status_interval_s: float = 10.0
-    retry_s: float = 30.0
+    retry_s: float = 15.0
+    """After a first transient failure; the wait doubles with each further one, up to `retry_max_s`."""
+    retry_max_s: float = 600.0
     priority_class: str = ""
 
 
