@@ -28,7 +28,7 @@ async def release_deleted_jobs(
                     if "deletionTimestamp" in raw["metadata"] and FINALIZER in finalizers:
                         await _release(cluster, Meta.parse(raw["metadata"]), finalizers, files, adapters)
         except (ClusterError, FilesError) as error:
-            log.info("deleted jobs not released", extra={"namespace": namespace or "", "error": str(error)})
+            log.info("deleted jobs not released", extra={"watched_namespace": namespace or "", "error": str(error)})
 
 
 async def _release(
