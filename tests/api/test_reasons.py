@@ -21,6 +21,7 @@ NOTHING_TO_DO_FOR_A_JOB = {
     JobReason.TRAINING,
     JobReason.EVALUATING,
     JobReason.PUBLISHING,
+    JobReason.RETRYING,
     JobReason.EVALUATED,
     JobReason.NOT_EVALUATED,
     JobReason.PROMOTED,

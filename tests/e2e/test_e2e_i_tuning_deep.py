@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import yaml
 from e2e_tuning import Line, Tuning, lines_of
 from e2e_world import BASE, ROOT, Prober, World
+from openai.types.fine_tuning import FineTuningJob
 
 sys.path.append(str(ROOT / "hack" / "models"))
 
@@ -31,17 +33,9 @@ def tuning(world: World) -> Iterator[Tuning]:
 
 
 def test_the_five_examples_train_side_by_side_and_score_as_the_committed_ones(world: World, tuning: Tuning) -> None:
-    jobs = {
-        name: tuning.create(
-            tuning.upload([{"messages": line["messages"]} for line in lines_of(name, "train")]),
-            tuning.upload([{"messages": line["messages"]} for line in lines_of(name, "heldout", every=4)]),
-            name,
-            rank=task.rank,
-            target_modules=list(task.targets),
-            max_steps=task.steps,
-        )
-        for name, task in TASKS.items()
-    }
+    described = yaml.safe_load_all((ROOT / "examples" / "finetunes" / "jobs.yaml").read_text())
+    jobs = {item["metadata"]["name"]: create(tuning, item["metadata"]["name"], item["spec"]) for item in described}
+    assert set(jobs) == set(TASKS)
     world.wait(
         "all five in training",
         lambda: all(tuning.status(job).get("progress", {}).get("step") for job in jobs.values()),
@@ -56,6 +50,28 @@ def test_the_five_examples_train_side_by_side_and_score_as_the_committed_ones(wo
     committed = json_scores()
     print({name: (round(found[name], 3), committed[name]) for name in found})
     assert [name for name in found if found[name] < committed[name] - MARGIN] == []
+
+
+def create(tuning: Tuning, name: str, spec: dict[str, Any]) -> FineTuningJob:
+    """The committed job, as the client makes it."""
+    training, lora = spec["training"], spec["lora"]
+    return tuning.client.fine_tuning.jobs.create(
+        model=tuning.base,
+        training_file=tuning.upload(lines_of(name, "train")),
+        validation_file=tuning.upload(
+            [{"messages": line["messages"]} for line in lines_of(name, "heldout", every=4)]  # without what is scored
+        ),
+        suffix=name,
+        seed=training["seed"],
+        hyperparameters={"n_epochs": training["epochs"], "batch_size": 8},
+        extra_body={
+            "lorapool": {
+                "rank": lora["rank"],
+                "learning_rate": training["learningRate"],
+                **({"target_modules": lora["targetModules"]} if "targetModules" in lora else {}),
+            }
+        },
+    )
 
 
 def json_scores() -> dict[str, float]:
