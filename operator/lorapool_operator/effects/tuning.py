@@ -15,6 +15,7 @@ from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan_unreadable import plan_unreadable_job
 from lorapool_operator.decisions.tuning.plan_tuning import plan_tuning
 from lorapool_operator.decisions.tuning.promotion import adapter_name
+from lorapool_operator.decisions.tuning.turns import counted_before
 from lorapool_operator.decisions.tuning.values import JobPlan, TuningLimits, TuningPlan
 from lorapool_operator.effects.cluster import (
     Cluster,
@@ -163,7 +164,9 @@ class TuningControl:
             active_elsewhere=Counter(
                 job.meta.namespace for job in unfinished if job.base_key != key and job.status.trainer is not None
             ),
-            older_unfinished={job.meta.uid: _older(job, unfinished) for job in unfinished if job.base_key == key},
+            older_unfinished={
+                job.meta.uid: counted_before(job, unfinished) for job in unfinished if job.base_key == key
+            },
             tls=self._setup.serves_tls,
         )
 
@@ -319,11 +322,3 @@ def is_served(job: Meta, adapters: Iterable[AdapterObject]) -> bool:
     """True if a LoraAdapter has the job's result."""
     result = f"store://{job.namespace}/adapters/{job.uid}"
     return any(adapter.spec.source.uri == result for adapter in adapters)
-
-
-def _older(job: TuningObject, unfinished: list[TuningObject]) -> int:
-    mine = (job.meta.created_unix_s, job.meta.uid)
-    return sum(
-        other.meta.namespace == job.meta.namespace and (other.meta.created_unix_s, other.meta.uid) < mine
-        for other in unfinished
-    )

@@ -31,6 +31,7 @@ from lorapool_api.settings import read
 from lorapool_api.tuning.finetunejob import FINALIZER
 from lorapool_api.tuning.states import JobFailure, JobState
 from lorapool_operator.decisions.tuning.assignment import trainer_job
+from lorapool_operator.decisions.tuning.turns import counted_before
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.world.profiles import RuntimeProfile
 from lorapool_operator.world.tuning import DataFinding, ObservedJob, Sent
@@ -149,6 +150,12 @@ def test_one_job_too_many_of_a_namespace_is_refused_and_an_accepted_one_stays() 
     assert condition(only(found), "Completed") == ("True", "QuotaExceeded")
     accepted = observed(status={"state": "Queued"})
     assert plan(accepted, limits=limits, older_unfinished={"j-uid": 2}).start
+
+
+def test_an_accepted_job_counts_before_a_new_one_of_the_same_second_whatever_the_uids_are() -> None:
+    accepted, new, later = job("b", status={"state": "Queued"}), job("a"), job("0", created=1.0)
+    unfinished = [accepted, new, later]
+    assert [counted_before(one, unfinished) for one in (new, later)] == [1, 2]
 
 
 # --- turns -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which jobs of a base are trained now, and which wait for their turn."""
+"""Which jobs of a base are trained now, which wait for their turn, and how many are ahead in a namespace's quota."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lorapool_api.tuning.states import JobReason, RunState
 from lorapool_operator.decisions.tuning.values import Waiting
-from lorapool_operator.world.tuning import ObservedJob
+from lorapool_operator.world.tuning import ObservedJob, TuningObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +60,17 @@ def take_turns(
             wanted.add(uid)
             active[namespace] += 1
     return Turns(frozenset(wanted), waiting)
+
+
+def counted_before(job: TuningObject, unfinished: Iterable[TuningObject]) -> int:
+    """Returns how many other jobs of the namespace count before this one: the accepted ones and those made earlier.
+
+    Times of creation are whole seconds: of jobs that were made in the same second the uid decides.
+    """
+    mine = (job.meta.created_unix_s, job.meta.uid)
+    return sum(
+        other.meta.namespace == job.meta.namespace
+        and other.meta.uid != job.meta.uid
+        and (other.status.state is not None or (other.meta.created_unix_s, other.meta.uid) < mine)
+        for other in unfinished
+    )
