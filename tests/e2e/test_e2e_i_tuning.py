@@ -40,7 +40,7 @@ def test_the_demos_job_made_a_model_that_learned_its_task(world: World, tuning: 
 def test_the_trainers_losses_are_those_of_the_gateways_answers(world: World, tuning: Tuning) -> None:
     """The base's before the first step, and the promoted adapter's after the last."""
     trained = world.summary["trained"]
-    lines = lines_of("routing", "heldout", every=3)
+    lines = lines_of("routing", "heldout", every=4)  # those of the demo
     assert tuning.loss_of(tuning.base, lines) == pytest.approx(trained["base_loss"], abs=1e-3)
     assert tuning.loss_of(trained["model"], lines) == pytest.approx(trained["loss"], abs=1e-3)
 

@@ -20,6 +20,8 @@ from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 ROOT = Path(__file__).resolve().parents[3]
 BASE = "smollm2"
+RUNTIMES = "lorapool.dev/base,!lorapool.dev/trainer"
+"""Label selector of runtimes' pods: trainers have the label of their base too."""
 
 
 @dataclass
@@ -100,8 +102,8 @@ class World:
         return "", ""
 
     def runtime_pods(self) -> list[dict[str, Any]]:
-        """Pods of the base that exist, whatever their state."""
-        return list(self.get("pods", "-l", f"lorapool.dev/base={BASE}")["items"])
+        """Runtimes' pods that exist, whatever their state; the demo has one base."""
+        return list(self.get("pods", "-l", RUNTIMES)["items"])
 
     def wait(self, what: str, check: Callable[[], object], *, timeout_s: float, every_s: float = 0.5) -> None:
         """Waits until `check` is true; fails with the last value and the current objects."""
@@ -143,7 +145,7 @@ class World:
 
     def scrape(self, component: str) -> list[str]:
         """The /metrics text of each pod of a component, read through the API server's proxy."""
-        selector = "lorapool.dev/base" if component == "runtime" else f"app.kubernetes.io/component={component}"
+        selector = RUNTIMES if component == "runtime" else f"app.kubernetes.io/component={component}"
         path = f"/api/v1/namespaces/{self.namespace}/pods/{{}}:9090/proxy/metrics"
         pods = [pod["metadata"]["name"] for pod in self.get("pods", "-l", selector)["items"]]
         return [self.kubectl("get", "--raw", path.format(pod)) for pod in pods]
