@@ -29,7 +29,7 @@ SUFFIX = "demo"
 METADATA = {"made_by": "demo"}
 FILES = {"train.jsonl": 1, "heldout.jsonl": 4}
 """Every how many lines of each file one is uploaded; both are sorted by the answer."""
-EXTRAS = {"rank": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1.5e-3, "max_steps": 14}
+EXTRAS = {"rank": 8, "target_modules": ["q_proj", "v_proj"], "learning_rate": 1.5e-3, "max_steps": 18}
 TIMEOUT_S = 600.0
 POLL_S = 1.0
 ENDED = ("succeeded", "failed", "cancelled")

@@ -105,7 +105,7 @@ def job_object(world: World, tuning: Tuning, name: str, training: str) -> dict[s
             "baseModelRef": {"name": BASE},
             "data": {"training": {"uri": f"store://{world.namespace}/files/{training}"}},
             "lora": {"rank": 4, "targetModules": ["q_proj", "v_proj"]},
-            "training": {"maxSteps": 30, "learningRate": "1.5e-3", "seed": 7},
+            "training": {"maxSteps": 16, "learningRate": "1.5e-3", "seed": 7},
             "checkpoints": {"every": "1s"},
             "promotion": {"policy": "Never"},
         },
@@ -123,7 +123,7 @@ async def test_a_job_that_loses_its_pod_is_evicted_and_paused_ends_with_the_same
     probing = asyncio.create_task(prober.run())
     try:
         await asyncio.to_thread(trained, world, job_object(world, tuning, "whole", training), {})
-        interruptions = {4: lose_pod, 10: evict, 16: pause_and_resume, 22: lose_pod}
+        interruptions = {3: lose_pod, 6: evict, 9: pause_and_resume, 12: lose_pod}
         await asyncio.to_thread(trained, world, job_object(world, tuning, "broken", training), interruptions)
     finally:
         prober.stop()
