@@ -101,6 +101,8 @@ async def test_a_fine_tuned_model_is_continued(store: StoreProcess) -> None:
         ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size"),
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier"),
+        ({"hyperparameters": {"learning_rate_multiplier": 5e-324}}, "hyperparameters.learning_rate_multiplier"),
+        ({"lorapool": {"learning_rate": 1e-300}}, "lorapool.learning_rate"),
         ({"hyperparameters": {"learning_rate_multiplier": math.nan}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"learning_rate_multiplier": 1e9}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"learning_rate_multiplier": "fast"}}, "hyperparameters.learning_rate_multiplier"),

@@ -17,7 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lorapool_api.openai import InvalidRequestError
 from lorapool_api.tuning.finetunejob import LossOn, Numerics, PromotionPolicy, Schedule
 
-MAX_MULTIPLIER = 10_000.0
+MIN_MULTIPLIER, MAX_MULTIPLIER = 1e-6, 10_000.0
+MIN_DECIMAL = 1e-12
+"""The least number above 0: what objects write with an exponent of two digits."""
 MAX_METADATA = 16
 _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TARGET = r"^[A-Za-z0-9_.-]{1,128}$"
@@ -33,8 +35,8 @@ def _decimal(value: object) -> object:
         number = float(value)
     except ValueError:
         raise ValueError("must be a number") from None
-    if not math.isfinite(number) or not 0 <= number < 1e9:
-        raise ValueError("must be a number from 0 to 1e9")
+    if not math.isfinite(number) or not (number == 0 or MIN_DECIMAL <= number < 1e9):
+        raise ValueError(f"must be 0 or a number from {MIN_DECIMAL:g} to 1e9")
     return f"{number:.12g}"
 
 
@@ -50,7 +52,9 @@ class Hyperparameters(_Given):
 
     n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[float, Field(gt=0, le=MAX_MULTIPLIER, allow_inf_nan=False)] | Auto = "auto"
+    learning_rate_multiplier: (
+        Annotated[float, Field(ge=MIN_MULTIPLIER, le=MAX_MULTIPLIER, allow_inf_nan=False)] | Auto
+    ) = "auto"
 
 
 class Supervised(_Given):
