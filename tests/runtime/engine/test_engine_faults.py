@@ -11,9 +11,9 @@ import pytest
 import torch
 from engine_kit import Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
 
+from lorapool_runtime.engines.errors import UnsupportedBaseError
 from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, TokenOutput
 from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
-from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError
 from lorapool_runtime.weights.reader import PackedAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
