@@ -85,11 +85,9 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> FrozenBase:
 
     dtype: float32, bfloat16, float16, or auto: as stored, where the device computes in it.
     """
-    config = checked_config(folder)
-    element = element_type(config, dtype, device)
-    model = stock_model(folder, config, element, device)
-    with refusing(config):
-        return frozen_base(model)
+    with refusing():
+        config = checked_config(folder)
+        return frozen_base(stock_model(folder, config, element_type(config, dtype, device), device))
 
 
 def frozen_base(model: Any) -> FrozenBase:

@@ -135,6 +135,22 @@ def test_a_step_fetches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert len(fetched) == steps
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: torch reports each wait for it")
+def test_a_step_on_a_gpu_waits_for_nothing_but_its_fetch(tmp_path: Path) -> None:
+    tiny_model("Llama").save_pretrained(tmp_path)
+    engine = core_of(tmp_path, device="cuda", max_batch=8, max_batch_tokens=64)
+    with torch.inference_mode():
+        for number, kind in enumerate(KINDS):
+            params = SamplingParams(max_tokens=4, ignore_eos=True, **kind)
+            engine.add(request(str(number), [5, 6, 7 + number, 8, 9], params))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while engine.scheduler.has_work:
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding rows are computed as on a GPU."""
 

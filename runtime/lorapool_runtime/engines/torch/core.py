@@ -36,7 +36,7 @@ from lorapool_runtime.engines.torch.lora.kernel_cpu import load_row_kernel
 from lorapool_runtime.engines.torch.lora.slot_state import WrongWeightsError
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
-from lorapool_runtime.engines.torch.model.load import Base, load_base
+from lorapool_runtime.engines.torch.model.load import Base, load_base, refusing
 from lorapool_runtime.engines.torch.prompt_logprobs import score_prompts
 from lorapool_runtime.engines.torch.runner import Runner
 from lorapool_runtime.engines.torch.sampling import LogitShaper, Sampled, SampleRow, check_params, launch
@@ -83,7 +83,8 @@ class Core:
         self.runner = Runner(self.base, self.pool)
         decode_program: DecodeProgramState | None = None
         with torch.inference_mode():
-            self.runner.self_check()
+            with refusing():
+                self.runner.self_check()
             if device.type == "cuda":
                 decode_program = self._prepare_gpu(config.max_batch, max_model_len)
             else:

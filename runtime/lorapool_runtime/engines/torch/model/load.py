@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lorapool_api.base_modules import BaseModule
-from lorapool_runtime.engines.errors import UnsupportedBaseError
+from lorapool_runtime.engines.errors import EngineStartError, UnsupportedBaseError
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch
 from lorapool_runtime.engines.torch.model.attention import (
     Attention,
@@ -95,60 +94,45 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
 
     At most the weights and one group of fused layers are in memory at one time.
     """
-    config = checked_config(folder)
-    element = element_type(config, dtype, device)
-    model = stock_model(folder, config, element, device)
-    with refusing(config):
-        return _fitted(model, folder, config, element, device)
+    with refusing():
+        config = checked_config(folder)
+        element = element_type(config, dtype, device)
+        return _fitted(stock_model(folder, config, element, device), folder, config, element, device)
 
 
 def stock_model(folder: str, config: Any, element: torch.dtype, device: torch.device) -> Any:
-    """The model as transformers has it, on the device. Raises UnsupportedBaseError where transformers has none.
+    """The model as transformers has it, on the device.
 
     Where the files have the wanted type, the host maps them and allocates nothing.
     """
-    with refusing(config):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
     model.requires_grad_(False)
     return model.eval().to(device)
 
 
 @contextmanager
-def refusing(config: Any) -> Iterator[None]:
-    """Turns what transformers raises for a model that it cannot run into an UnsupportedBaseError with a remedy.
+def refusing() -> Iterator[None]:
+    """Turns what transformers raises for a model that it cannot run into an UnsupportedBaseError, and adds a remedy.
 
-    Errors of files (OSError, SafetensorError) and of memory are raised as they are.
+    Errors of files (OSError, SafetensorError), of memory and of the device are raised as they are.
     """
-    kind = getattr(config, "model_type", "") or type(config).__name__
     try:
         yield
     except UnsupportedBaseError as error:
-        raise UnsupportedBaseError(f"{error}. {_remedy(kind)}") from error.__cause__
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ) as error:
+        raise UnsupportedBaseError(f"{error}. {_REMEDY}") from error.__cause__
+    except (EngineStartError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except _OF_TRANSFORMERS as error:
         log.info("transformers cannot run this base", exc_info=error)
-        raise UnsupportedBaseError(f"transformers cannot run it here ({_short(error)}). {_remedy(kind)}") from error
-    except RuntimeError as error:  # of shapes that do not fit; CUDA's and out of memory are RuntimeErrors too
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-            raise
-        log.info("transformers cannot run this base", exc_info=error)
-        raise UnsupportedBaseError(f"transformers cannot run it here ({_short(error)}). {_remedy(kind)}") from error
+        raise UnsupportedBaseError(f"transformers cannot run it here ({_short(error)}). {_REMEDY}") from error
 
 
-def _remedy(kind: str) -> str:
-    return (
-        f"A base of the type {kind!r} is not served like this: choose one that docs/reference/models.md lists as served"
-    )
+_REMEDY = "Choose a base that docs/reference/models.md lists as served"
+_OF_TRANSFORMERS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def _short(error: BaseException) -> str:
@@ -201,14 +185,11 @@ def register_attention() -> None:
 def checked_config(folder: str) -> Any:
     """The base's configuration. Raises UnsupportedBaseError for one whose attention is not computed."""
     if not any(Path(folder).glob("*.safetensors")):
-        raise UnsupportedBaseError(
-            f"{folder} has no *.safetensors: save the base as safetensors, no other format is read"
-        )
-    config = _known_config(folder)
+        raise EngineStartError(f"{folder} has no *.safetensors: save the base as safetensors, no other format is read")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedBaseError(
-            f"transformers has no text model for the type {config.model_type!r}, only one for several kinds of input. "
-            f"{_remedy(config.model_type)}"
+            f"transformers has no text model for the type {config.model_type}, only one for several kinds of input"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedBaseError("the base is quantized; serve it in float32, bfloat16 or float16")
@@ -224,18 +205,6 @@ def checked_config(folder: str) -> Any:
     if unknown:
         raise UnsupportedBaseError(f"layers of type {', '.join(sorted(unknown))} are not supported")
     return config
-
-
-def _known_config(folder: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedBaseError(
-            f"transformers {transformers.__version__} cannot read the base's config.json ({_short(error)}): it is of "
-            "a newer "
-            "type, or needs code of its own, which is never run. Choose a base that docs/reference/models.md lists "
-            "as served"
-        ) from error
 
 
 def element_type(config: Any, dtype: str, device: torch.device) -> torch.dtype:

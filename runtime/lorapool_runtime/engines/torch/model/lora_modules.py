@@ -14,6 +14,7 @@ from lorapool_runtime.engines.torch.lora.experts import LoraExperts
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraEmbedding, LoraGroup, LoraLinear
 from lorapool_runtime.engines.torch.lora.parameter import replace_parameter
 from lorapool_runtime.engines.torch.model.probe import Adaptable, parent_name
+from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.weights.targets import TargetGroup
 
 
@@ -62,6 +63,8 @@ def _replace_linears(
         linear.register_parameter("bias", None)
     if base.device.type == "cuda":
         torch.cuda.empty_cache()  # the freed weights are smaller than the next fused one: it could not use their memory
+    else:
+        return_free_memory()
     target = TargetGroup(tuple(names[linear] for linear in linears), base.in_features, base.out_features, kind)
     group = LoraGroup(len(groups), target, base, lora)
     for member, name in enumerate(target.modules):
