@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from lorapool_api.common import AdapterCondition
 from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
-from lorapool_operator.decisions.hot_set import preload_of
 from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
-from lorapool_operator.decisions.preemption import choose
+from lorapool_operator.decisions.scaling.hot_set import preload_of
+from lorapool_operator.decisions.scaling.preemption import choose
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.effects.source_access import SourceAccess

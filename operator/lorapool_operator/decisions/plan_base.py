@@ -14,15 +14,15 @@ from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.common import BaseCondition, Condition, Reason
 from lorapool_api.protocol import PreloadList
 from lorapool_artifacts.policy import SourceRules
-from lorapool_operator.decisions import rollout, starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, source_of, unusable
 from lorapool_operator.decisions.base_status import can_start, status_of
-from lorapool_operator.decisions.hot_set import hot_set
 from lorapool_operator.decisions.manifests import NO_PRELOAD, Manifest, children, content_hash, template_hash
 from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType, PlanSettings, Unregister
-from lorapool_operator.decisions.preemption import standing_of
-from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
-from lorapool_operator.decisions.stopping import deletion_costs, hand_over
+from lorapool_operator.decisions.scaling import rollout, starts
+from lorapool_operator.decisions.scaling.hot_set import hot_set
+from lorapool_operator.decisions.scaling.preemption import standing_of
+from lorapool_operator.decisions.scaling.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
+from lorapool_operator.decisions.scaling.stopping import deletion_costs, hand_over
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory, Standing
 
 STRAY_GRACE_S = 10.0
