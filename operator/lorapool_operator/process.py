@@ -51,7 +51,7 @@ from lorapool_operator.resync import Resync
 from lorapool_operator.settings import Settings
 from lorapool_operator.tuning_metrics import TuningCollector
 from lorapool_operator.watching import Inbox, watcher
-from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, read_profiles
+from lorapool_operator.world.profiles import Images, ProfilesError, RuntimeImage, read_profiles
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class Process:
             RuntimeClient(self._tokens.of, timeout_s=settings.runtime_timeout_s, fence=fence, trust=trust),
             _poll_settings(settings),
             TuningSetup(
-                image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+                image=_images(settings)["torch"],
                 profile_of=lambda base: trainer_profile(base, observer.profiles),
                 files=self._files(),
                 limits=TuningLimits(
@@ -203,7 +203,7 @@ class Process:
         settings = self.settings
         return ControlSettings(
             tokens=self._tokens.of,
-            image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+            images=_images(settings),
             profiles=self._profiles,
             policy=self._policy,
             namespace_credentials=settings.namespace_credentials,
@@ -404,6 +404,13 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+def _images(settings: Settings) -> Images:
+    return {
+        "torch": RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+        "vllm": RuntimeImage(settings.runtime_vllm_image, settings.runtime_vllm_image_pull_policy),
+    }
 
 
 def _poll_settings(settings: Settings) -> PollSettings:

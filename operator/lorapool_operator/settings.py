@@ -45,8 +45,12 @@ class Settings(ProcessSettings):
     """Pause between two attempts to take or renew the Lease."""
 
     runtime_image: str = Field(min_length=1)
-    """Image of runtime pods whose profile names none."""
+    """Image of runtime pods whose profile names none, and of trainers."""
     runtime_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """Pull policy of that image."""
+    runtime_vllm_image: str = ""
+    """Image of runtime pods whose profile has the engine vllm and names none. Empty: such profiles have to name one."""
+    runtime_vllm_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Pull policy of that image."""
     profiles_file: Path
     """YAML file of runtime profiles, read again within 2 seconds after a change."""

@@ -73,7 +73,8 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))
     # Tracked adapters: the chart sets one bound for all processes. TLS: a process alone has no authority.
-    differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
+    differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "profiles_file"}
+    differs |= {"runtime_image", "runtime_vllm_image"}
     differs |= {"max_tracked_adapters", "source_policy_file", "internal_tls"}
 
     for settings in (gateway, operator):

@@ -35,7 +35,7 @@ def world() -> Iterator[World]:
         yield World(json.loads(Path(given).read_text()), NAME)
         return
     demo = [sys.executable, str(ROOT / "hack" / "demo")]
-    subprocess.run([*demo, "up", "--name", NAME], check=True, timeout=3000)
+    subprocess.run([*demo, "up", "--name", NAME, "--train"], check=True, timeout=3000)
     yield World(json.loads((ROOT / ".demo" / NAME / "summary.json").read_text()), NAME)
     if not os.environ.get("LORAPOOL_E2E_KEEP"):
         subprocess.run([*demo, "down", "--name", NAME, "--purge"], check=True, timeout=300)

@@ -146,6 +146,10 @@
   value: {{ include "lorapool.image" (list . .Values.image.runtime) | quote }}
 - name: LORAPOOL_OPERATOR_RUNTIME_IMAGE_PULL_POLICY
   value: {{ .Values.image.runtime.pullPolicy }}
+- name: LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE
+  value: {{ include "lorapool.image" (list . .Values.image.runtimeVllm) | quote }}
+- name: LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE_PULL_POLICY
+  value: {{ .Values.image.runtimeVllm.pullPolicy }}
 - name: LORAPOOL_OPERATOR_PROFILES_FILE
   value: /etc/lorapool/profiles/profiles.yaml
 - name: LORAPOOL_OPERATOR_SOURCE_POLICY_FILE

@@ -25,8 +25,8 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, LABEL_MANAGED_BY, VERSION
 from lorapool_operator.clock import iso, iso_micro
-from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.decisions.pods import MANAGED_BY, Manifest
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, ObjectKind

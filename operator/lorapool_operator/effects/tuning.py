@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lorapool_api.store_protocol import StoreAccess
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan_unreadable import plan_unreadable_job
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning.plan_tuning import plan_tuning
 from lorapool_operator.decisions.tuning.promotion import adapter_name
 from lorapool_operator.decisions.tuning.tokens import MonthRecord, counted

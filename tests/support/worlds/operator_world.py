@@ -26,7 +26,7 @@ from fakes_operator import FakeInspector
 from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, LABEL_MANAGED_BY, VERSION
 from lorapool_api.protocol import runtime_token
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_operator.decisions.manifests import MANAGED_BY
+from lorapool_operator.decisions.pods import MANAGED_BY
 from lorapool_operator.effects.tuning import JobFiles
 from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings

@@ -36,8 +36,8 @@ def waits_for_base(tuning: ObservedTuning, job: TuningObject) -> Waiting | None:
         name = base.spec.fine_tuning.profile or base.spec.runtime_profile
         return Waiting(
             JobReason.PROFILE_NOT_USABLE,
-            f"The chart's runtimeProfiles have no profile {name} for namespace {base.meta.namespace}: correct "
-            "spec.fineTuning.profile of the BaseModel.",
+            f"The chart's runtimeProfiles have no profile {name} of the engine torch for namespace "
+            f"{base.meta.namespace}: name one in spec.fineTuning.profile of the BaseModel.",
         )
     if not tuning.store:
         return Waiting(JobReason.NO_STORE, "The operator knows no store: set the chart's value store.enabled.")

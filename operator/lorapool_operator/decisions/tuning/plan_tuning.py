@@ -15,7 +15,7 @@ from lorapool_api.tuning.finetunejob import FINALIZER, FineTuneJobSpec, Promotio
 from lorapool_api.tuning.finetunejob_status import FineTuneJobStatus
 from lorapool_api.tuning.states import JobFailure, JobState, RunState
 from lorapool_operator.clock import unix
-from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning import checks, session
 from lorapool_operator.decisions.tuning.assignment import assignment, initial_to_pin
 from lorapool_operator.decisions.tuning.job_status import (

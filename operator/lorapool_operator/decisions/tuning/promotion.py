@@ -10,7 +10,7 @@ from lorapool_api.tuning.finetunejob import ANNOTATION_JOB, ANNOTATION_LINEAGE, 
 from lorapool_api.tuning.finetunejob_status import MetricsStatus
 from lorapool_api.tuning.states import JobFailure
 from lorapool_api.tuning.trainer_protocol import JobReport, JobResult, TrainerSnapshot
-from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning.values import Failure
 from lorapool_operator.world.tuning import ObservedJob, TuningObject
 

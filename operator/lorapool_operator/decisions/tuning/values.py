@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from lorapool_api.tuning.finetunejob_status import FineTuneJobStatus
 from lorapool_api.tuning.states import JobFailure, JobReason
 from lorapool_api.tuning.trainer_protocol import TrainerJob
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.world.tuning import ObservedJob
 
 
