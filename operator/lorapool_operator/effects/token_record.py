@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from lorapool_api.common import LABEL_MANAGED_BY
-from lorapool_operator.decisions.manifests import MANAGED_BY
+from lorapool_operator.decisions.pods import MANAGED_BY
 from lorapool_operator.decisions.tuning.tokens import MonthRecord
 from lorapool_operator.effects.cluster import Cluster, ObjectConflictError, ObjectNotFoundError
 
@@ -73,6 +73,5 @@ def _parsed(namespace: str, text: str) -> MonthRecord:
     try:
         return MonthRecord.model_validate_json(text)
     except ValidationError:
-        log.error("the record of a namespace's trained tokens cannot be read; counting begins again",
-                  extra={"tenant": namespace})  # fmt: skip
+        log.error("trained tokens cannot be read; counting begins again", extra={"object": f"{namespace}/tokens"})
         return MonthRecord()
