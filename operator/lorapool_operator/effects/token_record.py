@@ -46,7 +46,7 @@ class TokenRecord:
             self._version, self._records = "", {}
             return
         self._version = str(raw["metadata"]["resourceVersion"])
-        self._records = {name: _parsed(name, text) for name, text in (raw.get("data") or {}).items()}
+        self._records = {name: self._parsed(name, text) for name, text in (raw.get("data") or {}).items()}
 
     async def write(self, records: Mapping[str, MonthRecord], now: float, *, at_once: bool = False) -> None:
         """Writes those that changed, if it is time to. Raises ClusterError; after a conflict it is read again."""
@@ -68,10 +68,12 @@ class TokenRecord:
         self._version, self._written_unix_s = str(raw["metadata"]["resourceVersion"]), now
         self._records |= changed
 
-
-def _parsed(namespace: str, text: str) -> MonthRecord:
-    try:
-        return MonthRecord.model_validate_json(text)
-    except ValidationError:
-        log.error("trained tokens cannot be read; counting begins again", extra={"object": f"{namespace}/tokens"})
-        return MonthRecord()
+    def _parsed(self, namespace: str, text: str) -> MonthRecord:
+        try:
+            return MonthRecord.model_validate_json(text)
+        except ValidationError:
+            log.error(
+                "trained tokens cannot be read; counting begins again",
+                extra={"object": f"{self._namespace}/{self._name}", "error": f"key {namespace}"},
+            )
+            return MonthRecord()
