@@ -265,7 +265,7 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         "Train it with a smaller rank, or raise spec.lora.maxRank.",
     ),
     FailureReason.NON_FINITE_WEIGHTS: Explanation(
-        "Some weights are NaN or infinite in the base's dtype.",
+        "Some weights are NaN, infinite in the base's dtype, or larger than any training gives.",
         "Train the adapter again, or use a wider dtype for the base.",
     ),
     FailureReason.SOURCE_UNAVAILABLE: Explanation(

@@ -43,6 +43,7 @@ from lorapool_operator.effects.runtime_calls import RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
 from lorapool_operator.effects.store_certificate import StoreCertificate
 from lorapool_operator.effects.store_grants import StoreGrants
+from lorapool_operator.effects.token_record import TokenRecord
 from lorapool_operator.effects.tuning import JobFiles, TuningControl, TuningSetup
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.namespaces import Namespaces
@@ -180,12 +181,20 @@ class Process:
                 limits=TuningLimits(
                     active_jobs=settings.tuning_active_jobs,
                     unfinished_jobs=settings.tuning_unfinished_jobs,
+                    month_tokens=settings.tuning_month_tokens or None,
                     status_interval_s=settings.tuning_status_interval_s,
                     priority_class=settings.tuning_priority_class,
                 ),
                 serves_tls=self._authority is not None,
+                tokens=self._token_record(),
             ),
         )
+
+    def _token_record(self) -> TokenRecord | None:
+        settings = self.settings
+        if not settings.tuning_month_tokens:
+            return None
+        return TokenRecord(self.cluster, settings.own_namespace, f"{settings.lease_name}-tokens")
 
     def _files(self) -> JobFiles | None:
         return self._job_files or (StoreFiles(self._store) if self._store is not None else None)

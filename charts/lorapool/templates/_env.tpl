@@ -117,6 +117,8 @@
   value: {{ include "lorapool.storeURL" . }}
 - name: LORAPOOL_GATEWAY_STORE_TOKEN_FILE
   value: /etc/lorapool/store/token
+- name: LORAPOOL_GATEWAY_TUNING_UNFINISHED_JOBS
+  value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
 {{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
 - name: LORAPOOL_GATEWAY_{{ $name }}
@@ -173,6 +175,8 @@
   value: {{ .Values.tuning.quotas.activeJobs | int64 | quote }}
 - name: LORAPOOL_OPERATOR_TUNING_UNFINISHED_JOBS
   value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_MONTH_TOKENS
+  value: {{ .Values.tuning.quotas.tokensPerMonth | int64 | quote }}
 - name: LORAPOOL_OPERATOR_TUNING_PRIORITY_CLASS
   value: {{ include "lorapool.tuningPriorityClass" . | quote }}
 {{- end }}

@@ -230,6 +230,14 @@ class Cluster:
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         return await self._write("child", "POST", path, manifest, content="application/json", query=_MANAGER)
 
+    async def patch_data(
+        self, kind: str, namespace: str, name: str, version: str, data: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Sets keys of the `data` of this version of an object. Raises ObjectConflictError, ObjectNotFoundError."""
+        body = {"metadata": {"resourceVersion": version}, "data": data}
+        path = _path(kind, namespace, name)
+        return await self._write("data", "PATCH", path, body, content=MERGE, query=_MANAGER)
+
     async def set_finalizers(self, key: Key, version: str, finalizers: Sequence[str]) -> dict[str, Any]:
         """Replaces the finalizers of this version of an object. Raises ObjectConflictError."""
         body = {"metadata": {"resourceVersion": version, "finalizers": list(finalizers)}}

@@ -276,6 +276,7 @@ def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
 class Program:
     """`python -m lorapool_operator` as a process; `log` and `code` are known after its end."""
 
+    process: asyncio.subprocess.Process
     log: str = ""
     code: int | None = None
 
@@ -302,13 +303,14 @@ async def operator_program(api: Api, folder: Path, *, profiles: str = PROFILES, 
         sys.executable, "-P", "-m", "lorapool_operator", "--kubeconfig", str(api.server.kubeconfig),
         env=environment, cwd=folder, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    program = Program()
+    program = Program(process)
     assert process.stderr is not None
     reading = asyncio.create_task(process.stderr.read())
     try:
         yield program
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
         program.log = (await reading).decode()
         program.code = await asyncio.wait_for(process.wait(), 20)
 

@@ -18,6 +18,8 @@ class TuningLimits:
 
     active_jobs: int = 8
     unfinished_jobs: int = 64
+    month_tokens: int | None = None
+    """None: no limit."""
     status_interval_s: float = 10.0
     retry_s: float = 15.0
     """After a first transient failure; the wait doubles with each further one, up to `retry_max_s`."""
