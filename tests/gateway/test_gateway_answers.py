@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from typing import Any
 
 import openai
 import pytest
@@ -12,6 +13,7 @@ from fakes import FakeRuntime, digest_of
 from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
 
 from lorapool_api.protocol import HEADER_TENANT
+from lorapool_gateway import connections
 from lorapool_gateway.routing.auth import KeyTable
 
 USER = [{"role": "user", "content": "where is my parcel"}]
@@ -106,6 +108,52 @@ async def test_streamed_data_bytes_are_untouched_and_hold_no_comment(here: World
     events = text.removesuffix("\n\n").split("\n\n")
     assert all(event.startswith("data: ") for event in events)
     assert json.loads(events[0].removeprefix("data: "))["model"] == "route"
+
+
+class Writes:
+    """A transport that records what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport, written: list[bytes]) -> None:
+        self._transport, self._written = transport, written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._written.append(bytes(data))
+        self._transport.write(data)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_what_arrives_together_is_written_together_with_the_head_and_the_end(
+    monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    written: list[bytes] = []
+    connect = connections._Connection.connection_made
+    monkeypatch.setattr(
+        connections._Connection, "connection_made", lambda self, transport: connect(self, Writes(transport, written))
+    )
+    head = b"HTTP/1.1 200 OK\r\nx-lorapool-adapter: base\r\nContent-Type: text/event-stream\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    events = [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"]
+    parts = [head, *(b"%x\r\n%b\r\n" % (len(event), event) for event in events)]
+    parts[-1] += b"0\r\n\r\n"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for part in parts if apart else [b"".join(parts)]:
+            await asyncio.sleep(0.05)
+            writer.write(part)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as runtime, world() as made:
+        made.base()
+        made.replica(f"http://127.0.0.1:{runtime.sockets[0].getsockname()[1]}")
+        response = await made.post(made.ask("tiny", stream=True))
+        assert (await response.text()).encode() == b"".join(events)
+    assert [part.count(b"data: ") for part in written] == ([1, 1, 1] if apart else [3])
+    assert written[0].startswith(b"HTTP/1.1 200 ")
+    assert written[-1].endswith(b"\r\n0\r\n\r\n")
 
 
 async def test_the_body_reaches_the_runtime_byte_for_byte_and_client_headers_do_not(

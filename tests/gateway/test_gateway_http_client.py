@@ -9,14 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from lorapool_gateway.requests.http_client import (
-    BUFFER_BYTES,
-    HEAD_MAX_BYTES,
-    ConnectError,
-    ConnectionLostError,
-    HttpClient,
-    ReadTimeoutError,
-)
+from lorapool_gateway.requests.http_client import HEAD_MAX_BYTES, HttpClient
+from lorapool_gateway.requests.http_response import BUFFER_BYTES, ConnectError, ConnectionLostError, ReadTimeoutError
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-One: a\r\n\r\nok"

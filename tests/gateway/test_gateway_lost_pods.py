@@ -17,7 +17,8 @@ from gateway_world import World, key_of, until, world
 from lorapool_api.keep_alive import DEAD_PEER_S
 from lorapool_gateway.process import poll_socket
 from lorapool_gateway.requests import pod_watch
-from lorapool_gateway.requests.http_client import HttpClient, ReadTimeoutError
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.http_response import ReadTimeoutError
 from lorapool_gateway.routing.outliers import EJECTION_MAX_S, EJECTION_S, Outliers
 
 
