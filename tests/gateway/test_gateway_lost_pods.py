@@ -299,7 +299,7 @@ async def test_a_limit_of_silence_begins_when_it_is_set(dead: Mute) -> None:
     response.limit_silence(50)
     assert response._error is None
     response._last_s -= 100
-    response._check_timeout()
+    response.check_time(asyncio.get_running_loop().time())
     with pytest.raises(ReadTimeoutError):
         await response.head()
     await http.close()

@@ -106,7 +106,6 @@ class _Connection(asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         if not self._in_body:
             return
-        self._pass_on()
         response, self._response = self._response, None
         self._in_body, self._head_bytes = False, 0
         if response is None or self.transport is None:
@@ -116,7 +115,8 @@ class _Connection(asyncio.BufferedProtocol):
             self._pool.keep(self._url, self)
         else:  # it responded before reading the request, or closes the connection
             self.transport.abort()
-        response.completed()
+        response.completed(self._parts)
+        self._parts.clear()
 
     def _pass_on(self) -> None:
         """Gives what has arrived of the body to the response, which may ask for a pause."""

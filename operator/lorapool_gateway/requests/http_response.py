@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from typing import Final, Protocol
 
 BUFFER_BYTES: Final = 256 * 1024
@@ -47,7 +48,7 @@ class HttpResponse:
 
     __slots__ = (
         "__weakref__", "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop",
-        "_open", "_patient_until_s", "_timeout_s", "_waiter", "headers", "status",
+        "_open", "_patient_until_s", "_timeout_s", "_waiter", "headers", "status", "take",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +62,9 @@ class HttpResponse:
         self.status = 0
         self.headers: dict[str, str] = {}
         """Names are in lower case. Of a repeated name the first value is kept."""
+        self.take: Callable[[bytes], bool] | None = None
+        """Called with what arrives while a reader waits in `read`, before the reader is woken, which takes longer than
+        all else that a short part costs. Returns whether it has taken it; the reader gets only what it has not."""
         self._connection: Connection | None = connection
         self._loop = loop
         self._body: list[bytes] = []
@@ -160,15 +164,23 @@ class HttpResponse:
 
     def arrived(self, parts: list[bytes]) -> bool:
         """Takes parts of the body; returns whether more may be read from the connection."""
+        if self.take is not None and self._is_awaited() and self.take(b"".join(parts)):
+            return True
         self._body += parts
         self._buffered += sum(map(len, parts))
         _wake(self._waiter)
         return self._buffered < BUFFER_BYTES
 
+    def _is_awaited(self) -> bool:
+        """Whether a reader waits and was not given anything yet."""
+        return not self._body and self._waiter is not None and not self._waiter.done()
+
     def touched(self) -> None:
         self._last_s = self._loop.time()
 
-    def completed(self) -> None:
+    def completed(self, parts: list[bytes]) -> None:
+        """Takes the last parts of the body."""
+        self._body += parts
         self._complete, self._connection = True, None
         self._open.discard(self)
         _wake(self._waiter)

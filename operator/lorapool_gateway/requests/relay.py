@@ -13,8 +13,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from lorapool_api.openai import ApiError, ServerError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
@@ -117,6 +118,8 @@ async def _pass_on(
         await write(request, out, first, write_timeout_s, last=True)
         return None
     await write(request, out, first, write_timeout_s)
+    if out.headers.get(hdrs.TRANSFER_ENCODING) == "chunked":
+        accepted.response.take = partial(_send_at_once, request, events)
     try:
         with ending.bound(deadline):
             while chunk := await accepted.response.read():
@@ -127,6 +130,22 @@ async def _pass_on(
     except UnavailableError as error:
         return error
     return None if events.done or events.failed else lost("ended its answer early")
+
+
+def _send_at_once(request: web.BaseRequest, events: EventFilter, data: bytes) -> bool:
+    """Sends whole events that a client takes without a wait; returns False if anything is to be waited for."""
+    transport = request.transport
+    if (
+        transport is None
+        or transport.is_closing()
+        or transport.get_write_buffer_size()
+        or len(data) >= NEVER_WAITS_BYTES
+        or not events.is_whole(data)
+    ):
+        return False
+    if kept := events.feed(data):
+        transport.write(b"%x\r\n%b\r\n" % (len(kept), kept))
+    return True
 
 
 def _is_end(accepted: Accepted, events: EventFilter) -> bool:

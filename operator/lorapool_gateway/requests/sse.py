@@ -38,7 +38,7 @@ class EventFilter:
 
     def feed(self, chunk: bytes) -> bytes:
         """The complete events among the bytes received so far, without comments. Raises EventTooLongError."""
-        if self._buffer or not chunk.endswith(_END):
+        if not self.is_whole(chunk):
             self._buffer += chunk
             end = self._buffer.rfind(_END) + len(_END)
             if end < len(_END):
@@ -54,11 +54,21 @@ class EventFilter:
             self.failed = True
         return events
 
+    def is_whole(self, chunk: bytes) -> bool:
+        """Whether `feed` returns all events of this chunk, and keeps nothing of it."""
+        return not self._buffer and chunk.endswith(_END)
+
     def usage(self) -> Usage | None:
         """The last cumulative count, also for a client that disconnected before the end."""
         return None if self._usage is None else parse_usage(self._usage)
 
     def _without_comments(self, events: bytes) -> bytes:
+        if events.startswith(USAGE_COMMENT):
+            end = events.index(b"\n")
+            usage, rest = events[len(USAGE_COMMENT) : end], events[end + 1 :]
+            if not rest.startswith((b"\n", b":")) and b"\n:" not in rest:
+                self._usage = usage  # the usual: one event, which begins with its usage
+                return rest
         lines = events.split(b"\n")
         kept = [line for line in lines if not line.startswith(b":")]
         if len(kept) == len(lines):
