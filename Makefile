@@ -196,8 +196,8 @@ serve: install ## serve the YAML files of DIR (examples) on 127.0.0.1:PORT (8080
 # --- the demo ----------------------------------------------------------------------------
 
 .PHONY: demo
-demo: ## everything on a real one-node cluster; CONTEXT=name uses an existing one
-	@exec $(PYTHON) hack/demo up $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
+demo: ## everything on a real one-node cluster; TRAIN=1 also trains a fine-tune, CONTEXT=name uses an existing cluster
+	@exec $(PYTHON) hack/demo up $(if $(TRAIN),--train) $(if $(CONTEXT),--context $(CONTEXT)) $(if $(REGISTRY),--registry $(REGISTRY))
 
 .PHONY: demo-down
 demo-down: ## end the demo's cluster and everything it started

@@ -126,8 +126,9 @@ def main() -> int:
             records += more
             versions |= used
             failures += [failure] if failure else []
+            if given.again and not failure:
+                write_again(step.program, more, load)
             if given.again:
-                write_again(step.program, more)
                 continue
             # Written after each step, so that an interrupted run keeps what it measured; the rest is "not run".
             write_result(given.what, with_missing(records, failures), versions, load, time.monotonic() - began_s)
@@ -153,23 +154,30 @@ def write_result(
         "versions": dict(sorted(versions.items())),
         "records": with_results(records),
     }
-    write(result)
+    write(RESULTS / f"{result['date']}-{slug(facts)}.json", result)
 
 
-def write_again(program: str, records: Sequence[Record]) -> None:
-    """Replaces one program's records in the last results and notes the program and its commit there."""
-    result = json.loads(newest_results().read_text())
-    if result["machine"] != machine():
-        raise SystemExit("the last results are another machine's: run the whole")
+def write_again(program: str, records: Sequence[Record], load_before: float) -> None:
+    """Replaces one program's records in the last results and notes there when, where and at which commit it ran.
+
+    The machine may be another one than that of the whole run: each figure is compared with a baseline of its own run.
+    """
+    path = newest_results()
+    result = json.loads(path.read_text())
     fresh = {item["name"]: item for item in with_results(records)}
     result["records"] = [fresh.pop(item["name"], item) for item in result["records"]] + list(fresh.values())
-    result["again"] = {**result.get("again", {}), program: commit()}
-    write(result)
+    ran = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "load_average": round(load_before, 1),
+    }
+    result["again"] = {**result.get("again", {}), program: ran}
+    write(path, result)
 
 
-def write(result: Mapping[str, Any]) -> None:
+def write(path: Path, result: Mapping[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{result['date']}-{slug(result['machine'])}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 

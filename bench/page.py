@@ -62,7 +62,9 @@ def machine(results: Results) -> str:
     facts, load = results.head["machine"], results.head["load_average"]
     versions = ", ".join(f"{name} {version}" for name, version in results.head["versions"].items())
     again = "".join(
-        f" `{program}` was run again at commit `{done}`." for program, done in results.head.get("again", {}).items()
+        f" `{program}` was run again on {ran['date']} at commit `{ran['commit']}`, load average {ran['load_average']} "
+        f"before, on {ran['machine']['cores']} cores of an {ran['machine']['cpu']} ({ran['machine']['simd']})."
+        for program, ran in results.head.get("again", {}).items()
     )
     return (
         f"Measured {results.head['date']} by `make {'bench-quick' if results.head['kind'] == 'quick' else 'bench'}` in "

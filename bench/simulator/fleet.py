@@ -18,7 +18,8 @@ from lorapool_api.common import AdapterKey, duration_s
 from lorapool_api.placement import Replica, placement_order
 from lorapool_gateway.requests.wake import more_replicas
 from lorapool_gateway.routing.objects import BaseRoute, ObjectRef
-from lorapool_operator.decisions import scale, spread
+from lorapool_operator.decisions import spread
+from lorapool_operator.decisions.scaling import scale
 from lorapool_operator.world.observed import ScaleMemory, SpreadMemory
 from simulator.pod import Observer, Pod, PodSettings, Request
 from simulator.traffic import Traffic

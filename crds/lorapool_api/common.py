@@ -164,6 +164,8 @@ class Reason(StrEnum):
     START_TIMEOUT = "StartTimeout"
     QUOTA_EXCEEDED = "QuotaExceeded"
     INVALID_PROFILE = "InvalidProfile"
+    GPU_COUNT_MISMATCH = "GPUCountMismatch"
+    SHARED_MEMORY_TOO_SMALL = "SharedMemoryTooSmall"
     APPLY_REFUSED = "ApplyRefused"
     """The API server refuses to create or change an object of the base."""
     TOKEN_REFUSED = "TokenRefused"

@@ -6,10 +6,11 @@ Gateway and runtime raise them and each turns them into a response in one place.
     ├─ InvalidRequestError 400           ├─ PayloadTooLargeError 413
     ├─ UnauthenticatedError 401          ├─ UnprocessableError 422 (code: the adapter's failure reason)
     ├─ PermissionDeniedError 403         ├─ TooManyRequestsError 429 + Retry-After
-    ├─ ModelNotFoundError 404            ├─ ServerError 500
-    ├─ RouteNotFoundError 404            └─ UnavailableError 503 + Retry-After
-    ├─ UnknownFileError 404
-    ├─ UnknownJobError 404
+    ├─ NotFoundError 404                 │  └─ QuotaExceededError 429
+    │  ├─ ModelNotFoundError 404         ├─ ServerError 500
+    │  ├─ RouteNotFoundError 404         └─ UnavailableError 503 + Retry-After
+    │  ├─ UnknownFileError 404
+    │  └─ UnknownJobError 404
     ├─ RuntimeNotRegisteredError 404 *
     ├─ MethodNotAllowedError 405
     ├─ RequestTimeoutError 408
@@ -77,11 +78,17 @@ class PermissionDeniedError(ApiError):
     default_code = "permission_denied"
 
 
-class ModelNotFoundError(ApiError):
-    """The model does not exist or the key may not use it; the response does not tell which."""
+class NotFoundError(ApiError):
+    """What the request names does not exist, or is not the caller's; the response does not tell which."""
 
     status = 404
     type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """The model does not exist or the key may not use it."""
+
     default_code = "model_not_found"
 
     def __init__(self, model: str, full_names: Iterable[str] = ()) -> None:
@@ -92,30 +99,22 @@ class ModelNotFoundError(ApiError):
         super().__init__(message, param="model")
 
 
-class RouteNotFoundError(ApiError):
+class RouteNotFoundError(NotFoundError):
     """There is no such path."""
 
-    status = 404
-    type = "invalid_request_error"
-    default_code = "not_found"
 
+class UnknownFileError(NotFoundError):
+    """The file does not exist, or is another organization's."""
 
-class UnknownFileError(ApiError):
-    """The file does not exist, or is another organization's; the response does not tell which."""
-
-    status = 404
-    type = "invalid_request_error"
     default_code = "file_not_found"
 
     def __init__(self, file_id: str) -> None:
         super().__init__(f"No such File object: {file_id[:128]}", param="id")
 
 
-class UnknownJobError(ApiError):
-    """The fine-tuning job does not exist, or is another organization's; the response does not tell which."""
+class UnknownJobError(NotFoundError):
+    """The fine-tuning job does not exist, or is another organization's."""
 
-    status = 404
-    type = "invalid_request_error"
     default_code = "fine_tune_not_found"
 
     def __init__(self, job_id: str) -> None:
@@ -180,6 +179,17 @@ class TooManyRequestsError(ApiError):
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
+
+
+class QuotaExceededError(TooManyRequestsError):
+    """A quota of a longer time is used up, so that client libraries need not repeat the request."""
+
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's libraries repeat each 429 unless this says otherwise."""
+        return {**super().headers(), "x-should-retry": "false"}
 
 
 class ServerError(ApiError):

@@ -165,7 +165,8 @@ REASONS: Mapping[Reason, Explanation] = {
     ),
     Reason.EVICTED: Explanation(
         "The node evicted the pod: it ran short of memory or disk, or a volume exceeded its sizeLimit.",
-        "Raise cacheSizeLimit of the runtime profile if the message names the volume, else the memory request.",
+        "Raise the limit of the volume that the message names (cacheSizeLimit, tmpSizeLimit or shmSizeLimit of the "
+        "runtime profile); if it names none, raise the memory request.",
     ),
     Reason.UNSCHEDULABLE: Explanation(
         "No node fits the pod; the message says what is missing.",
@@ -180,8 +181,17 @@ REASONS: Mapping[Reason, Explanation] = {
         "Raise the quota, or lower the resources of the runtime profile.",
     ),
     Reason.INVALID_PROFILE: Explanation(
-        "The API server refuses the pods that the runtime profile describes. It is tried again.",
+        "Fields of the runtime profile contradict each other, or the API server refuses the pods that it describes, "
+        "which is tried again.",
         "Correct the field of runtimeProfiles that the message names.",
+    ),
+    Reason.GPU_COUNT_MISMATCH: Explanation(
+        "The runtime profile asks Kubernetes for another number of GPUs than its engine uses.",
+        "Make the number of GPUs in resources.limits equal to tensorParallel times pipelineParallel of the profile.",
+    ),
+    Reason.SHARED_MEMORY_TOO_SMALL: Explanation(
+        "The processes of an engine on several GPUs exchange data in /dev/shm, which is missing or too small.",
+        "Raise shmSizeLimit of the runtime profile, and resources.limits.memory by as much.",
     ),
     Reason.APPLY_REFUSED: Explanation(
         "The API server refuses an object of the base: an admission policy, or missing rights. It is tried again.",
@@ -255,7 +265,7 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         "Train it with a smaller rank, or raise spec.lora.maxRank.",
     ),
     FailureReason.NON_FINITE_WEIGHTS: Explanation(
-        "Some weights are NaN or infinite in the base's dtype.",
+        "Some weights are NaN, infinite in the base's dtype, or larger than any training gives.",
         "Train the adapter again, or use a wider dtype for the base.",
     ),
     FailureReason.SOURCE_UNAVAILABLE: Explanation(

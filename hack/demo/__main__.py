@@ -26,9 +26,10 @@ def main(argv: list[str]) -> int:
         help="with --context: a registry you may push to and the cluster can pull from, e.g. ghcr.io/me/lorapool",
     )
     parser.add_argument("--purge", action="store_true", help="down: also remove the cluster's state folder")
+    parser.add_argument("--train", action="store_true", help="up: also train a fine-tune by the OpenAI client")
     given = parser.parse_args(argv)
     end_like_interrupt()
-    options = Options(name=given.name, out=given.out, context=given.context, registry=given.registry, purge=given.purge)
+    options = Options(**{name: value for name, value in vars(given).items() if name != "command"})
     try:
         (up if given.command == "up" else down)(options)
     except StepError as error:

@@ -47,6 +47,7 @@ class Options:
     context: str | None = None
     registry: str | None = None
     purge: bool = False
+    train: bool = False
 
     @property
     def folder(self) -> Path:
@@ -68,7 +69,7 @@ class Demo:
     url: str = field(init=False)  # gateway
     key: str = field(init=False)  # objects
     answers: list[Answer] = field(init=False)  # ask
-    trained: Trained = field(init=False)  # train
+    trained: Trained | None = None  # train, where it is asked for
     had_cluster: bool = True
 
     @property
@@ -156,6 +157,7 @@ def plan(demo: Demo) -> list[Step]:
     placed = ("images",) if demo.options.context else ("images", "cluster")
     tag = Step("tag", "put the images into the registry", lambda: _tag_images(demo), placed)
     pull = Step("pull", "put the runtime image on the node", lambda: _pull(demo), ("tag",))
+    train = Step("train", "train a fine-tune by the OpenAI client, and ask it", lambda: _train(demo), ("ask",))
     pulled = [pull] if demo.options.context is None else []
     return [
         *before,
@@ -178,7 +180,7 @@ def plan(demo: Demo) -> list[Step]:
             ("gateway", *(step.name for step in pulled)),
         ),
         Step("usage", "wait for the usage in the objects' status", lambda: _wait_usage(demo), ("ask",)),
-        Step("train", "train a fine-tune by the OpenAI client, and ask it", lambda: _train(demo), ("ask",)),
+        *([train] if demo.options.train else []),
     ]
 
 
@@ -479,7 +481,8 @@ def _end_port_forward(folder: Path) -> None:
 def _report(demo: Demo, seconds: dict[str, float]) -> None:
     ground, url, key = demo.ground, demo.url, demo.key
     print(table(demo.answers))
-    print(trained_block(demo.trained))
+    if demo.trained:
+        print(trained_block(demo.trained))
     print("\n" + demo.kubectl("get", "bm,lora,ftj", "-n", objects.NAMESPACE))
     print(usage_table(demo.get("lora", "-n", objects.NAMESPACE)["items"]))
     summary = {
@@ -496,7 +499,7 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         "artifact_registry": ground.artifact_registry,
         "seconds": seconds,
         "answers": [asdict(answer) for answer in demo.answers],
-        "trained": asdict(demo.trained),
+        "trained": asdict(demo.trained) if demo.trained else None,
     }
     write_json(demo.folder / "summary.json", summary, mode=0o600)  # it holds the key
     shown = demo.folder.relative_to(REPOSITORY) if demo.folder.is_relative_to(REPOSITORY) else demo.folder
@@ -511,6 +514,7 @@ Try next
   curl {url}/v1/models -H "Authorization: Bearer {key}"
   kubectl -n {objects.NAMESPACE} get lora -w          # an idle fine-tune is unloaded after two minutes, the base later
   kubectl -n {objects.NAMESPACE} describe lora routing
+  make demo TRAIN=1                         # trains one more fine-tune by the OpenAI client, in about two minutes
   make demo-down                            # ends all of it
 Everything above is also in {shown}/summary.json. It took {preflight.duration(seconds["total"])}."""
     )

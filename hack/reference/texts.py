@@ -331,7 +331,8 @@ ERROR_CODES: dict[str, str] = {
     "payload_too_large": "The body is larger than `gateway.maxBodyBytes`, or an uploaded file than 512 MiB.",
     "prompt_timeout": "Rendering or tokenizing the prompt took too long. Shorten it.",
     "queue_full": "The runtime's queue is full. Try again after `Retry-After`.",
-    "rate_limit_exceeded": "The gateway has as many requests under way as it accepts.",
+    "rate_limit_exceeded": "The gateway has as many requests under way as it accepts, or the organization as many "
+    "unfinished fine-tuning jobs as it may.",
     "request_timeout": "The body did not reach the runtime in time.",
     "schema_too_large": "The schema is larger than a grammar may be. Simplify it.",
     "starting": "The runtime's base is still loading. The gateway waits or tries another replica.",
@@ -355,6 +356,7 @@ ERROR_CODES: dict[str, str] = {
     "invalid_organization": "The header `OpenAI-Organization` names no namespace of the key.",
     "job_ended": "The fine-tuning job has ended, and cannot be steered any more.",
     "missing_required_parameter": "The parameter in `param` is required.",
+    "insufficient_quota": "The organization trained as many tokens this month as it may. Its jobs go on next month.",
     "organization_required": "The key has several namespaces; name one with the header `OpenAI-Organization`.",
     "permission_denied": "The key may not use files and fine-tuning: its Secret lacks `fineTuning`.",
     "storage_limit_exceeded": "The files of the organization have as many bytes as the store allows. Delete some.",

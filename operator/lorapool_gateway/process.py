@@ -127,7 +127,8 @@ def _tuning(
     masters = MasterTokens.from_file(settings.store_token_file)
     store = StoreClient(settings.store_url, masters.current, trust)
     stack.push_async_callback(store.close)
-    jobs = Jobs(objects, source.caches(Kind.JOBS, parse_object, lambda: None))
+    caches = source.caches(Kind.JOBS, parse_object, lambda: None)
+    jobs = Jobs(objects, caches, most_unfinished=settings.tuning_unfinished_jobs)
     limits = UploadLimits(silence_s=settings.body_timeout_s, whole_s=settings.upload_timeout_s)
     return Tuning(store, Files(store), jobs, objects, routes, limits)
 

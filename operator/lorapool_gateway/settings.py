@@ -79,6 +79,10 @@ class Settings(ServingSettings):
     upload_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """An upload of a file that takes longer is ended with 408. One that sends nothing for `body_timeout_s` is, too."""
 
+    tuning_unfinished_jobs: Annotated[int, Field(ge=1)] = 64
+    """Fine-tuning jobs of one namespace that have not ended; a call that creates a further one gets 429. The operator
+    has the same number, and refuses a job that several gateways created at once."""
+
     connect_timeout_s: Annotated[float, Field(gt=0)] = 1.0
     """TCP connect to a runtime. Pods are near, so a longer connect means that the pod is gone."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0

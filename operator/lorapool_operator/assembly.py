@@ -28,7 +28,7 @@ from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, find_condition
 from lorapool_operator.world.intake import Intake
 from lorapool_operator.world.observed import min_replicas
-from lorapool_operator.world.profiles import Profiles, RuntimeImage
+from lorapool_operator.world.profiles import Images, Profiles
 
 LOAD_DELAY_S = 1.0
 """A busy runtime reports a change with every request; its base is then planned at most once a second."""
@@ -40,7 +40,7 @@ class ControlSettings:
 
     tokens: Callable[[str], tuple[str, ...]]
     """The bearer tokens of a base's runtimes, by the base's uid, in the order in which to try them."""
-    image: RuntimeImage
+    images: Images
     profiles: Profiles
     inspections: int
     inspection_timeout_s: float
@@ -116,7 +116,7 @@ class Control:
             self.runtimes,
             self.inspections,
             profiles=settings.profiles,
-            image=settings.image,
+            images=settings.images,
             tokens=settings.tokens,
             access=self.access,
             serves_tls=settings.authority is not None,

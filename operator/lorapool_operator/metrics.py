@@ -90,7 +90,14 @@ class Metrics:
         self._durations_of[kind].observe(seconds)
 
 
-class StateCollector(Collector):
+class ScrapeCollector(Collector):
+    """Series that are made at each scrape: none is known when the collector is registered."""
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+class StateCollector(ScrapeCollector):
     """Gauges of the present state of caches, queue and trackers. Is read in a thread of its own."""
 
     def __init__(
@@ -113,9 +120,6 @@ class StateCollector(Collector):
         self._namespaces = namespaces
         self._leading = leading
         self._max_tracked_adapters = max_tracked_adapters
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         yield _gauge("leader", "1 when this process holds the Lease.", float(self._leading()))

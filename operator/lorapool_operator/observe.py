@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from lorapool_api.common import AdapterCondition
 from lorapool_api.protocol import token_sha256
 from lorapool_operator.decisions.blocker import blocker_of
-from lorapool_operator.decisions.hot_set import preload_of
-from lorapool_operator.decisions.manifests import children_name
 from lorapool_operator.decisions.pins import PinWanted, allowed_pins, kept_replicas
-from lorapool_operator.decisions.preemption import choose
+from lorapool_operator.decisions.pods import children_name
+from lorapool_operator.decisions.scaling.hot_set import preload_of
+from lorapool_operator.decisions.scaling.preemption import choose
 from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.effects.source_access import SourceAccess
@@ -37,7 +37,7 @@ from lorapool_operator.world.observed import (
     Standing,
     min_replicas,
 )
-from lorapool_operator.world.profiles import Profiles, RuntimeImage
+from lorapool_operator.world.profiles import NO_IMAGE, Images, Profiles
 
 YIELD_PAUSE_S = 75.0
 """A base that waits for devices asks the next idle base only after the pods of the last one had time to end."""
@@ -66,7 +66,7 @@ class Observer:
         inspections: InspectionTracker,
         *,
         profiles: Profiles,
-        image: RuntimeImage,
+        images: Images,
         tokens: Callable[[str], tuple[str, ...]],
         access: SourceAccess,
         serves_tls: bool = False,
@@ -80,7 +80,7 @@ class Observer:
         self._cache = cache
         self._runtimes = runtimes
         self._inspections = inspections
-        self._image = image
+        self._images = images
         self._tokens = tokens
         self._access = access
         self._serves_tls = serves_tls
@@ -151,7 +151,7 @@ class Observer:
             profile=profile,
             profile_denied=denied,
             profiles_problem=self.profiles_problem,
-            image=self._image,
+            image=self._images.get(profile.engine if profile is not None else "torch", NO_IMAGE),
             token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
             runtimes=tuple(self._runtimes.views_of(base)),

@@ -43,6 +43,7 @@ from lorapool_operator.effects.runtime_calls import RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
 from lorapool_operator.effects.store_certificate import StoreCertificate
 from lorapool_operator.effects.store_grants import StoreGrants
+from lorapool_operator.effects.token_record import TokenRecord
 from lorapool_operator.effects.tuning import JobFiles, TuningControl, TuningSetup
 from lorapool_operator.metrics import Metrics, StateCollector, status_app
 from lorapool_operator.namespaces import Namespaces
@@ -50,7 +51,7 @@ from lorapool_operator.resync import Resync
 from lorapool_operator.settings import Settings
 from lorapool_operator.tuning_metrics import TuningCollector
 from lorapool_operator.watching import Inbox, watcher
-from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, read_profiles
+from lorapool_operator.world.profiles import Images, ProfilesError, RuntimeImage, read_profiles
 
 log = logging.getLogger(__name__)
 
@@ -174,18 +175,26 @@ class Process:
             RuntimeClient(self._tokens.of, timeout_s=settings.runtime_timeout_s, fence=fence, trust=trust),
             _poll_settings(settings),
             TuningSetup(
-                image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+                image=_images(settings)["torch"],
                 profile_of=lambda base: trainer_profile(base, observer.profiles),
                 files=self._files(),
                 limits=TuningLimits(
                     active_jobs=settings.tuning_active_jobs,
                     unfinished_jobs=settings.tuning_unfinished_jobs,
+                    month_tokens=settings.tuning_month_tokens or None,
                     status_interval_s=settings.tuning_status_interval_s,
                     priority_class=settings.tuning_priority_class,
                 ),
                 serves_tls=self._authority is not None,
+                tokens=self._token_record(),
             ),
         )
+
+    def _token_record(self) -> TokenRecord | None:
+        settings = self.settings
+        if not settings.tuning_month_tokens:
+            return None
+        return TokenRecord(self.cluster, settings.own_namespace, f"{settings.lease_name}-tokens")
 
     def _files(self) -> JobFiles | None:
         return self._job_files or (StoreFiles(self._store) if self._store is not None else None)
@@ -194,7 +203,7 @@ class Process:
         settings = self.settings
         return ControlSettings(
             tokens=self._tokens.of,
-            image=RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+            images=_images(settings),
             profiles=self._profiles,
             policy=self._policy,
             namespace_credentials=settings.namespace_credentials,
@@ -395,6 +404,13 @@ class Process:
         if self._leadership.may_write() and not self.synced:
             return "the first listing is not finished"
         return "" if not self._finished else "ending"
+
+
+def _images(settings: Settings) -> Images:
+    return {
+        "torch": RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
+        "vllm": RuntimeImage(settings.runtime_vllm_image, settings.runtime_vllm_image_pull_policy),
+    }
 
 
 def _poll_settings(settings: Settings) -> PollSettings:

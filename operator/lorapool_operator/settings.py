@@ -45,8 +45,12 @@ class Settings(ProcessSettings):
     """Pause between two attempts to take or renew the Lease."""
 
     runtime_image: str = Field(min_length=1)
-    """Image of runtime pods whose profile names none."""
+    """Image of runtime pods whose profile names none, and of trainers."""
     runtime_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """Pull policy of that image."""
+    runtime_vllm_image: str = ""
+    """Image of runtime pods whose profile has the engine vllm and names none. Empty: such profiles have to name one."""
+    runtime_vllm_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """Pull policy of that image."""
     profiles_file: Path
     """YAML file of runtime profiles, read again within 2 seconds after a change."""
@@ -72,6 +76,9 @@ class Settings(ProcessSettings):
     """Jobs of one namespace that train at the same time; further ones wait."""
     tuning_unfinished_jobs: Annotated[int, Field(ge=1)] = 64
     """Jobs of one namespace that have not ended; further ones are refused."""
+    tuning_month_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that jobs of one namespace train in a calendar month (UTC); its jobs then wait for the next one. 0: no
+    limit. What was trained is kept in the ConfigMap `<lease_name>-tokens` of the own namespace."""
     tuning_status_interval_s: PositiveS = 10.0
     """Shortest time between two writes of one job's progress. A new state is written at once."""
     tuning_priority_class: str = ""

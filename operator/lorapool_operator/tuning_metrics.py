@@ -10,10 +10,10 @@ from collections import Counter as Tally
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from lorapool_api.tuning.states import JobCondition, JobFailure, JobState
 from lorapool_operator.clock import unix
+from lorapool_operator.metrics import Metric, ScrapeCollector
 from lorapool_operator.world.cluster_cache import find_condition
 from lorapool_operator.world.tuning import TuningObject
 
@@ -21,10 +21,8 @@ LABELS = ("base", "fine_tune_job")
 """Both `namespace/name`."""
 QUEUED = (None, JobState.VALIDATING, JobState.QUEUED)
 
-Metric = GaugeMetricFamily | CounterMetricFamily
 
-
-class TuningCollector(Collector):
+class TuningCollector(ScrapeCollector):
     """Is read in a thread of its own."""
 
     def __init__(
@@ -37,9 +35,6 @@ class TuningCollector(Collector):
         self._jobs = jobs
         self._max_tracked_jobs = max_tracked_jobs
         self._now = now
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         jobs = list(self._jobs)

@@ -54,7 +54,7 @@ class Controller:
     def __init__(self, objects: Objects, inspector: Inspector, tokens: RuntimeTokens) -> None:
         settings = ControlSettings(
             tokens=tokens.of,
-            image=RuntimeImage("", "Never"),
+            images={"torch": RuntimeImage("", "Never")},
             profiles={"default": PROFILE},
             inspections=INSPECTIONS,
             inspection_timeout_s=INSPECT_TIMEOUT_S,

@@ -26,7 +26,7 @@ from lorapool_api.pod_address import PLAIN
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_READY
 from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import ref_of
-from lorapool_operator.decisions.manifests import CHAT_FILE, ENV_CHAT_FILE, ENV_POD_UID, TOKEN_HASHES_FILE
+from lorapool_operator.decisions.pods import CHAT_FILE, ENV_CHAT_FILE, ENV_POD_UID, TOKEN_HASHES_FILE
 from lorapool_serve.objects import CONFIG_MAP, DEPLOYMENT, POD, REPLICA_SET, Objects, Raw, object_of
 
 HOST = "127.0.0.1"

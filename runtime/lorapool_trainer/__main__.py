@@ -12,9 +12,12 @@ def main() -> int:
         from lorapool_trainer.serve.process import main as serve
 
         return serve()
-    from lorapool_trainer.laptop import main as train
+    from lorapool_trainer.laptop import read_command
 
-    return train(sys.argv[1:])
+    command = read_command(sys.argv[1:])
+    from lorapool_trainer.local_run import train  # imports torch, and so comes after what can be wrong
+
+    return train(command)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The objects are those that a cluster takes, so a job can be tried here and applied there. Only their `data` differs: a
 path (relative to the YAML file) or a file:// URI stands in place of a store's. `initFrom` names a folder of results, as
-it names the LoraAdapter that a cluster makes of them.
+it names the LoraAdapter that a cluster makes of them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from lorapool_api.common import API_VERSION
 from lorapool_api.tuning.finetunejob import KIND, FineTuneJobSpec, LoraSettings
 from lorapool_api.tuning.trainer_protocol import DEFAULT_BATCH_SIZE, DEFAULT_EPOCHS
 from lorapool_artifacts.files import ADAPTER_CONFIG
-from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
-from lorapool_trainer.jobs.order import JobOrder
+from lorapool_trainer.jobs.order import ADAPTER, JobOrder
 
 _STAND_IN = "store://local/files/"
 
@@ -60,7 +59,10 @@ class LocalFiles:
         pass
 
 
-def read_jobs(path: Path, out: Path) -> list[tuple[JobOrder, LocalFiles]]:
+Jobs = list[tuple[JobOrder, LocalFiles]]
+
+
+def read_jobs(path: Path, out: Path) -> Jobs:
     """The FineTuneJobs of a YAML file, which may hold several documents. Raises JobFileError."""
     try:
         documents = [item for item in yaml.safe_load_all(path.read_text(encoding="utf-8")) if item is not None]

@@ -15,9 +15,9 @@ from lorapool_api.tuning.finetunejob_status import (
 )
 from lorapool_api.tuning.states import JobState
 from lorapool_api.tuning.trainer_protocol import JobFailureDetail, JobReport, JobResult
-from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
 from lorapool_trainer.jobs.history import recent_loss
 from lorapool_trainer.jobs.live import LiveJob
+from lorapool_trainer.jobs.order import ADAPTER
 
 MAX_CHECKPOINTS = 16
 

@@ -18,11 +18,12 @@ from lorapool_artifacts.datasets.errors import DatasetError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_trainer.data.encoder import Encoder
 from lorapool_trainer.engine import Engine, JobSettings, MemoryFigures, Numerics, Take, TargetError
-from lorapool_trainer.jobs.checkpoint import CheckpointMismatchError, check_origin, read_checkpoints
-from lorapool_trainer.jobs.initial import InitialAdapter, continued_settings
+from lorapool_trainer.jobs.checkpoint import BaseChangedError, CheckpointMismatchError, check_origin, read_checkpoints
+from lorapool_trainer.jobs.initial import InitialAdapter
 from lorapool_trainer.jobs.inputs import JobInput, read_input
 from lorapool_trainer.jobs.live import LiveJob, Loaded
-from lorapool_trainer.jobs.order import JobFiles, JobOrder, engine_settings
+from lorapool_trainer.jobs.order import JobFiles, JobOrder
+from lorapool_trainer.jobs.settings import continued_settings, engine_settings
 from lorapool_trainer.shares import Demand, Shares
 from lorapool_trainer.suspects import ALONE_AFTER, Suspects
 
@@ -239,7 +240,8 @@ class Session:
         except OSError as error:
             self._fail(job, JobFailure.SOURCE_UNAVAILABLE, f"The data cannot be read: {error}.")
         except CheckpointMismatchError as error:
-            self._fail(job, JobFailure.INCOMPATIBLE, str(error))
+            reason = JobFailure.BASE_CHANGED if isinstance(error, BaseChangedError) else JobFailure.INCOMPATIBLE
+            self._fail(job, reason, str(error))
         except (TargetError, ValueError) as error:
             self._fail(job, JobFailure.INCOMPATIBLE, f"{error}.")
 

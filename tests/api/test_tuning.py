@@ -52,6 +52,8 @@ def test_the_longest_names_still_fit_into_an_alias_and_keep_the_jobs_id(suffix: 
 
 def test_the_codes_of_failures_are_those_of_openai_where_it_has_one() -> None:
     assert JobFailure.TOO_FEW_EXAMPLES.code == "invalid_n_examples"
-    assert JobFailure.INVALID_DATASET.code == "invalid_training_file"
+    of_lines = (JobFailure.INVALID_DATASET, JobFailure.EXAMPLE_TOO_LONG, JobFailure.TEMPLATE_UNSUPPORTED)
+    assert {failure.code for failure in of_lines} == {"invalid_training_file"}
+    assert JobFailure.BASE_CHANGED.code == "base_changed"
     assert JobFailure.GATE_NOT_MET.code == "evaluation_gate_not_met"
     assert JobFailure.DEADLINE_EXCEEDED.code == "deadline_exceeded"

@@ -175,3 +175,12 @@ def test_a_picture_escapes_text_and_says_what_was_not_run() -> None:
     assert "a &lt; b" in drawn
     assert "x &amp; y" in drawn
     assert "not run" in drawn
+
+
+def test_the_page_says_which_program_was_run_again_when_and_where() -> None:
+    results = page.Results.read(page.newest_results())
+    machine = {"cores": 8, "cpu": "Other", "simd": "AVX-512"}
+    again = {"training.py": {"date": "2027-01-02", "commit": "abc", "machine": machine, "load_average": 0.5}}
+    text = page.machine(dataclasses.replace(results, head={**results.head, "again": again}))
+    assert "`training.py` was run again on 2027-01-02 at commit `abc`, load average 0.5" in text
+    assert "8 cores of an Other (AVX-512)" in text

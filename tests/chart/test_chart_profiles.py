@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from apiserver import ApiServer, running_apiserver
-from chart_kit import NAMESPACE, of_kind, pod_of, refusal, render, restricted_violations
+from chart_kit import NAMESPACE, environment, of_kind, pod_of, refusal, render, restricted_violations
+from profile_kit import CONSISTENT, CONTRADICTIONS
 
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import FIELD_MANAGER
@@ -172,6 +173,27 @@ def test_what_would_override_the_operator_is_refused_by_chart_and_operator(where
     assert field in refusal({"runtimeProfiles": {"default": {where: {field: True}}}})
     with pytest.raises(ProfilesError, match=f"{field} cannot be set here; possible are"):
         parse_profiles(f"profiles: {{default: {{{where}: {{{field}: true}}}}}}", origin="values")
+
+
+@pytest.mark.parametrize("wrong", CONTRADICTIONS)
+def test_a_profile_that_contradicts_itself_is_not_rendered(wrong: str) -> None:
+    said = refusal({"runtimeProfiles": {"fleet": CONTRADICTIONS[wrong].profile}})
+    assert "runtimeProfiles.fleet: " in said
+    assert CONTRADICTIONS[wrong].words in said
+
+
+@pytest.mark.parametrize("right", CONSISTENT)
+def test_a_consistent_profile_is_rendered(right: str) -> None:
+    made = profile_of({"runtimeProfiles": {"fleet": CONSISTENT[right]}}, "fleet")
+    assert made.engine == CONSISTENT[right].get("engine", "torch")
+
+
+def test_each_engine_has_its_image() -> None:
+    images = {"registry": "r", "runtimeVllm": {"tag": "v", "pullPolicy": "Always"}}
+    read = environment(render({"image": images}), "operator")
+    assert read["LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE"] == "r/lorapool-runtime-vllm:v"
+    assert read["LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE_PULL_POLICY"] == "Always"
+    assert read["LORAPOOL_OPERATOR_RUNTIME_IMAGE"].startswith("r/lorapool-runtime:")
 
 
 def test_budget_and_min_ready_seconds_come_from_the_profile() -> None:

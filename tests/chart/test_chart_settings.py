@@ -73,7 +73,8 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
     operator = operator_settings.read_settings(environment(manifests, "operator"))
     # Tracked adapters: the chart sets one bound for all processes. TLS: a process alone has no authority.
-    differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "runtime_image", "profiles_file"}
+    differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "profiles_file"}
+    differs |= {"runtime_image", "runtime_vllm_image"}
     differs |= {"max_tracked_adapters", "source_policy_file", "internal_tls"}
 
     for settings in (gateway, operator):
@@ -188,15 +189,28 @@ def test_the_policy_of_sources_reaches_the_operator_and_private_hosts_reach_all(
     ] == [["mine", "sources"]]
 
 
-def test_fine_tuning_gives_the_operator_its_quotas_and_a_priority_class_below_serving() -> None:
-    quotas = {"activeJobs": 3, "unfinishedJobs": 5}
-    manifests = render({"tuning": {"enabled": True, "quotas": quotas}})
+def test_fine_tuning_has_its_quotas_and_a_priority_class_below_serving() -> None:
+    quotas = {"activeJobs": 3, "unfinishedJobs": 5, "tokensPerMonth": 1_000_000}
+    manifests = render({"tuning": {"enabled": True, "quotas": quotas}, "store": {"enabled": True}})
     settings = operator_settings.read_settings(environment(manifests, "operator"))
+    gateway = gateway_settings.read_settings(environment(manifests, "gateway"))
+    assert (settings.tuning_month_tokens, gateway.tuning_unfinished_jobs) == (1_000_000, 5)
     [made] = of_kind(manifests, "PriorityClass").values()
     assert (settings.tuning, settings.tuning_active_jobs, settings.tuning_unfinished_jobs) == (True, 3, 5)
     assert settings.tuning_priority_class == made["metadata"]["name"]
     assert (made["value"] < 0, made["preemptionPolicy"]) == (True, "Never")
     assert of_kind(render({}), "PriorityClass") == {}
+
+
+def test_the_record_of_trained_tokens_is_the_one_that_the_operators_role_names() -> None:
+    manifests = render({"tuning": {"enabled": True, "quotas": {"tokensPerMonth": 5}}})
+    settings = operator_settings.read_settings(environment(manifests, "operator"))
+    rules = of_kind(manifests, "Role")["lorapool-operator-lease"]["rules"]
+    assert [(rule.get("resourceNames"), rule["verbs"]) for rule in rules if rule["resources"] == ["configmaps"]] == [
+        ([f"{settings.lease_name}-tokens"], ["get", "patch"]),
+        (None, ["create"]),
+    ]
+    assert "configmaps" not in str(of_kind(render({"tuning": {"enabled": True}}), "Role")["lorapool-operator-lease"])
 
 
 def test_a_profiles_queue_for_trainers_reaches_the_operator() -> None:

@@ -169,10 +169,11 @@ def test_a_command_gets_its_standard_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", [None, "mine"])
-def test_the_demos_steps_depend_only_on_earlier_ones(context: str | None, tmp_path: Path) -> None:
-    steps = plan(Demo(Options(context=context), Commands(tmp_path / "log"), ignore))
+@pytest.mark.parametrize("train", [False, True])
+def test_the_demos_steps_depend_only_on_earlier_ones(train: bool, context: str | None, tmp_path: Path) -> None:
+    steps = plan(Demo(Options(context=context, train=train), Commands(tmp_path / "log"), ignore))
     check(steps)
-    assert steps[-1].name == "train"
+    assert steps[-1].name == ("train" if train else "usage")
 
 
 def test_while_the_programs_are_compiled_the_images_are_built(tmp_path: Path) -> None:

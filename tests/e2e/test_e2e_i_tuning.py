@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from e2e_tuning import Tuning, lines_of, with_shuffled_answers
@@ -12,12 +11,6 @@ from openai import NotFoundError
 
 SMALL = {"rank": 4, "target_modules": ["q_proj", "v_proj"], "max_steps": 8}
 TRAINED_S = 600.0
-
-
-@pytest.fixture(scope="module")
-def tuning(world: World) -> Iterator[Tuning]:
-    with world.client(organization=world.namespace) as client:
-        yield Tuning(world, client)
 
 
 def test_the_demos_job_made_a_model_that_learned_its_task(world: World, tuning: Tuning) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,12 +23,6 @@ pytestmark = pytest.mark.deep
 MARGIN = 0.1
 """Other weights than those of the committed scores: a few of some sixty answers may turn out otherwise."""
 TRAINED_S = 3600.0
-
-
-@pytest.fixture(scope="module")
-def tuning(world: World) -> Iterator[Tuning]:
-    with world.client(organization=world.namespace) as client:
-        yield Tuning(world, client)
 
 
 def test_the_five_examples_train_side_by_side_and_score_as_the_committed_ones(world: World, tuning: Tuning) -> None:

@@ -89,7 +89,7 @@ def served(store: StoreProcess, tmp_path_factory: pytest.TempPathFactory) -> Ite
             runtime = await stack.enter_async_context(
                 serving(tokenizer, token_sha256=token_sha256("t" * 64), pod_uid="pod")
             )
-            here = await stack.enter_async_context(tuning_world(store))
+            here = await stack.enter_async_context(tuning_world(store, tuning_unfinished_jobs=100_000))
             namespaces = f"{A},models,demo"
             here.world.keys.publish(KeyTable.of([api_key(KEY, namespaces, default_namespace=A, fine_tuning=True)]))
             here.world.base()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ async def test_a_fine_tuned_model_is_continued(store: StoreProcess) -> None:
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"batch_size": 0}}, "hyperparameters.batch_size"),
         ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size"),
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"learning_rate_multiplier": 5e-324}}, "hyperparameters.learning_rate_multiplier"),
@@ -158,6 +160,7 @@ async def test_one_file_is_not_trained_and_measured_with(store: StoreProcess) ->
         with pytest.raises(openai.BadRequestError) as caught:
             await client.fine_tuning.jobs.create(model="tiny", training_file=file, validation_file=file)
         assert caught.value.param == "validation_file"
+        assert here.objects.jobs == {}
 
 
 async def test_unknown_forbidden_and_closed_models_are_one_and_the_same_404(store: StoreProcess) -> None:
@@ -168,40 +171,30 @@ async def test_unknown_forbidden_and_closed_models_are_one_and_the_same_404(stor
         found = set()
         for model in ("closed", "elsewhere/secret", "nothing", f"{B}/other", "models/closed"):
             answer = await here.call("POST", JOBS, json={"model": model, "training_file": file})
-            found.add((answer.status_code, answer.text.replace(model, "M")))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+            found.add(answer.text.replace(model, "M"))
         assert len(found) == 1
-        assert next(iter(found))[0] == 404
+        assert here.objects.jobs == {}
 
 
-async def test_another_tenants_file_is_refused_in_the_words_for_an_unknown_one(store: StoreProcess) -> None:
-    async with tuning_world(store) as here:
-        foreign, unknown = await here.upload(key=OTHER_KEY), "file-" + "y" * 24
-        bodies = []
-        for file in (foreign, unknown):
-            answer = await here.call("POST", JOBS, json={"model": "tiny", "training_file": file})
-            assert answer.status_code == 400
-            bodies.append(answer.text.replace(file, "F"))
-        assert bodies[0] == bodies[1]
-
-
-async def test_another_tenant_sees_steers_and_lists_none_of_ones_jobs(store: StoreProcess) -> None:
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_a_file_of_another_tenant_or_use_is_refused_in_the_words_for_an_unknown_one(
+    store: StoreProcess, param: str
+) -> None:
     async with tuning_world(store) as here, here.client() as client:
-        job = await client.fine_tuning.jobs.create(model="tiny", training_file=await here.upload())
-        unknown = "ftjob-" + "a" * 24
-        for method, tail in (
-            ("GET", ""),
-            ("POST", "/cancel"),
-            ("POST", "/pause"),
-            ("POST", "/resume"),
-            ("GET", "/events"),
-            ("GET", "/checkpoints"),
-        ):
-            foreign = await here.call(method, f"{JOBS}/{job.id}{tail}", OTHER_KEY)
-            missing = await here.call(method, f"{JOBS}/{unknown}{tail}", OTHER_KEY)
-            assert foreign.status_code == missing.status_code == 404
-            assert foreign.text.replace(job.id, unknown) == missing.text
-        assert (await here.call("GET", JOBS, OTHER_KEY)).json()["data"] == []
-        assert here.objects.jobs[f"{A}/{job.id}"]["spec"].get("run", "Run") == "Run"
+        mine = await here.upload()
+        job = await client.fine_tuning.jobs.create(model="tiny", training_file=mine)
+        here.objects.status(A, job.id, state="Succeeded", finishedAt=NOW)
+        [result] = (await client.fine_tuning.jobs.retrieve(job.id)).result_files
+        foreign, unknown = await here.upload(key=OTHER_KEY), "file-" + "y" * 24
+        bodies = set()
+        for file in (foreign, unknown, result):
+            given = {"model": "tiny", "training_file": mine, param: file}
+            answer = await here.call("POST", JOBS, json=given)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+            bodies.add(answer.text.replace(file, "F"))
+        assert len(bodies) == 1
+        assert list(here.objects.jobs) == [f"{A}/{job.id}"]
 
 
 # --- repeated calls
@@ -250,6 +243,47 @@ async def test_a_job_that_only_another_gateway_has_seen_is_found(store: StorePro
         job = await repeat(here, {"model": "tiny", "training_file": await here.upload()}, 0)
         async with here.client(gateway=1) as client:
             assert (await client.fine_tuning.jobs.retrieve(job)).id == job
+
+
+# --- quotas
+
+
+async def test_a_job_beyond_the_quota_is_429_before_there_is_an_object(store: StoreProcess) -> None:
+    async with tuning_world(store, tuning_unfinished_jobs=2) as here, here.client() as client:
+        jobs, body = client.fine_tuning.jobs, {"model": "tiny", "training_file": await here.upload()}
+        here.objects.watching = False  # what this gateway made counts at once
+        asked = [here.call("POST", JOBS, json={**body, "seed": seed}) for seed in range(5)]
+        answers = await asyncio.gather(*asked)
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429]
+        refused = next(answer for answer in answers if answer.status_code == 429).json()["error"]
+        assert (refused["type"], refused["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert "has 2 unfinished fine-tuning jobs" in refused["message"]
+        first, second = here.objects.jobs
+        here.objects.watching = True
+        for name in (first, second):
+            here.objects.status(A, name.partition("/")[2], state="Queued")
+        with pytest.raises(openai.RateLimitError):
+            await jobs.create(**body, seed=9)  # type: ignore[arg-type]
+        other = {**body, "training_file": await here.upload(key=OTHER_KEY)}
+        assert (await here.call("POST", JOBS, OTHER_KEY, json=other)).status_code == 200
+        here.objects.status(A, first.partition("/")[2], state="Succeeded")
+        once = await repeat(here, body, 0)
+        assert await repeat(here, body, 1) == once  # though it may make no further one
+        assert len(here.objects.jobs) == 4
+
+
+async def test_a_month_whose_tokens_are_used_up_is_429_and_not_worth_a_repetition(store: StoreProcess) -> None:
+    async with tuning_world(store) as here, here.client() as client:
+        jobs, file = client.fine_tuning.jobs, await here.upload()
+        job = await jobs.create(model="tiny", training_file=file)
+        here.objects.status(A, job.id, state="Queued", queue={"reason": "TokenQuota"})
+        with pytest.raises(openai.RateLimitError) as caught:
+            await jobs.create(model="tiny", training_file=file, seed=2)
+        assert (caught.value.type, caught.value.code) == ("insufficient_quota", "insufficient_quota")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        assert (await jobs.retrieve(job.id)).status == "queued"
+        await jobs.cancel(job.id)
+        await jobs.create(model="tiny", training_file=file, seed=2)  # the operator decides again
 
 
 # --- the life of a job

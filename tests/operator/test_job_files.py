@@ -58,6 +58,15 @@ async def test_a_bad_file_is_found_with_its_line(
     assert named in found.message
 
 
+async def test_a_line_of_the_validation_file_is_not_taken_for_one_of_the_training_file(grants: StoreGrants) -> None:
+    put(grants, "team", "files/j", GOOD)
+    put(grants, "team", "files/held-out", GOOD + b"[1]\n")
+    data = {"training": {"uri": "store://team/files/j"}, "validation": {"uri": "store://team/files/held-out"}}
+    found = await StoreFiles(grants).check(job(data=data))
+    assert (found.failure, found.line) == (JobFailure.INVALID_DATASET, 13)
+    assert found.message.startswith("In the validation file: Line 13 ")
+
+
 async def test_a_good_file_is_counted_and_its_digest_is_that_of_its_bytes(grants: StoreGrants) -> None:
     put(grants, "team", "files/j", GOOD)
     found = await StoreFiles(grants).check(job())

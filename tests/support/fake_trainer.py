@@ -43,19 +43,24 @@ class FakeTrainer:
     """Uid of each PUT, in order."""
     deletes: list[str] = field(default_factory=list)
     idle_since_unix_s: float | None = None
+    late: bool = False
+    """A job that was sent does not end the poll that waits."""
     _seq: int = 1
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def say(self, uid: str, state: JobState, **more: Any) -> None:
         """Reports this of a job from now on."""
+        self.reports[uid] = self._report(uid, state, **more)
+        await self._news()
+
+    def _report(self, uid: str, state: JobState, **more: Any) -> JobReport:
         job = self.jobs[uid]
-        self.reports[uid] = JobReport.model_validate(
+        return JobReport.model_validate(
             {
                 "uid": uid, "display": job.display, "run": job.run, "priority": job.priority, "state": state,
                 "since_unix_s": time.time(), **more,
             }
         )  # fmt: skip
-        await self._news()
 
     async def idle(self, seconds: float) -> None:
         """Reports that nothing could be trained for so long."""
@@ -113,7 +118,9 @@ class FakeTrainer:
         self.puts.append(uid)
         self.idle_since_unix_s = None
         known = self.reports.get(uid)
-        if known is None:
+        if known is None and self.late:
+            self.reports[uid] = self._report(uid, JobState.QUEUED)
+        elif known is None:
             await self.say(uid, JobState.QUEUED)
         else:
             job = self.jobs[uid]

@@ -49,8 +49,8 @@ def make_job(tmp_path: Path) -> MakeJob:
 def start(engine: Engine, encoder: Encoder, tmp_path: Path) -> Iterator[Callable[..., Session]]:
     sessions: list[Session] = []
 
-    def begin(*jobs: Job, max_jobs: int = 8) -> Session:
-        session = Session(engine, encoder, BaseName("tiny", "base-1"), Suspects(tmp_path), SessionLimits(max_jobs))
+    def begin(*jobs: Job, max_jobs: int = 8, base: str = "base-1") -> Session:
+        session = Session(engine, encoder, BaseName("tiny", base), Suspects(tmp_path), SessionLimits(max_jobs))
         sessions.append(session)
         for order, files in jobs:
             session.put(order, files)

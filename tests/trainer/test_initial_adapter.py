@@ -160,6 +160,19 @@ def test_an_adapter_that_cannot_be_continued_is_refused_with_the_reason(
     assert said in failure.message
 
 
+def test_a_job_whose_adapter_changed_meanwhile_does_not_continue(start: Start, make_job: MakeJob, first: Path) -> None:
+    order, files = make_job("second", **CONTINUE)
+    session = start((order, files))
+    run_session(session, lambda: session.jobs["second"].step >= 3)
+    session.close()
+    session.delete("second")
+    save_file({name: tensor * 2 for name, tensor in load_file(first / WEIGHTS).items()}, first / WEIGHTS)
+    failure = run_session(start((order, files)))["second"].failure
+    assert failure is not None
+    assert failure.reason is JobFailure.INCOMPATIBLE
+    assert "data or the adapter of initFrom changed since" in failure.message
+
+
 def test_a_name_without_an_adapter_is_refused_before_the_base_is_loaded(base: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path, "second", write_data(tmp_path / "data.jsonl"), **CONTINUE)
     done = run_command(base, tmp_path / "out", job)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,8 +109,17 @@ def test_ctrl_c_writes_checkpoints_and_the_next_run_continues_with_the_same_bits
     assert {name: adapter_hash(tmp_path / name) for name in JOBS} == uninterrupted
 
 
-def test_what_is_wrong_with_a_file_is_said_by_file_and_field(base: Path, tmp_path: Path) -> None:
-    """Before the base is loaded, so this is quick for large bases too."""
+def without_torch(base: Path, out: Path, *jobs: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process that cannot import torch."""
+    code = "import sys; sys.modules['torch'] = None; from lorapool_trainer.__main__ import main; sys.exit(main())"
+    arguments = command(base, out, *jobs)[3:]
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=environment()
+    )
+
+
+def test_what_is_wrong_with_a_file_is_said_by_file_and_field_without_torch(base: Path, tmp_path: Path) -> None:
+    """Before seconds of imports, and before the base is loaded."""
     data = write_data(tmp_path / "data.jsonl")
     wrong = {
         "list.yaml": ("- 1\n", "is no FineTuneJob: it needs `apiVersion: lorapool.dev/v1alpha1`"),
@@ -118,12 +128,17 @@ def test_what_is_wrong_with_a_file_is_said_by_file_and_field(base: Path, tmp_pat
     }
     for name, (text, said) in wrong.items():
         (tmp_path / name).write_text(text)
-        done = run_command(base, tmp_path / "out", tmp_path / name)
+        done = without_torch(base, tmp_path / "out", tmp_path / name)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     remote = write_job(tmp_path, "remote", "store://files/file-1")
-    assert "must be a path or a file:// URI" in run_command(base, tmp_path / "out", remote).stderr
+    assert "must be a path or a file:// URI" in without_torch(base, tmp_path / "out", remote).stderr
     high = write_job(tmp_path, "high", data, lora={"rank": 1000})
-    assert "spec.lora.rank: Input should be less than" in run_command(base, tmp_path / "out", high).stderr
+    assert "spec.lora.rank: Input should be less than" in without_torch(base, tmp_path / "out", high).stderr
+    good = write_job(tmp_path, "good", data)
+    assert "two jobs are named good" in without_torch(base, tmp_path / "out", good, good).stderr
+    assert "it has no config.json" in without_torch(tmp_path, tmp_path / "out", good).stderr
+    with_torch = without_torch(base, tmp_path / "out", good)  # what is right goes on to the engine
+    assert "import of torch halted" in with_torch.stderr
 
 
 def test_a_job_whose_data_is_refused_fails_with_its_line_and_exit_code_1(base: Path, tmp_path: Path) -> None:

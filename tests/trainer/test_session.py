@@ -15,6 +15,7 @@ from tuning_kit import Job, MakeJob, adapter_hash, run_session, write_data
 from lorapool_api.tuning.states import JobFailure, JobState, RunState
 from lorapool_trainer.engine import Engine
 from lorapool_trainer.jobs.checkpoint import read_checkpoints
+from lorapool_trainer.serve.events import EventLog
 from lorapool_trainer.session import Session
 from lorapool_trainer.suspects import Suspects
 
@@ -100,6 +101,29 @@ def test_pausing_frees_the_engine_and_changes_no_bit(
     job = run_session(session)["one"]
     assert (job.state, job.counters.restarts) == (JobState.SUCCEEDED, 1)
     assert adapter_hash(files.folder) == whole
+
+
+def test_a_job_that_is_paused_before_it_is_measured_reports_each_step_once_with_its_measurement(
+    start: Callable[..., Session], make_job: MakeJob
+) -> None:
+    order, files = make_job("one")
+    session, events = start((order, files)), EventLog("one")
+
+    def to_be_measured() -> bool:
+        job = session.jobs["one"]
+        events.observe(job, 0.0)
+        return job.measuring is not None and job.step >= 2
+
+    run_session(session, to_be_measured)
+    for run in (RunState.PAUSED, RunState.RUN):
+        session.put(replace(order, run=run), files)
+        events.observe(session.jobs["one"], 0.0)
+    job = run_session(session, lambda: bool(events.observe(session.jobs["one"], 0.0)))["one"]
+    events.observe(job, 0.0)
+    figures = [event["data"] for event in map(json.loads, events.lines) if event["type"] == "metrics"]
+    assert [data["step"] for data in figures] == list(range(17))
+    measured = [data["step"] for data in figures if "full_valid_loss" in data]
+    assert measured == [row.step for row in job.rows if row.valid_loss is not None]
 
 
 def test_early_stopping_ends_with_the_best_evaluation_and_not_the_last(
@@ -192,17 +216,30 @@ def test_a_job_that_was_computing_in_two_deaths_computes_alone_and_after_three_i
     assert job.failure.reason is JobFailure.POISONED
 
 
+TURNS = [{"role": "user", "content": "say alpha"}, {"role": "assistant", "content": "alpha"}]
+LONG = [TURNS[0], {"role": "assistant", "content": "a" * 200}]
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+REFUSED_LINES: dict[str, tuple[dict[str, object], JobFailure, str]] = {
+    "no-message": ({"messages": []}, JobFailure.INVALID_DATASET, "`messages` must be a non-empty list"),
+    "too-long": ({"messages": LONG}, JobFailure.EXAMPLE_TOO_LONG, "more than the 128 of maxTokens"),
+    "tools": ({"messages": TURNS, "tools": [TOOL]}, JobFailure.TEMPLATE_UNSUPPORTED, "has `tools`"),
+}
+
+
 def test_bad_data_fails_with_its_line_and_another_job_trains_on(
     start: Callable[..., Session], make_job: MakeJob, tmp_path: Path
 ) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text((tmp_path / "data.jsonl").read_text() + '{"messages": []}\n')
-    jobs = run_session(
-        start(make_job("bad", data=bad), make_job("gone", data=tmp_path / "none.jsonl"), make_job("one"))
-    )
-    failure = jobs["bad"].failure
-    assert failure is not None
-    assert (failure.reason, failure.line) == (JobFailure.INVALID_DATASET, 17)
+    made = []
+    for name, (line, _, _) in REFUSED_LINES.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text((tmp_path / "data.jsonl").read_text() + json.dumps(line) + "\n")
+        made.append(make_job(name, data=path))
+    jobs = run_session(start(*made, make_job("gone", data=tmp_path / "none.jsonl"), make_job("one")))
+    for name, (_, reason, said) in REFUSED_LINES.items():
+        failure = jobs[name].failure
+        assert failure is not None
+        assert (failure.reason, failure.line) == (reason, 17)
+        assert said in failure.message
     assert jobs["gone"].failure is not None
     assert jobs["gone"].failure.reason is JobFailure.SOURCE_UNAVAILABLE
     assert jobs["one"].state is JobState.SUCCEEDED
@@ -218,6 +255,22 @@ def test_checkpoints_of_other_settings_are_refused_by_name(start: Callable[..., 
     assert job.failure is not None
     assert job.failure.reason is JobFailure.INCOMPATIBLE
     assert "settings (seed)" in job.failure.message
+
+
+def test_a_job_whose_base_has_other_files_than_at_its_begin_ends_as_base_changed(
+    start: Callable[..., Session], make_job: MakeJob
+) -> None:
+    order, files = make_job("one")
+    session = start((order, files))
+    run_session(session, lambda: session.jobs["one"].step >= 3)
+    session.close()
+    session.delete("one")
+    jobs = run_session(start((order, files), make_job("other"), base="base-2"))
+    failure = jobs["one"].failure
+    assert failure is not None
+    assert failure.reason is JobFailure.BASE_CHANGED
+    assert "were base-1 when the job began and are base-2 now" in failure.message
+    assert jobs["other"].state is JobState.SUCCEEDED
 
 
 def test_a_target_that_the_base_does_not_have_is_refused_by_name(

@@ -198,6 +198,14 @@ async def test_a_trainer_that_ends_leaves_a_checkpoint_from_which_another_one_co
     assert job.progress is not None
     assert job.progress.trained_tokens == whole.progress.trained_tokens if whole.progress else False
     assert store.objects["team/adapters/uid-1/adapter_model.safetensors"] == weights
+    assert [data["step"] for data in figures_of(store)] == list(range(17))
+
+
+def figures_of(store: MemoryStore) -> list[dict[str, Any]]:
+    """The figures of all events of the job, in their order."""
+    parts = [store.objects[name] for name in sorted(store.objects) if name.startswith("team/jobs/uid-1/events/")]
+    events = [json.loads(line) for part in parts for line in part.splitlines()]
+    return [event["data"] for event in events if event["type"] == "metrics"]
 
 
 async def test_only_who_has_the_token_or_a_proof_is_answered(

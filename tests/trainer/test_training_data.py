@@ -97,8 +97,10 @@ def test_an_answer_without_an_end_in_the_template_gets_one(tmp_path: Path) -> No
 def test_a_template_that_changes_earlier_answers_is_refused_unless_only_the_last_one_counts(tmp_path: Path) -> None:
     encoder = Encoder.of_base(base(tmp_path, chat_template=CHANGES_EARLIER_ANSWERS), rows=260)
     line = {"messages": turn("one", "uno", "two", "dos")}
-    error = refusal(encoder, line)
-    assert (error.reason, error.line, error.code) == (JobFailure.TEMPLATE_UNSUPPORTED, 1, "invalid_training_file")
+    with pytest.raises(DatasetError) as caught:
+        encode_file(file({"messages": turn("one", "uno")}, line), encoder, FileOptions(), 1)
+    error = caught.value
+    assert (error.reason, error.line, error.code) == (JobFailure.TEMPLATE_UNSUPPORTED, 2, "invalid_training_file")
     assert "lossOn: LastAssistant" in error.message
     assert counted_text(encoded(encoder, line, loss_on=LossOn.LAST_ASSISTANT)) == "[thinking]dos."
     encoder.close()

@@ -117,6 +117,8 @@
   value: {{ include "lorapool.storeURL" . }}
 - name: LORAPOOL_GATEWAY_STORE_TOKEN_FILE
   value: /etc/lorapool/store/token
+- name: LORAPOOL_GATEWAY_TUNING_UNFINISHED_JOBS
+  value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
 {{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
 - name: LORAPOOL_GATEWAY_{{ $name }}
@@ -144,6 +146,10 @@
   value: {{ include "lorapool.image" (list . .Values.image.runtime) | quote }}
 - name: LORAPOOL_OPERATOR_RUNTIME_IMAGE_PULL_POLICY
   value: {{ .Values.image.runtime.pullPolicy }}
+- name: LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE
+  value: {{ include "lorapool.image" (list . .Values.image.runtimeVllm) | quote }}
+- name: LORAPOOL_OPERATOR_RUNTIME_VLLM_IMAGE_PULL_POLICY
+  value: {{ .Values.image.runtimeVllm.pullPolicy }}
 - name: LORAPOOL_OPERATOR_PROFILES_FILE
   value: /etc/lorapool/profiles/profiles.yaml
 - name: LORAPOOL_OPERATOR_SOURCE_POLICY_FILE
@@ -169,6 +175,8 @@
   value: {{ .Values.tuning.quotas.activeJobs | int64 | quote }}
 - name: LORAPOOL_OPERATOR_TUNING_UNFINISHED_JOBS
   value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
+- name: LORAPOOL_OPERATOR_TUNING_MONTH_TOKENS
+  value: {{ .Values.tuning.quotas.tokensPerMonth | int64 | quote }}
 - name: LORAPOOL_OPERATOR_TUNING_PRIORITY_CLASS
   value: {{ include "lorapool.tuningPriorityClass" . | quote }}
 {{- end }}

@@ -270,4 +270,7 @@ affinity:
 {{- if not (hasKey .Values.runtimeProfiles "default") -}}
 {{- fail "runtimeProfiles must keep a profile named default: BaseModels that name none use it." -}}
 {{- end -}}
+{{- range $name, $profile := .Values.runtimeProfiles -}}
+{{- include "lorapool.checkProfile" (list $name $profile) -}}
+{{- end -}}
 {{- end -}}

@@ -27,6 +27,13 @@ class DataStatus(ApiModel):
     """Examples that are measured with."""
 
 
+class InitialStatus(ApiModel):
+    """The adapter of `spec.initFrom` as it was when training began. What becomes of the LoraAdapter changes nothing."""
+
+    uri: str = Field(max_length=512, description="Where its files are.")
+    digest: str = Field(max_length=80, description="Digest of its files; the job fails if they have another one.")
+
+
 class ResolvedStatus(ApiModel):
     """The settings in use, those that the spec leaves out included."""
 
@@ -176,6 +183,7 @@ class FineTuneJobStatus(ApiModel):
     finished_at: Time | None = None
     """When the job ended."""
     data: DataStatus | None = None
+    initial: InitialStatus | None = None
     resolved: ResolvedStatus | None = None
     progress: ProgressStatus | None = None
     metrics: MetricsStatus | None = None

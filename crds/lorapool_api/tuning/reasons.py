@@ -46,6 +46,11 @@ JOB_REASONS: Mapping[JobReason, Explanation] = {
         "The namespace trains as many jobs as the chart's value tuning.quotas.activeJobs allows. The job waits.",
         "Wait for one of them to end, or pause or cancel one.",
     ),
+    JobReason.TOKEN_QUOTA: Explanation(
+        "The namespace trained as many tokens in this calendar month (UTC) as the chart's value "
+        "tuning.quotas.tokensPerMonth allows. Its jobs write a checkpoint and wait.",
+        "Wait for the next month, or ask the administrator to raise the value.",
+    ),
     JobReason.TRAINER_STARTING: Explanation(
         "The base's trainer is being started: its pod is scheduled, or it loads the base.",
         "If it lasts, `kubectl describe job <base>-trainer` says what is missing.",

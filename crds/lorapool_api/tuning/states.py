@@ -61,6 +61,8 @@ class JobReason(StrEnum):
     NO_STORE = "NoStore"
     NAMESPACE_LIMIT = "NamespaceLimit"
     """The namespace trains as many jobs as it may; the job waits for one of them to end."""
+    TOKEN_QUOTA = "TokenQuota"
+    """The namespace trained as many tokens as it may in a calendar month; the job waits for the next one."""
     TRAINER_STARTING = "TrainerStarting"
     AWAITING_RELEASE = "AwaitingRelease"
     """The trainer's Job is suspended: by the profile, or by Kueue until it admits it."""

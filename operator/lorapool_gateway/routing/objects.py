@@ -21,7 +21,14 @@ from lorapool_api.trust.ownership import Owned
 from lorapool_api.tuning.finetunejob import ANNOTATION_JOB
 
 _NO_POD_REASONS = frozenset(
-    {Reason.PROFILE_NOT_FOUND, Reason.PROFILE_NOT_PERMITTED, Reason.INVALID_PROFILE, Reason.NAME_CONFLICT}
+    {
+        Reason.PROFILE_NOT_FOUND,
+        Reason.PROFILE_NOT_PERMITTED,
+        Reason.INVALID_PROFILE,
+        Reason.GPU_COUNT_MISMATCH,
+        Reason.SHARED_MEMORY_TOO_SMALL,
+        Reason.NAME_CONFLICT,
+    }
 )
 """With these, a base has no pods, and waking it changes nothing."""
 

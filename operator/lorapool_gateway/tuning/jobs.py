@@ -13,17 +13,35 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from lorapool_api.common import GROUP, VERSION
-from lorapool_api.openai import InvalidRequestError, ServerError, UnavailableError, UnknownJobError
+from lorapool_api.openai import (
+    InvalidRequestError,
+    QuotaExceededError,
+    ServerError,
+    TooManyRequestsError,
+    UnavailableError,
+    UnknownJobError,
+)
 from lorapool_api.tuning.finetunejob import PLURAL
-from lorapool_api.tuning.states import RunState
+from lorapool_api.tuning.states import JobReason, RunState
 from lorapool_gateway.routing.kube import KubeError
 from lorapool_gateway.routing.objects import ObjectRef
 from lorapool_gateway.routing.source import ObjectCache
-from lorapool_gateway.tuning.job_object import LABEL_REQUEST, Call, Inputs, Job, kept_of, manifest, parse_object
+from lorapool_gateway.tuning.job_object import (
+    LABEL_REQUEST,
+    Call,
+    Inputs,
+    Job,
+    job_name,
+    kept_of,
+    manifest,
+    parse_object,
+)
 from lorapool_gateway.tuning.job_request import JobRequest
 
 REPEATED_S = 600.0
 """A repeated call that comes later than this makes a job of its own."""
+UNSEEN_S = 30.0
+"""A created job that the watch has not shown after this is not counted any more: it was deleted at once."""
 TRIES = 5
 """Gateways that create jobs of the same call at the same time."""
 CONCURRENT_READS = 8
@@ -50,11 +68,16 @@ class Jobs:
         api: ObjectApi,
         caches: Sequence[ObjectCache[Job]],
         *,
+        most_unfinished: int,
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
+        """`most_unfinished`: of one namespace; a further job is refused."""
         self._api = api
         self._caches = caches
+        self._most_unfinished = most_unfinished
         self._now_unix_s = now_unix_s
+        self._made: dict[ObjectRef, float] = {}
+        """Jobs that this gateway creates, by time, until the watch shows them."""
         self._reads = asyncio.Semaphore(CONCURRENT_READS)
 
     async def create(
@@ -65,16 +88,41 @@ class Jobs:
             before = await self._same_calls(namespace, hashed)
             if (known := _first_of(before, repeated, arrived_unix_s)) is not None:
                 return known
+            self._check_quotas(namespace)
             number = max((job.call.number for job in before if job.call is not None), default=-1) + 1
             call = Call(arrived_unix_s, number, kept_of(request))
+            ref = ObjectRef(namespace, job_name(hashed, number))
+            self._made[ref] = self._now_unix_s()
             try:
                 return parse_object(
                     await self._api.create(_path(namespace), manifest(request, inputs, namespace, hashed, call))
                 )
             except KubeError as error:
+                self._made.pop(ref, None)
                 if error.status != HTTPStatus.CONFLICT:
                     raise _refused(error) from error
         raise UnavailableError("Other calls create the same job. Try again.", retry_after_s=1)
+
+    def _check_quotas(self, namespace: str) -> None:
+        """Raises TooManyRequestsError where the operator would refuse one more job, or let it wait for a month's end.
+
+        What is not known here is left to the operator.
+        """
+        now = self._now_unix_s()
+        known = {ref for cache in self._caches for ref in cache.objects}
+        self._made = {ref: at for ref, at in self._made.items() if ref not in known and now < at + UNSEEN_S}
+        jobs = [job for cache in self._caches for job in cache.objects.values() if job.ref.namespace == namespace]
+        unfinished = [job for job in jobs if not job.ended]
+        if any(job.status.queue is not None and job.status.queue.reason == JobReason.TOKEN_QUOTA for job in unfinished):
+            raise QuotaExceededError(
+                f"The organization {namespace} trained as many tokens this month as it may. Its jobs go on next month."
+            )
+        count = len(unfinished) + sum(ref.namespace == namespace for ref in self._made)
+        if count >= self._most_unfinished:
+            raise TooManyRequestsError(
+                f"The organization {namespace} has {count} unfinished fine-tuning jobs, as many as it may. Wait for "
+                "some to end, or cancel some."
+            )
 
     async def find_call(self, namespace: str, hashed: str, arrived_unix_s: float) -> Job | None:
         """The job that a repeated call has made before."""

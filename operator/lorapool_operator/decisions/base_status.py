@@ -10,13 +10,14 @@ from lorapool_api.basemodel import AdapterCounts, BaseModelStatus, PodStatus, St
 from lorapool_api.chat import ChatReport
 from lorapool_api.common import BaseCondition, Reason, set_conditions
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.decisions import starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, unusable
-from lorapool_operator.decisions.manifests import selector_text
 from lorapool_operator.decisions.model_names import granted_name, name_conflict
 from lorapool_operator.decisions.plan import ConditionValue, PlanSettings
-from lorapool_operator.decisions.rollout import RolloutDecision
-from lorapool_operator.decisions.scale import ScaleDecision
+from lorapool_operator.decisions.pods import selector_text
+from lorapool_operator.decisions.profile_checks import profile_problem
+from lorapool_operator.decisions.scaling import starts
+from lorapool_operator.decisions.scaling.rollout import RolloutDecision
+from lorapool_operator.decisions.scaling.scale import ScaleDecision
 from lorapool_operator.world.observed import ObservedBase
 
 RESTART_REPORT_S = 3600.0
@@ -279,6 +280,10 @@ def blocked_by(observed: ObservedBase) -> ConditionValue | None:
         return ("False", observed.child_problem.reason.value, observed.child_problem.message)
     if observed.profile is None:
         return _no_profile(observed)
+    problem = profile_problem(observed.profile, observed.image)
+    if problem is not None:
+        message = f"The runtime profile {observed.base.spec.runtime_profile!r} cannot be used: {problem.message}"
+        return ("False", problem.reason.value, message)
     return None
 
 

@@ -10,7 +10,7 @@ from lorapool_api.common import AdapterKey
 from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor
 from lorapool_artifacts.policy import Rights
-from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.world.cluster_cache import Key
 from lorapool_operator.world.observed import ScaleMemory, SpreadMemory, Standing
 

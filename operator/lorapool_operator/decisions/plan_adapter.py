@@ -19,8 +19,8 @@ from lorapool_operator.decisions import load_writes
 from lorapool_operator.decisions.adapter_status import status_of
 from lorapool_operator.decisions.blocker import Blocker, base_failure_due, blocker_of
 from lorapool_operator.decisions.plan import AdapterPlan, KubeEvent, KubeEventType, PlanSettings, Register, Unregister
+from lorapool_operator.decisions.scaling.stopping import takes_over
 from lorapool_operator.decisions.spread import SpreadDecision, decide
-from lorapool_operator.decisions.stopping import takes_over
 from lorapool_operator.decisions.validity import RUNTIME_RETRY_S, Validity, decide_validity, reason_of
 from lorapool_operator.world.cluster_cache import BaseObject, find_condition
 from lorapool_operator.world.observed import ObservedAdapter, SourceFacts, SpreadMemory, max_replicas

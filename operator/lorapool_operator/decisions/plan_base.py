@@ -14,16 +14,19 @@ from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.common import BaseCondition, Condition, Reason
 from lorapool_api.protocol import PreloadList
 from lorapool_artifacts.policy import SourceRules
-from lorapool_operator.decisions import rollout, starts
 from lorapool_operator.decisions.base_source import BaseSource, first_inspection, source_of, unusable
 from lorapool_operator.decisions.base_status import can_start, status_of
-from lorapool_operator.decisions.hot_set import hot_set
-from lorapool_operator.decisions.manifests import NO_PRELOAD, Manifest, children, content_hash, template_hash
+from lorapool_operator.decisions.manifests import NO_PRELOAD, children, template_hash
 from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType, PlanSettings, Unregister
-from lorapool_operator.decisions.preemption import standing_of
-from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
-from lorapool_operator.decisions.stopping import deletion_costs, hand_over
+from lorapool_operator.decisions.pods import Manifest, content_hash
+from lorapool_operator.decisions.profile_checks import profile_problem
+from lorapool_operator.decisions.scaling import rollout, starts
+from lorapool_operator.decisions.scaling.hot_set import hot_set
+from lorapool_operator.decisions.scaling.preemption import standing_of
+from lorapool_operator.decisions.scaling.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
+from lorapool_operator.decisions.scaling.stopping import deletion_costs, hand_over
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory, Standing
+from lorapool_operator.world.profiles import RuntimeProfile
 
 STRAY_GRACE_S = 10.0
 """A gateway may register a new adapter with a runtime before the operator's own watch delivers it."""
@@ -88,7 +91,7 @@ def _replicas(
     current = spec.replicas if spec.replicas is not None else initial_replicas(spec.scaling, floor)
     if unusable(observed, source):
         return ScaleDecision(current, "the source cannot be used", ScaleMemory(), None), Standing()
-    if observed.profile is None:
+    if _profile(observed) is None:
         return ScaleDecision(current, "the profile cannot be used", ScaleMemory(), None), Standing()
     load = _load(observed, current)
     standing = standing_of(observed, load, lowest_replicas(spec.scaling, floor))
@@ -112,6 +115,12 @@ def _replicas(
     return decision, standing
 
 
+def _profile(observed: ObservedBase) -> RuntimeProfile | None:
+    """Returns the base's profile if pods can be made from it."""
+    profile = observed.profile
+    return profile if profile is not None and profile_problem(profile, observed.image) is None else None
+
+
 def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, float | None]:
     """Returns whether to apply the children now, and when to try again what the API server refused."""
     if made_hash != observed.applied_hash:
@@ -130,7 +139,7 @@ def _children(
     preload: PreloadList = NO_PRELOAD,
     paused: bool = False,
 ) -> tuple[Manifest, ...]:
-    profile = observed.profile
+    profile = _profile(observed)
     if profile is None or observed.base.meta.deleting:
         return ()
     if first_inspection(observed, source) or unusable(observed, source):

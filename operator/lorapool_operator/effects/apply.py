@@ -10,9 +10,9 @@ import logging
 import time
 
 from lorapool_api.common import ANNOTATION_DELETION_COST, Reason
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import AdapterPlan, BasePlan, KubeEvent, Unregister
 from lorapool_operator.decisions.plan_unreadable import UnreadablePlan
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.runtime_tls import TLS_SECRET
 from lorapool_operator.effects.certificates import Certificates
 from lorapool_operator.effects.cluster import (

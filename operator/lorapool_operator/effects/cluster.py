@@ -25,8 +25,8 @@ from kubernetes.aio.client.api_client import ApiClient
 
 from lorapool_api.common import API_VERSION, FIELD_MANAGER, GROUP, LABEL_BASE, LABEL_MANAGED_BY, VERSION
 from lorapool_operator.clock import iso, iso_micro
-from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.decisions.pods import MANAGED_BY, Manifest
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.rate_limit import RateLimit
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, ObjectKind
@@ -229,6 +229,14 @@ class Cluster:
         """Creates an object. Raises ObjectConflictError if one of this name exists."""
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         return await self._write("child", "POST", path, manifest, content="application/json", query=_MANAGER)
+
+    async def patch_data(
+        self, kind: str, namespace: str, name: str, version: str, data: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Sets keys of the `data` of this version of an object. Raises ObjectConflictError, ObjectNotFoundError."""
+        body = {"metadata": {"resourceVersion": version}, "data": data}
+        path = _path(kind, namespace, name)
+        return await self._write("data", "PATCH", path, body, content=MERGE, query=_MANAGER)
 
     async def set_finalizers(self, key: Key, version: str, finalizers: Sequence[str]) -> dict[str, Any]:
         """Replaces the finalizers of this version of an object. Raises ObjectConflictError."""

@@ -64,7 +64,7 @@ class StoreFiles:
                 training = _checked(client, data.training, data.loss_on, MIN_EXAMPLES)
                 validation = None
                 if data.validation is not None:
-                    validation = _checked(client, data.validation, data.loss_on, MIN_VALIDATION_EXAMPLES)
+                    validation = _checked_validation(client, data.validation, data.loss_on)
         except DatasetError as error:
             return DataFinding(failure=error.reason, message=error.message, line=error.line)
         except ArtifactError as error:
@@ -124,6 +124,14 @@ def _checked(client: StoreClient, file: DataFile, loss_on: LossOn, minimum: int)
         message = f"{file.uri} has the digest {stream.digest}, not the one that the job names: upload it again."
         raise DatasetError(message)
     return _Checked(found.examples, stream.digest)
+
+
+def _checked_validation(client: StoreClient, file: DataFile, loss_on: LossOn) -> _Checked:
+    """Raises as `_checked` does, with words that say which file is meant."""
+    try:
+        return _checked(client, file, loss_on, MIN_VALIDATION_EXAMPLES)
+    except DatasetError as error:
+        raise error.of_validation() from error
 
 
 def _cut_off(file: DataFile) -> ArtifactError:

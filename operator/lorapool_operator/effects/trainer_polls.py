@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from lorapool_api.trust.poll_proof import ProofError
-from lorapool_api.tuning.trainer_protocol import ROUTE_TRAINER, PutJobAnswer, TrainerJob, TrainerSnapshot
+from lorapool_api.tuning.trainer_protocol import ROUTE_TRAINER, JobReport, PutJobAnswer, TrainerJob, TrainerSnapshot
 from lorapool_operator.effects.runtime_calls import RuntimeCallError, RuntimeClient, RuntimeGoneError
 from lorapool_operator.effects.runtime_polls import BACKOFF_MAX_S, BACKOFF_MIN_S, PollSettings, clock_skew
 from lorapool_operator.world.cluster_cache import ClusterCache, Key, PodObject
@@ -85,12 +85,16 @@ class TrainerTracker:
         return self._clock() - polled.failing_since < (self._settings.stale_s if polled.pod.ready else 0.0)
 
     async def put(self, pod_uid: str, uid: str, job: TrainerJob) -> PutJobAnswer:
-        """Sends a job. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
-        return await self._client.put_job(self._proven(pod_uid), uid, job)
+        """Sends a job, whose report counts at once. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        answer = await self._client.put_job(self._proven(pod_uid), uid, job)
+        self._answered(pod_uid, answer.boot_id, uid, answer.job)
+        return answer
 
     async def delete(self, pod_uid: str, uid: str) -> None:
-        """Has a trainer forget a job. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
-        await self._client.delete_job(self._proven(pod_uid), uid)
+        """Has a trainer forget a job, at once. Raises FencedError, RuntimeGoneError, RuntimeRefusedError."""
+        pod, snapshot = self._proven(pod_uid), self._polled[pod_uid].snapshot
+        await self._client.delete_job(pod, uid)
+        self._answered(pod_uid, snapshot.boot_id if snapshot is not None else "", uid, None)
 
     async def close(self) -> None:
         """Stops all polls."""
@@ -107,6 +111,16 @@ class TrainerTracker:
         if polled is None or polled.snapshot is None:
             raise RuntimeGoneError(f"trainer pod {pod_uid} is gone, or has not proved to be one of its base")
         return polled.pod
+
+    def _answered(self, pod_uid: str, boot_id: str, uid: str, report: JobReport | None) -> None:
+        """Takes what a call answered about a job into the snapshot, since the next plan may be made before the next
+        poll is answered."""
+        polled = self._polled.get(pod_uid)
+        if polled is None or polled.snapshot is None or polled.snapshot.boot_id != boot_id:
+            return
+        others = [item for item in polled.snapshot.jobs if item.uid != uid]
+        jobs = others if report is None else [*others, report]
+        polled.snapshot = polled.snapshot.model_copy(update={"jobs": jobs})
 
     def _forget(self, uid: str) -> None:
         polled = self._polled.pop(uid, None)

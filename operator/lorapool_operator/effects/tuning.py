@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lorapool_api.store_protocol import StoreAccess
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan_unreadable import plan_unreadable_job
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning.plan_tuning import plan_tuning
 from lorapool_operator.decisions.tuning.promotion import adapter_name
+from lorapool_operator.decisions.tuning.tokens import MonthRecord, counted
 from lorapool_operator.decisions.tuning.turns import counted_before
 from lorapool_operator.decisions.tuning.values import JobPlan, TuningLimits, TuningPlan
 from lorapool_operator.effects.cluster import (
@@ -27,6 +28,7 @@ from lorapool_operator.effects.cluster import (
 )
 from lorapool_operator.effects.runtime_calls import RuntimeCallError, RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
+from lorapool_operator.effects.token_record import TokenRecord
 from lorapool_operator.effects.trainer_polls import TrainerTracker
 from lorapool_operator.workqueue import WorkQueue
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, ClusterCache, Key, Meta, ObjectKind
@@ -92,6 +94,8 @@ class TuningSetup:
     limits: TuningLimits = field(default_factory=TuningLimits)
     serves_tls: bool = False
     """New pods serve TLS, with the certificate of their base's runtimes."""
+    tokens: TokenRecord | None = None
+    """What the namespaces trained this month; None without a limit."""
 
 
 class TuningControl:
@@ -167,8 +171,34 @@ class TuningControl:
             older_unfinished={
                 job.meta.uid: counted_before(job, unfinished) for job in unfinished if job.base_key == key
             },
+            month_tokens={name: record.tokens for name, record in self._month_records(time.time()).items()},
             tls=self._setup.serves_tls,
         )
+
+    def _month_records(self, now: float) -> dict[str, MonthRecord]:
+        """Returns what each namespace with jobs trained this month, recorded or not; nothing without a limit."""
+        tokens, unlisted = self._setup.tokens, self._objects.unlisted
+        if tokens is None or None in unlisted:
+            return {}
+        trained: dict[str, list[tuple[TuningObject, int]]] = {}
+        for job in self.cache.jobs:
+            if job.meta.namespace not in unlisted:  # jobs that are not known yet would look like deleted ones
+                trained.setdefault(job.meta.namespace, []).append((job, self._trained_tokens(job)))
+        unreadable = [str(item.raw["metadata"]["uid"]) for item in self.cache.unreadable.values()]
+        return {name: counted(tokens.of(name), jobs, unreadable, now) for name, jobs in trained.items()}
+
+    def _trained_tokens(self, job: TuningObject) -> int:
+        """Returns what the status has, or the trainer, whose reports are newer."""
+        trainer = self.trainers.view(job.base_key)
+        snapshot = trainer.snapshot if trainer is not None else None
+        report = snapshot.job(job.meta.uid) if snapshot is not None else None
+        usages = (job.status.usage, report.usage if report is not None else None)
+        return max((usage.trained_tokens for usage in usages if usage is not None), default=0)
+
+    async def _record_tokens(self, *, at_once: bool = False) -> None:
+        if self._setup.tokens is not None:
+            now = time.time()
+            await self._setup.tokens.write(self._month_records(now), now, at_once=at_once)
 
     def _observed(self, job: TuningObject) -> ObservedJob:
         memory, namespace = self._of(job), job.meta.namespace
@@ -195,6 +225,8 @@ class TuningControl:
         if key.kind is ObjectKind.TUNING:
             await self._report_unreadable(key)
             return None
+        if self._setup.tokens is not None and not self._setup.tokens.known:
+            await self._setup.tokens.read()
         observed = self.observe(key)
         plan = plan_tuning(observed, time.time(), self._setup.limits)
         await self._session(observed, plan)
@@ -205,6 +237,7 @@ class TuningControl:
             except (ClusterError, RuntimeCallError, FilesError) as error:  # one job holds up no other
                 first = first or error
         self._forget_gone()
+        await self._record_tokens()
         if first is not None:
             raise first
         return plan.requeue_at
@@ -239,6 +272,8 @@ class TuningControl:
         job = plan.observed.job
         memory = self._of(job)
         if plan.finalizers is not None:
+            if job.meta.deleting:
+                await self._record_tokens(at_once=True)  # before the object is gone
             await self._set_finalizers(job, plan.finalizers)
             return
         if plan.check_data and memory.checking is None and self._setup.files is not None:

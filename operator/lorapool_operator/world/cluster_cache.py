@@ -407,6 +407,12 @@ class KindCache(Generic[T]):
             return None
         return self._items.pop((namespace, name))
 
+    def update(self, item: T, *, deleted: bool) -> bool:
+        """Stores or removes the object. Returns False if nothing changed."""
+        if deleted:
+            return self.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
+        return self.put(item)
+
     def __iter__(self) -> Iterator[T]:
         return iter(tuple(self._items.values()))
 

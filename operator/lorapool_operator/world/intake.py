@@ -137,13 +137,7 @@ class Intake:
 
     def pod(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         item = parse_or_none(PodObject, raw)
-        if item is None:
-            return
-        if deleted:
-            changed = self._cache.pods.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
-        else:
-            changed = self._cache.pods.put(item)
-        if changed:
+        if item is not None and self._cache.pods.update(item, deleted=deleted):
             self._mark_dirty(item.base, 0.0)
             self._pods_changed()
 
@@ -160,10 +154,7 @@ class Intake:
     def _owner(self, cache: KindCache[Owner], item: Owner, deleted: bool) -> bool:
         """Updates the cache of a kind that owns pods, and who owns which pod. Returns False if nothing changed."""
         before = cache.get(item.meta.namespace, item.meta.name)
-        if deleted:
-            changed = cache.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
-        else:
-            changed = cache.put(item)
+        changed = cache.update(item, deleted=deleted)
         if changed and (deleted or before is None or _link(before) != _link(item)):
             self._mark_dirty((before or item).base, 0.0)
             self._pods_changed()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 
 from lorapool_api.common import Quantity
 
@@ -128,13 +128,29 @@ class TrainerProfile(_Strict):
     """PriorityClass of the pod. Empty: the one of the chart's value tuning.priorityClass, below serving."""
 
 
+ENGINE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "torch": {},
+    # vLLM compiles kernels and captures graphs at its start, and stores what it compiles in /tmp.
+    "vllm": {"startupTimeoutSeconds": 1800, "tmpSizeLimit": "8Gi"},
+}
+"""Defaults of the fields that depend on the engine."""
+
+
 class RuntimeProfile(_Strict):
     """One profile. Values of Kubernetes' own types are passed on unchanged."""
 
     allowed_namespaces: tuple[str, ...] = ()
     """Namespaces whose BaseModels may use the profile; empty: all."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What computes in the runtime: its own engine on torch, which uses one GPU or the CPU, or vLLM. It decides which
+    of the operator's images the pods have, and defaults of other fields."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """GPUs that share each layer of the base. It needs the engine vllm and shmSizeLimit."""
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
+    """Parts into which the layers of the base are divided, each on tensorParallel GPUs. The product of both is the
+    number of GPUs in resources.limits."""
     image: str = ""
-    """Empty: the operator's runtime image."""
+    """Empty: the operator's image for the engine."""
     image_pull_policy: str = Field(default="", pattern="^(Always|IfNotPresent|Never)?$")
     """Empty: the chart's value for runtimes."""
     image_pull_secrets: tuple[str, ...] = ()
@@ -161,16 +177,18 @@ class RuntimeProfile(_Strict):
     """Volume at /models for the files of base models, so that a pod that starts later does not download them again.
     Files are stored by their digest, and several pods may write to it."""
     tmp_size_limit: Quantity = "1Gi"
-    """emptyDir at /tmp."""
-    shm_size_limit: str = ""
-    """Size of a memory-backed emptyDir at /dev/shm; empty for none."""
+    """emptyDir at /tmp. Default with the engine vllm: 8Gi."""
+    shm_size_limit: Quantity | Literal[""] = ""
+    """Size of a memory-backed emptyDir at /dev/shm; empty for none. Processes that share GPUs exchange data there: with
+    several GPUs it is 1Gi or more. What is stored there counts as memory of the container."""
     threads: int = Field(default=0, ge=0)
     """Number of torch threads; 0 means all cores that the container may use."""
     termination_grace_period_seconds: int = Field(default=900, ge=5)
     """Running requests get this time, less 5 s, to finish. A pod that has none ends at once."""
     startup_timeout_seconds: int = Field(default=900, ge=30)
     """Time to download and load the base; after it the kubelet restarts the container. The operator gives a base up
-    this long, plus the time to schedule it and to pull the image, after it was asked for."""
+    this long, plus the time to schedule it and to pull the image, after it was asked for. Default and least value with
+    the engine vllm: 1800."""
     min_ready_seconds: int = Field(default=0, ge=0)
     """A new pod must have been ready for this long before a rollout continues."""
     pod_disruption_budget: dict[str, Any] = Field(default={"maxUnavailable": 1})
@@ -197,6 +215,15 @@ class RuntimeProfile(_Strict):
     trainer: TrainerProfile = Field(default_factory=TrainerProfile)
     """How trainers are queued, where a BaseModel's fineTuning uses the profile."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_the_engine(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        engine = data.get("engine", "torch")
+        defaults = ENGINE_DEFAULTS.get(engine, {}) if isinstance(engine, str) else {}
+        return {**{name: value for name, value in defaults.items() if to_snake(name) not in data}, **data}
+
     def permits(self, namespace: str) -> bool:
         """Whether BaseModels of this namespace may use the profile."""
         return not self.allowed_namespaces or namespace in self.allowed_namespaces
@@ -213,6 +240,11 @@ class RuntimeImage:
     pull_policy: str
 
 
+Images = Mapping[str, RuntimeImage]
+"""By engine; torch is always there, and trainers have its image."""
+NO_IMAGE = RuntimeImage("", "IfNotPresent")
+
+
 class _File(_Strict):
     profiles: dict[str, RuntimeProfile]
 
@@ -221,6 +253,15 @@ def device_names(resources: Mapping[str, Any]) -> frozenset[str]:
     """Returns the extended resources, such as nvidia.com/gpu, that a pod with these resources takes from its node."""
     asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
     return frozenset(name for name, amount in asked.items() if "/" in name and str(amount) != "0")
+
+
+def gpus(resources: Mapping[str, Any]) -> int | None:
+    """Returns how many GPUs a pod with these resources gets; None if claims decide it."""
+    if resources.get("claims"):
+        return None
+    limits = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    counts = (str(amount) for name, amount in limits.items() if name.endswith("/gpu") or "/mig-" in name)
+    return sum(int(count) for count in counts if count.isdecimal())
 
 
 def parse_profiles(text: str, *, origin: str) -> Profiles:

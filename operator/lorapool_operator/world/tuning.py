@@ -239,6 +239,8 @@ class ObservedTuning:
     """Jobs of other bases that train, by namespace."""
     older_unfinished: Mapping[str, int] = field(default_factory=dict)
     """By uid of a job: the unfinished jobs of its namespace, on any base, that are older."""
+    month_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens that each namespace trained in this calendar month, where there is a limit."""
     tls: bool = False
     """New pods serve TLS."""
 

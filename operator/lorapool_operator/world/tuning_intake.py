@@ -16,8 +16,7 @@ class TuningIntake:
         self, cache: TuningCache, mark_dirty: Callable[[Key, float], None], *, pods_changed: Callable[[], None]
     ) -> None:
         """`mark_dirty(base, delay_s)` requests a new plan of a base's jobs; with the key of a job that this version
-        cannot parse, a report of that. `pods_changed` is called when trainers may
-        own other pods than before."""
+        cannot parse, a report of that. `pods_changed` is called when trainers may own other pods than before."""
         self._cache = cache
         self._mark_dirty = mark_dirty
         self._pods_changed = pods_changed
@@ -41,13 +40,7 @@ class TuningIntake:
 
     def session(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         item = parse_or_none(SessionObject, raw)
-        if item is None:
-            return
-        if deleted:
-            changed = self._cache.sessions.drop(item.meta.namespace, item.meta.name, item.meta.uid) is not None
-        else:
-            changed = self._cache.sessions.put(item)
-        if changed:
+        if item is not None and self._cache.sessions.update(item, deleted=deleted):
             self._mark_dirty(item.base, 0.0)
             self._pods_changed()
 

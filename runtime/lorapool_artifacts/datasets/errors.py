@@ -18,6 +18,10 @@ class DatasetError(Exception):
         self.line = line
         self.reason = reason
 
+    def of_validation(self) -> DatasetError:
+        """The same error of a job's other file."""
+        return DatasetError(f"In the validation file: {self.message}", line=self.line, reason=self.reason)
+
     @property
     def code(self) -> str:
         """The `error.code` of OpenAI's job object."""

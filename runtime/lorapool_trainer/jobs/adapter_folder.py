@@ -15,7 +15,6 @@ from lorapool_api.common import FileDigest, artifact_digest
 from lorapool_trainer.engine import JobSettings, JobState
 from lorapool_trainer.jobs.checkpoint import write_folder
 
-FOLDER = "adapter"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

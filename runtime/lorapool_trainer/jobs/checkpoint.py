@@ -30,7 +30,11 @@ FORMAT = 1
 
 
 class CheckpointMismatchError(Exception):
-    """The checkpoints belong to other settings, data or another base; the message says which."""
+    """The checkpoints belong to other settings or other files; the message says which."""
+
+
+class BaseChangedError(CheckpointMismatchError):
+    """The checkpoints belong to other files of the base."""
 
 
 class Origin(BaseModel):
@@ -41,7 +45,7 @@ class Origin(BaseModel):
     base: str
     settings: dict[str, object]
     data: str
-    """Digests of the files, and of the choice of examples in them."""
+    """Digests of the files, that of the continued adapter included, and the number of training examples."""
     numerics: str
 
     @classmethod
@@ -145,13 +149,21 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def check_origin(checkpoint: Checkpoint, origin: Origin) -> None:
-    """Raises CheckpointMismatchError where the job is not the one that was interrupted."""
+    """Raises CheckpointMismatchError where the job is not the one that was interrupted, BaseChangedError where its
+    base is not."""
     found = checkpoint.record.origin
     changed = [name for name in Origin.model_fields if getattr(found, name) != getattr(origin, name)]
+    if "base" in changed:
+        raise BaseChangedError(
+            f"The base's files were {found.base} when the job began and are {origin.base} now, so that its checkpoints "
+            f"in {checkpoint.path.parent} are of no use. Restore the files, or create the job again."
+        )
     if "settings" in changed:
         keys = origin.settings.keys() | found.settings.keys()
         own = sorted(key for key in keys if origin.settings.get(key) != found.settings.get(key))
         changed[changed.index("settings")] = f"settings ({', '.join(own)})"
+    if "data" in changed:
+        changed[changed.index("data")] = "data or the adapter of initFrom"
     if changed:
         raise CheckpointMismatchError(
             f"{checkpoint.path.parent} holds checkpoints of another job: {', '.join(changed)} changed since. Delete "

@@ -1,25 +1,24 @@
-"""An adapter whose training is continued: what it is, read from its files, and the settings that follow from it.
+"""An adapter whose training is continued, read from its files.
 
-Rank, alpha and the changed layers are the adapter's own. So are its chat template and tokens, which go into the result.
+Its chat template and tokens go into the result.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorapool_api.tuning.finetunejob import ALL_LINEAR, LoraSettings
+from lorapool_api.common import FileDigest, artifact_digest
 from lorapool_artifacts.checks.adapter_config import AdapterConfig, read_adapter_config
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_FILES
-from lorapool_trainer.engine import JobSettings
-from lorapool_trainer.jobs.order import JobOrder, engine_settings, named_targets
 
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 
@@ -38,6 +37,8 @@ class InitialAdapter:
     """By their names in peft's file."""
     chat_files: Mapping[str, bytes]
     """Template, tokenizer and generation config that it brings, by file name."""
+    digest: str
+    """`artifact_digest` of the files that are used."""
 
 
 def read_initial(folder: Path) -> InitialAdapter:
@@ -57,7 +58,14 @@ def read_initial(folder: Path) -> InitialAdapter:
     ((rank, scale),) = shapes
     present = {name: folder / name for name in CHAT_FILES if (folder / name).is_file()}
     chat_files = {name: path.read_bytes() for name, path in present.items()}
-    return InitialAdapter(rank, scale * rank, modules, tensors, chat_files)
+    used = [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS, *present.values()]
+    digest = artifact_digest(_file_digest(path) for path in used)
+    return InitialAdapter(rank, scale * rank, modules, tensors, chat_files, digest)
+
+
+def _file_digest(path: Path) -> FileDigest:
+    with path.open("rb") as file:
+        return FileDigest(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _config(folder: Path) -> AdapterConfig:
@@ -83,33 +91,3 @@ def _module(name: str) -> str:
             "begin with the base instead"
         )
     return found[1]
-
-
-def continued_settings(
-    order: JobOrder, initial: InitialAdapter, targets: Callable[[JobSettings], tuple[str, ...]]
-) -> JobSettings:
-    """The job's settings with the adapter's rank, alpha and layers. `targets` finds the layers of settings.
-
-    Raises InitialAdapterError where `lora` asks for others, and what `targets` and `engine_settings` raise.
-    """
-    asked = order.lora
-    for name, given, own in (("rank", asked.rank, initial.rank), ("alpha", asked.alpha, initial.alpha)):
-        if given is not None and given != own:
-            raise _conflict(name, f"{given}", f"{own:g}")
-    plain = engine_settings(replace(order, lora=asked.model_copy(update={"rank": initial.rank})))
-    settings = replace(plain, alpha=initial.alpha, target_modules=initial.modules)
-    if _names_layers(asked) and set(targets(plain)) != set(targets(settings)):
-        names = ", ".join(sorted({module.rpartition(".")[2] for module in initial.modules}))
-        raise _conflict("targetModules", ", ".join(asked.target_modules), f"{len(initial.modules)} layers {names}")
-    return settings
-
-
-def _names_layers(lora: LoraSettings) -> bool:
-    """all-linear is the default, and so no wish."""
-    return named_targets(lora) != ALL_LINEAR
-
-
-def _conflict(name: str, given: str, own: str) -> InitialAdapterError:
-    return InitialAdapterError(
-        f"spec.lora.{name} is {given}, but the adapter of spec.initFrom has {own}; leave spec.lora.{name} out"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lorapool_artifacts.datasets.errors import DatasetError
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_trainer.data.dataset import Dataset, FileOptions, make_dataset, read_training, read_validation
 from lorapool_trainer.data.encoder import Encoder
@@ -51,4 +52,8 @@ def _dataset(order: JobOrder, files: JobFiles, encoder: Encoder, most_tokens: in
         return make_dataset(training, None, order.fraction, order.training.seed)
     with opened as file:
         own = replace(options, data_format=data.validation.format, digest=data.validation.digest)
-        return make_dataset(training, read_validation(file, encoder, own), 0.0, order.training.seed)
+        try:
+            validation = read_validation(file, encoder, own)
+        except DatasetError as error:
+            raise error.of_validation() from error
+    return make_dataset(training, validation, 0.0, order.training.seed)

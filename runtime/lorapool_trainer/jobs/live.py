@@ -14,7 +14,6 @@ from pathlib import Path
 from lorapool_api.tuning.states import JobFailure, JobState
 from lorapool_trainer.data.dataset import Dataset, slices
 from lorapool_trainer.engine import Engine, Evaluation, Example, JobSettings, StepReport, total_steps
-from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
 from lorapool_trainer.jobs.adapter_folder import AdapterFolder, adapter_of, write_adapter
 from lorapool_trainer.jobs.checkpoint import (
     Checkpoint,
@@ -27,7 +26,7 @@ from lorapool_trainer.jobs.checkpoint import (
 from lorapool_trainer.jobs.curve import loss_curve
 from lorapool_trainer.jobs.history import Row, as_csv, finite, with_validation
 from lorapool_trainer.jobs.initial import InitialAdapter
-from lorapool_trainer.jobs.order import JobFiles, JobOrder
+from lorapool_trainer.jobs.order import ADAPTER, JobFiles, JobOrder
 from lorapool_trainer.jobs.validation import BROKEN_STEPS, broken_after, evaluation_interval, is_due
 
 EVALUATION_TOKENS = 1024
@@ -79,6 +78,7 @@ class Loaded:
         per_step = dataset.train_tokens * settings.batch_size / len(training)
         interval = evaluation_interval(steps, per_step, sum(len(example.ids) for example in validation))
         data = f"{dataset.digest} {dataset.validation_digest} {len(training)}"
+        data += f" {initial.digest}" if initial is not None else ""
         origin = Origin.of(base, settings, data, numerics)
         return cls(settings, origin, training, validation, dataset, steps, interval, initial)
 
@@ -102,6 +102,8 @@ class LiveJob:
         self.entered_s, self.entered_step, self.entered_tokens = 0.0, 0, 0
         """When this process began to train it, and how far it was then."""
         self.stopped_early = False
+        self.restored_rows = 0
+        """Complete rows that the checkpoint had from which it continued."""
 
     @property
     def uid(self) -> str:
@@ -129,6 +131,7 @@ class LiveJob:
             record = newest.record
             self.step, self.skipped, self.rows = record.step, record.skipped_steps, list(record.rows)
             self.counters = record.counters.model_copy(update={"restarts": record.counters.restarts + 1})
+        self.restored_rows = len(self.complete_rows)
         self.modules = _short_names(engine, known.settings)
         self.state, self.queued_for, self.checkpointed_s = JobState.TRAINING, None, now_s
         self.entered_s, self.entered_step, self.entered_tokens = now_s, self.step, self.counters.trained_tokens
@@ -176,14 +179,23 @@ class LiveJob:
 
     # --- evaluation -----------------------------------------------------------------------
 
+    @property
+    def complete_rows(self) -> list[Row]:
+        """The rows to which nothing is added any more: without the last one while its evaluation is due."""
+        return self.rows[:-1] if self._unmeasured and not self.state.ended else self.rows
+
+    @property
+    def _unmeasured(self) -> bool:
+        known = self.loaded
+        if known is None or not known.validation or not self.rows or self.counters.base_loss is None:
+            return False
+        return is_due(self.step, known.steps, known.interval) and self.rows[-1].valid_accuracy is None
+
     def plan_measurement(self) -> None:
         """Begins the evaluation that is due now, if there is one and it was not made."""
-        known = self._known()
-        if not known.validation:
-            return
-        if self.counters.base_loss is None:
+        if self._known().validation and self.counters.base_loss is None:
             self._measure(None)
-        elif is_due(self.step, known.steps, known.interval) and self.rows[-1].valid_accuracy is None:
+        elif self._unmeasured:
             self._measure(self.uid)
 
     def _measure(self, uid: str | None) -> None:

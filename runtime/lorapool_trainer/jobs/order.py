@@ -1,4 +1,4 @@
-"""What a job is asked to do, with all numbers resolved, and where its files are."""
+"""What a job is asked to do, with all numbers resolved, and where its files are. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from lorapool_api.common import duration_s
-from lorapool_api.tuning.finetunejob import ALL_LINEAR, Checkpoints, LoraSettings, TrainingData, TrainingSettings
+from lorapool_api.tuning.finetunejob import Checkpoints, LoraSettings, TrainingData, TrainingSettings
 from lorapool_api.tuning.states import RunState
-from lorapool_trainer.engine import JobSettings, Schedule
 from lorapool_trainer.jobs.validation import StoppingRule
+
+ADAPTER = "adapter"
+"""In the folder of a job: that of its result."""
 
 
 class JobFiles(Protocol):
@@ -69,30 +71,3 @@ class JobOrder:
     def stopping(self) -> StoppingRule | None:
         rule = self.training.early_stopping
         return None if rule is None else StoppingRule(rule.patience, float(rule.min_delta))
-
-
-def engine_settings(order: JobOrder) -> JobSettings:
-    """The settings as the engine takes them. Raises ValueError for a number out of its range, or a missing one."""
-    lora, training = order.lora, order.training
-    if not (lora.rank and training.epochs and training.batch_size and training.learning_rate):
-        raise ValueError("rank, epochs, batchSize and learningRate must be resolved to numbers")
-    return JobSettings(
-        rank=lora.rank,
-        alpha=float(lora.alpha or 2 * lora.rank),
-        dropout=float(lora.dropout),
-        target_modules=named_targets(lora),
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        batch_size=training.batch_size,
-        learning_rate=float(training.learning_rate),
-        schedule=Schedule(training.schedule.value),
-        warmup=float(training.warmup),
-        weight_decay=float(training.weight_decay),
-        max_grad_norm=float(training.max_grad_norm),
-        seed=training.seed,
-    )
-
-
-def named_targets(lora: LoraSettings) -> tuple[str, ...] | str:
-    """As the engine takes them."""
-    return ALL_LINEAR if ALL_LINEAR in lora.target_modules else tuple(lora.target_modules)

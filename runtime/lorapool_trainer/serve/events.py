@@ -40,7 +40,8 @@ class EventLog:
         """Adds lines for a state that is new and for steps that are complete: made, and measured where that is due."""
         if not job.state.ended:
             self._observe_state(job, now_unix_s)
-        complete = complete_rows(job)
+        complete = job.complete_rows
+        self.rows = max(self.rows, job.restored_rows)  # an earlier trainer reported these
         for row in complete[self.rows :]:
             self._add(_metrics(row, job.loaded.steps if job.loaded else row.step), now_unix_s)
         self.rows = max(self.rows, len(complete))
@@ -68,11 +69,6 @@ class EventLog:
         self.number += 1
         head = {"id": f"ftevent-{self.uid}-{self.number}", "created_at": int(now_unix_s)}
         self.lines.append(json.dumps({**head, **event}) + "\n")
-
-
-def complete_rows(job: LiveJob) -> list[Row]:
-    """The rows to which nothing is added any more: not the last one while it is measured."""
-    return job.rows[:-1] if job.measuring is not None else job.rows
 
 
 def _message(job: LiveJob) -> str | None:

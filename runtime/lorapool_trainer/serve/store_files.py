@@ -18,9 +18,9 @@ from lorapool_api.common import FailureReason
 from lorapool_api.tuning.trainer_protocol import TrainerJob
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_FILES, RemoteFile, digest_of, files_of
-from lorapool_trainer.jobs.adapter_folder import FOLDER as ADAPTER
 from lorapool_trainer.jobs.checkpoint import FOLDER as CHECKPOINTS
 from lorapool_trainer.jobs.live import CURVE_FILE, METRICS_FILE
+from lorapool_trainer.jobs.order import ADAPTER
 
 log = logging.getLogger(__name__)
 

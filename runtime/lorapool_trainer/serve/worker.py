@@ -19,7 +19,7 @@ from lorapool_trainer.engine import MemoryFigures
 from lorapool_trainer.jobs.live import LiveJob
 from lorapool_trainer.jobs.order import JobOrder
 from lorapool_trainer.report import report_of
-from lorapool_trainer.serve.events import PART_LINES, EventLog, complete_rows
+from lorapool_trainer.serve.events import PART_LINES, EventLog
 from lorapool_trainer.serve.store_files import ObjectStore, StoreFiles
 from lorapool_trainer.session import Session
 
@@ -158,8 +158,6 @@ class Worker:
                 log.warning("the store refused", extra={"job": job.order.display, "error": error.message})
 
     def _store_news_of(self, entry: _Entry, job: LiveJob, now_s: float, *, ended: bool) -> None:
-        if job.counters.restarts and entry.events.state is None:
-            entry.events.rows = len(complete_rows(job))  # an earlier trainer reported these
         entry.events.observe(job, time.time())
         if (text := entry.events.part(now_s, ended=ended)) is not None:
             entry.files.add_events(entry.files.event_parts(), text)

@@ -11,9 +11,9 @@ from base_world import IMAGE, NOW, base, deployment, meta, pod, world
 
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.protocol import Preload, PreloadList
-from lorapool_operator.decisions.hot_set import preload_of
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.decisions.plan_base import plan_base
+from lorapool_operator.decisions.scaling.hot_set import preload_of
 from lorapool_operator.world.cluster_cache import AdapterObject
 from lorapool_operator.world.observed import AdapterSummary, ObservedBase
 

@@ -11,7 +11,8 @@ import pytest
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.common import ANNOTATION_SPEC_HASH, LABEL_BASE, LABEL_BASE_UID
 from lorapool_artifacts.policy import SourceRules
-from lorapool_operator.decisions.manifests import children, content_hash, pod_template, template_hash
+from lorapool_operator.decisions.manifests import children, template_hash
+from lorapool_operator.decisions.pods import content_hash, pod_template
 from lorapool_operator.world.cluster_cache import BaseObject, Meta
 from lorapool_operator.world.profiles import ProfilesError, RuntimeImage, RuntimeProfile, parse_profiles
 from lorapool_runtime.settings import read_settings
@@ -234,3 +235,32 @@ def test_the_rules_for_sources_are_mounted_and_a_change_of_them_rolls_no_pod() -
     assert before[0] != after[0]
     assert before[1:] == after[1:]
     assert env()["LORAPOOL_RUNTIME_SOURCE_RULES_FILE"].endswith("/source-rules.json")
+
+
+def vllm(**more: Any) -> RuntimeProfile:
+    known = {"engine": "vllm", "tensorParallel": 4, "pipelineParallel": 2, "shmSizeLimit": "16Gi"}
+    return RuntimeProfile.model_validate({**known, **more})
+
+
+def test_a_profile_of_another_engine_has_its_settings_and_defaults() -> None:
+    made, plain = env(vllm()), env()
+    own = {"LORAPOOL_RUNTIME_ENGINE": "vllm", "LORAPOOL_RUNTIME_TENSOR_PARALLEL": "4"}
+    assert made.items() >= {**own, "LORAPOOL_RUNTIME_PIPELINE_PARALLEL": "2", "USER": "lorapool"}.items()
+    assert made["NCCL_DEBUG"] == "WARN"
+    assert "NCCL_DEBUG" not in env(RuntimeProfile(engine="vllm"))
+    assert not [name for name in plain if "PARALLEL" in name or "ENGINE" in name or name in ("USER", "NCCL_DEBUG")]
+    spec = pod(vllm())["spec"]
+    assert spec["containers"][0]["startupProbe"]["failureThreshold"] * 2 == 1800
+    volumes = {item["name"]: item.get("emptyDir") for item in spec["volumes"]}
+    assert volumes["tmp"] == {"sizeLimit": "8Gi"}
+    assert volumes["shm"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in spec["containers"][0]["volumeMounts"]
+
+
+def test_what_a_profile_says_itself_takes_precedence_over_the_defaults_of_its_engine() -> None:
+    own = vllm(env=[{"name": "USER", "value": "me"}, {"name": "NCCL_DEBUG", "value": "INFO"}], tmpSizeLimit="2Gi")
+    assert env(own).items() >= {"USER": "me", "NCCL_DEBUG": "INFO"}.items()
+    assert own.tmp_size_limit == RuntimeProfile(engine="vllm", tmp_size_limit="2Gi").tmp_size_limit == "2Gi"
+    assert (own.startup_timeout_seconds, RuntimeProfile().startup_timeout_seconds) == (1800, 900)
+    names = [item["name"] for item in pod(own)["spec"]["containers"][0]["env"]]
+    assert len(names) == len(set(names))

@@ -34,8 +34,8 @@ class Here:
         runtimes.lost_usage = lambda uid: ()
         profiles = {"default": RuntimeProfile()}
         self.observer = Observer(
-            self.cache, runtimes, inspections, profiles=profiles, image=IMAGE, tokens=RuntimeTokens(["m" * 64]).of,
-            access=SourceAccess(), now=lambda: self.now,
+            self.cache, runtimes, inspections, profiles=profiles, images={"torch": IMAGE},
+            tokens=RuntimeTokens(["m" * 64]).of, access=SourceAccess(), now=lambda: self.now,
         )  # fmt: skip
 
     def adapter(self, name: str, status: LoraAdapterStatus | None = None, *, age_s: float = 0.0, **spec: Any) -> Key:

@@ -30,7 +30,6 @@ from lorapool_api.basemodel import BaseModelStatus
 from lorapool_api.settings import read
 from lorapool_api.tuning.finetunejob import FINALIZER
 from lorapool_api.tuning.states import JobFailure, JobState
-from lorapool_operator.decisions.tuning.assignment import trainer_job
 from lorapool_operator.decisions.tuning.turns import counted_before
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.world.profiles import RuntimeProfile
@@ -87,7 +86,12 @@ def test_a_guest_reads_the_same_of_a_base_that_does_not_exist_and_of_one_that_do
     ("spec", "finding", "reason", "named"),
     [
         ({"lora": {"rank": 32}}, VALID, "Incompatible", "Rank 32 is above 16"),
-        ({"lora": {"targetModules": ["q_proj", "nope"]}}, VALID, "Incompatible", "no module nope"),
+        (
+            {"lora": {"targetModules": ["q_proj", "nope"]}},
+            VALID,
+            "Incompatible",
+            "no module nope (lora.targetModules). It has q_proj, up_proj.",
+        ),
         ({"training": {"maxTokens": 4096}}, VALID, "Incompatible", "maxTokens 4096 is above 2048"),
         ({"initFrom": {"name": "gone"}}, VALID, "Incompatible", "gone"),
         (
@@ -277,9 +281,9 @@ def test_a_trainer_is_sent_numbers_and_the_digest_of_the_checked_file() -> None:
     assert sent is not None
     assert (sent.lora.rank, sent.lora.alpha, sent.training.epochs, sent.training.learning_rate) == (8, 16, 3, "1e-4")
     assert (sent.workspace, sent.output) == ("store://team/jobs/j-uid", "store://team/adapters/j-uid")
+    assert sent.data.training.digest == VALID.digest
     again = only(plan(after(first), session=session(), trainer=trainer()))
-    assert again.put is not None
-    assert again.put.data.training.digest == VALID.digest
+    assert again.put == sent  # also once the status has the digest
 
 
 def test_a_job_is_sent_once_to_each_process_and_again_when_its_owner_changes_it() -> None:
@@ -465,15 +469,3 @@ def test_the_trainer_starts_with_the_environment_of_its_pod() -> None:
     environment = {item["name"]: str(item.get("value") or "pod-uid") for item in container["env"]}
     settings = read(TrainerSettings, environment)
     assert (settings.model, settings.base_label, settings.idle_after_s) == ("hf://org/base", "team/tiny", 120.0)
-
-
-def test_a_trainer_is_sent_the_adapter_to_continue_and_only_what_the_job_itself_asks_for() -> None:
-    """The adapter decides rank, alpha and layers; defaults of the base would look like other wishes."""
-    known = adapter("first", status={"digest": "sha256:" + "1" * 64, "rank": 4})
-    one = replace(observed(initFrom={"name": "first"}, lora={"alpha": 6}), initial=known)
-    sent = trainer_job(one, tuned(fineTuning={"enabled": True, "defaults": {"rank": 16}}))
-    assert sent is not None
-    assert sent.init_from is not None
-    assert (sent.init_from.source.uri, sent.init_from.digest) == (known.spec.source.uri, known.status.digest)
-    assert (sent.lora.rank, sent.lora.alpha) == (None, 6)
-    assert trainer_job(replace(one, initial=adapter("first")), tuned()) is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorapool_api.basemodel import Scaling
-from lorapool_operator.decisions.scale import Load, ScaleDecision, decide, initial_replicas
+from lorapool_operator.decisions.scaling.scale import Load, ScaleDecision, decide, initial_replicas
 from lorapool_operator.world.observed import ScaleMemory
 
 NOW = 10_000.0

@@ -14,8 +14,8 @@ from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterReport, AdapterState, BaseReport, RuntimeSnapshot, Tier
 from lorapool_operator.decisions.plan import BasePlan, PlanSettings
 from lorapool_operator.decisions.plan_base import plan_base
-from lorapool_operator.decisions.preemption import choose
-from lorapool_operator.decisions.stopping import HAND_OVER_S, emptiest, takes_over
+from lorapool_operator.decisions.scaling.preemption import choose
+from lorapool_operator.decisions.scaling.stopping import HAND_OVER_S, emptiest, takes_over
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,

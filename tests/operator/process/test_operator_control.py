@@ -20,8 +20,8 @@ from lorapool_api.protocol import AdapterDescriptor, runtime_token
 from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_operator import slices
 from lorapool_operator.assembly import Control, ControlSettings
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.effects.cluster import Cluster, ClusterError, ObjectNotFoundError, Subject
 from lorapool_operator.effects.fence import Fence, FencedError
 from lorapool_operator.effects.rate_limit import RateLimit
@@ -71,7 +71,7 @@ class World:
     def __init__(self, *, fence: Fence | None = None) -> None:
         settings = ControlSettings(
             tokens=RuntimeTokens([MASTER_TOKEN]).of,
-            image=RuntimeImage("image", "Never"),
+            images={"torch": RuntimeImage("image", "Never")},
             profiles={"default": RuntimeProfile()},
             inspections=4,
             inspection_timeout_s=10.0,

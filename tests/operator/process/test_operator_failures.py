@@ -44,7 +44,7 @@ async def failing_pod(api: Api, base: dict[str, Any], state: dict[str, Any]) -> 
 async def test_a_base_that_cannot_start_stays_not_ready_through_scale_down_and_a_restart_of_the_operator(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorapool_operator.decisions.starts.allowance_s", lambda *_: 3.0)
+    monkeypatch.setattr("lorapool_operator.decisions.scaling.starts.allowance_s", lambda *_: 3.0)
     settings = {"start_retry_min_s": 3600.0, "start_retry_max_s": 3600.0}
     async with running_operator(api, tmp_path, FakeInspector(), **settings):
         base = await api.base()

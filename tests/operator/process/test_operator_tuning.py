@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
 import pytest
 from fake_trainer import FakeTrainer
 from fakes_operator import FakeInspector, digest, found
-from operator_world import Api, RefusedError, condition, owned_by, running_operator, token_of, until
+from operator_world import (
+    Api,
+    RefusedError,
+    condition,
+    operator_program,
+    owned_by,
+    running_operator,
+    token_of,
+    until,
+)
 from pydantic import create_model
+from runtime_process import free_port
+from store_kit import running_store
 
 from lorapool_api.base_modules import BaseModule, compact
 from lorapool_api.store_protocol import StoreAccess
@@ -24,6 +40,8 @@ from lorapool_operator.world.tuning import DataFinding, TuningObject
 
 pytestmark = pytest.mark.apiserver
 
+PATIENCE_S = 120.0
+"""For programs, which take long to start on a machine that is busy."""
 QUEUE = "kueue.x-k8s.io/queue-name"
 SUSPENDED = f"profiles:\n  default: {{trainer: {{suspend: true, jobLabels: {{{QUEUE}: tuning}}}}}}\n"
 
@@ -161,8 +179,9 @@ async def test_a_new_operator_continues_a_running_job_without_doing_anything_twi
         async with operator(api, tmp_path, files):
             await until(lambda: state(api, "j"), "Succeeded")
             assert (await api.get("jobs", "tiny-trainer"))["metadata"]["uid"] == session["metadata"]["uid"]
+            await until(lambda: _forgotten(trainer, uid))
         assert len(await api.items("loraadapters")) == 1
-        assert set(trainer.deletes) == {uid}  # it may be repeated until the trainer's next report
+        assert set(trainer.deletes) == {uid}  # it may be repeated, where an older report arrives after it
 
 
 async def test_a_restarted_trainer_is_sent_its_jobs_again(api: Api, tmp_path: Path) -> None:
@@ -178,6 +197,27 @@ async def test_a_restarted_trainer_is_sent_its_jobs_again(api: Api, tmp_path: Pa
             await until(lambda: _registered(trainer, uid))
             await trainer.say(uid, JobState.TRAINING, usage={"restarts": 1})
             await until(lambda: state(api, "j"), "Training")
+
+
+async def test_a_job_is_sent_once_however_often_it_is_planned_before_the_trainers_next_report(
+    api: Api, tmp_path: Path
+) -> None:
+    async with operator(api, tmp_path, Files(), poll_wait_s=5.0):
+        base = await api.base(fineTuning={"enabled": True})
+        first = (await api.tuning("first"))["metadata"]["uid"]
+        async with FakeTrainer(token_of(base), late=True).serving() as trainer:
+            await trainer_pod(api, base, trainer.port)
+            await until(lambda: _registered(trainer, first))
+            second = (await api.tuning("second"))["metadata"]["uid"]  # its data is checked while the trainer runs
+            await until(lambda: _registered(trainer, second))
+            for number in range(5):
+                change = {"metadata": {"annotations": {"planned-again": str(number)}}}
+                await api.patch("basemodels", "tiny", change)
+                await asyncio.sleep(0.1)
+            for uid, name in ((first, "first"), (second, "second")):
+                await trainer.say(uid, JobState.TRAINING)
+                await until(lambda name=name: state(api, name), "Training")
+            assert trainer.puts == [first, second]
 
 
 async def test_pause_and_cancel_reach_the_trainer(api: Api, tmp_path: Path) -> None:
@@ -349,6 +389,84 @@ async def test_a_job_that_a_trainer_could_not_read_is_trained_again_and_not_twic
             await trainer.say(uid, JobState.TRAINING)
             await until(lambda: state(api, "j"), "Training")
             assert "failure" not in (await api.get("finetunejobs", "j"))["status"]
+
+
+# --- a killed operator
+
+
+async def tokens_of(port: int, job: str) -> float | None:
+    """The exported counter of a job's tokens; None while there is none."""
+    try:
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as response:
+            text = await response.text()
+    except aiohttp.ClientError:
+        return None
+    found = re.search(rf'tuning_job_trained_tokens_total{{[^}}]*fine_tune_job="{job}"}} (\S+)', text)
+    return float(found[1]) if found else None
+
+
+async def recorded(api: Api) -> tuple[int, int] | None:
+    """Tokens of the month, and the number of jobs that are in the record."""
+    item = await api.find("configmaps", "lorapool-operator-tokens")
+    record = json.loads(item["data"][api.namespace]) if item is not None else None
+    return (record["tokens"], len(record["jobs"])) if record is not None else None
+
+
+async def test_a_killed_operator_loses_no_figure_and_counts_no_token_of_the_month_twice(
+    api: Api, tmp_path: Path
+) -> None:
+    port, line = (
+        free_port(),
+        json.dumps({"messages": [{"role": role, "content": "x"} for role in ("user", "assistant")]}),
+    )
+    base = await api.base(fineTuning={"enabled": True})
+    with running_store(tmp_path / "store") as store:
+        store.call("PUT", f"{api.namespace}/files/file-1", f"{line}\n".encode() * 12)
+        own = {
+            "TUNING": "true",
+            "TUNING_MONTH_TOKENS": "2000",
+            "TUNING_STATUS_INTERVAL_S": "0.2",
+            "STORE_URL": store.url,
+            "STORE_TOKEN_FILE": str(store.folder / "token"),
+            "METRICS_PORT": str(port),
+            "LEADER_ELECTION": "false",
+            "POLL_WAIT_S": "1",
+        }
+        uid = (await api.tuning("j"))["metadata"]["uid"]
+        shown = f"{api.namespace}/j"
+        async with FakeTrainer(token_of(base)).serving() as trainer:
+            async with operator_program(api, tmp_path, **own) as program:
+                await trainer_pod(api, base, trainer.port)
+                await until(lambda: _registered(trainer, uid), within_s=PATIENCE_S)
+                await trainer.say(uid, JobState.TRAINING, usage={"trainedTokens": 1000})
+                await until(lambda: tokens_of(port, shown), 1000.0, within_s=PATIENCE_S)
+                await until(lambda: recorded(api), (1000, 1), within_s=PATIENCE_S)
+                program.process.kill()
+            assert program.code == -signal.SIGKILL
+            await trainer.say(uid, JobState.TRAINING, usage={"trainedTokens": 1500})
+            async with operator_program(api, tmp_path, **own) as program:
+                seen: set[float | None] = set()
+
+                async def grown() -> bool:
+                    seen.add(await tokens_of(port, shown))
+                    return 1500.0 in seen
+
+                await until(grown, within_s=PATIENCE_S)
+                assert seen <= {None, 1000.0, 1500.0}  # a counter never falls
+                await until(lambda: recorded(api), (1500, 1), within_s=PATIENCE_S)
+                program.process.kill()
+            async with operator_program(api, tmp_path, **own) as program:
+                await until(lambda: tokens_of(port, shown), 1500.0, within_s=PATIENCE_S)
+                await api.delete("finetunejobs", "j", grace_s=None)
+                await until(lambda: _gone(api, "finetunejobs", "j"), within_s=PATIENCE_S)
+                assert await recorded(api) == (1500, 1)
+                uid = (await api.tuning("next"))["metadata"]["uid"]
+                await until(lambda: _registered(trainer, uid), within_s=PATIENCE_S)
+                await trainer.say(uid, JobState.TRAINING, usage={"trainedTokens": 600})
+                await until(lambda: _run(trainer, uid), "Paused", within_s=PATIENCE_S)
+                await trainer.say(uid, JobState.PAUSED, usage={"trainedTokens": 600})
+                await until(lambda: _admitted(api, "next"), ("False", "TokenQuota"), within_s=PATIENCE_S)
+            assert (program.code, "Traceback" in program.log) == (0, False), program.log
 
 
 async def _adapter_ready(api: Api) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from fakes_operator import FakeInspector
 from lorapool_api.common import API_VERSION, GROUP, LABEL_BASE, LABEL_BASE_UID, LABEL_MANAGED_BY, VERSION
 from lorapool_api.protocol import runtime_token
 from lorapool_artifacts.settings import SourceSettings
-from lorapool_operator.decisions.manifests import MANAGED_BY
+from lorapool_operator.decisions.pods import MANAGED_BY
 from lorapool_operator.effects.tuning import JobFiles
 from lorapool_operator.process import Process
 from lorapool_operator.settings import Settings
@@ -276,6 +276,7 @@ def operator_settings(api: Api, folder: Path, **changes: Any) -> Settings:
 class Program:
     """`python -m lorapool_operator` as a process; `log` and `code` are known after its end."""
 
+    process: asyncio.subprocess.Process
     log: str = ""
     code: int | None = None
 
@@ -302,13 +303,14 @@ async def operator_program(api: Api, folder: Path, *, profiles: str = PROFILES, 
         sys.executable, "-P", "-m", "lorapool_operator", "--kubeconfig", str(api.server.kubeconfig),
         env=environment, cwd=folder, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    program = Program()
+    program = Program(process)
     assert process.stderr is not None
     reading = asyncio.create_task(process.stderr.read())
     try:
         yield program
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
         program.log = (await reading).decode()
         program.code = await asyncio.wait_for(process.wait(), 20)
 

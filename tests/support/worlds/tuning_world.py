@@ -144,7 +144,11 @@ async def tuning_world(store: StoreProcess, *, gateways: int = 1, **settings: An
                 Tuning(
                     client,
                     Files(client),
-                    Jobs(made.objects, [made.objects.cache()]),
+                    Jobs(
+                        made.objects,
+                        [made.objects.cache()],
+                        most_unfinished=here.settings.tuning_unfinished_jobs,
+                    ),
                     made.objects,
                     here.routes,
                     UploadLimits(silence_s=here.settings.body_timeout_s, whole_s=here.settings.upload_timeout_s),

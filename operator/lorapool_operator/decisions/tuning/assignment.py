@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from lorapool_api.protocol import SourceRef
 from lorapool_api.tuning.finetunejob import TrainingData
+from lorapool_api.tuning.finetunejob_status import InitialStatus
+from lorapool_api.tuning.states import RunState
 from lorapool_api.tuning.trainer_protocol import InitialAdapter, TrainerJob, resolved_lora, resolved_training
 from lorapool_operator.decisions.tuning.turns import Turns
 from lorapool_operator.world.cluster_cache import BaseObject
-from lorapool_operator.world.tuning import ObservedJob, ObservedTuning, TuningObject
+from lorapool_operator.world.tuning import ObservedJob, ObservedTuning
 
 RESEND_S = 6 * 3600.0
 """A job is sent again this often, since its access to the store expires; `STORE_ACCESS_S` of effects is longer."""
@@ -25,6 +27,8 @@ def assignment(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now:
     wanted = trainer_job(observed, base)
     if wanted is None:
         return None
+    if turns.stops(job.meta.uid):
+        wanted = wanted.model_copy(update={"run": RunState.PAUSED})
     sent = observed.sent
     known = sent is not None and sent.boot_id == current.boot_id and sent.job == wanted
     fresh = sent is not None and now < sent.at_unix_s + RESEND_S
@@ -32,15 +36,14 @@ def assignment(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now:
 
 
 def trainer_job(observed: ObservedJob, base: BaseObject) -> TrainerJob | None:
-    """Returns what a trainer is sent, but for access to the store; None until the initial adapter is known."""
+    """Returns what a trainer is sent, but for access to the store; None until the initial adapter is in the status."""
     job, spec = observed.job, observed.job.spec
     initial, lora = None, resolved_lora(spec, base.spec)
     if spec.init_from is not None:
-        found = observed.initial
-        if found is None or found.status.digest is None:
+        pinned = job.status.initial
+        if pinned is None:
             return None
-        source = SourceRef(uri=found.spec.source.uri, revision=found.status.revision)
-        initial = InitialAdapter(source=source, digest=found.status.digest)
+        initial = InitialAdapter(source=SourceRef(uri=pinned.uri), digest=pinned.digest)
         lora = spec.lora  # the adapter decides what it leaves open
     usage = job.status.usage
     return TrainerJob(
@@ -52,7 +55,7 @@ def trainer_job(observed: ObservedJob, base: BaseObject) -> TrainerJob | None:
         output=f"store://{job.meta.namespace}/adapters/{job.meta.uid}",
         method=spec.method,
         init_from=initial,
-        data=_pinned(job),
+        data=_pinned(observed),
         lora=lora,
         training=resolved_training(spec, base.spec),
         checkpoints=spec.checkpoints,
@@ -60,14 +63,25 @@ def trainer_job(observed: ObservedJob, base: BaseObject) -> TrainerJob | None:
     )
 
 
-def _pinned(job: TuningObject) -> TrainingData:
-    """Returns the data with the digests of the files that were checked."""
-    data, known = job.spec.data, job.status.data
-    if known is None:
-        return data
+def initial_to_pin(tuning: ObservedTuning, observed: ObservedJob, turns: Turns) -> InitialStatus | None:
+    """Returns the adapter that a job is about to continue, which the status has before a trainer does."""
+    job, found = observed.job, observed.initial
+    current = tuning.trainer.current if tuning.trainer is not None else None
+    if job.status.initial is not None or job.spec.init_from is None or found is None or found.status.digest is None:
+        return None
+    if current is None or not current.ready or job.meta.uid not in turns.wanted:
+        return None
+    return InitialStatus(uri=found.spec.source.uri, digest=found.status.digest)
+
+
+def _pinned(observed: ObservedJob) -> TrainingData:
+    """Returns the data with the digests of the files that were checked, also before the status has them."""
+    data, known, finding = observed.job.spec.data, observed.job.status.data, observed.finding
+    digest = known.digest if known is not None else finding and finding.digest
+    validation_digest = known.validation_digest if known is not None else finding and finding.validation_digest
     training, validation = data.training, data.validation
     if training.digest is None:
-        training = training.model_copy(update={"digest": known.digest})
+        training = training.model_copy(update={"digest": digest})
     if validation is not None and validation.digest is None:
-        validation = validation.model_copy(update={"digest": known.validation_digest})
+        validation = validation.model_copy(update={"digest": validation_digest})
     return data.model_copy(update={"training": training, "validation": validation})

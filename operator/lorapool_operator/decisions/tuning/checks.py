@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from lorapool_api.base_modules import BaseModules, expand
 from lorapool_api.tuning.finetunejob import ALL_LINEAR
+from lorapool_api.tuning.finetunejob_status import InitialStatus
 from lorapool_api.tuning.states import JobFailure, JobReason
 from lorapool_api.tuning.trainer_protocol import resolved_lora
 from lorapool_operator.decisions.tuning.values import Failure, Waiting
@@ -35,8 +36,8 @@ def waits_for_base(tuning: ObservedTuning, job: TuningObject) -> Waiting | None:
         name = base.spec.fine_tuning.profile or base.spec.runtime_profile
         return Waiting(
             JobReason.PROFILE_NOT_USABLE,
-            f"The chart's runtimeProfiles have no profile {name} for namespace {base.meta.namespace}: correct "
-            "spec.fineTuning.profile of the BaseModel.",
+            f"The chart's runtimeProfiles have no profile {name} of the engine torch for namespace "
+            f"{base.meta.namespace}: name one in spec.fineTuning.profile of the BaseModel.",
         )
     if not tuning.store:
         return Waiting(JobReason.NO_STORE, "The operator knows no store: set the chart's value store.enabled.")
@@ -69,6 +70,8 @@ def _initial(observed: ObservedJob, base: BaseObject) -> Failure | None:
     wanted = observed.job.spec.init_from
     if wanted is None:
         return None
+    if observed.job.status.initial is not None:
+        return _initial_changed(observed, observed.job.status.initial)
     if observed.initial is None:
         message = f"spec.initFrom names no LoraAdapter of this namespace: {wanted.name}. Create it first."
         return Failure(JobFailure.INCOMPATIBLE, message)
@@ -88,10 +91,24 @@ def _initial(observed: ObservedJob, base: BaseObject) -> Failure | None:
     return None
 
 
+def _initial_changed(observed: ObservedJob, pinned: InitialStatus) -> Failure | None:
+    """Refuses to continue a job whose adapter has other files by now. The LoraAdapter itself may change or go."""
+    found = observed.initial
+    if found is None or found.spec.source.uri != pinned.uri or found.status.digest in (None, pinned.digest):
+        return None
+    message = (
+        f"The job began with LoraAdapter {found.meta.name} of spec.initFrom as {pinned.digest}, and its files are "
+        f"{found.status.digest} now: create another job to continue these."
+    )
+    return Failure(JobFailure.INCOMPATIBLE, message)
+
+
 def waits_for_initial(observed: ObservedJob) -> Waiting | None:
     """Returns what the job waits for while the adapter that it continues is not checked."""
     wanted = observed.job.spec.init_from
-    if wanted is None or observed.initial is None or observed.initial.status.digest is not None:
+    if wanted is None or observed.job.status.initial is not None:
+        return None
+    if observed.initial is None or observed.initial.status.digest is not None:
         return None
     why = observed.initial.status.failure
     message = f"LoraAdapter {wanted.name} of spec.initFrom is not checked yet. {why.message if why else ''}".strip()

@@ -9,6 +9,7 @@ from lorapool_api.common import set_conditions
 from lorapool_api.tuning.finetunejob_status import (
     DataStatus,
     FineTuneJobStatus,
+    InitialStatus,
     JobFailureStatus,
     MetricsStatus,
     ProgressStatus,
@@ -39,6 +40,8 @@ class Decided:
     trainer: TrainerView | None = None
     promoted: bool = False
     retry_at_unix_s: float | None = None
+    initial: InitialStatus | None = None
+    """The adapter that the job is about to continue; None if it has none, or the status has it."""
 
 
 def status_of(observed: ObservedJob, decided: Decided, now: float) -> FineTuneJobStatus:
@@ -54,6 +57,7 @@ def status_of(observed: ObservedJob, decided: Decided, now: float) -> FineTuneJo
             "started_at": started,
             "finished_at": iso(now) if decided.state.ended else None,
             "data": _data(before.data, observed.finding, report),
+            "initial": before.initial or decided.initial,
             "metrics": metrics,
             "trainer": _trainer(report, decided.trainer) if not decided.state.ended else None,
             "queue": _queue(decided),
@@ -92,6 +96,7 @@ def _shape(status: FineTuneJobStatus) -> tuple[object, ...]:
         [item.digest for item in status.checkpoints],
         status.result,
         status.data,
+        status.initial,
     )
 
 

@@ -15,9 +15,9 @@ from lorapool_api.tuning.finetunejob import FINALIZER, FineTuneJobSpec, Promotio
 from lorapool_api.tuning.finetunejob_status import FineTuneJobStatus
 from lorapool_api.tuning.states import JobFailure, JobState, RunState
 from lorapool_operator.clock import unix
-from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning import checks, session
-from lorapool_operator.decisions.tuning.assignment import assignment
+from lorapool_operator.decisions.tuning.assignment import assignment, initial_to_pin
 from lorapool_operator.decisions.tuning.job_status import (
     Decided,
     data_is_valid,
@@ -28,7 +28,7 @@ from lorapool_operator.decisions.tuning.job_status import (
 from lorapool_operator.decisions.tuning.promotion import gate, is_result, lora_adapter
 from lorapool_operator.decisions.tuning.reported import silent, trained
 from lorapool_operator.decisions.tuning.retries import retry_at
-from lorapool_operator.decisions.tuning.turns import Turns, take_turns
+from lorapool_operator.decisions.tuning.turns import Turns, spent_namespaces, take_turns
 from lorapool_operator.decisions.tuning.values import Failure, JobPlan, TuningLimits, TuningPlan
 from lorapool_operator.world.tuning import ObservedJob, ObservedTuning, TuningObject
 
@@ -39,7 +39,7 @@ def plan_tuning(tuning: ObservedTuning, now: float, limits: TuningLimits) -> Tun
         return TuningPlan()
     entries = {item.job.meta.uid: _entry(tuning, item, now, limits) for item in tuning.jobs}
     ready = [item for item in tuning.jobs if entries[item.job.meta.uid] is None and not _trained_already(tuning, item)]
-    turns = _turns(tuning, ready, limits)
+    turns = _turns(tuning, ready, now, limits)
     wanted = bool(turns.wanted)
     plans = tuple(_job(tuning, item, entries[item.job.meta.uid], turns, now, limits) for item in tuning.jobs)
     start: tuple[Manifest, ...] = ()
@@ -60,13 +60,14 @@ def _trained_already(tuning: ObservedTuning, observed: ObservedJob) -> bool:
     return report is not None and report.state.ended
 
 
-def _turns(tuning: ObservedTuning, ready: list[ObservedJob], limits: TuningLimits) -> Turns:
+def _turns(tuning: ObservedTuning, ready: list[ObservedJob], now: float, limits: TuningLimits) -> Turns:
     return take_turns(
         ready,
         registered=[item.job.meta.uid for item in ready if tuning.report(item.job.meta.uid) is not None],
         max_jobs=tuning.base.spec.fine_tuning.max_jobs if tuning.base is not None else 1,
         active_jobs=limits.active_jobs,
         active_elsewhere=tuning.active_elsewhere,
+        spent=spent_namespaces(tuning.month_tokens, limits.month_tokens, now),
     )
 
 
@@ -150,6 +151,8 @@ def _job(
         return JobPlan(observed)
     plan = JobPlan(observed, finalizers=_finalizers(job))
     decided = entry or trained(tuning, observed, turns, now, limits)
+    if entry is None:
+        decided = replace(decided, initial=initial_to_pin(tuning, observed, turns))
     if entry is None or decided.report is not None:
         decided = _completed(observed, decided, now, limits)
         plan = _with_result(tuning, plan, decided, now)

@@ -10,7 +10,7 @@ from lorapool_api.tuning.finetunejob import ANNOTATION_JOB, ANNOTATION_LINEAGE, 
 from lorapool_api.tuning.finetunejob_status import MetricsStatus
 from lorapool_api.tuning.states import JobFailure
 from lorapool_api.tuning.trainer_protocol import JobReport, JobResult, TrainerSnapshot
-from lorapool_operator.decisions.manifests import Manifest
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.decisions.tuning.values import Failure
 from lorapool_operator.world.tuning import ObservedJob, TuningObject
 
@@ -71,7 +71,7 @@ def lora_adapter(job: TuningObject, report: JobReport, result: JobResult, traine
             "labels": {LABEL_MANAGED_BY: FIELD_MANAGER},
             "annotations": {
                 ANNOTATION_JOB: f"{job.key}@{job.meta.uid}",
-                ANNOTATION_LINEAGE: json.dumps(_lineage(report, trainer), sort_keys=True),
+                ANNOTATION_LINEAGE: json.dumps(_lineage(job, report, trainer), sort_keys=True),
             },
         },
         "spec": {
@@ -82,13 +82,14 @@ def lora_adapter(job: TuningObject, report: JobReport, result: JobResult, traine
     }
 
 
-def _lineage(report: JobReport, trainer: TrainerSnapshot) -> Manifest:
+def _lineage(job: TuningObject, report: JobReport, trainer: TrainerSnapshot) -> Manifest:
     """Returns everything that is needed to train the same adapter again."""
-    data, resolved = report.data, report.resolved
+    data, resolved, initial = report.data, report.resolved, job.status.initial
     return {
         "baseDigest": trainer.base.digest if trainer.base is not None else None,
         "dataDigest": data.digest if data is not None else None,
         "validationDigest": data.validation_digest if data is not None else None,
+        "initialDigest": initial.digest if initial is not None else None,
         "settings": resolved.dump() if resolved is not None else None,
         "trainer": trainer.trainer_version,
         "device": trainer.base.device if trainer.base is not None else None,

@@ -36,6 +36,9 @@ def trained(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now: fl
             due = retry_at(job.status.failure, failure.reason, None, now, limits)
             waiting = Waiting(JobReason.RETRYING, failure.message)
             return Decided(JobState.QUEUED, waiting, failure, report, retry_at_unix_s=due)
+        if report.state is JobState.PAUSED and job.spec.run is RunState.RUN:
+            # stopped by the operator, or not resumed yet
+            return Decided(JobState.QUEUED, turns.waiting.get(job.meta.uid) or _resumes(), report=report)
         return _reported(tuning, job, report)
     if job.spec.run is RunState.PAUSED:
         return Decided(JobState.PAUSED)
@@ -44,6 +47,10 @@ def trained(tuning: ObservedTuning, observed: ObservedJob, turns: Turns, now: fl
     restart = held.ended_unix_s + RESTART_S if held is not None and held.failure else None
     failure = _lost(tuning, job) or waiting.failure
     return Decided(JobState.QUEUED, waiting, failure, retry_at_unix_s=restart if failure is not None else None)
+
+
+def _resumes() -> Waiting:
+    return Waiting(JobReason.WAITING_FOR_TURN, "The trainer is about to continue it.")
 
 
 def _reported(tuning: ObservedTuning, job: TuningObject, report: JobReport) -> Decided:

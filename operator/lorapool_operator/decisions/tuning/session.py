@@ -16,7 +16,7 @@ from lorapool_api.common import (
     LABEL_NAME,
     duration_s,
 )
-from lorapool_operator.decisions.manifests import MANAGED_BY, Manifest, pod_template
+from lorapool_operator.decisions.pods import MANAGED_BY, Manifest, pod_template
 from lorapool_operator.decisions.runtime_tls import owner_reference, serve_tls
 from lorapool_operator.decisions.tuning.values import TuningLimits
 from lorapool_operator.world.cluster_cache import BaseObject
@@ -58,9 +58,10 @@ RESTART_S = 60.0
 
 
 def trainer_profile(base: BaseObject, profiles: Profiles) -> RuntimeProfile | None:
-    """Returns the profile of a base's trainer; None if there is none, or not for its namespace."""
+    """Returns the profile of a base's trainer; None if there is none of the engine torch, or not for its namespace."""
     found = profiles.get(base.spec.fine_tuning.profile or base.spec.runtime_profile)
-    return found if found is not None and found.permits(base.meta.namespace) else None
+    trains = found is not None and found.engine == "torch" and found.permits(base.meta.namespace)
+    return found if trains else None
 
 
 def session_name(base_name: str) -> str:

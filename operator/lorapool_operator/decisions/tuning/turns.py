@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorapool_api.tuning.states import JobReason, RunState
+from lorapool_operator.decisions.tuning.tokens import month_of
 from lorapool_operator.decisions.tuning.values import Waiting
 from lorapool_operator.world.tuning import ObservedJob, TuningObject
 
@@ -18,6 +19,11 @@ class Turns:
     wanted: frozenset[str]
     waiting: Mapping[str, Waiting]
 
+    def stops(self, uid: str) -> bool:
+        """True if the trainer is to stop this job, if it has it."""
+        found = self.waiting.get(uid)
+        return found is not None and found.reason is JobReason.TOKEN_QUOTA
+
 
 def take_turns(
     ready: Sequence[ObservedJob],
@@ -26,11 +32,12 @@ def take_turns(
     max_jobs: int,
     active_jobs: int,
     active_elsewhere: Mapping[str, int],
+    spent: Mapping[str, str],
 ) -> Turns:
     """Chooses at most `max_jobs` of the jobs that could be trained, and at most `active_jobs` of one namespace.
 
     A job that the trainer has stays there; then higher priorities come first, then older jobs. A paused job takes no
-    place.
+    place, nor does a job of a namespace whose tokens of the month are used up (`spent`, with what is said of it).
     """
     has = frozenset(registered)
     order = sorted(
@@ -47,8 +54,10 @@ def take_turns(
     waiting: dict[str, Waiting] = {}
     for item in order:
         uid, namespace = item.job.meta.uid, item.job.meta.namespace
-        position = len(waiting) + 1
-        if active[namespace] >= active_jobs:
+        position = sum(each.position is not None for each in waiting.values()) + 1
+        if namespace in spent:
+            waiting[uid] = Waiting(JobReason.TOKEN_QUOTA, spent[namespace])
+        elif active[namespace] >= active_jobs:
             message = f"Namespace {namespace} trains {active_jobs} jobs, as many as it may: it waits for one to end."
             waiting[uid] = Waiting(JobReason.NAMESPACE_LIMIT, message, position)
         elif len(wanted) >= max_jobs:
@@ -60,6 +69,19 @@ def take_turns(
             wanted.add(uid)
             active[namespace] += 1
     return Turns(frozenset(wanted), waiting)
+
+
+def spent_namespaces(trained: Mapping[str, int], limit: int | None, now: float) -> dict[str, str]:
+    """Returns the namespaces that trained as many tokens this month as they may, with what is said of their jobs."""
+    if limit is None:
+        return {}
+    month = month_of(now)
+    return {
+        namespace: f"Namespace {namespace} trained {tokens} tokens in {month}, and may train {limit} in a month (UTC): "
+        "its jobs go on in the next one, or once the chart's value tuning.quotas.tokensPerMonth is raised."
+        for namespace, tokens in trained.items()
+        if tokens >= limit
+    }
 
 
 def counted_before(job: TuningObject, unfinished: Iterable[TuningObject]) -> int:

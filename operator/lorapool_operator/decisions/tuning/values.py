@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from lorapool_api.tuning.finetunejob_status import FineTuneJobStatus
 from lorapool_api.tuning.states import JobFailure, JobReason
 from lorapool_api.tuning.trainer_protocol import TrainerJob
-from lorapool_operator.decisions.manifests import Manifest
 from lorapool_operator.decisions.plan import KubeEvent
+from lorapool_operator.decisions.pods import Manifest
 from lorapool_operator.world.tuning import ObservedJob
 
 
@@ -18,6 +18,8 @@ class TuningLimits:
 
     active_jobs: int = 8
     unfinished_jobs: int = 64
+    month_tokens: int | None = None
+    """None: no limit."""
     status_interval_s: float = 10.0
     retry_s: float = 15.0
     """After a first transient failure; the wait doubles with each further one, up to `retry_max_s`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorapool_operator.decisions.scale import ScaleDecision
+from lorapool_operator.decisions.scaling.scale import ScaleDecision
 from lorapool_operator.world.cluster_cache import PodObject
 from lorapool_operator.world.observed import ObservedAdapter, ObservedBase, RuntimeView
 

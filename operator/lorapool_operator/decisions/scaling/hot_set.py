@@ -7,7 +7,7 @@ rollout is under way: a base that wakes, or grows, does not wait for adapters th
 from __future__ import annotations
 
 from lorapool_api.protocol import Preload, PreloadList, SourceRef, descriptor_of
-from lorapool_operator.decisions.rollout import RolloutDecision
+from lorapool_operator.decisions.scaling.rollout import RolloutDecision
 from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject
 from lorapool_operator.world.observed import AdapterSummary, ObservedBase
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lorapool_operator.decisions.scale import Load
+from lorapool_operator.decisions.scaling.scale import Load
 from lorapool_operator.world.cluster_cache import Key
 from lorapool_operator.world.observed import ObservedBase, Standing
 from lorapool_operator.world.profiles import device_names

@@ -14,9 +14,9 @@ from lorapool_api.basemodel import StartStatus
 from lorapool_api.common import Reason
 from lorapool_api.protocol import StartupReport
 from lorapool_operator.clock import iso, unix
-from lorapool_operator.decisions.manifests import content_hash, pod_template
 from lorapool_operator.decisions.plan import PlanSettings
-from lorapool_operator.decisions.scale import ScaleDecision, initial_replicas
+from lorapool_operator.decisions.pods import content_hash, pod_template
+from lorapool_operator.decisions.scaling.scale import ScaleDecision, initial_replicas
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory
 from lorapool_operator.world.problems import reason_of
 

@@ -1,0 +1,52 @@
+"""A profile that contradicts itself starts no pod, and each base that uses it says what to correct."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from base_world import IMAGE, condition, deployment, message, plan, pod, runtime, world
+from profile_kit import CONSISTENT, CONTRADICTIONS, gpus
+
+from lorapool_api.common import BaseCondition, Reason
+from lorapool_operator.decisions.profile_checks import profile_problem
+from lorapool_operator.world.profiles import NO_IMAGE, RuntimeProfile
+
+
+def profile(fields: dict[str, Any]) -> RuntimeProfile:
+    return RuntimeProfile.model_validate(fields)
+
+
+@pytest.mark.parametrize("wrong", CONTRADICTIONS)
+def test_a_contradiction_is_a_condition_with_the_remedy_and_makes_no_pod(wrong: str) -> None:
+    fields, reason, words = CONTRADICTIONS[wrong]
+    made = plan(world(profile=profile(fields)))
+    assert (made.children, made.scale_to) == ((), 1)
+    for kind in (BaseCondition.READY, BaseCondition.RUNTIME_AVAILABLE, BaseCondition.PROGRESSING):
+        assert condition(made, kind) == ("False", reason)
+    assert condition(made, BaseCondition.STALLED) == ("True", reason)
+    assert message(made, BaseCondition.READY).startswith("The runtime profile 'default' cannot be used: ")
+    assert words in message(made, BaseCondition.READY)
+
+
+@pytest.mark.parametrize("right", CONSISTENT)
+def test_a_consistent_profile_is_accepted(right: str) -> None:
+    assert profile_problem(profile(CONSISTENT[right]), IMAGE) is None
+    assert plan(world(profile=profile(CONSISTENT[right]))).children
+
+
+def test_pods_that_run_outlive_a_profile_that_became_contradictory() -> None:
+    fields, reason, _ = CONTRADICTIONS["no shared memory"]
+    made = plan(world(profile=profile(fields), pods=(pod(),), runtimes=(runtime(),), deployment=deployment()))
+    assert (made.children, made.remove_deployment_uid) == ((), None)
+    assert condition(made, BaseCondition.READY) == ("True", Reason.DEGRADED)
+    assert condition(made, BaseCondition.PROGRESSING) == ("False", reason)
+
+
+def test_the_engine_vllm_needs_an_image_of_its_own() -> None:
+    made = plan(world(profile=profile(gpus(1)), image=NO_IMAGE))
+    assert condition(made, BaseCondition.READY) == ("False", Reason.INVALID_PROFILE)
+    assert "set image.runtimeVllm.repository of the chart" in message(made, BaseCondition.READY)
+    assert profile_problem(profile(gpus(1, image="own:1")), NO_IMAGE) is None
+    assert profile_problem(RuntimeProfile(), replace(NO_IMAGE)) is None
