@@ -118,6 +118,7 @@ class Ask:
 
     wire: bytes
     stream: bool
+    spaced: bool = False
 
     @classmethod
     def of(cls, key: str, *, stream: bool, prompt_bytes: int, spaced: bool = False) -> Ask:
@@ -133,7 +134,7 @@ class Ask:
             f"POST {ROUTE_CHAT} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        return cls(head.encode() + body, stream)
+        return cls(head.encode() + body, stream, spaced)
 
 
 class Client(asyncio.Protocol):

@@ -206,10 +206,9 @@ class Bench:
             )
         )
 
-    async def open_streams(self) -> None:
+    async def open_streams(self, ask: Ask) -> None:
         """1,000 streams open at the same time, an event every 0.1 s on each."""
         clients = await connect(self._gateway.port, STREAMS)
-        ask = Ask.of(API_KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
         errors: list[float] = []
         per_core_s: list[float] = []
         for _ in range(self._rounds):
@@ -234,9 +233,10 @@ class Bench:
         )
 
     async def in_turns(self, name: str, one: Process, other: Process, called: str, ask: Ask, connections: int) -> None:
-        """Requests per second of processor time, of two gateways in turns."""
+        """Requests, or the events of spaced streams, per second of processor time, of two gateways in turns."""
         ours, theirs = await self._per_core(one, other, ask, connections)
-        self._add(measuring.against(f"{name}requests_per_core_s", "1/s", ours, called, theirs))
+        what = "events" if ask.spaced else "requests"
+        self._add(measuring.against(f"{name}{what}_per_core_s", "1/s", ours, called, theirs))
 
     async def _per_core(
         self, one: Process, other: Process, ask: Ask, connections: int
@@ -246,13 +246,22 @@ class Bench:
         for number in range(self._rounds + 1):
             for process, clients in sides.items():
                 before_s = process.cpu_s()
-                done = await closed_loop(clients, ask, self._seconds)
+                done = await self._count(clients, ask)
                 if number:  # the first one warms up
-                    found[process].append(len(done.latencies_s) / (process.cpu_s() - before_s))
+                    found[process].append(done / (process.cpu_s() - before_s))
         for clients in sides.values():
             for client in clients:
                 client.close()
         return found[one], found[other]
+
+    async def _count(self, clients: list[Client], ask: Ask) -> int:
+        """Runs one round; returns the number of its requests, or events of spaced streams."""
+        if not ask.spaced:
+            return len((await closed_loop(clients, ask, self._seconds)).latencies_s)
+        failed, _ = await once_each(clients, ask)
+        if failed:
+            raise RuntimeError(f"{failed} of {len(clients)} streams failed")
+        return len(clients) * EVENTS
 
     def _add(self, record: measuring.Record) -> None:
         self.records.append(replace(record, name="gateway." + record.name))
@@ -290,6 +299,7 @@ async def _stub(stack: AsyncExitStack, tls: ssl.SSLContext | None = None) -> int
 async def measure(seconds: float, rounds: int, only: str, before: Path | None) -> list[measuring.Record]:
     whole, stream = (Ask.of(API_KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
     large = Ask.of(API_KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
+    spaced = Ask.of(API_KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
     async with AsyncExitStack() as stack:
         context, ca_file = stack.enter_context(_certificates())
         port, tls_port = await _stub(stack), await _stub(stack, context)
@@ -323,11 +333,12 @@ async def measure(seconds: float, rounds: int, only: str, before: Path | None) -
                 ("since_without_tls_", gateway, old, "the gateway before"),
             ]
         for kind, one, other, called in pairs:
-            for sent, ask in (("json_32.", whole), ("stream_32.", stream), ("large_32.", large)):
-                if f"{kind}{sent}".startswith(only):
-                    await bench.in_turns(f"{kind}{sent}", one, other, called, ask, 32)
+            loads = [("json", 32, whole), ("stream", 32, stream), ("large", 32, large), ("spaced", 300, spaced)]
+            for sent, connections, ask in loads:
+                if (name := f"{kind}{sent}_{connections}.").startswith(only):
+                    await bench.in_turns(name, one, other, called, ask, connections)
         if "streams".startswith(only):
-            await bench.open_streams()
+            await bench.open_streams(spaced)
     return bench.records
 
 
