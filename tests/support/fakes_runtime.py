@@ -475,10 +475,11 @@ async def serving(
     clock: Clock | None = None,
     sweep: bool = False,
     tls: ssl.SSLContext | None = None,
+    runtime: Runtime | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    """A whole runtime with a fake engine and store, over a real socket."""
-    runtime = Runtime(settings_for_tests(**settings), clock=clock)
+    """A whole runtime with a fake engine and store, over a real socket. `runtime`: one that has not loaded its base."""
+    runtime = runtime or Runtime(settings_for_tests(**settings), clock=clock)
     engine, store = engine or FakeEngine(), store or FakeStore()
     engine.start()
     tokenizer = tokenizer_of(tokenizer_folder)
