@@ -95,6 +95,7 @@ tools: ## install what a node and the building of images need (containerd, runc,
 .PHONY: binaries
 binaries: tools ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) build
+	$(CLUSTER) crd leaderworkersets
 
 .PHONY: images
 images: install tools ## build the demo's two images (cached by content)
@@ -229,6 +230,10 @@ bench-quick: install model ## the targets, in some forty minutes on two cores; w
 .PHONY: bench
 bench: install model ## everything this machine can measure; writes bench/results/
 	$(PY) bench full
+
+.PHONY: bench-gpu
+bench-gpu: install ## on a machine with a CUDA GPU: the closed batch at an 8B base's shape; writes bench/results/
+	$(PY) bench/gpu_closed_batch.py --records bench/results/gpu-$$(date -u +%Y-%m-%d).json
 
 .PHONY: bench-profile
 bench-profile: install model ## where each millisecond of a decode step goes, and where it went by plain torch
