@@ -95,6 +95,7 @@ tools: ## install what a node and the building of images need (containerd, runc,
 .PHONY: binaries
 binaries: tools ## compile etcd, Kubernetes, Helm and CoreDNS, fetch Prometheus (cached by version)
 	$(CLUSTER) build
+	$(CLUSTER) crd leaderworkersets
 
 .PHONY: images
 images: install tools ## build the demo's two images (cached by content)

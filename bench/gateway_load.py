@@ -46,7 +46,10 @@ def _chunk(data: bytes) -> bytes:
 
 
 class StubRuntime(asyncio.Protocol):
-    """One connection of the stub runtime. It parses no JSON: a marker in the body's first bytes selects streaming."""
+    """One connection of the stub runtime. It parses no JSON: a marker in the body's first bytes selects streaming.
+
+    As a runtime does, it sends a whole answer as an event to a gateway that accepts events, and as JSON to others.
+    """
 
     def __init__(self, identity: str) -> None:
         head = b"HTTP/1.1 200 OK\r\n%b: %b\r\n" % (HEADER_ADAPTER.encode(), identity.encode())
@@ -55,10 +58,12 @@ class StubRuntime(asyncio.Protocol):
         )  # fmt: skip
         self._stream_head = head + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         self._stream_end = _chunk(_COMMENT + _DONE) + b"0\r\n\r\n"
+        self._whole_event = self._stream_head + _chunk(_COMMENT + b"data: " + _ANSWER + b"\n\n") + b"0\r\n\r\n"
         self._event = _chunk(_COMMENT + _EVENT)
         self._transport: asyncio.Transport | None = None
         self._head = bytearray()
         self._body_start = b""
+        self._takes_events = False
         self._left: int | None = None  # bytes of the body still missing; None: the head is not complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -78,6 +83,7 @@ class StubRuntime(asyncio.Protocol):
             at = head.index(b"content-length:") + 15
             self._left = int(head[at:].split(b"\r\n", 1)[0])
             self._body_start = b""
+            self._takes_events = b"accept: text/event-stream" in head
         if len(self._body_start) < 100:
             self._body_start += data[:100]
         self._left -= len(data)
@@ -88,7 +94,7 @@ class StubRuntime(asyncio.Protocol):
     def _answer(self, start: bytes) -> None:
         assert self._transport is not None
         if b'"stream": true' not in start:
-            self._transport.write(self._whole)
+            self._transport.write(self._whole_event if self._takes_events else self._whole)
         elif SPACED in start:
             self._transport.write(self._stream_head)
             self._next(EVENTS)
@@ -112,6 +118,7 @@ class Ask:
 
     wire: bytes
     stream: bool
+    spaced: bool = False
 
     @classmethod
     def of(cls, key: str, *, stream: bool, prompt_bytes: int, spaced: bool = False) -> Ask:
@@ -127,7 +134,7 @@ class Ask:
             f"POST {ROUTE_CHAT} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        return cls(head.encode() + body, stream)
+        return cls(head.encode() + body, stream, spaced)
 
 
 class Client(asyncio.Protocol):

@@ -5,8 +5,8 @@
 The gateway, with 1,000 adapters in its table, keys and metrics, is a process of its own on one core; a runtime that
 answers at once and the clients (`gateway_load`) share the other. What one core can serve at all is measured with a
 minimal baseline: aiohttp's server and client with nothing between them. A second gateway, in turns with the first,
-shows what TLS to the runtime costs. Processor time per request is comparable even on a shared machine; latencies and
-rates are not.
+shows what TLS to the runtime costs; with `--before`, so does the gateway of an older checkout, which may have none.
+Processor time per request is comparable even on a shared machine; latencies and rates are not.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ PROMPT_BYTES = 500
 LARGE_PROMPT_BYTES = 200_000
 STREAMS = 1000
 GATEWAY_CORE, CLIENT_CORE = 0, 1
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("operator", "crds")
+"""The folders of a checkout that have the gateway's packages."""
 
 
 # --- the gateway's process ----------------------------------------------------------------
@@ -123,15 +126,16 @@ class Process:
 
 
 @asynccontextmanager
-async def _process(kind: str, runtime_url: str, *more: str) -> AsyncIterator[Process]:
+async def _process(kind: str, runtime_url: str, *more: str, checkout: Path = ROOT) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        __file__,
+        checkout / Path(__file__).relative_to(ROOT),
         f"--{kind}",
         runtime_url,
         *more,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(checkout / room) for room in ROOMS)},
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -202,10 +206,9 @@ class Bench:
             )
         )
 
-    async def open_streams(self) -> None:
+    async def open_streams(self, ask: Ask) -> None:
         """1,000 streams open at the same time, an event every 0.1 s on each."""
         clients = await connect(self._gateway.port, STREAMS)
-        ask = Ask.of(API_KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
         errors: list[float] = []
         per_core_s: list[float] = []
         for _ in range(self._rounds):
@@ -229,10 +232,11 @@ class Bench:
             )
         )
 
-    async def with_tls(self, name: str, encrypted: Process, ask: Ask, connections: int) -> None:
-        """Requests per second of processor time, of a gateway with TLS to the runtime and of one without in turns."""
-        ours, theirs = await self._per_core(encrypted, self._gateway, ask, connections)
-        self._add(measuring.against(f"{name}requests_per_core_s", "1/s", ours, "the gateway without TLS", theirs))
+    async def in_turns(self, name: str, one: Process, other: Process, called: str, ask: Ask, connections: int) -> None:
+        """Requests, or the events of spaced streams, per second of processor time, of two gateways in turns."""
+        ours, theirs = await self._per_core(one, other, ask, connections)
+        what = "events" if ask.spaced else "requests"
+        self._add(measuring.against(f"{name}{what}_per_core_s", "1/s", ours, called, theirs))
 
     async def _per_core(
         self, one: Process, other: Process, ask: Ask, connections: int
@@ -242,13 +246,22 @@ class Bench:
         for number in range(self._rounds + 1):
             for process, clients in sides.items():
                 before_s = process.cpu_s()
-                done = await closed_loop(clients, ask, self._seconds)
+                done = await self._count(clients, ask)
                 if number:  # the first one warms up
-                    found[process].append(len(done.latencies_s) / (process.cpu_s() - before_s))
+                    found[process].append(done / (process.cpu_s() - before_s))
         for clients in sides.values():
             for client in clients:
                 client.close()
         return found[one], found[other]
+
+    async def _count(self, clients: list[Client], ask: Ask) -> int:
+        """Runs one round; returns the number of its requests, or events of spaced streams."""
+        if not ask.spaced:
+            return len((await closed_loop(clients, ask, self._seconds)).latencies_s)
+        failed, _ = await once_each(clients, ask)
+        if failed:
+            raise RuntimeError(f"{failed} of {len(clients)} streams failed")
+        return len(clients) * EVENTS
 
     def _add(self, record: measuring.Record) -> None:
         self.records.append(replace(record, name="gateway." + record.name))
@@ -283,9 +296,10 @@ async def _stub(stack: AsyncExitStack, tls: ssl.SSLContext | None = None) -> int
     return int(stub.sockets[0].getsockname()[1])
 
 
-async def measure(seconds: float, rounds: int, only: str) -> list[measuring.Record]:
+async def measure(seconds: float, rounds: int, only: str, before: Path | None) -> list[measuring.Record]:
     whole, stream = (Ask.of(API_KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
     large = Ask.of(API_KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
+    spaced = Ask.of(API_KEY, stream=True, prompt_bytes=PROMPT_BYTES, spaced=True)
     async with AsyncExitStack() as stack:
         context, ca_file = stack.enter_context(_certificates())
         port, tls_port = await _stub(stack), await _stub(stack, context)
@@ -311,11 +325,20 @@ async def measure(seconds: float, rounds: int, only: str) -> list[measuring.Reco
                 await bench.compare(name, ask, connections, load)
         if "minimal".startswith(only):
             await bench.against_minimal(minimal, whole, 32)
-        for name, ask in (("tls_json_32.", whole), ("tls_stream_32.", stream), ("tls_large_32.", large)):
-            if name.startswith(only):
-                await bench.with_tls(name, encrypted, ask, 32)
+        pairs = [("tls_", encrypted, gateway, "the gateway without TLS")]
+        if before is not None:
+            old = await stack.enter_async_context(_process("gateway", url, checkout=before))
+            pairs += [
+                ("since_", encrypted, old, "the gateway before"),
+                ("since_without_tls_", gateway, old, "the gateway before"),
+            ]
+        for kind, one, other, called in pairs:
+            loads = [("json", 32, whole), ("stream", 32, stream), ("large", 32, large), ("spaced", 300, spaced)]
+            for sent, connections, ask in loads:
+                if (name := f"{kind}{sent}_{connections}.").startswith(only):
+                    await bench.in_turns(name, one, other, called, ask, connections)
         if "streams".startswith(only):
-            await bench.open_streams()
+            await bench.open_streams(spaced)
     return bench.records
 
 
@@ -324,6 +347,7 @@ def main() -> None:
     asked.add_argument("--seconds", type=float, default=2.0, help="of each load, side and round")
     asked.add_argument("--rounds", type=int, default=measuring.COUNTED_ROUNDS)
     asked.add_argument("--only", default="", help="loads whose name starts so")
+    asked.add_argument("--before", metavar="CHECKOUT", type=Path, help="of a version to compare with")
     asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
     asked.add_argument("--minimal", metavar="URL", help=argparse.SUPPRESS)
     asked.add_argument("--ca", type=Path, help=argparse.SUPPRESS)
@@ -332,7 +356,7 @@ def main() -> None:
         run(_gateway(arguments.gateway, arguments.ca) if arguments.gateway else _minimal_proxy(arguments.minimal))
         return
     _pin(0, CLIENT_CORE)
-    records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only))
+    records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only, arguments.before))
     measuring.report(records, arguments, {name: version(name) for name in ("aiohttp", "httptools", "uvloop")})
 
 

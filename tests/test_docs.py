@@ -54,6 +54,7 @@ KUBERNETES = {
     "crd",
     "deploy",
     "hpa",
+    "leaderworkersets",
 }
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -193,6 +193,27 @@ REASONS: Mapping[Reason, Explanation] = {
         "The processes of an engine on several GPUs exchange data in /dev/shm, which is missing or too small.",
         "Raise shmSizeLimit of the runtime profile, and resources.limits.memory by as much.",
     ),
+    Reason.SHARED_MEMORY_FULL: Explanation(
+        "The runtime's process ended because /dev/shm was full.",
+        "Raise shmSizeLimit of the runtime profile, and resources.limits.memory by as much.",
+    ),
+    Reason.ADAPTERS_NOT_SHARED: Explanation(
+        "Each node of a group reads an adapter's files itself, and the runtime profile has no volume on which all of "
+        "them find what the leader fetched.",
+        "Set adapterCache of the runtime profile to a volume that several nodes mount at the same time.",
+    ),
+    Reason.LEADER_WORKER_SET_MISSING: Explanation(
+        "The runtime profile has several nodes, for which a LeaderWorkerSet is made, and the cluster does not serve "
+        "its API. It is tried again.",
+        "Install LeaderWorkerSet 0.7 or later (https://lws.sigs.k8s.io/docs/installation), or use a profile with one "
+        "node.",
+    ),
+    Reason.WORKER_LOST: Explanation(
+        "Kubernetes ends a pod of a group of several nodes, because its node is lost or drained. The group is started "
+        "again as a whole.",
+        "If the machine is gone and the pod stays in state Terminating, delete the Node object, or taint the node with "
+        "node.kubernetes.io/out-of-service, so that Kubernetes forgets the pod.",
+    ),
     Reason.APPLY_REFUSED: Explanation(
         "The API server refuses an object of the base: an admission policy, or missing rights. It is tried again.",
         "Ask the owner of the policy that the message names, or correct the operator's Role.",
@@ -265,7 +286,7 @@ FAILURES: Mapping[FailureReason, Explanation] = {
         "Train it with a smaller rank, or raise spec.lora.maxRank.",
     ),
     FailureReason.NON_FINITE_WEIGHTS: Explanation(
-        "Some weights are NaN or infinite in the base's dtype.",
+        "Some weights are NaN, infinite in the base's dtype, or larger than any training gives.",
         "Train the adapter again, or use a wider dtype for the base.",
     ),
     FailureReason.SOURCE_UNAVAILABLE: Explanation(

@@ -12,7 +12,7 @@ from typing import Any
 from cluster import control, kernel, lifecycle
 from cluster.errors import ClusterError, NotRunningError
 from cluster.places import state_dir
-from cluster.programs import build, install
+from cluster.programs import build, crds, install, pins
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command("install", _install, "install what the machine lacks (Debian packages, Go)", named=False)
     command("build", _build, "compile Kubernetes and the other programs, once", named=False)
+    sub = command("crd", _crd, "fetch a definition of another project, and print its path", named=False)
+    sub.add_argument("definition", choices=sorted(pins.DEFINITIONS))
     sub = command("up", _up, "start the cluster, or find it started")
     sub.add_argument("--apiserver-only", action="store_true", help="etcd and the API server alone; needs no root")
     sub.add_argument("--no-controllers", action="store_true", help="with --apiserver-only: no controller manager")
@@ -78,6 +80,11 @@ def _install(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> int:
     print(build.build())
     build.remove_old()
+    return 0
+
+
+def _crd(options: argparse.Namespace) -> int:
+    print(crds.definition(options.definition))
     return 0
 
 

@@ -197,7 +197,7 @@ class Gateway:
         with self._admitted(key):
             body = HeldBody(self._bodies, key.id)
             try:
-                async with self._ending.bound(deadline):
+                with self._ending.bound(deadline):
                     await self._read_body(request, body)
                     parsed = parse_request(request.path, body, key.tenant)
                     result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)

@@ -127,6 +127,11 @@ class _Connection(RequestHandler):
             self._in_head = True
             self._close_after(self._connections.limits.head_timeout_s)
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp calls this for each part of a body that is read, also while nothing is paused."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def _head_is_complete(self) -> None:
         self._in_head = False
         self._close_after(None)

@@ -182,7 +182,8 @@ class Metrics:
             self._observe("activation", (base,), record.cold_ms / 1000)
         if record.usage is not None:
             for kind in TOKEN_TYPES:
-                self._inc("tokens", (base, adapter, kind), getattr(record.usage, f"{kind}_tokens"))
+                if tokens := getattr(record.usage, f"{kind}_tokens"):
+                    self._inc("tokens", (base, adapter, kind), tokens)
 
     def hold(self, base: str, change: int) -> None:
         """Adds `change` to the number of held requests of a base."""

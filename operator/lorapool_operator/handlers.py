@@ -18,12 +18,15 @@ from kopf._core.reactor.inventory import (
 )  # `kopf.operator` takes one, but none is public
 
 from lorapool_api.basemodel import PLURAL as BASES
-from lorapool_api.common import GROUP, LABEL_BASE, VERSION
+from lorapool_api.common import GROUP, LABEL_BASE, LABEL_GROUP_SET, VERSION
 from lorapool_api.loraadapter import PLURAL as ADAPTERS
 from lorapool_api.tuning.finetunejob import PLURAL as JOBS
 from lorapool_operator.world.intake import Intake
 from lorapool_operator.world.tuning import LABEL_TRAINER
 from lorapool_operator.world.tuning_intake import TuningIntake
+
+GROUPS = ("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
+"""Only watched if the cluster has this API when the watches begin; later, the resync finds what it has."""
 
 
 class Feed(Protocol):
@@ -56,6 +59,8 @@ def registry_of(
     kopf.on.event("", "v1", "pods", registry=registry)(passes_to(intake.pod))
     kopf.on.event("apps", "v1", "replicasets", registry=registry)(passes_to(intake.replica_set))
     kopf.on.event("apps", "v1", "deployments", registry=registry)(passes_to(intake.deployment))
+    kopf.on.event("apps", "v1", "statefulsets", registry=registry)(passes_to(intake.stateful_set))
+    kopf.on.event(*GROUPS, registry=registry)(passes_to(intake.leader_worker_set))
     if tuning is not None:
         kopf.on.event(GROUP, VERSION, JOBS, registry=registry)(passes_to(tuning.job))
         kopf.on.event("batch", "v1", "jobs", registry=registry)(passes_to(tuning.session))
@@ -122,6 +127,8 @@ def pinned_settings() -> kopf.OperatorSettings:
     settings.watching.label_selectors["pods"] = LABEL_BASE
     settings.watching.label_selectors["replicasets.apps"] = LABEL_BASE
     settings.watching.label_selectors["deployments.apps"] = LABEL_BASE
+    settings.watching.label_selectors["statefulsets.apps"] = LABEL_GROUP_SET
+    settings.watching.label_selectors["leaderworkersets.leaderworkerset.x-k8s.io"] = LABEL_BASE
     settings.watching.label_selectors["jobs.batch"] = LABEL_TRAINER
     settings.networking.request_timeout = 15
     settings.networking.error_backoffs = (1, 1, 2, 3, 5, 8)

@@ -26,6 +26,7 @@ from lorapool_operator.world.cluster_cache import (
     ClusterCache,
     Key,
     UnreadableObject,
+    WorkloadObject,
     find_condition,
 )
 from lorapool_operator.world.observed import (
@@ -37,12 +38,12 @@ from lorapool_operator.world.observed import (
     Standing,
     min_replicas,
 )
-from lorapool_operator.world.profiles import NO_IMAGE, Images, Profiles
+from lorapool_operator.world.profiles import NO_IMAGE, Images, Profiles, RuntimeProfile
 
 YIELD_PAUSE_S = 75.0
 """A base that waits for devices asks the next idle base only after the pods of the last one had time to end."""
 ROLLOUT_SEEN_S = 15.0
-"""By then the status of a Deployment shows a rollout that was begun."""
+"""By then the status of a Deployment or LeaderWorkerSet shows a rollout that was begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,7 @@ class Observer:
         profile = None if denied else profile
         before, memory.profile = memory.profile, profile
         summaries = self._summaries_of(base, adapters)
+        workload, other = self._workloads(key, profile)
         return ObservedBase(
             base=base,
             profile=profile,
@@ -155,7 +157,9 @@ class Observer:
             token_sha256=tuple(token_sha256(token) for token in self._tokens(base.meta.uid)),
             pods=tuple(self._cache.pods_of(base)),
             runtimes=tuple(self._runtimes.views_of(base)),
-            deployment=self._cache.deployments.get(key.namespace, children_name(key.name)),
+            workers=tuple(self._cache.workers_of(base)),
+            workload=workload,
+            other_workload=other,
             inspection=self._inspections.result(base.meta.uid),
             running=self._inspections.running(base.meta.uid),
             adapters=tuple(summaries),
@@ -176,6 +180,15 @@ class Observer:
             modules=self._runtimes.modules_of(base),
             serves_tls=self._serves_tls,
         )
+
+    def _workloads(
+        self, key: Key, profile: RuntimeProfile | None
+    ) -> tuple[WorkloadObject | None, WorkloadObject | None]:
+        """Returns what makes the base's pods: of the profile's kind, and of the other one."""
+        at = key.namespace, children_name(key.name)
+        found = self._cache.deployments.get(*at), self._cache.leader_worker_sets.get(*at)
+        groups = found[0] is None if profile is None else profile.nodes > 1
+        return (found[1], found[0]) if groups else found
 
     def unreadable(self, key: Key) -> UnreadableObject | None:
         """Returns the newest version of an object if it cannot be parsed."""
@@ -207,13 +220,13 @@ class Observer:
         return idle
 
     def rollout_begins(self, key: Key) -> None:
-        """Counts a base's pods as being replaced until its Deployment shows it."""
+        """Counts a base's pods as being replaced until its Deployment or LeaderWorkerSet shows it."""
         self._rollouts_begun[key] = self._now()
 
     def _rolling_elsewhere(self, key: Key) -> tuple[str, ...]:
         oldest = self._now() - ROLLOUT_SEEN_S
         self._rollouts_begun = {base: at for base, at in self._rollouts_begun.items() if at > oldest}
-        rolling = {item.base for item in self._cache.deployments if item.rolling} | self._rollouts_begun.keys()
+        rolling = {item.base for item in self._cache.workloads() if item.rolling} | self._rollouts_begun.keys()
         return tuple(sorted(str(base) for base in rolling if base != key))
 
     def keep_spread(self, adapter_uid: str, memory: SpreadMemory) -> None:
@@ -341,10 +354,10 @@ class Observer:
 
     def _leaving_pods(self, base: BaseObject, memory: BaseMemory) -> frozenset[str]:
         """Returns the pods that are about to be stopped, or replaced by a rollout that is under way."""
-        deployment = self._cache.deployments.get(base.meta.namespace, children_name(base.meta.name))
-        if deployment is None or not deployment.rolling:
+        workload, _ = self._workloads(base.key, memory.profile)
+        if workload is None or not workload.rolling:
             return frozenset(memory.scale.leaving)
-        old = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.template_hash != deployment.template_hash}
+        old = {pod.meta.uid for pod in self._cache.pods_of(base) if pod.template_hash != workload.template_hash}
         return frozenset(memory.scale.leaving) | old
 
     def _compute_pins(self, base: BaseObject, wanted: tuple[PinWanted, ...]) -> Mapping[str, frozenset[str]]:

@@ -8,12 +8,22 @@ objects as last known.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from lorapool_operator.effects.cluster import RUNTIME_SELECTOR, Cluster, ObjectNotFoundError, Page, plural_of
+from lorapool_api.common import LABEL_GROUP_SET
+from lorapool_operator.effects.cluster import (
+    OPTIONAL,
+    RUNTIME_SELECTOR,
+    Cluster,
+    ClusterError,
+    ObjectNotFoundError,
+    Page,
+    plural_of,
+)
 from lorapool_operator.effects.tuning import TuningControl
-from lorapool_operator.world.cluster_cache import ClusterCache, ObjectKind
+from lorapool_operator.world.cluster_cache import LEADER_WORKER_SET, ClusterCache, ObjectKind
 from lorapool_operator.world.intake import Intake
 from lorapool_operator.world.tuning import LABEL_TRAINER
 
@@ -41,6 +51,8 @@ class Resync:
             ("Pod", RUNTIME_SELECTOR, intake.pod, lambda: cache.pods),
             ("ReplicaSet", RUNTIME_SELECTOR, intake.replica_set, lambda: cache.replica_sets),
             ("Deployment", RUNTIME_SELECTOR, intake.deployment, lambda: cache.deployments),
+            ("StatefulSet", LABEL_GROUP_SET, intake.stateful_set, lambda: cache.stateful_sets),
+            (LEADER_WORKER_SET, RUNTIME_SELECTOR, intake.leader_worker_set, lambda: cache.leader_worker_sets),
             (ObjectKind.BASE.value, "", intake.base, lambda: cache.bases),
             (ObjectKind.ADAPTER.value, "", intake.adapter, lambda: cache.adapters),
             *(_tuning_kinds(tuning) if tuning is not None else ()),
@@ -52,11 +64,12 @@ class Resync:
         An object's absence from a cache means nothing before this.
         """
         for kind, labels, feed, _ in self._kinds:
-            async for page in self._cluster.pages(kind, namespace, labels=labels):
-                self._listed_at(kind, namespace, page)
-                for raw in page.items:
-                    await self._turn()
-                    feed(raw)
+            with _tolerating(kind):
+                async for page in self._cluster.pages(kind, namespace, labels=labels):
+                    self._listed_at(kind, namespace, page)
+                    for raw in page.items:
+                        await self._turn()
+                        feed(raw)
 
     def versions(self, namespace: str | None) -> Mapping[str, str]:
         """Returns the version of the last listing of each kind, by its plural. A watch can continue from there."""
@@ -69,7 +82,8 @@ class Resync:
         """Compares names and versions, fetches what differs, and returns the number of repairs. Raises ClusterError."""
         repaired = 0
         for kind, labels, feed, cache in self._kinds:
-            repaired += await self._compare(namespace, kind, labels, feed, cache)
+            with _tolerating(kind):
+                repaired += await self._compare(namespace, kind, labels, feed, cache)
         return repaired
 
     async def _compare(
@@ -108,6 +122,17 @@ class Resync:
                 feed(_tombstone(at, gone), deleted=True)
         log.info("repaired a lost watch event", extra={"kind": kind, "object": "/".join(at)})
         return 1
+
+
+@contextmanager
+def _tolerating(kind: str) -> Iterator[None]:
+    """Keeps an API that a cluster need not have, and that fails, from making the namespace fail."""
+    try:
+        yield
+    except ClusterError as error:
+        if kind not in OPTIONAL:
+            raise
+        log.warning("optional API fails; its objects are kept as last known", extra={"kind": kind, "error": str(error)})
 
 
 def _tuning_kinds(tuning: TuningControl) -> tuple[tuple[str, str, Feed, Callable[[], Any]], ...]:

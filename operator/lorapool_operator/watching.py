@@ -75,16 +75,22 @@ def _feed(event: Event) -> None:
         log.exception("event not taken", extra={"object": str((event.raw.get("metadata") or {}).get("name"))})
 
 
-KOPF_LOGGERS = ("kopf._core.reactor.orchestration", "kopf._core.reactor.running")
+KOPF_LOGGERS = (
+    "kopf._core.reactor.observation",
+    "kopf._core.reactor.orchestration",
+    "kopf._core.reactor.running",
+)
 
 
 def _says_something(record: logging.LogRecord) -> bool:
     """False for what kopf says twice or in vain.
 
-    These are that it leaves signals alone in a thread, where the process handles them itself, and the traceback of a
-    watch that ends, which WatchError carries to the report of the namespace.
+    These are that it leaves signals alone in a thread, where the process handles them itself, the traceback of a watch
+    that ends, which WatchError carries to the report of the namespace, and that the one optional API is missing.
     """
     text = record.getMessage()
+    if "Unresolved resources" in text and text.rpartition(": ")[2].startswith("leaderworkersets"):
+        return False
     return "OS signals are ignored" not in text and not (record.exc_info and " has failed: " in text)
 
 

@@ -28,6 +28,8 @@ KIND_OF = {
     Kind.PODS: POD,
     Kind.REPLICA_SETS: REPLICA_SET,
     Kind.DEPLOYMENTS: DEPLOYMENT,
+    Kind.STATEFUL_SETS: "StatefulSet",
+    Kind.LEADER_WORKER_SETS: "LeaderWorkerSet",
     Kind.API_KEYS: SECRET,
 }
 IMMUTABLE = {BASE: "source", ADAPTER: "baseModelRef"}

@@ -1,5 +1,5 @@
 // Reads an adapter's file into the adapter's buffer in one pass over memory: through a small window that stays in the
-// cache, widened, transposed if necessary, scaled, rounded to nearest even, and checked for numbers that are not finite.
+// cache, widened, transposed if necessary, scaled, rounded to nearest even, and checked for numbers that are not finite or too large.
 // Also copies such a buffer into a slot. It uses no OpenMP: it runs concurrently with the engine, and can pause between
 // chunks, so that the engine keeps its cores and most of the memory bandwidth.
 #include <errno.h>
@@ -35,29 +35,30 @@ inline float float_of(uint32_t bits) {
     memcpy(&v, &bits, sizeof v);
     return v;
 }
-// All exponent bits set: infinite or not a number.
-inline uint32_t not_finite(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
+constexpr uint32_t kMagnitude = 0x7fffffffu, kTooLarge = 0x49800000u;  // 2^20, pack.py's TOO_LARGE
+// Infinite, not a number, or 2^20 and more: the exponents of the first two are the largest.
+inline uint32_t too_large(uint32_t bits) { return (bits & kMagnitude) >= kTooLarge; }
 
 inline uint32_t put(float* to, float v) {
     *to = v;
-    return not_finite(bits_of(v));
+    return too_large(bits_of(v));
 }
 inline uint32_t put(uint16_t* to, float v) {
     const uint32_t bits = bits_of(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     *to = uint16_t(rounded >> 16);
-    return not_finite(bits) | not_finite(rounded);  // the largest float32 numbers round to infinity
+    return too_large(bits) | too_large(rounded);
 }
 
-inline Words not_finite(Words bits) { return Words((bits & 0x7f800000u) == 0x7f800000u); }
+inline Words too_large(Words bits) { return Words((bits & kMagnitude) >= kTooLarge); }
 inline Words put(float* to, Floats v) {
     memcpy(to, &v, sizeof v);
-    return not_finite(Words(v));
+    return too_large(Words(v));
 }
 inline Words put(uint16_t* to, Floats v) {
     const Words bits = Words(v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Halves high = __builtin_convertvector(rounded >> 16, Halves);
     memcpy(to, &high, sizeof high);
-    return not_finite(bits) | not_finite(rounded);
+    return too_large(bits) | too_large(rounded);
 }
 
 enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
@@ -173,9 +174,9 @@ int read_all(int file, char* to, int64_t size, int64_t offset) {
     return 0;
 }
 
-constexpr int64_t kNotFinite = int64_t(1) << 32;
+constexpr int64_t kUnusable = int64_t(1) << 32;
 
-// Returns 0, an errno, or kNotFinite + `number` for a matrix with a number that is not finite.
+// Returns 0, an errno, or kUnusable + `number` for a matrix with a number that is not finite or too large.
 template <class T>
 int64_t pack_matrix(int file, T* buffer, const Matrix& m, float scale, int64_t number, std::vector<char>& window,
                     std::vector<float>& wide, Pause& pause) {
@@ -195,7 +196,7 @@ int64_t pack_matrix(int file, T* buffer, const Matrix& m, float scale, int64_t n
             values = wide.data();
         }
         if (!pack(buffer + m.to, values, first, rows, m.cols, m.rows, m.transposed != 0, scale))
-            return kNotFinite + number;
+            return kUnusable + number;
         pause.after_chunk();
     }
     return 0;
@@ -241,16 +242,16 @@ int64_t pack_file(int file, T* buffer, const Matrix* matrices, const float* scal
 
 extern "C" {
 
-int lora_pack_version() { return 2; }
+int lora_pack_version() { return 3; }
 
-// from: float32 [rows][cols]; to: the same shape, or [cols][rows]. Returns 0 if every number is finite before and after.
+// from: float32 [rows][cols]; to: the same shape, or [cols][rows]. Returns 0 if every number is finite and not too large.
 int lora_pack(void* to, const float* from, int64_t rows, int64_t cols, int transposed, float scale, int bfloat16) {
     return bfloat16 ? !pack((uint16_t*)to, from, 0, rows, cols, rows, transposed != 0, scale)
                     : !pack((float*)to, from, 0, rows, cols, rows, transposed != 0, scale);
 }
 
 // matrices: [count] of six int64; buffer: float32, or bfloat16's bit patterns. Returns 0; an errno; 2^32 + the index of
-// the first matrix with a number that is not finite before or after.
+// the first matrix with a number that is not finite or too large.
 int64_t lora_pack_file(int file, void* buffer, const void* matrices, const float* scales, int64_t count, int bfloat16,
                        int threads, double pause_ratio) {
     return bfloat16 ? pack_file(file, (uint16_t*)buffer, (const Matrix*)matrices, scales, count, threads, pause_ratio)

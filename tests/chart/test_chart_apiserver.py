@@ -189,6 +189,9 @@ ALLOWED = {
         "delete poddisruptionbudgets.policy",
         "watch pods",
         "watch replicasets.apps",
+        "watch statefulsets.apps",
+        "watch leaderworkersets.leaderworkerset.x-k8s.io",
+        "patch leaderworkersets.leaderworkerset.x-k8s.io",
         "create events",
         "create leases.coordination.k8s.io",
         "update leases.coordination.k8s.io/lorapool-operator",
@@ -201,6 +204,7 @@ ALLOWED = {
         "patch basemodels.lorapool.dev/scale",
         "watch pods",
         "watch replicasets.apps",
+        "watch leaderworkersets.leaderworkerset.x-k8s.io",
     ],
 }
 DENIED = {
@@ -213,6 +217,7 @@ DENIED = {
         "patch loraadapters.lorapool.dev",
         "delete basemodels.lorapool.dev",
         "update leases.coordination.k8s.io/other",
+        "create statefulsets.apps",
         "create pods",
         "create pods/exec",
         "create roles.rbac.authorization.k8s.io",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "hack"))
 
 from cluster import targets  # noqa: E402  (hack is no installed package)
 from cluster.errors import BuildFailedError, MissingToolError  # noqa: E402
-from cluster.programs import build, debian, install, pins  # noqa: E402
+from cluster.programs import build, crds, debian, install, pins  # noqa: E402
 
 GO = """#!/bin/sh
 case "$1" in
@@ -170,3 +170,29 @@ def test_the_targets_file_is_replaced_only_when_it_changes(tmp_path: Path) -> No
     targets.write(file, [])
     assert json.loads(file.read_text()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["targets.json"]
+
+
+def test_a_definition_of_another_project_is_fetched_once_and_its_sum_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine(tmp_path, monkeypatch)
+    pinned = pins.DEFINITIONS["leaderworkersets"]
+    module = tmp_path / "module"
+    (module / pinned.path).parent.mkdir(parents=True)
+    (module / pinned.path).write_text("kind: CustomResourceDefinition")
+    answer = json.dumps({"Dir": str(module), "Sum": pinned.sum})
+    go = tmp_path / "tools" / "go"
+    go.write_text(f"#!/bin/sh\n[ $1 = env ] && echo go1.25.0 && exit\necho $@ >> {tmp_path}/asked; echo '{answer}'\n")
+    made = crds.definition("leaderworkersets")
+    assert crds.definition("leaderworkersets") == made
+    assert made.read_text() == "kind: CustomResourceDefinition"
+    assert (tmp_path / "asked").read_text() == f"mod download -json {pinned.module}@{pinned.version}\n"
+
+    made.unlink()
+    go.write_text(go.read_text().replace(pinned.sum, "h1:other"))
+    with pytest.raises(BuildFailedError, match="has the sum h1:other, not the pinned"):
+        crds.definition("leaderworkersets")
+    go.write_text("#!/bin/sh\n[ $1 = env ] && echo go1.25.0 && exit\necho no network >&2; exit 1\n")
+    with pytest.raises(BuildFailedError, match=r"could not fetch .*: no network"):
+        crds.definition("leaderworkersets")
+    assert not made.exists()

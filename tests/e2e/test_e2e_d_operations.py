@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from e2e_world import BASE, ROOT, Prober, World, copies_of_routing
 
+from lorapool_api.pod_address import ENCRYPTED, PLAIN, runtime_port
+
 pytestmark = pytest.mark.deep
 
 TASKS = ["routing", "sentiment"]
@@ -30,15 +32,19 @@ INTERNAL = {"mode": "Internal", "minReplicas": 0, "maxReplicas": 1, "idleAfter":
 def upgraded(world: World, *values: str) -> Iterator[None]:
     """The release with changed values; afterwards as it was before."""
     before = json.loads(world.helm("status", "lorapool", "-o", "json"))["version"]
-    chart = str(ROOT / "charts" / "lorapool")
-    sets = [word for value in values for word in ("--set", value)]
     try:
-        world.helm(
-            "upgrade", "lorapool", chart, "--reset-then-reuse-values", *sets, "--wait", "--timeout", "5m", timeout_s=400
-        )
+        upgrade(world, *values)
         yield
     finally:
         world.helm("rollback", "lorapool", str(before), "--wait", "--timeout", "5m", timeout_s=400)
+
+
+def upgrade(world: World, *values: str) -> None:
+    chart = str(ROOT / "charts" / "lorapool")
+    sets = [word for value in values for word in ("--set", value)]
+    world.helm(
+        "upgrade", "lorapool", chart, "--reset-then-reuse-values", *sets, "--wait", "--timeout", "5m", timeout_s=400
+    )
 
 
 @contextmanager
@@ -127,6 +133,31 @@ def test_a_chart_upgrade_that_replaces_runtimes_and_gateways_costs_no_request(wo
 
 def loaded(world: World, task: str) -> bool:
     return world.condition("lora", task, "Loaded")[0] == "True"
+
+
+# --- TLS between the parts -------------------------------------------------------------------
+
+
+def test_switching_internal_tls_off_and_on_again_costs_no_request(world: World) -> None:
+    """Pods of both kinds serve while one kind replaces the other."""
+    for task in TASKS:
+        world.chat(task)
+    assert schemes(world) == {ENCRYPTED}
+
+    def all_serve(scheme: str) -> None:
+        world.wait(f"only {scheme} pods", lambda: schemes(world) == {scheme} or " ".join(schemes(world)), timeout_s=300)
+        world.wait("the end of the rollout", lambda: settled(world), timeout_s=120)
+        assert world.chat(TASKS[0]) == (world.answer(TASKS[0]), world.header(TASKS[0]))
+
+    with probed(world), upgraded(world, "internalTLS.enabled=false"):
+        all_serve(PLAIN)
+        upgrade(world, "internalTLS.enabled=true")
+        all_serve(ENCRYPTED)
+
+
+def schemes(world: World) -> set[str]:
+    """How the base's pods serve."""
+    return {runtime_port(pod["spec"])[0] for pod in world.runtime_pods()}
 
 
 # --- a real HorizontalPodAutoscaler ----------------------------------------------------------

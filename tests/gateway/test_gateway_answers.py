@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import openai
 import pytest
 from fakes import FakeRuntime, digest_of
-from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, world
+from gateway_world import KEY, OTHER_KEY, World, api_key, failed_status, key_of, until, world
 
 from lorapool_api.protocol import HEADER_TENANT
+from lorapool_gateway import connections
 from lorapool_gateway.routing.auth import KeyTable
 
 USER = [{"role": "user", "content": "where is my parcel"}]
@@ -106,6 +111,108 @@ async def test_streamed_data_bytes_are_untouched_and_hold_no_comment(here: World
     events = text.removesuffix("\n\n").split("\n\n")
     assert all(event.startswith("data: ") for event in events)
     assert json.loads(events[0].removeprefix("data: "))["model"] == "route"
+
+
+class Writes:
+    """What is written to the gateway's clients, and the most that one transport has held back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.parts: list[bytes] = []
+        self.most_buffered = 0
+        connect = connections._Connection.connection_made
+        monkeypatch.setattr(
+            connections._Connection,
+            "connection_made",
+            lambda protocol, transport: connect(protocol, _Spied(transport, self)),
+        )
+
+
+class _Spied:
+    def __init__(self, transport: asyncio.Transport, writes: Writes) -> None:
+        self._transport, self._writes = transport, writes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+        self._writes.parts.append(bytes(data))
+        self._writes.most_buffered = max(self._writes.most_buffered, self._transport.get_write_buffer_size())
+
+
+EVENT_STREAM = (
+    b"HTTP/1.1 200 OK\r\nx-lorapool-adapter: base\r\nContent-Type: text/event-stream\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@asynccontextmanager
+async def streaming(*parts: bytes, pause_s: float = 0.0) -> AsyncIterator[World]:
+    """One base with a runtime that sends these parts in answer to its first request."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for part in parts:
+            await asyncio.sleep(pause_s)
+            writer.write(part)
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as runtime, world() as made:
+        made.base()
+        made.replica(f"http://127.0.0.1:{runtime.sockets[0].getsockname()[1]}")
+        yield made
+
+
+@pytest.mark.parametrize("apart", [False, True])
+async def test_what_arrives_together_is_written_together_with_the_head_and_the_end(
+    monkeypatch: pytest.MonkeyPatch, apart: bool
+) -> None:
+    written = Writes(monkeypatch).parts
+    events = [b"data: 1\n\n", b"data: 2\n\n", b"data: [DONE]\n\n"]
+    parts = [EVENT_STREAM, *map(chunk, events)]
+    parts[-1] += b"0\r\n\r\n"
+    async with streaming(*(parts if apart else [b"".join(parts)]), pause_s=0.05) as made:
+        response = await made.post(made.ask("tiny", stream=True))
+        assert (await response.text()).encode() == b"".join(events)
+    assert [part.count(b"data: ") for part in written] == ([1, 1, 1] if apart else [3])
+    assert written[0].startswith(b"HTTP/1.1 200 ")
+    assert written[-1].endswith(b"\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_client_that_does_not_read_for_a_while_receives_every_event_and_little_is_kept_for_it(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    writes, done = Writes(monkeypatch), b"data: [DONE]\n\n"
+    events = [b"data: %d %b\n\n" % (number, b"x" * 8000) for number in range(4000)]
+    cut = [b": lorapool-usage {}\n" + event for event in events]
+    cut[50:51] = [cut[50][:9], cut[50][9:]]  # one event arrives in two parts
+    async with streaming(EVENT_STREAM, *map(chunk, cut), chunk(done) + b"0\r\n\r\n") as made:
+        narrow = socket.socket()
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        narrow.connect(("127.0.0.1", int(made.url.rsplit(":", 1)[1])))
+        reader, writer = await asyncio.open_connection(sock=narrow)
+        body = json.dumps(made.ask("tiny", stream=True))
+        writer.write(
+            f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        head = await reader.readuntil(b"\r\n\r\n")
+        await until(lambda: writes.most_buffered)
+        await asyncio.sleep(0.3)
+        received = await reader.read()
+        writer.close()
+    assert (b"chunked" in head) == (version == "1.1")
+    if version == "1.1":
+        received = b"".join(re.split(rb"(?:\r\n|^)[0-9a-f]+\r\n", received)).removesuffix(b"\r\n")
+    is_whole = received == b"".join(events) + done
+    assert is_whole  # without a comparison of 32 MB by pytest
+    assert writes.most_buffered < 2**20
 
 
 async def test_the_body_reaches_the_runtime_byte_for_byte_and_client_headers_do_not(

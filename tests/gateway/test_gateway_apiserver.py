@@ -40,7 +40,8 @@ rules:
 - {apiGroups: [lorapool.dev], resources: [basemodels, loraadapters], verbs: [list, watch]}
 - {apiGroups: [lorapool.dev], resources: [basemodels/scale], verbs: [get, patch]}
 - {apiGroups: [""], resources: [pods], verbs: [list, watch]}
-- {apiGroups: [apps], resources: [replicasets, deployments], verbs: [list, watch]}
+- {apiGroups: [apps], resources: [replicasets, statefulsets, deployments], verbs: [list, watch]}
+- {apiGroups: [leaderworkerset.x-k8s.io], resources: [leaderworkersets], verbs: [list, watch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role

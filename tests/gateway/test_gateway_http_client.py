@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from lorapool_gateway.requests.http_client import (
+from lorapool_gateway.requests.http_client import HEAD_MAX_BYTES, HttpClient
+from lorapool_gateway.requests.http_response import (
     BUFFER_BYTES,
-    HEAD_MAX_BYTES,
     ConnectError,
     ConnectionLostError,
-    HttpClient,
+    HttpResponse,
     ReadTimeoutError,
 )
 
@@ -250,6 +250,45 @@ async def test_no_more_is_taken_than_is_read(http: HttpClient) -> None:
             total += len(data)
         assert total == size
         answer.close()
+
+
+async def test_what_arrives_is_taken_without_its_reader_only_while_the_reader_waits_for_it() -> None:
+    class Idle:
+        def resume(self) -> None: ...
+
+        def drop(self) -> None: ...
+
+    taken: list[bytes] = []
+    takes = True
+    response = HttpResponse(Idle(), asyncio.get_running_loop(), 1.0, set())
+    response.take = lambda data: takes and not taken.append(data)
+    response.begun(200)
+    response.arrived([b"a"])
+    assert taken == []
+    assert await response.read() == b"a"
+
+    async def waiting() -> asyncio.Task[bytes]:
+        made = asyncio.create_task(response.read())
+        await asyncio.sleep(0)
+        return made
+
+    reading = await waiting()
+    response.arrived([b"b", b"c"])
+    await asyncio.sleep(0)
+    assert (taken, reading.done()) == ([b"bc"], False)
+    takes = False
+    response.arrived([b"d"])
+    takes = True
+    response.arrived([b"e"])  # it must not overtake
+    assert (await reading, taken) == (b"de", [b"bc"])
+    reading = await waiting()
+    reading.cancel()
+    response.arrived([b"f"])
+    await asyncio.gather(reading, return_exceptions=True)
+    assert (await response.read(), taken) == (b"f", [b"bc"])
+    reading = await waiting()
+    response.completed([b"g"])  # the reader learns of the end with the last part
+    assert (await reading, response.is_complete, await response.read(), taken) == (b"g", True, b"", [b"bc"])
 
 
 async def test_a_body_beyond_its_bound_is_none_and_cut(http: HttpClient) -> None:

@@ -17,7 +17,8 @@ from gateway_world import World, key_of, until, world
 from lorapool_api.keep_alive import DEAD_PEER_S
 from lorapool_gateway.process import poll_socket
 from lorapool_gateway.requests import pod_watch
-from lorapool_gateway.requests.http_client import HttpClient, ReadTimeoutError
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.http_response import ReadTimeoutError
 from lorapool_gateway.routing.outliers import EJECTION_MAX_S, EJECTION_S, Outliers
 
 
@@ -298,7 +299,7 @@ async def test_a_limit_of_silence_begins_when_it_is_set(dead: Mute) -> None:
     response.limit_silence(50)
     assert response._error is None
     response._last_s -= 100
-    response._check_timeout()
+    response.check_time(asyncio.get_running_loop().time())
     with pytest.raises(ReadTimeoutError):
         await response.head()
     await http.close()

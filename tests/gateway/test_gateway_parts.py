@@ -137,6 +137,24 @@ def test_however_the_bytes_arrive_the_client_gets_the_data_events_and_nothing_el
     assert events.usage() == Usage(prompt_tokens=3, completion_tokens=3)
 
 
+def test_an_error_and_the_end_are_recognized_among_other_events_and_the_last_usage_counts() -> None:
+    events, error = EventFilter(), b'data: {"error": {"code": "x"}}'
+    usages = [
+        b': lorapool-usage {"prompt_tokens":3,"completion_tokens":%d,"cached_tokens":0}' % count for count in (1, 2)
+    ]
+    chunk = b"\n".join([usages[0], b"data: 1", b"", error, b"", b"data: [DONE]", b"", usages[1], b"", b""])
+    assert events.feed(chunk) == b"data: 1\n\n" + error + b"\n\ndata: [DONE]\n\n"
+    assert (events.failed, events.done) == (True, True)
+    assert events.usage() == Usage(prompt_tokens=3, completion_tokens=2)
+
+
+def test_the_end_inside_a_text_is_no_end() -> None:
+    events = EventFilter()
+    text = b'data: {"text": "data: [DONE] {\\"error\\""}\n\n'
+    assert events.feed(text) == text
+    assert (events.failed, events.done) == (False, False)
+
+
 def test_an_event_without_end_is_refused() -> None:
     events = EventFilter()
     for _ in range(EVENT_MAX_BYTES // 2**20):

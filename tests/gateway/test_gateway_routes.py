@@ -10,7 +10,7 @@ from fakes import digest_of
 from gateway_world import adapter_object, api_key, base_object, condition, failed_status, ready_status
 from hypothesis import given
 from hypothesis import strategies as st
-from pods import owner_objects, pod_object
+from pods import group_objects, group_pods, owner_objects, pod_object
 
 from lorapool_api.openai import ApiError, ModelNotFoundError
 from lorapool_api.trust.ownership import Owners
@@ -20,9 +20,9 @@ from lorapool_gateway.routing.objects import (
     RuntimeState,
     adapter_route,
     base_route,
-    deployment,
-    replica_set,
+    pod_owner,
     runtime_pod,
+    workload,
 )
 from lorapool_gateway.routing.pick import candidates
 from lorapool_gateway.routing.routes import Pending, RouteTable, RuntimeReplica, Target
@@ -266,7 +266,9 @@ def test_a_pod_becomes_an_endpoint_at_its_port_named_http() -> None:
 
 def owned(*pods: dict[str, Any], bases: tuple[dict[str, Any], ...] = (base_object(),)) -> list[str]:
     deployment_raw, replica_set_raw = owner_objects()
-    owners = Owners.of([replica_set(replica_set_raw)], [deployment(deployment_raw)])
+    groups, *stateful_sets = group_objects()
+    sets = [pod_owner(raw) for raw in (replica_set_raw, *stateful_sets)]
+    owners = Owners.of(sets, [workload(raw) for raw in (deployment_raw, groups)])
     routes = RouteTable.of([base_route(raw) for raw in bases], [], {})
     parsed = [pod for raw in pods if (pod := runtime_pod(raw)) is not None]
     return [pod.pod_name for pod in owned_pods(parsed, owners, routes.bases)]
@@ -282,6 +284,14 @@ def test_a_pod_serves_a_base_only_if_its_labels_and_each_of_its_owners_lead_to_t
     assert owned(pod_object(1, base="other", base_uid="base-demo-other", owner="rs-base-demo-tiny"), **other) == []
     assert owned(pod_object(1, base_uid="base-demo-other"), **other) == []
     assert owned(pod_object(1), bases=()) == []
+
+
+def test_of_a_group_of_pods_the_leader_serves_and_no_worker_does() -> None:
+    leader, worker = group_pods(1)
+    assert owned(leader, worker) == ["tiny-runtime-0"]
+    worker["metadata"]["ownerReferences"] = leader["metadata"]["ownerReferences"]
+    assert len(owned(leader, worker)) == 2  # the owner is what decides
+    assert owned(leader, bases=()) == []
 
 
 def test_a_recreated_base_never_adopts_the_pods_of_the_one_before() -> None:

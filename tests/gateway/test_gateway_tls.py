@@ -6,12 +6,14 @@ import asyncio
 import logging
 import shutil
 import ssl
+import string
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
+import uvloop
 from authority_kit import BASE_UID, Tls, authority, serve_with
 from fakes import FakeRuntime
 from gateway_world import until, world
@@ -19,7 +21,8 @@ from pods import pod_object
 
 from lorapool_api.pod_address import AUTHORITY, server_name
 from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate
-from lorapool_gateway.requests.http_client import ConnectError, HttpClient
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.http_response import ConnectError
 from lorapool_gateway.routing.objects import runtime_pod
 from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls
 
@@ -92,6 +95,40 @@ async def test_requests_of_any_size_share_one_tls_connection(tls: Tls) -> None:
         for size in (2, 100_000, 4 * 2**20, 2):
             assert await ask(http, runtime.url, b"x" * size) == b"ok"
         assert runtime.connections == 1
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_responses_that_arrive_at_the_same_time_are_kept_apart_on_the_gateways_event_loop(
+    tls: Tls, encrypted: bool
+) -> None:
+    """They are read into one buffer, one after another."""
+    letters = string.ascii_letters.encode()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        letter = await reader.readexactly(1)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        for size in (1, 100, 20_000, 300_000, 1000):
+            writer.write(b"%x\r\n%b\r\n" % (size, letter * size))
+            await asyncio.sleep(0.001)
+        writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async def ask_all() -> None:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0, ssl=tls.server().context if encrypted else None)
+        url = f"{'https' if encrypted else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, client(tls.trust()) as http:
+
+            async def read(letter: bytes) -> None:
+                response = await http.send(url, "POST", "/", {}, letter, name=NAME)
+                await response.head()
+                assert await response.read_all(2**20) == letter * 321_101
+                response.close()
+
+            await asyncio.gather(*(read(letters[number : number + 1]) for number in range(len(letters))))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(ask_all())
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ import aiohttp
 import pytest
 from fakes import FakeRuntime
 from gateway_world import KEY, FakeKube, adapter_object, base_object, key_of, until, until_it
-from pods import owner_objects, pod_object
+from pods import group_objects, group_pods, owner_objects, pod_object
 
 from lorapool_api.protocol import runtime_token
 from lorapool_api.trust.runtime_tokens import RuntimeTokens
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import GatewayProcess, running
+from lorapool_gateway.routing import watch
 from lorapool_gateway.routing.kube import Kube
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.objects import ObjectRef
@@ -107,6 +108,26 @@ async def watching(api: FakeKube, folder: Path) -> AsyncIterator[Watching]:
             await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_cluster_without_leader_worker_sets_is_served_and_they_are_found_once_it_has_them(
+    api: FakeKube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "MISSING_API_PAUSE_S", 0.05)
+    api.missing = {"leaderworkersets"}
+    groups, *stateful_sets = group_objects()
+    for raw in stateful_sets:
+        api.put("statefulsets", raw)
+    for raw in group_pods(9):
+        api.put("pods", raw)
+    async with watching(api, tmp_path) as made:
+        await until(lambda: made.tables.synced)
+        labels = {"kind": "leaderworkersets"}
+        assert made.metrics.registry.get_sample_value("lorapool_gateway_watch_errors_total", labels) is None
+        assert made.replicas() == []
+        api.put("leaderworkersets", groups)
+        api.missing.clear()
+        await until(lambda: [item.endpoint.pod_name for item in made.replicas()] == ["tiny-runtime-0"])
+
+
 async def test_an_expired_version_is_listed_again_and_nothing_is_missed(api: FakeKube, tmp_path: Path) -> None:
     async with watching(api, tmp_path) as made:
         await until(lambda: made.tables.synced and api.watches.count("loraadapters") == 1)
@@ -124,8 +145,8 @@ async def test_a_silent_connection_is_given_up_and_the_watch_goes_on_from_where_
     api: FakeKube, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watching(api, tmp_path) as made:
-        for watch in made.source.watches:
-            watch.inactivity_timeout_s = 0.2
+        for item in made.source.watches:
+            item.inactivity_timeout_s = 0.2
         await until(lambda: made.tables.synced)
         api.silent = True
         api.put("loraadapters", adapter_object("late"))

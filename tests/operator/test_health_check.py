@@ -48,7 +48,7 @@ def conditions(*given: tuple[str, str, str]) -> dict[str, Any]:
 
 def test_an_object_that_the_operator_has_not_seen_progresses() -> None:
     assert health(None)[0] == "Progressing"
-    serving = of(of=base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    serving = of(of=base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     assert health(serving)[0] == "Healthy"
     assert health(serving, generation=2)[0] == "Progressing"
 
@@ -57,7 +57,7 @@ def test_a_base_that_sleeps_is_healthy_and_one_that_starts_progresses() -> None:
     assert health(of(of=base(replicas=0)))[0] == "Healthy"
     assert health(of(of=base(replicas=1)))[0] == "Progressing"
     broken = pod(ready=False, problem="ImagePullBackOff: no such tag")
-    shown = health(of(of=base(replicas=1), pods=(broken,), deployment=deployment()))
+    shown = health(of(of=base(replicas=1), pods=(broken,), workload=deployment()))
     assert shown[0] == "Progressing"
     assert "no such tag" in shown[1]
 
@@ -66,7 +66,7 @@ def test_what_a_person_has_to_cure_is_degraded() -> None:
     refused = inspected(SourceFailure(FailureReason.TOO_LARGE, "300 GB; raise the bound."))
     status, message = health(of(inspection=refused))
     assert (status, message.partition(" It is")[0]) == ("Degraded", "TooLarge: 300 GB; raise the bound.")
-    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     edited = plan(replace(running, profile=None)).status
     assert edited is not None
     assert health(edited.dump())[0] == "Degraded"

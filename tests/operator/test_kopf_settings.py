@@ -62,9 +62,12 @@ def test_no_other_setting_differs_from_kopfs_default() -> None:
 
 def test_kopf_watches_only_pods_and_their_owners_of_bases() -> None:
     selectors = pinned_settings().watching.label_selectors
-    assert len(selectors) == 4
+    assert len(selectors) == 6
     assert selectors["jobs.batch"] == "lorapool.dev/trainer"
-    assert {selectors[kind] for kind in ("pods", "replicasets.apps", "deployments.apps")} == {"lorapool.dev/base"}
+    groups = "leaderworkersets.leaderworkerset.x-k8s.io"
+    ours = ("pods", "replicasets.apps", "deployments.apps", groups)
+    assert {selectors[kind] for kind in ours} == {"lorapool.dev/base"}
+    assert selectors["statefulsets.apps"] == "leaderworkerset.sigs.k8s.io/name"  # they have no label of ours
 
 
 def test_kopf_neither_copies_an_object_nor_writes_to_it() -> None:

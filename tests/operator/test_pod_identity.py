@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, web
 from fakes_operator import ScriptedRuntime, digest
-from pods import adopt, owner_objects, pod_object
+from pods import adopt, group_objects, group_pods, owner_objects, pod_object
 
 from lorapool_api.base_modules import BaseModules
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
@@ -25,10 +25,11 @@ from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
     ClusterCache,
-    DeploymentObject,
     Meta,
     PodObject,
     ReplicaSetObject,
+    StatefulSetObject,
+    WorkloadObject,
 )
 from lorapool_operator.world.observed import adapter_fingerprint
 
@@ -118,6 +119,8 @@ def forgeries() -> dict[str, tuple[dict[str, Any], ...]]:
     """Pods with the labels of the base `team/tiny`, and forged objects around them."""
     here, team = {"base_uid": "base-uid"}, {"namespace": "team", "base_uid": "base-uid"}
     deployment, replica_set = owner_objects("team", base_uid="base-uid")
+    groups, leaders, workers = group_objects("team", base_uid="base-uid")
+    owned_by_other = {"ownerReferences": group_pods(1, base_uid="other-uid")[0]["metadata"]["ownerReferences"]}
     return {
         "in another namespace, with the victim's uid": (pod_object(1, namespace="evil", **here),),
         "in another namespace, with owners copied from the victim": (
@@ -130,6 +133,12 @@ def forgeries() -> dict[str, tuple[dict[str, Any], ...]]:
             *owner_objects("team", base="other", base_uid="other-uid"),
             pod_object(1, owner="rs-other-uid", **team),
         ),
+        "of a StatefulSet of no LeaderWorkerSet": (leaders, group_pods(1, **team)[0]),
+        "of a LeaderWorkerSet of another base": (
+            *group_objects("team", base="other", base_uid="other-uid"),
+            {**group_pods(1, **team)[0], "metadata": {**group_pods(1, **team)[0]["metadata"], **owned_by_other}},
+        ),
+        "the worker of a group without its leader": (groups, leaders, workers, group_pods(1, **team)[1]),
         "of a deleted base of the same name": (
             *owner_objects("team", base_uid="former-uid"),
             pod_object(1, namespace="team", base_uid="former-uid"),
@@ -144,8 +153,12 @@ async def test_a_pod_with_forged_labels_is_neither_polled_nor_counted(which: str
             if "spec" in raw:
                 raw["spec"]["containers"][0]["ports"][1]["containerPort"] = attacker.port
                 here.cache.pods.put(PodObject.parse(raw))
+            elif raw.get("kind") == "LeaderWorkerSet":
+                here.cache.leader_worker_sets.put(WorkloadObject.parse_groups(raw))
+            elif raw.get("kind") == "StatefulSet":
+                here.cache.stateful_sets.put(StatefulSetObject.parse(raw))
             elif raw["metadata"]["ownerReferences"][0]["kind"] == "BaseModel":
-                here.cache.deployments.put(DeploymentObject.parse(raw))
+                here.cache.deployments.put(WorkloadObject.parse(raw))
             else:
                 here.cache.replica_sets.put(ReplicaSetObject.parse(raw))
         here.tracker.follow_pods()
@@ -154,6 +167,23 @@ async def test_a_pod_with_forged_labels_is_neither_polled_nor_counted(which: str
         assert here.cache.pods_of(base()) == here.cache.pods_of(base("other", "other-uid")) == []
         assert here.tracker.views_of(base()) == []
     assert attacker.requests == []
+
+
+async def test_the_leader_of_a_group_is_polled_and_its_workers_are_not() -> None:
+    async with ScriptedRuntime(token=TOKEN, pod_uid="leader-base-uid").running() as runtime, polling() as here:
+        groups, leaders, workers = group_objects("team", base_uid="base-uid")
+        for raw in group_pods(runtime.port, namespace="team", base_uid="base-uid"):
+            here.cache.pods.put(PodObject.parse(raw))
+        here.cache.stateful_sets.put(StatefulSetObject.parse(leaders))
+        here.cache.stateful_sets.put(StatefulSetObject.parse(workers))
+        assert here.cache.pods_of(base()) == []
+        here.cache.leader_worker_sets.put(WorkloadObject.parse_groups(groups))
+        here.tracker.follow_pods()
+        await here.tracker.answered(10.0)
+        assert [view.pod for view in here.tracker.views_of(base()) if view.fresh] == ["tiny-runtime-0"]
+        assert [pod.meta.name for pod in here.cache.pods_of(base())] == ["tiny-runtime-0"]
+        assert [pod.meta.name for pod in here.cache.workers_of(base())] == ["tiny-runtime-0-1"]
+        assert [pod.group for pod in here.cache.pods_of(base())] == [0]
 
 
 async def test_an_owned_pod_that_proves_nothing_receives_no_token_and_is_no_runtime() -> None:

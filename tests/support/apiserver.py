@@ -69,6 +69,11 @@ class ApiServer:
         _cluster("down", "--state", str(self.state), "--purge")
 
 
+def leader_worker_sets() -> Path:
+    """The definition of LeaderWorkerSets; its project's controller is not run."""
+    return Path(_cluster("crd", "leaderworkersets").strip())
+
+
 def start_apiserver(tmp_path: Path, *, controllers: bool = False) -> ApiServer:
     """Starts a server with its files below `tmp_path`. With `controllers`, owned objects are garbage-collected."""
     _cluster("build", timeout_s=_BUILD_TIMEOUT_S)

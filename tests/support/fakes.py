@@ -179,11 +179,11 @@ class FakeRuntime:
         )
 
     @asynccontextmanager
-    async def running(self, port: int = 0) -> AsyncIterator[FakeRuntime]:
+    async def running(self, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[FakeRuntime]:
         runner = web.AppRunner(self._app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         self._runner = runner
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port, reuse_address=True, ssl_context=self.tls)
+        site = web.TCPSite(runner, host, port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self.port = int(runner.addresses[0][1])
         try:

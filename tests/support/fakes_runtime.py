@@ -135,6 +135,7 @@ class FakeEngine:
     slots: int = 4
     max_model_len: int = 512
     healthy: bool = True
+    host_tier: bool = True
     read_errors: dict[str, ArtifactError] = field(default_factory=dict)
     load_error: Exception | None = None
     fail_after: int | None = None
@@ -156,7 +157,10 @@ class FakeEngine:
 
     @property
     def facts(self) -> ModelFacts:
-        return ModelFacts(self.max_model_len, VOCAB, "float32", frozenset({EOS}), (), 1)
+        return ModelFacts(
+            self.max_model_len, VOCAB, "float32", frozenset({EOS}), (), 1,
+            slots_reserved=not self.host_tier, host_tier=self.host_tier,
+        )  # fmt: skip
 
     def start(self) -> None:
         self._thread.start()
@@ -311,6 +315,8 @@ class FakeStore:
     fetches: Counter[str] = field(default_factory=Counter)
     disk: set[str] = field(default_factory=set)
     credentials: NamespaceCredentials = field(default_factory=NamespaceCredentials)
+    pins: Counter[str] = field(default_factory=Counter)
+    """By digest, how often its folder is pinned now."""
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
         self.fetches[source.uri] += 1
@@ -326,7 +332,9 @@ class FakeStore:
 
     @contextlib.contextmanager
     def pinned(self, digest: str) -> Iterator[None]:
+        self.pins[digest] += 1
         yield
+        self.pins[digest] -= 1
 
     def on_disk(self, digest: str) -> bool:
         return digest in self.disk
@@ -467,10 +475,11 @@ async def serving(
     clock: Clock | None = None,
     sweep: bool = False,
     tls: ssl.SSLContext | None = None,
+    runtime: Runtime | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    """A whole runtime with a fake engine and store, over a real socket."""
-    runtime = Runtime(settings_for_tests(**settings), clock=clock)
+    """A whole runtime with a fake engine and store, over a real socket. `runtime`: one that has not loaded its base."""
+    runtime = runtime or Runtime(settings_for_tests(**settings), clock=clock)
     engine, store = engine or FakeEngine(), store or FakeStore()
     engine.start()
     tokenizer = tokenizer_of(tokenizer_folder)

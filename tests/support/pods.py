@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lorapool_operator.world.cluster_cache import ClusterCache, DeploymentObject, PodObject, ReplicaSetObject
+from lorapool_api.common import LABEL_GROUP_INDEX, LABEL_GROUP_SET, LABEL_WORKER_INDEX
+from lorapool_operator.world.cluster_cache import ClusterCache, PodObject, ReplicaSetObject, WorkloadObject
 
 
 def pod_object(
@@ -43,10 +44,40 @@ def owner_objects(
     )
 
 
+def group_objects(
+    namespace: str = "demo", base: str = "tiny", base_uid: str = "base-demo-tiny"
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The LeaderWorkerSet of a base, the StatefulSet of its leaders, and that of the first leader's workers."""
+    name = f"{base}-runtime"
+    groups = _metadata(name, namespace, f"groups-{base_uid}", base, base_uid)
+    leaders = _metadata(name, namespace, f"leaders-{base_uid}", base, base_uid)
+    workers = _metadata(f"{name}-0", namespace, f"workers-{base_uid}", base, base_uid)
+    leaders["labels"] = workers["labels"] = {LABEL_GROUP_SET: name}  # its controller copies no label of ours
+    return (
+        {"kind": "LeaderWorkerSet", "metadata": groups | _controlled_by("BaseModel", base_uid)},
+        {"kind": "StatefulSet", "metadata": leaders | _controlled_by("LeaderWorkerSet", f"groups-{base_uid}")},
+        {"kind": "StatefulSet", "metadata": workers | _controlled_by("Pod", f"leader-{base_uid}")},
+    )
+
+
+def group_pods(
+    port: int, *, namespace: str = "demo", base: str = "tiny", base_uid: str = "base-demo-tiny"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leader and the one worker of the first group."""
+    made = []
+    for index, owner, uid in ((0, "leaders", f"leader-{base_uid}"), (1, "workers", f"worker-{base_uid}")):
+        name = f"{base}-runtime-0" + f"-{index}" * bool(index)
+        pod = pod_object(port, name=name, namespace=namespace, base=base, base_uid=base_uid)
+        pod["metadata"] |= {"uid": uid, **_controlled_by("StatefulSet", f"{owner}-{base_uid}")}
+        pod["metadata"]["labels"] |= {LABEL_GROUP_INDEX: "0", LABEL_WORKER_INDEX: str(index)}
+        made.append(pod)
+    return made[0], made[1]
+
+
 def adopt(cache: ClusterCache, pod: PodObject) -> PodObject:
     """Puts a pod and its owners into the cache; its base must be there for the pod to count."""
     deployment, replica_set = owner_objects(pod.meta.namespace, pod.base.name, pod.base_uid)
-    cache.deployments.put(DeploymentObject.parse(deployment))
+    cache.deployments.put(WorkloadObject.parse(deployment))
     cache.replica_sets.put(ReplicaSetObject.parse(replica_set))
     made = replace(pod, owner_uid=f"rs-{pod.base_uid}")
     cache.pods.put(made)

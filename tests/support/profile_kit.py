@@ -19,9 +19,19 @@ def gpus(count: int | str, **more: Any) -> dict[str, Any]:
     return {"engine": "vllm", "resources": {"limits": {"nvidia.com/gpu": count}}, **more}
 
 
+RWX = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "200Gi"}}}
+RWO = {**RWX, "accessModes": ["ReadWriteOnce"]}
+
+
+def two_nodes(**more: Any) -> dict[str, Any]:
+    """A profile of two nodes with eight GPUs each, that share a claim."""
+    shape = {"tensorParallel": 8, "pipelineParallel": 2, "nodes": 2, "shmSizeLimit": "32Gi"}
+    return gpus(8, **{**shape, "adapterCache": {"pvc": RWX}, **more})
+
+
 CONTRADICTIONS = {
     "torch on several GPUs": Contradiction(
-        {"tensorParallel": 2}, Reason.INVALID_PROFILE, "need the engine vllm, since the engine torch uses one GPU"
+        {"tensorParallel": 2}, Reason.INVALID_PROFILE, "nodes need the engine vllm, since the engine torch uses one GPU"
     ),
     "torch with more GPUs than it uses": Contradiction(
         {"resources": {"limits": {"nvidia.com/gpu": 2}}},
@@ -58,6 +68,40 @@ CONTRADICTIONS = {
         Reason.INVALID_PROFILE,
         "startupTimeoutSeconds 900 is too short for the engine vllm",
     ),
+    "torch on several nodes": Contradiction(
+        {"nodes": 2}, Reason.INVALID_PROFILE, "tensorParallel, pipelineParallel and nodes need the engine vllm"
+    ),
+    "fewer parts than nodes": Contradiction(
+        two_nodes(pipelineParallel=1),
+        Reason.GPU_COUNT_MISMATCH,
+        "with 2 nodes, pipelineParallel is the number of nodes and tensorParallel that of GPUs in resources.limits, "
+        "but they are 1 and 8 for 8",
+    ),
+    "layers shared across nodes": Contradiction(
+        two_nodes(tensorParallel=16), Reason.GPU_COUNT_MISMATCH, "but they are 2 and 16 for 8: make them equal"
+    ),
+    "nodes without shared memory": Contradiction(
+        two_nodes(shmSizeLimit=""), Reason.SHARED_MEMORY_TOO_SMALL, "shmSizeLimit is absent"
+    ),
+    "nodes that share no volume": Contradiction(
+        {name: value for name, value in two_nodes().items() if name != "adapterCache"},
+        Reason.ADAPTERS_NOT_SHARED,
+        "with 2 nodes, adapterCache must be a volume that all of them mount at the same time",
+    ),
+    "a volume for one node at a time": Contradiction(
+        two_nodes(adapterCache={"pvc": RWO}), Reason.ADAPTERS_NOT_SHARED, "with accessModes [ReadWriteMany]"
+    ),
+    "a shared volume without a size": Contradiction(
+        two_nodes(adapterCache={"pvc": {"accessModes": ["ReadWriteMany"]}}),
+        Reason.INVALID_PROFILE,
+        "adapterCache.pvc has no resources.requests.storage in whole bytes",
+    ),
+    "files of the base for one node at a time": Contradiction(
+        two_nodes(cache={"pvc": RWO}), Reason.INVALID_PROFILE, "cache.pvc needs accessModes [ReadWriteMany]"
+    ),
+    "a shared volume for one node": Contradiction(
+        gpus(1, adapterCache={"pvc": RWX}), Reason.INVALID_PROFILE, "adapterCache is only used with several nodes"
+    ),
 }
 """By what is wrong."""
 
@@ -70,6 +114,14 @@ CONSISTENT: dict[str, dict[str, Any]] = {
     "vLLM on one GPU": gpus(1),
     "vLLM without a GPU": {"engine": "vllm"},
     "vLLM on eight": gpus(8, tensorParallel=8, shmSizeLimit="1024Mi"),
+    "two nodes": two_nodes(cache={"pvc": RWX}),
+    "two nodes of a shared file system": two_nodes(
+        adapterCache={"hostPath": {"path": "/lustre/adapters"}}, cache={"hostPath": {"path": "/lustre/models"}}
+    ),
+    "two nodes with one GPU each": gpus(
+        1, pipelineParallel=2, nodes=2, adapterCache={"hostPath": {"path": "/lustre/adapters"}}
+    ),
+    "two nodes with claims": two_nodes(resources={"claims": [{"name": "gpus"}]}),
     "vLLM on four, in two parts": gpus(
         4, tensorParallel=2, pipelineParallel=2, shmSizeLimit="2Gi", startupTimeoutSeconds=3600
     ),

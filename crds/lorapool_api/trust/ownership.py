@@ -1,4 +1,9 @@
-"""Which BaseModel a runtime pod belongs to: Pod → ReplicaSet → Deployment → BaseModel, each link by uid. Pure.
+"""Which BaseModel a runtime pod belongs to, each link by uid. Pure.
+
+    Pod → ReplicaSet → Deployment → BaseModel
+    Pod → StatefulSet → LeaderWorkerSet → BaseModel
+
+The latter is the leader of a group of pods. A worker's StatefulSet is owned by the leader, so that no worker belongs.
 
 Labels can be written by any user who may create pods somewhere; the owners of a pod in the base's own namespace
 cannot be forged without rights in that namespace.
@@ -19,32 +24,41 @@ class Owned(NamedTuple):
     owner_uid: str
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, Any], owner_kind: str) -> Owned:
+    def parse(cls, metadata: Mapping[str, Any], *owner_kinds: str) -> Owned:
         """Parses an object's metadata. Raises KeyError."""
-        return cls(str(metadata["namespace"]), str(metadata["uid"]), controller_uid(metadata, owner_kind))
+        return cls(str(metadata["namespace"]), str(metadata["uid"]), controller_uid(metadata, *owner_kinds))
 
 
-def controller_uid(metadata: Mapping[str, Any], kind: str) -> str:
-    """Returns the uid of the object's controller if that is of this kind, else an empty text."""
+def controller_uid(metadata: Mapping[str, Any], *kinds: str) -> str:
+    """Returns the uid of the object's controller if that is of one of these kinds, else an empty text."""
     owners = metadata.get("ownerReferences") or ()
-    return next((str(item["uid"]) for item in owners if item.get("controller") and item.get("kind") == kind), "")
+    return next((str(item["uid"]) for item in owners if item.get("controller") and item.get("kind") in kinds), "")
+
+
+POD_OWNERS = ("ReplicaSet", "StatefulSet")
+"""The kinds that own runtime pods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owners:
-    """The owners of ReplicaSets and of Deployments, by namespace and uid: an owner is in its object's namespace."""
+    """The owners of what owns pods, by namespace and uid: an owner is in its object's namespace."""
 
-    replica_sets: Mapping[tuple[str, str], str]
-    deployments: Mapping[tuple[str, str], str]
+    sets: Mapping[tuple[str, str], str]
+    """Of ReplicaSets and StatefulSets."""
+    workloads: Mapping[tuple[str, str], str]
+    """Of Deployments and LeaderWorkerSets."""
 
     @classmethod
-    def of(cls, replica_sets: Iterable[Owned], deployments: Iterable[Owned]) -> Owners:
-        return cls(_owners(replica_sets), _owners(deployments))
+    def of(cls, sets: Iterable[Owned], workloads: Iterable[Owned]) -> Owners:
+        return cls(_owners(sets), _owners(workloads))
 
     def base_uid(self, pod: Owned) -> str:
         """Returns the uid of the BaseModel that the pod belongs to; empty if it belongs to none."""
-        deployment = self.replica_sets.get((pod.namespace, pod.owner_uid), "")
-        return self.deployments.get((pod.namespace, deployment), "")
+        return self.workloads.get((pod.namespace, self.workload_uid(pod)), "")
+
+    def workload_uid(self, pod: Owned) -> str:
+        """Returns the uid of what made the pod's set: of a worker of a group, that is its leader's pod."""
+        return self.sets.get((pod.namespace, pod.owner_uid), "")
 
 
 def _owners(items: Iterable[Owned]) -> dict[tuple[str, str], str]:

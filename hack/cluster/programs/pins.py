@@ -5,6 +5,8 @@ that each library is compiled once for all of them. Helm and CoreDNS stay on the
 libraries for the same reason. Kubernetes stays on 1.34: later kubelets refuse cgroup v1, which many machines still run.
 """
 
+from typing import NamedTuple
+
 KUBERNETES = "1.34.4"
 MINIMUM_GO = (1, 25)
 
@@ -30,3 +32,24 @@ LINK_FLAGS = " ".join(
 )
 # Without inlining and debug information the compiler takes half as long; the programs are a little slower.
 COMPILE_FLAGS = "all=-dwarf=false -l"
+
+
+class Definition(NamedTuple):
+    """A custom resource definition in a Go module."""
+
+    module: str
+    version: str
+    sum: str
+    """Hash of the module's files, as go.sum has it."""
+    path: str
+
+
+DEFINITIONS = {
+    "leaderworkersets": Definition(
+        "sigs.k8s.io/lws",
+        "v0.8.0",
+        "h1:DdhJ8QabwTfWgbgaHH2gdf8twliioHaoSfmDXRYEVU0=",
+        "config/crd/bases/leaderworkerset.x-k8s.io_leaderworkersets.yaml",
+    )
+}
+"""Those that tests need. LeaderWorkerSet 0.8 is made with Kubernetes 1.34's pods."""

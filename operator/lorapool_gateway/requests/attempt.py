@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ from lorapool_api.common import (
 )
 from lorapool_api.openai import ServerError, UnavailableError
 from lorapool_api.protocol import HEADER_TENANT, ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
-from lorapool_gateway.requests.http_client import (
+from lorapool_gateway.requests.http_client import HttpClient
+from lorapool_gateway.requests.http_response import (
     ConnectError,
     ConnectionLostError,
-    HttpClient,
     HttpClientError,
     HttpResponse,
     ReadTimeoutError,
@@ -60,7 +60,7 @@ class _Sent:
     cancelled: Callable[[Usage | None], None]
     """Receives what it has used if its client leaves before the response begins."""
     response: HttpResponse | None = None
-    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    id: str = field(default_factory=lambda: os.urandom(16).hex())
 
 
 @dataclass(slots=True)

@@ -4,11 +4,6 @@ It supports only what requests to runtimes need: no redirects, cookies, proxies 
 library takes more processor time per request than the rest of the gateway. llhttp (httptools) parses the responses.
 Buffers are bounded, and no request is ever sent twice here. An https:// URL is spoken to only after its certificate was
 checked: its authority, its dates, and the name that the caller expects.
-
-    HttpClientError
-    ├── ConnectError           nothing was sent
-    ├── ConnectionLostError    the connection was lost, or the response is not HTTP: the request may have begun
-    └── ReadTimeoutError       no byte for `read_timeout_s`
 """
 
 from __future__ import annotations
@@ -25,174 +20,15 @@ import httptools
 
 from lorapool_api.keep_alive import keep_alive
 from lorapool_api.trust.tls import HANDSHAKE_TIMEOUT_S, ReleaseTrust
+from lorapool_gateway.requests.http_response import ConnectError, ConnectionLostError, HttpClientError, HttpResponse
 
 HEAD_MAX_BYTES: Final = 64 * 1024
-BUFFER_BYTES: Final = 256 * 1024
-"""Unread bytes of a response's body; beyond this the connection is paused until they are read."""
+READ_BYTES: Final = 256 * 1024
+"""At most this much is read from a connection at once."""
 JOIN_BYTES: Final = 64 * 1024
 """A shorter body is written together with its headers."""
-
-
-class HttpClientError(Exception):
-    pass
-
-
-class ConnectError(HttpClientError):
-    pass
-
-
-class ConnectionLostError(HttpClientError):
-    pass
-
-
-class ReadTimeoutError(HttpClientError):
-    pass
-
-
-class HttpResponse:
-    """A response in progress. Its owner awaits `head`, then calls `read` until it returns b"", and always closes it."""
-
-    __slots__ = (
-        "__weakref__", "_begun", "_body", "_buffered", "_complete", "_connection", "_error", "_last_s", "_loop",
-        "_timeout_s", "_timer", "_waiter", "headers", "status",
-    )  # fmt: skip
-
-    def __init__(self, connection: _Connection, loop: asyncio.AbstractEventLoop, read_timeout_s: float) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        """Names are in lower case. Of a repeated name the first value is kept."""
-        self._connection: _Connection | None = connection
-        self._loop = loop
-        self._body: deque[bytes] = deque()
-        self._buffered = 0
-        self._begun = self._complete = False
-        self._error: HttpClientError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._timeout_s = read_timeout_s
-        self._last_s = loop.time()
-        self._timer = loop.call_later(read_timeout_s, self._check_timeout)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether status and headers have arrived."""
-        return self._begun
-
-    async def head(self, patience_s: float | None = None) -> bool:
-        """Waits for status and headers; False if `patience_s` passes first. Raises HttpClientError."""
-        if self._begun:
-            return True
-        self._check()
-        waiter = self._waiter = self._loop.create_future()
-        timer = None if patience_s is None else self._loop.call_later(patience_s, _wake, waiter)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-        if not self._begun:
-            self._check()
-        return self._begun
-
-    async def read(self) -> bytes:
-        """The bytes received since the last call; b"" at the end. Raises HttpClientError."""
-        while not self._body:
-            self._check()
-            if self._complete:
-                return b""
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        data = self._body.popleft() if len(self._body) == 1 else b"".join(self._body)
-        self._body.clear()
-        self._buffered = 0
-        if self._connection is not None:
-            self._connection.resume()
-        return data
-
-    async def read_all(self, bound: int) -> bytes | None:
-        """The whole body; None if it is longer than `bound` bytes. Raises HttpClientError."""
-        parts, size = [], 0
-        while data := await self.read():
-            parts.append(data)
-            size += len(data)
-            if size > bound:
-                return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def close(self) -> None:
-        """Cuts the connection if the response is not complete, which ends the generation."""
-        self._timer.cancel()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.drop()
-
-    def end(self, error: HttpClientError) -> None:
-        """Cuts the connection; its reader gets `error`. Does nothing to a complete response."""
-        connection = self._connection
-        self.failed(error)
-        if connection is not None:
-            connection.drop()
-
-    def limit_silence(self, timeout_s: float) -> None:
-        """Sets how long the runtime may send nothing, from now on, and then after each byte."""
-        self._timeout_s = timeout_s
-        self._last_s = self._loop.time()
-        if self._connection is not None:
-            self._timer.cancel()
-            self._check_timeout()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    # --- events from the connection
-
-    def begun(self, status: int) -> None:
-        self.status, self._begun = status, True
-        _wake(self._waiter)
-
-    def arrived(self, data: bytes) -> bool:
-        """Takes a part of the body; returns whether more may be read from the connection."""
-        self._body.append(data)
-        self._buffered += len(data)
-        _wake(self._waiter)
-        return self._buffered < BUFFER_BYTES
-
-    def touched(self) -> None:
-        self._last_s = self._loop.time()
-
-    def completed(self) -> None:
-        self._complete, self._connection = True, None
-        self._timer.cancel()
-        _wake(self._waiter)
-
-    def failed(self, error: HttpClientError) -> None:
-        if self._error is None and not self._complete:
-            self._error, self._connection = error, None
-            self._timer.cancel()
-            _wake(self._waiter)
-
-    def _check_timeout(self) -> None:
-        """Runs when the timer expires, which is not reset with every byte, and sets the next one."""
-        if self._connection is None:
-            return
-        if self._buffered >= BUFFER_BYTES:  # this process reads slowly; the runtime is not at fault
-            self._last_s = self._loop.time()
-        left_s = self._last_s + self._timeout_s - self._loop.time()
-        if left_s > 0.001:
-            self._timer = self._loop.call_later(left_s, self._check_timeout)
-            return
-        connection = self._connection
-        self.failed(ReadTimeoutError(f"no byte for {self._timeout_s:g} s"))
-        connection.drop()
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
+SWEEP_S: Final = 0.25
+"""A timeout is noticed at most this much later. One timer for all responses costs less than two for each."""
 
 
 class _Tls(NamedTuple):
@@ -202,12 +38,17 @@ class _Tls(NamedTuple):
     name: str
 
 
-class _Connection(asyncio.Protocol):
-    """One socket; llhttp calls the `on_` methods while it parses."""
+class _Connection(asyncio.BufferedProtocol):
+    """One socket; llhttp calls the `on_` methods while it parses.
+
+    A chunk of a body costs no function of Python: llhttp appends it to a list, which is passed on once for each read.
+    """
 
     def __init__(self, pool: HttpClient, url: str, tls: _Tls | None) -> None:
         self._pool, self._url = pool, url
         self.tls = tls
+        self._parts: list[bytes] = []
+        self.on_body = self._parts.append
         self._parser = httptools.HttpResponseParser(self)
         self._response: HttpResponse | None = None
         self._headers: dict[str, str] = {}
@@ -227,11 +68,14 @@ class _Connection(asyncio.Protocol):
         self._pool.forget(self._url, self)
         self._fail(ConnectionLostError("the connection was closed" if exc is None else str(exc)))
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._pool.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if not self._in_body:
-            self._head_bytes += len(data)
+            self._head_bytes += nbytes
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(self._pool.buffer[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(f"the response is not HTTP ({type(error).__name__})")
             return
@@ -239,6 +83,7 @@ class _Connection(asyncio.Protocol):
             self._break("the response headers are too long")
         elif self._response is not None:
             self._response.touched()
+        self._pass_on()
 
     # --- events from llhttp
 
@@ -258,11 +103,6 @@ class _Connection(asyncio.Protocol):
         self._response.headers, self._headers = self._headers, {}
         self._response.begun(status)
 
-    def on_body(self, data: bytes) -> None:
-        if self._response is not None and not self._response.arrived(data) and not self._paused and self.transport:
-            self._paused = True
-            self.transport.pause_reading()
-
     def on_message_complete(self) -> None:
         if not self._in_body:
             return
@@ -275,7 +115,18 @@ class _Connection(asyncio.Protocol):
             self._pool.keep(self._url, self)
         else:  # it responded before reading the request, or closes the connection
             self.transport.abort()
-        response.completed()
+        response.completed(self._parts)
+        self._parts.clear()
+
+    def _pass_on(self) -> None:
+        """Gives what has arrived of the body to the response, which may ask for a pause."""
+        if not self._parts:
+            return
+        more = self._response is None or self._response.arrived(self._parts)
+        self._parts.clear()
+        if not more and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
 
     def _has_sent_all(self) -> bool:
         """Whether no part of the request is left in a buffer. A TLS transport does not show the buffer below it."""
@@ -308,6 +159,7 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()
 
     def _break(self, why: str) -> None:
+        self._pass_on()
         self._fail(ConnectionLostError(why))
         self.drop()
 
@@ -335,7 +187,11 @@ class HttpClient:
         self._idle_s = idle_s
         self._idle: dict[str, deque[_Connection]] = {}
         self._sweeping: asyncio.TimerHandle | None = None
+        self._open: set[HttpResponse] = set()
+        self._checking: asyncio.TimerHandle | None = None
         self._closed = False
+        self.buffer = memoryview(bytearray(READ_BYTES))
+        """Takes what one connection reads; its protocol has used it when the call that announces the bytes returns."""
 
     async def send(
         self, url: str, method: str, path: str, headers: Mapping[str, str], body: bytes, *, name: str = ""
@@ -344,23 +200,32 @@ class HttpClient:
 
         Raises ConnectError, and ValueError for a header that contains a line end.
         """
-        if any("\n" in value or "\r" in value for value in headers.values()):
+        lines = [f"{header}: {value}\r\n" for header, value in headers.items()]
+        host = url.partition("//")[2]
+        head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n{''.join(lines)}\r\n"
+        if not head.count("\r") == head.count("\n") == len(lines) + 4:
             raise ValueError("a header value must not hold a line end")
         loop = asyncio.get_running_loop()
         tls = _Tls(self._trust.context(), name) if url.startswith("https") else None
         connection = self._take(url, tls, loop.time()) or await self._connect(url, tls)
-        host = url.partition("//")[2]
-        lines = [f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        response = HttpResponse(connection, loop, self.read_timeout_s)
-        connection.send("".join([*lines, "\r\n"]).encode("latin-1"), body, response)
+        response = HttpResponse(connection, loop, self.read_timeout_s, self._open)
+        if self._checking is None:
+            self._checking = loop.call_later(SWEEP_S, self._check_times)
+        connection.send(head.encode("latin-1"), body, response)
         return response
+
+    def _check_times(self) -> None:
+        loop = asyncio.get_running_loop()
+        for response in list(self._open):
+            response.check_time(loop.time())
+        self._checking = loop.call_later(SWEEP_S, self._check_times) if self._open else None
 
     async def close(self) -> None:
         """Closes idle connections. Responses in progress are closed by their owners."""
         self._closed = True
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        for timer in (self._sweeping, self._checking):
+            if timer is not None:
+                timer.cancel()
         for connections in list(self._idle.values()):
             for connection in list(connections):
                 connection.drop()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
-from lorapool_gateway.requests.http_client import ConnectionLostError, HttpResponse
+from lorapool_gateway.requests.http_response import ConnectionLostError, HttpResponse
 from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 
 SILENCE_S = 10.0

@@ -16,9 +16,9 @@ from lorapool_api.openai import ServerError, UnavailableError
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.ending import Ending
-from lorapool_gateway.requests.http_client import HttpClientError
+from lorapool_gateway.requests.http_response import HttpClientError
 from lorapool_gateway.requests.refusal import Passed
-from lorapool_gateway.requests.relay import CODE_BROKEN_STREAM, CODE_CLIENT_GONE, lost, write
+from lorapool_gateway.requests.relay import CODE_BROKEN_STREAM, CODE_CLIENT_GONE, Streamed, lost, write
 from lorapool_gateway.requests.sse import EventTooLongError, WholeAnswer, is_error, parse_usage
 
 log = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ async def relay_whole(
     complete = False
     try:
         try:
-            async with ending.bound(deadline):
+            with ending.bound(deadline):
                 is_short = await _read_short(accepted, answer)
         except (HttpClientError, EventTooLongError):
             raise lost("was lost while it answered") from None
         if is_short:
             complete = True
         else:
-            sent = web.StreamResponse(status=200, headers={**headers(), "Content-Type": "application/json"})
+            sent = Streamed(headers={**headers(), "Content-Type": "application/json"})
             complete = await _pass_on(request, sent, accepted, answer, record, ending, deadline, write_timeout_s)
     finally:
         if not complete:
@@ -95,7 +95,7 @@ async def _pass_on(
     try:
         await out.prepare(request)
         await write(request, out, answer.take(), write_timeout_s)
-        async with ending.bound(deadline):
+        with ending.bound(deadline):
             while chunk := await accepted.response.read():
                 answer.feed(chunk)
                 await write(request, out, answer.take(), write_timeout_s)
@@ -117,7 +117,7 @@ async def _json_alone(accepted: Accepted, record: RequestRecord, ending: Ending,
     response = accepted.response
     record.used(parse_usage(response.headers.get(HEADER_USAGE, "")))
     try:
-        async with ending.bound(deadline):
+        with ending.bound(deadline):
             body = await response.read_all(JSON_MAX_BYTES)
     except HttpClientError:
         raise lost("was lost while it answered") from None

@@ -7,8 +7,8 @@ runtime, the last of two fields of one name counts.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from dataclasses import dataclass
 
 import msgspec
@@ -81,4 +81,4 @@ def request_id(sent: str | None) -> str:
     """The client's request id if it is safe to log and to forward, else a new one."""
     if sent is not None and _REQUEST_ID.fullmatch(sent):
         return sent
-    return f"req-{secrets.token_hex(12)}"
+    return f"req-{os.urandom(12).hex()}"

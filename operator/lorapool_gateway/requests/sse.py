@@ -12,10 +12,12 @@ from lorapool_api.openai import ApiError
 from lorapool_api.protocol import USAGE_COMMENT, Usage
 
 EVENT_MAX_BYTES = 8 * 2**20
+_END, _GAP = b"\n\n", b"\n\n\n"
 _DONE = b"data: [DONE]"
-DONE_EVENT = _DONE + b"\n\n"
-_ENDS = (_DONE, b"event: response.completed\n", b"event: response.incomplete\n")
+DONE_EVENT = _DONE + _END
+_LAST = (_DONE, b"event: response.completed\n", b"event: response.incomplete\n")
 """How the last event of a stream begins: [DONE], or for /v1/responses the event with the whole response."""
+_LAST_LATER = tuple(_END + begin for begin in _LAST)
 _DATA = b"data: "
 _ERROR_BODY = b'{"error"'
 _ERROR = _DATA + _ERROR_BODY
@@ -36,40 +38,56 @@ class EventFilter:
 
     def feed(self, chunk: bytes) -> bytes:
         """The complete events among the bytes received so far, without comments. Raises EventTooLongError."""
-        self._buffer += chunk
-        end = self._buffer.rfind(b"\n\n")
-        if end < 0:
-            if len(self._buffer) > EVENT_MAX_BYTES:
-                raise EventTooLongError
-            return b""
-        block = bytes(self._buffer[:end])
-        del self._buffer[: end + 2]
-        passed = [kept for event in block.split(b"\n\n") if (kept := self._event(event))]
-        return b"".join(event + b"\n\n" for event in passed)
+        if not self.is_whole(chunk):
+            self._buffer += chunk
+            end = self._buffer.rfind(_END) + len(_END)
+            if end < len(_END):
+                if len(self._buffer) > EVENT_MAX_BYTES:
+                    raise EventTooLongError
+                return b""
+            chunk = bytes(self._buffer[:end])
+            del self._buffer[:end]
+        events = self._without_comments(chunk)
+        if events.startswith(_LAST) or any(map(events.__contains__, _LAST_LATER)):
+            self.done = True
+        if events.startswith(_ERROR) or _END + _ERROR in events:
+            self.failed = True
+        return events
+
+    def is_whole(self, chunk: bytes) -> bool:
+        """Whether `feed` returns all events of this chunk, and keeps nothing of it."""
+        return not self._buffer and chunk.endswith(_END)
 
     def usage(self) -> Usage | None:
         """The last cumulative count, also for a client that disconnected before the end."""
         return None if self._usage is None else parse_usage(self._usage)
 
-    def _event(self, event: bytes) -> bytes:
-        if event.startswith(b":") or b"\n:" in event:
-            lines = event.split(b"\n")
-            for line in lines:
-                if line.startswith(USAGE_COMMENT):
-                    self._usage = line[len(USAGE_COMMENT) :]
-            event = b"\n".join(line for line in lines if not line.startswith(b":"))
-        if event.startswith(_ENDS):
-            self.done = True
-        elif event.startswith(_ERROR):
-            self.failed = True
-        return event
+    def _without_comments(self, events: bytes) -> bytes:
+        if events.startswith(USAGE_COMMENT):
+            end = events.index(b"\n")
+            usage, rest = events[len(USAGE_COMMENT) : end], events[end + 1 :]
+            if not rest.startswith((b"\n", b":")) and b"\n:" not in rest:
+                self._usage = usage  # the usual: one event, which begins with its usage
+                return rest
+        lines = events.split(b"\n")
+        kept = [line for line in lines if not line.startswith(b":")]
+        if len(kept) == len(lines):
+            return events
+        for line in reversed(lines):
+            if line.startswith(USAGE_COMMENT):
+                self._usage = line[len(USAGE_COMMENT) :]
+                break
+        events = b"\n".join(kept).lstrip(b"\n")
+        while _GAP in events:  # what is left of an event that had comments alone
+            events = events.replace(_GAP, _END)
+        return events
 
 
 class WholeAnswer:
     """Takes apart a whole answer that arrives as events: the usage so far in comments, at last one data event."""
 
     def __init__(self) -> None:
-        self._line = bytearray()
+        self._rest = b""
         self._parts: list[bytes] = []
         self._usage: bytes | None = None
         self.size = 0
@@ -80,19 +98,19 @@ class WholeAnswer:
         if self._parts:
             self._add(chunk)
             return
-        self._line += chunk
-        *lines, rest = self._line.split(b"\n")
-        for number, line in enumerate(lines):
-            if line.startswith(USAGE_COMMENT):
-                self._usage = bytes(line[len(USAGE_COMMENT) :])
-            elif line.startswith(_DATA):
-                rest = bytearray(b"\n").join((*lines[number:], rest))
-                break
-        if rest.startswith(_DATA):
-            self._add(bytes(rest[len(_DATA) :]))
-        elif len(rest) > EVENT_MAX_BYTES:
-            raise EventTooLongError
-        self._line = rest
+        data, begin = self._rest + chunk, 0
+        while not data.startswith(_DATA, begin):
+            end = data.find(b"\n", begin)
+            if end < 0:
+                self._rest = data[begin:]
+                if len(self._rest) > EVENT_MAX_BYTES:
+                    raise EventTooLongError
+                return
+            if data.startswith(USAGE_COMMENT, begin):
+                self._usage = data[begin + len(USAGE_COMMENT) : end]
+            begin = end + 1
+        self._rest = b""
+        self._add(data[begin + len(_DATA) :])
 
     def _add(self, part: bytes) -> None:
         self._parts.append(part)

@@ -17,7 +17,7 @@ from lorapool_api.common import LABEL_BASE, LABEL_BASE_UID, AdapterCondition, Ba
 from lorapool_api.loraadapter import FailureStatus, LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.pod_address import runtime_port, server_name, url_of
 from lorapool_api.protocol import AdapterState, RuntimeSnapshot, Tier
-from lorapool_api.trust.ownership import Owned
+from lorapool_api.trust.ownership import POD_OWNERS, Owned
 from lorapool_api.tuning.finetunejob import ANNOTATION_JOB
 
 _NO_POD_REASONS = frozenset(
@@ -27,6 +27,8 @@ _NO_POD_REASONS = frozenset(
         Reason.INVALID_PROFILE,
         Reason.GPU_COUNT_MISMATCH,
         Reason.SHARED_MEMORY_TOO_SMALL,
+        Reason.ADAPTERS_NOT_SHARED,
+        Reason.LEADER_WORKER_SET_MISSING,
         Reason.NAME_CONFLICT,
     }
 )
@@ -227,16 +229,16 @@ def runtime_pod(raw: Mapping[str, Any]) -> RuntimePod | None:
         ready=ready,
         terminating=metadata.get("deletionTimestamp") is not None,
     )
-    return RuntimePod(Owned.parse(metadata, "ReplicaSet"), endpoint)
+    return RuntimePod(Owned.parse(metadata, *POD_OWNERS), endpoint)
 
 
-def replica_set(raw: Mapping[str, Any]) -> Owned:
-    """Parses a ReplicaSet with its Deployment's uid."""
-    return Owned.parse(raw["metadata"], "Deployment")
+def pod_owner(raw: Mapping[str, Any]) -> Owned:
+    """Parses a ReplicaSet with its Deployment's uid, or a StatefulSet with that of its LeaderWorkerSet."""
+    return Owned.parse(raw["metadata"], "Deployment", "LeaderWorkerSet")
 
 
-def deployment(raw: Mapping[str, Any]) -> Owned:
-    """Parses a Deployment with its BaseModel's uid."""
+def workload(raw: Mapping[str, Any]) -> Owned:
+    """Parses a Deployment or LeaderWorkerSet with its BaseModel's uid."""
     return Owned.parse(raw["metadata"], BASE_KIND)
 
 

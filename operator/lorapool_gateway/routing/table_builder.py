@@ -25,9 +25,9 @@ from lorapool_gateway.routing.objects import (
     RuntimePod,
     adapter_route,
     base_route,
-    deployment,
-    replica_set,
+    pod_owner,
     runtime_pod,
+    workload,
 )
 from lorapool_gateway.routing.routes import RouteTable, RuntimeReplica
 from lorapool_gateway.routing.runtime_polls import PolledPod, RuntimePolls
@@ -37,6 +37,12 @@ BATCH_S = 0.02
 """A change is visible to requests after about this long."""
 BUILD_SHARE = 10
 """The next build waits for at least this many times the duration of the last one."""
+
+OWNERS = (
+    ((Kind.REPLICA_SETS, Kind.STATEFUL_SETS), pod_owner),
+    ((Kind.DEPLOYMENTS, Kind.LEADER_WORKER_SETS), workload),
+)
+"""What owns pods, and what owns that."""
 
 
 class TableBuilder:
@@ -55,8 +61,10 @@ class TableBuilder:
         self._bases = source.caches(Kind.BASES, base_route, self._objects_changed)
         self._adapters = source.caches(Kind.ADAPTERS, adapter_route, self._objects_changed)
         self._pods = source.caches(Kind.PODS, runtime_pod, self.runtimes_changed)
-        self._replica_sets = source.caches(Kind.REPLICA_SETS, replica_set, self.runtimes_changed)
-        self._deployments = source.caches(Kind.DEPLOYMENTS, deployment, self.runtimes_changed)
+        self._pod_owners, self._workloads = (
+            [cache for kind in kinds for cache in source.caches(kind, parse, self.runtimes_changed)]
+            for kinds, parse in OWNERS
+        )
         self._secrets = source.caches(Kind.API_KEYS, parse_key, self._secrets_changed)
         keys.confirmed_s = lambda: min((cache.confirmed_s for cache in self._secrets), default=math.inf)
 
@@ -67,7 +75,7 @@ class TableBuilder:
             group.create_task(self._rebuild(), name="rebuild tables")
 
     def _all(self) -> list[ObjectCache[Any]]:
-        owners = (*self._replica_sets, *self._deployments)
+        owners = (*self._pod_owners, *self._workloads)
         return [*self._bases, *self._adapters, *self._pods, *owners, *self._secrets]
 
     def runtimes_changed(self) -> None:
@@ -122,8 +130,8 @@ class TableBuilder:
 
     def _owners(self) -> Owners:
         return Owners.of(
-            (item for cache in self._replica_sets for item in cache.objects.values()),
-            (item for cache in self._deployments for item in cache.objects.values()),
+            (item for cache in self._pod_owners for item in cache.objects.values()),
+            (item for cache in self._workloads for item in cache.objects.values()),
         )
 
     def _replicas(self, pods: Iterable[Endpoint]) -> dict[ObjectRef, tuple[RuntimeReplica, ...]]:

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import aiohttp
 
-from lorapool_api.common import GROUP, LABEL_API_KEY, LABEL_BASE, VERSION
+from lorapool_api.common import GROUP, LABEL_API_KEY, LABEL_BASE, LABEL_GROUP_SET, VERSION
 from lorapool_gateway.routing.key_events import EventTarget, KeyEvents
 from lorapool_gateway.routing.kube import KubeError
 from lorapool_gateway.routing.objects import ObjectRef
@@ -35,6 +35,9 @@ KEYS_INACTIVITY_TIMEOUT_S = 25.0
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 PAUSE_S = 0.1
 GONE = 410
+NOT_FOUND = 404
+MISSING_API_PAUSE_S = 30.0
+"""A kind that the cluster need not have is looked for this often while the cluster does not have it."""
 
 API_OF = {
     Kind.BASES: f"/apis/{GROUP}/{VERSION}",
@@ -42,6 +45,8 @@ API_OF = {
     Kind.PODS: "/api/v1",
     Kind.REPLICA_SETS: "/apis/apps/v1",
     Kind.DEPLOYMENTS: "/apis/apps/v1",
+    Kind.STATEFUL_SETS: "/apis/apps/v1",
+    Kind.LEADER_WORKER_SETS: "/apis/leaderworkerset.x-k8s.io/v1",
     Kind.API_KEYS: "/api/v1",
     Kind.JOBS: f"/apis/{GROUP}/{VERSION}",
 }
@@ -49,6 +54,8 @@ SELECTOR_OF = {
     Kind.PODS: LABEL_BASE,
     Kind.REPLICA_SETS: LABEL_BASE,
     Kind.DEPLOYMENTS: LABEL_BASE,
+    Kind.STATEFUL_SETS: LABEL_GROUP_SET,
+    Kind.LEADER_WORKER_SETS: LABEL_BASE,
     Kind.API_KEYS: f"{LABEL_API_KEY}=true",
 }
 
@@ -104,6 +111,10 @@ class _ExpiredError(Exception):
     """The resource version is too old to watch from."""
 
 
+class _MissingApiError(Exception):
+    """The cluster does not have this kind, and need not."""
+
+
 class Watch(Generic[T]):
     """Keeps one cache current from one path of the API server."""
 
@@ -140,6 +151,10 @@ class Watch(Generic[T]):
                 await asyncio.sleep(PAUSE_S)  # a server that ends every watch at once is not asked in a hot loop
             except _ExpiredError:
                 self._version = None
+            except _MissingApiError:
+                self._version = None
+                self.cache.replace_all({})
+                await asyncio.sleep(MISSING_API_PAUSE_S)
             except Exception as error:  # of any type: a gateway that stops watching would serve revoked keys
                 network = isinstance(error, aiohttp.ClientError | OSError | TimeoutError)
                 if not network:
@@ -155,7 +170,12 @@ class Watch(Generic[T]):
         objects: dict[ObjectRef, T] = {}
         params = {**self._params, "limit": PAGE_SIZE}
         while True:
-            page = await self._kube.get(self._path, params)
+            try:
+                page = await self._kube.get(self._path, params)
+            except KubeError as error:
+                if error.status == NOT_FOUND and self.cache.kind is Kind.LEADER_WORKER_SETS:
+                    raise _MissingApiError from error
+                raise
             objects |= self.cache.parse_all(page.get("items") or [])
             metadata = page.get("metadata") or {}
             if not metadata.get("continue"):

@@ -109,4 +109,4 @@ def unusable(observed: ObservedBase, source: BaseSource) -> bool:
 
 
 def first_inspection(observed: ObservedBase, source: BaseSource) -> bool:
-    return source.condition[1] == Reason.PENDING and observed.deployment is None
+    return source.condition[1] == Reason.PENDING and observed.workload is None and observed.other_workload is None

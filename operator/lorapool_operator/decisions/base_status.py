@@ -17,7 +17,7 @@ from lorapool_operator.decisions.pods import selector_text
 from lorapool_operator.decisions.profile_checks import profile_problem
 from lorapool_operator.decisions.scaling import starts
 from lorapool_operator.decisions.scaling.rollout import RolloutDecision
-from lorapool_operator.decisions.scaling.scale import ScaleDecision
+from lorapool_operator.decisions.scaling.scale import ScaleDecision, lowest_replicas
 from lorapool_operator.world.observed import ObservedBase
 
 RESTART_REPORT_S = 3600.0
@@ -51,7 +51,7 @@ def status_of(
         conditions=set_conditions(before.conditions, values, generation=base.meta.generation, now=iso(now)),
         replicas=len(alive),
         ready_replicas=sum(1 for runtime in observed.runtimes if runtime.serving),
-        selector=selector_text(base),
+        selector=selector_text(base, observed.profile),
         served_name=granted_name(base, observed.name_holder),
         revision=facts.revision if facts is not None else before.revision,
         digest=(facts.digest or None) if facts is not None else before.digest,
@@ -153,7 +153,8 @@ def _available(
 def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartStatus) -> str:
     """Returns what is wrong with the attempts to start, and what happens next."""
     if decision.replicas == 0:
-        return f"{(start.message or '').rstrip('.')}; {starts.waiting_text(start, observed.floor)}."
+        lowest = lowest_replicas(observed.base.spec.scaling, observed.floor)
+        return f"{(start.message or '').rstrip('.')}; {starts.waiting_text(start, lowest)}."
     if starts.failed_in_attempt(start):
         return start.message or ""
     failed = "a failed start" if start.failures == 1 else f"{start.failures} failed starts"
@@ -163,7 +164,9 @@ def _failed_start(observed: ObservedBase, decision: ScaleDecision, start: StartS
 def _trouble(observed: ObservedBase, start: StartStatus | None) -> str:
     """Returns why not all replicas serve: a problem of a pod, or how far the start is."""
     refused = _refused(observed)
-    return starts.problem(observed) or (refused[1] if refused is not None else "") or starts.progress_text(start)
+    text = starts.problem(observed) or (refused[1] if refused is not None else "") or starts.progress_text(start)
+    waits = [pod.meta.name for pod in observed.workers if not pod.ready and not pod.terminating]
+    return text or (f"Not ready: worker {', '.join(sorted(waits)[:3])}." if waits else "")
 
 
 def _refused(observed: ObservedBase) -> tuple[Reason, str] | None:
@@ -280,7 +283,7 @@ def blocked_by(observed: ObservedBase) -> ConditionValue | None:
         return ("False", observed.child_problem.reason.value, observed.child_problem.message)
     if observed.profile is None:
         return _no_profile(observed)
-    problem = profile_problem(observed.profile, observed.image)
+    problem = profile_problem(observed.profile, observed.image, observed.base.meta.name)
     if problem is not None:
         message = f"The runtime profile {observed.base.spec.runtime_profile!r} cannot be used: {problem.message}"
         return ("False", problem.reason.value, message)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 
-from lorapool_api.common import ANNOTATION_SPEC_HASH, ANNOTATION_TEMPLATE_HASH
+from lorapool_api.common import ANNOTATION_SPEC_HASH, ANNOTATION_TEMPLATE_HASH, LABEL_COMPONENT
 from lorapool_api.pod_address import ENCRYPTED, PLAIN
 from lorapool_api.protocol import RUNTIME_PORT, BaseChat, PreloadList
 from lorapool_artifacts.policy import SourceRules
@@ -17,14 +18,16 @@ from lorapool_operator.decisions.pods import (
     SOURCE_RULES_FILE,
     TOKEN_HASHES_FILE,
     Manifest,
+    adapters_claim_name,
     children_name,
     content_hash,
     labels,
     pod_template,
+    replica_labels,
     selector_labels,
 )
 from lorapool_operator.decisions.runtime_tls import owner_reference, serve_tls
-from lorapool_operator.world.cluster_cache import BaseObject
+from lorapool_operator.world.cluster_cache import DEPLOYMENT, HELD_BACK, LEADER_WORKER_SET, BaseObject
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile, device_names
 
 NO_PRELOAD = PreloadList()
@@ -48,10 +51,10 @@ def children(
     """
     made = [
         files(base, token_sha256, rules, preload),
-        *model_cache_claim(base, profile),
+        *cache_claims(base, profile),
         *network_policy(base, profile),  # before the pods that it is for
-        deployment(base, profile, image, replicas=replicas, paused=paused, tls=tls),
-        service(base, ENCRYPTED if tls else PLAIN),
+        workload(base, profile, image, replicas=replicas, paused=paused, tls=tls),
+        service(base, profile, ENCRYPTED if tls else PLAIN),
         pdb(base, profile),
     ]
     for child in made:
@@ -81,32 +84,53 @@ def files(base: BaseObject, token_sha256: tuple[str, ...], rules: SourceRules, p
     }
 
 
-def model_cache_claim(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
-    """Yields the claim of the base's own cache volume, if the profile asks for one."""
+def cache_claims(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
+    """Yields the claims of the base's own volumes, if the profile asks for some."""
+    kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
     if profile.cache is not None and profile.cache.pvc is not None:
-        kind = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
         yield {**kind, "metadata": _metadata(base), "spec": profile.cache.pvc}
+    if profile.adapter_cache is not None and profile.adapter_cache.pvc is not None:
+        name = {"name": adapters_claim_name(base.meta.name)}
+        yield {**kind, "metadata": _metadata(base) | name, "spec": profile.adapter_cache.pvc}
 
 
 def network_policy(base: BaseObject, profile: RuntimeProfile) -> Iterator[Manifest]:
-    """Yields the policy of the base's pods, if the profile has one; no namespace needs one of the chart's."""
-    if profile.network_policy:
-        kind = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
-        rules = {"podSelector": {"matchLabels": selector_labels(base)}, "policyTypes": ["Ingress", "Egress"]}
-        yield {**kind, "metadata": _metadata(base), "spec": {**rules, **profile.network_policy}}
+    """Yields the policy of the base's pods, if the profile has one; no namespace needs one of the chart's.
+
+    Between the pods of a base with groups everything is allowed, since what computes together uses any port.
+    """
+    if not profile.network_policy:
+        return
+    pods = {"podSelector": {"matchLabels": selector_labels(base)}}
+    rules = {**pods, "policyTypes": ["Ingress", "Egress"], **profile.network_policy}
+    if profile.nodes > 1:
+        for direction, peer in (("ingress", "from"), ("egress", "to")):
+            rules[direction] = [*rules.get(direction, ()), {peer: [pods]}]
+    yield {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": _metadata(base), "spec": rules}
+
+
+def workload(
+    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool, tls: bool
+) -> Manifest:
+    """Returns what makes the pods. While it is paused, they are not replaced when the template changes."""
+    template = pod_template(base, profile, image)
+    worker = worker_template(template) if profile.nodes > 1 else None
+    if tls:
+        serve_tls(template["spec"], base)
+    hashed = {"leader": template, "worker": worker, "nodes": profile.nodes} if worker is not None else template
+    template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(hashed)
+    if worker is None:
+        return deployment(base, profile, template, replicas=replicas, paused=paused)
+    return leader_worker_set(base, profile, template, worker, replicas=replicas, paused=paused)
 
 
 def deployment(
-    base: BaseObject, profile: RuntimeProfile, image: RuntimeImage, *, replicas: int, paused: bool, tls: bool = False
+    base: BaseObject, profile: RuntimeProfile, template: Manifest, *, replicas: int, paused: bool
 ) -> Manifest:
-    """Returns the Deployment. While it is paused, its pods are not replaced when the template changes."""
-    template = pod_template(base, profile, image)
-    if tls:
-        serve_tls(template["spec"], base)
-    template["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH] = content_hash(template)
+    """Returns the Deployment of a base whose replicas are single pods."""
     return {
         "apiVersion": "apps/v1",
-        "kind": "Deployment",
+        "kind": DEPLOYMENT,
         "metadata": _metadata(base),
         "spec": {
             "replicas": replicas,
@@ -119,6 +143,46 @@ def deployment(
             "template": template,
         },
     }
+
+
+def leader_worker_set(
+    base: BaseObject, profile: RuntimeProfile, leader: Manifest, worker: Manifest, *, replicas: int, paused: bool
+) -> Manifest:
+    """Returns the LeaderWorkerSet of a base whose replicas are groups of pods, one on each node.
+
+    When the process of one pod ends, its controller replaces the whole group: no part of it can continue alone.
+    """
+    bounds = strategy(profile).get("rollingUpdate") or {"maxUnavailable": "100%", "maxSurge": 0}
+    held_back = {"partition": HELD_BACK} if paused else {}
+    return {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": LEADER_WORKER_SET,
+        "metadata": _metadata(base),
+        "spec": {
+            "replicas": replicas,
+            "startupPolicy": "LeaderCreated",  # the leader is ready only once its workers have joined
+            "networkConfig": {"subdomainPolicy": "UniquePerReplica"},  # else its Service would have the name of ours
+            "rolloutStrategy": {"type": "RollingUpdate", "rollingUpdateConfiguration": {**bounds, **held_back}},
+            "leaderWorkerTemplate": {
+                "size": profile.nodes,
+                "restartPolicy": "RecreateGroupOnPodRestart",
+                "leaderTemplate": leader,
+                "workerTemplate": worker,
+            },
+        },
+    }
+
+
+def worker_template(leader: Manifest) -> Manifest:
+    """Returns the template of a group's other pods, which answer no requests: without ports, probes and metrics."""
+    worker = copy.deepcopy(leader)
+    worker["metadata"]["labels"][LABEL_COMPONENT] = "worker"
+    annotations = worker["metadata"]["annotations"]
+    worker["metadata"]["annotations"] = {k: v for k, v in annotations.items() if not k.startswith("prometheus.io/")}
+    container = next(item for item in worker["spec"]["containers"] if item["name"] == "runtime")
+    for field in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
+        del container[field]
+    return worker
 
 
 def strategy(profile: RuntimeProfile) -> Manifest:
@@ -137,12 +201,18 @@ def strategy(profile: RuntimeProfile) -> Manifest:
 
 
 def template_hash(made: Sequence[Manifest]) -> str:
-    """Returns the hash of the pod template among these children; empty without a Deployment."""
-    templates = (child["spec"]["template"] for child in made if child["kind"] == "Deployment")
+    """Returns the hash of the pod template among these children; empty if no child makes pods."""
+    templates = (
+        child["spec"]["template"]
+        if child["kind"] == DEPLOYMENT
+        else child["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+        for child in made
+        if child["kind"] in (DEPLOYMENT, LEADER_WORKER_SET)
+    )
     return next((str(item["metadata"]["annotations"][ANNOTATION_TEMPLATE_HASH]) for item in templates), "")
 
 
-def service(base: BaseObject, scheme: str = PLAIN) -> Manifest:
+def service(base: BaseObject, profile: RuntimeProfile, scheme: str = PLAIN) -> Manifest:
     """Returns a headless Service, by which monitoring and other clients find the pods; the gateway reads the pods."""
     return {
         "apiVersion": "v1",
@@ -150,7 +220,7 @@ def service(base: BaseObject, scheme: str = PLAIN) -> Manifest:
         "metadata": _metadata(base),
         "spec": {
             "clusterIP": "None",
-            "selector": selector_labels(base),
+            "selector": replica_labels(base, profile),
             "ports": [
                 {"name": scheme, "port": RUNTIME_PORT, "targetPort": scheme, "protocol": "TCP"},
                 {"name": METRICS_PORT_NAME, "port": METRICS_PORT, "targetPort": METRICS_PORT_NAME, "protocol": "TCP"},

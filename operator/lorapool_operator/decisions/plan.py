@@ -11,7 +11,7 @@ from lorapool_api.loraadapter import LoraAdapterStatus
 from lorapool_api.protocol import AdapterDescriptor
 from lorapool_artifacts.policy import Rights
 from lorapool_operator.decisions.pods import Manifest
-from lorapool_operator.world.cluster_cache import Key
+from lorapool_operator.world.cluster_cache import Key, WorkloadObject
 from lorapool_operator.world.observed import ScaleMemory, SpreadMemory, Standing
 
 ConditionValue = tuple[str, str, str]
@@ -117,8 +117,9 @@ class BasePlan:
     children: tuple[Manifest, ...] = ()
     """The children to be applied."""
     children_hash: str = ""
-    remove_deployment_uid: str | None = None
-    """The Deployment of a deleted BaseModel of the same name; its selector is immutable and cannot be adopted."""
+    remove: tuple[WorkloadObject, ...] = ()
+    """What makes pods and must not any more: a Deployment or LeaderWorkerSet of a deleted BaseModel of the same name,
+    whose selector is immutable, or one of the kind that the base had before its profile changed."""
     scale_to: int | None = None
     unregisters: tuple[Unregister, ...] = ()
     inspect: InspectionJob | None = None

@@ -25,6 +25,7 @@ from lorapool_operator.decisions.scaling.hot_set import hot_set
 from lorapool_operator.decisions.scaling.preemption import standing_of
 from lorapool_operator.decisions.scaling.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
 from lorapool_operator.decisions.scaling.stopping import deletion_costs, hand_over
+from lorapool_operator.world.cluster_cache import WorkloadObject
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory, Standing
 from lorapool_operator.world.profiles import RuntimeProfile
 
@@ -43,19 +44,24 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     current = observed.base.spec.replicas
     decision, standing = _replicas(observed, source, now, settings)
     decision = hand_over(observed, decision, current, now)
-    foreign = observed.deployment is not None and observed.deployment.owner_uid != observed.base.meta.uid
+    foreign = observed.workload is not None and observed.workload.owner_uid != observed.base.meta.uid
     run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
     made = _children(observed, source, run.replicas) if not foreign else ()
     replacing = rollout.decide(observed, template_hash(made), settings.max_concurrent_rollouts, now)
     hot = hot_set(observed, replacing)
-    if replacing.paused or hot.adapters:
+    if replacing.paused and observed.workload is None:
+        made = ()  # the other kind keeps running
+    elif replacing.paused or hot.adapters:
         made = _children(observed, source, run.replicas, preload=hot, paused=replacing.paused)
     made_hash = content_hash({"children": list(made)}) if made else ""
     apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
     status, last_used_due = status_of(observed, source, run, replacing, now, settings)
     give_up = None
     if can_start(observed, source):
-        give_up = starts.give_up_at(observed, floor=observed.floor, settings=settings)
+        start = observed.base.status.start
+        give_up = starts.give_up_at(observed, start, floor=observed.floor, settings=settings)
+        if status is not None and starts.given_up(status.start):
+            give_up = now
     due = (
         source_due,
         decision.recheck_unix_s,
@@ -70,7 +76,7 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         status=status,
         children=made if apply else (),
         children_hash=made_hash,
-        remove_deployment_uid=observed.deployment.meta.uid if foreign and observed.deployment is not None else None,
+        remove=_superfluous(observed),
         scale_to=decision.replicas if decision.replicas != current else None,
         unregisters=_strays(observed, now),
         inspect=job,
@@ -118,7 +124,9 @@ def _replicas(
 def _profile(observed: ObservedBase) -> RuntimeProfile | None:
     """Returns the base's profile if pods can be made from it."""
     profile = observed.profile
-    return profile if profile is not None and profile_problem(profile, observed.image) is None else None
+    if profile is None or profile_problem(profile, observed.image, observed.base.meta.name) is not None:
+        return None
+    return profile
 
 
 def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, float | None]:
@@ -128,7 +136,15 @@ def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, fl
     if observed.child_problem is not None:
         waits = now < observed.apply_retry_unix_s
         return not waits, observed.apply_retry_unix_s if waits else None
-    return observed.apply_again or observed.deployment is None, None
+    return observed.apply_again or observed.workload is None, None
+
+
+def _superfluous(observed: ObservedBase) -> tuple[WorkloadObject, ...]:
+    """Returns what must make no pods any more. The other kind goes once the one that replaces it exists."""
+    uid, now, other = observed.base.meta.uid, observed.workload, observed.other_workload
+    foreign = tuple(item for item in (now, other) if item is not None and item.owner_uid != uid)
+    replaced = now is not None and now.owner_uid == uid and other is not None and other.owner_uid == uid
+    return (*foreign, other) if replaced and other is not None else foreign
 
 
 def _children(

@@ -18,15 +18,17 @@ from lorapool_api.common import (
     LABEL_BASE,
     LABEL_BASE_UID,
     LABEL_COMPONENT,
+    LABEL_GROUP_INDEX,
     LABEL_INSTANCE,
     LABEL_MANAGED_BY,
     LABEL_NAME,
+    LABEL_WORKER_INDEX,
     quantity_bytes,
 )
 from lorapool_api.pod_address import PLAIN
 from lorapool_api.protocol import ENV_TOKEN_SHA256_FILE, ROUTE_HEALTH, ROUTE_METRICS, ROUTE_READY, RUNTIME_PORT
 from lorapool_operator.world.cluster_cache import BaseObject
-from lorapool_operator.world.profiles import ModelCache, RuntimeImage, RuntimeProfile
+from lorapool_operator.world.profiles import AdapterCache, ModelCache, RuntimeImage, RuntimeProfile
 
 MANAGED_BY = FIELD_MANAGER
 METRICS_PORT = 9090
@@ -34,6 +36,8 @@ ENV_POD_UID = "LORAPOOL_RUNTIME_POD_UID"
 METRICS_PORT_NAME = "metrics"
 METRICS_TLS_VARIABLE = "LORAPOOL_RUNTIME_METRICS_TLS_DIR"
 CACHE_DIR = "/cache"
+ADAPTERS_DIR = "/adapters"
+ENV_GROUP = "LORAPOOL_GROUP"
 MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
 TOKEN_DIR = "/etc/lorapool/token"
@@ -56,14 +60,25 @@ def children_name(base_name: str) -> str:
     return f"{base_name}-runtime"
 
 
+def adapters_claim_name(base_name: str) -> str:
+    """Returns the name of the claim for the files of a base's adapters, which the nodes of a group share."""
+    return f"{base_name}-adapters"
+
+
 def selector_labels(base: BaseObject) -> dict[str, str]:
     """Returns the labels that only pods of this very object have, not those of a deleted one of the same name."""
     return {LABEL_BASE: base.meta.name, LABEL_BASE_UID: base.meta.uid}
 
 
-def selector_text(base: BaseObject) -> str:
+def replica_labels(base: BaseObject, profile: RuntimeProfile | None) -> dict[str, str]:
+    """Returns the labels that one pod of each replica has: of a group, its leader."""
+    leaders = {LABEL_WORKER_INDEX: "0"} if profile is not None and profile.nodes > 1 else {}
+    return {**selector_labels(base), **leaders}
+
+
+def selector_text(base: BaseObject, profile: RuntimeProfile | None) -> str:
     """Returns the selector as text, for status.selector of the scale subresource."""
-    return ",".join(f"{key}={value}" for key, value in sorted(selector_labels(base).items()))
+    return ",".join(f"{key}={value}" for key, value in sorted(replica_labels(base, profile).items()))
 
 
 def content_hash(manifest: Manifest) -> str:
@@ -176,7 +191,7 @@ def _container(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage) -
 def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     """Returns the runtime's settings from the spec, after the profile's variables so that they take precedence."""
     spec = base.spec
-    cache_bytes = int(quantity_bytes(profile.cache_size_limit) * (1 - CACHE_RESERVE))
+    cache_dir, cache_bytes = _adapter_files(base, profile)
     values = {
         "MODEL": spec.source.uri,
         "REVISION": spec.source.revision or "",
@@ -190,7 +205,7 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         "PREFIX_SHARING": spec.prefix_cache.sharing.value,
         "LISTEN_PORT": str(RUNTIME_PORT),
         "METRICS_PORT": str(METRICS_PORT),
-        "CACHE_DIR": f"{CACHE_DIR}/artifacts",
+        "CACHE_DIR": cache_dir,
         "CACHE_BYTES": str(cache_bytes),
         "PVC_ROOT": PVC_ROOT,
         "ENGINE": profile.engine if profile.engine != "torch" else "",
@@ -199,11 +214,14 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
         "THREADS": str(profile.threads) if profile.threads else "",
         "DRAIN_GRACE_S": str(profile.termination_grace_period_seconds - DRAIN_RESERVE_S),
     }
-    ours: list[Manifest] = [
-        {"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value
-    ]
-    if profile.cache is not None:
-        ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": MODELS_DIR})
+    ours: list[Manifest] = []
+    if profile.nodes > 1:
+        group = {"fieldRef": {"fieldPath": f"metadata.labels['{LABEL_GROUP_INDEX}']"}}
+        ours.append({"name": ENV_GROUP, "valueFrom": group})  # before the variables that refer to it
+    ours += [{"name": f"LORAPOOL_RUNTIME_{name}", "value": value} for name, value in values.items() if value]
+    if profile.cache is not None or profile.nodes > 1:
+        folder = MODELS_DIR if profile.cache is not None else f"{CACHE_DIR}/bases"
+        ours.append({"name": "LORAPOOL_RUNTIME_BASE_CACHE_DIR", "value": folder})
     ours.append({"name": ENV_TOKEN_SHA256_FILE, "value": f"{TOKEN_DIR}/{TOKEN_HASHES_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_PRELOAD_FILE", "value": f"{TOKEN_DIR}/{PRELOAD_FILE}"})
     ours.append({"name": "LORAPOOL_RUNTIME_SOURCE_RULES_FILE", "value": f"{TOKEN_DIR}/{SOURCE_RULES_FILE}"})
@@ -216,14 +234,35 @@ def _env(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     ]
     taken = {item["name"] for item in ours}
     given = {item.get("name") for item in profile.env} | taken
-    defaults = [{"name": name, "value": value} for name, value in _engine_env(profile).items() if name not in given]
+    defaults = [item for item in _engine_env(profile) if item["name"] not in given]
     return defaults + [item for item in profile.env if item.get("name") not in taken] + ours
 
 
-def _engine_env(profile: RuntimeProfile) -> dict[str, str]:
+def _adapter_files(base: BaseObject, profile: RuntimeProfile) -> tuple[str, int]:
+    """Returns the folder for the files of adapters, and how many bytes of them may be kept.
+
+    All pods of a group have the same folder. Each replica has its own, since it deletes what it does not need.
+    """
+    shared, limit = profile.adapter_cache, quantity_bytes(profile.cache_size_limit)
+    if shared is None:
+        return f"{CACHE_DIR}/artifacts", int(limit * (1 - CACHE_RESERVE))
+    if shared.pvc is not None:
+        limit = claim_bytes(shared.pvc) // base.spec.scaling.max_replicas
+    return f"{ADAPTERS_DIR}/{base.meta.uid}/$({ENV_GROUP})", int(limit * (1 - CACHE_RESERVE))
+
+
+def claim_bytes(spec: Mapping[str, Any]) -> int:
+    """Returns the size of a PersistentVolumeClaim; 0 if it asks for none that can be read."""
+    try:
+        return quantity_bytes(str(spec["resources"]["requests"]["storage"]))
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def _engine_env(profile: RuntimeProfile) -> list[Manifest]:
     """Returns variables that the libraries of an engine read; the profile may give others in their place."""
     if profile.engine == "torch":
-        return {}
+        return []
     found = {
         "USER": "lorapool",  # the pod's user has no entry in /etc/passwd
         "XDG_CACHE_HOME": CACHE_DIR,
@@ -234,7 +273,12 @@ def _engine_env(profile: RuntimeProfile) -> dict[str, str]:
     }
     if profile.tensor_parallel * profile.pipeline_parallel > 1:
         found["NCCL_DEBUG"] = "WARN"  # the log then says why GPUs cannot reach each other
-    return found
+    if profile.nodes > 1:
+        found |= {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}  # the pod network's
+    made: list[Manifest] = [{"name": name, "value": value} for name, value in found.items()]
+    if profile.nodes > 1:
+        made.append({"name": "VLLM_HOST_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
+    return made
 
 
 def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
@@ -245,6 +289,8 @@ def _volumes(base: BaseObject, profile: RuntimeProfile) -> list[Manifest]:
     ]
     if profile.cache is not None:
         volumes.append({"name": "models", **_model_cache(base, profile.cache)})
+    if profile.adapter_cache is not None:
+        volumes.append({"name": "adapters", **_adapter_cache(base, profile.adapter_cache)})
     if profile.shm_size_limit:
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm_size_limit}})
     for index, volume in enumerate(profile.volumes):
@@ -259,6 +305,12 @@ def _model_cache(base: BaseObject, cache: ModelCache) -> Manifest:
     return {"hostPath": cache.host_path} if cache.host_path is not None else {"ephemeral": cache.ephemeral}
 
 
+def _adapter_cache(base: BaseObject, cache: AdapterCache) -> Manifest:
+    if cache.pvc is not None:
+        return {"persistentVolumeClaim": {"claimName": adapters_claim_name(base.meta.name)}}
+    return {"hostPath": cache.host_path}
+
+
 def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     mounts: list[Manifest] = [
         {"name": "token", "mountPath": TOKEN_DIR, "readOnly": True},
@@ -267,6 +319,8 @@ def _mounts(profile: RuntimeProfile) -> list[Manifest]:
     ]
     if profile.cache is not None:
         mounts.append({"name": "models", "mountPath": MODELS_DIR})
+    if profile.adapter_cache is not None:
+        mounts.append({"name": "adapters", "mountPath": ADAPTERS_DIR})
     if profile.shm_size_limit:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     for index, volume in enumerate(profile.volumes):

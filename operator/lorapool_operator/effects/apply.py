@@ -27,6 +27,7 @@ from lorapool_operator.effects.inspections import InspectionTracker
 from lorapool_operator.effects.runtime_calls import RuntimeCallError
 from lorapool_operator.effects.runtime_polls import RuntimeTracker
 from lorapool_operator.world.cluster_cache import (
+    LEADER_WORKER_SET,
     AdapterObject,
     BaseObject,
     ClusterCache,
@@ -43,6 +44,11 @@ REFUSALS = (400, 403, 422)
 """Invalid, forbidden (rights, quota, admission policy), unprocessable: nothing changes until a person acts."""
 MALFORMED = ("failed to convert new object", "failed to create typed patch object")
 """The API server answers 500 to a value of a wrong form, such as the quantity 16GB."""
+
+NO_GROUPS = (
+    "The runtime profile has several nodes, and the cluster does not serve LeaderWorkerSets: install LeaderWorkerSet "
+    "0.7 or later (https://lws.sigs.k8s.io/docs/installation), or use a profile with one node."
+)
 
 
 class Applier:
@@ -98,8 +104,8 @@ class Applier:
             await self._cluster.scale(base, plan.scale_to)
             await self._post(_subject(ObjectKind.BASE, base), plan.events)
             return False
-        if plan.remove_deployment_uid is not None:
-            await self._remove_deployment(plan.remove_deployment_uid)
+        for item in plan.remove:
+            await self._cluster.delete(item.kind, item.meta.namespace, item.meta.name, uid=item.meta.uid)
         refused = await self._certify(base)
         if plan.children:
             refused = refused or await self._apply_children(plan)
@@ -146,18 +152,15 @@ class Applier:
         problem: ChildProblem | None = None
         for child in plan.children:
             try:
-                await self._cluster.apply_child(child)
+                applied = await self._cluster.apply_child(child)
+                if child["kind"] == LEADER_WORKER_SET:
+                    self._intake.leader_worker_set(applied)  # its API may be too new in the cluster for a watch
             except ClusterError as error:
                 refused = refusal(child, error)
                 if refused is None:
                     raise
                 problem = problem or refused
         return problem
-
-    async def _remove_deployment(self, uid: str) -> None:
-        found = next((item for item in self._cache.deployments if item.meta.uid == uid), None)
-        if found is not None:
-            await self._cluster.delete("Deployment", found.meta.namespace, found.meta.name, uid=uid)
 
     async def _unregister(self, items: tuple[Unregister, ...]) -> list[RuntimeCallError]:
         failures: list[RuntimeCallError] = []
@@ -203,6 +206,8 @@ def refusal(child: Manifest, error: ClusterError) -> ChildProblem | None:
     """Returns what a refused apply means for the base; None for an error that a retry may cure by itself."""
     if isinstance(error, ForeignObjectError):
         return ChildProblem(Reason.NAME_CONFLICT, str(error))
+    if isinstance(error, ObjectNotFoundError) and child["kind"] == LEADER_WORKER_SET:
+        return ChildProblem(Reason.LEADER_WORKER_SET_MISSING, NO_GROUPS)
     refused = error.status in REFUSALS or (error.status == 500 and error.detail.startswith(MALFORMED))
     if not refused:
         return None

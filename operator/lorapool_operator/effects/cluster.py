@@ -29,7 +29,7 @@ from lorapool_operator.decisions.plan import KubeEvent
 from lorapool_operator.decisions.pods import MANAGED_BY, Manifest
 from lorapool_operator.effects.fence import Fence
 from lorapool_operator.effects.rate_limit import RateLimit
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, ObjectKind
+from lorapool_operator.world.cluster_cache import LEADER_WORKER_SET, AdapterObject, BaseObject, Key, ObjectKind
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ METADATA_ONLY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v
 PATHS = {
     "Deployment": ("apis/apps/v1", "deployments"),
     "ReplicaSet": ("apis/apps/v1", "replicasets"),
+    "StatefulSet": ("apis/apps/v1", "statefulsets"),
+    LEADER_WORKER_SET: ("apis/leaderworkerset.x-k8s.io/v1", "leaderworkersets"),
     "ConfigMap": ("api/v1", "configmaps"),
     "PersistentVolumeClaim": ("api/v1", "persistentvolumeclaims"),
     "Secret": ("api/v1", "secrets"),
@@ -56,6 +58,8 @@ PATHS = {
     ObjectKind.TUNING: (f"apis/{GROUP}/{VERSION}", "finetunejobs"),
 }
 RUNTIME_SELECTOR = LABEL_BASE
+OPTIONAL = frozenset({LEADER_WORKER_SET})
+"""Kinds that a cluster need not have."""
 
 
 class ClusterError(Exception):
@@ -161,14 +165,22 @@ class Cluster:
     async def pages(
         self, kind: str, namespace: str | None, *, labels: str = "", metadata_only: bool = False
     ) -> AsyncIterator[Page]:
-        """Yields all objects of a kind in one namespace, or in all if it is None, page by page. Raises ClusterError."""
+        """Yields all objects of a kind in one namespace, or in all if it is None, page by page. Raises ClusterError.
+
+        Of an optional kind that the cluster does not have there are none.
+        """
         token: str | None = ""
         headers = {"Accept": METADATA_ONLY} if metadata_only else {}
         while token is not None:
             query = [("limit", str(PAGE_ITEMS))]
             query += [("labelSelector", labels)] if labels else []
             query += [("continue", token)] if token else []
-            page = await self._call("GET", _path(kind, namespace), query=query, headers=headers)
+            try:
+                page = await self._call("GET", _path(kind, namespace), query=query, headers=headers)
+            except ObjectNotFoundError:
+                if kind not in OPTIONAL:
+                    raise
+                return
             meta = page.get("metadata") or {}
             yield Page(str(meta.get("resourceVersion", "")), page.get("items") or [])
             token = meta.get("continue") or None

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
@@ -27,13 +27,15 @@ from lorapool_api.common import (
     ANNOTATION_TEMPLATE_HASH,
     LABEL_BASE,
     LABEL_BASE_UID,
+    LABEL_GROUP_INDEX,
+    LABEL_GROUP_SET,
     BaseCondition,
     Condition,
     Reason,
 )
 from lorapool_api.loraadapter import LoraAdapterSpec, LoraAdapterStatus
 from lorapool_api.pod_address import PLAIN, runtime_port
-from lorapool_api.trust.ownership import Owned, Owners, controller_uid
+from lorapool_api.trust.ownership import POD_OWNERS, Owned, Owners, controller_uid
 from lorapool_operator.clock import unix
 from lorapool_operator.world import problems
 from lorapool_operator.world.compact import compact_adapter, share_conditions
@@ -249,8 +251,12 @@ class PodObject:
     last_exit: str = ""
     """How its process ended before the last restart."""
     last_exit_unix_s: float = 0.0
+    last_crash: str = ""
+    """The same as a problem, if its process failed; empty if it did not."""
     owner_uid: str = ""
-    """Uid of the ReplicaSet that controls it."""
+    """Uid of the ReplicaSet or StatefulSet that controls it."""
+    group: int | None = None
+    """Number of its group; None for a pod of a Deployment."""
     job_uid: str = ""
     """Uid of the batch/v1 Job that controls it, for the pod of a trainer."""
     disruption: str = ""
@@ -283,7 +289,9 @@ class PodObject:
             restarts=restarts,
             last_exit=last,
             last_exit_unix_s=unix(last_at) or 0.0,
-            owner_uid=controller_uid(raw["metadata"], "ReplicaSet"),
+            last_crash=problems.last_crash(status),
+            owner_uid=controller_uid(raw["metadata"], *POD_OWNERS),
+            group=int(labels[LABEL_GROUP_INDEX]) if LABEL_GROUP_INDEX in labels else None,
             job_uid=controller_uid(raw["metadata"], "Job"),
             disruption=problems.disruption(status),
             scheme=scheme,
@@ -307,7 +315,31 @@ class ReplicaSetObject:
 
 
 @dataclass(frozen=True, slots=True)
-class DeploymentObject:
+class StatefulSetObject:
+    """The link between a LeaderWorkerSet and the leaders of its groups, or between a leader and its workers."""
+
+    meta: Meta
+    set_name: str
+    """Name of the LeaderWorkerSet."""
+    owner_uid: str
+    """Uid of the LeaderWorkerSet, or of the leader's pod."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> StatefulSetObject:
+        metadata = raw["metadata"]
+        name = (metadata.get("labels") or {}).get(LABEL_GROUP_SET, "")
+        return cls(Meta.parse(metadata), name, controller_uid(metadata, LEADER_WORKER_SET, "Pod"))
+
+
+DEPLOYMENT, LEADER_WORKER_SET = "Deployment", "LeaderWorkerSet"
+HELD_BACK = 1000
+"""Number of the first group that a LeaderWorkerSet may replace while its rollout is paused: above every group's."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadObject:
+    """What makes the runtime pods of a base: a Deployment, or a LeaderWorkerSet, whose replicas are groups of pods."""
+
     meta: Meta
     base: Key
     owner_uid: str
@@ -320,21 +352,41 @@ class DeploymentObject:
     """Its pods are not replaced when the template changes."""
     rolling: bool = False
     """Its pods are being replaced, and progress is still expected."""
+    kind: str = DEPLOYMENT
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> DeploymentObject:
-        meta = Meta.parse(raw["metadata"])
-        labels = raw["metadata"].get("labels") or {}
-        spec = raw.get("spec") or {}
+    def parse(cls, raw: Mapping[str, Any]) -> WorkloadObject:
+        """Parses a Deployment."""
+        spec, status = raw.get("spec") or {}, raw.get("status") or {}
         return cls(
-            meta=meta,
-            base=Key(ObjectKind.BASE, meta.namespace, labels.get(LABEL_BASE, "")),
-            owner_uid=controller_uid(raw["metadata"], ObjectKind.BASE),
-            problem=problems.deployment_problem(raw.get("status") or {}),
-            template_hash=_template_hash(spec),
+            *_owned_by_base(raw),
+            problem=problems.deployment_problem(status),
+            template_hash=_template_hash(spec.get("template") or {}),
             paused=bool(spec.get("paused")),
-            rolling=not spec.get("paused") and _progress(raw.get("status") or {}) not in SETTLED,
+            rolling=not spec.get("paused") and _progress(status) not in SETTLED,
         )
+
+    @classmethod
+    def parse_groups(cls, raw: Mapping[str, Any]) -> WorkloadObject:
+        """Parses a LeaderWorkerSet. It does not report why pods cannot be created."""
+        spec, status = raw.get("spec") or {}, raw.get("status") or {}
+        rollout = (spec.get("rolloutStrategy") or {}).get("rollingUpdateConfiguration") or {}
+        paused = int(rollout.get("partition") or 0) >= HELD_BACK
+        updates = (item for item in status.get("conditions") or () if item["type"] == "UpdateInProgress")
+        return cls(
+            *_owned_by_base(raw),
+            problem="",
+            template_hash=_template_hash((spec.get("leaderWorkerTemplate") or {}).get("leaderTemplate") or {}),
+            paused=paused,
+            rolling=not paused and any(item["status"] == "True" for item in updates),
+            kind=LEADER_WORKER_SET,
+        )
+
+
+def _owned_by_base(raw: Mapping[str, Any]) -> tuple[Meta, Key, str]:
+    meta = Meta.parse(raw["metadata"])
+    base = (raw["metadata"].get("labels") or {}).get(LABEL_BASE, "")
+    return meta, Key(ObjectKind.BASE, meta.namespace, base), controller_uid(raw["metadata"], ObjectKind.BASE)
 
 
 SETTLED = ("", "NewReplicaSetAvailable", "ProgressDeadlineExceeded")
@@ -346,8 +398,8 @@ def _progress(status: Mapping[str, Any]) -> str:
     return str(next((item.get("reason") for item in progressing), "") or "")
 
 
-def _template_hash(spec: Mapping[str, Any]) -> str:
-    annotations = ((spec.get("template") or {}).get("metadata") or {}).get("annotations") or {}
+def _template_hash(template: Mapping[str, Any]) -> str:
+    annotations = (template.get("metadata") or {}).get("annotations") or {}
     return str(annotations.get(ANNOTATION_TEMPLATE_HASH, ""))
 
 
@@ -435,7 +487,9 @@ class ClusterCache:
         self.adapters: KindCache[AdapterObject] = KindCache()
         self.pods: KindCache[PodObject] = KindCache()
         self.replica_sets: KindCache[ReplicaSetObject] = KindCache()
-        self.deployments: KindCache[DeploymentObject] = KindCache()
+        self.deployments: KindCache[WorkloadObject] = KindCache()
+        self.stateful_sets: KindCache[StatefulSetObject] = KindCache()
+        self.leader_worker_sets: KindCache[WorkloadObject] = KindCache()
         self.unlisted: set[str | None] = set()
         """Watched namespaces that were never listed (None: the cluster): an object missing there may exist."""
         self.unreadable: dict[Key, UnreadableObject] = {}
@@ -514,8 +568,23 @@ class ClusterCache:
 
         Any other pod with the labels of a runtime is no runtime: it is neither polled nor counted.
         """
-        owners = Owners.of(map(_owned, self.replica_sets), map(_owned, self.deployments))
+        owners = self._owners()
         return [pod for pod in self.pods if self._belongs(pod, owners)]
+
+    def workers_of(self, base: BaseObject) -> list[PodObject]:
+        """Returns the pods of the base's groups that are not leaders: no request and no poll is sent to them."""
+        owners = self._owners()
+        leaders = {pod.meta.uid for pod in self.pods_of(base) if pod.group is not None}
+        return [pod for pod in self.pods if leaders and owners.workload_uid(_owned(pod)) in leaders]
+
+    def workloads(self) -> Iterator[WorkloadObject]:
+        """Yields what makes the runtime pods of all bases."""
+        yield from self.deployments
+        yield from self.leader_worker_sets
+
+    def _owners(self) -> Owners:
+        sets = (*map(_owned, self.replica_sets), *map(_owned, self.stateful_sets))
+        return Owners.of(sets, map(_owned, self.workloads()))
 
     def _belongs(self, pod: PodObject, owners: Owners) -> bool:
         base = self.bases.get(pod.base.namespace, pod.base.name)
@@ -542,7 +611,7 @@ def _claim(item: BaseObject | AdapterObject, name: str) -> tuple[int, float, str
     return strength, item.meta.created_unix_s, item.meta.uid
 
 
-def _owned(item: PodObject | ReplicaSetObject | DeploymentObject) -> Owned:
+def _owned(item: PodObject | ReplicaSetObject | StatefulSetObject | WorkloadObject) -> Owned:
     return Owned(item.meta.namespace, item.meta.uid, item.owner_uid)
 
 
@@ -560,13 +629,14 @@ class _Parsed(Protocol):
 
 
 P = TypeVar("P", bound=_Parsed)
+Item = TypeVar("Item")
 ParseErrors = (KeyError, TypeError, ValueError)
 
 
-def parse_or_none(kind: type[P], raw: Mapping[str, Any]) -> P | None:
+def parse_or_none(parse: Callable[[Mapping[str, Any]], Item], raw: Mapping[str, Any]) -> Item | None:
     """Parses an object. Returns None, and logs it, if this version cannot parse it."""
     try:
-        return kind.parse(raw)
+        return parse(raw)
     except ParseErrors as error:
         meta = raw.get("metadata") or {}
         log.warning(

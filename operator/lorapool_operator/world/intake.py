@@ -12,19 +12,20 @@ from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
     ClusterCache,
-    DeploymentObject,
     Key,
     KindCache,
     ObjectKind,
     PodObject,
     ReplicaSetObject,
+    StatefulSetObject,
+    WorkloadObject,
     names_of,
     parse_or_none,
     parse_own,
 )
 
 Own = TypeVar("Own", BaseObject, AdapterObject)
-Owner = TypeVar("Owner", ReplicaSetObject, DeploymentObject)
+Owner = TypeVar("Owner", ReplicaSetObject, StatefulSetObject, WorkloadObject)
 
 
 class Intake:
@@ -118,7 +119,7 @@ class Intake:
 
     def wrote_base(self, raw: Mapping[str, Any]) -> None:
         """Takes the response to the operator's own status write."""
-        item = parse_or_none(BaseObject, raw)
+        item = parse_or_none(BaseObject.parse, raw)
         if item is not None:
             self._cache.bases.put(item)
 
@@ -131,37 +132,53 @@ class Intake:
 
     def wrote_adapter(self, raw: Mapping[str, Any]) -> None:
         """Takes the response to the operator's own status write: only the base's counts of adapters may change."""
-        item = parse_or_none(AdapterObject, raw)
+        item = parse_or_none(AdapterObject.parse, raw)
         if item is not None and self._cache.put_adapter(item):
             self._mark_dirty(item.base_key, self._counts_interval_s)
 
     def pod(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
-        item = parse_or_none(PodObject, raw)
+        item = parse_or_none(PodObject.parse, raw)
         if item is not None and self._cache.pods.update(item, deleted=deleted):
             self._mark_dirty(item.base, 0.0)
             self._pods_changed()
 
     def replica_set(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
-        item = parse_or_none(ReplicaSetObject, raw)
+        item = parse_or_none(ReplicaSetObject.parse, raw)
         if item is not None:
-            self._owner(self._cache.replica_sets, item, deleted)
+            self._owner(self._cache.replica_sets, item, item.base, deleted)
+
+    def stateful_set(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        item = parse_or_none(StatefulSetObject.parse, raw)
+        if item is None:
+            return
+        groups = self._cache.leader_worker_sets.get(item.meta.namespace, item.set_name)
+        if groups is not None and deleted and groups.meta.uid == item.owner_uid:
+            # Without a watch of LeaderWorkerSets this shows that one was deleted; else it is applied unchanged.
+            self._cache.leader_worker_sets.drop(groups.meta.namespace, groups.meta.name)
+        self._owner(self._cache.stateful_sets, item, groups.base if groups is not None else None, deleted)
 
     def deployment(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
-        item = parse_or_none(DeploymentObject, raw)
-        if item is not None and self._owner(self._cache.deployments, item, deleted):
+        self._workload(self._cache.deployments, parse_or_none(WorkloadObject.parse, raw), deleted)
+
+    def leader_worker_set(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
+        self._workload(self._cache.leader_worker_sets, parse_or_none(WorkloadObject.parse_groups, raw), deleted)
+
+    def _workload(self, cache: KindCache[WorkloadObject], item: WorkloadObject | None, deleted: bool) -> None:
+        if item is not None and self._owner(cache, item, item.base, deleted):
             self._mark_dirty(item.base, 0.0)
 
-    def _owner(self, cache: KindCache[Owner], item: Owner, deleted: bool) -> bool:
+    def _owner(self, cache: KindCache[Owner], item: Owner, base: Key | None, deleted: bool) -> bool:
         """Updates the cache of a kind that owns pods, and who owns which pod. Returns False if nothing changed."""
         before = cache.get(item.meta.namespace, item.meta.name)
         changed = cache.update(item, deleted=deleted)
         if changed and (deleted or before is None or _link(before) != _link(item)):
-            self._mark_dirty((before or item).base, 0.0)
+            if base is not None:
+                self._mark_dirty(base, 0.0)
             self._pods_changed()
         return changed
 
 
-def _link(item: ReplicaSetObject | DeploymentObject) -> tuple[str, str]:
+def _link(item: ReplicaSetObject | StatefulSetObject | WorkloadObject) -> tuple[str, str]:
     return item.meta.uid, item.owner_uid
 
 

@@ -20,7 +20,7 @@ from lorapool_api.loraadapter import LoraAdapterSpec, UsagePart
 from lorapool_api.placement import Replica, placement_order
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, Preload, RuntimeSnapshot
 from lorapool_artifacts.policy import Permission, Rights, SourceRules
-from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, DeploymentObject, Key, PodObject, uid_hash
+from lorapool_operator.world.cluster_cache import AdapterObject, BaseObject, Key, PodObject, WorkloadObject, uid_hash
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
 # --- runtimes ----------------------------------------------------------------------------
@@ -435,7 +435,12 @@ class ObservedBase:
     """The hash of each bearer token that the runtimes accept."""
     pods: tuple[PodObject, ...] = ()
     runtimes: tuple[RuntimeView, ...] = ()
-    deployment: DeploymentObject | None = None
+    workers: tuple[PodObject, ...] = ()
+    """The pods of its groups that are not leaders."""
+    workload: WorkloadObject | None = None
+    """What makes its pods, of the kind that the profile asks for; of any kind if it has no profile."""
+    other_workload: WorkloadObject | None = None
+    """One of the other kind, which made its pods before the profile changed."""
     inspection: InspectionResult | None = None
     running: RunningInspection | None = None
     adapters: tuple[AdapterSummary, ...] = ()

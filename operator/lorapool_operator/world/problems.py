@@ -13,6 +13,9 @@ from typing import Any
 from lorapool_api.common import Reason
 
 MAX_CHARS = 500
+SIGBUS_EXIT = 128 + 7
+"""Exit code of a process that wrote to a memory-backed volume without room."""
+SHARED_MEMORY = "/dev/shm"
 STARTING = (None, "ContainerCreating", "PodInitializing")
 PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 CONTAINER = (
@@ -29,6 +32,8 @@ REASONS: Mapping[str, Reason] = {
     "Error": Reason.CRASH_LOOPING,
     "Completed": Reason.CRASH_LOOPING,
     "OOMKilled": Reason.OUT_OF_MEMORY,
+    "SharedMemoryFull": Reason.SHARED_MEMORY_FULL,
+    "WorkerLost": Reason.WORKER_LOST,
     "Evicted": Reason.EVICTED,
     "Preempting": Reason.EVICTED,
     "Terminated": Reason.EVICTED,
@@ -85,6 +90,15 @@ def last_exit(status: Mapping[str, Any]) -> tuple[int, str, str]:
     return 0, "", ""
 
 
+def last_crash(status: Mapping[str, Any]) -> str:
+    """Returns how a container's process failed before its last restart, as a problem; empty if none did."""
+    for container in _containers(status):
+        ended = (container.get("lastState") or {}).get("terminated") or {}
+        if ended.get("exitCode") and container.get("restartCount"):
+            return _crash(ended)
+    return ""
+
+
 def ended_at(status: Mapping[str, Any]) -> str:
     """Returns the RFC 3339 time at which a pod that failed ended; empty if it is not known."""
     times = [str(item.get("lastTransitionTime") or "") for item in status.get("conditions") or ()]
@@ -115,8 +129,11 @@ def _terminated(container: Mapping[str, Any]) -> str:
 
 
 def _crash(ended: Mapping[str, Any]) -> str:
+    last = _last_line(ended.get("message"))
     reason = "OOMKilled" if ended.get("reason") == "OOMKilled" else "CrashLoopBackOff"
-    return _text(reason, f"the container ended with {_exit(ended)}. {_last_line(ended.get('message'))}")
+    if ended.get("exitCode") == SIGBUS_EXIT or SHARED_MEMORY in last:
+        reason = "SharedMemoryFull"
+    return _text(reason, f"the container ended with {_exit(ended)}. {last}")
 
 
 def _ended(status: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -38,8 +38,29 @@ class ClaimVolume(_Strict):
     """Whether the runtime may not write to it."""
 
 
-class ModelCache(_Strict):
-    """A volume that keeps the files of base models when a pod ends. Exactly one kind; each is Kubernetes' own type."""
+class _OneKind(_Strict):
+    """A volume of exactly one kind; each is Kubernetes' own type."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            kinds = [str(field.alias) for field in type(self).model_fields.values()]
+            raise ValueError(f"takes exactly one of {', '.join(kinds[:-1])} and {kinds[-1]}")
+        return self
+
+
+class AdapterCache(_OneKind):
+    """A volume for the files of adapters that all nodes of a group mount at the same time."""
+
+    pvc: dict[str, Any] | None = None
+    """Spec of a PersistentVolumeClaim with the access mode ReadWriteMany. The operator creates one claim per BaseModel,
+    which is deleted with it. Its size is shared by the base's replicas."""
+    host_path: dict[str, Any] | None = None
+    """A folder (`{path, type}`) of a file system that is the same on all nodes, such as NFS or Lustre."""
+
+
+class ModelCache(_OneKind):
+    """A volume that keeps the files of base models when a pod ends."""
 
     pvc: dict[str, Any] | None = None
     """Spec of a PersistentVolumeClaim. The operator creates one claim per BaseModel, which is deleted with it."""
@@ -48,12 +69,6 @@ class ModelCache(_Strict):
     and the namespace must permit hostPath."""
     ephemeral: dict[str, Any] | None = None
     """`{volumeClaimTemplate}`: a volume per pod that is larger or faster than the node's disk."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ModelCache:
-        if len(self.model_fields_set) != 1:
-            raise ValueError("cache takes exactly one of pvc, hostPath and ephemeral")
-        return self
 
 
 POD_FIELDS = frozenset(
@@ -147,8 +162,11 @@ class RuntimeProfile(_Strict):
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     """GPUs that share each layer of the base. It needs the engine vllm and shmSizeLimit."""
     pipeline_parallel: int = Field(default=1, ge=1, le=64)
-    """Parts into which the layers of the base are divided, each on tensorParallel GPUs. The product of both is the
-    number of GPUs in resources.limits."""
+    """Parts into which the layers of the base are divided, each on tensorParallel GPUs. On one node, the product of
+    both is the number of GPUs in resources.limits."""
+    nodes: int = Field(default=1, ge=1, le=32)
+    """Pods of one replica, each on a node of its own. Above 1 a replica is a group of a LeaderWorkerSet, which the
+    cluster must have: tensorParallel is then the number of GPUs of each pod, and pipelineParallel that of nodes."""
     image: str = ""
     """Empty: the operator's image for the engine."""
     image_pull_policy: str = Field(default="", pattern="^(Always|IfNotPresent|Never)?$")
@@ -176,6 +194,9 @@ class RuntimeProfile(_Strict):
     cache: ModelCache | None = None
     """Volume at /models for the files of base models, so that a pod that starts later does not download them again.
     Files are stored by their digest, and several pods may write to it."""
+    adapter_cache: AdapterCache | None = None
+    """Volume for the files of adapters on which all nodes of a group find what the leader fetched; only with nodes
+    above 1, and required there."""
     tmp_size_limit: Quantity = "1Gi"
     """emptyDir at /tmp. Default with the engine vllm: 8Gi."""
     shm_size_limit: Quantity | Literal[""] = ""

@@ -39,7 +39,7 @@ class TuningIntake:
             self._mark_dirty(item.base_key, 0.0)
 
     def session(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
-        item = parse_or_none(SessionObject, raw)
+        item = parse_or_none(SessionObject.parse, raw)
         if item is not None and self._cache.sessions.update(item, deleted=deleted):
             self._mark_dirty(item.base, 0.0)
             self._pods_changed()

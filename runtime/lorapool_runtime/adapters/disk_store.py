@@ -96,7 +96,7 @@ class DiskStore:
         self._inspected: dict[str, tuple[AdapterLimits, _Signature]] = {}
 
     async def fetch(self, digest: str, source: SourceRef, max_bytes: int | None, *, namespace: str) -> StoredAdapter:
-        with self._access.reading(namespace, source.uri) as sources:
+        async with self._access.reading(namespace, source.uri) as sources:
             limit = max_bytes or sources.max_adapter_bytes
             folder, tier = self._cache.get(digest), Tier.DISK
             if folder is None:
@@ -145,7 +145,7 @@ class DiskStore:
 
     async def resolve(self, request: ResolveRequest) -> ResolveAnswer:
         try:
-            with self._access.reading(request.namespace, request.source.uri) as sources:
+            async with self._access.reading(request.namespace, request.source.uri) as sources:
                 limit = request.max_bytes or sources.max_adapter_bytes
                 found = await inspect_adapter(
                     request.source.uri,

@@ -103,9 +103,11 @@ class AdapterLoader:
     async def _load(self, entry: AdapterEntry) -> ApiError | None:
         """Tries once to load. Never raises: the result is the error of every request that waits."""
         started_s = self._clock.now_s()
+        host_tier = self._engine.facts.host_tier
         try:
-            host, tier = await self._host_copy(entry)
-            await self._into_slot(entry, host, started_s, tier)
+            with nullcontext() if host_tier else self._store.pinned(entry.key.digest):
+                host, tier = await self._host_copy(entry)
+                await self._into_slot(entry, host, started_s, tier)
         except NoFreeSlotError as error:
             if entry.descriptor.pinned:
                 self._registry.set_failed(entry, self._no_capacity(entry), emit=False)
@@ -151,7 +153,8 @@ class AdapterLoader:
                 host = await loop.run_in_executor(
                     self._readers, lambda: self._engine.read_adapter(str(stored.folder), max_rank=self._limits.max_rank)
                 )
-        self._registry.add_host_copy(digest, host)
+        if self._engine.facts.host_tier:
+            self._registry.add_host_copy(digest, host)
         return host, stored.tier
 
     async def _set_chat(self, entry: AdapterEntry, files: ChatFiles) -> None:

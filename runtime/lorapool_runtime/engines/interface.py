@@ -18,6 +18,14 @@ BASE_SLOT = -1
 """The slot number of a row that runs on the base alone."""
 
 
+class EngineStoppedError(RuntimeError):
+    """The engine is not running: it was not started, was stopped, or has died."""
+
+
+class SlotInUseError(RuntimeError):
+    """Requests still run on the slot: load or unload it when they have ended."""
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -31,6 +39,8 @@ class SamplingParams:
 
     max_tokens: int
     """0 computes the prompt and generates nothing."""
+    min_tokens: int = 0
+    """No token that ends the sequence before so many."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -52,7 +62,7 @@ class ConstraintError(Exception):
 
 
 class TokenConstraint(Protocol):
-    """The tokens that one sequence may generate next. Belongs to one request; only the engine thread uses it.
+    """The tokens that one sequence may generate next. Belongs to one sequence; only the engine thread uses it.
 
     Its state advances with the generated tokens, so preemption and recomputation do not affect it.
     """
@@ -74,6 +84,25 @@ class TokenConstraint(Protocol):
         ...
 
 
+class Grammar(Protocol):
+    """A grammar that an answer must follow, compiled within limits before it reaches an engine. Immutable.
+
+    An engine that samples in this process uses `constraint`; one that samples in another process compiles `text` there.
+    """
+
+    @property
+    def text(self) -> str:
+        """A JSON schema, or a grammar in the Lark dialect of llguidance."""
+        ...
+
+    @property
+    def is_schema(self) -> bool: ...
+
+    def constraint(self, end_ids: frozenset[int] = frozenset()) -> TokenConstraint:
+        """A new constraint for one sequence, with its own state. `end_ids` may end it wherever it may end."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     request_id: str
@@ -88,7 +117,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     """n >= 0: return the log-probability of each prompt token and of the n likeliest tokens in its place. Such a prompt
     is computed entirely, without the prefix cache."""
-    constraint: TokenConstraint | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +145,22 @@ class TokenOutput:
     error: str | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """Of the prompt's tokens from the second on. Only in the first output, and only if the request asked for them."""
+
+
+def ending(
+    request: GenerationRequest, generated: int, reason: FinishReason, message: str | None, *, cached: int = 0
+) -> TokenOutput:
+    """The end of a request without a token."""
+    return TokenOutput(
+        request_id=request.request_id,
+        token_id=None,
+        text_token=False,
+        prompt_tokens=len(request.prompt_ids),
+        completion_tokens=generated,
+        cached_tokens=cached,
+        finish_reason=reason,
+        error=message,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +196,13 @@ class ModelFacts:
     """None for an engine that has no such program, as on a GPU."""
     modules: tuple[BaseModule, ...] = ()
     """All modules that adapters may name, with all their names."""
+    slots_reserved: bool = False
+    """Memory for every slot is reserved at the start: a load takes no more of it, and an unload frees none."""
+    host_tier: bool = True
+    """Whether what `read_adapter` returns holds the weights, so that a later load needs no file. False: the folder has
+    to stay until `load` has ended."""
+    exact_seeds: bool = True
+    """Whether a seed gives the same tokens whatever else is in the batch. False: only as nearly as rounding permits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +250,8 @@ TokenSink = Callable[[TokenOutput], None]
 
 
 class Engine(Protocol):
-    """Thread-safe. Every method but start, stop and read_adapter returns at once."""
+    """Thread-safe. Every method but start, stop and read_adapter returns at once. Futures fail with EngineStoppedError
+    where the engine does not run."""
 
     @property
     def facts(self) -> ModelFacts: ...
@@ -216,11 +269,12 @@ class Engine(Protocol):
         ...
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
-        """Puts an adapter into the slot, visible from the next step on. No request may run on the slot."""
+        """Puts an adapter into the slot, visible from the next step on. SlotInUseError while requests run on it."""
         ...
 
     def unload(self, slot: int) -> Future[int]:
-        """Empties the slot between two steps. The result is the number of bytes given back to the device or system."""
+        """Empties the slot between two steps. The result is the number of bytes given back to the device or system,
+        0 where `slots_reserved`."""
         ...
 
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorapool_api.openai import InvalidRequestError
-from lorapool_runtime.engines.interface import ModelFacts, SamplingParams, TokenConstraint
+from lorapool_runtime.engines.interface import ModelFacts, SamplingParams
 from lorapool_runtime.openai.chats.chat_format import ChatFormat
 from lorapool_runtime.openai.chats.tokenizer import ChatPrompt, Decoder, Tokenizer
 from lorapool_runtime.openai.detokenizer import EchoedPrompt
-from lorapool_runtime.openai.min_tokens import MinTokens
 from lorapool_runtime.openai.reasoning import ReasoningStart
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.stops import Stops, stops_of
-from lorapool_runtime.openai.tools.grammar import Grammar, GrammarCompiler
+from lorapool_runtime.openai.tools.grammar import CompiledGrammar, GrammarCompiler
 from lorapool_runtime.openai.tools.grammar_spec import GrammarSpec
 from lorapool_runtime.openai.tools.tool_choice import tools_grammar
 
@@ -34,23 +33,13 @@ class EncodedRequest:
     prompts: tuple[tuple[int, ...], ...]
     sampling: tuple[SamplingParams, ...]
     """One per sequence: `n` per prompt, in the order of the response's choices."""
-    grammar: Grammar | None
-    min_tokens: int
-    vocab_size: int
+    grammar: CompiledGrammar | None
     echo: tuple[EchoedPrompt, ...]
     """One per prompt when the request asks for it, else empty."""
     stops: Stops
     decoder: Decoder
     chat: ChatFormat
     reasoning: ReasoningStart = ReasoningStart.NONE
-
-    def constraint(self, sampling: SamplingParams) -> TokenConstraint | None:
-        """A new constraint for one sequence; None if it may generate any token."""
-        if self.grammar is not None:
-            return self.grammar.constraint(sampling.stop_token_ids)
-        if self.min_tokens and sampling.stop_token_ids:
-            return MinTokens(self.min_tokens, sampling.stop_token_ids, self.vocab_size)
-        return None
 
 
 async def encode(
@@ -81,9 +70,7 @@ async def encode(
     if isinstance(request, CompletionRequest) and request.echo:
         echo = tuple([await tokenizer.echo(prompt, decode=decoder, tenant=tenant) for prompt in prompts])
     reasoning = ReasoningStart.NONE if _begins_with_grammar(request) else found[0].reasoning
-    return EncodedRequest(
-        prompts, sampling, grammar, request.min_tokens, facts.vocab_size, echo, stops, decoder, chat, reasoning
-    )
+    return EncodedRequest(prompts, sampling, grammar, echo, stops, decoder, chat, reasoning)
 
 
 async def prompts_of(
@@ -176,6 +163,7 @@ def _sampling(
     return replace(
         given,
         max_tokens=min(max_tokens, share_of_logprobs),
+        min_tokens=request.min_tokens,
         seed=None if given.seed is None else given.seed + choice,
         stop_token_ids=stop_token_ids,
     )

@@ -42,7 +42,7 @@ def engine_requests(
             sampling,
             cache_scope,
             prompt_logprobs=request.prompt_logprobs,
-            constraint=encoded.constraint(sampling),
+            grammar=encoded.grammar,
         )
         for number, sampling in enumerate(encoded.sampling)
     ]

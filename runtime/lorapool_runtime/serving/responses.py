@@ -155,8 +155,8 @@ class Responder:
                 await self._send(request, response, _usage_comment(usage) + b"\n")
         body = _usage_comment(usage) + data_event(builder.body(usage))
         for start in range(0, len(body), PIECE_BYTES):  # each piece has the whole timeout
-            await self._send(request, response, body[start : start + PIECE_BYTES])
-        await response.write_eof()
+            end = start + PIECE_BYTES
+            await self._send(request, response, body[start:end], last=end >= len(body))
         return response
 
     async def _begin(self, request: web.Request, admitted: AdmittedRequest, caller: Caller) -> web.StreamResponse:
@@ -173,7 +173,7 @@ class Responder:
         """Sends an error as the last event."""
         error = ServerError(delta.error or "The engine failed.")
         log.error("response failed: %s", error.message, extra={"request_id": request[REQUEST_ID]})
-        await self._send(request, response, comment + data_event(error.body()) + end)
+        await self._send(request, response, comment + data_event(error.body()) + end, last=True)
 
     async def _stream(
         self,
@@ -212,19 +212,24 @@ class Responder:
             delta = await admitted.generation.next()
         for event in builder.closing(delta.usage):
             out += comment(delta.usage) + event
-        await self._send(request, response, out)
-        await response.write_eof()
+        await self._send(request, response, out, last=True)
         return response
 
-    async def _send(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        """Writes `data`. Closes the connection and raises TimeoutError if the client reads nothing for too long."""
+    async def _send(
+        self, request: web.Request, response: web.StreamResponse, data: bytes, *, last: bool = False
+    ) -> None:
+        """Writes `data`, the `last` together with the end of the response: one TLS record, and one read of the gateway.
+
+        Closes the connection and raises TimeoutError if the client reads nothing for too long.
+        """
+        write = response.write_eof if last else response.write
         try:
             transport = request.transport
             if transport is not None and not transport.get_write_buffer_size() and len(data) < NEVER_WAITS_BYTES:
-                await response.write(data)
+                await write(data)
                 return
             async with asyncio.timeout(self._write_timeout_s):
-                await response.write(data)
+                await write(data)
         except TimeoutError:
             log.warning("client reads too slowly, disconnected", extra={"request_id": request[REQUEST_ID]})
             if request.transport is not None:

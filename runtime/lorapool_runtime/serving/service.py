@@ -148,6 +148,7 @@ class Runtime:
         self._by_attempt: dict[str, Generation] = {}
         self.finished = FinishedRing(self.boot_id, self.clock)
         self._admission = Admission(settings.max_batch + settings.max_waiting, self._note_request)
+        self._credentials: NamespaceCredentials | None = None
         self._ready_unix_s: float | None = None
         self._last_request_unix_s: float | None = None
         self._chat_stamp: Stamp | None = None
@@ -172,6 +173,8 @@ class Runtime:
             min_residency_s=self.settings.min_residency_s,
             slot_wait_s=self.settings.slot_wait_s,
         )
+        if self._credentials is not None:
+            base.store.give_credentials(self._credentials)
         turns = Turns(self.settings.max_batch)
         manager = AdapterManager(
             base.engine,
@@ -293,8 +296,10 @@ class Runtime:
         return await self._need_serving().base.store.resolve(request)
 
     def give_credentials(self, credentials: NamespaceCredentials) -> None:
-        """Replaces the namespaces' own credentials. Raises UnavailableError until the base is loaded."""
-        self._need_serving().base.store.give_credentials(credentials)
+        """Replaces the namespaces' own credentials. Those that arrive before the base is loaded are kept for it."""
+        self._credentials = credentials
+        if self._serving is not None:
+            self._serving.base.store.give_credentials(credentials)
 
     def _need_serving(self) -> _Serving:
         if self._serving is None:

@@ -17,8 +17,12 @@ import numpy as np
 
 from lorapool_runtime.native_library import NativeUnavailableError, open_library
 
-_NAME, _VERSION = "lora_pack", 2  # of the library and its interface
-_NOT_FINITE = 1 << 32
+_NAME, _VERSION = "lora_pack", 3  # of the library and its interface
+_UNUSABLE = 1 << 32
+_TOO_LARGE_BFLOAT16 = 0x4980  # TOO_LARGE's bit pattern
+TOO_LARGE = 2.0**20
+"""A weight of this magnitude, after scaling, is refused. Training gives weights below 100; products with much larger
+ones overflow, and a batch that is not finite can reach the rows of other requests in a GPU's kernels."""
 
 FILE_TYPES = ("F32", "BF16", "F16")
 """Element types that can be read, by their safetensors names; float32 represents all of them exactly."""
@@ -50,8 +54,9 @@ def pack_file(
     file: a descriptor; buffer: [elements] of float32, float16, or uint16 for bfloat16's bit patterns; matrices: int64
     [matrices, len(MATRIX_FIELDS)]; scales: float32 [matrices], the factor of each. Rounds to nearest even.
 
-    Returns the row of the first matrix with a value that is not finite before or after scaling and rounding, None where
-    there is none. Raises OSError, EOFError where the file ends too early, and ValueError for tables that do not fit.
+    Returns the row of the first matrix with a value that is not finite or, after scaling and rounding, has a magnitude
+    of TOO_LARGE or more; None where there is none. Raises OSError, EOFError where the file ends too early, and
+    ValueError for tables that do not fit.
     """
     if matrices.dtype != np.int64 or scales.dtype != np.float32 or matrices.shape != (len(scales), len(MATRIX_FIELDS)):
         raise ValueError(f"matrices {matrices.dtype} {matrices.shape}, scales {scales.dtype} {scales.shape}")
@@ -66,8 +71,8 @@ def pack_file(
         file, buffer.ctypes.data, matrices.ctypes.data, scales.ctypes.data, len(scales), buffer.dtype == np.uint16,
         throttle.threads, throttle.pause_ratio,
     )  # fmt: skip
-    if failed >= _NOT_FINITE:
-        return int(failed - _NOT_FINITE)
+    if failed >= _UNUSABLE:
+        return int(failed - _UNUSABLE)
     if failed == errno.ENODATA:
         raise EOFError("the file ends too early")
     if failed:
@@ -76,7 +81,7 @@ def pack_file(
 
 
 def pack(values: np.ndarray, to: np.ndarray, *, scale: float, transposed: bool) -> bool:
-    """Scales and rounds one matrix into `to`; returns whether every value is finite before and after.
+    """Scales and rounds one matrix into `to`; returns whether every value is finite and below TOO_LARGE.
 
     values: float32 [rows, cols]; to: the same shape, or [cols, rows] if transposed; float32, float16, or uint16 for
     bfloat16's bit patterns. Rounds to nearest even.
@@ -88,8 +93,8 @@ def pack(values: np.ndarray, to: np.ndarray, *, scale: float, transposed: bool) 
     if native is not None and contiguous and to.dtype in (np.float32, np.uint16):
         rows, cols = values.shape
         bfloat16 = to.dtype == np.uint16
-        not_finite = native.lora_pack(to.ctypes.data, values.ctypes.data, rows, cols, transposed, scale, bfloat16)
-        return bool(not_finite == 0)
+        unusable = native.lora_pack(to.ctypes.data, values.ctypes.data, rows, cols, transposed, scale, bfloat16)
+        return bool(unusable == 0)
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = np.multiply(values.T if transposed else values, np.float32(scale), dtype=np.float32, order="C")
     return _cast(scaled, to)
@@ -151,10 +156,10 @@ def _cast(values: np.ndarray, to: np.ndarray) -> bool:
     if to.dtype == np.uint16:
         bits = values.view(np.uint32)
         to[:] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bool(np.isfinite(values).all() and ((to & 0x7F80) != 0x7F80).all())
+        return bool(np.isfinite(values).all() and ((to & 0x7FFF) < _TOO_LARGE_BFLOAT16).all())
     with np.errstate(over="ignore"):
         to[:] = values
-    return bool(np.isfinite(to).all())
+    return bool(np.isfinite(to).all() and (to.dtype == np.float16 or (np.abs(to) < TOO_LARGE).all()))
 
 
 @cache

@@ -1,15 +1,16 @@
-"""Reads a verified folder into an adapter that is packed for its slot, with every tensor used and every value finite.
+"""Reads a verified folder into an adapter that is packed for its slot, with every tensor used and every value usable.
 
 `lorapool_artifacts.checks.compatibility` decides whether an adapter fits, as in the operator, but with the layers of
-the loaded base. This module refuses files that cannot be read and values that are not finite, and names the remedy. It
-runs in worker threads, hence without torch. It never unpickles and never passes a folder to peft.
+the loaded base. This module refuses files that cannot be read and values that are not finite or too large, and
+names the remedy. It runs in worker threads, hence without torch. It never unpickles and never passes a folder to peft.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,7 @@ from lorapool_artifacts.settings import AdapterLimits
 from lorapool_runtime.host_memory import huge_page_zeros
 from lorapool_runtime.weights.layout import Layout
 from lorapool_runtime.weights.originals import StoredMatrix, first_changed_row
-from lorapool_runtime.weights.pack import UNTHROTTLED, Throttle, pack_file
+from lorapool_runtime.weights.pack import MATRIX_FIELDS, TOO_LARGE, UNTHROTTLED, Throttle, pack_file
 from lorapool_runtime.weights.read_plan import ReadPlan, ReadPlanCache, plan_reading
 from lorapool_runtime.weights.safetensors_file import WeightsFile, open_weights
 from lorapool_runtime.weights.targets import TargetGroup
@@ -76,6 +77,26 @@ class AdapterReader:
 
     def read(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> PackedAdapter:
         """Blocks until the adapter is in memory. Raises ArtifactError."""
+        with self._planned(folder, max_rank) as (file, plan):
+            buffer = huge_page_zeros(plan.layout.elements, self._element)
+            self._pack(file, plan, plan.matrices, buffer, throttle)
+        for region in plan.interleaved:
+            region.sort(buffer)
+        return PackedAdapter(plan.rank, plan.target_modules, plan.layout, buffer)
+
+    def check(self, folder: Path, *, max_rank: int, throttle: Throttle = UNTHROTTLED) -> ReadPlan:
+        """Reads every value as `read` does, and keeps none. Blocks. Raises ArtifactError."""
+        with self._planned(folder, max_rank) as (file, plan):
+            matrices = plan.matrices.copy()
+            matrices[:, MATRIX_FIELDS.index("to")] = 0  # one after the other into the same memory
+            rows, cols = (matrices[:, MATRIX_FIELDS.index(name)] for name in ("rows", "cols"))
+            scratch = np.empty((rows * cols).max(initial=0), self._element)
+            self._pack(file, plan, matrices, scratch, replace(throttle, threads=1))
+        return plan
+
+    @contextmanager
+    def _planned(self, folder: Path, max_rank: int) -> Iterator[tuple[WeightsFile, ReadPlan]]:
+        """The open file and what is to be read from it. Raises ArtifactError, also for errors while inside."""
         try:
             config = _read_config(folder)
             with open_weights(_weights_of(folder)) as file:
@@ -84,20 +105,17 @@ class AdapterReader:
                     lambda: self._plan(config, file, max_rank),
                 )
                 self._compare_copies(file.descriptor, plan)
-                buffer = huge_page_zeros(plan.layout.elements, self._element)
-                first_non_finite = pack_file(file.descriptor, buffer, plan.matrices, plan.scales, throttle)
+                yield file, plan
         except (OSError, EOFError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             _refuse(FailureReason.CORRUPT_ARTIFACT, f"{ADAPTER_WEIGHTS} cannot be read ({why}); upload it again.")
-        if first_non_finite is not None:
-            _refuse(
-                FailureReason.NON_FINITE_WEIGHTS,
-                f"weights of {plan.modules[first_non_finite]} are not finite numbers in {self._dtype}: "
-                "the training diverged, train it again with a lower learning rate",
-            )
-        for region in plan.interleaved:
-            region.sort(buffer)
-        return PackedAdapter(plan.rank, plan.target_modules, plan.layout, buffer)
+
+    def _pack(
+        self, file: WeightsFile, plan: ReadPlan, matrices: np.ndarray, buffer: np.ndarray, throttle: Throttle
+    ) -> None:
+        first_unusable = pack_file(file.descriptor, buffer, matrices, plan.scales, throttle)
+        if first_unusable is not None:
+            raise unusable_values(plan.modules[first_unusable], self._dtype)
 
     def _compare_copies(self, file: int, plan: ReadPlan) -> None:
         """Raises ArtifactError for a whole matrix with rows that are not the base's."""
@@ -129,6 +147,15 @@ def base_facts(groups: Sequence[TargetGroup]) -> BaseFacts:
     """The facts about the loaded base that decide whether an adapter fits."""
     shapes = (shape for group in groups for shape in group.shapes())
     return BaseFacts.of(BaseModule(shape.module, shape.out_features, shape.in_features) for shape in shapes)
+
+
+def unusable_values(module: str, dtype: str) -> ArtifactError:
+    """The refusal of an adapter with a value in this module that is not finite or too large."""
+    return ArtifactError(
+        FailureReason.NON_FINITE_WEIGHTS,
+        f"weights of {module} are not finite numbers below {TOO_LARGE:,.0f} in {dtype}: the training diverged, train "
+        "it again with a lower learning rate",
+    )
 
 
 def _read_config(folder: Path) -> AdapterConfig:

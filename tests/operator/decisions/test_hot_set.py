@@ -49,7 +49,7 @@ def rolling() -> ObservedBase:
     idle = AdapterSummary(ready=True, loaded=False, failed=False, warm_replicas=0)
     return world(
         pods=(pod("a", template_hash="old"),),
-        deployment=replace(deployment(), template_hash="old"),
+        workload=replace(deployment(), template_hash="old"),
         adapters=(loaded("hot"), idle),
     )
 
@@ -58,7 +58,7 @@ def test_the_loaded_adapters_are_listed_when_a_rollout_begins_and_while_it_goes_
     assert preloaded(rolling) == ["hot-uid"]
     made = plan_base(rolling, NOW, PlanSettings())
     template = made.children[1]["spec"]["template"]["metadata"]["annotations"]["lorapool.dev/template-hash"]
-    assert preloaded(replace(rolling, deployment=replace(deployment(), template_hash=template))) == ["hot-uid"]
+    assert preloaded(replace(rolling, workload=replace(deployment(), template_hash=template))) == ["hot-uid"]
 
 
 def test_nothing_is_listed_without_a_rollout_or_while_it_waits(rolling: ObservedBase) -> None:

@@ -56,16 +56,16 @@ def test_a_base_that_is_being_deleted_gets_no_children() -> None:
 
 
 def test_children_are_applied_once_and_again_only_for_a_reason() -> None:
-    observed = world(base(replicas=1), deployment=deployment())
+    observed = world(base(replicas=1), workload=deployment())
     known = plan(observed).children_hash
     assert plan(replace(observed, applied_hash=known)).children == ()
     assert plan(replace(observed, applied_hash=known, apply_again=True)).children
-    assert plan(replace(observed, applied_hash=known, deployment=None)).children
+    assert plan(replace(observed, applied_hash=known, workload=None)).children
     assert plan(replace(observed, applied_hash=known, image=RuntimeImage("runtime:2", "Always"))).children
 
 
 def test_a_serving_replica_makes_the_base_ready() -> None:
-    made = plan(world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment()))
+    made = plan(world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment()))
     assert condition(made, "RuntimeAvailable") == ("True", "Available")
     assert condition(made, "Ready") == ("True", "Ready")
     assert condition(made, "Progressing") == ("False", "Stable")
@@ -83,7 +83,7 @@ def test_a_base_at_zero_replicas_is_ready_since_a_request_starts_one() -> None:
 
 def test_a_pod_that_cannot_run_is_quoted() -> None:
     broken = pod(ready=False, problem="ImagePullBackOff: no such tag")
-    made = plan(world(base(replicas=1), pods=(broken,), deployment=deployment()))
+    made = plan(world(base(replicas=1), pods=(broken,), workload=deployment()))
     assert condition(made, "Ready") == ("False", "ImagePullFailed")
     assert made.status is not None
     assert "ImagePullBackOff" in next(item.message for item in made.status.conditions if item.type == "Ready")
@@ -143,7 +143,7 @@ def test_warm_adapters_keep_a_replica_up() -> None:
 
 
 def test_an_idle_base_scales_to_zero_and_an_event_says_so() -> None:
-    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     assert plan(observed, NOW + 599).requeue_at == NOW + 600
     made = plan(observed, NOW + 600)
     assert made.scale_to == 0
@@ -168,8 +168,8 @@ def test_adapters_are_counted() -> None:
 
 
 def test_the_deployment_of_a_deleted_base_is_removed_before_a_new_one_is_applied() -> None:
-    made = plan(world(deployment=deployment(owner="former-uid")))
-    assert made.remove_deployment_uid == "deployment-uid"
+    made = plan(world(workload=deployment(owner="former-uid")))
+    assert [item.meta.uid for item in made.remove] == ["deployment-uid"]
     assert made.children == ()
 
 
@@ -194,7 +194,7 @@ def test_a_stray_is_unregistered_only_after_a_while_and_only_if_its_object_is_go
 
 
 def test_nothing_is_written_when_nothing_changed() -> None:
-    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    observed = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     first = plan(observed)
     held = replace(observed, base=base(first.status, replicas=1), applied_hash=first.children_hash)
     second = plan(held, NOW + 1)
@@ -212,9 +212,9 @@ def test_the_plan_applies_what_the_manifests_make() -> None:
 def test_after_a_restart_a_resolved_source_is_not_inspected_again(uri: str) -> None:
     of = base(source={"uri": uri}, replicas=1)
     report = BaseReport(served_name="t", max_model_len=64, dtype="f", digest=digest("base"))
-    resolved = plan(world(of, pods=(pod(),), runtimes=(runtime(base=report),), deployment=deployment())).status
+    resolved = plan(world(of, pods=(pod(),), runtimes=(runtime(base=report),), workload=deployment())).status
     assert resolved is not None
-    stopped = world(replace(of, status=resolved), inspection=None, deployment=deployment())
+    stopped = world(replace(of, status=resolved), inspection=None, workload=deployment())
     made = plan(stopped)
     assert made.inspect is None
     assert condition(made, "SourceResolved") == ("True", "Resolved")
@@ -249,7 +249,7 @@ def test_the_wait_that_the_source_asks_for_is_kept() -> None:
 
 def test_a_deployment_that_cannot_create_pods_is_quoted() -> None:
     refused = replace(deployment(), problem="FailedCreate: quota exceeded")
-    made = plan(world(base(replicas=1), deployment=refused, pods=(pod(ready=False, terminating=True, problem="old"),)))
+    made = plan(world(base(replicas=1), workload=refused, pods=(pod(ready=False, terminating=True, problem="old"),)))
     assert made.status is not None
     messages = {item.type: item.message for item in made.status.conditions}
     assert messages["Ready"] == "FailedCreate: quota exceeded"
@@ -266,14 +266,14 @@ def test_the_load_of_a_base_counts_every_runtime_that_answers() -> None:
 def test_a_base_with_a_recent_request_on_any_replica_is_not_idle() -> None:
     of = base(replicas=1)
     used = (runtime(last_request_unix_s=NOW + 500.0),)
-    observed = world(of, pods=(pod(),), runtimes=used, deployment=deployment())
+    observed = world(of, pods=(pod(),), runtimes=used, workload=deployment())
     assert plan(observed, NOW + 1099).scale_to is None
     assert plan(observed, NOW + 1100).scale_to == 0
 
 
 def test_the_last_use_is_written_once_per_interval() -> None:
     of = base(replicas=1)
-    known = {"pods": (pod(),), "deployment": deployment()}
+    known = {"pods": (pod(),), "workload": deployment()}
     first = plan(world(of, runtimes=(runtime(last_request_unix_s=NOW),), **known))
     assert first.status is not None
     assert first.status.last_used == "2023-11-14T22:13:20Z"
@@ -289,7 +289,7 @@ QUOTA = ChildProblem(Reason.QUOTA_EXCEEDED, "Deployment tiny-runtime: exceeded q
 
 
 def test_an_edit_to_an_unknown_profile_shows_on_a_base_that_serves() -> None:
-    running = {"pods": (pod(),), "runtimes": (runtime(),), "deployment": deployment()}
+    running = {"pods": (pod(),), "runtimes": (runtime(),), "workload": deployment()}
     before = base(plan(world(base(replicas=1), **running)).status, replicas=1, runtimeProfile="nope")
     made = plan(world(before, profile=None, **running))
     assert condition(made, "Ready") == ("True", "Degraded")
@@ -303,14 +303,14 @@ def test_an_edit_to_an_unknown_profile_shows_on_a_base_that_serves() -> None:
 
 
 def test_a_base_without_its_profile_keeps_the_number_of_its_pods() -> None:
-    idle = world(base(replicas=1), profile=None, pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    idle = world(base(replicas=1), profile=None, pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     assert plan(idle, NOW + 10_000).scale_to is None
 
 
 @pytest.mark.parametrize("serving", [True, False])
 def test_children_that_the_api_server_refuses_are_reported(serving: bool) -> None:
     pods = {"pods": (pod(),), "runtimes": (runtime(),)} if serving else {}
-    made = plan(world(base(replicas=int(serving)), child_problem=QUOTA, deployment=deployment(), **pods))
+    made = plan(world(base(replicas=int(serving)), child_problem=QUOTA, workload=deployment(), **pods))
     assert condition(made, "Ready") == (("True", "Degraded") if serving else ("False", "QuotaExceeded"))
     assert condition(made, "Progressing") == ("False", "QuotaExceeded")
     assert condition(made, "Stalled") == ("True", "QuotaExceeded")
@@ -339,14 +339,14 @@ def test_the_waits_for_a_refused_apply_grow_up_to_five_minutes() -> None:
 
 
 def test_a_changed_profile_is_an_event() -> None:
-    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     assert plan(running).events == ()
     made = plan(replace(running, profile_changed=True))
     assert [(note.type, note.reason) for note in made.events] == [("Normal", "ProfileChanged")]
 
 
 def test_profiles_that_cannot_be_read_are_a_condition_and_an_event_and_change_nothing_else() -> None:
-    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), deployment=deployment())
+    running = world(base(replicas=1), pods=(pod(),), runtimes=(runtime(),), workload=deployment())
     usual, made = plan(running), plan(replace(running, profiles_problem="profiles.yaml: profiles.a: no such field"))
     assert condition(made, "Stalled") == ("True", "ProfilesUnreadable")
     assert "profiles.a: no such field. Correct the chart's value runtimeProfiles." in message(made, "Stalled")
@@ -392,7 +392,7 @@ def test_a_new_pod_without_a_node_is_named_while_the_old_one_serves() -> None:
 def test_idleness_is_measured_on_one_clock() -> None:
     behind = runtime(started_unix_s=NOW - 120, last_request_unix_s=NOW + 997 - 120)
     of = base(replicas=1, scaling={"idleAfter": "90s"})
-    observed = world(of, pods=(pod(),), runtimes=(replace(behind, skew_s=120.0),), deployment=deployment())
+    observed = world(of, pods=(pod(),), runtimes=(replace(behind, skew_s=120.0),), workload=deployment())
     assert plan(observed, NOW + 1000).scale_to is None
     assert plan(observed, NOW + 1087).scale_to == 0
 
@@ -400,7 +400,7 @@ def test_idleness_is_measured_on_one_clock() -> None:
 def test_a_base_whose_start_takes_longer_than_its_idle_time_is_not_idle_once_it_is_ready() -> None:
     slow = runtime(started_unix_s=NOW, ready_unix_s=NOW + 1200)
     of = base(replicas=1, scaling={"idleAfter": "90s"})
-    observed = world(of, pods=(pod(),), runtimes=(slow,), deployment=deployment())
+    observed = world(of, pods=(pod(),), runtimes=(slow,), workload=deployment())
     assert plan(observed, NOW + 1201).scale_to is None
     assert plan(observed, NOW + 1291).scale_to == 0
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from base_world import IMAGE, condition, deployment, message, plan, pod, runtime, world
-from profile_kit import CONSISTENT, CONTRADICTIONS, gpus
+from base_world import IMAGE, base, condition, deployment, message, plan, pod, runtime, world
+from profile_kit import CONSISTENT, CONTRADICTIONS, gpus, two_nodes
 
 from lorapool_api.common import BaseCondition, Reason
 from lorapool_operator.decisions.profile_checks import profile_problem
@@ -32,21 +32,31 @@ def test_a_contradiction_is_a_condition_with_the_remedy_and_makes_no_pod(wrong: 
 
 @pytest.mark.parametrize("right", CONSISTENT)
 def test_a_consistent_profile_is_accepted(right: str) -> None:
-    assert profile_problem(profile(CONSISTENT[right]), IMAGE) is None
+    assert profile_problem(profile(CONSISTENT[right]), IMAGE, "tiny") is None
     assert plan(world(profile=profile(CONSISTENT[right]))).children
 
 
 def test_pods_that_run_outlive_a_profile_that_became_contradictory() -> None:
     fields, reason, _ = CONTRADICTIONS["no shared memory"]
-    made = plan(world(profile=profile(fields), pods=(pod(),), runtimes=(runtime(),), deployment=deployment()))
-    assert (made.children, made.remove_deployment_uid) == ((), None)
+    made = plan(world(profile=profile(fields), pods=(pod(),), runtimes=(runtime(),), workload=deployment()))
+    assert (made.children, made.remove) == ((), ())
     assert condition(made, BaseCondition.READY) == ("True", Reason.DEGRADED)
     assert condition(made, BaseCondition.PROGRESSING) == ("False", reason)
+
+
+@pytest.mark.parametrize("name", ["a" * 41, "llama-3.1"])
+def test_a_name_that_no_group_can_have_is_a_condition(name: str) -> None:
+    of = base()
+    made = plan(world(replace(of, meta=replace(of.meta, name=name)), profile=profile(two_nodes())))
+    assert condition(made, BaseCondition.READY) == ("False", Reason.INVALID_PROFILE)
+    assert "has 40 characters at most and no dot" in message(made, BaseCondition.READY)
+    assert profile_problem(profile(two_nodes()), IMAGE, "a" * 40) is None
+    assert profile_problem(profile(gpus(1)), IMAGE, name) is None
 
 
 def test_the_engine_vllm_needs_an_image_of_its_own() -> None:
     made = plan(world(profile=profile(gpus(1)), image=NO_IMAGE))
     assert condition(made, BaseCondition.READY) == ("False", Reason.INVALID_PROFILE)
     assert "set image.runtimeVllm.repository of the chart" in message(made, BaseCondition.READY)
-    assert profile_problem(profile(gpus(1, image="own:1")), NO_IMAGE) is None
-    assert profile_problem(RuntimeProfile(), replace(NO_IMAGE)) is None
+    assert profile_problem(profile(gpus(1, image="own:1")), NO_IMAGE, "tiny") is None
+    assert profile_problem(RuntimeProfile(), NO_IMAGE, "tiny") is None

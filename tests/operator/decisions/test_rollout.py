@@ -10,7 +10,7 @@ import pytest
 from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_operator.decisions.plan import BasePlan, PlanSettings
 from lorapool_operator.decisions.plan_base import plan_base
-from lorapool_operator.world.cluster_cache import BaseObject, DeploymentObject, Key, Meta, ObjectKind, PodObject
+from lorapool_operator.world.cluster_cache import BaseObject, Key, Meta, ObjectKind, PodObject, WorkloadObject
 from lorapool_operator.world.observed import InspectionResult, ObservedBase, SourceFacts
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -25,8 +25,8 @@ def pod(template: str, name: str = "old", *, ready: bool = True, problem: str = 
     return PodObject(meta, KEY, "base-uid", "10.0.0.1", 8000, ready, False, problem, template)
 
 
-def deployment(template: str, *, paused: bool = False) -> DeploymentObject:
-    return DeploymentObject(replace(META, name="tiny-runtime"), KEY, "base-uid", "", template, paused)
+def deployment(template: str, *, paused: bool = False) -> WorkloadObject:
+    return WorkloadObject(replace(META, name="tiny-runtime"), KEY, "base-uid", "", template, paused)
 
 
 def observed(*pods: PodObject, **more: Any) -> ObservedBase:
@@ -36,7 +36,7 @@ def observed(*pods: PodObject, **more: Any) -> ObservedBase:
         "image": RuntimeImage("runtime:2", "IfNotPresent"),
         "token_sha256": ("ab" * 32,),
         "inspection": InspectionResult("base-uid/", 1, SourceFacts("sha256:" + "a" * 64, "rev"), NOW - 1, 0.5),
-        "deployment": deployment("old"),
+        "workload": deployment("old"),
     }
     return ObservedBase(base=BaseObject(META, spec, BaseModelStatus()), pods=pods, **{**known, **more})
 
@@ -70,9 +70,9 @@ def test_a_waiting_rollout_does_not_stop_scaling() -> None:
 
 def test_a_rollout_that_is_under_way_is_not_interrupted() -> None:
     template = plan(observed()).children[1]["spec"]["template"]["metadata"]["annotations"]["lorapool.dev/template-hash"]
-    going = observed(pod("old"), deployment=deployment(template), rolling_elsewhere=("team/other",))
+    going = observed(pod("old"), workload=deployment(template), rolling_elsewhere=("team/other",))
     assert not paused(plan(going))
-    assert paused(plan(replace(going, deployment=deployment(template, paused=True))))
+    assert paused(plan(replace(going, workload=deployment(template, paused=True))))
 
 
 @pytest.mark.parametrize(("bound", "others", "waits"), [(0, 9, False), (2, 1, False), (2, 2, True)])
@@ -83,7 +83,7 @@ def test_the_administrator_decides_how_many_bases_replace_pods_together(bound: i
 
 def test_a_base_without_old_pods_never_waits() -> None:
     assert not paused(plan(observed(rolling_elsewhere=("team/other",))))
-    assert not paused(plan(observed(deployment=None, spec={"paused": True})))
+    assert not paused(plan(observed(workload=None, spec={"paused": True})))
 
 
 def test_a_paused_base_keeps_its_pods_and_says_so() -> None:

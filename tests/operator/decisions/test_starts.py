@@ -25,7 +25,7 @@ def status(made: BasePlan) -> BaseModelStatus:
 
 
 def starting(*pods: PodObject, **more: Any) -> ObservedBase:
-    return world(base(replicas=1), pods=pods, deployment=deployment(), **more)
+    return world(base(replicas=1), pods=pods, workload=deployment(), **more)
 
 
 def later(observed: ObservedBase, now: float, **changes: Any) -> ObservedBase:
@@ -163,7 +163,7 @@ def test_a_change_of_the_number_of_replicas_is_no_new_configuration() -> None:
 
 
 def test_a_base_that_must_run_is_not_given_up() -> None:
-    observed = world(base(replicas=1, scaling={"minReplicas": 1}), pods=(BROKEN,), deployment=deployment())
+    observed = world(base(replicas=1, scaling={"minReplicas": 1}), pods=(BROKEN,), workload=deployment())
     observed = later(observed, NOW)
     made = plan(later(observed, NOW + 90_000), NOW + 90_001)
     assert (made.scale_to, observed.base.status.state) == (None, "ImagePullFailed")
@@ -293,7 +293,7 @@ def test_a_refused_token_is_a_condition() -> None:
             base(replicas=2, scaling={"maxReplicas": 2}),
             pods=(pod("a"), pod("b")),
             runtimes=(runtime("a", in_flight=20), replace(refusing, pod="b", pod_uid="b-uid")),
-            deployment=deployment(),
+            workload=deployment(),
         )
     )
     assert condition(two, "RuntimeAvailable") == ("True", "Degraded")

@@ -19,11 +19,11 @@ from lorapool_operator.decisions.scaling.stopping import HAND_OVER_S, emptiest, 
 from lorapool_operator.world.cluster_cache import (
     AdapterObject,
     BaseObject,
-    DeploymentObject,
     Key,
     Meta,
     ObjectKind,
     PodObject,
+    WorkloadObject,
 )
 from lorapool_operator.world.observed import (
     AdapterOnReplica,
@@ -68,7 +68,7 @@ def observed(pods: tuple[PodObject, ...], runtimes: tuple[RuntimeView, ...], **m
         "image": RuntimeImage("runtime:1", "IfNotPresent"),
         "token_sha256": ("ab" * 32,),
         "inspection": InspectionResult("base-uid/", 1, SourceFacts(digest("base"), "rev"), NOW - 1, 0.5),
-        "deployment": DeploymentObject(replace(META, name="tiny-runtime"), KEY, "base-uid", ""),
+        "workload": WorkloadObject(replace(META, name="tiny-runtime"), KEY, "base-uid", ""),
         "memory": ScaleMemory(low_since_unix_s=NOW - 60),
     }
     return ObservedBase(BaseObject(META, spec, BaseModelStatus()), pods=pods, runtimes=runtimes, **{**known, **more})

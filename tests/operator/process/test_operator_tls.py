@@ -97,7 +97,7 @@ async def test_a_refused_certificate_is_logged_once_and_shown_with_the_check_tha
 
 def test_a_refused_certificate_is_a_condition() -> None:
     refused = replace(runtime(fresh=False), snapshot=None, distrust="The runtime's certificate is refused: expired.")
-    made = plan(world(base(replicas=1), pods=(pod(),), runtimes=(refused,), deployment=deployment()))
+    made = plan(world(base(replicas=1), pods=(pod(),), runtimes=(refused,), workload=deployment()))
     assert condition(made, "RuntimeAvailable") == ("False", "CertificateRefused")
     assert "Pod pod: The runtime's certificate is refused" in message(made, "Ready")
 

@@ -169,6 +169,24 @@ async def test_an_unloaded_adapter_comes_back_from_host_memory_without_its_sourc
     assert served.engine.loads["poet"] == 2
 
 
+async def test_an_engine_that_keeps_no_copy_in_host_memory_reads_the_files_again(byte_tokenizer: Path) -> None:
+    engine = FakeEngine(host_tier=False, load_s=0.2)
+    async with serving(byte_tokenizer, engine=engine, clock=FakeClock().clock()) as served:
+        manager, key = served.runtime.adapters, key_of("poet")
+        await manager.register(key, descriptor("poet", idle_after_s=0.0))
+        for round_number in (1, 2):
+            waiting = asyncio.create_task(acquire(manager, key))
+            await until(lambda now=round_number: engine.reads.total() == now)
+            assert served.store.pins[key.digest]  # the engine reads the folder until the load has ended
+            (await waiting).release()
+            assert not served.store.pins[key.digest]
+            manager.sweep()
+            await until(lambda: report(manager, key).state is AdapterState.REGISTERED)
+            unloaded = report(manager, key)
+            assert (unloaded.tier, unloaded.host_bytes, manager.host_bytes) == (Tier.DISK, 0, 0)
+    assert served.engine.loads["poet"] == 2
+
+
 async def test_a_pinned_adapter_loads_without_a_request_and_is_never_unloaded_when_idle(byte_tokenizer: Path) -> None:
     clock = FakeClock()
     async with serving(byte_tokenizer, clock=clock.clock()) as served:

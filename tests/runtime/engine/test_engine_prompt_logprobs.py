@@ -106,8 +106,20 @@ class Alternating:
         return len(self.taken) == self.length
 
 
+@dataclasses.dataclass
+class Gives:
+    """A grammar with one constraint."""
+
+    one: TokenConstraint
+    text: str = ""
+    is_schema: bool = False
+
+    def constraint(self, end_ids: frozenset[int] = frozenset()) -> TokenConstraint:
+        return self.one
+
+
 def constrained(request_id: str, constraint: TokenConstraint, sampling: SamplingParams) -> GenerationRequest:
-    return dataclasses.replace(request(request_id, PROMPT[:7], sampling), constraint=constraint)
+    return dataclasses.replace(request(request_id, PROMPT[:7], sampling), grammar=Gives(constraint))
 
 
 def test_a_constrained_sequence_follows_its_constraint_through_preemption_and_changes_no_other(

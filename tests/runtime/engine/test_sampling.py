@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lorapool_runtime.engines.interface import ConstraintError, SamplingParams
+from lorapool_runtime.engines.request_check import check_params
 from lorapool_runtime.engines.torch import sampling
-from lorapool_runtime.engines.torch.sampling import SampleRow, check_params, sample, uniform
+from lorapool_runtime.engines.torch.sampling import SampleRow, sample, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 

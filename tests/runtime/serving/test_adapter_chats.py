@@ -243,9 +243,9 @@ async def test_an_end_token_of_the_adapter_may_end_an_answer_that_has_a_grammar(
     tools = [{"type": "function", "function": {"name": "now"}}]
     for model, allowed in (("team/poet", 1), ("tiny", 0)):
         assert (await ask(served, model, tools=tools))[0] == 200
-        constraint = served.engine.requests[-1].constraint
-        assert constraint is not None
-        mask = constraint.mask()
+        request = served.engine.requests[-1]
+        assert request.grammar is not None
+        mask = request.grammar.constraint(request.sampling.stop_token_ids).mask()
         assert [mask[token // 8] >> token % 8 & 1 for token in (EOS, PAD)] == [1, allowed]
 
 

@@ -124,7 +124,7 @@ async def test_a_schema_is_enforced_and_parsed(client: openai.AsyncOpenAI, serve
     says(served, '{"name": "Bob", "age": 5}')
     answer = await client.responses.parse(model="tiny", input="Bob is 5", text_format=Person)
     assert answer.output_parsed == Person(name="Bob", age=5)
-    assert served.engine.requests[-1].constraint is not None
+    assert served.engine.requests[-1].grammar is not None
 
 
 async def test_an_answer_that_is_cut_off_is_incomplete(client: openai.AsyncOpenAI) -> None:

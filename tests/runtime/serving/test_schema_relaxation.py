@@ -62,7 +62,7 @@ async def test_a_keyword_that_cannot_be_enforced_is_left_out_and_reported(
     status, header, body = await ask(served, tools=with_argument(schema))
     assert status == 200, body
     assert header == ", ".join(f"{WHERE}.{path}" for path in paths)
-    assert served.engine.requests[-1].constraint is not None
+    assert served.engine.requests[-1].grammar is not None
 
 
 @pytest.mark.parametrize(("schema", "paths"), UNENFORCEABLE, ids=str)
@@ -164,8 +164,9 @@ async def test_a_tool_that_lists_no_arguments_is_called_with_an_empty_object(
     tools = [{"type": "function", "function": function}]
     status, _, body = await ask(served, tools=tools, tool_choice="required", parallel_tool_calls=False)
     assert status == 200, body
-    constraint = served.engine.requests[-1].constraint
-    assert constraint is not None
+    grammar = served.engine.requests[-1].grammar
+    assert grammar is not None
+    constraint = grammar.constraint()
     for token in b'<tool_call>{"name": "now", "arguments": {}}</tool_call>':
         constraint.accept(token)
     assert constraint.complete

@@ -39,7 +39,7 @@ from fakes_runtime import (
 
 from lorapool_api.liveness import Heartbeat, in_own_thread
 from lorapool_api.openai import InvalidRequestError
-from lorapool_api.protocol import HEADER_TENANT, token_sha256
+from lorapool_api.protocol import HEADER_TENANT, ROUTE_CREDENTIALS, NamespaceCredentials, token_sha256
 from lorapool_api.settings import SettingsError
 from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_artifacts.errors import ArtifactError
@@ -359,6 +359,21 @@ async def test_while_the_base_loads_probes_and_metrics_answer_and_requests_get_5
             assert response.status == 503
             assert (await response.json())["error"]["code"] == "starting"
             assert int(response.headers["Retry-After"]) >= 1
+
+
+async def test_credentials_that_arrive_while_the_base_loads_are_there_for_the_first_request(
+    byte_tokenizer: Path,
+) -> None:
+    runtime, store = Runtime(settings_for_tests()), FakeStore()
+    given = NamespaceCredentials(namespaces={"team": {"HF_TOKEN": "t"}})
+    async with (
+        listening(runtime) as url,
+        aiohttp.ClientSession(url) as session,
+        session.put(ROUTE_CREDENTIALS, data=given.model_dump_json()) as response,
+    ):
+        assert response.status == 204
+    async with serving(byte_tokenizer, store=store, runtime=runtime):
+        assert store.credentials == given
 
 
 @asynccontextmanager

@@ -55,7 +55,7 @@ async def test_a_call_becomes_tool_calls_and_no_content(
     assert call.id.startswith("call_")
     assert answer.choices[0].message.content is None
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert served.engine.requests[-1].constraint is not None
+    assert served.engine.requests[-1].grammar is not None
 
 
 async def test_calls_within_text_stream_as_deltas_with_an_index(client: openai.AsyncOpenAI, served: Served) -> None:
@@ -105,7 +105,7 @@ async def test_tool_choice_none_leaves_the_tools_out_of_the_prompt(client: opena
         model="tiny", messages=HI, tools=[WEATHER], tool_choice="none", max_tokens=200
     )
     assert answer.choices[0].message.content == CALL
-    assert served.engine.requests[-1].constraint is None
+    assert served.engine.requests[-1].grammar is None
     assert b"get_weather" not in bytes(token for token in served.engine.requests[-1].prompt_ids if token < 256)
 
 
@@ -150,9 +150,9 @@ async def test_with_tools_and_a_schema_an_answer_is_calls_or_follows_the_schema(
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": shape}},
         )  # fmt: skip
         assert bool(answer.choices[0].message.tool_calls) is (text == SECOND)
-        constraint = served.engine.requests[-1].constraint
-        assert constraint is not None
-        mask = constraint.mask()
+        grammar = served.engine.requests[-1].grammar
+        assert grammar is not None
+        mask = grammar.constraint().mask()
         assert bool(mask[ord(text[0]) // 8] & 1 << ord(text[0]) % 8) is permitted
 
 
@@ -160,9 +160,12 @@ async def test_every_choice_has_a_grammar_state_of_its_own(client: openai.AsyncO
     await client.chat.completions.create(
         model="tiny", messages=HI, n=3, response_format={"type": "json_object"}, max_tokens=10
     )
-    constraints = [request.constraint for request in served.engine.requests]
-    assert None not in constraints
-    assert len({id(one) for one in constraints}) == 3
+    first, second, third = (request.grammar for request in served.engine.requests)
+    assert first is not None
+    assert first is second is third
+    constraints = [first.constraint() for _ in range(2)]
+    constraints[0].accept(ord("{"))
+    assert constraints[0].mask() != constraints[1].mask()
 
 
 def schema(value: Any) -> dict[str, Any]:

@@ -52,12 +52,22 @@ def read(folder: Path, dtype: str = "float32", max_rank: int = 8) -> PackedAdapt
     return AdapterReader(GROUPS, dtype).read(folder, max_rank=max_rank)
 
 
-def refused(folder: Path, reason: FailureReason, *words: str, **settings: Any) -> None:
-    with pytest.raises(ArtifactError) as caught:
-        read(folder, **settings)
-    assert caught.value.reason == reason
-    for word in words:
-        assert word in caught.value.message
+def refused(folder: Path, reason: FailureReason, *words: str, dtype: str = "float32", max_rank: int = 8) -> None:
+    """By `read` and by `check` alike."""
+    reader = AdapterReader(GROUPS, dtype)
+    for look_at in (reader.read, reader.check):
+        with pytest.raises(ArtifactError) as caught:
+            look_at(folder, max_rank=max_rank)
+        assert caught.value.reason == reason
+        for word in words:
+            assert word in caught.value.message
+
+
+def test_a_check_finds_what_a_read_finds_and_keeps_no_weights(folder: Path) -> None:
+    reader = AdapterReader(GROUPS, "bfloat16")
+    plan, adapter = reader.check(folder, max_rank=8), reader.read(folder, max_rank=8)
+    assert (plan.rank, plan.target_modules, plan.layout) == (adapter.rank, adapter.target_modules, adapter.layout)
+    assert plan.matrices[:, 5].any()  # the plan itself, which is cached, still says where each matrix goes
 
 
 def configure(folder: Path, **changes: Any) -> None:
@@ -274,8 +284,8 @@ def test_the_first_three_shapes_of_another_base_are_named(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused(folder: Path, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e28, -2e6])
+def test_numbers_that_are_not_finite_or_too_large_are_refused(folder: Path, bad: float) -> None:
     def poison(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{Q0}.lora_A.weight"][1, 3] = bad
 

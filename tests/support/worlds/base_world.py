@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fakes_operator import digest
@@ -10,7 +11,15 @@ from lorapool_api.basemodel import BaseModelSpec, BaseModelStatus
 from lorapool_api.protocol import BaseReport, RuntimeSnapshot
 from lorapool_operator.decisions.plan import BasePlan, PlanSettings
 from lorapool_operator.decisions.plan_base import plan_base
-from lorapool_operator.world.cluster_cache import BaseObject, DeploymentObject, Key, Meta, ObjectKind, PodObject
+from lorapool_operator.world.cluster_cache import (
+    LEADER_WORKER_SET,
+    BaseObject,
+    Key,
+    Meta,
+    ObjectKind,
+    PodObject,
+    WorkloadObject,
+)
 from lorapool_operator.world.observed import InspectionResult, ObservedBase, RuntimeView, SourceFacts, SourceFailure
 from lorapool_operator.world.profiles import RuntimeImage, RuntimeProfile
 
@@ -47,8 +56,13 @@ def runtime(name: str = "pod", *, fresh: bool = True, ready: bool = True, **more
     return RuntimeView(name, f"{name}-uid", True, False, snapshot, fresh)
 
 
-def deployment(owner: str = "base-uid") -> DeploymentObject:
-    return DeploymentObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "")
+def deployment(owner: str = "base-uid") -> WorkloadObject:
+    return WorkloadObject(meta("tiny-runtime", "deployment-uid"), KEY, owner, "")
+
+
+def groups(owner: str = "base-uid") -> WorkloadObject:
+    """The LeaderWorkerSet of a base with groups of pods."""
+    return replace(deployment(owner), meta=meta("tiny-runtime", "groups-uid"), kind=LEADER_WORKER_SET)
 
 
 def inspected(outcome: SourceFacts | SourceFailure) -> InspectionResult:

@@ -239,6 +239,8 @@ class FakeKube:
     """{plural: {namespace/name: object}}"""
     refuse: int | None = None
     """Answer everything with this status."""
+    missing: set[str] = field(default_factory=set)
+    """Kinds, by their plural, that the cluster does not have."""
     silent: bool = False
     """Keep watches open but send nothing, not even bookmarks."""
     lists: list[str] = field(default_factory=list)
@@ -302,6 +304,8 @@ class FakeKube:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         plural = request.path.rsplit("/", 1)[-1]
+        if plural in self.missing:
+            return web.json_response({"kind": "Status", "message": "no such resource"}, status=404)
         if self.refuse is not None:
             return web.json_response({"kind": "Status", "message": "refused"}, status=self.refuse)
         if request.query.get("watch") == "true":

@@ -1,8 +1,10 @@
 """How and when the pods of a base are replaced after a change of their template.
 
-A Deployment whose rollout has to wait is paused: Kubernetes then still changes its number of pods, with the template
-that runs, so that scaling never waits for a rollout. At most `max_concurrent` bases of the operator replace pods at the
-same time, so that an upgrade of the release does not take the whole fleet down with a bad image.
+A workload (Deployment or LeaderWorkerSet) whose rollout has to wait is paused: Kubernetes then still changes its number
+of pods, with the template that runs, so that scaling never waits for a rollout. Where a changed profile asks for the
+other kind of workload, the pods of the present one keep their number until then. At most `max_concurrent` bases of the
+operator replace pods at the same time, so that an upgrade of the release does not take the whole fleet down with a bad
+image.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ class RolloutDecision:
 def decide(observed: ObservedBase, template: str, max_concurrent: int, now: float) -> RolloutDecision:
     """Decides for the template of this hash. `max_concurrent` 0 is no bound. A base without old pods never waits."""
     old = [pod for pod in observed.pods if not pod.terminating and pod.template_hash != template]
-    deployment = observed.deployment
-    if not template or not old or deployment is None:
+    workload = observed.workload or observed.other_workload
+    if not template or not old or workload is None:
         return RolloutDecision()
     if observed.base.spec.paused:
         message = f"spec.paused is true: {len(old)} pods keep running as they are."
         return RolloutDecision(paused=True, progressing=("False", Reason.PAUSED.value, message))
-    if deployment.template_hash == template and not deployment.paused:
+    if workload.template_hash == template and not workload.paused:
         return RolloutDecision(replaces=True)  # under way
     if max_concurrent and len(observed.rolling_elsewhere) >= max_concurrent:
         names = ", ".join(observed.rolling_elsewhere[:3])

@@ -5,6 +5,9 @@ or when no replica is wanted any more. A base that cannot run is given up after 
 first its status gets `retryAt`, then its replicas are removed, so that no gateway starts it again in between. A changed
 spec or profile starts it at once, so that a correction shows.
 
+A LeaderWorkerSet replaces a group at once when the process of one of its pods ends, without a back-off. An attempt of a
+base with groups is therefore given up as soon as the process of a pod that it started has failed, whatever its bounds.
+
     attempt  ->  failed (reason of a pod)  ->  given up, retryAt  ->  next attempt  ->  ...  ->  serves: forgotten
 """
 
@@ -16,12 +19,16 @@ from lorapool_api.protocol import StartupReport
 from lorapool_operator.clock import iso, unix
 from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.decisions.pods import content_hash, pod_template
-from lorapool_operator.decisions.scaling.scale import ScaleDecision, initial_replicas
+from lorapool_operator.decisions.scaling.scale import ScaleDecision, initial_replicas, lowest_replicas
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory
 from lorapool_operator.world.problems import reason_of
 
 PROGRESS_INTERVAL_S = 10.0
 """The progress of a download is written to the status this often."""
+PROCESS_FAILURES = (Reason.CRASH_LOOPING, Reason.OUT_OF_MEMORY, Reason.SHARED_MEMORY_FULL)
+"""The process of a pod ended by itself."""
+CLOCK_TOLERANCE_S = 30.0
+"""The API server's clock, by which pods were created, may be behind ours. No group serves and fails so soon."""
 ENDED_PODS_S = 60.0
 """A pod that ended this long before the attempt began is the reason for the attempt."""
 
@@ -46,20 +53,37 @@ def gate(
         retry_at = unix(start.retry_at)
         if retry_at is not None and now < retry_at:
             return ScaleDecision(0, "a failed start is not repeated yet", ScaleMemory(), retry_at)
-    if current == 0 or start.since is None or start.retry_at is None:
+    if current == 0 or not given_up(start):
         return None
-    return ScaleDecision(0, f"not started within {allowance_s(observed, settings):.0f}s", ScaleMemory(), None)
+    reason = f"not started within {allowance_s(observed, settings):.0f}s"
+    if _group_failed(observed, start):
+        reason = f"a group failed: {start.reason}"
+    return ScaleDecision(0, reason, ScaleMemory(), None)
 
 
-def give_up_at(observed: ObservedBase, *, floor: int, settings: PlanSettings) -> float | None:
-    """Returns when the present attempt is given up; None if none runs, or if its replicas must not be removed."""
-    start = observed.base.status.start
+def give_up_at(
+    observed: ObservedBase, start: StartStatus | None, *, floor: int, settings: PlanSettings
+) -> float | None:
+    """Returns when the attempt is given up; None if none runs, or if its replicas must not be removed."""
     since = unix(start.since) if start is not None and start.retry_at is None else None
-    if since is None or max(observed.base.spec.scaling.min_replicas, floor) > 0:
+    if start is None or since is None or any(pod.ready for pod in observed.pods):
         return None
-    if any(pod.ready for pod in observed.pods):
+    if _group_failed(observed, start):
+        return unix(start.failed_at)
+    if lowest_replicas(observed.base.spec.scaling, floor) > 0:
         return None
     return since + allowance_s(observed, settings)
+
+
+def given_up(start: StartStatus | None) -> bool:
+    """True for an attempt whose replicas are to be removed now."""
+    return start is not None and start.since is not None and start.retry_at is not None
+
+
+def _group_failed(observed: ObservedBase, start: StartStatus) -> bool:
+    """True if the process of a pod that this attempt started has failed, in a base with groups."""
+    groups = observed.profile is not None and observed.profile.nodes > 1
+    return groups and failed_in_attempt(start) and start.reason in PROCESS_FAILURES
 
 
 def next_start(
@@ -75,7 +99,7 @@ def next_start(
         return before
     start = before if before is not None and before.since is not None else _begin(before, now)
     start = _with_progress(_with_failure(observed, start, now, settings), observed, now)
-    give_up = give_up_at(observed, floor=floor, settings=settings)
+    give_up = give_up_at(observed, start, floor=floor, settings=settings)
     return start if give_up is None or now < give_up else _given_up(observed, start, now, settings)
 
 
@@ -84,16 +108,38 @@ def problem(observed: ObservedBase, since: float | None = None) -> str:
 
     A pod that ended counts if it did so during the attempt that began at `since`, or caused it.
     """
+    if observed.workers or any(pod.group is not None for pod in observed.pods):
+        return _problem_of_groups(observed, since)
     for pod in observed.pods:
         if pod.problem and not pod.terminating:
             return f"{pod.problem} (Pod {pod.meta.name})"
-    if observed.deployment is not None and observed.deployment.problem:
-        return observed.deployment.problem
+    if observed.workload is not None and observed.workload.problem:
+        return observed.workload.problem
     ended = [pod for pod in observed.pods if pod.problem and pod.ended_unix_s and not pod.meta.deleting]
     last = max(ended, key=lambda pod: pod.ended_unix_s, default=None)
     if last is None or since is None or last.ended_unix_s < since - ENDED_PODS_S:
         return ""
     return f"{last.problem} (Pod {last.meta.name})"
+
+
+def _problem_of_groups(observed: ObservedBase, since: float | None) -> str:
+    """Returns the problem of a pod in a group, whose controller replaces all pods when one fails.
+
+    The pods of a group that failed are often terminating by the time at which they are observed. For the attempt that
+    began at `since` only those count that it started: what ended before is its cause, or counted already.
+    """
+    pods, start = (*observed.pods, *observed.workers), observed.base.status.start
+    counted = (unix(start.failed_at) or 0.0) if start is not None else 0.0
+    for pod in pods:
+        if pod.disruption:
+            lost = f"WorkerLost: Kubernetes ends Pod {pod.meta.name} ({pod.disruption}); its group starts again."
+            return f"{lost} If it stays in state Terminating because its node is gone, delete the Node object."
+    for pod in pods:
+        text = pod.last_crash or pod.problem
+        ours = since is None or pod.meta.created_unix_s >= max(since - CLOCK_TOLERANCE_S, counted)
+        if text and ours and (not pod.terminating or since is not None):
+            return f"{text} (Pod {pod.meta.name})"
+    return ""
 
 
 def progress_text(report: StartupReport | StartStatus | None) -> str:
@@ -107,11 +153,11 @@ def progress_text(report: StartupReport | StartStatus | None) -> str:
     return f"Fetching the base: {(report.fetched_bytes or 0) / 1e9:.1f}{total} GB, {rate / 1e6:.0f} MB/s."
 
 
-def waiting_text(start: StartStatus, floor: int) -> str:
-    """Returns when the next attempt begins, for the message of a condition."""
+def waiting_text(start: StartStatus, lowest: int) -> str:
+    """Returns when the next attempt begins, for the message of a condition. `lowest`: the base's bound of replicas."""
     if start.retry_at is None:
         return "the next request starts another attempt"
-    return f"the next attempt is at {'' if floor else 'the first request after '}{start.retry_at}"
+    return f"the next attempt is at {'' if lowest else 'the first request after '}{start.retry_at}"
 
 
 def _begin(before: StartStatus | None, now: float) -> StartStatus:

@@ -1,7 +1,8 @@
 """Which pods are stopped when a base gets fewer replicas, and what happens before.
 
-The emptiest pods are stopped. The annotation pod-deletion-cost names them to Kubernetes. Before, adapters that are in
-use on them are loaded on replicas that stay, so that no request waits for a load afterwards.
+The emptiest pods are stopped. The annotation pod-deletion-cost names them to Kubernetes. Of groups, a LeaderWorkerSet
+stops those with the highest numbers. Before, adapters that are in use on them are loaded on replicas that stay, so that
+no request waits for a load afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def hand_over(observed: ObservedBase, decision: ScaleDecision, current: int | No
 
 def deletion_costs(observed: ObservedBase, decision: ScaleDecision, current: int | None) -> tuple[tuple[str, str], ...]:
     """Returns (pod, cost) of the annotations to be written before the number of replicas is lowered."""
-    if current is None or not 0 < decision.replicas < current:
+    if current is None or not 0 < decision.replicas < current or any(pod.group is not None for pod in observed.pods):
         return ()
     first = set(observed.memory.leaving) or {pod.meta.uid for pod in emptiest(observed, _surplus(observed, decision))}
     wanted = {pod.meta.name: FIRST if pod.meta.uid in first else LATER for pod in _alive(observed)}
@@ -46,7 +47,7 @@ def deletion_costs(observed: ObservedBase, decision: ScaleDecision, current: int
 
 
 def emptiest(observed: ObservedBase, number: int) -> list[PodObject]:
-    """Returns the pods to be stopped: not serving, then fewest requests, fewest adapters, youngest."""
+    """Returns the pods to be stopped: not serving, then fewest requests, fewest adapters, youngest; the last groups."""
     views = {view.pod_uid: view for view in observed.runtimes}
 
     def load(pod: PodObject) -> tuple[bool, int, int]:
@@ -56,7 +57,10 @@ def emptiest(observed: ObservedBase, number: int) -> list[PodObject]:
             return False, 0, 0
         return view.serving, now.in_flight + now.waiting, now.slots_used
 
-    alive = sorted(_alive(observed), key=lambda pod: (*load(pod), -pod.meta.created_unix_s, pod.meta.name))
+    def order(pod: PodObject) -> tuple[float, ...]:
+        return (-pod.group,) if pod.group is not None else (*load(pod), -pod.meta.created_unix_s)
+
+    alive = sorted(_alive(observed), key=lambda pod: (order(pod), pod.meta.name))
     return alive[: max(0, number)]
 
 

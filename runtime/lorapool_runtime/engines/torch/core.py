@@ -25,18 +25,23 @@ from lorapool_runtime.engines.interface import (
     HostAdapter,
     LoadOutcome,
     ModelFacts,
+    SlotInUseError,
+    TokenConstraint,
     TokenOutput,
+    ending,
 )
+from lorapool_runtime.engines.request_check import check_request
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.decode_program.load import load_decode_program
 from lorapool_runtime.engines.torch.lora.kernel_cpu import load_row_kernel
 from lorapool_runtime.engines.torch.lora.slot_state import WrongWeightsError
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
+from lorapool_runtime.engines.torch.min_tokens import MinTokens
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base, load_base
 from lorapool_runtime.engines.torch.prompt_logprobs import score_prompts
 from lorapool_runtime.engines.torch.runner import Runner
-from lorapool_runtime.engines.torch.sampling import Sampled, SampleRow, check_params, sample
+from lorapool_runtime.engines.torch.sampling import Sampled, SampleRow, sample
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
@@ -53,10 +58,6 @@ few enough that a step with a prefill takes only a few times as long as a step w
 
 _CPU_BATCHING_WINDOW_S = 0.004
 """See `EngineConfig.batching_window_s`. The server needs one to two milliseconds to hand a request to the engine."""
-
-
-class SlotInUseError(RuntimeError):
-    """Requests still run on the slot: load or unload it when they have ended."""
 
 
 class Core:
@@ -131,28 +132,24 @@ class Core:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError for a request that can never run. Any thread: it reads only what never changes."""
-        prompt, params, facts = request.prompt_ids, request.sampling, self.facts
-        check_params(params, facts.vocab_size)
-        if request.prompt_logprobs is not None and not 0 <= request.prompt_logprobs <= facts.vocab_size:
-            raise ValueError(f"prompt_logprobs must be within [0, {facts.vocab_size}], not {request.prompt_logprobs}")
-        if not prompt:
-            raise ValueError("the prompt has no tokens")
-        if len(prompt) + params.max_tokens > facts.max_model_len:
+        check_request(request, self.facts, slots=self.slots.count)
+        prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        if not self.scheduler.could_ever_fit(prompt, max_tokens):
+            blocks = self.scheduler.allocator
             raise ValueError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed "
-                f"the model's {facts.max_model_len} tokens"
+                f"{prompt} prompt tokens and max_tokens {max_tokens} exceed the KV cache "
+                f"of {blocks.total * blocks.block_size} tokens"
             )
-        if not self.scheduler.could_ever_fit(len(prompt), params.max_tokens):
-            raise ValueError(
-                f"{len(prompt)} prompt tokens and max_tokens {params.max_tokens} exceed the KV cache "
-                f"of {self.scheduler.allocator.total * self.scheduler.allocator.block_size} tokens"
-            )
-        if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-            raise ValueError(f"the prompt has a token outside [0, {facts.vocab_size - 1}]")
-        if not BASE_SLOT <= request.slot < self.slots.count:
-            raise ValueError(f"there is no slot {request.slot}")
 
-    def add(self, request: GenerationRequest) -> list[TokenOutput]:
+    def constraint_of(self, request: GenerationRequest) -> TokenConstraint | None:
+        """A new constraint for its sequence; None if it may generate any token. Any thread."""
+        params = request.sampling
+        if request.grammar is not None:
+            return request.grammar.constraint(params.stop_token_ids)
+        ends = params.stop_token_ids | (frozenset() if params.ignore_eos else self.facts.eos_token_ids)
+        return MinTokens(params.min_tokens, ends, self.facts.vocab_size) if params.min_tokens and ends else None
+
+    def add(self, request: GenerationRequest, constraint: TokenConstraint | None = None) -> list[TokenOutput]:
         """Queues the request. Returns its end at once where its slot does not hold the weights it is meant for."""
         if request.slot != BASE_SLOT:
             try:
@@ -160,7 +157,12 @@ class Core:
             except WrongWeightsError as refusal:
                 return [ending(request, 0, FinishReason.ERROR, str(refusal))]
         seed = request.sampling.seed
-        sequence = Sequence(request, arrival=self._arrivals, seed=secrets.randbits(64) if seed is None else seed)
+        sequence = Sequence(
+            request,
+            arrival=self._arrivals,
+            seed=secrets.randbits(64) if seed is None else seed,
+            constraint=constraint,
+        )
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -224,12 +226,12 @@ class Core:
 
     def _end_of(self, sequence: Sequence, token_id: int) -> tuple[bool, FinishReason | None]:
         """Whether the token just appended is an end-of-sequence token, and the reason to finish with it, if any."""
-        request, params = sequence.request, sequence.request.sampling
+        params = sequence.request.sampling
         if token_id in params.stop_token_ids or (not params.ignore_eos and token_id in self.facts.eos_token_ids):
             return True, FinishReason.STOP
-        if request.constraint is not None:
-            request.constraint.accept(token_id)
-            if request.constraint.complete:
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
+            if sequence.constraint.complete:
                 return False, FinishReason.STOP
         return False, FinishReason.LENGTH if sequence.generated >= params.max_tokens else None
 
@@ -361,20 +363,5 @@ def _sample_row(sequence: Sequence) -> SampleRow:
         position=sequence.generated,
         prompt_ids=sequence.request.prompt_ids,
         generated_counts=sequence.generated_counts,
-        constraint=sequence.request.constraint,
-    )
-
-
-def ending(
-    request: GenerationRequest, generated: int, reason: FinishReason, message: str | None, *, cached: int = 0
-) -> TokenOutput:
-    return TokenOutput(
-        request_id=request.request_id,
-        token_id=None,
-        text_token=False,
-        prompt_tokens=len(request.prompt_ids),
-        completion_tokens=generated,
-        cached_tokens=cached,
-        finish_reason=reason,
-        error=message,
+        constraint=sequence.constraint,
     )

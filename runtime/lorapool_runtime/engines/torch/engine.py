@@ -3,9 +3,6 @@
 Commands (submit, cancel, load, unload) take effect between two steps and wait for no other request. On a CPU a
 background thread fills and releases slots. When the engine thread dies, every request ends with an error and
 `observe().healthy` turns False: the process should exit then, nothing here restarts.
-
-    EngineStoppedError   a call after stop() or after the death of the engine thread
-    SlotInUseError       load or unload of a slot on which requests still run
 """
 
 from __future__ import annotations
@@ -26,16 +23,19 @@ from lorapool_runtime.background import BackgroundThread
 from lorapool_runtime.cgroup import usable_cores
 from lorapool_runtime.engines.interface import (
     EngineStats,
+    EngineStoppedError,
     FinishReason,
     GenerationRequest,
     HostAdapter,
     LoadOutcome,
     ModelFacts,
+    SlotInUseError,
     TokenOutput,
     TokenSink,
+    ending,
 )
 from lorapool_runtime.engines.torch.config import EngineConfig
-from lorapool_runtime.engines.torch.core import Core, SlotInUseError, ending
+from lorapool_runtime.engines.torch.core import Core
 from lorapool_runtime.weights.pack import DURING_A_BATCH, UNTHROTTLED, Throttle
 
 __all__ = ["EngineConfig", "EngineStoppedError", "SlotInUseError", "TorchEngine"]
@@ -46,10 +46,6 @@ T = TypeVar("T")
 
 _MAX_BATCHING_WINDOWS = 8
 """An idle engine waits for further requests for at most this many times `batching_window_s` in all."""
-
-
-class EngineStoppedError(RuntimeError):
-    """The engine is not running: it was not started, was stopped, or its thread died."""
 
 
 class TorchEngine:
@@ -118,13 +114,14 @@ class TorchEngine:
     def submit(self, request: GenerationRequest, sink: TokenSink) -> None:
         core = self._loaded()
         core.check(request)
+        constraint = core.constraint_of(request)
         with self._lock:
             if request.request_id in self._sinks:
                 raise ValueError(f"request {request.request_id} is running already")
             alive = self._alive
             if alive:
                 self._sinks[request.request_id] = sink
-                self._commands.put(lambda: self._deliver(core.add(request)))
+                self._commands.put(lambda: self._deliver(core.add(request, constraint)))
         if not alive:
             sink(ending(request, 0, FinishReason.ERROR, "the engine is not running"))
 

@@ -42,32 +42,6 @@ class Sampled:
     """Why there is no token; None where there is one."""
 
 
-def check_params(params: SamplingParams, vocab_size: int) -> None:
-    """Raises ValueError that names the field and its bound."""
-    for name, value, low, high in (
-        ("temperature", params.temperature, 0.0, math.inf),
-        ("top_p", params.top_p, 0.0, 1.0),
-        ("min_p", params.min_p, 0.0, 1.0),
-        ("top_k", params.top_k, 0, math.inf),
-        ("repetition_penalty", params.repetition_penalty, 0.0, math.inf),
-        ("presence_penalty", params.presence_penalty, -math.inf, math.inf),
-        ("frequency_penalty", params.frequency_penalty, -math.inf, math.inf),
-    ):
-        if not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{name} must be finite and within [{low:g}, {high:g}], not {value}")
-    if params.repetition_penalty == 0 or params.top_p == 0:
-        raise ValueError("repetition_penalty and top_p must be above 0")
-    if params.max_tokens < 0:
-        raise ValueError(f"max_tokens must be at least 0, not {params.max_tokens}")
-    if params.top_logprobs is not None and not 0 <= params.top_logprobs <= vocab_size:
-        raise ValueError(f"top_logprobs must be within [0, {vocab_size}], not {params.top_logprobs}")
-    for token, bias in params.logit_bias.items():
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"logit_bias has token {token}, but the last token of the vocabulary is {vocab_size - 1}")
-        if not math.isfinite(bias):
-            raise ValueError(f"logit_bias of token {token} must be finite, not {bias}")
-
-
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     """One result per row. logits: [rows, vocabulary], any floating type."""
     logits = logits.float()  # a bf16 maximum is slower than the cast and an fp32 one

@@ -36,12 +36,20 @@ _LIMITS: Mapping[str, Any] = {
 }
 
 
-class Grammar:
-    """A compiled grammar."""
+class CompiledGrammar:
+    """`interface.Grammar`."""
 
     def __init__(
-        self, matcher: LLMatcher, relaxed: tuple[str, ...] = (), eos_token_ids: frozenset[int] = frozenset()
+        self,
+        text: str,
+        matcher: LLMatcher,
+        *,
+        is_schema: bool,
+        relaxed: tuple[str, ...] = (),
+        eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        self.text = text
+        self.is_schema = is_schema
         self._matcher = matcher
         self._eos_token_ids = eos_token_ids
         self.relaxed = relaxed
@@ -94,7 +102,7 @@ class GrammarCompiler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._pending = 0
-        self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()  # used by the worker thread only
+        self._cache: OrderedDict[GrammarSpec, CompiledGrammar] = OrderedDict()  # used by the worker thread only
         self._tokenizer: Future[LLTokenizer] = self._pool.submit(
             _make_tokenizer, tokenizer_json, vocab_size, sorted(self._eos_token_ids)
         )
@@ -102,7 +110,7 @@ class GrammarCompiler:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def compile(self, spec: GrammarSpec) -> Grammar:
+    async def compile(self, spec: GrammarSpec) -> CompiledGrammar:
         """Compiles a grammar, or returns it from the cache.
 
         Raises InvalidRequestError for an unsupported one, UnavailableError or TooManyRequestsError under load.
@@ -128,7 +136,7 @@ class GrammarCompiler:
 
     # --- the worker thread ----------------------------------------------------------------
 
-    def _compiled(self, spec: GrammarSpec) -> Grammar:
+    def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
         if spec in self._cache:
             self._cache.move_to_end(spec)
             return self._cache[spec]
@@ -137,16 +145,21 @@ class GrammarCompiler:
             self._cache.popitem(last=False)
         return grammar
 
-    def _grammar(self, spec: GrammarSpec) -> Grammar:
-        matcher = self._matcher(spec.text([part.schema for part in spec.parts]), is_schema=not spec.lark)
-        if not matcher.is_error():
-            return Grammar(matcher, (), self._eos_token_ids)
-        parts = [self._relaxed(part) for part in spec.parts]
-        matcher = self._matcher(spec.text([schema for schema, _ in parts]), is_schema=not spec.lark)
+    def _grammar(self, spec: GrammarSpec) -> CompiledGrammar:
+        is_schema = not spec.lark
+        unenforced: tuple[str, ...] = ()
+        text = spec.text([part.schema for part in spec.parts])
+        matcher = self._matcher(text, is_schema=is_schema)
+        if matcher.is_error():
+            parts = [self._relaxed(part) for part in spec.parts]
+            text = spec.text([schema for schema, _ in parts])
+            matcher = self._matcher(text, is_schema=is_schema)
+            unenforced = tuple(path for _, dropped in parts for path in dropped)
         if matcher.is_error():
             raise _refusal(spec.param, matcher.get_error())
-        unenforced = tuple(path for _, dropped in parts for path in dropped)
-        return Grammar(matcher, unenforced, self._eos_token_ids)
+        return CompiledGrammar(
+            text, matcher, is_schema=is_schema, relaxed=unenforced, eos_token_ids=self._eos_token_ids
+        )
 
     def _relaxed(self, part: SchemaPart) -> tuple[str, tuple[str, ...]]:
         """The schema that is enforced for this one, and where it has less. Raises InvalidRequestError."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
 
-from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, GenerationRequest, TokenLogprob
+from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, GenerationRequest, TokenConstraint, TokenLogprob
 from lorapool_runtime.engines.torch.scheduling.prefix import next_key, root_key
 
 
@@ -37,6 +37,7 @@ class Sequence:
         "block_table",
         "cached_tokens",
         "computed",
+        "constraint",
         "finish_reason",
         "generated_counts",
         "preemptions",
@@ -48,8 +49,11 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: GenerationRequest, *, arrival: int, seed: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, *, arrival: int, seed: int, constraint: TokenConstraint | None = None
+    ) -> None:
         self.request = request
+        self.constraint = constraint
         self.arrival = arrival
         self.seed = seed
         self.tokens = list(request.prompt_ids)
