@@ -59,14 +59,19 @@ FROM python AS runtime-dependencies
 ARG CPU_ONLY=0
 # hack/images names the cache that `make install` filled: no wheel is fetched again.
 ARG UV_CACHE_DIR=/root/.cache/uv
-COPY requirements-runtime.lock hack/images/trim_cpu.py hack/images/elf_stub.py /opt/lorapool/
+COPY requirements-runtime.lock hack/images/trim_cpu.py hack/images/elf_stub.py hack/images/triton_driver.py /opt/lorapool/
+# For GPUs Triton's driver module is compiled here, and the compiler is removed again: at its first launch Triton would look for one.
 # The import proves that nothing needed was removed, and compiles the modules that the runtime imports: compiling all of
 # torch and transformers would take a minute and be of no use.
 RUN --mount=type=cache,target=/root/.cache/uv \
     pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
  && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime.lock \
  && pip --no-cache-dir uninstall -qy uv \
- && if [ "${CPU_ONLY}" = 1 ]; then PYTHONSAFEPATH= python /opt/lorapool/trim_cpu.py; fi \
+ && if [ "${CPU_ONLY}" = 1 ]; then PYTHONSAFEPATH= python /opt/lorapool/trim_cpu.py; else \
+      headers=$(python -c "import pathlib, sysconfig; print('' if pathlib.Path(sysconfig.get_paths()['include'], 'Python.h').exists() else 'libpython3-dev')") \
+      && apt-get update && DPKG_FORCE=unsafe-io DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev ${headers} \
+      && python /opt/lorapool/triton_driver.py /opt/lorapool/lib/lorapool \
+      && apt-get purge -y --auto-remove gcc libc6-dev ${headers} && rm -rf /var/lib/apt/lists/*; fi \
  && PYTHONDONTWRITEBYTECODE= python -c "import torch, transformers; from transformers import LlamaForCausalLM; assert torch.ones(2, 2).matmul(torch.ones(2, 2)).sum() == 8"
 
 FROM runtime-dependencies AS runtime
@@ -77,6 +82,8 @@ LABEL org.opencontainers.image.title="lorapool-runtime" \
       org.opencontainers.image.version="${VERSION}"
 # Compiles what runtime and trainer import in addition to the packages above.
 COPY --from=wheel /dist /dist
+# Kernels that Triton compiled outlive a restart of the container.
+ENV TRITON_CACHE_DIR=/cache/triton
 # Group 0 owns /cache, for platforms that run pods as a user of their own choice in that group (OpenShift).
 RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
  && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null \

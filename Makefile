@@ -231,6 +231,10 @@ bench-quick: install model ## the targets, in some forty minutes on two cores; w
 bench: install model ## everything this machine can measure; writes bench/results/
 	$(PY) bench full
 
+.PHONY: bench-gpu
+bench-gpu: install ## on a machine with a CUDA GPU: the closed batch at an 8B base's shape; writes bench/results/
+	$(PY) bench/gpu_closed_batch.py --records bench/results/gpu-$$(date -u +%Y-%m-%d).json
+
 .PHONY: bench-profile
 bench-profile: install model ## where each millisecond of a decode step goes, and where it went by plain torch
 	base=$$($(PY) hack/models/base.py | tail -1)

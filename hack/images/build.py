@@ -23,7 +23,13 @@ from images import base, buildah, registry
 
 SOURCES = ("crds", "operator", "runtime")
 FILES = ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "requirements-build.lock")
-FILES_OF_HACK = ("hack/bootstrap.lock", "hack/images/trim_cpu.py", "hack/images/elf_stub.py", "hack/images/base.py")
+FILES_OF_HACK = (
+    "hack/bootstrap.lock",
+    "hack/images/trim_cpu.py",
+    "hack/images/elf_stub.py",
+    "hack/images/triton_driver.py",
+    "hack/images/base.py",
+)
 TARGETS = ("control", "runtime")
 _PIP_KEYS = ("index-url", "extra-index-url")
 _UV_CACHE = "/uv-cache"

@@ -29,6 +29,7 @@ from lorapool_api.trust.tls import ServerCertificate
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.cgroup import wait_passively
 from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
+from lorapool_runtime.engines.errors import EngineStartError
 from lorapool_runtime.openai.chats.tokenizer import TokenizerError
 from lorapool_runtime.serving.probes import probes
 from lorapool_runtime.serving.server import make_app
@@ -203,7 +204,7 @@ def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
 
 def _trace(error: BaseException) -> BaseException | None:
     """The error, for its traceback, unless it is one of ours, whose message is enough."""
-    return None if isinstance(error, (ArtifactError, BaseError, TokenizerError, OSError)) else error
+    return None if isinstance(error, (ArtifactError, BaseError, EngineStartError, TokenizerError, OSError)) else error
 
 
 if __name__ == "__main__":

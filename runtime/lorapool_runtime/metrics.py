@@ -210,7 +210,8 @@ class _GaugeCollector:
             }  # fmt: skip
             yield _gauge(
                 "lorapool_runtime_decode_program",
-                "How decode steps on CPU run: as one native call (active) or by the model's own code (fallback).",
+                "How decode steps run: as one native call on a CPU or one captured graph on a GPU (active), or by the "
+                "model's own code (fallback).",
                 labels,
                 1,
             )

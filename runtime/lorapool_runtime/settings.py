@@ -18,6 +18,11 @@ from lorapool_api.basemodel import PrefixSharing
 from lorapool_api.protocol import ENV_TOKEN_SHA256, ENV_TOKEN_SHA256_FILE, RUNTIME_PORT
 from lorapool_api.settings import Env, ServingSettings, read
 from lorapool_artifacts.settings import SourceSettings
+from lorapool_runtime.accelerators import expects_gpu
+
+
+def _on_gpu(fields: dict[str, Any]) -> bool:
+    return expects_gpu(fields.get("device", "auto"))
 
 
 class RuntimeSettings(ServingSettings):
@@ -45,10 +50,12 @@ class RuntimeSettings(ServingSettings):
     """Every slot reserves memory for this rank; 16 covers most fine-tunes."""
     slots: int = Field(default=8, ge=1, le=1024)
     """Adapters on the device at one time."""
-    max_batch: int = Field(default=32, ge=1, le=1024)
-    """Most sequences computed in one step."""
-    max_batch_tokens: int = Field(default=512, ge=16)
-    """Most tokens computed in one step."""
+    max_batch: int = Field(default_factory=lambda fields: 256 if _on_gpu(fields) else 32, ge=1, le=1024)
+    """Most sequences computed in one step. Default: 32 on a CPU, 256 on a GPU."""
+    max_batch_tokens: int = Field(
+        default_factory=lambda fields: max(2048 if _on_gpu(fields) else 512, fields.get("max_batch", 1)), ge=16
+    )
+    """Most tokens computed in one step. Default: 512 on a CPU, 2048 on a GPU, and at least max_batch."""
     max_prefill_tokens: int | None = Field(default=None, ge=1)
     """Most prompt tokens in a step that also decodes, which bounds how long one long prompt delays the others. None:
     128 on a CPU, where each token costs; max_batch_tokens on a GPU, where tokens cost less than reading the weights."""
@@ -58,7 +65,8 @@ class RuntimeSettings(ServingSettings):
     """Who shares them: the callers of one tenant, or (Base) all callers. Who shares can find out, by timing and by
     `cached_tokens`, whether a prefix was sent recently. Callers that no gateway names are one tenant."""
     kv_bytes: int | None = Field(default=None, ge=1)
-    """Size of the KV cache; None: a share of the memory that is free after loading the base."""
+    """Size of the KV cache; None: of the memory that is free after loading the base, 40 % on a CPU, and on a GPU 90 %
+    of what the largest step leaves, which is measured."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None: the cores this process may use."""
     native: Annotated[Literal["auto", "0", "baseline", "avx2", "avx512"], Env("LORAPOOL_NATIVE")] = "auto"
@@ -214,8 +222,10 @@ def _from_flags(argv: Sequence[str]) -> dict[str, Any]:
     for name, field in RuntimeSettings.model_fields.items():
         if name == "sources":
             continue
-        default = "required" if field.is_required() else f"default: {field.default}"
-        text = f"{(field.description or '').strip()} ({default})".replace("%", "%%")
+        default = " (required)" if field.is_required() else f" (default: {field.default})"
+        if field.default_factory is not None:  # the description says how it follows from other settings
+            default = ""
+        text = f"{(field.description or '').strip()}{default}".replace("%", "%%")
         parser.add_argument("--" + name.replace("_", "-"), dest=name, help=text, metavar="VALUE")
     return vars(parser.parse_args(argv))
 

@@ -1,16 +1,22 @@
 """Triton launches without a GPU: grids and arguments are recorded, and kernels are compiled for a given GPU.
 
-    python tests/support/triton_kit.py 90 bfloat16      compiles every kernel for compute capability 9.0 and reports
+    python tests/support/triton_kit.py [--some]      compiles every kernel for three kinds of GPU, and prints a line for
+    each python tests/support/triton_kit.py --write       writes these lines to TABLE
 
 Run as a program it must not see TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +51,7 @@ _DATA_DEPENDENT = (
     "unique_dim",
     "bincount",
 )
+_INDEXES = ("index", "index_put", "index_put_", "_index_put_impl_")
 _CONSTANTS = ("lift_fresh", "lift_fresh_copy")
 _COPIES = ("_to_copy", "to", "copy_")
 
@@ -68,7 +75,7 @@ class CaptureGuard(TorchDispatchMode):
             raise NotCapturableError(f"{func}: a value goes to the host, which waits for it")
         if name in _DATA_DEPENDENT or (name == "repeat_interleave" and "Tensor" in func.name()):
             raise NotCapturableError(f"{func}: the shape of its result depends on data")
-        if name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:]):
+        if name in _INDEXES and any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:]):
             raise NotCapturableError(f"{func}: a mask selects as many as it finds")
         if name in _CONSTANTS:
             raise NotCapturableError(f"{func}: a constant is copied from the host's pageable memory")
@@ -166,42 +173,102 @@ def compiled(kernel: Any, launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def llama_8b_launches(dtype: torch.dtype) -> Launches:
-    """One decode step's and one prefill's operators at the widths of an 8B Llama; the tensors hold no real data."""
+@dataclass(frozen=True)
+class Heads:
+    """The attention of one kind of base."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0
+    softcap: float = 0.0
+
+
+LLAMA_8B, MOST = "Llama 8B", ("Llama 8B", "Gemma 2 9B", "Falcon 7B", "Phi 3")
+HEADS = {
+    "Llama 8B": Heads(32, 8, 128),
+    "Gemma 2 9B": Heads(16, 8, 256, window=4096, softcap=50.0),
+    "Falcon 7B": Heads(71, 1, 64),
+    "Phi 3": Heads(32, 32, 96, window=2047),
+}
+WIDTHS = {
+    "Llama 8B": (4096, (4096, 1024, 1024), 64),
+    "Gemma 2 9B": (3584, (14336, 14336), 16),
+    "Falcon 7B": (4544, (4672,), 256),
+    "Phi 3": (3072, (9216,), 8),
+}
+"""Input features, output features of the group's members, the largest rank."""
+CAPABILITIES = (80, 90, 100)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What one program may use (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+TABLE = Path(__file__).resolve().parents[1] / "runtime" / "kernels" / "triton_kernels.txt"
+_TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+
+
+def launches_of(base: str, dtype: torch.dtype) -> Launches:
+    """One decode step's and one prefill's operators at the widths of a base; the tensors hold no real data."""
     from lorapool_runtime.engines.torch.kernels import triton_attention, triton_lora
 
     def i32(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
-    rows, slots, memory = 4, 2, torch.zeros(16, dtype=dtype)
-    outs = (4096, 1024, 1024)
-    x, y = torch.zeros(rows, 4096, dtype=dtype), torch.zeros(rows, sum(outs), dtype=dtype)
-    at = torch.zeros(3, slots, dtype=torch.int64)
+    (width, outs, rank), of, rows, slots = WIDTHS[base], HEADS[base], 4, 2
+    memory = torch.zeros(16, dtype=dtype)
+    x, y = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, sum(outs), dtype=dtype)
+    at = torch.zeros(len(outs), slots, dtype=torch.int64)
     tiles = torch.tensor(triton_lora.output_tiles(outs))
     with recorded(triton_lora, triton_attention) as launches:
-        triton_lora.lora_rows(x, i32(rows), memory, i32(3, slots), at, at, tiles, 64, 16, y)
-        triton_lora.lora_segments(x, i32(rows), i32(4, 3), memory, i32(3, slots), at, at, tiles, 64, 16, y)
-        keys, values = (torch.zeros(64, 8, 128, dtype=dtype) for _ in range(2))
-        new = torch.zeros(rows, 8, 128, dtype=dtype)
+        triton_lora.lora_rows(x, i32(rows), memory, i32(len(outs), slots), at, at, tiles, rank, 16, y)
+        triton_lora.lora_segments(x, i32(rows), i32(4, 3), memory, i32(len(outs), slots), at, at, tiles, rank, 16, y)
+        keys, values = (torch.zeros(64, of.kv_heads, of.head_dim, dtype=dtype) for _ in range(2))
+        new = torch.zeros(rows, of.kv_heads, of.head_dim, dtype=dtype)
         triton_attention.paged_write(keys, values, i32(rows), new, new)
-        q = torch.zeros(rows, 32, 128, dtype=dtype)
-        triton_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 0, 0.0)
-        triton_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, 4096, 50.0)
+        q = torch.zeros(rows, of.heads, of.head_dim, dtype=dtype)
+        triton_attention.paged_attend(q, keys, values, i32(rows, 512), i32(rows), 16, 0.1, of.window, of.softcap)
     return launches
 
 
-def main() -> None:
-    import importlib
+def resources(binary: Any) -> dict[str, int]:
+    """Registers and bytes of spilled registers per thread, as the assembler assigned them, and what the code uses."""
+    from triton import knobs
 
-    capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-    for name, launch in {launch.kernel: launch for launch in llama_8b_launches(dtype).made}.items():
-        module = next(m for m, names in KERNELS.items() if name in names)
-        kernels = importlib.import_module(f"lorapool_runtime.engines.torch.kernels.{module}")
-        binary = compiled(getattr(kernels, name), launch, capability)
-        ptx = binary.asm["ptx"]
-        wide = ptx.count("ld.global.v4") + ptx.count("cp.async.cg")
-        dots = ptx.count("mma.sync") + ptx.count("wgmma.mma_async")
-        print(f"{name} shared_bytes={binary.metadata.shared} vector_loads={wide} tensor_core_products={dots}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listed)}
+    ptx = binary.asm["ptx"]
+    return {
+        "registers": used["REG"],
+        "spilled_bytes": used["STACK"] + used["LOCAL"],
+        "shared_bytes": binary.metadata.shared,
+        "vector_loads": ptx.count("ld.global.v4") + ptx.count("cp.async.cg"),
+        "tensor_core_products": sum(ptx.count(product) for product in _TENSOR_CORES),
+    }
+
+
+def measure(bases: Sequence[str], capabilities: Sequence[int]) -> Iterator[str]:
+    """A line for each kernel, base and capability, in bfloat16."""
+    for base in bases:
+        for name, launch in {launch.kernel: launch for launch in launches_of(base, torch.bfloat16).made}.items():
+            module = next(m for m, names in KERNELS.items() if name in names)
+            kernel = getattr(importlib.import_module(f"lorapool_runtime.engines.torch.kernels.{module}"), name)
+            for capability in capabilities:
+                found = resources(compiled(kernel, launch, capability))
+                facts = " ".join(f"{key}={value}" for key, value in found.items())
+                yield f"{base.replace(' ', '-')} {name} sm_{capability} {facts}"
+
+
+def main() -> None:
+    some = "--some" in sys.argv
+    lines = measure((LLAMA_8B,) if some else MOST, (90,) if some else CAPABILITIES)
+    if "--write" not in sys.argv:
+        for line in lines:
+            print(line, flush=True)
+        return
+    head = "# Written by `python tests/support/triton_kit.py --write`. Registers and spills are per thread.\n"
+    TABLE.write_text(head + "".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 What decides or computes a job's numbers belongs here; data formats, files, HTTP, time and Kubernetes do not.
 """
 
-from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError
+from lorapool_runtime.engines.errors import UnsupportedBaseError
 from lorapool_trainer.engine.engine import Engine
 from lorapool_trainer.engine.memory import Admission, MemoryFigures
 from lorapool_trainer.engine.plan import Offer, Take, plan_cycle

@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from lorapool_runtime.engines.errors import UnsupportedBaseError
 from lorapool_runtime.engines.torch.model.key_map import KeyMap
 from lorapool_runtime.engines.torch.model.load import (
     ATTENTION_KWARG,
     ATTENTION_NAME,
-    UnsupportedBaseError,
     checked_config,
     element_type,
+    refusing,
     register_attention,
+    stock_model,
 )
 from lorapool_runtime.engines.torch.model.probe import ProbeResult, adaptable, run_probe
 from lorapool_trainer.engine.attention import PackedAttention
@@ -84,12 +85,9 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> FrozenBase:
 
     dtype: float32, bfloat16, float16, or auto: as stored, where the device computes in it.
     """
-    config = checked_config(folder)
-    element = element_type(config, dtype, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
-    return frozen_base(model.to(device))
+    with refusing():
+        config = checked_config(folder)
+        return frozen_base(stock_model(folder, config, element_type(config, dtype, device), device))
 
 
 def frozen_base(model: Any) -> FrozenBase:

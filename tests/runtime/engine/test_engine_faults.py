@@ -11,9 +11,9 @@ import pytest
 import torch
 from engine_kit import Collector, PeftWorld, greedy, peft_world, request, started, tiny_model
 
+from lorapool_runtime.engines.errors import EngineStartError, UnsupportedBaseError
 from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, TokenOutput
 from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine
-from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError
 from lorapool_runtime.weights.reader import PackedAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -119,7 +119,7 @@ def test_the_threads_death_ends_every_request_with_an_error_and_is_observed(
 
 def test_a_folder_without_safetensors_is_refused_at_start(tmp_path: Path) -> None:
     engine = TorchEngine(EngineConfig(model_dir=str(tmp_path), device="cpu"))
-    with pytest.raises(UnsupportedBaseError, match="safetensors"):
+    with pytest.raises(EngineStartError, match="safetensors"):
         engine.start()
     assert not engine.observe().healthy
 

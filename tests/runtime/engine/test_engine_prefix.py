@@ -247,7 +247,7 @@ def test_a_block_with_one_bad_number_is_not_finite() -> None:
     pool.write(1, torch.tensor([2 * 4]), rows * float("nan"), rows)
     pool.write(1, torch.tensor([3 * 4]), rows, rows * float("-inf"))
     pool.write(0, torch.tensor([4 * 4]), rows * float("inf"), rows * float("-inf"))
-    assert pool.are_finite([1, 2, 3, 4, 5]) == [True, False, False, False, True]
+    assert pool.are_finite([1, 2, 3, 4, 5]).tolist() == [True, False, False, False, True]
 
 
 def test_a_long_prompt_does_not_delay_a_short_answer(world: PeftWorld, tmp_path: Path) -> None:

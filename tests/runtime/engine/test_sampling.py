@@ -19,7 +19,8 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 
 
 def row(position: int = 0, seed: int = 1, generated: dict[int, int] | None = None, **params: Any) -> SampleRow:
-    return SampleRow(SamplingParams(max_tokens=9, **params), seed, position, (3,), generated or {})
+    text = [token for token, count in (generated or {}).items() for _ in range(count)]
+    return SampleRow(SamplingParams(max_tokens=9, **params), seed, position, [3, *text], 1)
 
 
 def draws(count: int = 600, **params: Any) -> Counter[int | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorapool_runtime.engines.torch.kernels import triton_attention
 from lorapool_runtime.engines.torch.kernels.triton_attention import paged_attend, paged_write
-from lorapool_runtime.engines.torch.model.attention import LayerAttention, PagedAttention, _TritonDecode
+from lorapool_runtime.engines.torch.model.attention import LayerAttention, PagedAttention, TritonRows
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
@@ -124,7 +124,7 @@ def test_the_decoding_rows_of_a_mixed_step_equal_the_reference() -> None:
     world, wants = World(), LayerAttention(KV_HEADS, DIM, 7, 2.0)
     tables = [[*c.sequence.block_table, *[0] * (WIDTH - len(c.sequence.block_table))] for c in world.chunks]
     places = torch.tensor(world.places(), device=DEVICE)
-    decode = _TritonDecode(world.pool, places, tables, [c.start for c in world.chunks])
+    decode = TritonRows(world.pool, places, tables, [c.start for c in world.chunks])
     longer = [torch.cat([t[0], torch.full_like(t[0], float("nan"))], dim=1) for t in (world.q, world.k, world.v)]
     got = decode.attend(1, *longer, 0.3, wants)
     torch.testing.assert_close(got, world.reference(wants), rtol=2e-6, atol=2e-6)

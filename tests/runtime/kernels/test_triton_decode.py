@@ -11,39 +11,21 @@ import pytest
 import torch
 import triton_kit
 from engine_kit import VOCAB, greedy, peft_world, request, tiny_model
+from gpu_kit import ADAPTERS, META, NoCapture, core_of, meta_graphs, read
 from torch import Tensor
 from triton_kit import CaptureGuard, NotCapturableError
 
-from lorapool_runtime.engines.interface import TokenOutput
+from lorapool_runtime.engines.errors import UnsupportedBaseError
+from lorapool_runtime.engines.interface import DecodeProgramState, TokenOutput
+from lorapool_runtime.engines.torch import gpu_start
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core
 from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs, Step, batch_sizes
 from lorapool_runtime.engines.torch.kernels import triton_attention, triton_lora
 from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
-from lorapool_runtime.engines.torch.model.kv_pool import KVPool
-from lorapool_runtime.engines.torch.model.load import Base, load_base
-from lorapool_runtime.engines.torch.scheduling.scheduler import StepPlan
-from lorapool_runtime.weights.reader import PackedAdapter
-
-META = torch.device("meta")
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "everything": {"r": 5, "lora_alpha": 8, "target_modules": "all-linear"},
-    "qv": {"r": 8, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
-    "output": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "lm_head"]},
-    "embedding": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"]},
-}
-
-
-class NoCapture:
-    """Replaces CudaCapture: a replay runs the step again."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-
-    def __call__(self, step: Step) -> Step:
-        self.captured += 1
-        return step
+from lorapool_runtime.engines.torch.model.attention import TritonRows
+from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 
 
 class Compared:
@@ -63,12 +45,6 @@ class Compared:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
         self.sizes[len(plan.decodes)] += 1
         return got
-
-
-def core_of(folder: Path, **changes: Any) -> Core:
-    settings: dict[str, Any] = {"max_rank": 16, "slots": 3, "max_batch": 5, "max_batch_tokens": 32, "max_model_len": 32}
-    settings |= {"dtype": "float32", "device": "cpu", "kv_block_tokens": 4}
-    return Core(EngineConfig(model_dir=str(folder), **settings | changes))
 
 
 @pytest.mark.parametrize(("architecture", "layers"), [("Llama", 1), ("Gemma2", 2)])
@@ -143,10 +119,6 @@ def test_a_step_with_an_adapter_of_the_embedding_runs_the_models_own_code(tmp_pa
     assert not any(could)
 
 
-def read(core: Core, folder: Path) -> PackedAdapter:
-    return core.reader.read(folder, max_rank=16)
-
-
 def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
     for output in outputs:
         assert output.token_id is not None, output.error
@@ -154,28 +126,6 @@ def collect(outputs: list[TokenOutput], tokens: dict[str, list[int]]) -> None:
 
 
 # --- what a capture allows ---
-
-
-def meta_graphs(folder: Path, architecture: str, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
-    """A base without values: its weights, adapter slots and KV cache are on the meta device."""
-    tiny_model(architecture).save_pretrained(folder)
-    with monkeypatch.context() as patch:
-        # the stock model's probe looks for packed sequences among its positions; the fitted one never asks
-        patch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
-        base: Base = load_base(str(folder), dtype="bfloat16", device=META)
-    slots = AdapterSlots(base.groups, slots=4, max_rank=8, dtype=base.dtype, device=META, in_host_memory=False)
-    base.lora.slots, base.lora.kernel = slots, TritonKernel(slots)
-    layer = base.layers[0]
-    pool = KVPool(
-        layers=len(base.layers),
-        kv_heads=layer.kv_heads,
-        head_dim=layer.head_dim,
-        blocks=20,
-        block_size=4,
-        dtype=base.dtype,
-        device=META,
-    )
-    return DecodeGraphs(base, pool, max_batch=6, max_model_len=64, capture=NoCapture())
 
 
 ARCHITECTURES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "Olmo2", "Granite"]
@@ -242,6 +192,96 @@ def test_batch_sizes_are_few_and_reach_the_largest() -> None:
     assert batch_sizes(6) == (1, 2, 4, 6)
     assert batch_sizes(32) == (1, 2, 4, 8, 16, 32)
     assert len(batch_sizes(1000)) == 11
+
+
+# --- the start on a GPU ---
+
+
+def gpu_like(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Core:
+    """A core on the CPU with the slots of a GPU; the kernels are interpreted, so contexts are short."""
+    monkeypatch.setattr(triton_attention, "_PARTS", 1)
+    monkeypatch.setattr(gpu_start, "_CONTEXTS", (1, 5, 4, 2))
+    monkeypatch.setattr(gpu_start, "_TILED_ROWS", 12)
+    tiny_model("Llama", num_hidden_layers=1).save_pretrained(folder)
+    core = core_of(folder, max_batch=3)
+    core.slots = core.base.lora.slots = AdapterSlots(
+        core.base.groups, slots=3, max_rank=16, dtype=torch.float32, device=torch.device("cpu"), in_host_memory=False
+    )
+    core.runner.decode_path = None
+    return core
+
+
+def start(core: Core, capture: Any) -> tuple[DecodeGraphs | None, DecodeProgramState]:
+    with torch.inference_mode():
+        gpu_start.load_kernels(core.runner, core.slots)
+        return gpu_start.load_graphs(core.runner, core.slots, max_batch=3, max_model_len=32, capture=capture)
+
+
+def test_every_graph_is_compared_at_start_with_and_without_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, replayed = gpu_like(tmp_path, monkeypatch), []
+
+    def replay(self: DecodeGraphs, decodes: tuple[Chunk, ...], size: int) -> Tensor:
+        replayed.append((size, len(decodes), any(chunk.sequence.slot != -1 for chunk in decodes)))
+        return original(self, decodes, size)
+
+    original = DecodeGraphs.replay
+    monkeypatch.setattr(DecodeGraphs, "replay", replay)
+    graphs, state = start(core, NoCapture())
+    assert graphs is not None
+    assert state == DecodeProgramState(active=True)
+    assert replayed == [(1, 1, True), (1, 1, False), (2, 2, True), (2, 1, False), (3, 3, True), (3, 2, False)]
+    assert not core.pool.data.any()
+    assert not any(core.slots.is_published(slot) for slot in range(3))
+
+
+class FailsAt:
+    """A capture that fails, or whose replay is wrong, for one size."""
+
+    def __init__(self, size: int, *, with_lora: bool, wrong: bool) -> None:
+        self.size, self.with_lora, self.wrong = size, with_lora, wrong
+
+    def __call__(self, step: Any) -> Step:
+        if step.args != (self.size, self.with_lora):
+            return step  # type: ignore[no-any-return]
+        if self.wrong:
+            return lambda: step() + 1.0
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+@pytest.mark.parametrize(("wrong", "reason"), [(False, "not_captured"), (True, "unverified")])
+def test_a_graph_that_cannot_be_captured_or_is_wrong_costs_speed_and_nothing_else(
+    with_lora: bool, wrong: bool, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    core = gpu_like(tmp_path, monkeypatch)
+    graphs, state = start(core, FailsAt(2, with_lora=with_lora, wrong=wrong))
+    assert graphs is None
+    assert state == DecodeProgramState(active=False, reason=reason)
+    assert [(r.levelname, "the model's own code serves" in r.getMessage()) for r in caplog.records] == [
+        ("WARNING", True)
+    ]
+    with torch.inference_mode():
+        core.runner.self_check()
+    assert not core.pool.data.any()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"), [("_add_segments", "LoRA"), ("add", "LoRA"), ("attend", "attention")], ids=str
+)
+def test_kernels_that_compute_something_else_are_an_error(
+    kernel: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = gpu_like(tmp_path, monkeypatch)
+    if kernel == "attend":
+        original = TritonRows.attend
+        monkeypatch.setattr(TritonRows, "attend", lambda *arguments: original(*arguments) * 1.01)
+    else:
+        monkeypatch.setattr(TritonKernel, kernel, lambda *_: None)
+    with pytest.raises(UnsupportedBaseError, match=f"the {name} kernels differ from torch's operators on this GPU"):
+        start(core, NoCapture())
 
 
 # --- on a GPU ---

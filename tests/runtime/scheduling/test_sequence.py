@@ -20,7 +20,7 @@ def test_a_sequence_goes_from_prompt_to_text() -> None:
     sequence.advance(2)
     sequence.advance(1)
     sequence.append(77)
-    assert (sequence.pending, sequence.generated, sequence.generated_counts[77]) == (1, 1, 1)
+    assert (sequence.pending, sequence.generated, sequence.tokens[-1]) == (1, 1, 77)
     assert sequence.finish(FinishReason.LENGTH) == [4, 9]
     assert sequence.status is SequenceStatus.FINISHED
 

@@ -19,7 +19,8 @@ from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import inspect_adapter_folder
 from lorapool_artifacts.settings import AdapterLimits
-from lorapool_runtime.engines.torch.model.load import UnsupportedBaseError, load_base
+from lorapool_runtime.engines.errors import UnsupportedBaseError
+from lorapool_runtime.engines.torch.model.load import load_base
 from lorapool_runtime.weights.reader import AdapterReader
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

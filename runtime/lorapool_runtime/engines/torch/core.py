@@ -14,7 +14,7 @@ import torch
 
 from lorapool_api.base_modules import ModuleKind
 from lorapool_artifacts.checks.base_facts import BaseFacts
-from lorapool_runtime.cgroup import usable_memory_bytes
+from lorapool_runtime.engines.errors import EngineStartError
 from lorapool_runtime.engines.interface import (
     BASE_SLOT,
     ConstraintError,
@@ -33,24 +33,25 @@ from lorapool_runtime.engines.interface import (
 from lorapool_runtime.engines.request_check import check_request
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.decode_program.load import load_decode_program
+from lorapool_runtime.engines.torch.device import choose_device
+from lorapool_runtime.engines.torch.kernels.triton_driver import load_triton_driver
+from lorapool_runtime.engines.torch.kv_budget import kv_bytes
 from lorapool_runtime.engines.torch.lora.kernel_cpu import load_row_kernel
 from lorapool_runtime.engines.torch.lora.slot_state import WrongWeightsError
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.min_tokens import MinTokens
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
-from lorapool_runtime.engines.torch.model.load import Base, load_base
+from lorapool_runtime.engines.torch.model.load import Base, load_base, refusing
 from lorapool_runtime.engines.torch.prompt_logprobs import score_prompts
 from lorapool_runtime.engines.torch.runner import Runner
-from lorapool_runtime.engines.torch.sampling import Sampled, SampleRow, sample
+from lorapool_runtime.engines.torch.sampling import LogitShaper, Sampled, SampleRow, launch
 from lorapool_runtime.engines.torch.scheduling.blocks import BlockAllocator
 from lorapool_runtime.engines.torch.scheduling.scheduler import Scheduler, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
+from lorapool_runtime.engines.torch.transfers import fetch
 from lorapool_runtime.weights.reader import AdapterReader, PackedAdapter
 
 log = logging.getLogger(__name__)
-
-_KV_SHARE = 0.4
-"""The KV cache's part of the memory that is free after loading the base, unless `kv_bytes` is set."""
 
 _CPU_PREFILL_TOKENS = 128
 """See `EngineConfig.max_prefill_tokens`. A few times a full decode batch: enough rows to share one read of the weights,
@@ -62,7 +63,9 @@ _CPU_BATCHING_WINDOW_S = 0.004
 
 class Core:
     def __init__(self, config: EngineConfig) -> None:
-        device = torch.device(config.device if config.device != "auto" else _best_device())
+        device = choose_device(config.device)
+        if device.type == "cuda":
+            load_triton_driver()
         self.base: Base = load_base(config.model_dir, dtype=config.dtype, device=device)
         if device.type == "cpu":
             self.base.lora.kernel = load_row_kernel(self.base.dtype, device)
@@ -81,10 +84,11 @@ class Core:
         self.runner = Runner(self.base, self.pool)
         decode_program: DecodeProgramState | None = None
         with torch.inference_mode():
+            with refusing():
+                self.runner.self_check()
             if device.type == "cuda":
-                self._prepare_gpu(config.max_batch, max_model_len)
-            self.runner.self_check()
-            if device.type == "cpu":
+                decode_program = self._prepare_gpu(config.max_batch, max_model_len)
+            else:
                 self.runner.decode_path, decode_program = load_decode_program(
                     self.base, self.pool, max_batch=config.max_batch, max_model_len=max_model_len
                 )
@@ -113,20 +117,21 @@ class Core:
             self.base.groups, self.facts.dtype, BaseFacts.of(self.base.modules), self.base.originals
         )
         self._sequences: dict[str, Sequence] = {}
+        self._shapers: dict[str, LogitShaper] = {}
         self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
 
-    def _prepare_gpu(self, max_batch: int, max_model_len: int) -> None:
+    def _prepare_gpu(self, max_batch: int, max_model_len: int) -> DecodeProgramState:
         # imported here because only torch's builds for CUDA install Triton
-        from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture, DecodeGraphs
-        from lorapool_runtime.engines.torch.lora.kernel_gpu import TritonKernel
+        from lorapool_runtime.engines.torch.cuda_graphs import CudaCapture
+        from lorapool_runtime.engines.torch.gpu_start import load_graphs, load_kernels
 
-        self.base.lora.kernel = kernel = TritonKernel(self.slots)
-        kernel.warm_up(self.slots)
-        graphs = DecodeGraphs(
-            self.base, self.pool, max_batch=max_batch, max_model_len=max_model_len, capture=CudaCapture()
+        load_kernels(self.runner, self.slots)
+        self.runner.decode_path, state = load_graphs(
+            self.runner, self.slots, max_batch=max_batch, max_model_len=max_model_len, capture=CudaCapture()
         )
-        graphs.capture_all()
-        self.runner.decode_path = graphs
+        if not state.active:
+            self.runner.self_check()  # whatever failed may have left the device unusable
+        return state
 
     # --- requests ---
 
@@ -165,15 +170,21 @@ class Core:
         )
         self._arrivals += 1
         self._sequences[request.request_id] = sequence
+        if LogitShaper.needed(request.sampling):
+            self._shapers[request.request_id] = LogitShaper(request.sampling)
         self.scheduler.add(sequence)
         return []
 
     def end(self, request_id: str, reason: FinishReason, message: str | None = None) -> list[TokenOutput]:
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._forget(request_id)
         if sequence is None:
             return []
         self.scheduler.finish(sequence, reason)
         return [ending(sequence.request, sequence.generated, reason, message, cached=sequence.cached_tokens)]
+
+    def _forget(self, request_id: str) -> Sequence | None:
+        self._shapers.pop(request_id, None)
+        return self._sequences.pop(request_id, None)
 
     def end_all(self, reason: FinishReason, message: str | None) -> list[TokenOutput]:
         return [output for request_id in list(self._sequences) for output in self.end(request_id, reason, message)]
@@ -186,13 +197,27 @@ class Core:
         began_s = time.perf_counter()
         logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
-        sampled = sample(logits, [_sample_row(sequence) for sequence in sampling])
+        launched = launch(logits, [self._sample_row(sequence) for sequence in sampling])
+        filled = self.scheduler.completed(plan)
+        *sampled, finite = fetch([*launched.tensors, self.pool.are_finite([block for block, _ in filled])])
         self.scheduler.took(plan, time.perf_counter() - began_s)
         self._count(plan)
         for chunk in plan.chunks:
             chunk.sequence.advance(chunk.num_tokens)
-        self._register_prefixes(plan)
-        return [out for sequence, one in zip(sampling, sampled, strict=True) for out in self._settle(sequence, one)]
+        self._register_prefixes(filled, finite)
+        results = zip(sampling, launched.results(sampled), strict=True)
+        return [output for sequence, one in results for output in self._settle(sequence, one)]
+
+    def _sample_row(self, sequence: Sequence) -> SampleRow:
+        return SampleRow(
+            params=sequence.request.sampling,
+            seed=sequence.seed,
+            position=sequence.generated,
+            tokens=sequence.tokens,
+            prompt_tokens=sequence.prompt_tokens,
+            shaper=self._shapers.get(sequence.request_id),
+            constraint=sequence.constraint,
+        )
 
     def _settle(self, sequence: Sequence, sampled: Sampled) -> list[TokenOutput]:
         """The output of one row: a token, or the end of its sequence, or both."""
@@ -220,7 +245,7 @@ class Core:
             prompt_logprobs=scores,
         )
         if reason is not None:
-            del self._sequences[sequence.request_id]
+            self._forget(sequence.request_id)
             self.scheduler.finish(sequence, reason)
         return [output]
 
@@ -235,13 +260,11 @@ class Core:
                 return False, FinishReason.STOP
         return False, FinishReason.LENGTH if sequence.generated >= params.max_tokens else None
 
-    def _register_prefixes(self, plan: StepPlan) -> None:
+    def _register_prefixes(self, filled: list[tuple[int, bytes]], finite: list[bool]) -> None:
         """Registers the blocks that this step filled in the prefix cache, if all their values are finite.
 
         A sequence that fails in this step takes its own out again before the next lookup: see `Scheduler.finish`.
         """
-        filled = self.scheduler.completed(plan)
-        finite = self.pool.are_finite([block for block, _ in filled])
         for (block, key), is_finite in zip(filled, finite, strict=True):
             if is_finite:
                 self.scheduler.allocator.register(block, key)
@@ -269,7 +292,7 @@ class Core:
         self.slots.withdraw(slot)
 
     def fill(self, slot: int, adapter: HostAdapter) -> LoadOutcome:
-        """Fills a slot that is not published. Any thread where `fills_anywhere`, one at a time."""
+        """Fills a slot that is not published. Any thread, one at a time."""
         began_s = time.monotonic()
         device_bytes = self.slots.fill(slot, _packed(adapter))
         return LoadOutcome(slot, device_bytes, time.monotonic() - began_s)
@@ -279,11 +302,6 @@ class Core:
         self._require_unused(filled.slot)
         self.slots.publish(filled.slot)
         return filled
-
-    @property
-    def fills_anywhere(self) -> bool:
-        """Whether other threads may fill a slot. On a GPU the stream of the engine thread has to order the copies."""
-        return self.base.device.type == "cpu"
 
     def _require_unused(self, slot: int) -> None:
         if not 0 <= slot < self.slots.count:
@@ -320,13 +338,14 @@ def _make_pool(config: EngineConfig, base: Base, max_model_len: int) -> KVPool:
     block_bytes = KVPool.block_bytes(
         layers=len(base.layers), kv_heads=layer.kv_heads, head_dim=layer.head_dim, block_size=size, dtype=base.dtype
     )
-    budget = config.kv_bytes
-    if budget is None:
-        budget = int(_KV_SHARE * _free_bytes(base.device))
+    budget = kv_bytes(config, base, max_model_len)
     most = config.max_batch * -(-max_model_len // size)  # more blocks could never be used
     blocks = min(budget // block_bytes - 1, most)
     if blocks < 1:
-        raise ValueError(f"kv_bytes {budget} does not hold two blocks of {block_bytes} bytes")
+        raise EngineStartError(
+            f"the KV cache of {budget} bytes does not hold two blocks of {block_bytes} bytes: give the pod more "
+            "memory (or a larger GPU), or lower slots, max_rank, max_model_len or max_batch_tokens"
+        )
     return KVPool(
         layers=len(base.layers),
         kv_heads=layer.kv_heads,
@@ -346,22 +365,3 @@ def _batching_window_s(config: EngineConfig, device: torch.device) -> float:
     if config.batching_window_s is not None:
         return config.batching_window_s
     return 0.0 if device.type == "cuda" else _CPU_BATCHING_WINDOW_S
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else usable_memory_bytes()
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _sample_row(sequence: Sequence) -> SampleRow:
-    return SampleRow(
-        params=sequence.request.sampling,
-        seed=sequence.seed,
-        position=sequence.generated,
-        prompt_ids=sequence.request.prompt_ids,
-        generated_counts=sequence.generated_counts,
-        constraint=sequence.constraint,
-    )

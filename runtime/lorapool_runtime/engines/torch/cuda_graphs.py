@@ -142,11 +142,20 @@ class DecodeGraphs:
 
     def run(self, plan: StepPlan) -> Tensor:
         """Returns [decoding rows, vocabulary], which the next `run` overwrites."""
-        count = len(plan.decodes)
-        size = next(size for size in self.sizes if size >= count)
-        self._copy_in(plan.decodes, size)
-        with_lora = any(chunk.sequence.slot != BASE_SLOT for chunk in plan.decodes)
-        return self._replays[size, with_lora]()[:count]
+        return self.replay(plan.decodes, next(size for size in self.sizes if size >= len(plan.decodes)))
+
+    def replay(self, decodes: tuple[Chunk, ...], size: int) -> Tensor:
+        """Runs the graph of this size, which must be at least the number of rows."""
+        self._copy_in(decodes, size)
+        with_lora = any(chunk.sequence.slot != BASE_SLOT for chunk in decodes)
+        return self._replays[size, with_lora]()[: len(decodes)]
+
+    def clear(self) -> None:
+        """Frees the graphs and their memory. No step can run afterwards."""
+        self._replays.clear()
+        if self._base.device.type == "cuda":
+            torch.cuda.synchronize(self._base.device)
+            torch.cuda.empty_cache()
 
     def step(self, size: int, with_lora: bool) -> Tensor:
         """The captured code: returns [size, vocabulary] from the contents of the tensors on the device."""

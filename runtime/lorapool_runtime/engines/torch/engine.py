@@ -1,7 +1,7 @@
 """The engine: one thread that owns torch, a queue of commands to it, and the step loop.
 
-Commands (submit, cancel, load, unload) take effect between two steps and wait for no other request. On a CPU a
-background thread fills and releases slots. When the engine thread dies, every request ends with an error and
+Commands (submit, cancel, load, unload) take effect between two steps and wait for no other request. A background thread
+fills and releases slots. When the engine thread dies, every request ends with an error and
 `observe().healthy` turns False: the process should exit then, nothing here restarts.
 """
 
@@ -89,8 +89,6 @@ class TorchEngine:
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
         core = self._loaded()
-        if not core.fills_anywhere:
-            return self._run_on_engine_thread(lambda: core.load(slot, adapter))
 
         def load() -> LoadOutcome:
             if not 0 <= slot < core.slots.count or core.slots.is_published(slot):
@@ -102,8 +100,6 @@ class TorchEngine:
 
     def unload(self, slot: int) -> Future[int]:
         core = self._loaded()
-        if not core.fills_anywhere:
-            return self._run_on_engine_thread(lambda: core.unload(slot))
 
         def unload() -> int:
             self._run_on_engine_thread(lambda: core.withdraw(slot)).result()

@@ -11,16 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorapool_runtime.engines.errors import UnsupportedBaseError
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.torch.lora.dispatch import SlotRows
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
-from lorapool_runtime.engines.torch.model.load import Base, UnsupportedBaseError
+from lorapool_runtime.engines.torch.model.load import Base
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
-
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Relative to the largest logit. Rounding stays far below it; a wrong mask or weight does not."""
+from lorapool_runtime.engines.torch.transfers import to_device
+from lorapool_runtime.engines.torch.trial_steps import TOLERANCE, relative_error
 
 
 class DecodePath(Protocol):
@@ -35,10 +35,12 @@ class Runner:
     def __init__(self, base: Base, pool: KVPool) -> None:
         self.base, self.pool = base, pool
         self.decode_path: DecodePath | None = None
+        self._wipes = PagedAttention.reads_whole_blocks(pool)
 
     def run(self, plan: StepPlan) -> Tensor:
         """Computes a step. Returns [rows, vocabulary] for each chunk's `logit_rows`, in the order of the plan."""
-        self.pool.wipe(plan.fresh_blocks)
+        if self._wipes:
+            self.pool.wipe(plan.fresh_blocks)
         if self.decode_path is not None and self.decode_path.can_run(plan):
             return self.decode_path.run(plan)
         token_ids: list[int] = []
@@ -56,9 +58,9 @@ class Runner:
         device = self.base.device
         self.base.lora.set(rows, kept if keep else (SlotRows(BASE_SLOT, 0, 1),))
         logits = self.base.logits(
-            torch.tensor(token_ids, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(keep or [0], device=device),
+            to_device(token_ids, torch.int64, device),
+            to_device(positions, torch.int64, device),
+            to_device(keep or [0], torch.int64, device),
             PagedAttention(self.pool, plan),
         )
         return logits[: len(keep)]
@@ -77,12 +79,11 @@ class Runner:
             whole, sequence.tokens = sequence.tokens, list(probe.token_ids[: sequence.computed + size])
             chunk = Chunk(sequence, sequence.computed, size)
             plan = StepPlan((chunk,), (), (), ()) if size == 1 else StepPlan((), (chunk,), (), ())
-            logits = self.run(plan)[0].float()
+            logits = self.run(plan)[0]
             sequence.advance(size)
             sequence.tokens = whole
-            stock = probe.logits[sequence.computed - 1]
-            error = float((logits - stock).abs().max() / stock.abs().max().clamp_min(1e-6))
-            if not error <= _TOLERANCE[self.base.dtype]:
+            error = relative_error(logits, probe.logits[sequence.computed - 1])
+            if not error <= TOLERANCE[self.base.dtype]:
                 raise UnsupportedBaseError(
                     f"the modified model differs from the stock one (relative error {error:.2g})"
                 )

@@ -15,7 +15,6 @@ from lorapool_runtime.engines.torch.decode_program.step_program import StepProgr
 from lorapool_runtime.engines.torch.decode_program.trace import UntraceableModelError, trace
 from lorapool_runtime.engines.torch.decode_program.verify import (
     VerificationError,
-    decode_plan,
     record_decode,
     verify,
 )
@@ -23,6 +22,7 @@ from lorapool_runtime.engines.torch.kernels.base_step import BaseKernel, PagedDe
 from lorapool_runtime.engines.torch.lora.kernel_cpu import NativeRowKernel
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base
+from lorapool_runtime.engines.torch.trial_steps import decode_plan
 
 log = logging.getLogger(__name__)
 

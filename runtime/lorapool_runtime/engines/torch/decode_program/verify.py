@@ -15,11 +15,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams
+from lorapool_runtime.engines.interface import BASE_SLOT
 from lorapool_runtime.engines.torch.decode_program.ops import (
     Add,
     Attend,
@@ -34,13 +33,11 @@ from lorapool_runtime.engines.torch.decode_program.ops import (
 )
 from lorapool_runtime.engines.torch.decode_program.recorder import AttentionCall, OperatorCall, Recording, record
 from lorapool_runtime.engines.torch.decode_program.step_program import StepProgram
-from lorapool_runtime.engines.torch.lora.slots import AdapterSlots
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base, text_settings
-from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
-from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
-from lorapool_runtime.weights.layout import Layout, lay_out
+from lorapool_runtime.engines.torch.scheduling.scheduler import StepPlan
+from lorapool_runtime.engines.torch.trial_steps import decode_plan, random_adapters
 
 _MAX_POSITIONS = 32
 """Positions that are verified at most; a config of a real base names some 15 bounds."""
@@ -48,7 +45,6 @@ _MAX_CONTEXT = 64
 """Tokens that a row attends to, except the last row: attention is one kernel in both runs, whatever the length."""
 _NORM_FACTORS = (-16.0, 4096.0)
 """Powers of two, so that no weight loses a bit; the second is beyond any clamp or cap of a known architecture."""
-_ADAPTER_RANK = 4
 
 
 class VerificationError(Exception):
@@ -166,23 +162,6 @@ def record_decode(base: Base, pool: KVPool, plan: StepPlan, positions: Tensor) -
     )
 
 
-def decode_plan(
-    pool: KVPool, contexts: SequenceOf[int], vocab_size: int, slots: SequenceOf[int] | None = None
-) -> StepPlan:
-    """One decoding row for each context length, as many as the pool has blocks.
-
-    Each row has one block, which its table repeats: so a long context touches no more memory than a short one."""
-    chunks = []
-    for number, context in enumerate(contexts[: pool.data.shape[2] - 1]):
-        prompt = tuple((11 + 17 * number + 7 * i) % vocab_size for i in range(context))
-        slot = BASE_SLOT if slots is None else slots[number]
-        request = GenerationRequest(f"program-{number}", prompt, slot, "program", SamplingParams(max_tokens=1))
-        sequence = Sequence(request, arrival=number, seed=0)
-        sequence.admit([1 + number] * -(-context // pool.block_size))
-        chunks.append(Chunk(sequence, context - 1, 1))
-    return StepPlan(tuple(chunks), (), (), ())
-
-
 class _GraphCheck:
     """Computes a graph's values from a recording, and compares the input of every recorded call."""
 
@@ -270,36 +249,3 @@ def _scaled_norms(graph: DecodeGraph, factor: float) -> Iterator[None]:
         for norm in norms.values():
             stack.enter_context(norm.scaled(factor))
         yield
-
-
-@dataclass(frozen=True)
-class _RandomAdapter:
-    """`slot_memory.PackedWeights` of random numbers."""
-
-    layout: Layout
-    buffer: np.ndarray
-
-
-@contextmanager
-def random_adapters(base: Base, adapters: AdapterSlots) -> Iterator[tuple[int, ...]]:
-    """The slots of adapters that exist meanwhile: one on every linear, one on two thirds of them with mixed ranks."""
-    by_kernel = [group.by_kernel for group in base.groups for _ in group.modules]  # others are not in the program
-    rank = min(_ADAPTER_RANK, adapters.max_rank)
-    ranks = ([rank * adapts for adapts in by_kernel], [min(rank, n % 3) * adapts for n, adapts in enumerate(by_kernel)])
-    slots = tuple(range(min(len(ranks), adapters.count)))
-    for slot in slots:
-        layout = lay_out(base.groups, tuple(ranks[slot]), base.dtype.itemsize)
-        adapters.fill(slot, _RandomAdapter(layout, _random_numbers(layout.elements, base.dtype, seed=slot)))
-        adapters.publish(slot)
-    try:
-        yield slots
-    finally:
-        for slot in slots:
-            adapters.withdraw(slot)
-            adapters.release(slot)
-
-
-def _random_numbers(elements: int, dtype: torch.dtype, *, seed: int) -> np.ndarray:
-    """[elements], bfloat16 as its 16-bit patterns."""
-    values = torch.randn(elements, generator=torch.Generator().manual_seed(seed)).mul_(0.1).to(dtype)
-    return values.numpy() if dtype == torch.float32 else values.view(torch.int16).numpy().view(np.uint16)

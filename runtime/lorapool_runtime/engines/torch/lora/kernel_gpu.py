@@ -22,6 +22,7 @@ from lorapool_runtime.engines.torch.kernels.triton_lora import (
 )
 from lorapool_runtime.engines.torch.lora.dispatch import SlotRows, slot_of_each_row
 from lorapool_runtime.engines.torch.lora.slots import AdapterSlots, GroupTables
+from lorapool_runtime.engines.torch.transfers import to_device
 
 _FEW_ROWS = 8
 """Rows of one slot up to which one program per row is faster than a tile."""
@@ -71,8 +72,7 @@ class TritonKernel:
         )
 
     def _moved(self, table: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(table)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        return to_device(table, torch.int32, self._device)
 
 
 def row_tiles(row_slots: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:

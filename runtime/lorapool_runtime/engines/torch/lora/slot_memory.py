@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorapool_runtime.engines.torch.transfers import StagedCopier
 from lorapool_runtime.host_memory import resident_bytes
 from lorapool_runtime.weights.layout import LINE_BYTES, Layout
 
@@ -51,12 +52,14 @@ class SlotMemory(Protocol):
 class DeviceMemory:
     """One region of equal size per slot; a larger adapter gets memory of its own while it is in a slot.
 
-    Only the engine thread may place adapters: its stream orders the copies.
+    Any thread may place adapters, one at a time. The copy waits for the computation that was queued before it, since it
+    may have read the slot, and computation goes on next to it.
     """
 
     def __init__(self, slots: int, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self._elements = elements
         self.memory = torch.zeros(slots * elements, dtype=dtype, device=device)
+        self._copier = StagedCopier.on_gpu(device) if device.type == "cuda" else None
 
     def place(self, slot: int, weights: PackedWeights) -> Placement:
         elements = weights.layout.elements
@@ -67,7 +70,11 @@ class DeviceMemory:
         else:
             first, resident_bytes = slot * self._elements, self._elements * self.memory.itemsize
             buffer = self.memory[first : first + elements]
-        buffer.copy_(torch.from_numpy(weights.buffer).view(self.memory.dtype), non_blocking=True)
+        source = torch.from_numpy(weights.buffer).view(self.memory.dtype)
+        if self._copier is None:
+            buffer.copy_(source)
+        else:
+            self._copier.copy(buffer, source)
         return Placement(first, buffer, resident_bytes, None)
 
 

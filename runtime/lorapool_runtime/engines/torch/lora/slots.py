@@ -1,7 +1,7 @@
 """The adapter slots: the one owner of what each slot holds, where, and whether requests can reach it.
 
-Any thread may fill and release a slot that is not published (on a GPU only the engine thread may fill). The engine
-thread alone publishes and withdraws, between two steps. See `slot_state` for the moves.
+Any thread may fill and release a slot that is not published, one at a time. The engine thread alone publishes and
+withdraws, between two steps. See `slot_state` for the moves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lorapool_runtime.engines.torch.lora.slot_memory import (
     weights_bytes,
 )
 from lorapool_runtime.engines.torch.lora.slot_state import SlotContents, SlotState, SlotStatus
+from lorapool_runtime.engines.torch.transfers import to_device
 from lorapool_runtime.weights.layout import Layout, first_linears, lay_out
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -144,8 +145,9 @@ class AdapterSlots:
         state.publish()
         self._host_tables[:, :, slot] = torch.from_numpy(state.contents.layout.table)
         self._host_tables[1:, :, slot] += state.contents.placement.first_element
-        self._ranks[:, slot] = self._host_tables[0, :, slot].to(self._ranks)
-        self._positions[:, :, slot] = self._host_tables[1:, :, slot].to(self._positions)
+        ranks, positions = self._host_tables[0, :, slot], self._host_tables[1:, :, slot]
+        self._ranks[:, slot] = to_device(ranks.numpy(), torch.int32, self._ranks.device)
+        self._positions[:, :, slot] = to_device(positions.numpy(), torch.int64, self._positions.device)
         if self._changes_by_torch(state.contents.layout):
             self._by_torch.add(slot)
             log.info("an adapter changes an embedding or experts: its decode steps run the model's own code")

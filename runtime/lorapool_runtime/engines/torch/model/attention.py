@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorapool_runtime.engines.errors import UnsupportedBaseError
 from lorapool_runtime.engines.torch.kernels.base_step import PagedDecode
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.scheduling.blocks import NULL_BLOCK
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
+from lorapool_runtime.engines.torch.transfers import to_device
 
 
-class UnsupportedAttentionError(ValueError):
+class UnsupportedAttentionError(UnsupportedBaseError):
     """The base needs a kind of attention that this engine does not compute."""
 
 
@@ -72,9 +74,8 @@ class PagedAttention:
     def __init__(self, pool: KVPool, plan: StepPlan) -> None:
         self.pool = pool
         device, size = pool.data.device, pool.block_size
-        self.positions = torch.tensor(
-            [p for chunk in plan.chunks for p in _flat_positions(chunk, size)], device=device
-        )  # [tokens]
+        positions = [p for chunk in plan.chunks for p in _flat_positions(chunk, size)]
+        self.positions = to_device(positions, torch.int64, device)  # [tokens]
         self.decoding = len(plan.decodes)
         self._decoder = self._decoder_of(plan) if plan.decodes else None
         self.prefills: list[_PrefillRows] = []
@@ -82,17 +83,25 @@ class PagedAttention:
         for chunk in plan.prefills:
             end = begin + chunk.num_tokens
             held = chunk.sequence.block_table[: -(-(chunk.start + chunk.num_tokens) // size)]
-            self.prefills.append(_PrefillRows(begin, end, chunk.start, torch.tensor(held, device=device)))
+            self.prefills.append(_PrefillRows(begin, end, chunk.start, to_device(held, torch.int64, device)))
             begin = end
 
-    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | _TorchDecode | _TritonDecode:
+    @staticmethod
+    def reads_whole_blocks(pool: KVPool) -> bool:
+        """Whether a decoding row reads its blocks beyond its own tokens, masked, so that they must hold finite values.
+
+        The kernels of a GPU read nothing beyond a row's tokens, and a prompt's gathered blocks are cut to them.
+        """
+        return pool.data.device.type != "cuda"
+
+    def _decoder_of(self, plan: StepPlan) -> _NativeDecode | TorchRows | TritonRows:
         """The implementation for the decoding rows, with one block table per row, padded to the longest."""
         pool = self.pool
         width = max(-(-(c.start + 1) // pool.block_size) for c in plan.decodes)
         tables = [_padded(c.sequence.block_table, width) for c in plan.decodes]
         if pool.data.device.type == "cuda":
-            return _TritonDecode(pool, self.positions[: self.decoding], tables, [c.start for c in plan.decodes])
-        kind = _NativeDecode if PagedDecode.serves(pool.data, pool.head_dim) else _TorchDecode
+            return TritonRows(pool, self.positions[: self.decoding], tables, [c.start for c in plan.decodes])
+        kind = _NativeDecode if PagedDecode.serves(pool.data, pool.head_dim) else TorchRows
         return kind(pool, tables, [c.start for c in plan.decodes])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
@@ -141,7 +150,7 @@ class _NativeDecode:
         return self._job.attend(q, k, v, keys, values, scale=scale, window=wants.window, softcap=wants.softcap)
 
 
-class _TritonDecode:
+class TritonRows:
     """Decoding rows on a GPU by Triton. It also stores the new token."""
 
     writes = True
@@ -151,11 +160,9 @@ class _TritonDecode:
         from lorapool_runtime.engines.torch.model.attention_gpu import TritonDecode
 
         device = pool.data.device
-        contexts = torch.tensor(last, dtype=torch.int32, device=device) + 1
+        contexts = to_device(last, torch.int32, device) + 1
         self._rows = len(last)
-        self._job = TritonDecode(
-            pool, positions.int(), contexts, torch.tensor(tables, dtype=torch.int32, device=device)
-        )
+        self._job = TritonDecode(pool, positions.int(), contexts, to_device(tables, torch.int32, device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, wants: LayerAttention) -> Tensor:
         """q: [heads, tokens, head_dim], k, v: [kv_heads, tokens, head_dim] -> [decoding, heads, head_dim]."""
@@ -163,7 +170,7 @@ class _TritonDecode:
         return self._job.attend(layer, q, k, v, scale=scale, window=wants.window, softcap=wants.softcap)
 
 
-class _TorchDecode:
+class TorchRows:
     """Decoding rows by torch: each over as many blocks as the longest has, masked to its own tokens.
 
     In 16-bit types each row is computed separately over exactly its own tokens. torch's attention computes the

@@ -27,7 +27,7 @@ class KeyMap:
         self._converters = [item for item in transforms if isinstance(item, WeightConverter)]
         self._reversed = [item.reverse_transform() for item in reversed(self._renamings)]
         self._prefix: str = model.base_model_prefix
-        self._state: dict[str, Any] = model.state_dict()
+        self._state: dict[str, Any] = dict.fromkeys(model.state_dict(), True)  # its tensors would keep the weights
         self._text = text_prefix(model)
         self._in_files: dict[str, set[str]] = {}
         for key in file_keys:

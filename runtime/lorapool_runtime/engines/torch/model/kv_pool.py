@@ -10,6 +10,10 @@ from torch import Tensor
 
 from lorapool_runtime.engines.torch.kernels.memory import lazy_zeros
 from lorapool_runtime.engines.torch.scheduling.blocks import NULL_BLOCK
+from lorapool_runtime.engines.torch.transfers import to_device
+
+_CHECKED_AT_ONCE = 32
+"""Blocks that are copied for the check at one time: 64 MiB of an 8B Llama's, where a long prompt fills a gigabyte."""
 
 
 class KVPool:
@@ -69,12 +73,17 @@ class KVPool:
         if NULL_BLOCK in blocks:
             raise ValueError("the null block is never allocated and must stay zero")
         if blocks:
-            self.data.index_fill_(2, torch.tensor(blocks, device=self.data.device), 0)
+            self.data.index_fill_(2, to_device(blocks, torch.int64, self.data.device), 0)
 
-    def are_finite(self, blocks: list[int]) -> list[bool]:
-        """For each block, whether all its keys and values in all layers are finite."""
+    def are_finite(self, blocks: list[int]) -> Tensor:
+        """For each block, whether all its keys and values in all layers are finite: bool [blocks] on the pool's "
+        "device."""
         if not blocks:
-            return []
-        held = self.data.index_select(2, torch.tensor(blocks, device=self.data.device))
+            return torch.empty(0, dtype=torch.bool, device=self.data.device)
+        numbers = to_device(blocks, torch.int64, self.data.device)
         # NaN and infinity survive a sum, which is the cheapest check; an overflow only loses one reuse of a block
-        return torch.isfinite(held.sum(dim=(0, 1, 3), dtype=torch.float32)).tolist()
+        sums = [
+            self.data.index_select(2, numbers[at : at + _CHECKED_AT_ONCE]).sum(dim=(0, 1, 3), dtype=torch.float32)
+            for at in range(0, len(blocks), _CHECKED_AT_ONCE)
+        ]
+        return torch.isfinite(torch.cat(sums))

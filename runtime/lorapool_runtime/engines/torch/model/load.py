@@ -9,7 +9,8 @@ be computed exactly are refused with a message that says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from lorapool_api.base_modules import BaseModule
+from lorapool_runtime.engines.errors import EngineStartError, UnsupportedBaseError
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch
 from lorapool_runtime.engines.torch.model.attention import (
     Attention,
@@ -55,10 +57,6 @@ _HARMLESS_KWARGS = frozenset(
 """Arguments that architectures pass to their attention although they do not change the result."""
 
 
-class UnsupportedBaseError(ValueError):
-    """This base cannot be served by this engine; the message says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Base:
     model: nn.Module
@@ -74,6 +72,7 @@ class Base:
     device: torch.device
     vocab_size: int
     max_positions: int
+    query_heads: int
     eos_token_ids: frozenset[int]
     weight_bytes: int
 
@@ -91,19 +90,67 @@ class Base:
 
 
 def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
-    """Loads the base in `folder`. Raises UnsupportedBaseError, and OSError or ValueError for a broken folder."""
-    config = checked_config(folder)
-    element = element_type(config, dtype, device)
-    register_attention()
+    """Loads the base in `folder`. Raises UnsupportedBaseError, and OSError or ValueError for a broken folder.
+
+    At most the weights and one group of fused layers are in memory at one time.
+    """
+    with refusing():
+        config = checked_config(folder)
+        element = element_type(config, dtype, device)
+        return _fitted(stock_model(folder, config, element, device), folder, config, element, device)
+
+
+def stock_model(folder: str, config: Any, element: torch.dtype, device: torch.device) -> Any:
+    """The model as transformers has it, on the device.
+
+    Where the files have the wanted type, the host maps them and allocates nothing.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=element, use_safetensors=True, local_files_only=True, trust_remote_code=False
     )
     model.requires_grad_(False)
-    model.eval().to(device)
+    return model.eval().to(device)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turns what transformers raises for a model that it cannot run into an UnsupportedBaseError, and adds a remedy.
+
+    Errors of files (OSError, SafetensorError), of memory and of the device are raised as they are.
+    """
+    try:
+        yield
+    except UnsupportedBaseError as error:
+        raise UnsupportedBaseError(f"{error}. {_REMEDY}") from error.__cause__
+    except (EngineStartError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except _OF_TRANSFORMERS as error:
+        log.info("transformers cannot run this base", exc_info=error)
+        raise UnsupportedBaseError(f"transformers cannot run it here ({_short(error)}). {_REMEDY}") from error
+
+
+_REMEDY = "Choose a base that docs/reference/models.md lists as served"
+_OF_TRANSFORMERS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _fitted(model: Any, folder: str, config: Any, element: torch.dtype, device: torch.device) -> Base:
+    text = config.get_text_config()
+    max_positions = getattr(text, "max_position_embeddings", None)
+    if max_positions is None:
+        raise UnsupportedBaseError("its config has no max_position_embeddings, as where attention has biases (ALiBi)")
+    register_attention()
     probe, calls = run_probe(model, device)
     files = tensors_in(Path(folder))
     key_map = KeyMap(model, files)
     found = adaptable(model, calls, key_map)
+    del calls  # refers to weights, which could not be freed one group after the other
     if not found.groups:
         raise UnsupportedBaseError("the base has no linear layers that LoRA could target")
     originals = stored_matrices(model, found.modules, files, key_map)
@@ -111,7 +158,6 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
     groups, fused_bytes = fit_lora(model, found, lora)
     replace_with_native(model)
     model.set_attn_implementation(ATTENTION_NAME)
-    text = config.get_text_config()
     base = Base(
         model=model,
         groups=groups,
@@ -123,7 +169,8 @@ def load_base(folder: str, *, dtype: str, device: torch.device) -> Base:
         dtype=element,
         device=device,
         vocab_size=probe.logits.shape[-1],
-        max_positions=int(text.max_position_embeddings),
+        max_positions=int(max_positions),
+        query_heads=int(text.num_attention_heads),
         eos_token_ids=_eos_token_ids(folder, config),
         weight_bytes=sum(p.nbytes for p in model.parameters()) + fused_bytes,
     )
@@ -138,10 +185,12 @@ def register_attention() -> None:
 def checked_config(folder: str) -> Any:
     """The base's configuration. Raises UnsupportedBaseError for one whose attention is not computed."""
     if not any(Path(folder).glob("*.safetensors")):
-        raise UnsupportedBaseError(
-            f"{folder} has no *.safetensors: save the base as safetensors, no other format is read"
-        )
+        raise EngineStartError(f"{folder} has no *.safetensors: save the base as safetensors, no other format is read")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedBaseError(
+            f"transformers has no text model for the type {config.model_type}, only one for several kinds of input"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedBaseError("the base is quantized; serve it in float32, bfloat16 or float16")
     text = config.get_text_config()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
@@ -13,6 +14,7 @@ from lorapool_runtime.engines.torch.lora.experts import LoraExperts
 from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraEmbedding, LoraGroup, LoraLinear
 from lorapool_runtime.engines.torch.lora.parameter import replace_parameter
 from lorapool_runtime.engines.torch.model.probe import Adaptable, parent_name
+from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.weights.targets import TargetGroup
 
 
@@ -56,6 +58,13 @@ def _replace_linears(
     kind: ModuleKind,
 ) -> FusedLinear:
     base = FusedLinear(linears)
+    for linear in linears:  # what was fused is freed before the next group is; an embedding keeps the weight it shares
+        linear.register_parameter("weight", None)
+        linear.register_parameter("bias", None)
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()  # the freed weights are smaller than the next fused one: it could not use their memory
+    else:
+        return_free_memory()
     target = TargetGroup(tuple(names[linear] for linear in linears), base.in_features, base.out_features, kind)
     group = LoraGroup(len(groups), target, base, lora)
     for member, name in enumerate(target.modules):

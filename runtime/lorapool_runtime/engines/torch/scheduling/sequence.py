@@ -10,7 +10,6 @@ No other module changes the status, and an illegal transition raises. No torch, 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -39,7 +38,6 @@ class Sequence:
         "computed",
         "constraint",
         "finish_reason",
-        "generated_counts",
         "preemptions",
         "prompt_logprobs",
         "prompt_tokens",
@@ -58,7 +56,6 @@ class Sequence:
         self.seed = seed
         self.tokens = list(request.prompt_ids)
         self.prompt_tokens = len(request.prompt_ids)
-        self.generated_counts: Counter[int] = Counter()
         self.prompt_logprobs: list[TokenLogprob] = []
         self.computed = 0
         self.cached_tokens = 0
@@ -161,7 +158,6 @@ class Sequence:
         if self.pending:
             raise IllegalMoveError(f"{self.request_id} cannot take a token: {self.pending} pending")
         self.tokens.append(token_id)
-        self.generated_counts[token_id] += 1
 
     def _give_back(self) -> list[int]:
         blocks, self.block_table, self.computed = self.block_table, [], 0
