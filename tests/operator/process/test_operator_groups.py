@@ -219,6 +219,10 @@ async def test_a_leader_worker_set_that_someone_deletes_or_changes_is_restored(a
         await until(another)
 
 
+WHY = {135: "SharedMemoryFull", 1: "CrashLooping"}
+"""Reason of the condition by the code with which a process ends."""
+
+
 async def stopped_by_failures(api: Api, exit_code: int) -> bool:
     """Lets the worker's process fail as often as its group starts. Returns True once no group is wanted."""
     if await replicas_of(api) == 0:
@@ -238,13 +242,13 @@ async def test_a_group_that_fails_again_and_again_is_not_started_in_a_loop(
     async with operating(api, tmp_path, start_retry_min_s=5.0, start_retry_max_s=20.0):
         await api.base(**wanted(minReplicas=1))
         reasons = []
-        for exit_code in (135, 1):
+        for exit_code in WHY:
             await until(lambda: replicas_of(api), 1)
             await until(functools.partial(stopped_by_failures, api, exit_code))
+            await until(functools.partial(base_condition, api, "Stalled"), ("True", WHY[exit_code]))
             start = (await api.get("basemodels", "tiny"))["status"]["start"]
             reasons.append((start["failures"], start["reason"]))
             assert start["retryAt"] > start["failedAt"]
-            assert (await base_condition(api, "Stalled"))[0] == "True"
         assert reasons == [(1, "SharedMemoryFull"), (2, "CrashLooping")]
         await until(lambda: replicas_of(api), 1)  # minReplicas is honoured again after the wait
 
