@@ -119,6 +119,7 @@ class Ours:
         self._engine.start()
         self.start_s = time.perf_counter() - began_s
         self.vocab = self._engine.facts.vocab_size
+        print(f"decode steps: {self._engine.facts.decode_program}")  # a graph that was not captured explains a slow run
         self.folders = make_adapters(scratch, self._engine, count, getattr(torch, dtype))
         self._host = [self._engine.read_adapter(str(folder), max_rank=RANK) for folder in self.folders]
         self._loaded = False
