@@ -19,6 +19,7 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_trainer.data.encoder import Encoder
 from lorapool_trainer.engine import Engine, JobSettings, MemoryFigures, Numerics, Take, TargetError
 from lorapool_trainer.jobs.checkpoint import BaseChangedError, CheckpointMismatchError, check_origin, read_checkpoints
+from lorapool_trainer.jobs.history import progress
 from lorapool_trainer.jobs.initial import InitialAdapter
 from lorapool_trainer.jobs.inputs import JobInput, read_input
 from lorapool_trainer.jobs.live import LiveJob, Loaded
@@ -147,7 +148,7 @@ class Session:
         if not taken:
             return False
         taken = self._apart(taken)
-        self._suspects.computing({uid: self.jobs[uid].step for uid in taken})
+        self._suspects.computing({uid: self.jobs[uid].progress for uid in taken})
         measured = [uid for uid in taken if self.jobs[uid].measuring]
         self._evaluate(measured, demands)
         self._train([Take(uid, count) for uid, count in taken.items() if uid not in measured], demands)
@@ -231,6 +232,7 @@ class Session:
             job.loaded = Loaded.of(settings, found.dataset, found.initial, self._base.identity, numerics)
             for checkpoint in read_checkpoints(job.files.folder)[-1:]:
                 check_origin(checkpoint, job.loaded.origin)
+                self._suspects.reached(job.uid, progress(checkpoint.record.step, checkpoint.record.rows))
             self._queue(job)
             self._apply_run(job)
         except DatasetError as error:
@@ -290,7 +292,7 @@ class Session:
         except (TargetError, ValueError) as error:
             self._fail(job, JobFailure.INCOMPATIBLE, f"{error}.")
             return
-        self._suspects.seed(job.uid, job.step, job.order.crashes)
+        self._suspects.seed(job.uid, job.progress, job.order.crashes)
         log.info("job in training", extra={"job": job.order.display, "step": job.step})
         self._end_if_trained(job)
 

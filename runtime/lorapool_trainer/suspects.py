@@ -1,8 +1,9 @@
 """Which jobs were computing when a trainer's process died, so that one that kills it does not do so for ever.
 
-The file is written before each cycle and removed at a regular end. What it names at a start was computed when the
-process died. Only deaths at the same step of a job count together: a job that got further, or that was killed at
-another step, begins at one again, so that evictions do not add up.
+The file is written before each cycle and emptied at a regular end. What it names at a start was computed when the
+process died. Only deaths at the same place of a job count together: a job that got further, or that was killed at
+another place, begins at one again, so that evictions do not add up. A place is a job's `progress`, and a job whose
+checkpoint is behind the place of its deaths got further, also where the process died before the file said so.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class Deaths(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    step: int
+    place: int
     count: int
 
 
-def after_death(known: Deaths | None, step: int) -> Deaths:
-    """The count after a process died while it computed this step."""
-    return Deaths(step=step, count=known.count + 1 if known is not None and known.step == step else 1)
+def after_death(known: Deaths | None, place: int) -> Deaths:
+    """The count after a process died while it computed at this place."""
+    return Deaths(place=place, count=known.count + 1 if known is not None and known.place == place else 1)
 
 
 class Suspects:
@@ -42,7 +43,7 @@ class Suspects:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / FILE
         self._computing, known = _read(self._path)
-        self._deaths = known | {uid: after_death(known.get(uid), step) for uid, step in self._computing.items()}
+        self._deaths = known | {uid: after_death(known.get(uid), place) for uid, place in self._computing.items()}
         self._computing = {}
         self._write()
 
@@ -50,17 +51,23 @@ class Suspects:
         found = self._deaths.get(uid)
         return found.count if found is not None else 0
 
-    def computing(self, steps: Mapping[str, int]) -> None:
-        """Notes the jobs of the next cycle and the step of each, and forgets deaths at steps that are done."""
-        self._deaths = {uid: deaths for uid, deaths in self._deaths.items() if steps.get(uid, 0) <= deaths.step}
-        if steps != self._computing:
-            self._computing = dict(steps)
+    def computing(self, places: Mapping[str, int]) -> None:
+        """Notes the jobs of the next cycle and the place of each, and forgets deaths at places that are passed."""
+        self._deaths = {uid: deaths for uid, deaths in self._deaths.items() if places.get(uid, 0) <= deaths.place}
+        if places != self._computing:
+            self._computing = dict(places)
             self._write()
 
-    def seed(self, uid: str, step: int, count: int) -> None:
-        """Takes over what is known from an earlier trainer, for a job that continues at this step."""
+    def reached(self, uid: str, place: int) -> None:
+        """Forgets deaths of a job at places before the one that its checkpoint continues from."""
+        deaths = self._deaths.get(uid)
+        if deaths is not None and deaths.place < place:
+            self.forget(uid)
+
+    def seed(self, uid: str, place: int, count: int) -> None:
+        """Takes over what is known from an earlier trainer, for a job that continues at this place."""
         if count and uid not in self._deaths:
-            self._deaths[uid] = Deaths(step=step, count=count)
+            self._deaths[uid] = Deaths(place=place, count=count)
 
     def forget(self, uid: str) -> None:
         self._deaths.pop(uid, None)

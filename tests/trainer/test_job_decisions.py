@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorapool_trainer.jobs.curve import loss_curve
-from lorapool_trainer.jobs.history import Row, as_csv, recent_loss, with_validation
+from lorapool_trainer.jobs.history import Row, as_csv, progress, recent_loss, with_validation
 from lorapool_trainer.jobs.validation import Best, StoppingRule, broken_after, evaluation_interval, is_due
 from lorapool_trainer.suspects import Suspects
 
@@ -97,3 +97,19 @@ def test_a_job_that_gets_further_is_no_suspect_any_more(tmp_path: Path) -> None:
     after = died(tmp_path, job=3)
     after.computing({"job": 4})
     assert after.deaths("job") == 0
+
+
+def test_a_job_whose_checkpoint_is_behind_the_place_of_its_deaths_got_further(tmp_path: Path) -> None:
+    """The process was killed after it had written the checkpoint, and before the file named the next place."""
+    for _ in range(2):
+        died(tmp_path, job=3)
+    after = died(tmp_path, job=3)
+    after.reached("job", 3)
+    assert after.deaths("job") == 3
+    after.reached("job", 4)
+    assert after.deaths("job") == 0
+
+
+def test_progress_grows_with_each_step_and_each_measurement() -> None:
+    measured = with_validation([*ROWS], 1, 2.25, 0.25)
+    assert [progress(0, []), progress(0, ROWS[:1]), progress(1, ROWS), progress(1, measured)] == [0, 1, 2, 3]

@@ -226,6 +226,20 @@ REFUSED_LINES: dict[str, tuple[dict[str, object], JobFailure, str]] = {
 }
 
 
+def test_a_job_that_was_killed_often_after_its_checkpoints_is_not_poisoned(
+    start: Callable[..., Session], make_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_job("one")
+    session = start(job)
+    run_session(session, lambda: session.jobs["one"].step >= 3)
+    session.close()
+    place = session.jobs["one"].progress
+    session.delete("one")
+    for _ in range(3):
+        Suspects(tmp_path).computing({"one": place - 1})
+    assert run_session(start(job))["one"].state is JobState.SUCCEEDED
+
+
 def test_bad_data_fails_with_its_line_and_another_job_trains_on(
     start: Callable[..., Session], make_job: MakeJob, tmp_path: Path
 ) -> None:

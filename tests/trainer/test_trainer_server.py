@@ -243,7 +243,7 @@ def test_every_setting_that_the_operator_passes_on_exists() -> None:
     assert {f"LORAPOOL_TRAINER_{name}" for name in SHARED} <= known
 
 
-async def test_an_adapter_is_continued_from_the_store_and_refused_with_another_digest(
+async def test_an_adapter_is_continued_from_the_store_and_refused_with_another_digest_or_without_files(
     base: Path, engine: Engine, store: MemoryStore, tmp_path: Path
 ) -> None:
     async with serving(base, engine, store, tmp_path / "first") as (client, _):
@@ -272,3 +272,10 @@ async def test_an_adapter_is_continued_from_the_store_and_refused_with_another_d
     assert failure.reason == "Incompatible"
     assert first.digest in failure.message
     assert "create another job to continue the present files" in failure.message
+    store.delete("team", "jobs/uid-1/")
+    store.delete("team", f"{source.removeprefix('team/')}/")
+    async with serving(base, engine, store, tmp_path / "fourth") as (client, _):
+        await put(client, initFrom=wanted, lora={})
+        failure = (await until(client, lambda job: job.state.ended)).failure
+    assert failure is not None
+    assert (failure.reason, "were deleted" in failure.message) == ("Incompatible", True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 REPORT_DELAY_S = 1.0
 """A trainer reports each step; its jobs are planned once in this time."""
+COUNT_S = 1.0
+"""How often the trained tokens of all jobs are added up."""
 CHECKS = 4
 """Data sets that are checked at the same time."""
 
@@ -115,6 +117,8 @@ class TuningControl:
         self._objects = cache
         self._setup = setup
         self._memory: dict[str, _Memory] = {}
+        self._counted: Mapping[str, MonthRecord] = {}
+        self._counted_unix_s = 0.0
         self._permits = asyncio.Semaphore(CHECKS)
 
     async def work(self) -> None:
@@ -175,30 +179,38 @@ class TuningControl:
             tls=self._setup.serves_tls,
         )
 
-    def _month_records(self, now: float) -> dict[str, MonthRecord]:
-        """Returns what each namespace with jobs trained this month, recorded or not; nothing without a limit."""
+    def _month_records(self, now: float, *, fresh: bool = False) -> Mapping[str, MonthRecord]:
+        """Returns what each namespace with jobs trained this month, recorded or not; nothing without a limit.
+
+        It is counted once in `COUNT_S`, since each plan depends on the jobs of all bases.
+        """
         tokens, unlisted = self._setup.tokens, self._objects.unlisted
         if tokens is None or None in unlisted:
             return {}
+        if not fresh and now < self._counted_unix_s + COUNT_S:
+            return self._counted
+        reported = self._reported_tokens()
         trained: dict[str, list[tuple[TuningObject, int]]] = {}
         for job in self.cache.jobs:
             if job.meta.namespace not in unlisted:  # jobs that are not known yet would look like deleted ones
-                trained.setdefault(job.meta.namespace, []).append((job, self._trained_tokens(job)))
+                usage = job.status.usage
+                total = max(usage.trained_tokens if usage is not None else 0, reported.get(job.meta.uid, 0))
+                trained.setdefault(job.meta.namespace, []).append((job, total))
         unreadable = [str(item.raw["metadata"]["uid"]) for item in self.cache.unreadable.values()]
-        return {name: counted(tokens.of(name), jobs, unreadable, now) for name, jobs in trained.items()}
+        self._counted = {name: counted(tokens.of(name), jobs, unreadable, now) for name, jobs in trained.items()}
+        self._counted_unix_s = now
+        return self._counted
 
-    def _trained_tokens(self, job: TuningObject) -> int:
-        """Returns what the status has, or the trainer, whose reports are newer."""
-        trainer = self.trainers.view(job.base_key)
-        snapshot = trainer.snapshot if trainer is not None else None
-        report = snapshot.job(job.meta.uid) if snapshot is not None else None
-        usages = (job.status.usage, report.usage if report is not None else None)
-        return max((usage.trained_tokens for usage in usages if usage is not None), default=0)
+    def _reported_tokens(self) -> dict[str, int]:
+        """Returns what trainers reported last, by uid of the job: it is newer than what the status has."""
+        views = [self.trainers.view(item.base) for item in self.cache.sessions]
+        snapshots = [view.snapshot for view in views if view is not None and view.snapshot is not None]
+        return {report.uid: report.usage.trained_tokens for found in snapshots for report in found.jobs}
 
     async def _record_tokens(self, *, at_once: bool = False) -> None:
         if self._setup.tokens is not None:
             now = time.time()
-            await self._setup.tokens.write(self._month_records(now), now, at_once=at_once)
+            await self._setup.tokens.write(self._month_records(now, fresh=at_once), now, at_once=at_once)
 
     def _observed(self, job: TuningObject) -> ObservedJob:
         memory, namespace = self._of(job), job.meta.namespace
@@ -285,6 +297,8 @@ class TuningControl:
         if plan.status is not None:
             await self._write(plan, memory)
         if plan.unregister and trainer is not None:
+            if job.meta.deleting:
+                await self._record_tokens(at_once=True)  # while its last report is known
             await self.trainers.delete(trainer.pod.meta.uid, job.meta.uid)  # its next report requests the next plan
         if plan.delete_data and self._setup.files is not None:
             await self._delete_files(self._setup.files, job)

@@ -174,11 +174,12 @@ class TargetShape:
 
 @dataclass(frozen=True, slots=True)
 class DecodeProgramState:
-    """Whether decode steps run as one native call, or by the model's own code and for what reason."""
+    """Whether decode steps run as one native call or captured graph, or by the model's own code and for what reason."""
 
     active: bool
     reason: str = ""
-    """Empty while active; else `no_kernels`, `untraceable` or `unverified`. The log has the details."""
+    """Empty while active; else `no_kernels`, `untraceable` or `unverified` on a CPU, and `not_captured` or `unverified`
+    on a GPU. The log has the details."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ class ModelFacts:
     """The linear layers inside the model."""
     weight_bytes: int
     decode_program: DecodeProgramState | None = None
-    """None for an engine that has no such program, as on a GPU."""
+    """None for an engine that does not say."""
     modules: tuple[BaseModule, ...] = ()
     """All modules that adapters may name, with all their names."""
     slots_reserved: bool = False

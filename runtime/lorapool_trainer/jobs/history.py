@@ -36,6 +36,12 @@ def with_validation(rows: list[Row], step: int, loss: float, accuracy: float) ->
     return [*(rows[:-1] if rows and rows[-1].step == step else rows), measured]
 
 
+def progress(step: int, rows: Sequence[Row]) -> int:
+    """A number that grows with each finished step and each finished measurement of a job, and so with what it keeps."""
+    measured = bool(rows) and rows[-1].step == step and rows[-1].valid_accuracy is not None
+    return 2 * step + measured
+
+
 def recent_loss(rows: Sequence[Row]) -> float | None:
     """The mean training loss of the last steps that had one."""
     known = [row.train_loss for row in rows[-RECENT_STEPS:] if row.train_loss is not None]

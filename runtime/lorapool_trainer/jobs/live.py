@@ -24,7 +24,7 @@ from lorapool_trainer.jobs.checkpoint import (
     write_checkpoint,
 )
 from lorapool_trainer.jobs.curve import loss_curve
-from lorapool_trainer.jobs.history import Row, as_csv, finite, with_validation
+from lorapool_trainer.jobs.history import Row, as_csv, finite, progress, with_validation
 from lorapool_trainer.jobs.initial import InitialAdapter
 from lorapool_trainer.jobs.order import ADAPTER, JobFiles, JobOrder
 from lorapool_trainer.jobs.validation import BROKEN_STEPS, broken_after, evaluation_interval, is_due
@@ -113,6 +113,10 @@ class LiveJob:
     def active(self) -> bool:
         """Whether the engine has it."""
         return self.state in (JobState.TRAINING, JobState.EVALUATING)
+
+    @property
+    def progress(self) -> int:
+        return progress(self.step, self.rows)
 
     def _known(self) -> Loaded:
         assert self.loaded is not None, "the job's data was not read yet"

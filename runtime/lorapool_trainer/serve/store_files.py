@@ -76,6 +76,9 @@ class StoreFiles:
             return None
         namespace, key = location(wanted.source.uri)
         present = {item.key.removeprefix(f"{key}/") for item in self.client.list(namespace, f"{key}/")}
+        if not {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= present:
+            message = f"The files of {wanted.source.uri}, the adapter to continue, were deleted; name another adapter."
+            raise ArtifactError(FailureReason.SOURCE_NOT_FOUND, message)
         folder = self._folder / INITIAL
         folder.mkdir(parents=True, exist_ok=True)
         fetched = [

@@ -113,4 +113,5 @@ def test_the_peak_of_loading_the_real_base_is_little_more_than_its_weights(dtype
     if not folder:
         pytest.skip("LORAPOOL_TEST_BASE names no base")
     found = loaded(Path(folder), dtype, device)
+    print(f"{dtype} on a {device}: {found}")
     assert found["peak"] <= LIMIT, found

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 
 from lorapool_api.base_modules import BaseModule
 from lorapool_runtime.engines.errors import EngineStartError, UnsupportedBaseError
@@ -187,7 +193,7 @@ def checked_config(folder: str) -> Any:
     if not any(Path(folder).glob("*.safetensors")):
         raise EngineStartError(f"{folder} has no *.safetensors: save the base as safetensors, no other format is read")
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedBaseError(
             f"transformers has no text model for the type {config.model_type}, only one for several kinds of input"
         )
