@@ -1,8 +1,9 @@
-# Two images from one file: `control` (operator and gateway, no torch) and `runtime`. What changes often is on top:
-# a change of code renews a layer of a megabyte, not the one with torch.
+# Three images from one file: `control` (operator and gateway, no torch), `runtime`, and `runtime-vllm`, whose engine is
+# vLLM. What changes often is on top: a change of code renews a layer of a megabyte, not the one with torch.
 #
 #   docker build --target control -t lorapool-control .
 #   docker build --target runtime -t lorapool-runtime .
+#   docker build --target runtime-vllm -t lorapool-runtime-vllm .
 #
 # CPU_ONLY=1 leaves out what is only used with a GPU (three quarters of the runtime image). hack/images builds both without Docker.
 ARG BASE=python:3.11-slim-bookworm
@@ -88,6 +89,35 @@ ENV TRITON_CACHE_DIR=/cache/triton
 RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
  && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null \
  && PYTHONDONTWRITEBYTECODE= python -c "import lorapool_trainer.serve.process" \
+ && chgrp 0 /cache && chmod g=u /cache
+USER 65532:65532
+EXPOSE 8000
+ENTRYPOINT ["lorapool-runtime"]
+
+FROM python AS runtime-vllm-dependencies
+ARG UV_CACHE_DIR=/root/.cache/uv
+# Triton and FlashInfer compile small programs when vLLM starts.
+RUN apt-get update && DPKG_FORCE=unsafe-io DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc g++ libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+COPY requirements-runtime-vllm.lock /opt/lorapool/
+RUN --mount=type=cache,target=/root/.cache/uv \
+    pip install -q --no-cache-dir --no-compile --require-hashes -r /opt/lorapool/bootstrap.lock \
+ && uv pip install -q --link-mode copy --python /opt/lorapool/bin/python --require-hashes -r /opt/lorapool/requirements-runtime-vllm.lock \
+ && pip --no-cache-dir uninstall -qy uv
+
+FROM runtime-vllm-dependencies AS runtime-vllm
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="lorapool-runtime-vllm" \
+      org.opencontainers.image.description="Lorapool's runtime with vLLM as its engine, for NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
+COPY --from=wheel /dist /dist
+# VLLM_CACHE_ROOT: compiled graphs, in the volume of the cache. check_version ends the build where the lock names another
+# version than the code supports.
+ENV LORAPOOL_RUNTIME_ENGINE=vllm VLLM_CACHE_ROOT=/cache/vllm USER=lorapool
+RUN pip install --no-cache-dir --no-deps --no-index /dist/*.whl \
+ && PYTHONDONTWRITEBYTECODE= lorapool-runtime --help > /dev/null \
+ && python -c "from lorapool_runtime.engines.vllm.names import check_version; print(*check_version())" \
  && chgrp 0 /cache && chmod g=u /cache
 USER 65532:65532
 EXPOSE 8000

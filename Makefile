@@ -46,9 +46,10 @@ LOCK := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-inde
 
 .PHONY: lock
 lock: ## resolve the dependencies of pyproject.toml again and write the lock files
-	$(LOCK) --all-extras -o requirements.lock pyproject.toml
+	$(LOCK) --extra operator --extra runtime --extra dev -o requirements.lock pyproject.toml
 	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
+	$(LOCK) --extra vllm -o requirements-runtime-vllm.lock pyproject.toml
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	$(LOCK) -o tests/clients/requirements.lock tests/clients/requirements.in
 	$(LOCK) -o tests/clients/guidellm.lock tests/clients/guidellm.in
@@ -151,7 +152,7 @@ unit: install ## tests that need nothing but the virtual environment (and the ba
 		-n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-deep
-test-deep: install binaries lm-eval clients ## numeric tests under every instruction set (half an hour or more), long cluster tests
+test-deep: install binaries lm-eval clients vllm ## numeric tests under every instruction set (half an hour or more), long cluster tests
 	export LORAPOOL_TEST_BASE="$$($(PY) hack/models/base.py)"
 	export OMP_WAIT_POLICY=passive
 	$(PY) -m pytest -v -rs -m "deep and not cluster" $(call marked,deep)
@@ -219,8 +220,12 @@ train: install model ## train the five example fine-tunes together (about an hou
 eval: install model ## score base and fine-tunes on the held-out lines
 	$(PY) hack/models/evaluate.py
 
+.PHONY: vllm
+vllm: install ## make the environment of the runtime's tests on vLLM (its build for CPUs; 6 GB, cached)
+	PYTHONPATH=bench $(PY) -m engines.baselines vllm
+
 .PHONY: bench-baselines
-bench-baselines: install model ## make the engines to compare with (vLLM CPU, llama.cpp) below .bench/
+bench-baselines: install model ## make the engines to compare with (vLLM CPU, llama.cpp)
 	PYTHONPATH=bench $(PY) -m engines.baselines
 
 .PHONY: bench-quick

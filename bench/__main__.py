@@ -45,6 +45,7 @@ QUICK = (
 FULL = (
     Step("closed_batch.py", (), 3600.0),
     Step("closed_batch.py", ("--dtype", "bfloat16"), 3600.0),
+    Step("vllm_overhead.py", (), 1800.0),
     Step("open_loop_load.py", (), 3600.0),
     Step("loading.py", ("BASE",), 600.0),
     Step("startup.py", ("--rounds", "5"), 600.0),

@@ -1,4 +1,4 @@
-"""Compares the locked dependencies of both images with published advisories, by pip-audit.
+"""Compares the locked dependencies of all images with published advisories, by pip-audit.
 
 Exit status: 0 nothing is known, or no advisories can be reached, which is reported; 1 a locked version is vulnerable.
 A package of which the service has no record is counted as not compared.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = ("requirements-control.lock", "requirements-runtime.lock")
+LOCKS = ("requirements-control.lock", "requirements-runtime.lock", "requirements-runtime-vllm.lock")
 UNREACHABLE = ("ConnectionError", "Max retries exceeded", "ServiceError", "Could not connect", "timed out")
 
 

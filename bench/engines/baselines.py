@@ -1,12 +1,14 @@
 """Installs the baselines: vLLM's CPU build in its own virtual environment, llama.cpp's server from source.
 
-`make bench-baselines` runs it. Each is made once below `.bench/` and again when its pin changes. peft and transformers
+`make bench-baselines` runs it. Each is made once and again when its pin changes: llama.cpp below `.bench/`, and vLLM in
+the cache that all checkouts share, because the runtime's tests on vLLM use it too (`make vllm`). peft and transformers
 are in the project's environment already. No part of a baseline is committed. `vllm_python` and `llamacpp_server` return
 whether a baseline is installed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,8 +34,14 @@ CMAKE_OPTIONS = (
 )
 
 
+def vllm_folder() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("LORAPOOL_CACHE") or home / "lorapool")
+    return cache / f"vllm-cpu-{hashlib.sha256(VLLM_PINS.read_bytes()).hexdigest()[:12]}"
+
+
 def vllm_python() -> Path | None:
-    return _if_made(WORK / "vllm", VLLM_PINS.read_text(), Path("bin/python"))
+    return _if_made(vllm_folder(), VLLM_PINS.read_text(), Path("bin/python"))
 
 
 def llamacpp_server() -> Path | None:
@@ -71,9 +79,9 @@ def make_llamacpp(folder: Path) -> None:
     shutil.rmtree(build)
 
 
-BASELINES: dict[str, tuple[Callable[[Path], None], Callable[[], Path | None], str]] = {
-    "vllm": (make_vllm, vllm_python, VLLM_PINS.read_text()),
-    "llamacpp": (make_llamacpp, llamacpp_server, LLAMACPP_PIN),
+BASELINES: dict[str, tuple[Callable[[Path], None], Callable[[], Path | None], Path, str]] = {
+    "vllm": (make_vllm, vllm_python, vllm_folder(), VLLM_PINS.read_text()),
+    "llamacpp": (make_llamacpp, llamacpp_server, WORK / "llamacpp", LLAMACPP_PIN),
 }
 
 
@@ -94,11 +102,10 @@ def main() -> int:
         print(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}", file=sys.stderr)
         return 2
     for name in names:
-        make, made, pin = BASELINES[name]
+        make, made, folder, pin = BASELINES[name]
         if made():
             print(f"{name}: made already")
             continue
-        folder = WORK / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         make(folder)

@@ -23,7 +23,18 @@ from places import LOGS
 class Standalone:
     """A context manager; leaving it stops the process. `settings` are the runtime's flags, without dashes."""
 
-    def __init__(self, base: Path, volumes: Path, cache: Path, settings: Mapping[str, Any], log: str) -> None:
+    def __init__(
+        self,
+        base: Path,
+        volumes: Path,
+        cache: Path,
+        settings: Mapping[str, Any],
+        log: str,
+        *,
+        python: str = sys.executable,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        """`python` must find the runtime's packages and their dependencies; `environ` is added to the environment."""
         self.port = free_port()
         flags = {
             "model": base,
@@ -36,13 +47,13 @@ class Standalone:
             "log_level": "WARNING",
             **settings,
         }
-        command = [sys.executable, "-m", "lorapool_runtime"]
+        command = [python, "-m", "lorapool_runtime"]
         for name, value in flags.items():
             command += ["--" + name.replace("_", "-"), str(value)]
         LOGS.mkdir(parents=True, exist_ok=True)
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("LORAPOOL_")}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAPOOL_")}
         with (LOGS / f"{log}.log").open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environ)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**kept, **(environ or {})})
 
     def __enter__(self) -> Standalone:
         return self

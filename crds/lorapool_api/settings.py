@@ -33,6 +33,7 @@ TOOL_VARIABLES = frozenset(
         "LORAPOOL_LM_EVAL",
         "LORAPOOL_TEST_ADAPTERS",
         "LORAPOOL_TEST_BASE",
+        "LORAPOOL_TEST_ENGINE",
         "LORAPOOL_TEST_THREADS",
     }
 )
@@ -127,6 +128,8 @@ def _validated(
         settings = model.model_validate(values_of(names, environ) | dict(flags))
     except ValidationError as error:
         for item in error.errors(include_url=False, include_input=False):
+            if item["type"] == "default_factory_not_called":  # follows from another field's mistake
+                continue
             mistakes.append(_sentence(item["loc"], item["type"], item["msg"], names, environ, has_flags))
     if mistakes:
         raise SettingsError(*mistakes) from None

@@ -10,8 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -194,7 +193,8 @@ class Gateway:
         request, record = exchange.request, exchange.record
         key = self._key(exchange)
         deadline = self._ending.deadline()
-        with self._admitted(key):
+        self._admit(key)
+        try:
             body = HeldBody(self._bodies, key.id)
             try:
                 with self._ending.bound(deadline):
@@ -209,6 +209,8 @@ class Gateway:
                 answer = await self._relay(exchange, result, parsed.stream, deadline)
             finally:
                 result.close()
+        finally:
+            self._leave(key)
         if isinstance(answer, Passed):
             return _passed(answer, exchange.headers())
         return _json(answer, exchange.headers()) if isinstance(answer, bytes) else answer
@@ -256,7 +258,8 @@ class Gateway:
     async def _tune(self, handler: TuningHandler, exchange: _Exchange) -> web.StreamResponse:
         request, key = exchange.request, self._key(exchange)
         caller = caller_for(key, request)
-        with self._admitted(key):
+        self._admit(key)
+        try:
             body = HeldBody(self._bodies, key.id)
 
             async def read() -> bytes:
@@ -267,6 +270,8 @@ class Gateway:
                 answer = await handler(TuningCall(request, caller, exchange.headers, read))
             finally:
                 body.drop()
+        finally:
+            self._leave(key)
         return (
             answer if isinstance(answer, web.StreamResponse) else _json(json.dumps(answer).encode(), exchange.headers())
         )
@@ -282,9 +287,11 @@ class Gateway:
         settings = self._settings
         await read_body(request, body, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
 
-    @contextmanager
-    def _admitted(self, key: ApiKey) -> Iterator[None]:
-        """Counts the request against the limits of the process and of its key. Raises TooManyRequestsError."""
+    def _admit(self, key: ApiKey) -> None:
+        """Counts the request against the limits of the process and of its key, until `_leave`.
+
+        Raises TooManyRequestsError.
+        """
         if self.in_flight > self._settings.max_requests:  # this one is counted already
             raise TooManyRequestsError("The gateway is full.", retry_after_s=1)
         if self._by_key[key.id] > KEY_SHARE * (self._settings.max_requests - self.in_flight):
@@ -300,12 +307,11 @@ class Gateway:
                 retry_after_s=1,
             )
         self._by_key[key.id] += 1
-        try:
-            yield
-        finally:
-            self._by_key[key.id] -= 1
-            if self._by_key[key.id] <= 0:
-                del self._by_key[key.id]
+
+    def _leave(self, key: ApiKey) -> None:
+        self._by_key[key.id] -= 1
+        if self._by_key[key.id] <= 0:
+            del self._by_key[key.id]
 
     # --- one place for all responses
 

@@ -122,7 +122,8 @@ class _Connection(RequestHandler):
             return
         super().data_received(data)
         if self._waiter is None or self._waiter.done():
-            self._head_is_complete()
+            if self._timer is not None:
+                self._head_is_complete()
         elif not self._in_head:  # it waits for a request, and has received a part of a head
             self._in_head = True
             self._close_after(self._connections.limits.head_timeout_s)

@@ -40,6 +40,12 @@ class RuntimeSettings(ServingSettings):
     """Model name of the base itself in requests without an adapter header; None: the last part of `model`."""
     base_label: str | None = Field(default=None, max_length=160)
     """`namespace/name` of the base, the `base` label of metrics; None: the served name."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Program that computes the model. vllm must be installed, in a version that this release supports."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """GPUs that share each layer of the base. It needs the engine vllm."""
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
+    """Parts into which the layers of the base are divided, each on `tensor_parallel` GPUs. It needs the engine vllm."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as the files are stored; on a CPU without bfloat16 instructions, float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -171,6 +177,14 @@ class RuntimeSettings(ServingSettings):
     """Longest compilation of a schema or of tools, including the wait for others; milliseconds are usual."""
     tokenize_threads: int = Field(default=2, ge=1, le=32)
     """Threads that render and tokenize prompts, so that a long prompt does not delay the others."""
+
+    @model_validator(mode="after")
+    def _fit_the_engine(self) -> RuntimeSettings:
+        if self.engine == "torch" and self.tensor_parallel * self.pipeline_parallel > 1:
+            raise ValueError("tensor_parallel and pipeline_parallel need engine vllm: the engine torch uses one GPU")
+        if self.engine == "vllm" and (self.device != "auto" or self.max_prefill_tokens is not None):
+            raise ValueError("device and max_prefill_tokens are of the engine torch: leave them out with engine vllm")
+        return self
 
     @model_validator(mode="after")
     def _needs_a_token_beyond_loopback(self) -> RuntimeSettings:

@@ -14,7 +14,34 @@ EngineFactory = Callable[[RuntimeSettings, Path], Engine]
 
 
 def make_engine(settings: RuntimeSettings, folder: Path) -> Engine:
-    """The engine for the base in `folder`: today the torch engine for every base. Takes seconds, for its imports."""
+    """The engine of the settings for the base in `folder`. Takes seconds, for its imports."""
+    return _vllm_engine(settings, folder) if settings.engine == "vllm" else _torch_engine(settings, folder)
+
+
+def _vllm_engine(settings: RuntimeSettings, folder: Path) -> Engine:
+    from lorapool_runtime.engines.vllm.config import EngineConfig
+    from lorapool_runtime.engines.vllm.engine import VllmEngine
+
+    own_default = "max_batch_tokens" not in settings.model_fields_set  # made for the torch engine
+    return VllmEngine(
+        EngineConfig(
+            model_dir=str(folder),
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_rank=settings.max_rank,
+            slots=settings.slots,
+            max_batch=settings.max_batch,
+            max_batch_tokens=None if own_default else settings.max_batch_tokens,
+            kv_bytes=settings.kv_bytes,
+            prefix_cache=settings.prefix_cache,
+            tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            threads=settings.threads,
+        )
+    )
+
+
+def _torch_engine(settings: RuntimeSettings, folder: Path) -> Engine:
     from transformers.utils import logging as transformers_logging
 
     from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine

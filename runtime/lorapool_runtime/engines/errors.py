@@ -2,6 +2,7 @@
 
 EngineStartError
 ├── UnsupportedBaseError   this engine does not compute this base
+├── UnsupportedVllmError   vLLM is not installed, or in a version that is not used
 └── UnusableDeviceError    the GPU, or what is needed to use it, is missing
 """
 
@@ -14,6 +15,10 @@ class EngineStartError(ValueError):
 
 class UnsupportedBaseError(EngineStartError):
     """This base cannot be served by this engine; the message says why."""
+
+
+class UnsupportedVllmError(EngineStartError):
+    """The installed vLLM cannot be used; the message says why and which version to install."""
 
 
 class UnusableDeviceError(EngineStartError):

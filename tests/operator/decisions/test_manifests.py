@@ -247,6 +247,8 @@ def test_a_profile_of_another_engine_has_its_settings_and_defaults() -> None:
     own = {"LORAPOOL_RUNTIME_ENGINE": "vllm", "LORAPOOL_RUNTIME_TENSOR_PARALLEL": "4"}
     assert made.items() >= {**own, "LORAPOOL_RUNTIME_PIPELINE_PARALLEL": "2", "USER": "lorapool"}.items()
     assert made["NCCL_DEBUG"] == "WARN"
+    read = read_settings([], made)  # the runtime knows them by the same names
+    assert (read.engine, read.tensor_parallel, read.pipeline_parallel) == ("vllm", 4, 2)
     assert "NCCL_DEBUG" not in env(RuntimeProfile(engine="vllm"))
     assert not [name for name in plain if "PARALLEL" in name or "ENGINE" in name or name in ("USER", "NCCL_DEBUG")]
     spec = pod(vllm())["spec"]

@@ -1,0 +1,156 @@
+"""Our runtime on vLLM against vLLM's own server, both over HTTP, on the same base and adapters.
+
+    python bench/vllm_overhead.py [--rounds 5] [--requests 16] [--new 64] [--base DIR] [--records PATH]
+
+Both run in vLLM's environment (`make bench-baselines`, or the image runtime-vllm on a GPU), with the same settings of
+the engine: the same slots, rank, batch and precision, without a prefix cache. All adapters are loaded before. Rounds
+alternate between the two servers; the figure is tokens per second of a closed batch of distinct adapters, and of the
+base alone. Our server is to keep 0.95 of what vLLM's own reaches; no committed result has it yet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from engines.baselines import vllm_python
+from engines.over_http import Clients, free_port, status_of, wait_until
+from engines.standalone import Standalone
+from places import LOGS, ROOT, VOLUMES, W1_CLAIM, base_folder, w1_adapters
+from records import Record, against, alternate, not_run, parsed, parser, report, timed
+from workloads import REQUESTS, Batch, adapter_name, w1
+
+from lorapool_api.common import HEADER_ADAPTER
+
+NAMES = {"distinct16": "vllm.distinct_over_bare", "base": "vllm.base_over_bare"}
+RANK, MAX_LEN = 16, 512
+START_S = 900.0
+
+
+def environ() -> dict[str, str]:
+    """For both servers. On a CPU both get all its cores, which vLLM would not take by itself."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime")),
+        "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class Bare:
+    """vLLM's own OpenAI server, with all adapters named at its start. A context manager, as `Standalone`."""
+
+    def __init__(self, python: str, base: Path, adapters: Path, dtype: str) -> None:
+        self.port = free_port()
+        options = {
+            "model": base, "served-model-name": "base", "host": "127.0.0.1", "port": self.port, "dtype": dtype,
+            "max-model-len": MAX_LEN, "max-num-seqs": REQUESTS, "max-loras": REQUESTS + 1,
+            "max-cpu-loras": REQUESTS + 1, "max-lora-rank": RANK,
+        }  # fmt: skip
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora", "--no-enable-prefix-caching"]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        if not Path("/dev/nvidiactl").exists():
+            command.append("--enforce-eager")  # as the runtime does on a CPU
+        names = [adapter_name(number) for number in range(REQUESTS)]
+        command += ["--lora-modules", *(f"{name}={adapters / name}" for name in names)]
+        LOGS.mkdir(parents=True, exist_ok=True)
+        with (LOGS / "vllm-bare-server.log").open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environ()})
+
+    def __enter__(self) -> Bare:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Server:
+    """Sends batches to one of the two: an adapter is a header of ours, or the model of vLLM's."""
+
+    def __init__(self, port: int, headers: dict[str | None, str] | None) -> None:
+        self._clients = Clients(port, REQUESTS)
+        self._headers = headers
+
+    def run(self, batch: Batch) -> float:
+        """Tokens per second."""
+        return batch.tokens / timed(lambda: self.post(batch))
+
+    def post(self, batch: Batch) -> None:
+        ours = self._headers
+        bodies = [
+            {
+                "model": "base" if ours is not None or name is None else name,
+                "prompt": [*prompt], "max_tokens": batch.new, "temperature": 0, "ignore_eos": True,
+            }
+            for prompt, name in zip(batch.prompts, batch.adapters, strict=True)
+        ]  # fmt: skip
+        headers = None if ours is None else [{HEADER_ADAPTER: ours[name]} for name in batch.adapters]
+        for answer in self._clients.post_all("/v1/completions", bodies, headers):
+            if answer["usage"]["completion_tokens"] != batch.new:
+                raise RuntimeError(f"{answer['usage']} instead of {batch.new} tokens")
+
+
+def measure(python: str, base: Path, dtype: str, rounds: int, requests: int, new: int) -> list[Record]:
+    adapters = w1_adapters(base)
+    settings = {
+        "engine": "vllm", "dtype": dtype, "max_rank": RANK, "slots": REQUESTS, "max_batch": REQUESTS,
+        "max_model_len": MAX_LEN, "prefix_cache": False,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as cache:
+        own = Standalone(base, VOLUMES, Path(cache), settings, "vllm-own-server", python=python, environ=environ())
+        with own, Bare(python, base, adapters, dtype) as bare:
+            own.wait_until_ready(START_S)
+            wait_until(lambda: status_of(bare.port, "/health") == 200, bare.process, START_S)
+            names = [adapter_name(number) for number in range(REQUESTS)]
+            headers: dict[str | None, str] = {None: "base", **own.register(W1_CLAIM, names, idleAfterS=3600)}
+            servers = {"ours": Server(own.port, headers), "vLLM": Server(bare.port, None)}
+            for server in servers.values():  # loads every adapter
+                server.post(Batch(((5,),) * REQUESTS, tuple(names), 1))
+            return [compared(case, servers, rounds, requests, new) for case in NAMES]
+
+
+def compared(case: str, servers: dict[str, Server], rounds: int, requests: int, new: int) -> Record:
+    batch = w1(case, new).only(range(requests))
+    runs = alternate({name: partial(server.run, batch) for name, server in servers.items()}, rounds)
+    return against(NAMES[case], "tok/s", runs["ours"], "vLLM's server", runs["vLLM"], f"{requests} requests")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--requests", type=int, default=REQUESTS)
+    made.add_argument("--new", type=int, default=64)
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--base", type=Path, help="the base's folder; default: the demo's")
+    made.add_argument("--python", help="an interpreter with vLLM and the runtime's dependencies")
+    given = parsed(made)
+    python = given.python or vllm_python()
+    if python is None:
+        records = [not_run(name, "tok/s", "vLLM is not installed: make bench-baselines") for name in NAMES.values()]
+    else:
+        base = given.base or base_folder()
+        records = measure(str(python), base, given.dtype, given.rounds, given.requests, given.new)
+    report(records, given)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
