@@ -65,25 +65,26 @@ def _counts(path: Path) -> bool:
 def build(where: str, tag: str, targets: tuple[str, ...] = TARGETS, *, cpu_only: bool = True) -> dict[str, str]:
     """Pushes the images to the registry at `where` under `tag`, building what it lacks; target -> image reference."""
     registry.check(where)
-    images = [Image(target, cpu_only) for target in targets]
-    missing = [image for image in images if registry.manifest(where, image.repository, image.key()) is None]
+    images = {Image(target, cpu_only): Image(target, cpu_only).key() for target in targets}
+    missing = [image for image, key in images.items() if registry.manifest(where, image.repository, key) is None]
     if missing:
         with buildah.exclusive(), _wheel() as wheel:
             for image in missing:
-                if registry.manifest(where, image.repository, image.key()) is None:
-                    _build_and_push(image, where, wheel)
+                if registry.manifest(where, image.repository, images[image]) is None:
+                    _build_and_push(image, images[image], where, wheel)
     references = {}
-    for image in images:
+    for image, key in images.items():
         if image not in missing:
             say(f"{image.repository}: unchanged")
-        content = registry.manifest(where, image.repository, image.key())
+        content = registry.manifest(where, image.repository, key)
         assert content is not None, "buildah reported success"
         registry.tag(where, image.repository, content, tag)
         references[image.target] = f"{where}/{image.repository}:{tag}"
     return references
 
 
-def _build_and_push(image: Image, where: str, wheel: list[str]) -> None:
+def _build_and_push(image: Image, key: str, where: str, wheel: list[str]) -> None:
+    """`key` is that of the files as they were when the build was asked for."""
     began = time.monotonic()
     name = f"localhost/{image.repository}:latest"
     base_name = base.ensure()
@@ -100,7 +101,7 @@ def _build_and_push(image: Image, where: str, wheel: list[str]) -> None:
         )  # fmt: skip
     say(f"{image.repository}: built in {time.monotonic() - began:.0f} s, pushing")
     fast = ("--compression-format", "zstd", "--compression-level", "1")
-    target = f"docker://{where}/{image.repository}:{image.key()}"
+    target = f"docker://{where}/{image.repository}:{key}"
     buildah.run("push", "--quiet", "--tls-verify=false", *fast, name, target)
     buildah.run("rmi", "--prune", quiet=True)  # layers of earlier builds, which no image is based on
     say(f"{image.repository}: built and pushed in {time.monotonic() - began:.0f} s")

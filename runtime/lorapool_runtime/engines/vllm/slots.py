@@ -101,7 +101,7 @@ class Slots:
             log.error("an adapter's output is not finite; it is not served again", extra={"folder": resident.folder})
         async with self._cleaning:
             removed = await self._llm.collective_rpc("lorapool_remove_non_finite")
-        log.warning("removed what was not finite from the KV cache", extra={"values": sum(removed)})
+        log.warning("removed %d values that were not finite from the KV cache", sum(removed))
 
     # --- adapters ---
 
