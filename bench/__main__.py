@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from places import BENCH, RESULTS, ROOT, base_folder, commit, newest_results
-from records import Record, machine, not_run, number, read_records, slug
-from targets import TARGETS
+from common.places import BENCH, RESULTS, ROOT, base_folder, commit, newest_results
+from common.records import Record, machine, not_run, number, read_records, slug
+from common.targets import TARGETS
 
 
 @dataclass(frozen=True)

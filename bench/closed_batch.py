@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from common.places import LOGS, ROOT, VOLUMES, base_folder, w1_adapters
+from common.records import COUNTED_ROUNDS, Record, against, alternate, measured, not_run, parsed, parser, report
+from common.workloads import NEW_TOKENS, REQUESTS, Batch, adapter_name, w1
 from engines.baselines import gguf_folder, llamacpp_server, vllm_python
 from engines.process import EngineProcess, EngineProcessError
-from places import LOGS, ROOT, VOLUMES, base_folder, w1_adapters
-from records import COUNTED_ROUNDS, Record, against, alternate, measured, not_run, parsed, parser, report
-from workloads import NEW_TOKENS, REQUESTS, Batch, adapter_name, w1
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WARM_UP_TOKENS = 8

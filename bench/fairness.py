@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from common.places import make_adapter
+from common.records import Record, against, measured, parsed, parser, percentile, report
 from engines.standalone import Standalone
-from places import make_adapter
-from records import Record, against, measured, parsed, parser, percentile, report
 
 from lorapool_api.common import HEADER_ADAPTER
 

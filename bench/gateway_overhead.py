@@ -28,9 +28,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import records as measuring
 from aiohttp import ClientSession, TCPConnector, web
-from gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
+from common import records as measuring
+from common.gateway_load import EVENTS, Ask, Client, Round, StubRuntime, closed_loop, connect, once_each, open_loop
 
 from lorapool_api.pod_address import CERTIFICATE, KEY
 from lorapool_api.trust.tls import ReleaseTrust, ServerCertificate

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Record, against, alternate, measured, not_run, parsed, parser, table, write_records
+from common.records import Record, against, alternate, measured, not_run, parsed, parser, table, write_records
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

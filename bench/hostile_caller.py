@@ -29,8 +29,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from places import ROOT
-from records import Record, against, measured, not_run, parsed, parser, percentile, report
+from common.places import ROOT
+from common.records import Record, against, measured, not_run, parsed, parser, percentile, report
 from scale_to_zero import BASE, NO_CLUSTER, Cluster
 
 ASLEEP = "asleep"

@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import numpy as np
 import torch
-from places import make_adapter
-from records import Record, against, parsed, parser, percentile, report
+from common.places import make_adapter
+from common.records import Record, against, parsed, parser, percentile, report
 
 from lorapool_runtime.background import lower_thread_priority
 from lorapool_runtime.engines.interface import GenerationRequest, SamplingParams, TokenOutput

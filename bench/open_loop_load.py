@@ -23,11 +23,11 @@ from types import TracebackType
 from typing import Any
 
 import aiohttp
+from common.open_loop import Load, run_load, stream
+from common.places import ROOT, VOLUMES, base_folder, make_adapter
+from common.records import COUNTED_ROUNDS, Record, against, alternate, measured, parsed, parser, percentile, report
+from common.workloads import REQUESTS, Arbaseline, adapter_name, open_loop
 from engines.standalone import Standalone
-from open_loop import Load, run_load, stream
-from places import ROOT, VOLUMES, base_folder, make_adapter
-from records import COUNTED_ROUNDS, Record, against, alternate, measured, parsed, parser, percentile, report
-from workloads import REQUESTS, Arbaseline, adapter_name, open_loop
 
 from lorapool_api.common import HEADER_ADAPTER
 from lorapool_api.protocol import DeleteAnswer

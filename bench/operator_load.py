@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import fleet_world
-from places import BENCH, ROOT
-from records import Record, measured, parsed, parser, report
+from common.places import BENCH, ROOT
+from common.records import Record, measured, parsed, parser, report
 
 EDITS = 100
 TICK_S = 0.005

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from places import BENCH, RESULTS, ROOT, newest_results
-from records import Record, number, record_of
-from svg import BarRow, bar_chart
-from targets import TARGETS, Target
+from common.places import BENCH, RESULTS, ROOT, newest_results
+from common.records import Record, number, record_of
+from common.svg import BarRow, bar_chart
+from common.targets import TARGETS, Target
 
 DOCS = ROOT / "docs"
 TEMPLATE = BENCH / "performance.template.md"

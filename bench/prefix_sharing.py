@@ -18,7 +18,7 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process sets it
 
 import torch
-from records import against, alternate, measured, parsed, parser, report
+from common.records import against, alternate, measured, parsed, parser, report
 
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, SamplingParams, TokenOutput
 from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine

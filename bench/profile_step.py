@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from places import commit
-from records import machine
+from common.places import commit
+from common.records import machine
 from safetensors.torch import save_file
 
 from lorapool_runtime.cgroup import usable_cores
@@ -39,7 +39,7 @@ from lorapool_runtime.engines.torch.core import Core
 from lorapool_runtime.engines.torch.decode_program.step_program import StepProgram
 from lorapool_runtime.engines.torch.kernels.base_step import RowGate
 from lorapool_runtime.engines.torch.kernels.fused_linear import FusedLinear
-from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup, PlainLinear
+from lorapool_runtime.engines.torch.lora.layer import LoraBatch, LoraGroup
 from lorapool_runtime.engines.torch.model.attention import PagedAttention
 from lorapool_runtime.engines.torch.model.kv_pool import KVPool
 from lorapool_runtime.engines.torch.model.load import Base
@@ -98,7 +98,6 @@ def clocked(core: Core, clock: Clock) -> Iterator[None]:
     put(StepProgram, "can_run", "tensors of the step")
     put(Base, "logits", "model: glue and residuals")
     put(FusedLinear, "__call__", "linears")
-    put(PlainLinear, "forward", "output layer")
     put(LoraGroup, "output", "linears: glue")
     put(LoraGroup, "all_outputs", "linears: glue")
     put(RowGate, "__call__", "activation")
@@ -187,7 +186,6 @@ def decode_steps_s(core: Core, slots: list[int]) -> list[float]:
 def floor_ms(core: Core, rounds: int) -> float:
     """Every packed product of a step, including the output layer, in a loop over 16 rows."""
     layers = [group.base for group in core.base.lora.groups]
-    layers += [module.base for module in core.base.model.modules() if isinstance(module, PlainLinear)]
     inputs = {layer.in_features: torch.randn(REQUESTS, layer.in_features).to(core.base.dtype) for layer in layers}
 
     def loop() -> float:

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from places import ROOT
-from records import COUNTED_ROUNDS, Record, measured, not_run, parsed, parser, report
+from common.places import ROOT
+from common.records import COUNTED_ROUNDS, Record, measured, not_run, parsed, parser, report
 
 BASE = "smollm2"
 SERVED_NAME = "smollm2-135m-instruct"

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.places import ROOT, VOLUMES, base_folder
+from common.records import COUNTED_ROUNDS, against, alternate, parsed, parser, report, timed
 from engines.standalone import Standalone
-from places import ROOT, VOLUMES, base_folder
-from records import COUNTED_ROUNDS, against, alternate, parsed, parser, report, timed
 
 BARE = (
     "import sys, torch; from transformers import AutoModelForCausalLM as A, AutoTokenizer as T;"

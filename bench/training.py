@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the trainer's process sets it
 
 import torch
-from records import Record, against, alternate, measured, parsed, parser, report
+from common.records import Record, against, alternate, measured, parsed, parser, report
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from common.places import LOGS, ROOT, VOLUMES, W1_CLAIM, base_folder, w1_adapters
+from common.records import Record, against, alternate, not_run, parsed, parser, report, timed
+from common.workloads import REQUESTS, Batch, adapter_name, w1
 from engines.baselines import vllm_python
 from engines.over_http import Clients, free_port, status_of, wait_until
 from engines.standalone import Standalone
-from places import LOGS, ROOT, VOLUMES, W1_CLAIM, base_folder, w1_adapters
-from records import Record, against, alternate, not_run, parsed, parser, report, timed
-from workloads import REQUESTS, Batch, adapter_name, w1
 
 from lorapool_api.common import HEADER_ADAPTER
 

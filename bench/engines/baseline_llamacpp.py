@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.places import LOGS
+from common.workloads import NEW_TOKENS, PROMPT_TOKENS, REQUESTS, Batch, adapter_name
 from engines.over_http import Clients, free_port, status_of, wait_until
 from engines.process import serve
-from places import LOGS
-from workloads import NEW_TOKENS, PROMPT_TOKENS, REQUESTS, Batch, adapter_name
 
 from lorapool_runtime.cgroup import usable_cores
 

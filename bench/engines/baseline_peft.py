@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import transformers
+from common.workloads import REQUESTS, Batch, adapter_name, mixed_name
 from engines.process import serve
-from workloads import REQUESTS, Batch, adapter_name, mixed_name
 
 from lorapool_runtime.cgroup import usable_cores
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from common.workloads import Batch
 from engines.process import serve
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from workloads import Batch
 
 from lorapool_runtime.cgroup import usable_cores
 

@@ -24,8 +24,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+from common.workloads import REQUESTS, Batch, adapter_name, mixed_name  # noqa: E402
 from engines.process import serve  # noqa: E402  the environment first
-from workloads import REQUESTS, Batch, adapter_name, mixed_name  # noqa: E402
 
 
 class Vllm:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from places import BENCH, ROOT, WORK, base_folder, w1_adapters
+from common.places import BENCH, ROOT, WORK, base_folder, w1_adapters
 
 VLLM_PINS = BENCH / "engines" / "vllm.txt"
 LLAMACPP_PIN = "llama-cpp-python==0.3.36"

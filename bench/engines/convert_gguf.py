@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from workloads import REQUESTS, adapter_name
+from common.workloads import REQUESTS, adapter_name
 
 
 def main(source: Path, base: Path, adapters: Path, out: Path) -> None:

@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the runtime's process 
 
 import torch
 import transformers
+from common.workloads import REQUESTS, Batch
 from engines.process import serve
-from workloads import REQUESTS, Batch
 
 from lorapool_runtime.engines.interface import BASE_SLOT, GenerationRequest, HostAdapter, SamplingParams, TokenOutput
 from lorapool_runtime.engines.torch.engine import EngineConfig, TorchEngine

@@ -9,11 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common.places import W1_CLAIM
+from common.workloads import REQUESTS, Batch, adapter_name
 from engines.over_http import Clients
 from engines.process import serve
 from engines.standalone import Standalone
-from places import W1_CLAIM
-from workloads import REQUESTS, Batch, adapter_name
 
 from lorapool_api.common import HEADER_ADAPTER
 

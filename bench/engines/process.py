@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from workloads import Batch
+from common.workloads import Batch
 
 START_TIMEOUT_S = 400.0
 BATCH_TIMEOUT_S = 400.0

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from common.places import LOGS
 from engines.over_http import free_port, status_of, wait_until
-from places import LOGS
 
 
 class Standalone:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 from aiohttp import web
-from open_loop import Load, _run
-from workloads import Arbaseline
+from common.open_loop import Load, _run
+from common.workloads import Arbaseline
 
 
 def load_on(statuses: Sequence[int]) -> tuple[Load, int]:

@@ -7,10 +7,21 @@ from pathlib import Path
 
 import page
 import pytest
-from records import Record, against, alternate, measured, not_run, percentile, read_records, slug, table, write_records
-from svg import BarRow, bar_chart
-from targets import TARGETS, Target
-from workloads import TOKEN_IDS, gaps_s, mixed_rank, open_loop, popularity, w1
+from common.records import (
+    Record,
+    against,
+    alternate,
+    measured,
+    not_run,
+    percentile,
+    read_records,
+    slug,
+    table,
+    write_records,
+)
+from common.svg import BarRow, bar_chart
+from common.targets import TARGETS, Target
+from common.workloads import TOKEN_IDS, gaps_s, mixed_rank, open_loop, popularity, w1
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_not_the_ratio_of_medians() -> None:

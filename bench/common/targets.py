@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from records import Record
+from common.records import Record
 
 Result = Literal["met", "not met", "not run"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from records import number
+from common.records import number
 
 LABEL_PX, TARGETS_PX, VALUE_PX, ROW_PX, TOP_PX = 330, 420, 130, 24, 40
 INK, OURS, THEIRS, MISSED, MARK = "#57606a", "#1f6feb", "#8c959f", "#cf222e", "#bf8700"

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workloads import REQUESTS, adapter_name, mixed_name, mixed_rank
+from common.workloads import REQUESTS, adapter_name, mixed_name, mixed_rank
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 WORK = ROOT / ".bench"
 LOGS = WORK / "logs"

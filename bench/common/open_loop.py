@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
-from records import percentile
-from workloads import Arbaseline
 
+from common.records import percentile
+from common.workloads import Arbaseline
 from lorapool_api.common import HEADER_ADAPTER
 from lorapool_api.openai import NoFreeSlotError
 from lorapool_gateway.requests.dispatch import PAUSE_S
