@@ -38,6 +38,16 @@ def test_the_trainers_losses_are_those_of_the_gateways_answers(world: World, tun
     assert tuning.loss_of(trained["model"], lines) == pytest.approx(trained["loss"], abs=1e-3)
 
 
+def test_the_first_request_of_a_new_runtime_may_be_for_a_trained_model(world: World, tuning: Tuning) -> None:
+    """It is there before the access to the store is: that is delivered to a runtime while its base loads."""
+    for pod in world.runtime_pods():
+        world.kubectl("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force", "--wait=false")
+    reply = tuning.client.chat.completions.create(
+        model=str(world.summary["trained"]["model"]), messages=[{"role": "user", "content": "hello"}], max_tokens=4
+    )
+    assert reply.choices[0].message.content
+
+
 def test_jobs_share_one_trainer_and_go_on_while_operator_and_gateways_are_killed(world: World, tuning: Tuning) -> None:
     before = tuning.models()
     routing = tuning.create(tuning.upload(lines_of("routing", "train", every=3)), None, "first", **SMALL)
