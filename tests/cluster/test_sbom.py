@@ -1,14 +1,10 @@
-"""The images' bill of materials, and the audit of the locked dependencies."""
+"""The images' bill of materials."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -64,51 +60,3 @@ def test_both_images_run_as_a_user_that_is_not_root(target: str) -> None:
     assert re.search(r"^(RUN|COPY|ADD) ", stage[1].partition("\nUSER ")[2], re.M) is None, (
         "nothing is written as root after it"
     )
-
-
-class Advisories(BaseHTTPRequestHandler):
-    """Answers as an OSV server that knows one vulnerability, of aiohttp."""
-
-    def do_POST(self) -> None:
-        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        known = {
-            "id": "PYSEC-1", "summary": "x", "details": "x", "aliases": [], "published": "2026-01-01T00:00:00Z",
-            "affected": [{"package": {"name": "aiohttp", "ecosystem": "PyPI"}, "ranges": []}],
-        }  # fmt: skip
-        body = json.dumps({"vulns": [known]} if query["package"]["name"] == "aiohttp" else {}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def advisories() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Advisories)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1/query"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def audit(url: str, home: Path) -> subprocess.CompletedProcess[str]:
-    arguments = ["--vulnerability-service", "osv", "--osv-url", url, "--cache-dir", str(home), "--timeout", "5"]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "hack" / "audit.py"), *arguments], capture_output=True, text=True, check=False
-    )
-
-
-def test_an_audit_without_a_network_is_skipped_in_words_and_fails_for_a_known_vulnerability(
-    advisories: str, tmp_path: Path
-) -> None:
-    away = audit("http://127.0.0.1:1/v1/query", tmp_path)
-    assert away.returncode == 0, away
-    assert away.stdout.count("skipped, because no advisories can be reached") == 2
-    known = audit(advisories, tmp_path)
-    assert known.returncode == 1, known
-    assert "PYSEC-1" in known.stdout
