@@ -184,7 +184,12 @@ class Api:
         if deployment is None:
             owner = owned_by("BaseModel", base, API_VERSION)
             metadata = {"name": name, "labels": {**labels, LABEL_MANAGED_BY: MANAGED_BY}, **owner}
-            deployment = await self.create("deployments", {"metadata": metadata, "spec": {"replicas": 1, **spec}})
+            try:
+                deployment = await self.create("deployments", {"metadata": metadata, "spec": {"replicas": 1, **spec}})
+            except RefusedError as error:
+                if error.status != 409:
+                    raise
+                deployment = await self.get("deployments", name)  # the operator has just made it
         metadata = {"generateName": f"{name}-", "labels": labels, **owned_by("Deployment", deployment, "apps/v1")}
         replica_set = await self.create("replicasets", {"metadata": metadata, "spec": spec})
         return owned_by("ReplicaSet", replica_set, "apps/v1")
