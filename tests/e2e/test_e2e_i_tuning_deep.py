@@ -39,6 +39,9 @@ def test_the_five_examples_train_side_by_side_and_score_as_the_committed_ones(wo
     ended = {name: tuning.ended(job, TRAINED_S) for name, job in jobs.items()}
     assert {job.status for job in ended.values()} == {"succeeded"}
     assert [each["metadata"]["uid"] for each in tuning.trainer_pods()] == [pod["metadata"]["uid"]]
+    for job in ended.values():
+        losses = tuning.validation_losses(job)  # from the events that the client reads
+        assert losses[max(losses)] < losses[0]
     found = {name: score(tuning, TASKS[name], str(job.fine_tuned_model)) for name, job in ended.items()}
     committed = json_scores()
     print({name: (round(found[name], 3), committed[name]) for name in found})
