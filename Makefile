@@ -46,14 +46,14 @@ LOCK := $(UV) pip compile --python-version 3.11 --generate-hashes --no-emit-inde
 
 .PHONY: lock
 lock: ## resolve the dependencies of pyproject.toml again and write the lock files
-	$(LOCK) --extra operator --extra runtime --extra dev -o requirements.lock pyproject.toml
-	$(LOCK) --extra operator -c requirements.lock -o requirements-control.lock pyproject.toml
+	$(LOCK) --extra operator --extra ledger --extra runtime --extra dev -o requirements.lock pyproject.toml
+	$(LOCK) --extra operator --extra ledger -c requirements.lock -o requirements-control.lock pyproject.toml
 	$(LOCK) --extra runtime -c requirements.lock -o requirements-runtime.lock pyproject.toml
 	$(LOCK) --extra vllm -o requirements-runtime-vllm.lock pyproject.toml
 	$(LOCK) -c requirements.lock -o tests/lm_eval/requirements.lock tests/lm_eval/requirements.in
 	$(LOCK) -o tests/clients/requirements.lock tests/clients/requirements.in
 	$(LOCK) -o tests/clients/guidellm.lock tests/clients/guidellm.in
-	cd tests/clients && npm install --silent --package-lock-only
+	(cd tests/clients && npm install --silent --package-lock-only)
 	echo hatchling | $(LOCK) -c requirements.lock -o requirements-build.lock -
 	echo uv | $(LOCK) -c requirements.lock -o hack/bootstrap.lock -
 	# Go for machines without one. The upper bound is the newest minor version that Kubernetes 1.34 was built with here.
@@ -178,7 +178,7 @@ e2e: install binaries lm-eval ## tests on a real one-node cluster with the real 
 .PHONY: test
 test: ## everything CI runs, on a bare machine
 	@$(MAKE) --no-print-directory install
-	$(MAKE) --no-print-directory --jobs=2 --output-sync lint verify type binaries model lm-eval images
+	$(MAKE) --no-print-directory --jobs=2 --output-sync vllm lint verify type binaries model lm-eval images
 	$(MAKE) --no-print-directory unit apiserver local-cluster e2e
 
 # --- without Kubernetes -------------------------------------------------------------------

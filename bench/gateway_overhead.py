@@ -6,6 +6,8 @@ The gateway, with 1,000 adapters in its table, keys and metrics, is a process of
 answers at once and the clients (`gateway_load`) share the other. What one core can serve at all is measured with a
 minimal baseline: aiohttp's server and client with nothing between them. A second gateway, in turns with the first,
 shows what TLS to the runtime costs; with `--before`, so does the gateway of an older checkout, which may have none.
+What the journal costs, while the ledger takes it and while it is away, is measured with several processes of each
+kind: the addresses of its objects make one process several per cent faster than another of the same code.
 Processor time per request is comparable even on a shared machine; latencies and rates are not.
 """
 
@@ -15,13 +17,14 @@ import argparse
 import asyncio
 import hashlib
 import os
+import re
 import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -55,7 +58,11 @@ RATE_PER_S = 2000
 PROMPT_BYTES = 500
 LARGE_PROMPT_BYTES = 200_000
 STREAMS = 1000
+PROCESSES = 4
+"""Of each kind, where the journal's cost is measured."""
 GATEWAY_CORE, CLIENT_CORE = 0, 1
+AWAY = "http://127.0.0.1:9"
+"""Where no ledger listens."""
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("operator", "crds")
 """The folders of a checkout that have the gateway's packages."""
@@ -74,7 +81,7 @@ def _object(name: str, **spec: object) -> dict[str, object]:
     return {"metadata": metadata, "spec": spec, "status": {"observedGeneration": 1, "digest": DIGEST}}
 
 
-async def _gateway(runtime_url: str, ca_file: Path | None) -> None:
+async def _gateway(runtime_url: str, ca_file: Path | None, ledger_url: str | None) -> None:
     ref, source = ObjectRef("demo", "tiny"), {"uri": "hf://org/x"}
     base = base_route(_object("tiny", source=source))
     endpoint = Endpoint(ref, base.uid, "pod-1", "pod-1", runtime_url, ready=True, terminating=False)
@@ -85,13 +92,30 @@ async def _gateway(runtime_url: str, ca_file: Path | None) -> None:
     metrics = Metrics()
     metrics.sync([str(ref)], {str(adapter.ref): str(ref) for adapter in adapters})
     async with AsyncExitStack() as stack:
-        http = HttpClient(trust=ReleaseTrust(ca_file))
+        kept = () if ledger_url is None else (_journal(stack, ledger_url),)  # a gateway of an older checkout has none
+        http = HttpClient(trust=ReleaseTrust(ca_file), **({"before_write": kept[0].write} if kept else {}))
         stack.push_async_callback(http.close)
         guard = key_guard(Settings(keys_namespace="x"), keys, metrics)
-        dispatcher = Dispatcher(routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics, guard)
-        server = Gateway(Settings(keys_namespace="x"), routes, guard, dispatcher, metrics).server()
+        dispatcher = Dispatcher(
+            routes, _NeverAsleep(), RuntimeClient(http, lambda base: ("t" * 64,)), metrics, guard, *kept
+        )
+        server = Gateway(Settings(keys_namespace="x"), routes, guard, dispatcher, metrics, *kept).server()
         _, port = await listen(stack, web.ServerRunner(server), "127.0.0.1", 0)
         await _serve_until_the_parent_goes(port)
+
+
+def _journal(stack: AsyncExitStack, ledger_url: str) -> object:
+    """Keeps a journal and sends it, as the process does."""
+    from lorapool_gateway.ledger.attempts import Attempts
+    from lorapool_gateway.ledger.journal import Journal
+    from lorapool_gateway.ledger.sender import LedgerClient, Sender
+
+    journal = Journal(Path(stack.enter_context(tempfile.TemporaryDirectory())), 2**30)
+    client = LedgerClient(ledger_url, lambda: ("t" * 64,), lambda: None)
+    stack.push_async_callback(client.close)
+    for work in (Sender(client, journal).run(), journal.keep_synced()):
+        stack.callback(asyncio.create_task(work).cancel)
+    return Attempts(journal)
 
 
 async def _minimal_proxy(runtime_url: str) -> None:
@@ -232,11 +256,36 @@ class Bench:
             )
         )
 
-    async def in_turns(self, name: str, one: Process, other: Process, called: str, ask: Ask, connections: int) -> None:
-        """Requests, or the events of spaced streams, per second of processor time, of two gateways in turns."""
-        ours, theirs = await self._per_core(one, other, ask, connections)
+    async def in_turns(
+        self, name: str, pairs: Sequence[tuple[Process, Process]], called: str, ask: Ask, connections: int
+    ) -> None:
+        """Requests, or the events of spaced streams, per second of processor time, of two kinds of gateway in turns."""
+        ours: list[float] = []
+        theirs: list[float] = []
+        for one, other in pairs:
+            found = await self._per_core(one, other, ask, connections)
+            ours += found[0]
+            theirs += found[1]
         what = "events" if ask.spaced else "requests"
         self._add(measuring.against(f"{name}{what}_per_core_s", "1/s", ours, called, theirs))
+
+    async def latency_in_turns(self, name: str, one: Process, other: Process, called: str, ask: Ask) -> None:
+        """How many milliseconds the median request takes longer at one gateway than at the other, at the same rate."""
+        sides = [(process, await connect(process.port, 32)) for process in (one, other)]
+        pairs: list[tuple[float, float]] = []
+        for number in range(self._rounds + 1):
+            found = {
+                process: _ms(await self.at_half_the_rate(clients, ask, number), 0.5)
+                for process, clients in (sides if number % 2 else reversed(sides))
+            }
+            if number:
+                pairs.append((found[one], found[other]))
+        for _, clients in sides:
+            for client in clients:
+                client.close()
+        medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
+        note = f"{medians[0]:.2f}, and {medians[1]:.2f} for {called}"
+        self._add(measuring.measured(f"{name}more_p50_ms", "ms", [a - b for a, b in pairs], note))
 
     async def _per_core(
         self, one: Process, other: Process, ask: Ask, connections: int
@@ -244,7 +293,7 @@ class Bench:
         sides = {process: await connect(process.port, connections) for process in (one, other)}
         found: dict[Process, list[float]] = {process: [] for process in sides}
         for number in range(self._rounds + 1):
-            for process, clients in sides.items():
+            for process, clients in sorted(sides.items(), key=lambda side: side[0].port, reverse=number % 2 == 1):
                 before_s = process.cpu_s()
                 done = await self._count(clients, ask)
                 if number:  # the first one warms up
@@ -296,6 +345,18 @@ async def _stub(stack: AsyncExitStack, tls: ssl.SSLContext | None = None) -> int
     return int(stub.sockets[0].getsockname()[1])
 
 
+async def _ledger(stack: AsyncExitStack) -> str:
+    """Takes every batch at once; returns its URL."""
+
+    async def take(request: web.BaseRequest) -> web.Response:
+        numbers = re.findall(rb'"seq":([0-9]+)', (await request.read())[-2000:])
+        return web.Response(body=b'{"through":%b}' % numbers[-1], content_type="application/json")
+
+    runner = web.ServerRunner(web.Server(take, access_log=None))
+    _, port = await listen(stack, runner, "127.0.0.1", 0)
+    return f"http://127.0.0.1:{port}"
+
+
 async def measure(seconds: float, rounds: int, only: str, before: Path | None) -> list[measuring.Record]:
     whole, stream = (Ask.of(API_KEY, stream=kind, prompt_bytes=PROMPT_BYTES) for kind in (False, True))
     large = Ask.of(API_KEY, stream=False, prompt_bytes=LARGE_PROMPT_BYTES)
@@ -325,18 +386,34 @@ async def measure(seconds: float, rounds: int, only: str, before: Path | None) -
                 await bench.compare(name, ask, connections, load)
         if "minimal".startswith(only):
             await bench.against_minimal(minimal, whole, 32)
-        pairs = [("tls_", encrypted, gateway, "the gateway without TLS")]
+        compared: list[tuple[str, Sequence[tuple[Process, Process]], str]] = [
+            ("tls_", [(encrypted, gateway)], "the gateway without TLS")
+        ]
+        if "journal".startswith(only) or only.startswith("journal"):
+            ledger, called = await _ledger(stack), "the gateway without a journal"
+            kinds = [("--ledger", ledger), ("--ledger", AWAY), ()]
+            made = [
+                [await stack.enter_async_context(_process("gateway", url, *more)) for more in kinds]
+                for _ in range(PROCESSES)
+            ]
+            compared += [
+                ("journal_", [(keeping, without) for keeping, _, without in made], called),
+                ("journal_alone_", [(alone, without) for _, alone, without in made], called),
+            ]
+            for name, ask in (("json_", whole), ("stream_", stream)):
+                for kind, pairs, _ in compared[1:]:
+                    await bench.latency_in_turns(f"{kind}{name}", *pairs[0], called, ask)
         if before is not None:
             old = await stack.enter_async_context(_process("gateway", url, checkout=before))
-            pairs += [
-                ("since_", encrypted, old, "the gateway before"),
-                ("since_without_tls_", gateway, old, "the gateway before"),
+            compared += [
+                ("since_", [(encrypted, old)], "the gateway before"),
+                ("since_without_tls_", [(gateway, old)], "the gateway before"),
             ]
-        for kind, one, other, called in pairs:
+        for kind, pairs, called in compared:
             loads = [("json", 32, whole), ("stream", 32, stream), ("large", 32, large), ("spaced", 300, spaced)]
             for sent, connections, ask in loads:
                 if (name := f"{kind}{sent}_{connections}.").startswith(only):
-                    await bench.in_turns(name, one, other, called, ask, connections)
+                    await bench.in_turns(name, pairs[:1] if ask.spaced else pairs, called, ask, connections)
         if "streams".startswith(only):
             await bench.open_streams(spaced)
     return bench.records
@@ -350,10 +427,15 @@ def main() -> None:
     asked.add_argument("--before", metavar="CHECKOUT", type=Path, help="of a version to compare with")
     asked.add_argument("--gateway", metavar="URL", help=argparse.SUPPRESS)
     asked.add_argument("--minimal", metavar="URL", help=argparse.SUPPRESS)
+    asked.add_argument("--ledger", metavar="URL", help=argparse.SUPPRESS)
     asked.add_argument("--ca", type=Path, help=argparse.SUPPRESS)
     arguments = measuring.parsed(asked)
     if arguments.gateway or arguments.minimal:
-        run(_gateway(arguments.gateway, arguments.ca) if arguments.gateway else _minimal_proxy(arguments.minimal))
+        run(
+            _gateway(arguments.gateway, arguments.ca, arguments.ledger)
+            if arguments.gateway
+            else _minimal_proxy(arguments.minimal)
+        )
         return
     _pin(0, CLIENT_CORE)
     records = asyncio.run(measure(arguments.seconds, arguments.rounds, arguments.only, arguments.before))

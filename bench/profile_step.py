@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,17 +145,17 @@ class Profile:
         return sum(self.parts_ms.values()) / self.whole_ms
 
 
-def write_adapters(core: Core, folder: Path) -> list[Path]:
-    """Writes random adapters of rank 16 in peft's file format, on every target layer of the base."""
+def write_adapters(core: Core, folder: Path, ranks: Sequence[int] = (RANK,) * REQUESTS) -> list[Path]:
+    """Writes a random adapter of each rank in peft's file format, on every target layer of the base."""
     folders = []
     names = sorted({target.module.rpartition(".")[2] for target in core.facts.targets})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": names, "task_type": "CAUSAL_LM"}
-    for number in range(REQUESTS):
+    for number, rank in enumerate(ranks):
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names, "task_type": "CAUSAL_LM"}
         generator = torch.Generator().manual_seed(number)
         tensors = {}
         for target in core.facts.targets:
-            a = torch.randn((RANK, target.in_features), generator=generator) / target.in_features**0.5
-            b = torch.randn((target.out_features, RANK), generator=generator) * 0.3 / RANK**0.5
+            a = torch.randn((rank, target.in_features), generator=generator) / target.in_features**0.5
+            b = torch.randn((target.out_features, rank), generator=generator) * 0.3 / rank**0.5
             tensors[f"base_model.model.{target.module}.lora_A.weight"] = a
             tensors[f"base_model.model.{target.module}.lora_B.weight"] = b
         own = folder / f"adapter-{number}"

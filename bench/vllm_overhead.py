@@ -4,28 +4,26 @@
 
 Both run in vLLM's environment (`make bench-baselines`, or the image runtime-vllm on a GPU), with the same settings of
 the engine: the same slots, rank, batch and precision, without a prefix cache. All adapters are loaded before. Rounds
-alternate between the two servers; the figure is tokens per second of a closed batch of distinct adapters, and of the
-base alone. Our server is to keep 0.95 of what vLLM's own reaches; no committed result has it yet.
+alternate between the two servers, of which the other is stopped. The figures are tokens per second of a closed batch of
+distinct adapters, and of the base alone, by the clock and by the processor time of all processes. Our server is to keep
+0.95 of what vLLM's own reaches.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
-from common.places import LOGS, ROOT, VOLUMES, W1_CLAIM, base_folder, w1_adapters
+from common.places import ROOT, VOLUMES, W1_CLAIM, base_folder, w1_adapters
 from common.records import Record, against, alternate, not_run, parsed, parser, report, timed
 from common.workloads import REQUESTS, Batch, adapter_name, w1
 from engines.baselines import vllm_python
 from engines.over_http import Clients, free_port, status_of, wait_until
-from engines.standalone import Standalone
+from engines.standalone import ServerProcess, Standalone
 
 from lorapool_api.common import HEADER_ADAPTER
 
@@ -40,6 +38,7 @@ def environ() -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("crds", "operator", "runtime")),
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
+        "OMP_WAIT_POLICY": "PASSIVE",  # as the runtime sets it: the many small operators of adapters differ most by it
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -47,8 +46,8 @@ def environ() -> dict[str, str]:
     }
 
 
-class Bare:
-    """vLLM's own OpenAI server, with all adapters named at its start. A context manager, as `Standalone`."""
+class Bare(ServerProcess):
+    """vLLM's own OpenAI server, with all adapters named at its start."""
 
     def __init__(self, python: str, base: Path, adapters: Path, dtype: str) -> None:
         self.port = free_port()
@@ -64,34 +63,30 @@ class Bare:
             command.append("--enforce-eager")  # as the runtime does on a CPU
         names = [adapter_name(number) for number in range(REQUESTS)]
         command += ["--lora-modules", *(f"{name}={adapters / name}" for name in names)]
-        LOGS.mkdir(parents=True, exist_ok=True)
-        with (LOGS / "vllm-bare-server.log").open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environ()})
-
-    def __enter__(self) -> Bare:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        super().__init__(command, {**os.environ, **environ()}, "vllm-bare-server")
 
 
 class Server:
-    """Sends batches to one of the two: an adapter is a header of ours, or the model of vLLM's."""
+    """Sends batches to one of the two: an adapter is a header of ours, or the model of vLLM's.
 
-    def __init__(self, port: int, headers: dict[str | None, str] | None) -> None:
+    Between its turns all its processes are stopped: they spin while they wait, and would take the other's cores.
+    """
+
+    def __init__(self, process: ServerProcess, port: int, headers: dict[str | None, str] | None) -> None:
+        self._process = process
         self._clients = Clients(port, REQUESTS)
         self._headers = headers
+        self.per_cpu_s: list[float] = []
+        """Tokens per second of processor time, of each run."""
 
     def run(self, batch: Batch) -> float:
         """Tokens per second."""
-        return batch.tokens / timed(lambda: self.post(batch))
+        self._process.resume()
+        used_s = self._process.cpu_s()
+        rate = batch.tokens / timed(lambda: self.post(batch))
+        self.per_cpu_s.append(batch.tokens / (self._process.cpu_s() - used_s))
+        self._process.pause()
+        return rate
 
     def post(self, batch: Batch) -> None:
         ours = self._headers
@@ -121,16 +116,20 @@ def measure(python: str, base: Path, dtype: str, rounds: int, requests: int, new
             wait_until(lambda: status_of(bare.port, "/health") == 200, bare.process, START_S)
             names = [adapter_name(number) for number in range(REQUESTS)]
             headers: dict[str | None, str] = {None: "base", **own.register(W1_CLAIM, names, idleAfterS=3600)}
-            servers = {"ours": Server(own.port, headers), "vLLM": Server(bare.port, None)}
+            servers = {"ours": Server(own, own.port, headers), "vLLM": Server(bare, bare.port, None)}
             for server in servers.values():  # loads every adapter
-                server.post(Batch(((5,),) * REQUESTS, tuple(names), 1))
-            return [compared(case, servers, rounds, requests, new) for case in NAMES]
+                server.run(Batch(((5,),) * REQUESTS, tuple(names), 1))
+            return [record for case in NAMES for record in compared(case, servers, rounds, requests, new)]
 
 
-def compared(case: str, servers: dict[str, Server], rounds: int, requests: int, new: int) -> Record:
+def compared(case: str, servers: dict[str, Server], rounds: int, requests: int, new: int) -> Iterator[Record]:
+    """By the clock, and by processor time, which other work on the machine changes less."""
     batch = w1(case, new).only(range(requests))
     runs = alternate({name: partial(server.run, batch) for name, server in servers.items()}, rounds)
-    return against(NAMES[case], "tok/s", runs["ours"], "vLLM's server", runs["vLLM"], f"{requests} requests")
+    note = f"{requests} requests"
+    yield against(NAMES[case], "tok/s", runs["ours"], "vLLM's server", runs["vLLM"], note)
+    ours, theirs = (server.per_cpu_s[-rounds:] for server in servers.values())
+    yield against(f"{NAMES[case]}_cpu", "tok/core-s", ours, "vLLM's server", theirs, note)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

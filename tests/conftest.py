@@ -21,6 +21,8 @@ LONGEST = {
     "test_engine_isolation.py",
     "test_engine_peft.py",
     "test_trainer_server.py",
+    "test_ledger_witness.py",
+    "test_ledger_process.py",
 }
 
 

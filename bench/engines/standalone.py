@@ -5,6 +5,7 @@ It is the shipped server, started as in an operator's pod, but without a token b
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -14,14 +15,56 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from common.places import LOGS
 from engines.over_http import free_port, status_of, wait_until
 
 
-class Standalone:
-    """A context manager; leaving it stops the process. `settings` are the runtime's flags, without dashes."""
+class ServerProcess:
+    """A server and all processes that it starts, as a context manager: leaving it ends them."""
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], log: str) -> None:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        with (LOGS / f"{log}.log").open("wb") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**environ}, start_new_session=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.resume()
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)
+        self._signal(signal.SIGKILL)  # and its remaining children
+        self.process.wait()
+
+    def pause(self) -> None:
+        """Stops all its processes, whose threads may spin while they wait and take the cores of another server."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def cpu_s(self) -> float:
+        """Processor time of all its processes so far."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended meanwhile
+                fields = stat.read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12]) if int(fields[3]) == self.process.pid else 0  # its session
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(self.process.pid, number)
+
+
+class Standalone(ServerProcess):
+    """The shipped runtime. `settings` are its flags, without dashes."""
 
     def __init__(
         self,
@@ -50,23 +93,8 @@ class Standalone:
         command = [python, "-m", "lorapool_runtime"]
         for name, value in flags.items():
             command += ["--" + name.replace("_", "-"), str(value)]
-        LOGS.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("LORAPOOL_")}
-        with (LOGS / f"{log}.log").open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env={**kept, **(environ or {})})
-
-    def __enter__(self) -> Standalone:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        super().__init__(command, {**kept, **(environ or {})}, log)
 
     def wait_until_ready(self, timeout_s: float = 280.0) -> None:
         wait_until(lambda: status_of(self.port, "/readyz") == 200, self.process, timeout_s)

@@ -37,6 +37,7 @@ FIELDS = {
     "loaded": "adapters that a new pod has loaded before it is ready",
     "isa": "instruction set of the native kernels",
     "job": "namespace/name of a FineTuneJob",
+    "route": "path of a request",
     "kind": "kind of `object`",
     "object": "namespace/name of a Kubernetes object",
     "operators": "number of operators in the decode program",

@@ -166,7 +166,9 @@ class UsageCounters(ApiModel):
     cancelled_requests: int = 0
     """Requests whose client disconnected before the end."""
     prompt_tokens: int = 0
-    """Tokens of prompts."""
+    """Tokens of prompts, cached ones included."""
+    cached_tokens: int = 0
+    """Tokens of prompts that were not computed again."""
     completion_tokens: int = 0
     """Generated tokens."""
     loads: int = 0

@@ -181,6 +181,32 @@ class TooManyRequestsError(ApiError):
     default_code = "rate_limit_exceeded"
 
 
+class RateLimitError(TooManyRequestsError):
+    """A rate of requests or tokens is reached."""
+
+    def __init__(self, message: str, *, retry_after_s: float, rate: dict[str, str] | None = None) -> None:
+        """`rate`: headers that describe the rate."""
+        super().__init__(message, retry_after_s=retry_after_s)
+        self._wait_ms = max(1, round(1000 * retry_after_s))
+        self._rate = rate or {}
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's libraries wait for the milliseconds before they repeat the request."""
+        return {**super().headers(), **self._rate, "retry-after-ms": str(self._wait_ms)}
+
+
+class RequestRateError(RateLimitError):
+    """Too many requests in a minute."""
+
+    type = "requests"
+
+
+class TokenRateError(RateLimitError):
+    """Too many tokens in a minute."""
+
+    type = "tokens"
+
+
 class QuotaExceededError(TooManyRequestsError):
     """A quota of a longer time is used up, so that client libraries need not repeat the request."""
 

@@ -27,7 +27,6 @@ ROUTE_RESOLVE = "/v1/resolve"
 ROUTE_CREDENTIALS = "/v1/credentials"
 ROUTE_ATTEMPT = "/v1/attempts/{id}"
 ROUTE_EVENTS = "/v1/events"
-ROUTE_REQUESTS = "/v1/requests"
 ROUTE_CHAT = "/v1/chat/completions"
 ROUTE_COMPLETIONS = "/v1/completions"
 ROUTE_RESPONSES = "/v1/responses"
@@ -436,44 +435,6 @@ class RequestOutcome(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-
-class FinishedRequest(ApiModel):
-    """An admitted request that has ended. `boot_id:seq` identifies it, so that double delivery is harmless."""
-
-    seq: int
-    """Number within this process."""
-    request_id: str
-    """Its `x-request-id`, which a client may have chosen."""
-    attempt: str
-    """Its `x-lorapool-attempt`."""
-    uid: str | None = None
-    """Uid of the LoraAdapter; absent for the base."""
-    digest: str | None = None
-    """Digest of the adapter's files; absent for the base."""
-    prompt_tokens: int
-    """Tokens of the prompt, cached ones included."""
-    cached_tokens: int
-    """Tokens of the prompt that were not computed again."""
-    completion_tokens: int
-    """Generated tokens."""
-    outcome: RequestOutcome
-    """How it ended."""
-    ended_unix_s: float
-    """When it ended."""
-
-
-class FinishedRequests(ApiModel):
-    """Response of `GET /v1/requests?after=SEQ&wait=S`."""
-
-    boot_id: str
-    """Identifier of the runtime process."""
-    first_seq: int
-    """Oldest request still kept. A reader whose SEQ is below it by more than 1 has missed some."""
-    last_seq: int
-    """SEQ for the next request."""
-    requests: list[FinishedRequest]
-    """The requests numbered above SEQ, oldest first; at most 1000."""
 
 
 def descriptor_of(

@@ -208,6 +208,28 @@ REASONS: Mapping[Reason, Explanation] = {
         "Install LeaderWorkerSet 0.7 or later (https://lws.sigs.k8s.io/docs/installation), or use a profile with one "
         "node.",
     ),
+    Reason.BASE_UNSUPPORTED: Explanation(
+        "The engine of the runtime profile does not compute this base, or no adapters on it; the message says why.",
+        "Name a profile with another engine in spec.runtimeProfile, or another base.",
+    ),
+    Reason.DEVICE_UNUSABLE: Explanation(
+        "The GPU, or what is needed to use it, is missing or too old for the engine, the dtype or the quantization.",
+        "Do what the message says; the profile's nodeSelector chooses the kind of GPU.",
+    ),
+    Reason.DEVICE_MEMORY_TOO_SMALL: Explanation(
+        "The base, the slots for adapters and the KV cache do not fit in the memory of the GPUs.",
+        "Lower spec.lora.slots, spec.lora.maxRank or spec.maxModelLen, or use a profile with more or larger GPUs.",
+    ),
+    Reason.ENGINE_REFUSED: Explanation(
+        "The engine does not start with these settings, or in its installed version; the message has its words.",
+        "Correct what the message names, in the BaseModel or its runtime profile.",
+    ),
+    Reason.GROUP_ENDED: Explanation(
+        "A runtime in a group of several nodes ended, or the others no longer reach it. The group is started "
+        "again as a whole.",
+        "If it recurs, read `kubectl logs --previous` of the pods of the group, and check the network between the "
+        "nodes.",
+    ),
     Reason.WORKER_LOST: Explanation(
         "Kubernetes ends a pod of a group of several nodes, because its node is lost or drained. The group is started "
         "again as a whole.",

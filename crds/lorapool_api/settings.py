@@ -31,10 +31,13 @@ TOOL_VARIABLES = frozenset(
         "LORAPOOL_E2E_KEEP",
         "LORAPOOL_E2E_SUMMARY",
         "LORAPOOL_LM_EVAL",
+        "LORAPOOL_SCREENSHOTS",
         "LORAPOOL_TEST_ADAPTERS",
         "LORAPOOL_TEST_BASE",
         "LORAPOOL_TEST_ENGINE",
         "LORAPOOL_TEST_THREADS",
+        "LORAPOOL_WITNESS_AWAY_S",
+        "LORAPOOL_WITNESS_REQUESTS",
     }
 )
 """Variables of the repository's tools and tests, which a developer's shell exports. Processes ignore them."""

@@ -37,6 +37,7 @@ def api_key(
             "keySha256": hashlib.sha256(key.encode()).hexdigest(),
             "namespaces": namespaces,
             "fineTuning": "true",
+            "admin": "true",  # reads usage and costs of all projects
         },
     }
 

@@ -38,6 +38,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class BillLine:
+    """What one model has used and costs, for the end of the report and summary.json."""
+
+    model: str
+    requests: int
+    input_tokens: int
+    """Cached ones included."""
+    cached_tokens: int
+    output_tokens: int
+    amount: str
+    """As exact as the ledger has it."""
+    currency: str
+
+
+@dataclass(frozen=True)
 class Trained:
     """The fine-tune that was trained here, for the end of the report and summary.json. Losses on the held-out lines."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
-from demo.questions import Answer, Trained
+from demo.questions import Answer, BillLine, Trained
 
 
 def table(answers: list[Answer]) -> str:
@@ -62,5 +64,21 @@ def usage_table(adapters: list[dict[str, Any]]) -> str:
                 f"{usage.get('residencySeconds', 0):.0f}",
             )
         )
+    return _columns(rows)
+
+
+def bill_table(lines: list[BillLine]) -> str:
+    """What each fine-tune costs by the demo's prices, and the sum."""
+    currency = lines[0].currency if lines else ""
+    rows: list[tuple[str, ...]] = [("MODEL", "REQUESTS", "INPUT", "CACHED", "OUTPUT", f"AMOUNT {currency}")]
+    for line in lines:
+        counts = (line.requests, line.input_tokens, line.cached_tokens, line.output_tokens)
+        rows.append((line.model, *map(str, counts), f"{Decimal(line.amount):.6f}"))
+    rows.append(("together", "", "", "", "", f"{sum(Decimal(line.amount) for line in lines):.6f}"))
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    header = rows[0]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

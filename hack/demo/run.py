@@ -26,8 +26,8 @@ from typing import Any
 from cluster.places import cache_dir
 from demo import objects, preflight
 from demo.ground import REPOSITORY, Ground, existing, of_local
-from demo.questions import Answer, Trained, questions
-from demo.report import table, trained_block, usage_table
+from demo.questions import Answer, BillLine, Trained, questions
+from demo.report import bill_table, table, trained_block, usage_table
 from demo.schedule import Step, StepError, run_all
 from demo.steps import Commands, Console, write_json
 from images.build import TARGETS, Image
@@ -69,6 +69,8 @@ class Demo:
     url: str = field(init=False)  # gateway
     key: str = field(init=False)  # objects
     answers: list[Answer] = field(init=False)  # ask
+    bill: list[BillLine] = field(init=False)  # bill
+    console_url: str = field(init=False)  # bill
     trained: Trained | None = None  # train, where it is asked for
     had_cluster: bool = True
 
@@ -180,6 +182,7 @@ def plan(demo: Demo) -> list[Step]:
             ("gateway", *(step.name for step in pulled)),
         ),
         Step("usage", "wait for the usage in the objects' status", lambda: _wait_usage(demo), ("ask",)),
+        Step("bill", "read the bill of the fine-tunes by the OpenAI client", lambda: _bill(demo), ("ask",)),
         *([train] if demo.options.train else []),
     ]
 
@@ -210,7 +213,8 @@ def down(options: Options) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     demo = Demo(options, Commands(options.folder / "demo.log"), console.line)
-    _end_port_forward(options.folder)
+    for component in ("gateway", "ledger"):
+        _end_port_forward(options.folder, component)
     if options.context is None:
         step = Step("down", "end the local cluster", lambda: _end_cluster(demo))
     else:
@@ -336,6 +340,16 @@ def _ask(demo: Demo) -> None:
     demo.answers = [Answer(**item) for item in json.loads(_last_line(out))]
 
 
+def _bill(demo: Demo) -> None:
+    """The ledger sums up what it has within some seconds."""
+    models = [answer.adapter for answer in demo.answers]
+    asked = {"url": f"{demo.url}/v1", "api_key": demo.key, "models": models, "requests": 2}
+    out = demo.tool("bill", "demo/bill.py", timeout_s=240, stdin=json.dumps(asked))
+    demo.bill = [BillLine(**line) for line in json.loads(_last_line(out))]
+    address = _forward(demo, "ledger", 8000) if demo.ground.cluster else _port_forward(demo, "ledger", 8000)
+    demo.console_url = f"https://{address}/console/"
+
+
 def _train(demo: Demo) -> None:
     model = f"{objects.NAMESPACE}/{objects.BASE}"
     asked = {"url": f"{demo.url}/v1", "api_key": demo.key, "namespace": objects.NAMESPACE, "model": model}
@@ -350,8 +364,15 @@ def _last_line(out: str) -> str:
     return lines[-1].strip()
 
 
+def forget_interrupted(demo: Demo) -> None:
+    """Helm refuses a release whose last installation was killed, until its record is gone."""
+    interrupted = f"owner=helm,name={objects.RELEASE},status in (pending-install,pending-upgrade,pending-rollback)"
+    demo.kubectl("delete", "secret", "-n", objects.NAMESPACE, "-l", interrupted)
+
+
 def _helm(demo: Demo) -> None:
     demo.apply(objects.namespace())
+    forget_interrupted(demo)
     argv = [*demo.ground.helm_argv(), "upgrade", "--install", objects.RELEASE, str(REPOSITORY / "charts" / "lorapool")]
     argv += ["-n", objects.NAMESPACE, "-f", str(VALUES), "--wait", "--timeout", "5m"]
     argv += ["--set-string", f"image.tag={demo.tag}"]
@@ -432,7 +453,8 @@ def _wait_usage(demo: Demo) -> None:
 
 
 def _gateway(demo: Demo) -> None:
-    demo.url = _forward(demo) if demo.ground.cluster else _port_forward(demo)
+    address = _forward(demo, "gateway", 80) if demo.ground.cluster else _port_forward(demo, "gateway", 80)
+    demo.url = f"http://{address}"
 
     def missing() -> str | None:
         try:
@@ -446,27 +468,28 @@ def _gateway(demo: Demo) -> None:
     demo.until("gateway", missing, timeout_s=60, remedy="`kubectl -n lorapool logs deploy/lorapool-gateway`")
 
 
-def _forward(demo: Demo) -> str:
-    """The local cluster forwards a port of 127.0.0.1 to the Service, whatever pod is behind it."""
-    target = f"{objects.RELEASE}-gateway.{objects.NAMESPACE}.svc.cluster.local:80"
+def _forward(demo: Demo, component: str, port: int) -> str:
+    """The local cluster forwards a port of 127.0.0.1 to the Service, whatever pod is behind it: host:port."""
+    target = f"{objects.RELEASE}-{component}.{objects.NAMESPACE}.svc.cluster.local:{port}"
     argv = ("forward", "--name", demo.options.name, "--to", target)
-    return f"http://{_last_line(demo.cluster('gateway', *argv, remedy='`make demo-down`, then again.', timeout_s=30))}"
+    return _last_line(demo.cluster(component, *argv, remedy="`make demo-down`, then again.", timeout_s=30))
 
 
-def _port_forward(demo: Demo) -> str:
-    _end_port_forward(demo.folder)
+def _port_forward(demo: Demo, component: str, to: int) -> str:
+    _end_port_forward(demo.folder, component)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [*demo.ground.kubectl_argv(), "port-forward", "-n", objects.NAMESPACE, "svc/lorapool-gateway", f"{port}:80"]
-    with (demo.folder / "port-forward.log").open("w") as log:
+    argv = [*demo.ground.kubectl_argv(), "port-forward", "-n", objects.NAMESPACE]
+    argv += [f"svc/{objects.RELEASE}-{component}", f"{port}:{to}"]
+    with (demo.folder / f"port-forward-{component}.log").open("w") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
-    (demo.folder / "port-forward.pid").write_text(str(process.pid))
-    return f"http://127.0.0.1:{port}"
+    (demo.folder / f"port-forward-{component}.pid").write_text(str(process.pid))
+    return f"127.0.0.1:{port}"
 
 
-def _end_port_forward(folder: Path) -> None:
-    path = folder / "port-forward.pid"
+def _end_port_forward(folder: Path, component: str) -> None:
+    path = folder / f"port-forward-{component}.pid"
     if not path.exists():
         return
     pid = int(path.read_text())
@@ -485,6 +508,7 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         print(trained_block(demo.trained))
     print("\n" + demo.kubectl("get", "bm,lora,ftj", "-n", objects.NAMESPACE))
     print(usage_table(demo.get("lora", "-n", objects.NAMESPACE)["items"]))
+    print(f"\nThe bill, by the prices of {VALUES.relative_to(REPOSITORY)}\n{bill_table(demo.bill)}")
     summary = {
         "kubeconfig": str(ground.kubeconfig),
         "kubectl": str(ground.kubectl),
@@ -499,6 +523,8 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         "artifact_registry": ground.artifact_registry,
         "seconds": seconds,
         "answers": [asdict(answer) for answer in demo.answers],
+        "bill": [asdict(line) for line in demo.bill],
+        "console_url": demo.console_url,
         "trained": asdict(demo.trained) if demo.trained else None,
     }
     write_json(demo.folder / "summary.json", summary, mode=0o600)  # it holds the key
@@ -507,6 +533,7 @@ def _report(demo: Demo, seconds: dict[str, float]) -> None:
         f"""
 Gateway     {url}/v1   (OpenAI API)
 Key         {key}
+Console     {demo.console_url}   (log in with the key; the browser does not know the release's own authority)
 Prometheus  {ground.prometheus_url or "(yours)"}
 kubectl     export KUBECONFIG={ground.kubeconfig} PATH={ground.kubectl.parent}:$PATH
 

@@ -1,4 +1,4 @@
-"""Builds the two images and pushes them, skipping what the registry already has.
+"""Builds the images and pushes them, skipping what the registry already has.
 
 An image is identified by a key: a digest of everything that goes into it. The registry stores it under that key, so an
 unchanged image costs one request and needs no local store.
@@ -30,7 +30,10 @@ FILES_OF_HACK = (
     "hack/images/triton_driver.py",
     "hack/images/base.py",
 )
+FILES_OF_VLLM = ("bench/engines/vllm.txt",)
 TARGETS = ("control", "runtime")
+"""The images of the demo."""
+ALL_TARGETS = (*TARGETS, "runtime-vllm")
 _PIP_KEYS = ("index-url", "extra-index-url")
 _UV_CACHE = "/uv-cache"
 
@@ -48,8 +51,9 @@ class Image:
 
     def key(self) -> str:
         """A digest of sources, lock files and options."""
-        digest = hashlib.sha256(repr((self.target, self.cpu_only and self.target == "runtime")).encode())
+        digest = hashlib.sha256(repr((self.target, self.cpu_only and self.target != "control")).encode())
         names = [*FILES, *FILES_OF_HACK, f"requirements-{self.target}.lock"]
+        names += FILES_OF_VLLM if self.target == "runtime-vllm" else ()
         paths = [REPOSITORY / name for name in names]
         for folder in SOURCES:
             paths += (p for p in sorted((REPOSITORY / folder).rglob("*")) if _counts(p))

@@ -21,7 +21,12 @@ def main(argv: list[str]) -> int:
         "--registry", metavar="HOST:PORT", help="without it: into the storage that the local clusters share"
     )
     sub.add_argument("--tag", default="dev")
-    sub.add_argument("--only", choices=build.TARGETS, action="append", help="just this image")
+    sub.add_argument(
+        "--only",
+        choices=build.ALL_TARGETS,
+        action="append",
+        help="just this image; runtime-vllm is only built where it is named",
+    )
     sub.add_argument("--gpu", action="store_true", help="keep what only a GPU uses (doubles the runtime image)")
     sub.add_argument("--prune", action="store_true", help="empty the local store afterwards; the registry keeps all")
     sub = commands.add_parser("unpack", help="unpack the runtime image for a local cluster that is not up yet")

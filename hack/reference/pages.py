@@ -15,7 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
-from lorapool_api import common, openai, protocol, reasons
+from lorapool_api import common, openai, protocol, reasons, usage_protocol
 from lorapool_api import settings as process_settings
 from lorapool_api.crd import KINDS, Kind, crd
 from lorapool_api.loraadapter import UsagePart
@@ -25,6 +25,8 @@ from lorapool_artifacts.checks.causes import GROUPS
 from lorapool_artifacts.settings import SourceSettings
 from lorapool_gateway import metrics as gateway_metrics
 from lorapool_gateway.settings import Settings as GatewaySettings
+from lorapool_ledger import metrics as ledger_metrics
+from lorapool_ledger.settings import Settings as LedgerSettings
 from lorapool_operator import metrics as operator_metrics
 from lorapool_operator.settings import Settings as OperatorSettings
 from lorapool_operator.tuning_metrics import TuningCollector
@@ -224,6 +226,7 @@ def metrics() -> str:
         "Operator": _operator_registry(),
         "Gateway": gateway_metrics.Metrics().registry,
         "Store": store_metrics.Metrics().registry,
+        "Ledger": ledger_metrics.Metrics().registry,
         "Runtime": runtime._registry,
         "Trainer": TrainerMetrics("", Published, lambda: 0).registry,
         "Runtime, under the names that inference gateways read": runtime._gateway_names,
@@ -270,6 +273,7 @@ def settings() -> str:
         ("Operator", OperatorSettings, OperatorSettings.prefix),
         ("Gateway", GatewaySettings, GatewaySettings.prefix),
         ("Store", StoreSettings, StoreSettings.prefix),
+        ("Ledger", LedgerSettings, LedgerSettings.prefix),
         ("Runtime", RuntimeSettings, RuntimeSettings.prefix),
         ("Trainer", TrainerSettings, TrainerSettings.prefix),
         ("Sources, for operator and runtime", SourceSettings, ""),
@@ -310,6 +314,17 @@ def _untitled(node: Any) -> Any:
 # --- the runtime's protocol --------------------------------------------------------------
 
 
+RUNTIME_RECORDS = (
+    usage_protocol.BootRecord,
+    usage_protocol.RequestRecord,
+    usage_protocol.CheckpointRecord,
+    usage_protocol.MinuteRecord,
+    usage_protocol.ResidencyRecord,
+    usage_protocol.RemainderRecord,
+    usage_protocol.EndRecord,
+)
+
+
 def runtime_protocol() -> str:
     router = server.make_app(_runtime()).router
     found = {(r.method, r.resource.canonical) for r in router.routes() if r.resource is not None and r.method != "HEAD"}
@@ -321,13 +336,18 @@ def runtime_protocol() -> str:
     models = [item for item in vars(protocol).values() if isinstance(item, type) and issubclass(item, common.ApiModel)]
     own: list[type[BaseModel]] = [model for model in models if model.__module__ == protocol.__name__]
     own.append(UsagePart)
+    own += [usage_protocol.UsagePage, usage_protocol.BootState, *RUNTIME_RECORDS, usage_protocol.MinuteLine]
     return text + "".join(_message(model) for model in own)
 
 
 def _message(model: type[BaseModel]) -> str:
     whole = model.model_json_schema(by_alias=True)
     defs, required = whole.get("$defs", {}), whole.get("required", [])
-    own = [(name, flat(raw, defs), name in required) for name, raw in whole["properties"].items()]
+    kind = {"description": "Which record it is."}  # has one value, and no text of its own
+    own = [
+        (name, flat(raw, defs) | (kind if name == "kind" else {}), name in required)
+        for name, raw in whole["properties"].items()
+    ]
     return f"\n## {model.__name__}\n\n{one_line(whole['description'])}\n\n" + field_table(own, defs)
 
 

@@ -5,7 +5,7 @@ The generator fails where a text is missing, and where one is left over.
 
 from __future__ import annotations
 
-from lorapool_api import common, pod_address, protocol
+from lorapool_api import common, pod_address, protocol, usage_protocol
 from lorapool_api.trust import poll_proof
 from lorapool_runtime.openai import encoding, messages, request, tokenization
 from lorapool_runtime.openai.chats import template_options
@@ -89,6 +89,8 @@ HEADERS = {
     "accept": "Request, `text/event-stream`, together with the usage: the head of the answer is sent as soon as the "
     "request is admitted, and the body of a whole answer, or an error that occurs later, is one data event.",
     common.HEADER_ATTEMPT: "Request: an id that no other request has, for `DELETE /v1/attempts/{id}`.",
+    usage_protocol.HEADER_KEY: "Request: uid of the Secret of the API key, for the usage records. Set by the gateway.",
+    usage_protocol.HEADER_PROJECT: "Request: the namespace that pays, for the usage records. Set by the gateway.",
     protocol.HEADER_TENANT: "Request: an opaque identifier of the caller's tenant, a hash. Tenants share a replica "
     "fairly, and no computed beginnings of prompts.",
     common.HEADER_COLD_START: "Answer: milliseconds the request waited for a load; absent when it did not.",
@@ -209,8 +211,13 @@ RUNTIME_ROUTES: dict[tuple[str, str], str] = {
     ("GET", protocol.ROUTE_BASE_MODULES): "What adapters may name in the base, with all names of each module: "
     "`BaseModules`. 503 until the base is loaded.",
     ("GET", protocol.ROUTE_EVENTS): "Long poll of loads and unloads, with `after` and `wait`: `EventsAnswer`.",
-    ("GET", protocol.ROUTE_REQUESTS): "Long poll of the requests that have ended, of the last 15 minutes or the last "
-    "100,000, with `after` and `wait`: `FinishedRequests`.",
+    ("GET", usage_protocol.ROUTE_USAGE): "Long poll of the usage records of one process of the pod that are numbered "
+    f"above `after`, at most {usage_protocol.PAGE_RECORDS}: `UsagePage`. `boot` is the process; without it, the oldest "
+    f"of which records are kept. With `wait` (at most {protocol.LONG_POLL_MAX_S:g} seconds) it waits for one.",
+    (
+        "DELETE",
+        usage_protocol.ROUTE_USAGE,
+    ): "Acknowledges the records of the process `boot` up to the number `through`: they are forgotten. Answers 204.",
     (
         "PUT",
         protocol.ROUTE_ADAPTER,
@@ -324,6 +331,9 @@ ERROR_CODES: dict[str, str] = {
     "method_not_allowed": "The route exists, the method does not; see the header `Allow`.",
     "keys_stale": "The API server has not confirmed the API keys for longer than `apiKeys.maxAgeSeconds`, and "
     "`apiKeys.whenStale` is `refuse`.",
+    "keys_unknown": "The process has just started and has not read the API keys yet; repeat the request.",
+    "ledger_unavailable": "The ledger, which has the API for usage and costs, does not answer. Try again after "
+    "`Retry-After`.",
     "model_not_found": "There is no such model, or the key may not use it, or its short name means several models.",
     "no_chat_template": "The model has no chat template. Use `/v1/completions`, or set spec.chatTemplate.",
     "no_slot": "All slots of the base are in use or pinned. Raise spec.lora.slots or spec.scaling.maxReplicas.",
@@ -331,7 +341,12 @@ ERROR_CODES: dict[str, str] = {
     "payload_too_large": "The body is larger than `gateway.maxBodyBytes`, or an uploaded file than 512 MiB.",
     "prompt_timeout": "Rendering or tokenizing the prompt took too long. Shorten it.",
     "queue_full": "The runtime's queue is full. Try again after `Retry-After`.",
-    "rate_limit_exceeded": "The gateway has as many requests under way as it accepts, or the organization as many "
+    "quota_unavailable": "The ledger is away, and the quotas of the request do not permit it without the ledger "
+    "(`LORAPOOL_GATEWAY_QUOTA_BUDGETS_WHEN_AWAY` and `…_RATES_WHEN_AWAY`).",
+    "price_missing": "A budget of money counts for the request, and its model has no price, or the prices are in "
+    "another currency. The administrator adds the price or changes the budget. Clients do not repeat the request.",
+    "rate_limit_exceeded": "A rate of requests or tokens per minute is reached (`type` says which; wait for "
+    "`retry-after-ms`), or the gateway has as many requests under way as it accepts, or the organization as many "
     "unfinished fine-tuning jobs as it may.",
     "request_timeout": "The body did not reach the runtime in time.",
     "schema_too_large": "The schema is larger than a grammar may be. Simplify it.",
@@ -356,7 +371,8 @@ ERROR_CODES: dict[str, str] = {
     "invalid_organization": "The header `OpenAI-Organization` names no namespace of the key.",
     "job_ended": "The fine-tuning job has ended, and cannot be steered any more.",
     "missing_required_parameter": "The parameter in `param` is required.",
-    "insufficient_quota": "The organization trained as many tokens this month as it may. Its jobs go on next month.",
+    "insufficient_quota": "The month's tokens or money of the key, the namespace or the model are used up, or the "
+    "organization trained as many tokens this month as it may. Clients do not repeat the request.",
     "organization_required": "The key has several namespaces; name one with the header `OpenAI-Organization`.",
     "permission_denied": "The key may not use files and fine-tuning: its Secret lacks `fineTuning`.",
     "storage_limit_exceeded": "The files of the organization have as many bytes as the store allows. Delete some.",

@@ -1,1 +1,1 @@
-"""The `lorapool` command for people: `lorapool serve` and `lorapool inspect`. Each does its work in its own package."""
+"""The `lorapool` command for people: `lorapool serve`, `lorapool inspect` and `lorapool usage`."""

@@ -19,9 +19,16 @@ def _serve(argv: Sequence[str]) -> int:
     return main(argv)
 
 
+def _usage(argv: Sequence[str]) -> int:
+    from lorapool_cli.usage_command import main
+
+    return main(argv)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "inspect": (_inspect, "report whether an adapter would be served, and every reason why not"),
     "serve": (_serve, "serve the BaseModels and LoraAdapters of a folder on this machine, without Kubernetes"),
+    "usage": (_usage, "report usage and costs of a release as a table or CSV, from its gateway"),
 }
 
 

@@ -43,9 +43,13 @@ from lorapool_api.protocol import (
     TOKEN_ROUTES,
 )
 from lorapool_api.release import release
+from lorapool_api.usage_protocol import AttemptEnd
 from lorapool_gateway.connections import ConnectionLimits, Server
 from lorapool_gateway.cors import Cors
+from lorapool_gateway.ledger.attempts import Attempts, end_of, payer
+from lorapool_gateway.ledger.forward import ROUTE_ORGANIZATION, Forwarder
 from lorapool_gateway.metrics import Metrics, RequestRecord
+from lorapool_gateway.quotas.admission import NOTHING, Quotas, Reservation
 from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.body import BodyBudget, HeldBody, read_body
 from lorapool_gateway.requests.dispatch import Dispatcher
@@ -53,11 +57,12 @@ from lorapool_gateway.requests.ending import Ending
 from lorapool_gateway.requests.refusal import Passed
 from lorapool_gateway.requests.relay import CODE_CLIENT_GONE, relay_stream
 from lorapool_gateway.requests.relay_whole import relay_whole
-from lorapool_gateway.requests.request import parse_request, request_id
+from lorapool_gateway.requests.request import InferenceRequest, parse_request, request_id
 from lorapool_gateway.routing.auth import ApiKey
 from lorapool_gateway.routing.key_guard import KeyGuard
 from lorapool_gateway.routing.live_tables import RouteSource
 from lorapool_gateway.routing.model_lists import ModelLists, model_object
+from lorapool_gateway.routing.objects import BaseRoute
 from lorapool_gateway.settings import Settings
 from lorapool_gateway.tuning.routes import Handler as TuningHandler
 from lorapool_gateway.tuning.routes import Tuning, TuningCall, caller_for
@@ -93,6 +98,8 @@ class _Exchange:
     """Headers for a page of another origin."""
     key: ApiKey | None = None
     """None before the request is authenticated."""
+    reserved: Reservation = NOTHING
+    """What it has reserved of its quotas."""
 
     def headers(self, *, failed: bool = False) -> dict[str, str]:
         """The headers of every response. The adapter header is left out of a failed one."""
@@ -102,6 +109,8 @@ class _Exchange:
             HEADER_REQUEST_ID: self.id,
             HEADER_PROCESSING_MS: str(round((time.monotonic() - record.started_s) * 1000)),
         }
+        if self.reserved is not NOTHING:
+            headers |= self.reserved.headers()
         if record.identity is not None and not failed:
             headers[HEADER_ADAPTER] = record.identity
         if record.cold_ms is not None:
@@ -116,13 +125,24 @@ Handler = Callable[[_Exchange], Awaitable[web.StreamResponse]]
 
 class Gateway:
     def __init__(
-        self, settings: Settings, routes: RouteSource, keys: KeyGuard, dispatcher: Dispatcher, metrics: Metrics
+        self,
+        settings: Settings,
+        routes: RouteSource,
+        keys: KeyGuard,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        attempts: Attempts | None = None,
+        forwarder: Forwarder | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self._settings = settings
         self._routes = routes
         self._keys = keys
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._attempts = attempts or Attempts()
+        self._forwarder = forwarder or Forwarder(None)
+        self._quotas = quotas
         self._tuning: Tuning | None = None
         self._by_key: Counter[str] = Counter()
         self._bodies = BodyBudget(settings.max_held_body_bytes, settings.max_held_body_bytes_per_key)
@@ -172,6 +192,8 @@ class Gateway:
         if path.startswith(ROUTE_MODELS + "/") and path != ROUTE_MODELS + "/":
             methods = {"GET": self._get_model, "HEAD": self._get_model}
             return methods if self._tuning is None else {**methods, "DELETE": self._delete_model}
+        if path.startswith(ROUTE_ORGANIZATION):
+            return {"GET": self._forward}
         if self._tuning is not None and (found := self._tuning.handlers(path)) is not None:
             return {method: partial(self._tune, handler) for method, handler in found.items()}
         why = next((why for absent, why in ABSENT.items() if path == absent or path.startswith(absent + "/")), "")
@@ -200,6 +222,8 @@ class Gateway:
                 with self._ending.bound(deadline):
                     await self._read_body(request, body)
                     parsed = parse_request(request.path, body, key.tenant)
+                    if self._quotas is not None:
+                        await self._reserve(exchange, key, parsed)
                     result = await self._dispatcher.dispatch(parsed, key, exchange.id, record)
             finally:
                 body.drop()
@@ -213,7 +237,22 @@ class Gateway:
             self._leave(key)
         if isinstance(answer, Passed):
             return _passed(answer, exchange.headers())
-        return _json(answer, exchange.headers()) if isinstance(answer, bytes) else answer
+        if not isinstance(answer, bytes):
+            return answer
+        record.ended = AttemptEnd.COMPLETED
+        return _json(answer, exchange.headers())
+
+    async def _reserve(self, exchange: _Exchange, key: ApiKey, parsed: InferenceRequest) -> None:
+        """Raises ApiError where a quota does not permit the request."""
+        if self._quotas is None or parsed.route not in INFERENCE_ROUTES or not self._quotas.concern(key):
+            return
+        table, record = self._routes.table, exchange.record
+        entry = table.find(parsed.model, key)
+        base = entry if isinstance(entry, BaseRoute) else table.bases.get(entry.base_ref)
+        record.project = payer(entry, key)
+        context = base.spec.max_model_len if base is not None else None
+        exchange.reserved = await self._quotas.admit(key, entry, context, parsed.body)
+        exchange.reserved.usage = record.usage_so_far
 
     async def _relay(
         self, exchange: _Exchange, accepted: Accepted, stream: bool, deadline: float
@@ -254,6 +293,10 @@ class Gateway:
         name = exchange.request.path.removeprefix(ROUTE_MODELS + "/")
         table = self._routes.table
         return _json(json.dumps(model_object(table, table.find(name, key), name)).encode(), exchange.headers())
+
+    async def _forward(self, exchange: _Exchange) -> web.StreamResponse:
+        self._key(exchange)
+        return await self._forwarder.forward(exchange.request, exchange.headers)
 
     async def _tune(self, handler: TuningHandler, exchange: _Exchange) -> web.StreamResponse:
         request, key = exchange.request, self._key(exchange)
@@ -328,20 +371,35 @@ class Gateway:
             if self.draining:
                 response.force_close()
             return response
-        except asyncio.CancelledError:
-            record.code = CODE_CLIENT_GONE
+        except (asyncio.CancelledError, ConnectionError) as left:
+            record.ended = record.ended or AttemptEnd.CLIENT_LEFT
+            if isinstance(left, asyncio.CancelledError):
+                record.code = CODE_CLIENT_GONE
             raise
         finally:
+            self._close(exchange)
             self.in_flight -= 1
             if self.in_flight == 0:
                 self.idle.set()
             if request.path in INFERENCE_ROUTES:
                 self._metrics.finish(record, time.monotonic())
 
+    def _close(self, exchange: _Exchange) -> None:
+        """Records how the request's last attempt ended, or that it was refused without one."""
+        record = exchange.record
+        if exchange.reserved is not NOTHING:
+            exchange.reserved.settle(record.ended)
+        record.close_attempt(record.ended or AttemptEnd.FAILED, record.code)
+        if not record.attempts and record.error is not None and exchange.request.path in INFERENCE_ROUTES:
+            key_uid = exchange.key.uid if exchange.key is not None else ""
+            self._attempts.refused(key_uid, record.project, record.error)
+
     async def _answer(self, exchange: _Exchange) -> web.StreamResponse:
         try:
             return await self._handler(exchange.request)(exchange)
         except ApiError as error:
+            exchange.record.error = error.code or error.type
+            exchange.record.ended = exchange.record.ended or end_of(error)
             if error.status in AUDITED:
                 _audit_refusal(exchange, error)
             return _error_response(exchange, error)

@@ -16,8 +16,21 @@ from lorapool_api.common import (
 ANY_ORIGIN = "*"
 MAX_AGE_S = 600
 """For which a browser keeps the permission."""
+_RATES = tuple(
+    f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
+)
 _EXPOSED = ", ".join(
-    (HEADER_REQUEST_ID, HEADER_ADAPTER, HEADER_COLD_START, HEADER_PROCESSING_MS, HEADER_RELAXED, "retry-after")
+    (
+        HEADER_REQUEST_ID,
+        HEADER_ADAPTER,
+        HEADER_COLD_START,
+        HEADER_PROCESSING_MS,
+        HEADER_RELAXED,
+        "retry-after",
+        "retry-after-ms",
+        "x-should-retry",
+        *_RATES,
+    )
 )
 _NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+(, ?[A-Za-z0-9!#$%&'*+.^_`|~-]+)*")
 

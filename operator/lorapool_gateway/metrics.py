@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter as TallyOf
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,13 +26,21 @@ from prometheus_client import (
 
 from lorapool_api.common import BASE_TARGET
 from lorapool_api.protocol import Usage
+from lorapool_api.usage_protocol import AttemptEnd
 
 UNKNOWN = "__unknown__"
 OTHER = "__other__"
+JOURNAL_LOSSES = ("full", "disk", "damaged", "torn")
 TOKEN_TYPES = ("prompt", "completion", "cached")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 30.0, 60.0, 300.0)
 _DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0)
+
+
+class OpenAttempt(Protocol):
+    """An attempt that is recorded for the ledger."""
+
+    def close(self, outcome: AttemptEnd, code: int, usage: Usage | None, cold_ms: int | None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -51,6 +59,26 @@ class RequestRecord:
     """Milliseconds that it was held or waited for its adapter; None when warm."""
     relaxed: str | None = None
     """Value of the response's header for keywords that are not enforced."""
+    project: str = ""
+    """The namespace that pays; empty while the model is unknown."""
+    attempt: OpenAttempt | None = None
+    """The attempt that is under way."""
+    attempts: int = 0
+    ended: AttemptEnd | None = None
+    """How the attempt under way ended."""
+    error: str | None = None
+    """Code of the gateway's own error."""
+    live: Callable[[], Usage | None] | None = None
+    """What the answer under way has used so far."""
+
+    def usage_so_far(self) -> Usage | None:
+        return self.usage or (self.live() if self.live is not None else None)
+
+    def close_attempt(self, outcome: AttemptEnd, code: int = 0) -> None:
+        """Closes the attempt under way, if there is one. `code`: status of the client's response; 0: not sent yet."""
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            attempt.close(outcome, code, self.usage, self.cold_ms)
 
     def used(self, usage: Usage | None) -> None:
         """Records what the request has used, unless that is known already. None: not reported."""
@@ -148,6 +176,42 @@ class Metrics:
             "Time since the API server last confirmed the API keys.",
             registry=self.registry,
         )
+        self.journal_lag = Gauge(
+            f"{name}journal_lag_seconds",
+            "Age of the oldest record that the ledger does not have.",
+            registry=self.registry,
+        )
+        self.journal_unsent = Gauge(
+            f"{name}journal_unsent_records",
+            "Records of this process that the ledger does not have.",
+            registry=self.registry,
+        )
+        self.journal_bytes = Gauge(
+            f"{name}journal_bytes", "Bytes of the journal, earlier processes' included.", registry=self.registry
+        )
+        self.journal_lost = Counter(
+            f"{name}journal_lost_records_total",
+            "Records that the ledger never gets. full: the journal was; disk: not written; damaged, torn: unreadable.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in JOURNAL_LOSSES:
+            self.journal_lost.labels(reason)
+        self.ledger_failures = Counter(
+            f"{name}ledger_failures_total",
+            "Batches of records that the ledger did not take at once.",
+            registry=self.registry,
+        )
+        self.lease_failures = Counter(
+            f"{name}lease_failures_total",
+            "Calls for leases of quotas that the ledger did not answer.",
+            registry=self.registry,
+        )
+        self.unpriced_requests = Counter(
+            f"{name}unpriced_requests_total",
+            "Requests refused since a budget of money lacks the price of the model, or is in another currency.",
+            registry=self.registry,
+        )
         self._keys: dict[str, Gauge] = {}
         """The series of each key, by its id."""
         self.watch_errors = Counter(
@@ -202,6 +266,9 @@ class Metrics:
 
     def connection_refused(self) -> None:
         self.refused_connections.inc()
+
+    def journal_record_lost(self, reason: str) -> None:
+        self.journal_lost.labels(reason).inc()
 
     def watch_failed(self, kind: str) -> None:
         """Counts a list or watch of this kind that failed."""

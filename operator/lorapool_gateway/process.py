@@ -10,10 +10,10 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from ssl import SSLContext
 from typing import Any
 
 import aiohttp
@@ -21,13 +21,20 @@ import uvloop
 from aiohttp import web
 
 from lorapool_api.keep_alive import keep_alive
-from lorapool_api.liveness import Heartbeat, in_own_thread
+from lorapool_api.liveness import Heartbeat
+from lorapool_api.trust.health_port import health_port
 from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_api.trust.runtime_tokens import MasterTokens, RuntimeTokens
 from lorapool_api.trust.tls import ReleaseTrust
 from lorapool_gateway.app import Gateway
-from lorapool_gateway.health import health_app
+from lorapool_gateway.ledger.attempts import Attempts
+from lorapool_gateway.ledger.forward import Forwarder
+from lorapool_gateway.ledger.journal import Journal
+from lorapool_gateway.ledger.sender import LedgerClient, Sender
 from lorapool_gateway.metrics import Metrics
+from lorapool_gateway.quotas.admission import Quotas
+from lorapool_gateway.quotas.leases import LeaseKeeper
+from lorapool_gateway.quotas.limits import QuotaFile
 from lorapool_gateway.requests.attempt import RuntimeClient
 from lorapool_gateway.requests.dispatch import Dispatcher
 from lorapool_gateway.requests.http_client import HttpClient
@@ -81,18 +88,25 @@ async def running(
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(client_session())
         routes, keys, trust = LiveRoutes(), LiveKeys(), ReleaseTrust(settings.internal_ca_file)
+        ledger = _ledger(stack, settings, trust)
+        attempts = await _journal(stack, settings, ledger, metrics)
+        quotas = _quotas(stack, settings, ledger, metrics)
         tables = TableBuilder(source, routes, keys, metrics)
         tables.polls = RuntimePolls(session, tokens.of, tables.runtimes_changed, trust)
         stack.push_async_callback(tables.polls.close)
         waker = ScaleWaker(scale, metrics.wake)
         stack.push_async_callback(waker.close)
         http = HttpClient(
-            trust=trust, connect_timeout_s=settings.connect_timeout_s, read_timeout_s=settings.request_timeout_s
+            trust=trust,
+            connect_timeout_s=settings.connect_timeout_s,
+            read_timeout_s=settings.request_timeout_s,
+            before_write=attempts.write,
         )
         stack.push_async_callback(http.close)
-        guard = key_guard(settings, keys, metrics)
-        dispatcher = Dispatcher(routes, waker, RuntimeClient(http, lambda base: tokens.of(base.uid)), metrics, guard)
-        gateway = Gateway(settings, routes, guard, dispatcher, metrics)
+        guard = key_guard(settings, keys, metrics, known=lambda: tables.synced)
+        runtimes = RuntimeClient(http, lambda base: tokens.of(base.uid))
+        dispatcher = Dispatcher(routes, waker, runtimes, metrics, guard, attempts)
+        gateway = Gateway(settings, routes, guard, dispatcher, metrics, attempts, Forwarder(ledger), quotas)
         if settings.store_url and objects is not None:
             gateway.use_tuning(_tuning(stack, settings, source, routes, trust, objects))
         watching = asyncio.create_task(tables.run(), name="tables")
@@ -106,13 +120,68 @@ async def running(
             return heartbeat.alive and not watching.done()
 
         access = MetricsAccess(settings)
-        health = health_app(metrics, access, alive, lambda: alive() and tables.synced and not gateway.draining)
-        probes = in_own_thread(lambda: _probes(health, settings, access.tls), "probes")
+        host, port = settings.listen_host, settings.metrics_port
+        probes = health_port(
+            host,
+            port,
+            access,
+            metrics.text,
+            alive=alive,
+            ready=lambda: alive() and tables.synced and not gateway.draining,
+        )
         metrics_port = await stack.enter_async_context(probes)
         runner = web.ServerRunner(gateway.server(), shutdown_timeout=SHUTDOWN_S)
         site, api_port = await listen(stack, runner, settings.listen_host, settings.api_port)
         log.info("listening on %d, metrics on %d", api_port, metrics_port)
         yield GatewayProcess(gateway, tables, site, api_port, metrics_port)
+
+
+def _ledger(stack: AsyncExitStack, settings: Settings, trust: ReleaseTrust) -> LedgerClient | None:
+    """The release's ledger; None if there is none."""
+    if not settings.ledger_url:
+        return None
+    client = LedgerClient(
+        settings.ledger_url, MasterTokens.from_file(settings.ledger_token_file).current, trust.context
+    )
+    stack.push_async_callback(client.close)
+    return client
+
+
+async def _journal(
+    stack: AsyncExitStack, settings: Settings, ledger: LedgerClient | None, metrics: Metrics
+) -> Attempts:
+    """Keeps the journal until the stack unwinds, and sends it."""
+    if ledger is None or settings.journal_dir is None:
+        return Attempts()
+    journal = Journal(
+        settings.journal_dir, settings.journal_max_bytes, lambda why: metrics.journal_lost.labels(why).inc()
+    )
+    stack.callback(journal.close)
+    metrics.journal_lag.set_function(lambda: journal.lag_s)
+    metrics.journal_unsent.set_function(lambda: journal.unsent)
+    metrics.journal_bytes.set_function(lambda: journal.size + journal.others)
+    sender = Sender(ledger, journal, metrics.ledger_failures.inc, metrics.journal_record_lost)
+    attempts = Attempts(journal)
+    stack.push_async_callback(sender.send_last)
+    stack.callback(attempts.write)
+    for work in (sender.run(), journal.keep_synced(), attempts.keep_flushed()):
+        stack.push_async_callback(_cancel, asyncio.create_task(work, name="journal"))
+    return attempts
+
+
+def _quotas(stack: AsyncExitStack, settings: Settings, ledger: LedgerClient | None, metrics: Metrics) -> Quotas:
+    keeper = LeaseKeeper(
+        ledger,
+        uuid.uuid4().hex,
+        rates=settings.quota_rates_when_away,
+        budgets=settings.quota_budgets_when_away,
+        grace_s=settings.quota_grace_s,
+        failed=metrics.lease_failures.inc,
+    )
+    quotas = Quotas(keeper, QuotaFile(settings.quota_file), unpriced=metrics.unpriced_requests.inc)
+    stack.push_async_callback(keeper.end)
+    stack.push_async_callback(_cancel, asyncio.create_task(keeper.run(), name="leases"))
+    return quotas
 
 
 def _tuning(
@@ -133,11 +202,13 @@ def _tuning(
     return Tuning(store, Files(store), jobs, objects, routes, limits)
 
 
-def key_guard(settings: Settings, keys: LiveKeys, metrics: Metrics) -> KeyGuard:
-    """The check of keys as the settings want it."""
+def key_guard(
+    settings: Settings, keys: LiveKeys, metrics: Metrics, *, known: Callable[[], bool] = lambda: True
+) -> KeyGuard:
+    """The check of keys as the settings want it. `known()`: whether the keys were read once."""
     metrics.keys_age.set_function(lambda: max(0.0, time.monotonic() - keys.confirmed_s()))
     max_age_s = settings.keys_max_age_s if settings.keys_when_stale == "refuse" else None
-    return KeyGuard(keys, max_age_s=max_age_s, used=metrics.key_used)
+    return KeyGuard(keys, max_age_s=max_age_s, used=metrics.key_used, known=known)
 
 
 def client_session() -> aiohttp.ClientSession:
@@ -181,21 +252,11 @@ async def _idle_within(gateway: Gateway, timeout_s: float) -> bool:
     return True
 
 
-@asynccontextmanager
-async def _probes(app: web.Application, settings: Settings, tls: SSLContext | None) -> AsyncIterator[int]:
-    """Serves metrics and probes; yields their port."""
-    async with AsyncExitStack() as stack:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
-        yield (await listen(stack, runner, settings.listen_host, settings.metrics_port, tls))[1]
-
-
-async def listen(
-    stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int, tls: SSLContext | None = None
-) -> tuple[web.TCPSite, int]:
+async def listen(stack: AsyncExitStack, runner: web.BaseRunner, host: str, port: int) -> tuple[web.TCPSite, int]:
     """Serves on that port (0: a free one) until the stack unwinds."""
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG, ssl_context=tls)
+    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
     await site.start()
     return site, int(runner.addresses[0][1])
 

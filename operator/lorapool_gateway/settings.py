@@ -79,6 +79,28 @@ class Settings(ServingSettings):
     upload_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """An upload of a file that takes longer is ended with 408. One that sends nothing for `body_timeout_s` is, too."""
 
+    ledger_url: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """URL of the release's ledger, without a path. Empty: there is none, no journal is kept, and /v1/organization is
+    answered with 503."""
+    ledger_token_file: Path = Path("/etc/lorapool/ledger/token")
+    """File with the ledger's own token. Only read if there is a ledger. A change is noticed without a restart."""
+    journal_dir: Path | None = None
+    """Folder of the journal of requests, which is kept until the ledger has it. None: no journal is kept."""
+    journal_max_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
+    """Bytes of the journal: about an hour of 150 requests per second. What comes while it is full is not recorded, and
+    counted in a metric; the runtimes' records still bill it."""
+
+    quota_file: Path | None = None
+    """JSON file with the quotas of namespaces and models; those of keys are in their Secrets. A change is noticed
+    without a restart."""
+    quota_rates_when_away: Literal["open-bounded", "closed"] = "open-bounded"
+    """While the ledger is away. open-bounded: each gateway keeps to its share of the rates; closed: 503."""
+    quota_budgets_when_away: Literal["open-bounded", "closed"] = "closed"
+    """While the ledger is away. open-bounded: each gateway uses at most its share of what was left of the month's
+    budgets; closed: for `quota_grace_s` only, then 503."""
+    quota_grace_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long the ledger may be away before closed budgets refuse requests."""
+
     tuning_unfinished_jobs: Annotated[int, Field(ge=1)] = 64
     """Fine-tuning jobs of one namespace that have not ended; a call that creates a further one gets 429. The operator
     has the same number, and refuses a job that several gateways created at once."""
@@ -100,6 +122,12 @@ class Settings(ServingSettings):
     requests get 503. The default is the time that a runtime which stops gives its requests."""
     max_tracked_adapters: Annotated[int, Field(ge=0)] = 500
     """Adapters with metric series of their own; the others share one label value."""
+
+    @model_validator(mode="after")
+    def _a_journal_is_sent(self) -> Settings:
+        if self.journal_dir is not None and not self.ledger_url:
+            raise ValueError("journal_dir is set without ledger_url: no record of the journal would ever be sent")
+        return self
 
     @model_validator(mode="after")
     def _a_body_fits_its_budgets(self) -> Settings:

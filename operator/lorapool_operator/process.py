@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
@@ -39,9 +40,9 @@ from lorapool_operator.effects.lease import Leadership
 from lorapool_operator.effects.left_jobs import release_deleted_jobs
 from lorapool_operator.effects.namespace_reports import NamespaceReports
 from lorapool_operator.effects.rate_limit import RateLimit
+from lorapool_operator.effects.release_certificate import ReleaseCertificate
 from lorapool_operator.effects.runtime_calls import RuntimeClient
 from lorapool_operator.effects.runtime_polls import PollSettings
-from lorapool_operator.effects.store_certificate import StoreCertificate
 from lorapool_operator.effects.store_grants import StoreGrants
 from lorapool_operator.effects.token_record import TokenRecord
 from lorapool_operator.effects.tuning import JobFiles, TuningControl, TuningSetup
@@ -64,8 +65,8 @@ GIL_SWITCH_S = 0.0005
 """For how long kopf's threads may keep the interpreter while the event loop waits for it after a system call."""
 FILES_CHECK_S = 2.0
 """How often the mounted profiles, policy and credentials are looked at for a change."""
-STORE_CERTIFICATE_S = 30.0
-"""How often the store's certificate is looked at."""
+RELEASE_CERTIFICATE_S = 30.0
+"""How often the certificates of store and ledger are looked at."""
 POLICY_SPREAD_S = 5.0
 """All adapters are planned again within this time after a change of the policy."""
 
@@ -175,7 +176,7 @@ class Process:
             RuntimeClient(self._tokens.of, timeout_s=settings.runtime_timeout_s, fence=fence, trust=trust),
             _poll_settings(settings),
             TuningSetup(
-                image=_images(settings)["torch"],
+                image=replace(_images(settings)["torch"], keeps_usage=False),
                 profile_of=lambda base: trainer_profile(base, observer.profiles),
                 files=self._files(),
                 limits=TuningLimits(
@@ -265,8 +266,13 @@ class Process:
                 group.create_task(self._watch_policy(), name="policy")
                 group.create_task(self._watch_credentials(), name="credentials")
                 group.create_task(self._deliver_credentials(), name="namespace credentials")
-                if self._authority is not None and self.settings.store_tls_secret:
-                    group.create_task(self._keep_store_certificate(self._authority), name="store certificate")
+                for component, secret in (
+                    ("store", self.settings.store_tls_secret),
+                    ("ledger", self.settings.ledger_tls_secret),
+                ):
+                    if self._authority is not None and secret:
+                        keeping = self._keep_certificate(self._authority, component, secret)
+                        group.create_task(keeping, name=f"certificate of the {component}")
         except* FencedError:
             if not self.stop_requested:
                 log.error("lost the Lease: ending, so that the process starts again as a standby")
@@ -366,15 +372,17 @@ class Process:
                 self.control.credentials_changed()
             await asyncio.sleep(FILES_CHECK_S)
 
-    async def _keep_store_certificate(self, authority: Authority) -> None:
-        """Issues the store's certificate, and again when it is due, changed or lost."""
-        keeper = StoreCertificate(self.cluster, authority, self.settings.own_namespace, self.settings.store_tls_secret)
+    async def _keep_certificate(self, authority: Authority, component: str, secret: str) -> None:
+        """Issues the certificate of the release's store or ledger, and again when it is due, changed or lost."""
+        keeper = ReleaseCertificate(self.cluster, authority, self.settings.own_namespace, secret, component)
         while True:
             try:
                 await keeper.ensure()
             except ClusterError as error:
-                log.warning("the store's certificate cannot be written; tried again", extra={"error": str(error)})
-            await asyncio.sleep(STORE_CERTIFICATE_S)
+                log.warning(
+                    "the certificate of the %s cannot be written; tried again", component, extra={"error": str(error)}
+                )
+            await asyncio.sleep(RELEASE_CERTIFICATE_S)
 
     # --- probes
 
@@ -408,8 +416,10 @@ class Process:
 
 def _images(settings: Settings) -> Images:
     return {
-        "torch": RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy),
-        "vllm": RuntimeImage(settings.runtime_vllm_image, settings.runtime_vllm_image_pull_policy),
+        "torch": RuntimeImage(settings.runtime_image, settings.runtime_image_pull_policy, settings.runtime_usage),
+        "vllm": RuntimeImage(
+            settings.runtime_vllm_image, settings.runtime_vllm_image_pull_policy, settings.runtime_usage
+        ),
     }
 
 

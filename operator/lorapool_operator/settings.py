@@ -92,6 +92,10 @@ class Settings(ProcessSettings):
     restart."""
     store_tls_secret: str = Field(default="", pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$")
     """Name of the Secret in the own namespace that gets a certificate for the store. Empty: none is issued."""
+    ledger_tls_secret: str = Field(default="", pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$")
+    """Name of the Secret in the own namespace that gets a certificate for the ledger. Empty: none is issued."""
+    runtime_usage: bool = False
+    """Runtime pods keep records of what each request used until the release's ledger has them."""
 
     metrics_host: str = "0.0.0.0"
     """Address of the metrics listener."""

@@ -175,6 +175,9 @@ class Objects:
         if raw is not None and raw["metadata"]["uid"] == uid:
             self.delete_object(kind, ref)
 
+    async def refused_pods(self, namespace: str, owner_uid: str) -> str:
+        return ""
+
     async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None:
         self._report(event, subject)
 

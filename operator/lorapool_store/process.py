@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from aiohttp import web
 from prometheus_client import generate_latest
 
-from lorapool_api.liveness import Heartbeat, in_own_thread
+from lorapool_api.liveness import Heartbeat
+from lorapool_api.trust.health_port import health_port
 from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_api.trust.runtime_tokens import MasterTokens
 from lorapool_api.trust.tls import ServerCertificate
@@ -49,7 +50,15 @@ async def running(settings: Settings, masters: MasterTokens) -> AsyncIterator[St
             task = asyncio.create_task(work, name=name)
             stack.push_async_callback(_cancel, task)
         access = MetricsAccess(settings)
-        probes = in_own_thread(lambda: _probes(settings, metrics, access, heartbeat), "probes")
+        host, port = settings.listen_host, settings.metrics_port
+        probes = health_port(
+            host,
+            port,
+            access,
+            lambda: generate_latest(metrics.registry),
+            alive=lambda: heartbeat.alive,
+            ready=lambda: heartbeat.alive,
+        )
         metrics_port = await stack.enter_async_context(probes)
         tls = None if settings.tls_dir is None else ServerCertificate(settings.tls_dir).context
         runner = web.ServerRunner(app.server(), shutdown_timeout=SHUTDOWN_S)
@@ -68,35 +77,6 @@ async def _sweep(objects: Objects, metrics: Metrics, pause_s: float) -> None:
         except Exception as error:  # of any type: what has expired must go once the storage answers again
             log.error("expired objects were not deleted; tried again", extra={"error": repr(error)[:300]})
         await asyncio.sleep(pause_s)
-
-
-@asynccontextmanager
-async def _probes(
-    settings: Settings, metrics: Metrics, access: MetricsAccess, heartbeat: Heartbeat
-) -> AsyncIterator[int]:
-    """Serves metrics and probes; yields their port."""
-
-    async def probe(_: web.Request) -> web.Response:
-        return web.Response(status=200 if heartbeat.alive else 503, text="ok\n" if heartbeat.alive else "not ok\n")
-
-    async def text(request: web.Request) -> web.Response:
-        if not access.permits(request.headers.get("Authorization")):
-            return web.Response(status=401)
-        return web.Response(
-            body=generate_latest(metrics.registry), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
-
-    app = web.Application()
-    app.router.add_get("/healthz", probe)
-    app.router.add_get("/readyz", probe)
-    app.router.add_get("/metrics", text)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, settings.listen_host, settings.metrics_port, ssl_context=access.tls).start()
-        yield int(runner.addresses[0][1])
-    finally:
-        await runner.cleanup()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

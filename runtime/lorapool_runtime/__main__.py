@@ -1,5 +1,7 @@
 """`python -m lorapool_runtime --model DIR|URI`: one base, many adapters, on this machine.
 
+A worker of a group answers nothing: it computes for its leader, and ends with it.
+
 HTTP answers at once (/healthz, /metrics); /readyz answers 200 when the base is loaded. SIGTERM: readiness off, running
 requests finish within the grace period, then exit 0. Exit 1 when the base cannot be served or the engine dies; 2 for
 invalid settings.
@@ -15,9 +17,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -28,17 +31,19 @@ from lorapool_api.trust.metrics_access import MetricsAccess
 from lorapool_api.trust.tls import ServerCertificate
 from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.cgroup import wait_passively
-from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine
+from lorapool_runtime.engines.choose import EngineFactory, import_framework, make_engine, make_node
 from lorapool_runtime.engines.errors import EngineStartError
 from lorapool_runtime.openai.chats.tokenizer import TokenizerError
 from lorapool_runtime.serving.probes import probes
 from lorapool_runtime.serving.server import make_app
 from lorapool_runtime.serving.service import LoadedBase, Runtime
 from lorapool_runtime.settings import RuntimeSettings, read_settings
-from lorapool_runtime.startup import BaseError, bring_up, reason_of
+from lorapool_runtime.startup import BaseError, base_folder, bring_up, reason_of
 from lorapool_runtime.startup_progress import StartupProgress
 
 log = logging.getLogger("lorapool_runtime")
+
+T = TypeVar("T")
 
 ENGINE_STOP_S = 5.0
 """The engine finishes the step in progress; a step takes tens of milliseconds."""
@@ -54,11 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(sys.argv[1:] if argv is None else argv, os.environ)
         set_up_logs("runtime", settings.log_level, settings.log_format)
         _export(settings)
-        code, clean = asyncio.run(run(settings, make_engine))
+        if settings.works_for_a_leader:
+            code, clean = work_for_leader(settings), False
+        else:
+            code, clean = asyncio.run(run(settings, make_engine))
     except SettingsError as error:
         error.report("lorapool-runtime")
         return 2
-    if not clean:  # a thread still loads the base and cannot be interrupted
+    if not clean:  # a thread still loads the base, or computes it, and cannot be interrupted
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -86,9 +94,39 @@ async def run(settings: RuntimeSettings, engine_factory: EngineFactory) -> tuple
             return 0, False
         if (error := loaded.exception()) is not None:
             stopping.cancel()
-            log.error("the base cannot be served: %s", reason_of(error), exc_info=_trace(error))
-            return 1, True
+            _log_refusal(error)
+            return 1, False  # a library's thread may still wait for what has failed
         return await _serve(runtime, loaded.result(), stopping), True
+
+
+def work_for_leader(settings: RuntimeSettings) -> int:
+    """Computes a node's part of the base until the group ends; returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    ended: Future[None] = _in_thread(lambda: _work(settings, stop))
+    while not ended.done():
+        with contextlib.suppress(TimeoutError):
+            ended.exception(1.0)  # a signal's handler runs in between
+    if (error := ended.exception()) is not None:
+        _log_refusal(error)
+        return 1
+    log.info("stopped")
+    return 0
+
+
+def _work(settings: RuntimeSettings, stop: threading.Event) -> None:
+    sources = settings.sources.model_copy(update={"pvc_root": settings.pvc_root})
+    folder = base_folder(settings, sources, StartupProgress(time.monotonic))
+    log.info("base found", extra={"base": settings.label, "folder": str(folder.path), "digest": folder.digest or "-"})
+    make_node(settings, folder.path).run(stop, settings.drain_grace_s)
+
+
+def _log_refusal(error: BaseException) -> None:
+    """The operator shows the last line with a reason."""
+    known = error.reason.value if isinstance(error, EngineStartError) else None
+    extra = {} if known is None else {"reason": known}
+    log.error("the base cannot be served: %s", reason_of(error), exc_info=_trace(error), extra=extra)
 
 
 def _bring_up(settings: RuntimeSettings, engine_factory: EngineFactory, progress: StartupProgress) -> LoadedBase:
@@ -128,6 +166,7 @@ async def _serve(runtime: Runtime, base: LoadedBase, stopping: asyncio.Task[bool
         sweeping.cancel()
         await runtime.close()
         await asyncio.to_thread(base.engine.stop, ENGINE_STOP_S)  # requests that arrive meanwhile are refused
+        await runtime.close_accounts()
         base.tokenizer.close()
         base.grammars.close()
         log.info("stopped")
@@ -187,9 +226,9 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _in_thread(work: Callable[[], LoadedBase]) -> Future[LoadedBase]:
+def _in_thread(work: Callable[[], T]) -> Future[T]:
     """Runs `work` in a daemon thread, which does not keep the process from ending."""
-    future: Future[LoadedBase] = Future()
+    future: Future[T] = Future()
     future.set_running_or_notify_cancel()  # so that a caller that stops waiting (SIGTERM) does not cancel it
 
     def run_it() -> None:

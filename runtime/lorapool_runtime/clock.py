@@ -13,3 +13,13 @@ class Clock:
     """For durations: monotonic."""
     unix_s: Callable[[], float] = time.time
     """For times that other processes read."""
+
+    def now_ns(self) -> int:
+        """The monotonic clock in whole nanoseconds."""
+        return round(self.now_s() * 1e9)
+
+    def unix_ns(self) -> int:
+        return round(self.unix_s() * 1e9)
+
+    def unix_ms(self) -> int:
+        return int(self.unix_s() * 1e3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 
 from lorapool_api.common import AdapterKey
@@ -65,8 +66,16 @@ class Changes:
 class EventRing:
     """The last loads, unloads and failed loads, numbered from 1."""
 
-    def __init__(self, boot_id: str, changes: Changes, *, size: int = RING_EVENTS) -> None:
+    def __init__(
+        self,
+        boot_id: str,
+        changes: Changes,
+        *,
+        size: int = RING_EVENTS,
+        on_event: Callable[[RuntimeEvent], None] = lambda _event: None,
+    ) -> None:
         self._boot_id = boot_id
+        self._on_event = on_event
         self._changes = changes
         self._events: deque[RuntimeEvent] = deque(maxlen=size)
         self._next_seq = 1
@@ -82,20 +91,20 @@ class EventRing:
         device_bytes: int = 0,
         reason: str | None = None,
     ) -> None:
-        self._events.append(
-            RuntimeEvent(
-                seq=self._next_seq,
-                type=kind,
-                uid=key.uid,
-                digest=key.digest,
-                display=display,
-                at_unix_s=at_unix_s,
-                seconds=seconds,
-                device_bytes=device_bytes,
-                reason=reason,
-            )
+        event = RuntimeEvent(
+            seq=self._next_seq,
+            type=kind,
+            uid=key.uid,
+            digest=key.digest,
+            display=display,
+            at_unix_s=at_unix_s,
+            seconds=seconds,
+            device_bytes=device_bytes,
+            reason=reason,
         )
+        self._events.append(event)
         self._next_seq += 1
+        self._on_event(event)
         self._changes.bump()
 
     @property

@@ -8,7 +8,7 @@ that a client made up never becomes a label.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,9 +24,10 @@ from prometheus_client.exposition import generate_latest
 from lorapool_api.common import FailureReason
 from lorapool_api.openai import CODE_NO_SLOT, CODE_QUEUE_FULL
 from lorapool_api.protocol import Tier, Usage
+from lorapool_runtime.accounts.journal import JournalStats
+from lorapool_runtime.accounts.usage import OTHER, AdapterUsage, Outcome, UsageTracker
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import DecodeProgramState
-from lorapool_runtime.usage import OTHER, AdapterUsage, Outcome, UsageTracker
 
 _TTFT = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _INTER_TOKEN = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -54,6 +55,7 @@ class Gauges:
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
     decode_program: DecodeProgramState | None = None
+    journal: JournalStats = field(default_factory=JournalStats)
 
 
 class Metrics:
@@ -79,6 +81,12 @@ class Metrics:
             "lorapool_runtime_tokens",
             "Tokens of requests that ended, of the base and of all adapters.",
             ["base", "type"],
+            registry=self._registry,
+        )
+        self._cached_tokens = Counter(
+            "lorapool_runtime_cached_tokens",
+            "Prompt tokens of requests that ended that were not computed again, of the base and of all adapters.",
+            ["base"],
             registry=self._registry,
         )
         ttft = self._histogram("time_to_first_token", "From the request's arrival to its first token.", _TTFT)
@@ -115,6 +123,7 @@ class Metrics:
             self._requests.labels(self._base, outcome.value)
         for kind in ("prompt", "completion"):
             self._tokens.labels(self._base, kind)
+        self._cached_tokens.labels(self._base)
         for code in (CODE_NO_SLOT, CODE_QUEUE_FULL):
             self._rejected.labels(self._base, code)
         for tier in (Tier.HOST, Tier.DISK, Tier.SOURCE):
@@ -140,6 +149,7 @@ class Metrics:
         self._requests.labels(self._base, outcome.value).inc()
         self._tokens.labels(self._base, "prompt").inc(usage.prompt_tokens)
         self._tokens.labels(self._base, "completion").inc(usage.completion_tokens)
+        self._cached_tokens.labels(self._base).inc(usage.cached_tokens)
         self._duration.labels(self._base).observe(seconds)
 
     def rejected(self, code: str) -> None:
@@ -189,6 +199,9 @@ class _GaugeCollector:
             ("registered_adapters", "Adapters registered with this runtime.", now.registered),
             ("ready", "1 when requests are accepted.", int(now.ready)),
             ("draining", "1 while the runtime drains before it stops.", int(now.draining)),
+            ("usage_records", "Usage records that the ledger has not acknowledged.", now.journal.records),
+            ("usage_bytes", "Bytes of these records.", now.journal.bytes),
+            ("usage_on_disk", "1 while usage records are written to the disk.", int(now.journal.on_disk)),
         ):
             yield _gauge(f"lorapool_runtime_{name}", help_text, {"base": self._base}, value)
         for name, help_text, value in (
@@ -199,6 +212,18 @@ class _GaugeCollector:
                 "prefix_cache_hit_tokens",
                 "Prompt tokens found in the prefix cache, which were not computed again.",
                 now.prefix_hit_tokens,
+            ),
+            ("usage_write_errors", "Writes of usage records that failed.", now.journal.write_errors),
+            ("usage_damaged_records", "Usage records that could not be read at the start.", now.journal.damaged_lines),
+            (
+                "usage_folded_requests",
+                "Requests whose usage records were summed up, since too many were kept.",
+                now.journal.folded_requests,
+            ),
+            (
+                "usage_dropped_records",
+                "Usage records that were given up, since too many were kept: the ledger misses them.",
+                now.journal.dropped_records,
             ),
         ):
             counter = CounterMetricFamily(f"lorapool_runtime_{name}", help_text, labels=["base"])
@@ -230,6 +255,7 @@ class _GaugeCollector:
         counters: dict[str, tuple[str, Callable[[AdapterUsage], float]]] = {
             "prompt_tokens": ("Prompt tokens.", lambda a: a.prompt_tokens),
             "completion_tokens": ("Completion tokens.", lambda a: a.completion_tokens),
+            "cached_tokens": ("Prompt tokens that were not computed again.", lambda a: a.cached_tokens),
             "loads": ("Loads onto the device.", lambda a: a.loads),
             "load_seconds": ("Time spent loading.", lambda a: a.load_seconds),
             "residency_seconds": ("Time on the device.", lambda a: a.residency_seconds(now_s)),

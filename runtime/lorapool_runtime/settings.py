@@ -46,6 +46,14 @@ class RuntimeSettings(ServingSettings):
     """GPUs that share each layer of the base. It needs the engine vllm."""
     pipeline_parallel: int = Field(default=1, ge=1, le=64)
     """Parts into which the layers of the base are divided, each on `tensor_parallel` GPUs. It needs the engine vllm."""
+    group_size: Annotated[int, Env("LORAPOOL_RUNTIME_GROUP_SIZE", "LWS_GROUP_SIZE")] = Field(default=1, ge=1, le=64)
+    """Nodes that compute the base together, each with one runtime. It needs the engine vllm."""
+    group_index: Annotated[int, Env("LORAPOOL_RUNTIME_GROUP_INDEX", "LWS_WORKER_INDEX")] = Field(default=0, ge=0)
+    """Which of them this runtime is. 0 is the leader, which alone answers requests."""
+    group_leader: Annotated[str | None, Env("LORAPOOL_RUNTIME_GROUP_LEADER", "LWS_LEADER_ADDRESS")] = None
+    """Host name or address of the leader."""
+    group_port: int = Field(default=29501, ge=1, le=65534)
+    """TCP port of the leader at which the processes of vLLM meet. At the next one those of the runtimes do."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as the files are stored; on a CPU without bfloat16 instructions, float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -161,6 +169,25 @@ class RuntimeSettings(ServingSettings):
     drain_adapter_s: float = Field(default=60.0, ge=0)
     """DELETE lets running requests of the adapter finish for this long, then ends them."""
 
+    # --- usage --------------------------------------------------------------------------
+    usage_dir: Path | None = None
+    """Folder of the usage records that the ledger has not acknowledged, which the next process of the pod reads. None:
+    they are in memory alone, and the oldest are given up beyond `usage_max_records`."""
+    usage_max_records: int = Field(default=100_000, ge=1000)
+    """Usage records kept until the ledger has them, about 50 MB. With `usage_dir`, the oldest beyond it are summed up,
+    so that the totals stay exact."""
+    usage_max_bytes: int = Field(default=256 * 2**20, ge=2**20)
+    """Bytes of these records, likewise. The folder may need twice as much."""
+    cost_prefill_ns: float = Field(default=4.0e6, ge=0, le=1e9)
+    """What a token of a prompt costs. The time of each step of the engine is divided among its requests in the ratio of
+    these four costs; `bench/cost_weights.py` fits them to a machine and a base."""
+    cost_decode_ns: float = Field(default=4.7e6, ge=0, le=1e9)
+    """What a generated token costs."""
+    cost_context_ns: float = Field(default=2.6e3, ge=0, le=1e9)
+    """What each token before it adds to the cost of a token."""
+    cost_rank_ns: float = Field(default=1.45e4, ge=0, le=1e9)
+    """What each rank of its adapter adds to the cost of a token."""
+
     # --- shutdown -----------------------------------------------------------------------
     drain_grace_s: float = Field(default=25.0, ge=0)
     """After SIGTERM running requests may finish for this long, below Kubernetes' default of 30 s before SIGKILL."""
@@ -182,6 +209,14 @@ class RuntimeSettings(ServingSettings):
     def _fit_the_engine(self) -> RuntimeSettings:
         if self.engine == "torch" and self.tensor_parallel * self.pipeline_parallel > 1:
             raise ValueError("tensor_parallel and pipeline_parallel need engine vllm: the engine torch uses one GPU")
+        if self.group_size > 1:
+            if self.engine == "torch":
+                raise ValueError("a group of several nodes needs engine vllm: the engine torch uses one GPU")
+            if self.group_leader is None or self.group_index >= self.group_size:
+                raise ValueError(
+                    f"group_index {self.group_index} of group_size {self.group_size} needs group_leader, the address "
+                    "of the leader, and must be below the size"
+                )
         if self.engine == "vllm" and (self.device != "auto" or self.max_prefill_tokens is not None):
             raise ValueError("device and max_prefill_tokens are of the engine torch: leave them out with engine vllm")
         return self
@@ -196,6 +231,11 @@ class RuntimeSettings(ServingSettings):
         if self.token_sha256 is not None and self.token_sha256_file is not None:
             raise ValueError(f"{ENV_TOKEN_SHA256} and {ENV_TOKEN_SHA256_FILE} are both set: set only one of them")
         return self
+
+    @property
+    def works_for_a_leader(self) -> bool:
+        """Whether this runtime is a worker of a group, which answers no requests."""
+        return self.group_size > 1 and self.group_index > 0
 
     @property
     def needs_token(self) -> bool:

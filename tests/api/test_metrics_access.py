@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from lorapool_api.liveness import Heartbeat
 from lorapool_api.settings import ProcessSettings, SettingsError
+from lorapool_api.trust.health_port import health_app
 from lorapool_api.trust.metrics_access import MetricsAccess
-from lorapool_gateway.health import health_app
 from lorapool_gateway.metrics import Metrics
 from lorapool_operator.metrics import status_app
 from lorapool_runtime.serving.probes import make_probes_app
@@ -57,7 +57,7 @@ async def status(url: str, *, token: str | None = None, ca: Path | None = None) 
 
 def apps(rules: MetricsAccess) -> dict[str, web.Application]:
     return {
-        "gateway": health_app(Metrics(), rules, lambda: True, lambda: True),
+        "gateway": health_app(Metrics().text, rules, lambda: True, lambda: True),
         "operator": status_app(CollectorRegistry(), rules, healthy=lambda: "", ready=lambda: ""),
         "runtime": make_probes_app(
             Runtime(RuntimeSettings(model="any")), rules, Heartbeat(30.0), asyncio.get_running_loop()

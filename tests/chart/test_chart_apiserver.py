@@ -336,14 +336,16 @@ def eventually(what: str, check: Callable[[], bool], log: Path, timeout_s: float
         time.sleep(0.3)
 
 
-def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiServer, tmp_path: Path) -> None:
+def test_operator_gateway_and_ledger_do_their_work_under_the_charts_rights(server: ApiServer, tmp_path: Path) -> None:
     token, profiles = tmp_path / "token", tmp_path / "profiles.yaml"
     manifests = render(namespace=NAMESPACE)
     mounted = of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]["data"]
     profiles.write_text(mounted["profiles.yaml"])
     policy = tmp_path / "source-policy.yaml"
     policy.write_text(mounted["source-policy.yaml"])
-    operator_log, gateway_log = tmp_path / "operator.log", tmp_path / "gateway.log"
+    quotas = tmp_path / "quotas.json"
+    quotas.write_text(of_kind(manifests, "ConfigMap")["lorapool-quotas"]["data"]["quotas.json"])
+    operator_log, gateway_log, ledger_log = (tmp_path / f"{name}.log" for name in ("operator", "gateway", "ledger"))
 
     with release(server):
         token.write_text("0" * 64)
@@ -362,10 +364,21 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
             "LORAPOOL_GATEWAY_MASTER_TOKEN_FILE": str(token),
             "LORAPOOL_GATEWAY_API_PORT": "0",
             "LORAPOOL_GATEWAY_SHUTDOWN_DELAY_S": "0",
+            "LORAPOOL_GATEWAY_LEDGER_TOKEN_FILE": str(token),
+            "LORAPOOL_GATEWAY_JOURNAL_DIR": str(tmp_path),
+            "LORAPOOL_GATEWAY_QUOTA_FILE": str(quotas),
         }
+        ledger = environment(manifests, "ledger") | {
+            "LORAPOOL_LEDGER_DATABASE_URL": f"sqlite:///{tmp_path}/ledger.db",
+            "LORAPOOL_LEDGER_TOKEN_FILE": str(token),
+            "LORAPOOL_LEDGER_MASTER_TOKEN_FILE": str(token),
+            "LORAPOOL_LEDGER_API_PORT": "0",
+        }
+        del ledger["LORAPOOL_LEDGER_TLS_DIR"]
         with (
             process("operator", kubeconfig_of(server, "operator", tmp_path), operator, operator_log),
             process("gateway", kubeconfig_of(server, "gateway", tmp_path), gateway, gateway_log),
+            process("ledger", kubeconfig_of(server, "ledger", tmp_path), ledger, ledger_log),
         ):
             apply(server, example("basemodel"))
             apply(server, example("loraadapter"))
@@ -400,7 +413,7 @@ def test_operator_and_gateway_do_their_work_under_the_charts_rights(server: ApiS
         assert refused(server) == []
         [items] = [item["secret"]["items"] for item in runtime["spec"]["volumes"] if item["name"] == "runtime-tls"]
         assert {item["key"] for item in items} == set(certificates)
-        assert "Traceback" not in operator_log.read_text() + gateway_log.read_text()
+        assert "Traceback" not in operator_log.read_text() + gateway_log.read_text() + ledger_log.read_text()
         assert restricted_violations(runtime["spec"]) == [], "runtime pods are held to the same standard"
         assert runtime["metadata"]["labels"]["lorapool.dev/base"] == "smollm2", "network policies select by it"
 

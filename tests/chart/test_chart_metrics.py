@@ -14,12 +14,13 @@ import yaml
 from chart_kit import CHART, DASHBOARDS, dashboard_expressions, of_kind, panels, render, run
 
 from lorapool_gateway.metrics import Metrics as GatewayMetrics
+from lorapool_ledger.metrics import Metrics as LedgerMetrics
 from lorapool_operator.metrics import Metrics as OperatorMetrics
 from lorapool_operator.metrics import StateCollector
 from lorapool_operator.tuning_metrics import TuningCollector
+from lorapool_runtime.accounts.usage import UsageTracker
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.metrics import Metrics as RuntimeMetrics
-from lorapool_runtime.usage import UsageTracker
 from lorapool_store.metrics import Metrics as StoreMetrics
 from lorapool_trainer.serve.metrics import TrainerMetrics
 from lorapool_trainer.serve.worker import Published
@@ -62,7 +63,8 @@ def exported() -> dict[str, set[str]]:
     clock = Clock()
     runtime = RuntimeMetrics("ns/base", UsageTracker(tracked=1), clock)
     found: dict[str, set[str]] = {}
-    for registry in (GatewayMetrics().registry, operator, runtime._registry, trainer, StoreMetrics().registry):
+    ledger = LedgerMetrics().registry
+    for registry in (GatewayMetrics().registry, operator, runtime._registry, trainer, StoreMetrics().registry, ledger):
         for collector in list(registry._collector_to_names):
             own = set(getattr(collector, "_labelnames", ()))
             for family in collector.collect():
@@ -208,7 +210,13 @@ def test_a_dashboard_works_with_any_data_source_and_lays_its_panels_out_without_
             assert target["datasource"]["uid"] == "${datasource}"
 
 
-DASHBOARD_VARIABLES = [("fleet", set()), ("base", {"base"}), ("adapter", {"base", "adapter"}), ("tuning", {"base"})]
+DASHBOARD_VARIABLES = [
+    ("fleet", set()),
+    ("base", {"base"}),
+    ("adapter", {"base", "adapter"}),
+    ("tuning", {"base"}),
+    ("bill", set()),
+]
 
 
 @pytest.mark.parametrize(("name", "wanted"), DASHBOARD_VARIABLES)

@@ -22,6 +22,7 @@ ALL_OFF: dict[str, Any] = {
     "metrics": {"scrapeAnnotations": False},
     "runtimeToken": {"existingSecret": "mine", "key": "master"},
     "internalTLS": {"enabled": False},
+    "ledger": {"enabled": False},
     "operator": {
         "serviceAccount": {"create": False, "name": "own-operator"},
         "podDisruptionBudget": {"enabled": False},
@@ -81,6 +82,7 @@ def test_the_defaults_render_what_a_first_installation_needs_and_no_more() -> No
         "Deployment",
         "Namespace",
         "NetworkPolicy",
+        "PersistentVolumeClaim",
         "Pod",
         "PodDisruptionBudget",
         "Role",
@@ -234,7 +236,7 @@ def test_dashboards_become_config_maps_that_a_sidecar_finds() -> None:
     maps = of_kind(render(ALL_ON), "ConfigMap")
     files = {file.stem: file for file in (CHART / "dashboards").glob("*.json")}
 
-    assert set(files) == {"fleet", "base", "adapter", "tuning"}
+    assert set(files) == {"fleet", "base", "adapter", "tuning", "bill"}
     for name, file in files.items():
         config_map = maps[f"lorapool-dashboard-{name}"]
         assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
@@ -251,7 +253,7 @@ def test_monitors_carry_the_labels_a_prometheus_selects_by_and_find_their_target
     services = of_kind(manifests, "Service").values()
     pods = [pod for manifest in manifests if (pod := pod_of(manifest)) and manifest["kind"] == "Deployment"]
     monitors = of_kind(manifests, "ServiceMonitor")
-    assert set(monitors) == {"lorapool-gateway", "lorapool-operator"}
+    assert set(monitors) == {"lorapool-gateway", "lorapool-ledger", "lorapool-operator"}
     for monitor in monitors.values():
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
         [service] = [item for item in services if wanted <= item["metadata"]["labels"].items()]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from base_world import base
 from chart_kit import NAMESPACE, Manifest, environment, grants, of_kind, pod_of, refusal, render, restricted_violations
+from profile_kit import two_nodes
 
 from lorapool_operator.decisions.manifests import network_policy
 from lorapool_operator.effects.authority import Authority
@@ -25,6 +26,13 @@ def test_the_rights_are_exactly_the_golden_ones() -> None:
     actual = {"namespaced": grants(render(NAMESPACED)), "cluster": grants(render(CLUSTER))}
 
     assert actual == json.loads(GOLDEN.read_text()), json.dumps(actual, indent=2)
+
+
+def test_events_are_only_listed_where_a_profile_has_groups_of_nodes() -> None:
+    groups = {"runtimeProfiles": {"fleet": two_nodes()}}
+    [operator] = [rights for name, rights in grants(render({**NAMESPACED, **groups})).items() if "operator" in name]
+    assert "in team-a: create events" in operator
+    assert "in team-a: list events" in operator
 
 
 @pytest.mark.parametrize("values", [NAMESPACED, CLUSTER], ids=["namespaced", "cluster"])
@@ -43,8 +51,9 @@ def test_the_gateway_reads_secrets_where_the_keys_are_and_the_operator_only_by_n
     assert {line.partition(": ")[2] for line in secrets["lorapool-operator"]} == {
         "get secrets named lorapool-source-credentials",
         "get create patch delete secrets named lorapool-runtime-tls",
+        "get create patch secrets named lorapool-ledger-tls",
     }
-    assert secrets["lorapool-gateway"] == ["in lorapool-keys: list watch secrets"]
+    assert secrets["lorapool-gateway"] == secrets["lorapool-ledger"] == ["in lorapool-keys: list watch secrets"]
 
 
 def test_namespaced_mode_grants_nothing_across_the_cluster() -> None:
@@ -68,7 +77,7 @@ def test_view_reads_and_edit_writes_the_objects() -> None:
 def test_every_pod_passes_pod_security_restricted(values: dict[str, Any]) -> None:
     pods = {m["metadata"]["name"]: pod for m in render(values) if (pod := pod_of(m))}
 
-    assert set(pods) == {"lorapool-operator", "lorapool-gateway", "lorapool-test"}
+    assert set(pods) == {"lorapool-operator", "lorapool-gateway", "lorapool-ledger", "lorapool-test"}
     for name, pod in pods.items():
         assert restricted_violations(pod["spec"]) == [], name
 
@@ -90,7 +99,8 @@ def test_only_processes_that_call_the_api_server_get_a_token() -> None:
     for account in of_kind(manifests, "ServiceAccount").values():
         assert account["automountServiceAccountToken"] is False
     mounted = {m["metadata"]["name"]: p["spec"]["automountServiceAccountToken"] for m in manifests if (p := pod_of(m))}
-    assert mounted == {"lorapool-operator": True, "lorapool-gateway": True, "lorapool-test": False}
+    called = dict.fromkeys(("lorapool-operator", "lorapool-gateway", "lorapool-ledger"), True)
+    assert mounted == {**called, "lorapool-test": False}
 
 
 def test_the_master_token_has_256_random_bits_and_stands_nowhere_else() -> None:
@@ -111,7 +121,7 @@ def test_a_secret_of_ones_own_replaces_the_made_one() -> None:
     manifests = render({"runtimeToken": {"existingSecret": "mine", "key": "master"}})
 
     assert "lorapool-runtime-token" not in of_kind(manifests, "Secret")
-    for name in ("lorapool-operator", "lorapool-gateway"):
+    for name in ("lorapool-operator", "lorapool-gateway", "lorapool-ledger"):
         volume = secret_volume(manifests, name, "runtime-token")
         assert volume["secretName"] == "mine"
         assert volume["items"] == [{"key": "master", "path": "token"}]
@@ -135,9 +145,9 @@ def test_the_internal_authority_is_made_with_its_key_for_the_operator_alone(tmp_
     assert Authority(tmp_path).issuer().between == b""
     mounted = {
         name: [item["key"] for item in secret_volume(manifests, f"lorapool-{name}", "internal-ca")["items"]]
-        for name in ("operator", "gateway")
+        for name in ("operator", "gateway", "ledger")
     }
-    assert mounted == {"operator": ["ca.crt", "tls.crt", "tls.key"], "gateway": ["ca.crt"]}
+    assert mounted == {"operator": ["ca.crt", "tls.crt", "tls.key"], "gateway": ["ca.crt"], "ledger": ["ca.crt"]}
     rest = json.dumps([manifest for manifest in manifests if manifest["kind"] != "Secret"])
     assert secret["data"]["tls.key"] not in rest
     assert environment(manifests, "operator")["LORAPOOL_OPERATOR_INTERNAL_TLS"] == "true"
@@ -145,7 +155,7 @@ def test_the_internal_authority_is_made_with_its_key_for_the_operator_alone(tmp_
 
 def test_without_internal_tls_no_authority_is_made_and_no_right_on_its_secrets_is_given() -> None:
     manifests = render({"internalTLS": {"enabled": False}})
-    assert set(of_kind(manifests, "Secret")) == {"lorapool-runtime-token"}
+    assert set(of_kind(manifests, "Secret")) == {"lorapool-runtime-token", "lorapool-ledger-token"}
     assert not any("lorapool-runtime-tls" in line for lines in grants(manifests).values() for line in lines)
     assert environment(manifests, "operator")["LORAPOOL_OPERATOR_INTERNAL_TLS"] == "false"
     for name in ("operator", "gateway"):  # pods that still serve TLS are checked until they are replaced
@@ -205,7 +215,7 @@ def test_every_pod_of_the_release_starts_from_default_deny() -> None:
 def test_each_component_is_selected_by_its_own_policy() -> None:
     manifests = render()
     policies = of_kind(manifests, "NetworkPolicy")
-    for component in ("operator", "gateway", "test"):
+    for component in ("operator", "gateway", "ledger", "test"):
         selector = policies[f"lorapool-{component}"]["spec"]["podSelector"]["matchLabels"]
         chosen = [
             m["metadata"]["name"]
@@ -236,6 +246,7 @@ def test_runtimes_of_every_namespace_are_reached_by_gateway_operator_and_prometh
     assert [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in inference["from"]] == [
         "gateway",
         "operator",
+        "ledger",
     ]
     for peer in inference["from"]:
         assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": NAMESPACE}
@@ -247,7 +258,7 @@ def test_metrics_are_for_prometheus_alone() -> None:
     policies = of_kind(render(), "NetworkPolicy")
     rules = [rule for item in policies.values() for rule in item["spec"].get("ingress", [])]
     scraping = [rule for rule in rules if {"protocol": "TCP", "port": 9090} in rule["ports"]]
-    assert len(scraping) == 2
+    assert len(scraping) == 3
     for rule in (*scraping, runtime_policy({})["spec"]["ingress"][1]):
         [peer] = rule["from"]
         assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}

@@ -54,7 +54,7 @@ def test_the_bound_of_concurrent_rollouts_and_a_profiles_rollout_reach_the_opera
     profile = {"rollout": {"strategy": "Recreate"}}
     manifests = render({"operator": {"rollout": {"maxConcurrentBases": 3}}, "runtimeProfiles": {"gpu": profile}})
     assert operator_settings.read_settings(environment(manifests, "operator")).max_concurrent_rollouts == 3
-    [found] = of_kind(manifests, "ConfigMap").values()
+    found = of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]
     profiles = operator_profiles.parse_profiles(found["data"]["profiles.yaml"], origin="chart")
     assert profiles["gpu"].rollout.strategy == "Recreate"
 
@@ -75,7 +75,8 @@ def test_the_charts_defaults_are_the_codes_defaults() -> None:
     # Tracked adapters: the chart sets one bound for all processes. TLS: a process alone has no authority.
     differs = {"namespaces", "keys_namespace", "own_namespace", "identity", "profiles_file"}
     differs |= {"runtime_image", "runtime_vllm_image"}
-    differs |= {"max_tracked_adapters", "source_policy_file", "internal_tls"}
+    differs |= {"max_tracked_adapters", "source_policy_file", "internal_tls", "quota_file"}
+    differs |= {"ledger_url", "journal_dir", "runtime_usage", "ledger_tls_secret"}  # a release has a ledger
 
     for settings in (gateway, operator):
         for name, field in type(settings).model_fields.items():
@@ -173,7 +174,7 @@ def test_the_policy_of_sources_reaches_the_operator_and_private_hosts_reach_all(
     artifacts = {"policy": entries, "privateHosts": ["registry.lan:5000"], "namespaceCredentials": "sources"}
     manifests = render({"artifacts": artifacts})
     operator = operator_settings.read_settings(environment(manifests, "operator"))
-    [found] = of_kind(manifests, "ConfigMap").values()
+    found = of_kind(manifests, "ConfigMap")["lorapool-runtime-profiles"]
     policy = parse_policy(found["data"]["source-policy.yaml"], origin="chart")
     assert operator.source_policy_file is not None
     assert operator.source_policy_file.name in found["data"]

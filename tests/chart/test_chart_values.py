@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import string
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import chart_kit
 import jsonschema  # type: ignore[import-untyped]  # no stubs among the locked packages
 import yaml
 from chart_kit import CHART, default_values, documented_values, value_at
+
+from lorapool_api.currency import is_currency
 
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 
@@ -40,6 +44,14 @@ def test_the_readmes_table_is_the_generated_one() -> None:
 def test_the_defaults_fit_the_schema_and_the_schema_is_sound() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.Draft202012Validator(SCHEMA).validate(default_values())
+
+
+def test_the_schema_has_the_currencies_that_the_processes_know() -> None:
+    codes = ["".join(letters) for letters in itertools.product(string.ascii_uppercase, repeat=3)]
+    known = [code for code in codes if is_currency(code)]
+    assert sorted(SCHEMA["$defs"]["currency"]["enum"]) == known
+    money = jsonschema.Draft202012Validator(SCHEMA["$defs"]["money"])
+    assert [code for code in codes if money.is_valid(f"25.50 {code}")] == known
 
 
 def test_every_value_is_in_the_schema_and_the_schema_has_no_other() -> None:

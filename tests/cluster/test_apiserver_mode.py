@@ -1,5 +1,6 @@
 """The API server of the operator tests: several run concurrently, and each ends with its test."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,15 @@ from pathlib import Path
 import pytest
 from apiserver import running_apiserver
 from local_cluster import command_lines, wait_until
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY / "hack"))
+
+from demo import objects  # noqa: E402  (hack is no installed package)
+from demo.ground import Ground  # noqa: E402
+from demo.run import Demo, Options, forget_interrupted  # noqa: E402
+from demo.schedule import StepError  # noqa: E402
+from demo.steps import Commands  # noqa: E402
 
 pytestmark = pytest.mark.apiserver
 
@@ -36,6 +46,50 @@ def test_an_interrupted_api_server_comes_back_with_its_objects(tmp_path: Path) -
                 return False
 
         wait_until(back, timeout_s=60, what="the API server to answer again")
+
+
+def test_the_demo_installs_again_after_its_installation_was_killed(tmp_path: Path) -> None:
+    """Helm's record of the killed installation goes; that of a good one stays."""
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "never-ready"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "a"}},
+            "template": {"metadata": {"labels": {"app": "a"}}, "spec": {"containers": [{"name": "a", "image": "a"}]}},
+        },
+    }
+    templates = tmp_path / "chart" / "templates"
+    templates.mkdir(parents=True)
+    (templates.parent / "Chart.yaml").write_text("{apiVersion: v2, name: chart, version: 0.1.0}")
+    (templates / "deployment.yaml").write_text(json.dumps(deployment))
+    (tmp_path / "server").mkdir()
+    with running_apiserver(tmp_path / "server") as server:
+        helm = server.bin_dir / "helm"
+        ground = Ground(server.kubeconfig, None, server.bin_dir / "kubectl", helm, "", "", "", False, "", None)
+        demo = Demo(Options(), Commands(tmp_path / "log"), lambda step, line: None)
+        demo.ground = ground
+        release = [objects.RELEASE, str(templates.parent), "-n", objects.NAMESPACE]
+
+        def records(status: str) -> str:
+            return server.kubectl("get", "secret", "-n", objects.NAMESPACE, "-l", f"status={status}", "-o", "name")
+
+        def upgrade() -> None:
+            demo.run("install", *ground.helm_argv(), "upgrade", "--install", *release, remedy="none", timeout_s=60)
+
+        server.kubectl("create", "namespace", objects.NAMESPACE)
+        first = subprocess.Popen([*ground.helm_argv(), "install", *release, "--wait"], stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: bool(records("pending-install")), timeout_s=60, what="the installation to begin")
+        finally:
+            first.kill()
+            first.wait()
+        with pytest.raises(StepError, match="another operation"):
+            upgrade()
+        forget_interrupted(demo)
+        upgrade()
+        forget_interrupted(demo)
+        assert records("deployed")
 
 
 def test_it_ends_by_itself_when_its_test_process_is_killed(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ sys.path.insert(0, str(REPOSITORY / "hack"))
 
 from demo import preflight  # noqa: E402  (hack is no installed package)
 from demo.preflight import Machine, duration, problems, summary  # noqa: E402
+from demo.questions import BillLine  # noqa: E402
+from demo.report import bill_table  # noqa: E402
 from demo.run import Demo, Options, plan  # noqa: E402
 from demo.schedule import Step, StepError, check, ready, run_all  # noqa: E402
 from demo.steps import Commands, Console, end, write_json  # noqa: E402
@@ -173,7 +175,7 @@ def test_a_command_gets_its_standard_input(tmp_path: Path) -> None:
 def test_the_demos_steps_depend_only_on_earlier_ones(train: bool, context: str | None, tmp_path: Path) -> None:
     steps = plan(Demo(Options(context=context, train=train), Commands(tmp_path / "log"), ignore))
     check(steps)
-    assert steps[-1].name == ("train" if train else "usage")
+    assert steps[-1].name == ("train" if train else "bill")
 
 
 def test_while_the_programs_are_compiled_the_images_are_built(tmp_path: Path) -> None:
@@ -280,3 +282,11 @@ def test_an_interrupt_ends_the_running_step_and_leaves_nothing(number: signal.Si
     assert process.wait(20) == 130
     assert not (tmp_path / "artifact").exists()
     process.stdout.close()
+
+
+def test_the_bill_shows_each_model_and_the_exact_sum() -> None:
+    lines = [BillLine(f"lorapool/{n}", n, 10 * n, n, 5, f"0.0000{n}1", "EUR") for n in (1, 2)]
+    head, first, _, together = bill_table(lines).splitlines()
+    assert head.split() == ["MODEL", "REQUESTS", "INPUT", "CACHED", "OUTPUT", "AMOUNT", "EUR"]
+    assert first.split() == ["lorapool/1", "1", "10", "1", "5", "0.000011"]
+    assert together.split() == ["together", "0.000032"]

@@ -94,6 +94,8 @@ def test_a_bad_adapter_ends_in_a_typed_failure_and_affects_no_other_adapter(
                 lambda: _failed(world, f"bad-{kind}") in reasons or _failed(world, f"bad-{kind}"),
                 timeout_s=30,
             )
+        known = f"bad-{kind}"  # the gateways learn of it by their own watches
+        world.wait("a gateway's refusal", lambda: _refused(world, known).status_code != 404, timeout_s=30)
         error = _refused(world, f"bad-{kind}")
         assert error.status_code == 422
         assert error.body["code"] in {_snake(reason) for reason in reasons}  # type: ignore[index]

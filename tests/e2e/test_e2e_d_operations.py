@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_world import BASE, ROOT, Prober, World, copies_of_routing
+from e2e_world import BASE, Prober, World, copies_of_routing, upgrade, upgraded
 
 from lorapool_api.pod_address import ENCRYPTED, PLAIN, runtime_port
 
@@ -26,25 +26,6 @@ RUNTIMES, GATEWAYS, OPERATORS = (
     "app.kubernetes.io/component=operator",
 )
 INTERNAL = {"mode": "Internal", "minReplicas": 0, "maxReplicas": 1, "idleAfter": "10m", "scaleDownDelay": "2m"}
-
-
-@contextmanager
-def upgraded(world: World, *values: str) -> Iterator[None]:
-    """The release with changed values; afterwards as it was before."""
-    before = json.loads(world.helm("status", "lorapool", "-o", "json"))["version"]
-    try:
-        upgrade(world, *values)
-        yield
-    finally:
-        world.helm("rollback", "lorapool", str(before), "--wait", "--timeout", "5m", timeout_s=400)
-
-
-def upgrade(world: World, *values: str) -> None:
-    chart = str(ROOT / "charts" / "lorapool")
-    sets = [word for value in values for word in ("--set", value)]
-    world.helm(
-        "upgrade", "lorapool", chart, "--reset-then-reuse-values", *sets, "--wait", "--timeout", "5m", timeout_s=400
-    )
 
 
 @contextmanager

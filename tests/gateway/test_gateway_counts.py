@@ -17,7 +17,8 @@ import pytest
 from fakes_runtime import FakeEngine, Served, save_byte_tokenizer, serving
 from gateway_world import World, key_of, until, world
 
-from lorapool_api.protocol import FinishedRequest, FinishedRequests, RequestOutcome, token_sha256
+from lorapool_api.protocol import token_sha256
+from lorapool_api.usage_protocol import Ended, RequestRecord, UsagePage
 from lorapool_runtime.serving import responses
 
 TOKEN = "t" * 64
@@ -103,8 +104,10 @@ def counted(here: World, kind: str = "completion") -> float:
     return here.sample("tokens_total", base="demo/tiny", adapter="demo/route", type=kind)
 
 
-def finished(served: Served) -> list[FinishedRequest]:
-    return served.runtime.finished.after(0).requests
+def finished(served: Served) -> list[RequestRecord]:
+    runtime = served.runtime
+    page = UsagePage.model_validate_json(runtime.accounting.journal.page(runtime.boot_id, 0, 0))
+    return [record for record in page.records if isinstance(record, RequestRecord)]
 
 
 def streamed(text: str) -> int:
@@ -132,7 +135,7 @@ async def test_counts_agree_when_a_client_leaves_at_any_moment(
         await until(lambda begin=begin, moment=moment: engine.tokens_made >= begin + moment)
         asking.cancel()
         await until(lambda: here.gateway.in_flight == 0)
-        assert finished(served)[-1].outcome is RequestOutcome.CANCELLED
+        assert finished(served)[-1].outcome is Ended.CANCELLED
         agree(here, served)
 
 
@@ -196,7 +199,7 @@ async def test_counts_agree_when_the_engine_fails_mid_answer(
     text = await (await here.post(here.ask("route", stream=stream, max_tokens=300))).text()
     assert "the device is on fire" in text
     await until(lambda: here.gateway.in_flight == 0)
-    assert (finished(served)[-1].outcome, finished(served)[-1].completion_tokens) == (RequestOutcome.FAILED, 7)
+    assert (finished(served)[-1].outcome, finished(served)[-1].completion_tokens) == (Ended.FAILED, 7)
     agree(here, served)
 
 
@@ -239,21 +242,22 @@ async def test_a_request_that_runs_is_part_of_the_report_before_it_ends(
     agree(here, served)
 
 
-async def test_the_finished_requests_are_read_by_those_who_have_the_token_alone(here: World, served: Served) -> None:
+async def test_usage_is_read_by_those_who_have_the_token_alone(here: World, served: Served) -> None:
     await here.post(here.ask("tiny", max_tokens=2), headers={"x-request-id": "mine"})
 
     async def read(token: str, after: int) -> Any:
         headers = {"Authorization": f"Bearer {token}"}
         async with (
             aiohttp.ClientSession(headers=headers) as session,
-            session.get(f"{served.url}/v1/requests?after={after}") as response,
+            session.get(f"{served.url}/v1/usage?after={after}") as response,
         ):
             return response.status, await response.json()
 
     assert (await read("wrong", 0))[0] == 401
-    answer = FinishedRequests.model_validate((await read(TOKEN, 0))[1])
+    answer = UsagePage.model_validate((await read(TOKEN, 0))[1])
+    requests = [record for record in answer.records if isinstance(record, RequestRecord)]
     key = key_of("route")
-    assert [(item.uid, item.digest) for item in answer.requests] == [(key.uid, key.digest), (None, None)]
-    assert (answer.requests[1].request_id, answer.requests[1].completion_tokens) == ("mine", 2)
-    assert answer.last_seq == answer.requests[1].seq
-    assert (await read(TOKEN, answer.last_seq))[1]["requests"] == []
+    assert [(item.uid, item.digest) for item in requests] == [(key.uid, key.digest), ("", "")]
+    assert (requests[1].request_id, requests[1].completion_tokens) == ("mine", 2)
+    last = answer.records[-1].seq
+    assert (await read(TOKEN, last))[1]["records"] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,8 +10,8 @@ from typing import cast
 
 import aiohttp
 import pytest
-from fakes import FakeRuntime
-from gateway_world import World, key_of, until, world
+from fakes import FailsLate, FakeRuntime
+from gateway_world import World, cut_after, key_of, until, world
 
 from lorapool_api.keep_alive import DEAD_PEER_S
 from lorapool_gateway.process import poll_socket
@@ -141,16 +140,6 @@ async def test_a_stream_goes_on_while_its_pods_poll_fails_and_ends_when_it_falls
     assert len(good.seen) == 2
 
 
-async def cut_after(runtime: FakeRuntime, tokens: int) -> None:
-    """Resets the runtime's connections once it has generated so many tokens of its last request."""
-    await until(lambda: runtime.seen and runtime.seen[-1].completion_tokens >= tokens)
-    assert runtime._runner is not None
-    assert runtime._runner.server is not None
-    for connection in runtime._runner.server.connections:
-        if connection.transport is not None:
-            connection.transport.abort()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_admitted_request_whose_runtime_is_lost_is_computed_once_and_its_tokens_are_counted(
     here: World, good: FakeRuntime, stream: bool
@@ -201,15 +190,6 @@ async def test_a_request_that_is_held_is_ended_at_its_deadline() -> None:
         here.base(replicas=0)
         response = await here.post(here.ask("tiny"))
     assert (response.status, (await response.json())["error"]["code"]) == (503, "deadline_exceeded")
-
-
-class FailsLate(FakeRuntime):
-    """Admits a whole request and reports a failure where its answer should be."""
-
-    async def _end_whole(self, request, out, answer):
-        error = {"error": {"message": "The engine failed.", "type": "server_error", "param": None, "code": None}}
-        await out.write_eof(b"data: " + json.dumps(error).encode() + b"\n\n")
-        return out
 
 
 async def test_an_error_after_the_admission_of_a_whole_answer_is_the_clients_error(here: World) -> None:

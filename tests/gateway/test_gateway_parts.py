@@ -65,7 +65,7 @@ def secret(name: str = "k", **data: str) -> dict[str, Any]:
 def test_a_labelled_secret_becomes_a_key() -> None:
     digest = api_key(KEY).sha256
     key = parse_key(secret(keySha256=digest.upper(), namespaces="a, b", maxInFlight="7"))
-    assert key == ApiKey("k", digest, frozenset({"a", "b"}), 7)
+    assert key == ApiKey("k", digest, frozenset({"a", "b"}), 7, uid="k")  # no object of a file has a uid
     assert parse_key(secret(keySha256=digest, namespaces="*")).permits(ObjectRef("anything", "x"))
     assert not key.permits(ObjectRef("c", "x"))
     assert digest not in repr(key)
@@ -92,6 +92,7 @@ def test_a_labelled_secret_becomes_a_key() -> None:
         {"keySha256": "a" * 64, "namespaces": "a,b", "defaultNamespace": "c"},
         {"keySha256": "a" * 64, "namespaces": "*", "defaultNamespace": "a,b"},
         {"keySha256": "a" * 64, "namespaces": "*", "owner": "two\nlines"},
+        {"keySha256": "a" * 64, "namespaces": "*", "admin": "yes"},
     ],
 )
 def test_a_secret_that_is_not_fully_right_gives_no_access_and_leaks_nothing(data: dict[str, str]) -> None:

@@ -55,9 +55,11 @@ def test_all_fields_of_a_key_are_read_from_its_secret() -> None:
         "notBefore": "2027-01-31T13:00:00+01:00",
         "expires": "2027-02-01T12:00:00Z",
         "owner": "support@example.com",
+        "admin": "true",
     }
     encoded = {name: base64.b64encode(text.encode()).decode() for name, text in data.items()}
-    key = parse_key({"metadata": {"name": "k"}, "data": encoded})
+    key = parse_key({"metadata": {"name": "k", "uid": "4f3c"}, "data": encoded})
+    assert (key.uid, key.admin) == ("4f3c", True)
     assert (key.default_namespace, key.models, key.owner) == ("b", {"a/x", "b/y.z"}, "support@example.com")
     assert (key.not_before_unix_s, key.expires_unix_s) == (NOON, NOON + 86400)
 

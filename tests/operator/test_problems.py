@@ -23,6 +23,27 @@ LOG_LINE = json.dumps({"level": "ERROR", "message": "the base cannot be served: 
 BACK_OFF = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 2m40s restarting failed container"}}
 
 
+REFUSED = json.dumps({"message": "no GPU", "reason": "GPUCountMismatch"})
+NOISE = json.dumps({"message": "stopped"})
+
+
+@pytest.mark.parametrize(
+    ("log", "problem", "reason"),
+    [
+        (f"{REFUSED}\n{NOISE}\nresource_tracker: leaked", "GPUCountMismatch", Reason.GPU_COUNT_MISMATCH),
+        (json.dumps({"message": "m", "reason": "GroupEnded"}), "GroupEnded", Reason.GROUP_ENDED),
+        (json.dumps({"message": "m", "reason": "NoSuchReason"}), "CrashLoopBackOff", Reason.CRASH_LOOPING),
+        (json.dumps({"message": "m", "reason": "QuotaExceeded"}), "CrashLoopBackOff", Reason.CRASH_LOOPING),
+        ("[1]", "CrashLoopBackOff", Reason.CRASH_LOOPING),
+    ],
+)
+def test_the_reason_that_a_runtime_gives_for_its_end_is_the_condition_s(log: str, problem: str, reason: Reason) -> None:
+    found = pod_problem({"containerStatuses": [container(crash(1, "Error", log))]})
+    assert (found.partition(":")[0], reason_of(found)) == (problem, reason)
+    if log.startswith(REFUSED):
+        assert found.endswith("exit code 1 (Error). no GPU")
+
+
 @pytest.mark.parametrize(
     ("status", "problem", "reason"),
     [

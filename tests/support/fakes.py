@@ -128,6 +128,7 @@ class FakeRuntime:
     tls: ssl.SSLContext | None = None
     """Serves HTTPS with it."""
     _runner: web.AppRunner | None = None
+    _killed: bool = False
     _seq: int = 1
     _in_flight: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -154,8 +155,12 @@ class FakeRuntime:
         self.change()
 
     async def kill(self) -> None:
-        """Acts as on SIGKILL: stops listening and resets every connection."""
+        """Acts as on SIGKILL: stops listening and resets every connection.
+
+        asyncio may have accepted a connection that the server does not know yet: its requests are reset as they come.
+        """
         assert self._runner is not None
+        self._killed = True
         for site in list(self._runner.sites):
             await site.stop()
         for connection in self._runner.server.connections if self._runner.server is not None else ():
@@ -211,6 +216,8 @@ class FakeRuntime:
 
     @web.middleware
     async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self._killed:
+            await _cut(request)
         try:
             if request.path not in ("/healthz", "/readyz"):
                 authorization = request.headers.get("Authorization", "")
@@ -441,3 +448,12 @@ def _data(body: dict[str, Any], choices: list[dict[str, Any]], usage: dict[str, 
 def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     total = prompt_tokens + completion_tokens
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+class FailsLate(FakeRuntime):
+    """Admits a whole request and reports a failure where its answer should be."""
+
+    async def _end_whole(self, request: Any, out: Any, answer: Any) -> Any:
+        error = {"error": {"message": "The engine failed.", "type": "server_error", "param": None, "code": None}}
+        await out.write_eof(b"data: " + json.dumps(error).encode() + b"\n\n")
+        return out

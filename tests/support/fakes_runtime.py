@@ -50,6 +50,7 @@ from lorapool_runtime.engines.interface import (
     HostAdapter,
     LoadOutcome,
     ModelFacts,
+    StepSink,
     TokenLogprob,
     TokenOutput,
     TokenSink,
@@ -237,6 +238,9 @@ class FakeEngine:
                 run.sink(self._end(run, FinishReason.CANCELLED))
 
         self._commands.put(do)
+
+    def report_steps(self, sink: StepSink) -> None:
+        self.step_sink = sink
 
     def observe(self) -> EngineStats:
         running = min(len(self._runs), self.max_batch)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def runtime_process(folder: Path, base: Path, **settings: Any) -> Iterator[RuntimeProcess]:
+def runtime_process(
+    folder: Path, base: Path, *, program: Sequence[str] = ("-m", "lorapool_runtime"), **settings: Any
+) -> Iterator[RuntimeProcess]:
     """Runs the process until the end of the block; it is ready at its start. `settings`: fields of RuntimeSettings."""
     port = free_port()
     values = {
@@ -50,7 +52,7 @@ def runtime_process(folder: Path, base: Path, **settings: Any) -> Iterator[Runti
     environ |= {f"LORAPOOL_RUNTIME_{name.upper()}": str(value) for name, value in values.items()}
     environ["LORAPOOL_TOKEN_SHA256"] = token_sha256(TOKEN)
     with (folder / "log").open("wb") as log:
-        popen = subprocess.Popen([sys.executable, "-m", "lorapool_runtime"], env=environ, stdout=log, stderr=log)
+        popen = subprocess.Popen([sys.executable, *program], env=environ, stdout=log, stderr=log)
     try:
         process = RuntimeProcess(f"http://127.0.0.1:{port}", popen, folder / "log")
         _wait_until_ready(process)

@@ -114,14 +114,61 @@
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
 {{- if .Values.store.enabled }}
 - name: LORAPOOL_GATEWAY_STORE_URL
-  value: {{ include "lorapool.storeURL" . }}
+  value: {{ include "lorapool.componentURL" (list . "store") }}
 - name: LORAPOOL_GATEWAY_STORE_TOKEN_FILE
   value: /etc/lorapool/store/token
 - name: LORAPOOL_GATEWAY_TUNING_UNFINISHED_JOBS
   value: {{ .Values.tuning.quotas.unfinishedJobs | int64 | quote }}
 {{- end }}
+- name: LORAPOOL_GATEWAY_QUOTA_FILE
+  value: /etc/lorapool/quotas/quotas.json
+{{- if .Values.ledger.enabled }}
+- name: LORAPOOL_GATEWAY_LEDGER_URL
+  value: {{ include "lorapool.componentURL" (list . "ledger") }}
+- name: LORAPOOL_GATEWAY_LEDGER_TOKEN_FILE
+  value: /etc/lorapool/ledger/token
+- name: LORAPOOL_GATEWAY_JOURNAL_DIR
+  value: /var/lib/lorapool/journal
+{{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
 - name: LORAPOOL_GATEWAY_{{ $name }}
+  value: {{ $value }}
+{{- end }}
+{{- end -}}
+
+{{- define "lorapool.env.ledger" -}}
+{{- $ledger := .Values.ledger -}}
+- name: LORAPOOL_LEDGER_DATABASE_URL
+  {{- if $ledger.database.existingSecret }}
+  valueFrom:
+    secretKeyRef: {name: {{ $ledger.database.existingSecret }}, key: {{ $ledger.database.key }}}
+  {{- else }}
+  value: sqlite:////data/ledger.db
+  {{- end }}
+- name: LORAPOOL_LEDGER_NAMESPACES
+  value: {{ include "lorapool.watchNamespaces" . | fromJsonArray | join "," | default "*" | quote }}
+- name: LORAPOOL_LEDGER_KEYS_NAMESPACE
+  value: {{ include "lorapool.keysNamespace" . }}
+- name: LORAPOOL_LEDGER_TOKEN_FILE
+  value: /etc/lorapool/ledger/token
+- name: LORAPOOL_LEDGER_MASTER_TOKEN_FILE
+  value: /etc/lorapool/master/token
+- name: LORAPOOL_LEDGER_INTERNAL_CA_FILE
+  value: /etc/lorapool/internal-ca/ca.crt
+{{- if .Values.internalTLS.enabled }}
+- name: LORAPOOL_LEDGER_TLS_DIR
+  value: /etc/lorapool/tls
+{{- end }}
+{{- if .Values.tuning.enabled }}
+- name: LORAPOOL_LEDGER_TUNING
+  value: "true"
+{{- end }}
+- name: LORAPOOL_LEDGER_CLOSE_AFTER_DAYS
+  value: {{ $ledger.closeAfterDays | int64 | quote }}
+- name: LORAPOOL_LEDGER_LOG_LEVEL
+  value: {{ $ledger.logLevel }}
+{{- range $name, $value := (include "lorapool.files" (list . false) | fromJson).env }}
+- name: LORAPOOL_LEDGER_{{ $name }}
   value: {{ $value }}
 {{- end }}
 {{- end -}}
@@ -190,12 +237,20 @@
   value: {{ .Values.metrics.maxTrackedAdapters | int64 | quote }}
 {{- if .Values.store.enabled }}
 - name: LORAPOOL_OPERATOR_STORE_URL
-  value: {{ include "lorapool.storeURL" . }}
+  value: {{ include "lorapool.componentURL" (list . "store") }}
 - name: LORAPOOL_OPERATOR_STORE_TOKEN_FILE
   value: /etc/lorapool/store/token
 {{- if .Values.internalTLS.enabled }}
 - name: LORAPOOL_OPERATOR_STORE_TLS_SECRET
-  value: {{ include "lorapool.storeTLSSecret" . }}
+  value: {{ include "lorapool.tlsSecret" (list . "store") }}
+{{- end }}
+{{- end }}
+{{- if .Values.ledger.enabled }}
+- name: LORAPOOL_OPERATOR_RUNTIME_USAGE
+  value: "true"
+{{- if .Values.internalTLS.enabled }}
+- name: LORAPOOL_OPERATOR_LEDGER_TLS_SECRET
+  value: {{ include "lorapool.tlsSecret" (list . "ledger") }}
 {{- end }}
 {{- end }}
 {{- range $name, $value := (include "lorapool.files" (list . true) | fromJson).env }}

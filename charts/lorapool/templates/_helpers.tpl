@@ -125,6 +125,16 @@ spec:
 {{- default (printf "%s-runtime-token" (include "lorapool.fullname" .)) .Values.runtimeToken.existingSecret -}}
 {{- end -}}
 
+{{/* The volume with the master token. */}}
+{{- define "lorapool.masterTokenVolume" -}}
+name: runtime-token
+secret:
+  secretName: {{ include "lorapool.runtimeTokenSecret" . }}
+  defaultMode: 0440
+  items:
+    - {key: {{ .Values.runtimeToken.key }}, path: token}
+{{- end -}}
+
 {{/* Secret with the authority that signs the certificates of runtimes. */}}
 {{- define "lorapool.internalCASecret" -}}
 {{- $suffix := ternary "internal-ca-issued" "internal-ca" (hasKey .Values.internalTLS.certManager.issuerRef "name") -}}
@@ -147,28 +157,94 @@ secret:
     {{- end }}
 {{- end -}}
 
-{{- define "lorapool.storeTokenSecret" -}}
-{{- default (printf "%s-store-token" (include "lorapool.fullname" .)) .Values.store.token.existingSecret -}}
+{{/* Secret with the token of the store or the ledger. Call with (list $ "store"), as all of the following. */}}
+{{- define "lorapool.tokenSecret" -}}
+{{- $component := index . 1 -}}
+{{- default (printf "%s-%s-token" (include "lorapool.fullname" (index . 0)) $component) (index (index . 0).Values $component).token.existingSecret -}}
 {{- end -}}
 
-{{/* Secret with the store's certificate, which the operator writes. */}}
-{{- define "lorapool.storeTLSSecret" -}}
-{{- printf "%s-store-tls" (include "lorapool.fullname" .) -}}
-{{- end -}}
-
-{{/* URL of the store; its certificate has a name of its own. */}}
-{{- define "lorapool.storeURL" -}}
-{{- printf "%s://%s-store.%s.svc:8000" (ternary "https" "http" .Values.internalTLS.enabled) (include "lorapool.fullname" .) .Release.Namespace -}}
-{{- end -}}
-
-{{/* The volume with the store's master token. */}}
-{{- define "lorapool.storeTokenVolume" -}}
-name: store-token
+{{/* The volume with that token. */}}
+{{- define "lorapool.tokenVolume" -}}
+name: {{ index . 1 }}-token
 secret:
-  secretName: {{ include "lorapool.storeTokenSecret" . }}
+  secretName: {{ include "lorapool.tokenSecret" . }}
   defaultMode: 0440
   items:
-    - {key: {{ .Values.store.token.key }}, path: token}
+    - {key: {{ (index (index . 0).Values (index . 1)).token.key }}, path: token}
+{{- end -}}
+
+{{/* Secret with the component's certificate, which the operator writes. */}}
+{{- define "lorapool.tlsSecret" -}}
+{{- printf "%s-%s-tls" (include "lorapool.fullname" (index . 0)) (index . 1) -}}
+{{- end -}}
+
+{{/* URL of the component; its certificate has a name of its own. */}}
+{{- define "lorapool.componentURL" -}}
+{{- $root := index . 0 -}}
+{{- printf "%s://%s-%s.%s.svc:8000" (ternary "https" "http" $root.Values.internalTLS.enabled) (include "lorapool.fullname" $root) (index . 1) $root.Release.Namespace -}}
+{{- end -}}
+
+{{/* The Secret with the component's token, unless there is one: made once and kept on upgrade, since with a new one no
+     token that was given out would be valid. */}}
+{{- define "lorapool.componentToken" -}}
+{{- $root := index . 0 -}}{{- $token := (index $root.Values (index . 1)).token -}}
+{{- if not $token.existingSecret }}
+{{- $old := dig "data" $token.key "" (lookup "v1" "Secret" $root.Release.Namespace (include "lorapool.tokenSecret" .) | default dict) }}
+---
+apiVersion: v1
+kind: Secret
+metadata:
+  name: {{ include "lorapool.tokenSecret" . }}
+  namespace: {{ $root.Release.Namespace }}
+  labels:
+    {{- include "lorapool.labels" . | nindent 4 }}
+  {{- include "lorapool.annotations" (list $root dict) | nindent 2 }}
+type: Opaque
+data:
+  {{ $token.key }}: {{ $old | default (randBytes 32 | b64dec | printf "%x" | b64enc) | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* The component's claim, unless there is one. */}}
+{{- define "lorapool.componentClaim" -}}
+{{- $root := index . 0 -}}{{- $persistence := (index $root.Values (index . 1)).persistence -}}
+{{- if and $persistence.enabled (not $persistence.existingClaim) }}
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: {{ include "lorapool.fullname" $root }}-{{ index . 1 }}
+  namespace: {{ $root.Release.Namespace }}
+  labels:
+    {{- include "lorapool.labels" . | nindent 4 }}
+  {{- include "lorapool.annotations" (list $root (dict "helm.sh/resource-policy" "keep")) | nindent 2 }}
+spec:
+  accessModes: [ReadWriteOnce]
+  {{- with $persistence.storageClass }}
+  storageClassName: {{ . | quote }}
+  {{- end }}
+  resources:
+    requests:
+      storage: {{ $persistence.size }}
+{{- end }}
+{{- end -}}
+
+{{/* The volume `data` of the component. */}}
+{{- define "lorapool.dataVolume" -}}
+{{- $persistence := (index (index . 0).Values (index . 1)).persistence -}}
+name: data
+{{- if $persistence.enabled }}
+persistentVolumeClaim:
+  claimName: {{ $persistence.existingClaim | default (printf "%s-%s" (include "lorapool.fullname" (index . 0)) (index . 1)) }}
+{{- else }}
+emptyDir: {}
+{{- end }}
+{{- end -}}
+
+{{/* The volume with the component's certificate: the pod waits until the operator has written it. */}}
+{{- define "lorapool.tlsVolume" -}}
+name: tls
+secret: {secretName: {{ include "lorapool.tlsSecret" . }}, defaultMode: 0440}
 {{- end -}}
 
 {{- define "lorapool.leaseName" -}}
@@ -261,11 +337,16 @@ affinity:
 {{- if and .Values.internalTLS.existingSecret .Values.internalTLS.certManager.issuerRef.name -}}
 {{- fail "internalTLS.existingSecret and internalTLS.certManager.issuerRef are both set: set only one of them." -}}
 {{- end -}}
-{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}
-{{- fail "ingress.enabled needs at least one entry in ingress.hosts." -}}
+{{- range $prefix, $values := dict "" .Values "ledger." .Values.ledger -}}
+{{- if and $values.ingress.enabled (not $values.ingress.hosts) -}}
+{{- fail (printf "%singress.enabled needs at least one entry in %singress.hosts." $prefix $prefix) -}}
 {{- end -}}
-{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
-{{- fail "httpRoute.enabled needs at least one entry in httpRoute.parentRefs (the Gateway to attach to)." -}}
+{{- if and $values.httpRoute.enabled (not $values.httpRoute.parentRefs) -}}
+{{- fail (printf "%shttpRoute.enabled needs at least one entry in %shttpRoute.parentRefs (the Gateway to attach to)." $prefix $prefix) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (gt (int .Values.ledger.replicas) 1) (not .Values.ledger.database.existingSecret) -}}
+{{- fail "ledger.replicas above 1 needs PostgreSQL (ledger.database.existingSecret): one process alone writes an SQLite file." -}}
 {{- end -}}
 {{- if not (hasKey .Values.runtimeProfiles "default") -}}
 {{- fail "runtimeProfiles must keep a profile named default: BaseModels that name none use it." -}}

@@ -19,17 +19,19 @@
     {{- end }}
 {{- end -}}
 
-{{/* Addresses of artifact sources: all except those that serve the credentials of nodes. */}}
-{{- define "lorapool.netpol.sources" -}}
+{{/* Addresses of artifact sources, of the ledger's database or of its sinks: all except those that serve the credentials
+     of nodes. Call with (list $ "sources"). */}}
+{{- define "lorapool.netpol.addresses" -}}
+{{- $peers := index (index . 0).Values.networkPolicy (index . 1) -}}
 - to:
-    {{- range .Values.networkPolicy.sources.blocks }}
+    {{- range $peers.blocks }}
     - ipBlock:
         {{- toYaml . | nindent 8 }}
     {{- end }}
-    {{- with .Values.networkPolicy.sources.to }}
+    {{- with $peers.to }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with .Values.networkPolicy.sources.ports }}
+  {{- with $peers.ports }}
   ports:
     {{- range . }}
     - {protocol: TCP, port: {{ . }}}
@@ -61,15 +63,17 @@
     - {protocol: TCP, port: 8000}
 {{- end -}}
 
-{{- define "lorapool.netpol.toStore" -}}
-{{- if .Values.store.enabled -}}
+{{/* To the store or the ledger, where it is enabled. Call with (list $ "store"). */}}
+{{- define "lorapool.netpol.toComponent" -}}
+{{- $root := index . 0 -}}
+{{- if (index $root.Values (index . 1)).enabled -}}
 - to:
     - namespaceSelector:
         matchLabels:
-          kubernetes.io/metadata.name: {{ .Release.Namespace }}
+          kubernetes.io/metadata.name: {{ $root.Release.Namespace }}
       podSelector:
         matchLabels:
-          {{- include "lorapool.selectorLabels" (list . "store") | nindent 10 }}
+          {{- include "lorapool.selectorLabels" . | nindent 10 }}
   ports:
     - {protocol: TCP, port: 8000}
 {{- end -}}
@@ -93,7 +97,7 @@
 {{- $root := index . 0 -}}
 ingress:
   - from:
-      {{- range $component := list "gateway" "operator" }}
+      {{- range $component := ternary (list "gateway" "operator" "ledger") (list "gateway" "operator") $root.Values.ledger.enabled }}
       - namespaceSelector:
           matchLabels:
             kubernetes.io/metadata.name: {{ $root.Release.Namespace }}
@@ -106,8 +110,8 @@ ingress:
   {{- include "lorapool.netpol.metrics" $root | nindent 2 }}
 egress:
   {{- include "lorapool.netpol.dns" $root | nindent 2 }}
-  {{- include "lorapool.netpol.sources" $root | nindent 2 }}
-  {{- include "lorapool.netpol.toStore" $root | nindent 2 }}
+  {{- include "lorapool.netpol.addresses" (list $root "sources") | nindent 2 }}
+  {{- include "lorapool.netpol.toComponent" (list $root "store") | nindent 2 }}
   {{- if (index . 1).cloudIdentity }}
   {{- include "lorapool.netpol.cloudIdentity" $root | nindent 2 }}
   {{- end }}

@@ -25,6 +25,26 @@ def take_programs(packages: Mapping[str, Sequence[str]], target: Path) -> None:
             _unpack(package, programs, target)
 
 
+def take_packages(packages: Sequence[str], target: Path) -> None:
+    """Unpacks whole packages into the folder `target`, which it makes. Raises MissingToolError."""
+    for package in packages:
+        say(f"fetching Debian's package {package}")
+        with tempfile.TemporaryDirectory(prefix=".package-", dir=target.parent) as name:
+            archive = _download(package, Path(name))
+            _run(["dpkg", "--extract", str(archive), str(target)], package)
+
+
+def missing_packages(packages: Sequence[str]) -> list[str]:
+    """These packages and all that they need, without what the machine has installed. Raises MissingToolError."""
+    command = ["apt-get", "-q", "install", "--simulate", "--no-install-recommends", *packages]
+    try:
+        listed = _run(command, packages[0])
+    except MissingToolError:  # apt's lists may be absent or old
+        _run(["apt-get", "-q", "update"], packages[0])
+        listed = _run(command, packages[0])
+    return [line.split()[1] for line in listed.splitlines() if line.startswith("Inst ")]
+
+
 def _unpack(package: str, programs: Sequence[str], target: Path) -> None:
     say(f"fetching Debian's package {package}")
     with tempfile.TemporaryDirectory(prefix=".package-", dir=target.parent) as name:
@@ -45,7 +65,7 @@ def _download(package: str, folder: Path) -> Path:
     return next(folder.glob("*.deb"))
 
 
-def _run(command: list[str], package: str, cwd: Path | None = None) -> None:
+def _run(command: list[str], package: str, cwd: Path | None = None) -> str:
     remedy = f"install {package} by hand; its programs are then found on PATH"
     env = dict(os.environ, PATH=install.SEARCH_PATH)
     try:
@@ -57,3 +77,4 @@ def _run(command: list[str], package: str, cwd: Path | None = None) -> None:
     if done.returncode:
         what = f"`{' '.join(command)}` ended with {done.returncode}"
         raise MissingToolError(f"cannot fetch {package}: {what}", log_tail=done.stderr[-2000:], remedy=remedy)
+    return done.stdout

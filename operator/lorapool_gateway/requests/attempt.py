@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import quote
 
 from lorapool_api.common import (
@@ -28,6 +27,8 @@ from lorapool_api.common import (
 )
 from lorapool_api.openai import ServerError, UnavailableError
 from lorapool_api.protocol import HEADER_TENANT, ROUTE_ADAPTER, ROUTE_ATTEMPT, Usage
+from lorapool_api.usage_protocol import HEADER_KEY, HEADER_PROJECT
+from lorapool_gateway.ledger.attempts import Attempt
 from lorapool_gateway.requests.http_client import HttpClient
 from lorapool_gateway.requests.http_response import (
     ConnectError,
@@ -53,14 +54,14 @@ SSE = "text/event-stream"
 
 @dataclass(slots=True)
 class _Sent:
-    """A request that was sent to a runtime; `id` is unknown to any other."""
+    """A request that was sent to a runtime; the attempt's id is unknown to any other caller."""
 
     replica: RuntimeReplica
+    attempt: Attempt
     token: str
     cancelled: Callable[[Usage | None], None]
     """Receives what it has used if its client leaves before the response begins."""
     response: HttpResponse | None = None
-    id: str = field(default_factory=lambda: os.urandom(16).hex())
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ class RuntimeClient:
         target: Target,
         replica: RuntimeReplica,
         request: InferenceRequest,
-        request_id: str,
+        attempt: Attempt,
         still_loading: Callable[[], bool],
         patience_s: float,
         cancelled: Callable[[Usage | None], None] = lambda usage: None,
@@ -136,7 +137,7 @@ class RuntimeClient:
                     del self.in_flight[pod]
 
         try:
-            result = await self._attempt(target, replica, request, request_id, still_loading, patience_s, cancelled)
+            result = await self._attempt(target, replica, request, attempt, still_loading, patience_s, cancelled)
             if isinstance(result, tuple):
                 response, sent = result
                 cold_ms = _whole(response.headers.get(HEADER_COLD_START))
@@ -152,14 +153,14 @@ class RuntimeClient:
         target: Target,
         replica: RuntimeReplica,
         request: InferenceRequest,
-        request_id: str,
+        attempt: Attempt,
         still_loading: Callable[[], bool],
         patience_s: float,
         cancelled: Callable[[Usage | None], None],
     ) -> tuple[HttpResponse, _Sent] | Refusal | Passed:
         for token in self._tokens(target.base):
-            sent = _Sent(replica, token, cancelled)
-            result = await self._attempt_with(sent, target, request, request_id, still_loading, patience_s)
+            sent = _Sent(replica, attempt, token, cancelled)
+            result = await self._attempt_with(sent, target, request, still_loading, patience_s)
             if isinstance(result, HttpResponse):
                 return result, sent
             if result is not Refusal.UNAUTHORIZED:
@@ -172,7 +173,6 @@ class RuntimeClient:
         sent: _Sent,
         target: Target,
         request: InferenceRequest,
-        request_id: str,
         still_loading: Callable[[], bool],
         patience_s: float,
     ) -> HttpResponse | Refusal | Passed:
@@ -181,9 +181,11 @@ class RuntimeClient:
             "Content-Type": "application/json",
             "Accept": SSE,
             HEADER_ADAPTER: target.header,
-            HEADER_ATTEMPT: sent.id,
+            HEADER_ATTEMPT: sent.attempt.id,
+            HEADER_KEY: sent.attempt.key_uid,
+            HEADER_PROJECT: sent.attempt.project,
             HEADER_USAGE: "1",
-            HEADER_REQUEST_ID: request_id,
+            HEADER_REQUEST_ID: sent.attempt.request_id,
             HEADER_TENANT: request.tenant,
         }
         for registered in (False, True):
@@ -201,7 +203,7 @@ class RuntimeClient:
         """Ends a request; returns its final usage. None: the runtime has not begun it, or does not answer in time."""
         if sent.response is not None:
             sent.response.close()  # first, so that a request which still waits is not admitted afterwards
-        path, headers = ROUTE_ATTEMPT.format(id=sent.id), {"Authorization": f"Bearer {sent.token}"}
+        path, headers = ROUTE_ATTEMPT.format(id=sent.attempt.id), {"Authorization": f"Bearer {sent.token}"}
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT_S):
                 response = await self._send(sent.replica, "DELETE", path, headers)

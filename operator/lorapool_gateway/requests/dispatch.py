@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 from lorapool_api.common import BASE_TARGET
 from lorapool_api.openai import ApiError, UnavailableError
+from lorapool_api.usage_protocol import AttemptEnd
+from lorapool_gateway.ledger.attempts import Attempts, payer
 from lorapool_gateway.metrics import Metrics, RequestRecord
 from lorapool_gateway.requests.attempt import Accepted, LoadTimeoutError, RuntimeClient
 from lorapool_gateway.requests.hold import Held, Hold, displaced_error
@@ -51,6 +53,7 @@ class Dispatcher:
         runtimes: RuntimeClient,
         metrics: Metrics,
         keys: KeyGuard,
+        attempts: Attempts | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         now_unix_s: Callable[[], float] = time.time,
@@ -60,6 +63,7 @@ class Dispatcher:
         self._runtimes = runtimes
         self._metrics = metrics
         self._keys = keys
+        self._attempts = attempts or Attempts()
         self._hold = Hold(metrics.hold)
         self._outliers = Outliers()
         routes.subscribe(runtimes.pods.follow)
@@ -78,7 +82,7 @@ class Dispatcher:
             table = self._routes.table
             key = self._keys.again(key)  # it may have been revoked while the request was held
             entry = table.find(request.model, key)
-            record.names = _names(entry)
+            record.names, record.project = _names(entry), payer(entry, key)
             resolved = table.check(entry, self._now_unix_s())
             base = resolved.base
             deadline_s = record.started_s + base.max_wait_s
@@ -88,7 +92,7 @@ class Dispatcher:
                     self._wake_if_down(table, resolved)
             else:
                 record.identity = resolved.identity
-                result = await self._try(table, resolved, request, request_id, deadline_s, record, left)
+                result = await self._try(table, resolved, request, key, request_id, deadline_s, record, left)
                 if isinstance(result, Accepted | Passed):
                     self._note_answer(record, result, held_s if was_held else None)
                     return result
@@ -112,6 +116,7 @@ class Dispatcher:
         table: RouteTable,
         target: Target,
         request: InferenceRequest,
+        key: ApiKey,
         request_id: str,
         deadline_s: float,
         record: RequestRecord,
@@ -125,12 +130,15 @@ class Dispatcher:
         last: Refusal | None = None
         ejected = self._outliers.ejected(self._clock()) | left
         for replica in candidates(target, table.replicas_of(target.base), self._runtimes.in_flight, ejected):
+            attempt = self._attempts.open(target, replica, key, request_id, request.route, stream=request.stream)
+            record.attempt = attempt
+            record.attempts += 1
             try:
                 result = await self._runtimes.attempt(
                     target,
                     replica,
                     request,
-                    request_id,
+                    attempt,
                     lambda pod=replica.endpoint.pod_uid: self._still_loading(target, pod),  # type: ignore[misc]
                     max(MIN_PATIENCE_S, deadline_s - self._clock()),
                     record.used,
@@ -143,8 +151,11 @@ class Dispatcher:
                     retry_after_s=RETRY_AFTER_S,
                 ) from None
             self._note_outcome(replica.endpoint.pod_uid, result)
+            if isinstance(result, Passed):
+                record.ended = AttemptEnd.REFUSED  # an error before the head of an answer: it was not admitted
             if isinstance(result, Accepted | Passed):
                 return result
+            record.close_attempt(AttemptEnd.LOST if result in LEFT else AttemptEnd.REFUSED)
             self._metrics.retry(str(target.base.ref), result)
             last = result
             if result in LEFT:

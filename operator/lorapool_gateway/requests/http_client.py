@@ -12,7 +12,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -137,8 +137,15 @@ class _Connection(asyncio.BufferedProtocol):
 
     # --- used by HttpResponse and HttpClient
 
+    def expect(self, response: HttpResponse) -> None:
+        """Takes what arrives from now on for this response."""
+        self._response, self._head_bytes = response, 0
+
     def send(self, head: bytes, body: bytes, response: HttpResponse) -> None:
-        self._response, self._head_bytes, self._sent_much = response, 0, len(body) >= JOIN_BYTES
+        """Sends its request unless it was closed meanwhile."""
+        if self._response is not response:
+            return
+        self._sent_much = len(body) >= JOIN_BYTES
         if self.transport is None or self.transport.is_closing():
             self._fail(ConnectionLostError("the connection was closed"))
         elif len(body) < JOIN_BYTES:
@@ -179,8 +186,12 @@ class HttpClient:
         connect_timeout_s: float = 1.0,
         read_timeout_s: float = 600.0,
         idle_s: float = 15.0,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
-        """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection."""
+        """`idle_s` must be shorter than a runtime's own limit, so that it never closes a reused connection.
+
+        The requests of one turn of the event loop are written together; `before_write()` is called first.
+        """
         self._trust = trust or ReleaseTrust()
         self._connect_timeout_s = connect_timeout_s
         self.read_timeout_s = read_timeout_s
@@ -189,6 +200,8 @@ class HttpClient:
         self._sweeping: asyncio.TimerHandle | None = None
         self._open: set[HttpResponse] = set()
         self._checking: asyncio.TimerHandle | None = None
+        self._unwritten: list[tuple[_Connection, bytes, bytes, HttpResponse]] = []
+        self._before_write = before_write
         self._closed = False
         self.buffer = memoryview(bytearray(READ_BYTES))
         """Takes what one connection reads; its protocol has used it when the call that announces the bytes returns."""
@@ -212,8 +225,19 @@ class HttpClient:
         response = HttpResponse(connection, loop, self.read_timeout_s, self._open)
         if self._checking is None:
             self._checking = loop.call_later(SWEEP_S, self._check_times)
-        connection.send(head.encode("latin-1"), body, response)
+        connection.expect(response)
+        if not self._unwritten:
+            loop.call_soon(self._write)
+        self._unwritten.append((connection, head.encode("latin-1"), body, response))
         return response
+
+    def _write(self) -> None:
+        unwritten, self._unwritten = self._unwritten, []
+        try:
+            self._before_write()
+        finally:
+            for connection, head, body, response in unwritten:
+                connection.send(head, body, response)
 
     def _check_times(self) -> None:
         loop = asyncio.get_running_loop()

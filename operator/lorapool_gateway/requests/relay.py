@@ -18,6 +18,8 @@ from functools import partial
 from aiohttp import hdrs, web
 
 from lorapool_api.openai import ApiError, ServerError, UnavailableError
+from lorapool_api.usage_protocol import AttemptEnd
+from lorapool_gateway.ledger.attempts import end_of
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import SSE, Accepted
 from lorapool_gateway.requests.ending import Ending
@@ -62,9 +64,11 @@ async def relay_stream(
     the runtime is lost.
     """
     events = EventFilter()
+    record.live = events.usage
     try:
         first = await _first_events(accepted, events, ending, deadline)
         if (error := error_in(first)) is not None:
+            record.ended = AttemptEnd.FAILED
             return Passed(ServerError.status, error, None)
         record.first_token_s = clock()
         out = Streamed(headers={**headers(), "Content-Type": f"{SSE}; charset=utf-8",
@@ -77,7 +81,12 @@ async def relay_stream(
             await write(request, out, error_event(broken) + end, write_timeout_s)
         await out.write_eof()
         record.code = CODE_BROKEN_STREAM if broken is not None or events.failed else 200
+        if broken is not None:
+            record.ended = end_of(broken)
+        else:
+            record.ended = AttemptEnd.FAILED if events.failed else AttemptEnd.COMPLETED
     except ConnectionError:
+        record.ended = AttemptEnd.CLIENT_LEFT
         return out  # the client has disconnected
     finally:
         if not (events.done or events.failed):

@@ -13,6 +13,8 @@ from aiohttp import web
 
 from lorapool_api.common import HEADER_USAGE
 from lorapool_api.openai import ServerError, UnavailableError
+from lorapool_api.usage_protocol import AttemptEnd
+from lorapool_gateway.ledger.attempts import end_of
 from lorapool_gateway.metrics import RequestRecord
 from lorapool_gateway.requests.attempt import Accepted
 from lorapool_gateway.requests.ending import Ending
@@ -44,6 +46,7 @@ async def relay_whole(
     if not accepted.sends_events:
         return await _json_alone(accepted, record, ending, deadline)
     answer = WholeAnswer()
+    record.live = answer.usage
     sent: web.StreamResponse | None = None
     complete = False
     try:
@@ -68,7 +71,10 @@ async def relay_whole(
     body = answer.body()
     if body is None:
         raise lost("ended its answer early")
-    return Passed(ServerError.status, body, None) if is_error(body) else body
+    if is_error(body):
+        record.ended = AttemptEnd.FAILED
+        return Passed(ServerError.status, body, None)
+    return body
 
 
 async def _read_short(accepted: Accepted, answer: WholeAnswer) -> bool:
@@ -103,12 +109,14 @@ async def _pass_on(
             raise lost("ended its answer early")
         await out.write_eof()
     except ConnectionError:
-        return False  # the client has disconnected
+        record.ended = AttemptEnd.CLIENT_LEFT
+        return False
     except (HttpClientError, UnavailableError) as error:
+        record.ended = end_of(error) if isinstance(error, UnavailableError) else AttemptEnd.LOST
         record.code = CODE_BROKEN_STREAM
         log.warning("answer was cut off", extra={"replica": accepted.replica.endpoint.pod_name, "error": str(error)})
         return False
-    record.code = 200
+    record.code, record.ended = 200, AttemptEnd.COMPLETED
     return True
 
 

@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any
 
 from lorapool_api.openai import UnauthenticatedError
+from lorapool_api.quota_protocol import QUANTITY_MAX, Meter, parse_money
 from lorapool_gateway.routing.objects import ObjectRef
 
 FIELD_SHA256 = "keySha256"
@@ -29,6 +30,13 @@ FIELD_NOT_BEFORE = "notBefore"
 FIELD_EXPIRES = "expires"
 FIELD_OWNER = "owner"
 FIELD_FINE_TUNING = "fineTuning"
+FIELD_ADMIN = "admin"
+FIELD_MONEY = "moneyPerMonth"
+QUOTA_FIELDS = {
+    "requestsPerMinute": Meter.REQUESTS_PER_MINUTE,
+    "tokensPerMinute": Meter.TOKENS_PER_MINUTE,
+    "tokensPerMonth": Meter.TOKENS_PER_MONTH,
+}
 FIELDS = frozenset(
     {
         FIELD_SHA256,
@@ -40,6 +48,9 @@ FIELDS = frozenset(
         FIELD_EXPIRES,
         FIELD_OWNER,
         FIELD_FINE_TUNING,
+        FIELD_ADMIN,
+        FIELD_MONEY,
+        *QUOTA_FIELDS,
     }
 )
 ALL = "*"
@@ -74,6 +85,15 @@ class ApiKey:
     """The person or team that the key was given to, for audits."""
     fine_tuning: bool = False
     """Whether it may use files and fine-tuning jobs, and delete the models that these make."""
+    admin: bool = False
+    """Whether it may read usage and costs: of its namespaces, or as the owner of all when `namespaces` is None."""
+    uid: str = ""
+    """Uid of its Secret: a Secret that is created again under the same name is another key. Where objects are files
+    without uids, its name."""
+    quotas: tuple[tuple[Meter, int], ...] = ()
+    """Its rates and budgets."""
+    currency: str = ""
+    """Of its budget of money."""
     tenant: str = field(init=False)
     """Identifies the tenant to runtimes (`HEADER_TENANT`), the same for all keys of one owner: 16 hex digits."""
 
@@ -164,6 +184,7 @@ def parse_key(secret: Mapping[str, Any]) -> ApiKey:
     if unknown := sorted(data.keys() - FIELDS):
         raise ApiKeyError(f"{unknown[0][:64]} is no field of an API key; the fields are {', '.join(sorted(FIELDS))}")
     namespaces = _namespaces(data)
+    money, currency = _money(data)
     return ApiKey(
         id=str(metadata.get("name", "")),
         sha256=digest,
@@ -174,7 +195,11 @@ def parse_key(secret: Mapping[str, Any]) -> ApiKey:
         not_before_unix_s=_time(data, FIELD_NOT_BEFORE, 0.0),
         expires_unix_s=_time(data, FIELD_EXPIRES, math.inf),
         owner=_owner(data),
-        fine_tuning=_fine_tuning(data),
+        fine_tuning=_flag(data, FIELD_FINE_TUNING),
+        admin=_flag(data, FIELD_ADMIN),
+        quotas=_quotas(data) + money,
+        currency=currency,
+        uid=str(metadata.get("uid") or metadata.get("name", ""))[:64],
     )
 
 
@@ -234,11 +259,34 @@ def _owner(data: Mapping[str, Any]) -> str:
     return text
 
 
-def _fine_tuning(data: Mapping[str, Any]) -> bool:
-    text = _text(data, FIELD_FINE_TUNING) if data.get(FIELD_FINE_TUNING) is not None else "false"
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    text = _text(data, name) if data.get(name) is not None else "false"
     if text not in ("true", "false"):
-        raise ApiKeyError(f"{FIELD_FINE_TUNING} must be true or false")
+        raise ApiKeyError(f"{name} must be true or false")
     return text == "true"
+
+
+def _quotas(data: Mapping[str, Any]) -> tuple[tuple[Meter, int], ...]:
+    found = []
+    for name, meter in QUOTA_FIELDS.items():
+        if data.get(name) is not None:
+            text = _text(data, name)
+            if not re.fullmatch(r"[1-9][0-9]{0,15}", text) or int(text) >= QUANTITY_MAX:
+                raise ApiKeyError(f"{name} must be a whole number from 1 to 2^53 - 1; leave it out for no limit")
+            found.append((meter, int(text)))
+    return tuple(found)
+
+
+def _money(data: Mapping[str, Any]) -> tuple[tuple[tuple[Meter, int], ...], str]:
+    if data.get(FIELD_MONEY) is None:
+        return (), ""
+    try:
+        amount, currency = parse_money(_text(data, FIELD_MONEY))
+    except ApiKeyError:
+        raise
+    except ValueError as error:
+        raise ApiKeyError(f"{FIELD_MONEY} {error}") from None
+    return ((Meter.MONEY_PER_MONTH, amount),), currency
 
 
 def _list(data: Mapping[str, Any], name: str) -> list[str]:

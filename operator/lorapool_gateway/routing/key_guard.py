@@ -19,21 +19,26 @@ class KeyGuard:
         *,
         max_age_s: float | None = None,
         used: Callable[[str], None] = lambda key_id: None,
+        known: Callable[[], bool] = lambda: True,
         now_unix_s: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_age_s`: keys that were not confirmed for longer are refused; None: they stay valid.
 
-        `used(key_id)` is called for each request of a valid key.
+        `used(key_id)` is called for each request of a valid key. `known()`: whether the keys were read once; before,
+        every request is refused with an error that may be repeated.
         """
         self._keys = keys
         self._max_age_s = max_age_s
         self._used = used
+        self._known = known
         self._now_unix_s = now_unix_s
         self._clock = clock
 
     def authenticate(self, authorization: str | None) -> ApiKey:
         """The key that a header presents. Raises UnauthenticatedError, UnavailableError."""
+        if not self._known():
+            raise UnavailableError("API keys have not been read yet.", code="keys_unknown", retry_after_s=1)
         key = authenticate(self._keys.table, authorization, self._now_unix_s())
         self._refuse_when_stale()
         self._used(key.id)

@@ -11,11 +11,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from lorapool_api.logs import audit
 from lorapool_api.trust.ownership import Owners
-from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.routing.auth import ApiKey, KeyTable, parse_key
 from lorapool_gateway.routing.live_tables import LiveKeys, LiveRoutes
 from lorapool_gateway.routing.objects import (
@@ -45,8 +44,17 @@ OWNERS = (
 """What owns pods, and what owns that."""
 
 
+class TableMetrics(Protocol):
+    """Follows the objects, so that series of those that are gone vanish."""
+
+    def sync(self, bases: Iterable[str], adapters: Mapping[str, str]) -> None:
+        """Bases, and adapters with their bases."""
+
+    def sync_keys(self, key_ids: Iterable[str]) -> None: ...
+
+
 class TableBuilder:
-    def __init__(self, source: ObjectSource, routes: LiveRoutes, keys: LiveKeys, metrics: Metrics) -> None:
+    def __init__(self, source: ObjectSource, routes: LiveRoutes, keys: LiveKeys, metrics: TableMetrics) -> None:
         self._source = source
         self._routes = routes
         self._keys = keys

@@ -121,6 +121,8 @@ class BasePlan:
     """What makes pods and must not any more: a Deployment or LeaderWorkerSet of a deleted BaseModel of the same name,
     whose selector is immutable, or one of the kind that the base had before its profile changed."""
     scale_to: int | None = None
+    read_refusals: tuple[str, ...] = ()
+    """Uids of StatefulSets that lack pods: why the API server refuses them is to be read."""
     unregisters: tuple[Unregister, ...] = ()
     inspect: InspectionJob | None = None
     events: tuple[KubeEvent, ...] = ()

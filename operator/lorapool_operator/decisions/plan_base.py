@@ -21,6 +21,7 @@ from lorapool_operator.decisions.plan import BasePlan, KubeEvent, KubeEventType,
 from lorapool_operator.decisions.pods import Manifest, content_hash
 from lorapool_operator.decisions.profile_checks import profile_problem
 from lorapool_operator.decisions.scaling import rollout, starts
+from lorapool_operator.decisions.scaling.failing_group import without_failing_group
 from lorapool_operator.decisions.scaling.hot_set import hot_set
 from lorapool_operator.decisions.scaling.preemption import standing_of
 from lorapool_operator.decisions.scaling.scale import Load, ScaleDecision, decide, initial_replicas, lowest_replicas
@@ -35,6 +36,8 @@ SCALED, PREEMPTED, PROFILE_CHANGED = "Scaled", "Preempted", "ProfileChanged"
 PREEMPTED_BY = "preempted by the waking base"
 LACKING_RECHECK_S = 5.0
 """A base that waits for devices looks this often for an idle base that occupies them."""
+REFUSALS_EVERY_S = 10.0
+"""A LeaderWorkerSet reports no pods that are refused: their StatefulSets' events are read so often while some lack."""
 DEGRADED = (BaseCondition.READY, Reason.DEGRADED)
 
 
@@ -43,6 +46,7 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     source, job, source_due = source_of(observed, now, settings)
     current = observed.base.spec.replicas
     decision, standing = _replicas(observed, source, now, settings)
+    decision = without_failing_group(observed, decision, current, now, settings)
     decision = hand_over(observed, decision, current, now)
     foreign = observed.workload is not None and observed.workload.owner_uid != observed.base.meta.uid
     run = replace(decision, replicas=min(decision.replicas, observed.base.spec.scaling.max_replicas))
@@ -56,6 +60,7 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
     made_hash = content_hash({"children": list(made)}) if made else ""
     apply, apply_due = _apply(observed, made_hash, now) if made else (False, None)
     status, last_used_due = status_of(observed, source, run, replacing, now, settings)
+    read, refusals_due = _refusals(observed, now)
     give_up = None
     if can_start(observed, source):
         start = observed.base.status.start
@@ -67,6 +72,7 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         decision.recheck_unix_s,
         last_used_due,
         _stray_due(observed, now),
+        refusals_due,
         replacing.recheck_unix_s,
         now + LACKING_RECHECK_S if standing.lacks else None,
         apply_due,
@@ -78,6 +84,7 @@ def plan_base(observed: ObservedBase, now: float, settings: PlanSettings) -> Bas
         children_hash=made_hash,
         remove=_superfluous(observed),
         scale_to=decision.replicas if decision.replicas != current else None,
+        read_refusals=read,
         unregisters=_strays(observed, now),
         inspect=job,
         events=_events(observed, status, decision, current),
@@ -137,6 +144,14 @@ def _apply(observed: ObservedBase, made_hash: str, now: float) -> tuple[bool, fl
         waits = now < observed.apply_retry_unix_s
         return not waits, observed.apply_retry_unix_s if waits else None
     return observed.apply_again or observed.workload is None, None
+
+
+def _refusals(observed: ObservedBase, now: float) -> tuple[tuple[str, ...], float | None]:
+    """Returns the StatefulSets that lack pods whose refusals are to be read now, and when to read them next."""
+    if not observed.short_sets or observed.base.spec.replicas == 0:
+        return (), None
+    at = observed.refusals_read_unix_s + REFUSALS_EVERY_S
+    return (observed.short_sets, now + REFUSALS_EVERY_S) if now >= at else ((), at)
 
 
 def _superfluous(observed: ObservedBase) -> tuple[WorkloadObject, ...]:

@@ -40,6 +40,9 @@ ADAPTERS_DIR = "/adapters"
 ENV_GROUP = "LORAPOOL_GROUP"
 MODELS_DIR = "/models"
 PVC_ROOT = "/pvc"
+USAGE_DIR = "/usage"
+USAGE_SIZE_LIMIT = "1Gi"
+"""More than four times what a runtime keeps at most, since a file is written again next to the old one."""
 TOKEN_DIR = "/etc/lorapool/token"
 TOKEN_HASHES_FILE = "sha256"
 PRELOAD_FILE = "preload.json"
@@ -111,6 +114,8 @@ def pod_template(base: BaseObject, profile: RuntimeProfile, image: RuntimeImage)
         "containers": [_container(base, profile, image)],
         "volumes": _volumes(base, profile),
     }
+    if image.keeps_usage:
+        _keep_usage(spec)
     optional = {
         "imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets],
         "nodeSelector": profile.node_selector,
@@ -150,6 +155,14 @@ def merged(ours: Manifest, overlay: Mapping[str, Any]) -> Manifest:
         else:
             result[name] = copy.deepcopy(value)
     return result
+
+
+def _keep_usage(spec: Manifest) -> None:
+    """Gives the runtime a folder for its usage records, which outlives the process but not the pod."""
+    [container] = spec["containers"]
+    container["env"].append({"name": "LORAPOOL_RUNTIME_USAGE_DIR", "value": USAGE_DIR})
+    container["volumeMounts"].append({"name": "usage", "mountPath": USAGE_DIR})
+    spec["volumes"].append({"name": "usage", "emptyDir": {"sizeLimit": USAGE_SIZE_LIMIT}})
 
 
 def _user(user: int) -> Manifest:

@@ -20,6 +20,7 @@ COUNTERS = (
     "failed_requests",
     "cancelled_requests",
     "prompt_tokens",
+    "cached_tokens",
     "completion_tokens",
     "loads",
     "load_seconds",

@@ -230,7 +230,8 @@ def _watched(
         else:
             validity = current
         validity = replace(validity, checked=True)
-    fresh = began <= since or (known and result is not None and result.at_unix_s >= began)
+    inspected = result is not None and result.fingerprint in (observed.fingerprint, fingerprint)
+    fresh = began <= since or (inspected and result is not None and result.at_unix_s >= began)
     if fresh or observed.running is not None:
         return ValidityDecision(validity, due=began + interval_s)
     job = _job(observed, base, fingerprint, 1)

@@ -111,6 +111,8 @@ class Applier:
             refused = refused or await self._apply_children(plan)
             if memory.children_applied(plan.children_hash, refused, time.time()):
                 return True  # the status was decided without knowing this
+        if plan.read_refusals and await self._read_refusals(base, plan.read_refusals, memory):
+            return True
         if plan.status is not None:
             try:
                 raw = await self._cluster.patch_status(base, plan.status.dump())
@@ -123,6 +125,14 @@ class Applier:
         if failures:
             raise failures[0]
         return False
+
+    async def _read_refusals(self, base: BaseObject, sets: tuple[str, ...], memory: BaseMemory) -> bool:
+        """Reads why pods of groups are refused. Returns True if that changed."""
+        before, found = memory.pods_refused, ""
+        for uid in sets:
+            found = found or await self._cluster.refused_pods(base.meta.namespace, uid)
+        memory.pods_refused, memory.refusals_read_unix_s = found, time.time()
+        return found != before
 
     async def unreadable(self, key: Key, item: UnreadableObject, plan: UnreadablePlan) -> None:
         """Reports an object that cannot be parsed. Raises ClusterError."""

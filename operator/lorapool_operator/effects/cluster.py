@@ -138,6 +138,8 @@ class PlanTarget(Protocol):
 
     async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None: ...
 
+    async def refused_pods(self, namespace: str, owner_uid: str) -> str: ...
+
 
 class Cluster:
     """The requests over one client, which the caller owns and closes."""
@@ -188,6 +190,23 @@ class Cluster:
     async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
         """Reads one object. Raises ObjectNotFoundError."""
         return await self._call("GET", _path(kind, namespace, name))
+
+    async def refused_pods(self, namespace: str, owner_uid: str) -> str:
+        """Returns why the API server refuses the pods of a StatefulSet, by its controller's last event; empty for none.
+
+        The chart grants the right to list events where a profile has several nodes; without it nothing is known.
+        Raises ClusterError.
+        """
+        fields = f"involvedObject.uid={owner_uid},reason=FailedCreate"
+        query = [("fieldSelector", fields), ("limit", str(PAGE_ITEMS))]
+        try:
+            page = await self._call("GET", f"/api/v1/namespaces/{namespace}/events", query=query, headers={})
+        except ClusterError as error:
+            if error.status != 403:
+                raise
+            return ""
+        events = sorted(page.get("items") or [], key=lambda item: str(item.get("lastTimestamp") or ""))
+        return f"FailedCreate: {events[-1].get('message', '')}"[:500] if events else ""
 
     # --- writes
 

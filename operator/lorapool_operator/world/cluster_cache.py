@@ -323,12 +323,16 @@ class StatefulSetObject:
     """Name of the LeaderWorkerSet."""
     owner_uid: str
     """Uid of the LeaderWorkerSet, or of the leader's pod."""
+    lacks_pods: bool = False
+    """Fewer pods exist than it is to make."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> StatefulSetObject:
-        metadata = raw["metadata"]
+        metadata, status = raw["metadata"], raw.get("status") or {}
         name = (metadata.get("labels") or {}).get(LABEL_GROUP_SET, "")
-        return cls(Meta.parse(metadata), name, controller_uid(metadata, LEADER_WORKER_SET, "Pod"))
+        wanted = (raw.get("spec") or {}).get("replicas", 1)
+        lacks = bool(status.get("observedGeneration")) and int(status.get("replicas") or 0) < int(wanted)
+        return cls(Meta.parse(metadata), name, controller_uid(metadata, LEADER_WORKER_SET, "Pod"), lacks)
 
 
 DEPLOYMENT, LEADER_WORKER_SET = "Deployment", "LeaderWorkerSet"
@@ -576,6 +580,14 @@ class ClusterCache:
         owners = self._owners()
         leaders = {pod.meta.uid for pod in self.pods_of(base) if pod.group is not None}
         return [pod for pod in self.pods if leaders and owners.workload_uid(_owned(pod)) in leaders]
+
+    def short_sets_of(self, base: BaseObject, name: str) -> list[str]:
+        """Returns the uids of the StatefulSets of the base's groups that lack pods. `name`: of the LeaderWorkerSet."""
+        groups = self.leader_worker_sets.get(base.meta.namespace, name)
+        if groups is None or groups.owner_uid != base.meta.uid:
+            return []
+        owners = {groups.meta.uid, *(pod.meta.uid for pod in self.pods_of(base))}
+        return sorted(item.meta.uid for item in self.stateful_sets if item.lacks_pods and item.owner_uid in owners)
 
     def workloads(self) -> Iterator[WorkloadObject]:
         """Yields what makes the runtime pods of all bases."""

@@ -155,7 +155,10 @@ class Intake:
         if groups is not None and deleted and groups.meta.uid == item.owner_uid:
             # Without a watch of LeaderWorkerSets this shows that one was deleted; else it is applied unchanged.
             self._cache.leader_worker_sets.drop(groups.meta.namespace, groups.meta.name)
+        before = self._cache.stateful_sets.get(item.meta.namespace, item.meta.name)
         self._owner(self._cache.stateful_sets, item, groups.base if groups is not None else None, deleted)
+        if groups is not None and before is not None and before.lacks_pods != item.lacks_pods:
+            self._mark_dirty(groups.base, 0.0)
 
     def deployment(self, raw: Mapping[str, Any], *, deleted: bool = False) -> None:
         self._workload(self._cache.deployments, parse_or_none(WorkloadObject.parse, raw), deleted)

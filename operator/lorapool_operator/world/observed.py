@@ -356,6 +356,18 @@ class AdapterSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class FailingGroup:
+    """The last group of a base whose other groups serve, after it has failed."""
+
+    index: int
+    failures: int
+    """In a row."""
+    failed_unix_s: float
+    retry_unix_s: float
+    """It is not started again before."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleMemory:
     """The state that one scaling decision passes to the next."""
 
@@ -364,6 +376,7 @@ class ScaleMemory:
     leaving: tuple[str, ...] = ()
     """Uids of the pods that are about to be stopped."""
     leaving_since_unix_s: float | None = None
+    failing: FailingGroup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +420,9 @@ class BaseMemory:
     """When a refused apply is tried again."""
     profile: RuntimeProfile | None = None
     """The profile that the last plan used."""
+    pods_refused: str = ""
+    """Why the API server refuses a pod of a group, as it was read last; empty for none."""
+    refusals_read_unix_s: float = 0.0
 
     def observe_replicas(self, replicas: int | None, now: float) -> None:
         """Records spec.replicas; a larger number than before counts as a wake-up."""
@@ -437,6 +453,12 @@ class ObservedBase:
     runtimes: tuple[RuntimeView, ...] = ()
     workers: tuple[PodObject, ...] = ()
     """The pods of its groups that are not leaders."""
+    short_sets: tuple[str, ...] = ()
+    """Uids of the StatefulSets of its groups that lack pods."""
+    pods_refused: str = ""
+    """Why the API server refuses a pod of a group; empty while none is known to lack."""
+    refusals_read_unix_s: float = 0.0
+    """When that was read."""
     workload: WorkloadObject | None = None
     """What makes its pods, of the kind that the profile asks for; of any kind if it has no profile."""
     other_workload: WorkloadObject | None = None

@@ -25,6 +25,17 @@ CONTAINER = (
     "StartError",
     "ContainerCannotRun",
 )
+REFUSALS = (
+    Reason.BASE_UNSUPPORTED,
+    Reason.DEVICE_MEMORY_TOO_SMALL,
+    Reason.DEVICE_UNUSABLE,
+    Reason.ENGINE_REFUSED,
+    Reason.GPU_COUNT_MISMATCH,
+    Reason.SHARED_MEMORY_TOO_SMALL,
+)
+"""Why a runtime says that it cannot start. No restart changes it."""
+GIVEN = {reason.value for reason in (*REFUSALS, Reason.GROUP_ENDED, Reason.OUT_OF_MEMORY)}
+"""All reasons that a runtime gives for its end."""
 REASONS: Mapping[str, Reason] = {
     **dict.fromkeys(PULL, Reason.IMAGE_PULL_FAILED),
     **dict.fromkeys(CONTAINER, Reason.CONTAINER_FAILED),
@@ -33,7 +44,10 @@ REASONS: Mapping[str, Reason] = {
     "Completed": Reason.CRASH_LOOPING,
     "OOMKilled": Reason.OUT_OF_MEMORY,
     "SharedMemoryFull": Reason.SHARED_MEMORY_FULL,
+    **{reason.value: reason for reason in REFUSALS},
     "WorkerLost": Reason.WORKER_LOST,
+    "GroupEnded": Reason.GROUP_ENDED,
+    "OutOfMemory": Reason.OUT_OF_MEMORY,
     "Evicted": Reason.EVICTED,
     "Preempting": Reason.EVICTED,
     "Terminated": Reason.EVICTED,
@@ -129,9 +143,9 @@ def _terminated(container: Mapping[str, Any]) -> str:
 
 
 def _crash(ended: Mapping[str, Any]) -> str:
-    last = _last_line(ended.get("message"))
-    reason = "OOMKilled" if ended.get("reason") == "OOMKilled" else "CrashLoopBackOff"
-    if ended.get("exitCode") == SIGBUS_EXIT or SHARED_MEMORY in last:
+    given, last = _last_line(ended.get("message"))
+    reason = "OOMKilled" if ended.get("reason") == "OOMKilled" else given or "CrashLoopBackOff"
+    if not given and (ended.get("exitCode") == SIGBUS_EXIT or SHARED_MEMORY in last):
         reason = "SharedMemoryFull"
     return _text(reason, f"the container ended with {_exit(ended)}. {last}")
 
@@ -148,13 +162,26 @@ def _exit(ended: Mapping[str, Any]) -> str:
     return f"exit code {ended.get('exitCode')} ({ended.get('reason') or 'Error'})"
 
 
-def _last_line(message: object) -> str:
-    """Returns the text of the last line that the process logged, which is JSON or plain."""
+def _last_line(message: object) -> tuple[str, str]:
+    """Returns (reason, text) of the last line with a reason that the runtime gives; without one ("", the last line).
+
+    Lines are JSON or plain. The processes of an engine may still write theirs after the runtime's last one.
+    """
     lines = str(message or "").strip().splitlines()
+    for line in reversed(lines):
+        parsed = _parsed(line)
+        if parsed.get("reason") in GIVEN:
+            return str(parsed["reason"]), str(parsed.get("message", ""))
+    return "", str(_parsed(lines[-1]).get("message", lines[-1])) if lines else ""
+
+
+def _parsed(line: str) -> Mapping[str, Any]:
+    """Returns the fields of a line of JSON; none for any other."""
     try:
-        return str(json.loads(lines[-1])["message"])
-    except (IndexError, ValueError, KeyError, TypeError):
-        return lines[-1] if lines else ""
+        parsed = json.loads(line)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _text(reason: str, details: object) -> str:

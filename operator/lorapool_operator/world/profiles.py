@@ -255,10 +255,12 @@ Profiles = Mapping[str, RuntimeProfile]
 
 @dataclass(frozen=True, slots=True)
 class RuntimeImage:
-    """The image of pods whose profile names none."""
+    """The image of pods whose profile names none, and what the release asks of all pods."""
 
     image: str
     pull_policy: str
+    keeps_usage: bool = False
+    """Whether usage records are kept until the release's ledger has them."""
 
 
 Images = Mapping[str, RuntimeImage]

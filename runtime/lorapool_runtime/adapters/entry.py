@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from lorapool_api.common import AdapterKey, FailureReason
 from lorapool_api.openai import ApiError, client_fault
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, ErrorDetail
+from lorapool_runtime.accounts.usage import AdapterUsage
 from lorapool_runtime.openai.chats.chat_files import ChatFiles
 from lorapool_runtime.openai.chats.chat_format import ChatFormat
-from lorapool_runtime.usage import AdapterUsage
 
 
 class Abortable(Protocol):

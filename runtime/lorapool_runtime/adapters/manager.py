@@ -21,6 +21,7 @@ from lorapool_api.openai import (
     TooManyRequestsError,
 )
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, DeleteAnswer, Preload
+from lorapool_runtime.accounts.usage import UsageTracker
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease
 from lorapool_runtime.adapters.loader import AdapterLoader, no_free_slot
@@ -32,7 +33,6 @@ from lorapool_runtime.host_memory import return_free_memory
 from lorapool_runtime.metrics import Metrics
 from lorapool_runtime.openai.chats.chat_format import ChatFormat
 from lorapool_runtime.openai.chats.chat_formats import ChatFormats
-from lorapool_runtime.usage import UsageTracker
 
 log = logging.getLogger(__name__)
 

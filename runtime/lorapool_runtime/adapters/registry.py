@@ -13,6 +13,7 @@ from typing import Any
 from lorapool_api.common import AdapterKey
 from lorapool_api.openai import TooManyRequestsError
 from lorapool_api.protocol import AdapterDescriptor, AdapterReport, AdapterState, EventType, Tier
+from lorapool_runtime.accounts.usage import UsageTracker
 from lorapool_runtime.adapters.deltas import ReportChanges
 from lorapool_runtime.adapters.entry import AdapterEntry, Lease, LoadFailure
 from lorapool_runtime.adapters.host_cache import HostCache
@@ -22,7 +23,6 @@ from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import HostAdapter
 from lorapool_runtime.events import Changes, EventRing
 from lorapool_runtime.openai.chats.chat_files import ChatFiles
-from lorapool_runtime.usage import UsageTracker
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ caller (`adapters`) decides which adapter is in which slot, and never reuses a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -202,6 +202,10 @@ class ModelFacts:
     host_tier: bool = True
     """Whether what `read_adapter` returns holds the weights, so that a later load needs no file. False: the folder has
     to stay until `load` has ended."""
+    device: str = ""
+    """The accelerator as its driver names it, or `cpu`."""
+    slot_bytes: int = 0
+    """Bytes of the device that all slots together occupy when each holds an adapter of the highest rank."""
     exact_seeds: bool = True
     """Whether a seed gives the same tokens whatever else is in the batch. False: only as nearly as rounding permits."""
 
@@ -249,6 +253,13 @@ class HostAdapter(Protocol):
 TokenSink = Callable[[TokenOutput], None]
 """Receives the outputs of a request in the engine thread. Must not block (use loop.call_soon_threadsafe)."""
 
+StepTime = tuple[int, int, Sequence[tuple[str, int]]]
+"""When a step began and ended, on the monotonic clock in nanoseconds, and the share of each request in its duration.
+The shares add up to it exactly."""
+
+StepSink = Callable[[StepTime], None]
+"""Receives the time of each step in the engine thread, before the outputs of the step. Must not block."""
+
 
 class Engine(Protocol):
     """Thread-safe. Every method but start, stop and read_adapter returns at once. Futures fail with EngineStoppedError
@@ -292,6 +303,10 @@ class Engine(Protocol):
 
         Unknown ids are ignored.
         """
+        ...
+
+    def report_steps(self, sink: StepSink) -> None:
+        """Reports the time of every later step to `sink`."""
         ...
 
     def observe(self) -> EngineStats: ...

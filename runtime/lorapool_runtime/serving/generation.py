@@ -12,15 +12,20 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from lorapool_api.protocol import Usage
+from lorapool_runtime.accounts.live_request import LiveRequest
+from lorapool_runtime.accounts.usage import Outcome
 from lorapool_runtime.engines.interface import Engine, FinishReason, GenerationRequest, TokenLogprob, TokenOutput
 from lorapool_runtime.openai.detokenizer import Decode, TextStream
 from lorapool_runtime.openai.encoding import EncodedRequest
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.response import Delta
 from lorapool_runtime.openai.stops import Stops
-from lorapool_runtime.usage import Outcome
+
+T = TypeVar("T")
 
 
 def engine_requests(
@@ -49,18 +54,23 @@ def engine_requests(
 
 
 class Mailbox:
-    """Carries outputs from the engine's thread to the event loop, many per wake-up."""
+    """Carries what the engine's thread reports to the event loop, many per wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._outputs: deque[tuple[Callable[[TokenOutput], None], TokenOutput]] = deque()
+        self._outputs: deque[Callable[[], None]] = deque()
         self._woken = False
 
-    def sink(self, receive: Callable[[TokenOutput], None]) -> Callable[[TokenOutput], None]:
-        """A sink for the engine that passes its outputs to `receive` on the event loop, in order."""
+    def sink(self, receive: Callable[[T], None], first: Callable[[T], None] | None = None) -> Callable[[T], None]:
+        """A sink for the engine that passes its outputs to `receive` on the event loop, in order.
 
-        def put(output: TokenOutput) -> None:
-            self._outputs.append((receive, output))
+        `first` is called before, in the engine's thread.
+        """
+
+        def put(output: T) -> None:
+            if first is not None:
+                first(output)
+            self._outputs.append(partial(receive, output))
             if not self._woken:
                 self._woken = True
                 try:
@@ -73,8 +83,7 @@ class Mailbox:
     def _deliver(self) -> None:
         self._woken = False  # before emptying: an output appended after the last pop schedules another delivery
         while self._outputs:
-            receive, output = self._outputs.popleft()
-            receive(output)
+            self._outputs.popleft()()
 
 
 @dataclass(slots=True)
@@ -101,6 +110,7 @@ class Generation:
         requests: Sequence[GenerationRequest],
         *,
         n: int,
+        live: LiveRequest,
         stops: Stops,
         decode: Decode,
         on_token: Callable[[int], None],
@@ -108,7 +118,7 @@ class Generation:
         score_end_token: bool = False,
         report_steps: bool = False,
     ) -> None:
-        """`on_token` is called with the number of new tokens, `on_end` once.
+        """`live` counts what the engine computes. `on_token` is called with the number of new tokens, `on_end` once.
 
         `score_end_token`: reports the log-probability of an end-of-sequence token too, though it is not text.
         `report_steps`: a token that completes no text has a delta too, with the usage alone.
@@ -116,6 +126,7 @@ class Generation:
         self._engine = engine
         self._mailbox = mailbox
         self._n = n
+        self._live = live
         self._on_token = on_token
         self._on_end: Callable[[Outcome, Usage], None] | None = on_end
         self._score_end_token = score_end_token
@@ -140,8 +151,8 @@ class Generation:
     def start(self) -> None:
         """Submits all sequences. Raises what `Engine.submit` raises: ValueError for a request that can never run."""
         try:
-            for request in self._requests:
-                self._engine.submit(request, self._mailbox.sink(self._receive))
+            for number, request in enumerate(self._requests):
+                self._engine.submit(request, self._mailbox.sink(self._receive, partial(self._computed, number)))
                 self._open += 1
         except Exception:
             self._outcome = Outcome.REFUSED
@@ -281,6 +292,10 @@ class Generation:
         self._cached_tokens[prompt] = max(self._cached_tokens[prompt], output.cached_tokens)
         if not sequence.finished or self._outcome is not Outcome.COMPLETED:
             sequence.completion_tokens = max(sequence.completion_tokens, output.completion_tokens)
+
+    def _computed(self, number: int, output: TokenOutput) -> None:
+        """In the engine's thread."""
+        self._live.count(number, output.prompt_tokens, output.cached_tokens, output.completion_tokens)
 
     def _end_all(self) -> None:
         for sequence in self._sequences:

@@ -44,7 +44,6 @@ from lorapool_api.protocol import (
     ROUTE_METRICS,
     ROUTE_MODELS,
     ROUTE_READY,
-    ROUTE_REQUESTS,
     ROUTE_RESOLVE,
     ROUTE_RESPONSES,
     ROUTE_RUNTIME,
@@ -55,6 +54,7 @@ from lorapool_api.protocol import (
     ResolveRequest,
 )
 from lorapool_api.trust.poll_proof import HEADER_PROOF, Challenge
+from lorapool_api.usage_protocol import ROUTE_USAGE
 from lorapool_runtime.openai.json_body import parse_json_object
 from lorapool_runtime.openai.request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from lorapool_runtime.openai.responses_request import parse_responses, renamed
@@ -71,6 +71,7 @@ M = TypeVar("M", bound=BaseModel)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._:/+=-]{1,128}$")
+_BOOT_ID = re.compile(r"^[A-Za-z0-9_-]{0,64}$")
 
 
 def make_app(runtime: Runtime) -> web.Application:
@@ -84,7 +85,8 @@ def make_app(runtime: Runtime) -> web.Application:
     app.router.add_get(ROUTE_RUNTIME, server.snapshot)
     app.router.add_get(ROUTE_BASE_MODULES, server.base_modules)
     app.router.add_get(ROUTE_EVENTS, server.events)
-    app.router.add_get(ROUTE_REQUESTS, server.requests)
+    app.router.add_get(ROUTE_USAGE, server.usage)
+    app.router.add_delete(ROUTE_USAGE, server.acknowledge_usage)
     app.router.add_put(ROUTE_ADAPTER, server.put_adapter)
     app.router.add_delete(ROUTE_ADAPTER, server.delete_adapter)
     app.router.add_post(ROUTE_RESOLVE, server.resolve)
@@ -182,10 +184,16 @@ class _Server:
         await self._wait_while(lambda: after >= self._runtime.events.last_seq, wait_s)
         return _json(self._runtime.events.after(after))
 
-    async def requests(self, request: web.Request) -> web.Response:
+    async def usage(self, request: web.Request) -> web.Response:
         after, wait_s = _poll_params(request.query)
-        await self._wait_while(lambda: after >= self._runtime.finished.last_seq, wait_s)
-        return _json(self._runtime.finished.after(after))
+        page = await self._runtime.accounting.poll(_boot_param(request.query), after, wait_s)
+        return web.Response(body=page, content_type="application/json")
+
+    async def acknowledge_usage(self, request: web.Request) -> web.Response:
+        if "through" not in request.query or not (boot_id := _boot_param(request.query)):
+            raise InvalidRequestError("`boot` and `through` say which records are acknowledged.", param="through")
+        self._runtime.accounting.acknowledge(boot_id, _number_param(request.query, "through"))
+        return web.Response(status=204)
 
     async def _wait_while(self, nothing_new: Callable[[], bool], wait_s: float) -> None:
         ends_s = self._runtime.clock.now_s() + wait_s
@@ -335,9 +343,21 @@ def _key_of_path(match: Mapping[str, str]) -> AdapterKey:
 
 
 def _poll_params(query: Mapping[str, str]) -> tuple[int, float]:
-    after, wait = query.get("after", "0"), query.get("wait", "0")
-    if not (after.isascii() and after.isdecimal() and len(after) <= 18):
-        raise InvalidRequestError("`after` must be a whole number.", param="after")
+    after, wait = _number_param(query, "after"), query.get("wait", "0")
     if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", wait, re.ASCII):
         raise InvalidRequestError("`wait` must be a number of seconds.", param="wait")
-    return int(after), min(float(wait), LONG_POLL_MAX_S)
+    return after, min(float(wait), LONG_POLL_MAX_S)
+
+
+def _number_param(query: Mapping[str, str], name: str) -> int:
+    value = query.get(name, "0")
+    if not (value.isascii() and value.isdecimal() and len(value) <= 18):
+        raise InvalidRequestError(f"`{name}` must be a whole number.", param=name)
+    return int(value)
+
+
+def _boot_param(query: Mapping[str, str]) -> str:
+    value = query.get("boot", "")
+    if not _BOOT_ID.match(value):
+        raise InvalidRequestError("`boot` must be the identifier of a process.", param="boot")
+    return value

@@ -33,7 +33,6 @@ from lorapool_api.protocol import (
     Preload,
     PreloadList,
     RemovedAdapter,
-    RequestOutcome,
     ResolveAnswer,
     ResolveRequest,
     RuntimeSnapshot,
@@ -41,6 +40,10 @@ from lorapool_api.protocol import (
 )
 from lorapool_api.release import release
 from lorapool_api.trust.mounted_files import Stamp, stamp_of
+from lorapool_runtime.accounts.accounting import Accounting, Device
+from lorapool_runtime.accounts.journal import JournalBounds
+from lorapool_runtime.accounts.live_request import Asked
+from lorapool_runtime.accounts.usage import Outcome, UsageTracker
 from lorapool_runtime.adapters.disk_store import AdapterStore
 from lorapool_runtime.adapters.entry import Lease
 from lorapool_runtime.adapters.manager import AdapterManager
@@ -57,13 +60,11 @@ from lorapool_runtime.openai.request import ChatRequest, CompletionRequest
 from lorapool_runtime.openai.tools.grammar import GrammarCompiler
 from lorapool_runtime.serving.admission import Admission, Place
 from lorapool_runtime.serving.caller import Caller
-from lorapool_runtime.serving.finished import FinishedRing
 from lorapool_runtime.serving.generation import Generation, Mailbox, engine_requests
 from lorapool_runtime.serving.tokens import BearerTokens
 from lorapool_runtime.serving.turns import Turn, Turns
 from lorapool_runtime.settings import RuntimeSettings
 from lorapool_runtime.startup_progress import StartupProgress
-from lorapool_runtime.usage import Outcome, UsageTracker
 
 log = logging.getLogger(__name__)
 
@@ -137,16 +138,26 @@ class Runtime:
         self.boot_id = boot_id or uuid.uuid4().hex
         self.started_unix_s = self.clock.unix_s()
         self.changes = Changes()
-        self.events = EventRing(self.boot_id, self.changes)
         self.usage = UsageTracker(settings.tracked_adapters)
+        self.accounting = Accounting(
+            settings.usage_dir,
+            self.boot_id,
+            self.usage,
+            self.clock,
+            rows=2 * (settings.max_batch + settings.max_waiting),
+            bounds=JournalBounds(
+                settings.usage_max_records, settings.usage_max_bytes, folds=settings.usage_dir is not None
+            ),
+        )
+        self.events = EventRing(self.boot_id, self.changes, on_event=self.accounting.residency)
         self.metrics = Metrics(settings.label, self.usage, self.clock)
         self.metrics.gauges = self.gauges
         self.draining = False
         self._serving: _Serving | None = None
         self._preloading: asyncio.Task[None] | None = None
+        self._accounting: asyncio.Task[None] | None = None
         self._open: set[Generation] = set()
         self._by_attempt: dict[str, Generation] = {}
-        self.finished = FinishedRing(self.boot_id, self.clock)
         self._admission = Admission(settings.max_batch + settings.max_waiting, self._note_request)
         self._credentials: NamespaceCredentials | None = None
         self._ready_unix_s: float | None = None
@@ -189,11 +200,20 @@ class Runtime:
             usage=self.usage,
             on_drain=lambda key: turns.recall(str(key)),
         )
-        self._serving = _Serving(base, manager, Mailbox(asyncio.get_running_loop()), turns)
+        mailbox = Mailbox(asyncio.get_running_loop())
+        base.engine.report_steps(mailbox.sink(lambda step: self.accounting.step(*step)))
+        self._serving = _Serving(base, manager, mailbox, turns)
+        self._open_accounts(base.engine)
         if wanted := read_preloads(self.settings.preload_file):
             self._preloading = asyncio.create_task(self._preload(manager, wanted), name="preload")
         else:
             self._accept()
+
+    def _open_accounts(self, engine: Engine) -> None:
+        facts = engine.facts
+        device_bytes = engine.observe().device_bytes + (0 if facts.slots_reserved else facts.slot_bytes)
+        self.accounting.open(Device(facts.device, self.settings.slots, facts.slot_bytes, device_bytes))
+        self._accounting = asyncio.create_task(self.accounting.run(), name="accounting")
 
     async def _preload(self, adapters: AdapterManager, wanted: list[Preload]) -> None:
         try:
@@ -268,6 +288,12 @@ class Runtime:
         if self._serving is not None:
             await self._serving.adapters.close()
         self.changes.close()
+
+    async def close_accounts(self) -> None:
+        """Writes the last records of usage. To be called when the engine has stopped."""
+        if self._accounting is not None:
+            self._accounting.cancel()
+        await self.accounting.close()
 
     def engine_died(self) -> None:
         """Ends every open request with an error: the engine will deliver no further output."""
@@ -446,6 +472,9 @@ class Runtime:
         slot, salt = (BASE_SLOT, BASE_SALT) if lease is None else (lease.slot, lease.key.digest)
         scope = caller.tenant if self.settings.prefix_sharing is PrefixSharing.TENANT else ""
         begun_s = self.clock.now_s()
+        account = self.usage.base if lease is None else lease.usage
+        requests = engine_requests(request, encoded, slot=slot, cache_salt=salt, cache_scope=scope)
+        live = self.accounting.begin(_asked(caller, lease), account, [one.request_id for one in requests], request.n)
 
         def on_end(outcome: Outcome, usage: Usage) -> None:
             self._open.discard(generation)
@@ -453,19 +482,21 @@ class Runtime:
                 del self._by_attempt[caller.attempt]
             self._admission.leave(place)
             turn.end()
+            account.end(generation.usage, outcome, live.gpu_ns)
             if lease is not None:
-                lease.usage.end(generation.usage, outcome)
                 lease.release()
-            if outcome is not Outcome.REFUSED:
-                key = None if lease is None else lease.key
-                self.finished.add(caller, key, RequestOutcome(outcome.value), usage)
+            if outcome is Outcome.REFUSED:
+                self.accounting.discard(live)
+            else:
+                self.accounting.end(live, outcome, usage)
                 self.metrics.ended(outcome, usage, self.clock.now_s() - begun_s)
 
         generation = Generation(
             serving.base.engine,
             serving.mailbox,
-            engine_requests(request, encoded, slot=slot, cache_salt=salt, cache_scope=scope),
+            requests,
             n=request.n,
+            live=live,
             stops=encoded.stops,
             decode=encoded.decoder,
             on_token=turn.charge,
@@ -482,15 +513,14 @@ class Runtime:
         except ValueError as error:
             raise InvalidRequestError(str(error), param=request.prompt_param, code="context_length_exceeded") from error
         self._by_attempt[caller.attempt] = generation
-        if lease is not None:
-            lease.usage.begin(generation.usage)
+        account.begin(generation.usage)
         return generation
 
     async def cancel(self, attempt: str) -> Usage | None:
         """Ends an attempt, if it has not ended; returns its final usage, None for an attempt that is not known."""
         generation = self._by_attempt.get(attempt)
         if generation is None:
-            return self.finished.usage_of(attempt)
+            return self.accounting.usage_of(attempt)
         generation.cancel()
         await generation.ended.wait()
         return generation.usage()
@@ -579,7 +609,9 @@ class Runtime:
     def gauges(self) -> Gauges:
         serving, stats = self._serving, self._stats()
         if serving is None:
-            return Gauges(slots_total=self.settings.slots, draining=self.draining)
+            return Gauges(
+                slots_total=self.settings.slots, draining=self.draining, journal=self.accounting.journal.stats
+            )
         running, waiting = serving.adapters.activity()
         return Gauges(
             running=stats.running,
@@ -599,12 +631,24 @@ class Runtime:
             running_adapters=running,
             waiting_adapters=waiting,
             decode_program=serving.base.engine.facts.decode_program,
+            journal=self.accounting.journal.stats,
         )
 
     def _stats(self) -> EngineStats:
         if self._serving is None:
             return EngineStats(0, 0, 0, 0, self.settings.slots, 0, 0, 0, True, 0)
         return self._serving.base.engine.observe()
+
+
+def _asked(caller: Caller, lease: Lease | None) -> Asked:
+    return Asked(
+        attempt=caller.attempt,
+        request_id=caller.request_id,
+        key_uid=caller.key_uid,
+        project=caller.project,
+        digest="" if lease is None else lease.key.digest,
+        model="" if lease is None else lease.display,
+    )
 
 
 def read_base_chat(file: Path | None) -> BaseChat:

@@ -28,7 +28,7 @@ from lorapool_operator.decisions.scaling.stopping import emptiest
 from lorapool_operator.effects.apply import NO_GROUPS, refusal
 from lorapool_operator.effects.cluster import ClusterError, ObjectNotFoundError
 from lorapool_operator.world.cluster_cache import HELD_BACK, PodObject, WorkloadObject
-from lorapool_operator.world.observed import ObservedBase
+from lorapool_operator.world.observed import FailingGroup, ObservedBase
 from lorapool_operator.world.problems import last_crash, reason_of
 from lorapool_operator.world.profiles import RuntimeProfile
 
@@ -279,6 +279,35 @@ def test_a_group_whose_process_fails_is_given_up_at_once_and_starts_again_after_
     assert again.scale_to == (1 if lowest else None)
 
 
+def test_a_second_group_that_fails_is_started_again_after_a_wait_that_grows_and_the_first_serves_on() -> None:
+    of = base(replicas=2, scaling={"minReplicas": 2, "maxReplicas": 2})
+    first, crash = leader(0), leader(1, ready=False, terminating=True, last_crash=CRASH)
+    failed = replace(crash, meta=meta_of("tiny-runtime-1", "one", created_unix_s=NOW - 5))
+    both = observed(first, failed, of=of, runtimes=(runtime("tiny-runtime-0"),))
+    once = plan(both, NOW)
+    assert (once.scale_to, once.memory.failing) == (1, FailingGroup(1, 1, NOW, NOW + 60))
+    alone = replace(both, pods=(first,), base=base(replicas=1, scaling={"minReplicas": 2, "maxReplicas": 2}))
+    waiting = plan(replace(alone, memory=once.memory), NOW + 30)
+    assert (waiting.scale_to, waiting.memory.failing) == (None, once.memory.failing)
+    assert waiting.requeue_at == NOW + 60
+    again = plan(replace(alone, memory=once.memory), NOW + 60)
+    assert again.scale_to == 2
+    starts_again = replace(both, pods=(first, leader(1, ready=False)), memory=again.memory)
+    assert plan(starts_again, NOW + 61).scale_to is None
+    new = replace(failed, meta=replace(failed.meta, created_unix_s=NOW + 61))
+    twice = plan(replace(both, pods=(first, new), memory=again.memory), NOW + 90)
+    assert (twice.scale_to, twice.memory.failing) == (1, FailingGroup(1, 2, NOW + 90, NOW + 90 + 120))
+    serves = replace(both, pods=(first, leader(1)), memory=twice.memory)
+    assert plan(serves, NOW + 300).memory.failing is None
+
+
+def test_a_failing_group_before_the_last_is_left_to_its_controller() -> None:
+    of = base(replicas=2, scaling={"minReplicas": 2, "maxReplicas": 2})
+    failed = leader(0, ready=False, terminating=True, last_crash=CRASH)
+    both = observed(failed, leader(1), of=of, runtimes=(runtime("tiny-runtime-1"),))
+    assert plan(both, NOW).scale_to is None
+
+
 def test_what_a_failed_group_leaves_behind_is_no_failure_of_the_next_attempt() -> None:
     before = StartStatus(failures=1, reason="CrashLooping", message=CRASH, failed_at=iso(NOW + 2), since=iso(NOW + 4))
     left = young(last_crash=CRASH, terminating=True, ready=False)
@@ -301,6 +330,35 @@ def test_a_single_pod_that_fails_is_not_given_up_at_once() -> None:
     broken = pod(ready=False, problem=CRASH)
     made_plan = plan(world(base(started(), replicas=1), pods=(broken,), workload=deployment()), NOW + 60)
     assert (at(made_plan).reason, at(made_plan).retry_at) == (Reason.CRASH_LOOPING, None)
+
+
+QUOTA = "FailedCreate: create Pod tiny-runtime-0-1 in StatefulSet failed: pods is forbidden: exceeded quota: team"
+
+
+def test_pods_of_a_group_that_a_quota_refuses_have_a_condition_of_their_own() -> None:
+    of = base(started(), replicas=1)
+    waits = observed(leader(ready=False), of=of, short_sets=("set-uid",))
+    first = plan(waits, NOW + 30)
+    assert first.read_refusals == ("set-uid",)
+    read = replace(waits, pods_refused=QUOTA, refusals_read_unix_s=NOW + 30)
+    then = plan(read, NOW + 31)
+    assert condition(then, BaseCondition.READY) == ("False", Reason.QUOTA_EXCEEDED)
+    assert "exceeded quota: team" in message(then, BaseCondition.READY)
+    assert then.read_refusals == ()
+    assert plan(read, NOW + 41).read_refusals == ("set-uid",)
+    without_leader = replace(read, pods=())
+    assert condition(plan(without_leader, NOW + 31), BaseCondition.READY) == ("False", Reason.QUOTA_EXCEEDED)
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+def test_a_runtime_that_says_that_it_cannot_start_is_given_up_at_once(lowest: int) -> None:
+    of = base(started(), replicas=1, scaling={"minReplicas": lowest})
+    broken = pod(ready=False, problem="DeviceUnusable: the container ended with exit code 1 (Error). too old")
+    made_plan = plan(world(of, pods=(broken,), workload=deployment()), NOW + 60)
+    assert (at(made_plan).reason, at(made_plan).retry_at) == (Reason.DEVICE_UNUSABLE, iso(NOW + 120))
+    assert made_plan.status is not None
+    then = plan(world(replace(of, status=made_plan.status), workload=deployment()), NOW + 61)
+    assert then.scale_to == 0
 
 
 def test_a_lost_worker_is_a_condition_that_says_what_to_do() -> None:

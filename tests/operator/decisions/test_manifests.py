@@ -124,6 +124,19 @@ def test_a_change_of_the_spec_changes_the_template_and_scaling_does_not() -> Non
     assert all(child["metadata"]["annotations"][ANNOTATION_SPEC_HASH] for child in made())
 
 
+def test_pods_keep_usage_records_in_a_folder_of_their_own_when_the_release_has_a_ledger() -> None:
+    plain = pod_template(base(), RuntimeProfile(), IMAGE)["spec"]
+    spec = pod_template(base(), RuntimeProfile(), replace(IMAGE, keeps_usage=True))["spec"]
+    [container] = spec["containers"]
+    variable = {"name": "LORAPOOL_RUNTIME_USAGE_DIR", "value": "/usage"}
+    mount, volume = {"name": "usage", "mountPath": "/usage"}, {"name": "usage", "emptyDir": {"sizeLimit": "1Gi"}}
+    assert (variable in container["env"], mount in container["volumeMounts"], volume in spec["volumes"]) == (True,) * 3
+    environ = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    read = {name: value for name, value in environ.items() if name.startswith("LORAPOOL_RUNTIME_")}
+    assert str(read_settings([], read | {"LORAPOOL_RUNTIME_LISTEN_HOST": "127.0.0.1"}).usage_dir) == "/usage"
+    assert "usage" not in str(plain["volumes"]) + str(plain["containers"][0]["volumeMounts"])
+
+
 def test_a_profile_decides_image_nodes_and_volumes_and_never_overrides_the_operators_settings() -> None:
     profile = parse_profiles(
         """

@@ -753,6 +753,15 @@ def test_a_source_that_can_change_is_looked_at_once_an_hour_and_not_at_once_afte
     assert plan(checked, due + 3600).inspect is not None
 
 
+def test_a_source_is_not_looked_at_again_for_a_moment_before_its_first_inspection() -> None:
+    on = base()
+    observed = ObservedAdapter(settled(adapter(), on), on, since_unix_s=NOW - 90_000)
+    due = due_check(observed, NOW)
+    first = replace(inspected(good(), observed.adapter, on), at_unix_s=due + 1)
+    assert plan(replace(observed, inspection=first), due + 2).inspect is None
+    assert plan(replace(observed, inspection=first), due + 3600).inspect is not None
+
+
 @pytest.mark.parametrize(
     "source",
     [

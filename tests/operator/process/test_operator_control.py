@@ -62,6 +62,9 @@ class FakeTarget:
 
     async def delete(self, kind: str, namespace: str, name: str, *, uid: str) -> None: ...
 
+    async def refused_pods(self, namespace: str, owner_uid: str) -> str:
+        return ""
+
     async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None: ...
 
     async def annotate_pod(self, namespace: str, name: str, annotations: Mapping[str, str]) -> None: ...

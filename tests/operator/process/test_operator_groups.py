@@ -254,6 +254,20 @@ async def test_a_group_that_fails_again_and_again_is_not_started_in_a_loop(
 
 
 @pytest.mark.usefixtures("with_groups")
+async def test_a_quota_that_refuses_a_worker_is_a_condition_until_it_is_raised(api: Api, tmp_path: Path) -> None:
+    async with operating(api, tmp_path):
+        await api.create("resourcequotas", {"metadata": {"name": "few"}, "spec": {"hard": {"pods": "1"}}})
+        await api.base(**wanted())
+        await until(lambda: pod_names(api), [LEADER])
+        await until(lambda: base_condition(api), ("False", "QuotaExceeded"))
+        found = await api.get("basemodels", "tiny")
+        [message] = [item["message"] for item in found["status"]["conditions"] if item["type"] == "Ready"]
+        assert "exceeded quota: few" in message
+        await api.patch("resourcequotas", "few", {"spec": {"hard": {"pods": "9"}}})
+        await until(lambda: pod_names(api), [LEADER, WORKER])
+
+
+@pytest.mark.usefixtures("with_groups")
 async def test_the_loss_of_a_workers_node_is_a_condition_with_a_remedy(api: Api, tmp_path: Path) -> None:
     async with operating(api, tmp_path):
         base = await api.base(**wanted())

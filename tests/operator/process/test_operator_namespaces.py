@@ -59,6 +59,9 @@ class FakeEvents:
     def __init__(self) -> None:
         self.posted: list[tuple[str, str]] = []
 
+    async def refused_pods(self, namespace: str, owner_uid: str) -> str:
+        return ""
+
     async def post_event(self, subject: Subject, event: KubeEvent, now: float) -> None:
         self.posted.append((subject.kind, event.message))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fakes_runtime import FakeClock, acquire, descriptor, key_of, serving, until
 
 from lorapool_api.protocol import AdapterState, Tier, Usage
-from lorapool_runtime.usage import Outcome
+from lorapool_runtime.accounts.usage import Outcome
 
 
 async def test_the_report_of_an_unchanged_adapter_is_made_once(byte_tokenizer: Path) -> None:

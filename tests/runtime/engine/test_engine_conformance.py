@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 from lorapool_api.common import FailureReason
 from lorapool_artifacts.errors import ArtifactError
-from lorapool_runtime.engines.interface import BASE_SLOT, Engine, FinishReason, SamplingParams
+from lorapool_runtime.engines.interface import BASE_SLOT, Engine, FinishReason, SamplingParams, StepTime, TokenOutput
 from lorapool_runtime.openai.tools.grammar import CompiledGrammar, json_grammar
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -143,6 +144,33 @@ def test_a_request_streams_its_tokens_and_ends_once(engine: Engine, world: PeftW
     assert [o.completion_tokens for o in outputs] == [1, 2, 3, 4, 5, 6]
     assert {o.prompt_tokens for o in outputs} == {4}
     assert [o.finish_reason for o in outputs] == [None] * 5 + [FinishReason.LENGTH]
+
+
+def test_the_time_of_every_step_is_divided_among_its_requests_before_they_get_their_tokens(
+    engine: Engine, world: PeftWorld
+) -> None:
+    steps: list[StepTime] = []
+    engine.report_steps(steps.append)
+    load(engine, world, "one", 0)
+    began_ns, got, unreported = time.monotonic_ns(), Collector(), list[str]()
+
+    def sink(output: TokenOutput) -> None:
+        if output.request_id not in {one for _began, _ended, shares in steps for one, _ns in shares}:
+            unreported.append(output.request_id)
+        got(output)
+
+    engine.submit(request("short", PROMPT, greedy(6)), sink)
+    engine.submit(request("long", PROMPT * 7, greedy(6), slot=0), sink)
+    got.wait(["short", "long"], WAIT_S)
+    engine.report_steps(lambda _step: None)
+    assert not unreported
+    of_request: Counter[str] = Counter()
+    for began, ended, shares in steps:
+        assert began_ns <= began <= ended <= time.monotonic_ns()
+        assert sum(ns for _one, ns in shares) == ended - began
+        began_ns = ended
+        of_request.update(dict(shares))
+    assert of_request["long"] > of_request["short"] > 0
 
 
 def test_an_ending_token_is_counted_but_is_not_text(engine: Engine, world: PeftWorld) -> None:

@@ -1,7 +1,8 @@
-"""Runs the requirements of engines on vLLM, in vLLM's own environment: its build for CPUs.
+"""Runs the requirements of engines on vLLM, in vLLM's own environment: its build for CPUs. And the runtime on it.
 
-The environment takes 6 GB, so `make test` runs this only where it has been made (`make vllm`); `make test-deep` makes
-it. One engine runs all tests of the file: most of the two minutes are vLLM's start, which imports it in four processes.
+`make test` makes the environment (6 GB); without it these tests are skipped (`make vllm`). One engine runs all
+requirements: most of the two minutes are vLLM's start, which imports it in four processes. All is in one file, so that
+one vLLM runs at a time.
 """
 
 from __future__ import annotations
@@ -11,32 +12,26 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
-from engine_kit import peft_world, tiny_model
+from engine_kit import PeftWorld, peft_world, tiny_model
 from engines.baselines import vllm_python
+from engines.over_http import free_port, status_of, wait_until
 from fakes_runtime import save_byte_tokenizer
+from model_zoo import PAGE
+from tokenizers import Tokenizer
+from vllm_kit import ROOT, START_S, VllmProcess, environ, vllm_process, wait_until_gone
 
-ROOT = Path(__file__).resolve().parents[3]
 PYTHON = vllm_python()
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="vLLM's environment is not made: make vllm")
-
-
-def environ() -> dict[str, str]:
-    paths = ("crds", "operator", "runtime", "tests/support", "tests/support/worlds", "bench")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LORAPOOL_TEST"))}
-    return {
-        **kept,
-        "PYTHONPATH": os.pathsep.join(str(ROOT / path) for path in paths),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "LORAPOOL_TEST_ENGINE": "vllm",
-        "OMP_NUM_THREADS": "1",
-    }
+PROMPT = [5, 9, 17, 33]
+TOKENS = 8
 
 
 def conformance(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -57,49 +52,93 @@ def test_vllm_passes_all_requirements_of_engines(tmp_path: Path) -> None:
 # --- the shipped server on vLLM -------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The runtime's process, and its port; ready."""
-    from engines.over_http import free_port, status_of, wait_until
+@pytest.mark.deep
+def test_vllm_serves_what_the_page_says() -> None:
+    words = ["Llama 2", "Qwen 2, 2.5", "Gemma 1"]
+    command = [str(PYTHON), "tests/support/vllm_zoo.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environ(), capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout[done.stdout.index("{\n") :])
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines()]
+    said = {line[0]: line[-1] for line in lines if line[0] in found}
+    assert len(said) == len(words)
+    assert {models: text.partition(" (")[0] for models, text in found.items()} == said
 
-    one = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    world = peft_world(tmp_path / "claim", tiny_model("Llama", head_dim=32), {"one": one})
-    save_byte_tokenizer(world.base)
-    port = free_port()
-    settings = {
-        "model": world.base, "served-name": "tiny", "engine": "vllm", "dtype": "float32", "slots": 2, "max-batch": 4,
-        "max-rank": 8, "kv-bytes": 64 << 20, "listen-port": port, "cache-dir": tmp_path / "cache", "threads": 1,
-        "pvc-root": tmp_path, "sweep-interval-s": 0.2,
+
+@pytest.fixture
+def world(tmp_path: Path) -> PeftWorld:
+    adapters = {
+        "one": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "two": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
+    }
+    made = peft_world(tmp_path / "claim", tiny_model("Llama", head_dim=32), adapters)
+    save_byte_tokenizer(made.base)
+    return made
+
+
+def settings(folder: Path, world: PeftWorld, port: int) -> dict[str, Any]:
+    return {
+        "model": world.base, "served-name": "tiny", "dtype": "float32", "slots": 2, "max-batch": 4, "max-rank": 8,
+        "kv-bytes": 64 << 20, "listen-port": port, "cache-dir": folder / "cache", "threads": 1, "pvc-root": folder,
+        "sweep-interval-s": 0.2,
     }  # fmt: skip
-    command = [str(PYTHON), "-m", "lorapool_runtime"]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environ(), stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_until(lambda: status_of(port, "/readyz") == 200, process, 900)
-        yield process, port
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # vLLM's processes are of the same group
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        sys.stdout.write((tmp_path / "log").read_text()[-4000:])
+
+
+@pytest.fixture
+def server(tmp_path: Path, world: PeftWorld) -> Iterator[tuple[VllmProcess, int]]:
+    """The runtime's process, and its port; ready."""
+    port = free_port()
+    with vllm_process(tmp_path, "runtime", settings(tmp_path, world, port)) as made:
+        wait_until(lambda: status_of(port, "/readyz") == 200, made.process, START_S)
+        yield made, port
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("changed", "reason", "words"),
+    [
+        ({"kv-bytes": 4096}, "DeviceMemoryTooSmall", "lower spec.lora.slots"),  # an error of vLLM's engine process
+        ({"tensor-parallel": 3}, "GPUCountMismatch", "divides the attention heads"),  # of its configuration
+    ],
+)
+def test_a_start_that_fails_ends_with_a_reason_and_a_remedy_and_leaves_no_process(
+    tmp_path: Path, world: PeftWorld, changed: dict[str, Any], reason: str, words: str
+) -> None:
+    with vllm_process(tmp_path, "runtime", settings(tmp_path, world, free_port()) | changed) as made:
+        assert made.process.wait(START_S) == 1
+        assert made.reasons[-1][0] == reason
+        assert words in made.reasons[-1][1]
+        assert not wait_until_gone(made.session())
+
+
+@pytest.mark.deep
+async def test_a_killed_runtime_takes_vllms_processes_with_it(server: tuple[VllmProcess, int]) -> None:
+    processes = server[0].tree()
+    assert len(processes) >= 3  # the runtime, vLLM's engine and its worker
+    server[0].process.kill()
+    server[0].process.wait()
+    assert not wait_until_gone(processes)
+
+
+async def load(session: aiohttp.ClientSession, name: str) -> str:
+    """Loads an adapter; returns its digest."""
+    source = {"uri": f"pvc://claim/{name}"}
+    async with session.post("/v1/resolve", json={"source": source}) as response:
+        resolved = await response.json()
+        assert resolved["digest"], resolved["failure"]
+    digest: str = resolved["digest"]
+    descriptor = {"display": f"team/{name}", "source": source}
+    async with session.put(f"/v1/adapters/{name}/{digest}", json=descriptor) as response:
+        assert response.status == 200, await response.text()
+    return digest
 
 
 @pytest.mark.deep
 async def test_when_vllms_process_dies_every_reader_is_told_and_the_runtime_exits_with_1(
-    server: tuple[subprocess.Popen[bytes], int],
+    server: tuple[VllmProcess, int],
 ) -> None:
-    process, port = server
+    process, port = server[0].process, server[1]
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-        source = {"uri": "pvc://claim/one"}
-        async with session.post("/v1/resolve", json={"source": source}) as response:
-            resolved = await response.json()
-            assert resolved["digest"], resolved["failure"]
-        digest = resolved["digest"]
-        descriptor = {"display": "team/one", "source": source}
-        async with session.put(f"/v1/adapters/one/{digest}", json=descriptor) as response:
-            assert response.status == 200, await response.text()
+        digest = await load(session, "one")
 
         async def read(model: str, key: str) -> list[str]:
             body = {"model": model, "prompt": [5, 9, 17], "max_tokens": 100, "stream": True, "ignore_eos": True}
@@ -130,3 +169,58 @@ def engine_core_of(pid: int) -> int:
         except (OSError, IndexError, ValueError):
             continue
     raise AssertionError("vLLM's engine process was not found")
+
+
+# --- a group: two runtimes on one machine, each with half of the layers or half of each layer ------
+
+
+@contextlib.contextmanager
+def group(folder: Path, world: PeftWorld, **parallel: Any) -> Iterator[tuple[VllmProcess, VllmProcess, int]]:
+    """(leader, worker, port of the leader); the leader is ready."""
+    port, meeting = free_port(), free_pair()
+    given = settings(folder, world, port) | {"group-port": meeting, **parallel}
+    env = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    lws = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "localhost"}
+    with (
+        vllm_process(folder, "worker", given, **env, **lws, LWS_WORKER_INDEX="1") as worker,
+        vllm_process(folder, "leader", given, **env, **lws, LWS_WORKER_INDEX="0") as leader,
+    ):
+        wait_until(lambda: status_of(port, "/readyz") == 200, leader.process, START_S)
+        yield leader, worker, port
+
+
+def free_pair() -> int:
+    """A port whose next one is free too."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
+
+
+async def answer(session: aiohttp.ClientSession, model: str, key: str) -> str:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    async with session.post("/v1/completions", json=body, headers={"x-lorapool-adapter": key}) as response:
+        assert response.status == 200, await response.text()
+        answered = await response.json()
+        text: str = answered["choices"][0]["text"]
+        return text
+
+
+@pytest.mark.parametrize("parallel", ["pipeline-parallel", pytest.param("tensor-parallel", marks=pytest.mark.deep)])
+async def test_two_nodes_answer_as_one_process_and_end_when_a_worker_is_lost(
+    tmp_path: Path, world: PeftWorld, parallel: str
+) -> None:
+    tokenizer = Tokenizer.from_file(str(world.base / "tokenizer.json"))
+    with group(tmp_path, world, **{parallel: 2}) as (leader, worker, port):
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            keys = {name: f"{name}@{await load(session, name)}" for name in world.adapters}
+            for name, key in {None: "base", **keys}.items():
+                wanted = tokenizer.decode(world.answer(name, PROMPT, TOKENS))
+                assert await answer(session, name or "tiny", key) == wanted, name
+        processes = leader.tree() | worker.tree()
+        assert len(processes) >= 5  # two runtimes, vLLM's engine, and a process of each node
+        os.kill(worker.process.pid, signal.SIGKILL)
+        assert leader.process.wait(120) == 1
+        assert [reason for reason, _ in leader.reasons][-1] == "GroupEnded"
+        assert "Worker 1 of the group is lost" in leader.reasons[-1][1]
+        assert not wait_until_gone(processes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from lorapool_artifacts.errors import ArtifactError
 from lorapool_runtime.engines.errors import UnsupportedBaseError, UnsupportedVllmError
 from lorapool_runtime.engines.interface import BASE_SLOT, FinishReason, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.vllm import names
+from lorapool_runtime.engines.vllm import slots as slots_module
 from lorapool_runtime.engines.vllm.base import adaptable
 from lorapool_runtime.engines.vllm.config import EngineConfig
 from lorapool_runtime.engines.vllm.outputs import Outputs
-from lorapool_runtime.engines.vllm.slots import check_placed
+from lorapool_runtime.engines.vllm.slots import CheckedAdapter, Slots, check_placed
 from lorapool_runtime.engines.vllm.versions import refusal
 from lorapool_runtime.engines.vllm.worker import WorkerExtension
 from lorapool_runtime.settings import read_settings
@@ -185,7 +188,12 @@ WANTED = {"l.q_proj": (2, 6, 6), "l.o_proj": (2, 6, 6)}
 
 
 def test_layers_of_several_workers_are_placed_together() -> None:
-    check_placed(WANTED, [{"l.q_proj": [2, 6, 6]}, {"l.o_proj": [2, 6, 6]}])
+    check_placed(WANTED, [answer({"l.q_proj": [2, 6, 6]}, "l.o_proj"), answer({"l.o_proj": [2, 6, 6]}, "l.q_proj")])
+
+
+def answer(placed: dict[str, Any], *foreign: str, error: str = "") -> dict[str, Any]:
+    """What a worker returns of a load."""
+    return {"placed": placed, "foreign": list(foreign), "error": error}
 
 
 @pytest.mark.parametrize(
@@ -198,9 +206,16 @@ def test_layers_of_several_workers_are_placed_together() -> None:
 )
 def test_what_vllm_drops_cuts_or_adds_is_a_refusal_with_the_remedy(placed: dict[str, Any], named: str) -> None:
     with pytest.raises(ArtifactError, match=named) as caught:
-        check_placed(WANTED, [placed])
+        check_placed(WANTED, [answer(placed)])
     assert caught.value.reason is FailureReason.INCOMPATIBLE
     assert "torch engine" in caught.value.message
+
+
+def test_a_layer_that_no_worker_has_and_an_error_of_any_worker_are_refusals() -> None:
+    with pytest.raises(ArtifactError, match=r"no layer l\.w_proj"):
+        check_placed(WANTED, [answer(WANTED, "l.w_proj"), answer({}, "l.q_proj")])
+    with pytest.raises(ArtifactError, match="other values"):
+        check_placed(WANTED, [answer(WANTED), answer({}, error="the slot has other values")])
 
 
 # --- the worker -----------------------------------------------------------------------------------
@@ -240,6 +255,8 @@ def worker() -> WorkerExtension:
         lora_manager=SimpleNamespace(_adapter_manager=manager),
         kv_caches=[torch.ones(2, 3), [torch.ones(4)]],
         model=torch.nn.Linear(2, 2, bias=False),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        intermediate_tensors=None,
     )
     made = WorkerExtension()
     made.model_runner = runner
@@ -262,8 +279,68 @@ def put(worker: WorkerExtension, number: int, slot: int) -> Any:
 def test_a_placed_adapter_is_reported_with_the_shapes_of_each_layer(worker: WorkerExtension) -> None:
     assert worker.lorapool_describe()["layers"] == ["l.q_proj", "l.k_proj", "l.v_proj", "l.o_proj"]
     put(worker, 7, slot=1)
-    assert worker.lorapool_placed(7) == {"l.q_proj": (2, 6, 6), "l.v_proj": (2, 6, 3), "l.o_proj": (2, 6, 6)}
+    placed = {"l.q_proj": (2, 6, 6), "l.v_proj": (2, 6, 3), "l.o_proj": (2, 6, 6)}
+    assert worker._placed(7) == (placed, [])
     assert worker.lorapool_resident() == [7]
+
+
+def test_of_several_gpus_each_slot_holds_its_own_part(worker: WorkerExtension) -> None:
+    manager = put(worker, 7, slot=1)
+    layer, whole = manager.modules["l.o_proj"], manager._registered_adapters[7].loras["l.o_proj"]
+    layer.tp_size = 2
+    layer.slice_lora_a, layer.slice_lora_b = (lambda a: a[:, :3]), (lambda b: b)
+    manager.modules["l.qkv_proj"].slice_lora_a = manager.modules["l.qkv_proj"].slice_lora_b = lambda parts: parts
+    with pytest.raises(RuntimeError, match="other values"):
+        worker._placed(7)
+    layer.set(1, [torch.zeros_like(whole.lora_a)], [torch.zeros_like(whole.lora_b)])
+    layer.set(1, [whole.lora_a[:, :3]], [whole.lora_b])
+    assert worker._placed(7)[0]["l.o_proj"] == (2, 6, 6)
+
+
+def test_a_node_says_which_file_of_an_adapter_it_does_not_see_whole(worker: WorkerExtension, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"1234")
+    assert worker.lorapool_lacks(str(tmp_path), {"a.safetensors": 4}) == ""
+    assert worker.lorapool_lacks(str(tmp_path), {"a.safetensors": 9}) == "a.safetensors: 4 of 9 bytes"
+    assert worker.lorapool_lacks(str(tmp_path), {"b": 1}) == "b: No such file or directory"
+
+
+class Nodes:
+    """vLLM's engine of a group in which one node sees a new folder late."""
+
+    errored = False
+
+    def __init__(self, late: int) -> None:
+        self.late = late
+        self.asked = 0
+        self.loaded: list[Any] = []
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if method == "lorapool_lacks":
+            self.asked += 1
+            assert args[1] == {"adapter_model.safetensors": 3}
+            return ["", "adapter_model.safetensors: gone" if self.asked <= self.late else ""]
+        self.loaded.append(method)
+        return [answer({"l.q_proj": (2, 6, 6)}), answer({}, "l.q_proj")]
+
+
+@pytest.mark.parametrize(("late", "loads"), [(0, True), (2, True), (10**9, False)])
+async def test_an_adapter_is_loaded_once_every_node_has_its_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: int, loads: bool
+) -> None:
+    monkeypatch.setattr(slots_module, "FILES_ASK_S", 0.0)
+    monkeypatch.setattr(slots_module, "FILES_WAIT_S", 0.5)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"123")
+    nodes, vllm = Nodes(late), SimpleNamespace(lora=lambda *given: given)
+    slots = Slots(cast(names.Vllm, vllm), nodes, count=1, slot_bytes=7, nodes=2)
+    adapter = CheckedAdapter(str(tmp_path), 2, ("q_proj",), {"l.q_proj": (2, 6, 6)})
+    if loads:
+        assert (await slots.load(0, adapter)).device_bytes == 7
+        assert (nodes.asked, nodes.loaded) == (late + 1, ["lorapool_load"])
+        return
+    with pytest.raises(ArtifactError, match="adapterCache") as refused:
+        await slots.load(0, adapter)
+    assert refused.value.reason is FailureReason.LOAD_FAILED
+    assert nodes.loaded == []
 
 
 def test_bytes_are_those_of_the_memory_that_is_reserved(worker: WorkerExtension) -> None:
@@ -283,16 +360,32 @@ def test_a_slot_with_other_values_than_the_adapter_is_an_error(worker: WorkerExt
     else:
         layer.lora_a_stacked[0][1] = layer.lora_a_stacked[0][0]
     with pytest.raises(RuntimeError, match=r"l\.[qv]_proj"):
-        worker.lorapool_placed(7)
+        worker._placed(7)
 
 
 def test_matrices_for_no_layer_of_vllms_are_an_error(worker: WorkerExtension) -> None:
     manager = put(worker, 7, slot=1)
     manager._registered_adapters[7].loras["l.w_proj"] = weights(torch.ones(2, 6), torch.ones(6, 2))
-    with pytest.raises(RuntimeError, match=r"l\.w_proj"):
-        worker.lorapool_placed(7)
+    assert worker._placed(7)[1] == ["l.w_proj"]
     with pytest.raises(RuntimeError, match="no slot"):
-        worker.lorapool_placed(8)
+        worker._placed(8)
+
+
+def test_a_worker_returns_its_errors_since_an_exception_would_shift_the_answers_of_the_others(
+    worker: WorkerExtension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("vllm.lora.request")
+    module.LoRARequest = lambda **given: given  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", module)
+    worker.add_lora = lambda given: put(worker, given["lora_int_id"], slot=1)
+    assert worker.lorapool_load("x#7", 7, "folder")["placed"].keys() == {"l.q_proj", "l.v_proj", "l.o_proj"}
+
+    def fail(_: Any) -> None:
+        raise ValueError("no such file")
+
+    worker.add_lora = worker.remove_lora = fail
+    assert worker.lorapool_load("x#8", 8, "folder") == answer({}, error="no such file")
+    assert worker.lorapool_unload(8) == "no such file"
 
 
 def test_what_is_not_finite_is_removed_from_the_cache_and_nothing_else(worker: WorkerExtension) -> None:

@@ -13,6 +13,7 @@ import torch
 from engine_kit import COMMON, save_adapter, tiny_model
 from torch import Tensor
 
+from lorapool_runtime.accounts.usage import UsageTracker
 from lorapool_runtime.clock import Clock
 from lorapool_runtime.engines.interface import BASE_SLOT, DecodeProgramState, GenerationRequest, SamplingParams
 from lorapool_runtime.engines.torch.config import EngineConfig
@@ -23,7 +24,6 @@ from lorapool_runtime.engines.torch.kernels.base_step import base_kernel
 from lorapool_runtime.engines.torch.scheduling.scheduler import Chunk, StepPlan
 from lorapool_runtime.engines.torch.scheduling.sequence import Sequence
 from lorapool_runtime.metrics import Gauges, Metrics
-from lorapool_runtime.usage import UsageTracker
 
 TRACED = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", "Olmo2", "Granite"]
 UNTRACEABLE = [("Phi3", "float32"), ("Qwen3Moe", "float32"), ("Mixtral", "float32"), ("Olmo2", "bfloat16")]

@@ -9,8 +9,10 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,24 @@ def copies_of_routing(
         }
         for name in names
     ]
+
+
+@contextmanager
+def upgraded(world: World, *changed: str, values: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """The release with changed values, as words for `--set` and as a file; afterwards as it was before."""
+    before = json.loads(world.helm("status", "lorapool", "-o", "json"))["version"]
+    try:
+        upgrade(world, *changed, values=values)
+        yield
+    finally:
+        world.helm("rollback", "lorapool", str(before), "--wait", "--timeout", "5m", timeout_s=400)
+
+
+def upgrade(world: World, *changed: str, values: Mapping[str, Any] | None = None) -> None:
+    chart = str(ROOT / "charts" / "lorapool")
+    words = [word for value in changed for word in ("--set", value)]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(values or {}, file)
+        file.flush()
+        words += ["--values", file.name, "--wait", "--timeout", "5m"]
+        world.helm("upgrade", "lorapool", chart, "--reset-then-reuse-values", *words, timeout_s=400)

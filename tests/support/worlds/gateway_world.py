@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,15 @@ import aiohttp
 import openai
 from aiohttp import web
 from fakes import FakeRuntime, digest_of
+from pydantic import TypeAdapter
 
 from lorapool_api.common import AdapterKey
 from lorapool_api.trust.tls import ReleaseTrust
+from lorapool_api.usage_protocol import GatewayRecord
 from lorapool_gateway.app import Gateway
+from lorapool_gateway.ledger.attempts import Attempts
+from lorapool_gateway.ledger.journal import Journal
+from lorapool_gateway.ledger.segments import Chunk, Reader
 from lorapool_gateway.metrics import Metrics
 from lorapool_gateway.process import client_session, key_guard
 from lorapool_gateway.requests.attempt import RuntimeClient
@@ -33,7 +39,17 @@ from lorapool_gateway.settings import Settings
 
 KEY = "lp-" + "k" * 43
 OTHER_KEY = "lp-" + "o" * 43
+RECORDS: TypeAdapter[list[GatewayRecord]] = TypeAdapter(list[GatewayRecord])
 CREATED = "2026-01-01T00:00:00Z"
+
+
+def parsed(chunk: Chunk) -> list[GatewayRecord]:
+    """The records of a part of a journal, with their parties, as the ledger parses them."""
+    records = json.loads(b"[%b]" % b",".join(chunk.bodies))
+    for record in records:
+        if "parties" in record:
+            record |= json.loads(chunk.parties[record["parties"]])
+    return RECORDS.validate_python(records)
 
 
 async def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
@@ -48,6 +64,16 @@ async def until_it(true: Callable[[], Awaitable[bool]], timeout_s: float = 20.0)
     async with asyncio.timeout(timeout_s):
         while not await true():  # noqa: ASYNC110  # as above
             await asyncio.sleep(0.02)
+
+
+async def cut_after(runtime: FakeRuntime, tokens: int) -> None:
+    """Resets the runtime's connections once it has generated so many tokens of its last request."""
+    await until(lambda: runtime.seen and runtime.seen[-1].completion_tokens >= tokens)
+    assert runtime._runner is not None
+    assert runtime._runner.server is not None
+    for connection in runtime._runner.server.connections:
+        if connection.transport is not None:
+            connection.transport.abort()
 
 
 def api_key(text: str, namespaces: str | None = None, **more: Any) -> ApiKey:
@@ -135,6 +161,7 @@ class FakeWaker:
 class World:
     settings: Settings
     session: aiohttp.ClientSession
+    journal: Journal
     trust: ReleaseTrust = field(default_factory=ReleaseTrust)
     routes: LiveRoutes = field(default_factory=LiveRoutes)
     keys: LiveKeys = field(default_factory=lambda: LiveKeys(KeyTable.of([api_key(KEY)])))
@@ -149,13 +176,17 @@ class World:
     gateway: Gateway = field(init=False)
     http: HttpClient = field(init=False)
     runtimes: RuntimeClient = field(init=False)
+    attempts: Attempts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = HttpClient(trust=self.trust, read_timeout_s=self.settings.request_timeout_s)
+        self.attempts = Attempts(self.journal)
+        self.http = HttpClient(
+            trust=self.trust, read_timeout_s=self.settings.request_timeout_s, before_write=self.attempts.write
+        )
         self.runtimes = RuntimeClient(self.http, lambda base: self.tokens)
         guard = key_guard(self.settings, self.keys, self.metrics)
-        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics, guard)
-        self.gateway = Gateway(self.settings, self.routes, guard, dispatcher, self.metrics)
+        dispatcher = Dispatcher(self.routes, self.waker, self.runtimes, self.metrics, guard, self.attempts)
+        self.gateway = Gateway(self.settings, self.routes, guard, dispatcher, self.metrics, self.attempts)
 
     # --- what happens in the cluster
 
@@ -210,6 +241,14 @@ class World:
     def ask(self, model: str, text: str = "hello there", **more: Any) -> dict[str, Any]:
         return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 
+    def records(self) -> list[GatewayRecord]:
+        """What the journal has, as the ledger parses it."""
+        return parsed(Reader(self.journal.folder).read(self.journal.seq, 2**30, 2**30))
+
+    def ends(self) -> list[tuple[str, int]]:
+        """Outcome and status of each attempt, in the order in which they ended."""
+        return [(record.outcome.value, record.code) for record in self.records() if record.kind == "closed"]
+
     def sample(self, name: str, **labels: str) -> float:
         """The value of one series of the gateway's metrics; 0 if there is none."""
         return self.metrics.registry.get_sample_value(f"lorapool_gateway_{name}", labels) or 0.0
@@ -217,9 +256,12 @@ class World:
 
 @asynccontextmanager
 async def world(*, trust: ReleaseTrust | None = None, **settings: Any) -> AsyncIterator[World]:
+    """Checks at the end that every attempt was opened and closed once, whatever the test did."""
     async with AsyncExitStack() as stack:
+        journal = Journal(Path(stack.enter_context(tempfile.TemporaryDirectory())), 2**28)
+        stack.callback(journal.close)
         session = await stack.enter_async_context(client_session())
-        made = World(Settings(keys_namespace="lorapool", **settings), session, trust or ReleaseTrust())
+        made = World(Settings(keys_namespace="lorapool", **settings), session, journal, trust or ReleaseTrust())
         stack.push_async_callback(made.http.close)
         runner = web.ServerRunner(made.gateway.server(), shutdown_timeout=0.1)
         await runner.setup()
@@ -227,6 +269,10 @@ async def world(*, trust: ReleaseTrust | None = None, **settings: Any) -> AsyncI
         await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
         made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         yield made
+        await runner.cleanup()
+        opened = [record.attempt for record in made.records() if record.kind == "opened"]
+        closed = [record.attempt for record in made.records() if record.kind == "closed"]
+        assert sorted(opened) == sorted(closed) == sorted(set(opened))
 
 
 @dataclass

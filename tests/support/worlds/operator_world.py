@@ -51,6 +51,7 @@ ROOTS = {
     "poddisruptionbudgets": "/apis/policy/v1",
     "pods": "/api/v1",
     "secrets": "/api/v1",
+    "resourcequotas": "/api/v1",
     "serviceaccounts": "/api/v1",
     "services": "/api/v1",
     "events": "/api/v1",

@@ -7,6 +7,7 @@ spec or profile starts it at once, so that a correction shows.
 
 A LeaderWorkerSet replaces a group at once when the process of one of its pods ends, without a back-off. An attempt of a
 base with groups is therefore given up as soon as the process of a pod that it started has failed, whatever its bounds.
+So is any attempt whose runtime says that it cannot start, such as on a GPU that is too old: no restart changes that.
 
     attempt  ->  failed (reason of a pod)  ->  given up, retryAt  ->  next attempt  ->  ...  ->  serves: forgotten
 """
@@ -21,11 +22,13 @@ from lorapool_operator.decisions.plan import PlanSettings
 from lorapool_operator.decisions.pods import content_hash, pod_template
 from lorapool_operator.decisions.scaling.scale import ScaleDecision, initial_replicas, lowest_replicas
 from lorapool_operator.world.observed import ObservedBase, ScaleMemory
-from lorapool_operator.world.problems import reason_of
+from lorapool_operator.world.problems import REFUSALS, reason_of
 
 PROGRESS_INTERVAL_S = 10.0
 """The progress of a download is written to the status this often."""
-PROCESS_FAILURES = (Reason.CRASH_LOOPING, Reason.OUT_OF_MEMORY, Reason.SHARED_MEMORY_FULL)
+PROCESS_FAILURES = (
+    Reason.CRASH_LOOPING, Reason.OUT_OF_MEMORY, Reason.SHARED_MEMORY_FULL, Reason.GROUP_ENDED, *REFUSALS,
+)  # fmt: skip
 """The process of a pod ended by itself."""
 CLOCK_TOLERANCE_S = 30.0
 """The API server's clock, by which pods were created, may be behind ours. No group serves and fails so soon."""
@@ -56,8 +59,8 @@ def gate(
     if current == 0 or not given_up(start):
         return None
     reason = f"not started within {allowance_s(observed, settings):.0f}s"
-    if _group_failed(observed, start):
-        reason = f"a group failed: {start.reason}"
+    if _hopeless(observed, start):
+        reason = f"a runtime failed and is not started again at once: {start.reason}"
     return ScaleDecision(0, reason, ScaleMemory(), None)
 
 
@@ -68,7 +71,7 @@ def give_up_at(
     since = unix(start.since) if start is not None and start.retry_at is None else None
     if start is None or since is None or any(pod.ready for pod in observed.pods):
         return None
-    if _group_failed(observed, start):
+    if _hopeless(observed, start):
         return unix(start.failed_at)
     if lowest_replicas(observed.base.spec.scaling, floor) > 0:
         return None
@@ -80,10 +83,10 @@ def given_up(start: StartStatus | None) -> bool:
     return start is not None and start.since is not None and start.retry_at is not None
 
 
-def _group_failed(observed: ObservedBase, start: StartStatus) -> bool:
-    """True if the process of a pod that this attempt started has failed, in a base with groups."""
+def _hopeless(observed: ObservedBase, start: StartStatus) -> bool:
+    """True if a runtime of this attempt cannot start, or if one of a group failed, whose other pods then end too."""
     groups = observed.profile is not None and observed.profile.nodes > 1
-    return groups and failed_in_attempt(start) and start.reason in PROCESS_FAILURES
+    return failed_in_attempt(start) and start.reason in (PROCESS_FAILURES if groups else REFUSALS)
 
 
 def next_start(
@@ -108,7 +111,7 @@ def problem(observed: ObservedBase, since: float | None = None) -> str:
 
     A pod that ended counts if it did so during the attempt that began at `since`, or caused it.
     """
-    if observed.workers or any(pod.group is not None for pod in observed.pods):
+    if observed.pods_refused or observed.workers or any(pod.group is not None for pod in observed.pods):
         return _problem_of_groups(observed, since)
     for pod in observed.pods:
         if pod.problem and not pod.terminating:
@@ -139,7 +142,7 @@ def _problem_of_groups(observed: ObservedBase, since: float | None) -> str:
         ours = since is None or pod.meta.created_unix_s >= max(since - CLOCK_TOLERANCE_S, counted)
         if text and ours and (not pod.terminating or since is not None):
             return f"{text} (Pod {pod.meta.name})"
-    return ""
+    return observed.pods_refused
 
 
 def progress_text(report: StartupReport | StartStatus | None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lorapool_runtime.engines.step_shares import EQUAL, StepWeights
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -39,6 +41,9 @@ class EngineConfig:
     """CPU threads of torch; None: the cores this process may use (affinity and cgroup)."""
     kv_block_tokens: int = 16
     """Tokens per KV block, the unit in which the KV cache is allocated."""
+
+    step_weights: StepWeights = EQUAL
+    """By which the time of a step is divided among its rows."""
 
     def __post_init__(self) -> None:
         for name in ("max_rank", "slots", "max_batch", "max_batch_tokens", "kv_block_tokens"):

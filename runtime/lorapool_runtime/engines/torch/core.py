@@ -111,11 +111,17 @@ class Core:
             modules=self.base.modules,
             weight_bytes=self.base.weight_bytes,
             decode_program=decode_program,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            slot_bytes=self.slots.nbytes,
         )
         self.batching_window_s = _batching_window_s(config, device)
+        self._weights = config.step_weights
+        self._slot_ranks: dict[int, int] = {}
         self.reader = AdapterReader(
             self.base.groups, self.facts.dtype, BaseFacts.of(self.base.modules), self.base.originals
         )
+        self.step_weights: tuple[list[str], list[int]] = ([], [])
+        """The requests of the last step, and the weight of each in its time."""
         self._sequences: dict[str, Sequence] = {}
         self._shapers: dict[str, LogitShaper] = {}
         self._arrivals = self._preemptions = self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -194,6 +200,7 @@ class Core:
     def step(self) -> list[TokenOutput]:
         """Computes one step: schedules it, runs the model, samples, registers shareable blocks, returns the outputs."""
         plan = self.scheduler.schedule()
+        self.step_weights = self._weigh(plan)
         began_s = time.perf_counter()
         logits = score_prompts(plan, self.runner.run(plan))
         sampling = [chunk.sequence for chunk in plan.chunks if chunk.samples]
@@ -207,6 +214,12 @@ class Core:
         self._register_prefixes(filled, finite)
         results = zip(sampling, launched.results(sampled), strict=True)
         return [output for sequence, one in results for output in self._settle(sequence, one)]
+
+    def _weigh(self, plan: StepPlan) -> tuple[list[str], list[int]]:
+        weights, ranks = self._weights, self._slot_ranks
+        decodes = [weights.of_decode(c.start, ranks.get(c.sequence.slot, 0)) for c in plan.decodes]
+        prefills = [weights.of_prefill(c.num_tokens, c.start, ranks.get(c.sequence.slot, 0)) for c in plan.prefills]
+        return [chunk.sequence.request_id for chunk in plan.chunks], decodes + prefills
 
     def _sample_row(self, sequence: Sequence) -> SampleRow:
         return SampleRow(
@@ -295,6 +308,7 @@ class Core:
         """Fills a slot that is not published. Any thread, one at a time."""
         began_s = time.monotonic()
         device_bytes = self.slots.fill(slot, _packed(adapter))
+        self._slot_ranks[slot] = adapter.rank
         return LoadOutcome(slot, device_bytes, time.monotonic() - began_s)
 
     def publish(self, filled: LoadOutcome) -> LoadOutcome:

@@ -30,10 +30,12 @@ from lorapool_runtime.engines.interface import (
     LoadOutcome,
     ModelFacts,
     SlotInUseError,
+    StepSink,
     TokenOutput,
     TokenSink,
     ending,
 )
+from lorapool_runtime.engines.step_shares import split
 from lorapool_runtime.engines.torch.config import EngineConfig
 from lorapool_runtime.engines.torch.core import Core
 from lorapool_runtime.weights.pack import DURING_A_BATCH, UNTHROTTLED, Throttle
@@ -59,6 +61,7 @@ class TorchEngine:
         self._alive = False
         self._sinks: dict[str, TokenSink] = {}
         self._background = BackgroundThread("slot-filler")
+        self._step_sink: StepSink | None = None
         self._stats = EngineStats(0, 0, 0, 0, config.slots, 0, 0, 0, healthy=True, device_bytes=0)
         # set once by the engine thread, and used by it alone
         self._core: Core | None = None
@@ -128,6 +131,9 @@ class TorchEngine:
         if known:
             self._commands.put(lambda: self._report(core.end(request_id, FinishReason.CANCELLED)))
 
+    def report_steps(self, sink: StepSink) -> None:
+        self._step_sink = sink
+
     def observe(self) -> EngineStats:
         return self._stats
 
@@ -165,9 +171,19 @@ class TorchEngine:
             if idle and core.scheduler.has_work:
                 self._wait_for_more(core)
             if core.scheduler.has_work:
-                self._report(core.step())
+                self._report(self._timed_step(core))
             else:
                 self._publish(core)
+
+    def _timed_step(self, core: Core) -> list[TokenOutput]:
+        began_ns = time.monotonic_ns()
+        outputs = core.step()
+        ended_ns = time.monotonic_ns()
+        requests, weights = core.step_weights
+        if self._step_sink is not None and requests:
+            shares = zip(requests, split(ended_ns - began_ns, weights), strict=True)
+            self._step_sink((began_ns, ended_ns, list(shares)))
+        return outputs
 
     def _wait_for_more(self, core: Core) -> None:
         """Keeps the batching window open after the first request; see `EngineConfig.batching_window_s`."""

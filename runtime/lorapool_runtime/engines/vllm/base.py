@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lorapool_api.base_modules import BaseModule, ModuleKind
+from lorapool_artifacts.errors import ArtifactError
 from lorapool_artifacts.inspect import base_files_from_folder
-from lorapool_runtime.engines.errors import UnsupportedBaseError
+from lorapool_runtime.engines.errors import EngineStartError, UnsupportedBaseError
 from lorapool_runtime.engines.interface import TargetShape
 from lorapool_runtime.weights.targets import TargetGroup
 
@@ -31,6 +32,13 @@ class BaseFolder:
     max_positions: int | None
     eos_token_ids: frozenset[int]
     has_tokenizer: bool
+
+    def context(self, wanted: int | None) -> int:
+        """Tokens of prompt and completion together, at most `wanted`. Raises UnsupportedBaseError."""
+        limits = [one for one in (wanted, self.max_positions) if one is not None]
+        if not limits:
+            raise UnsupportedBaseError("config.json has no max_position_embeddings: set spec.maxModelLen.")
+        return min(limits)
 
     @property
     def linear_names(self) -> tuple[str, ...]:
@@ -58,15 +66,24 @@ class Adaptable:
 
 
 def read_base(folder: Path) -> BaseFolder:
-    """Takes seconds. Raises ArtifactError for a damaged folder, and what transformers raises for unknown settings."""
+    """Takes seconds. Raises ArtifactError for a damaged folder, UnsupportedBaseError for settings unknown here."""
     from lorapool_runtime.engines.torch.model.without_weights import modules_of
 
     files = base_files_from_folder(folder)
     text = files.config.get("text_config")
     settings: Mapping[str, Any] = text if isinstance(text, Mapping) else files.config
     positions = settings.get("max_position_embeddings")
+    try:
+        modules = modules_of(files.config, files.shapes)
+    except (ArtifactError, EngineStartError):
+        raise
+    except Exception as error:  # whatever transformers raises
+        raise UnsupportedBaseError(
+            f"transformers does not make this base here ({' '.join(str(error).split())[:200]}): correct its "
+            "config.json, or choose a base that docs/reference/models.md lists as served."
+        ) from error
     return BaseFolder(
-        modules=modules_of(files.config, files.shapes),
+        modules=modules,
         max_positions=positions if isinstance(positions, int) else None,
         eos_token_ids=_eos_token_ids(folder, settings),
         has_tokenizer=(folder / _TOKENIZER).is_file(),

@@ -11,15 +11,19 @@ because attention of later requests may touch it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
+import time
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from lorapool_runtime.engines.errors import EngineStartError
 from lorapool_runtime.engines.interface import (
+    BASE_SLOT,
     EngineStats,
     EngineStoppedError,
     FinishReason,
@@ -27,16 +31,19 @@ from lorapool_runtime.engines.interface import (
     HostAdapter,
     LoadOutcome,
     ModelFacts,
+    StepSink,
     TokenOutput,
     TokenSink,
     ending,
 )
 from lorapool_runtime.engines.request_check import check_request
 from lorapool_runtime.engines.vllm.config import EngineConfig
+from lorapool_runtime.engines.vllm.group import Leader
 from lorapool_runtime.engines.vllm.loaded import SHUTDOWN_S, Loaded, start_vllm
 from lorapool_runtime.engines.vllm.names import Vllm
 from lorapool_runtime.engines.vllm.outputs import Outputs
 from lorapool_runtime.engines.vllm.slots import NOT_FINITE, RefusedSlotError, excluded
+from lorapool_runtime.engines.vllm.step_times import StepTimes
 from lorapool_runtime.weights.pack import DURING_A_BATCH, UNTHROTTLED
 
 log = logging.getLogger(__name__)
@@ -55,11 +62,20 @@ class VllmEngine:
         self._known: Loaded | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._leader: Leader | None = None
         self._lock = threading.Lock()  # guards _alive and _sinks, which callers share with the engine's thread
         self._alive = False
         self._sinks: dict[str, TokenSink] = {}
         self._stats = EngineStats(0, 0, 0, 0, config.slots, 0, 0, 0, healthy=True, device_bytes=0)
+        self._step_sink: StepSink | None = None
         # used by the engine's thread alone
+        self._times = StepTimes(config.step_weights)
+        self._ranks: dict[int, int] = {}
+        """By slot, of the adapter that was loaded last."""
+        self._burst: list[TokenOutput] = []
+        """Outputs that vLLM returned at one time and that are not delivered yet."""
+        self._requests: dict[str, int] = {}
+        """Slot of each request that runs."""
         self._stopping: asyncio.Event | None = None
         self._tasks: dict[str, asyncio.Task[TokenOutput]] = {}
 
@@ -70,10 +86,13 @@ class VllmEngine:
     def start(self) -> None:
         """Starts vLLM and returns when the base is loaded.
 
-        Raises UnsupportedVllmError, UnsupportedBaseError, ArtifactError, or what vLLM raises.
+        Raises EngineStartError, ArtifactError, or what reading the base raises.
         """
-        self._vllm = Vllm(self.config)
+        self._vllm = vllm = Vllm(self.config)
         ready: Future[None] = Future()
+        if self.config.group is not None:
+            identity = self.config.identity(vllm.version)
+            self._leader = Leader(self.config.group, identity, lambda failure: self._lose(ready, failure))
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
         self._thread.start()
         ready.result()
@@ -85,6 +104,8 @@ class VllmEngine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._call(self._stop_loop)
             self._thread.join(timeout_s)
+        if self._leader is not None:
+            self._leader.close()
 
     def read_adapter(self, folder: str, *, max_rank: int) -> HostAdapter:
         known, busy = self._loaded(), self._stats.running or self._stats.waiting
@@ -93,6 +114,7 @@ class VllmEngine:
         return known.read(folder, min(max_rank, self.config.max_rank), DURING_A_BATCH if busy else UNTHROTTLED)
 
     def load(self, slot: int, adapter: HostAdapter) -> Future[LoadOutcome]:
+        self._ranks[slot] = adapter.rank
         return self._on_loop(self._loaded().slots.load(slot, adapter))
 
     def unload(self, slot: int) -> Future[int]:
@@ -123,6 +145,9 @@ class VllmEngine:
         self._loaded()
         self._call(self._cancel, request_id)
 
+    def report_steps(self, sink: StepSink) -> None:
+        self._step_sink = sink
+
     def observe(self) -> EngineStats:
         known, stats = self._known, self._stats
         if known is not None and stats.healthy and known.llm.errored:
@@ -138,7 +163,7 @@ class VllmEngine:
             with self._lock:
                 self._alive = False
             self._stats = replace(self._stats, healthy=False)
-            if not ready.done():
+            with contextlib.suppress(InvalidStateError):
                 ready.set_exception(error)
                 return
             log.exception("the engine's thread died")
@@ -148,10 +173,10 @@ class VllmEngine:
     async def _main(self, ready: Future[None]) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         assert self._vllm is not None
-        self._known = known = await start_vllm(self._vllm, self.config, self._count)
+        self._known = known = await start_vllm(self._vllm, self.config, self._count, self._gather)
         try:
             self._publish()
-            self._alive = True
+            self._alive = self._stats.healthy
             ready.set_result(None)
             await self._stopping.wait()
             while self._tasks:
@@ -163,16 +188,33 @@ class VllmEngine:
             self._end_all()
             known.llm.shutdown(timeout=SHUTDOWN_S)
 
+    def _gather(self) -> None:
+        if self._leader is not None:
+            self._leader.wait_until_ready()
+            self._leader.begin()
+
+    def _lose(self, ready: Future[None], failure: EngineStartError) -> None:
+        """Ends all requests, since the group cannot compute without the worker. vLLM would wait for it."""
+        with contextlib.suppress(InvalidStateError):
+            ready.set_exception(failure)
+            return
+        log.error("%s", failure, extra={"reason": failure.reason.value})
+        with self._lock:
+            self._alive = False
+        self._stats = replace(self._stats, healthy=False)
+        self._call(self._end_all, FinishReason.ERROR, _DIED)
+
     def _stop_loop(self) -> None:
         if self._stopping is not None:
             self._stopping.set()
 
-    def _end_all(self) -> None:
+    def _end_all(self, reason: FinishReason = FinishReason.CANCELLED, message: str | None = None) -> None:
         """Ends the requests that no task of the loop has ended."""
+        self._deliver_burst()
         with self._lock:
             self._alive = False
             left = list(self._sinks)
-        failed = TokenOutput("", None, False, 0, 0, finish_reason=FinishReason.CANCELLED)
+        failed = TokenOutput("", None, False, 0, 0, finish_reason=reason, error=message)
         for request_id in left:
             self._deliver(replace(failed, request_id=request_id))
 
@@ -211,6 +253,9 @@ class VllmEngine:
         except RefusedSlotError as refusal:
             self._deliver(ending(request, 0, FinishReason.ERROR, str(refusal)))
             return
+        if not self._tasks:
+            self._times.begin(time.monotonic_ns())
+        self._requests[request.request_id] = request.slot
         task = self._tasks[request.request_id] = asyncio.create_task(self._generate(request, sampling, stop_ids, lora))
         task.add_done_callback(partial(self._ended, request))  # also called for a task that was cancelled at once
         self._publish()
@@ -235,7 +280,7 @@ class VllmEngine:
                     return outputs.end(FinishReason.ERROR, NOT_FINITE)
                 for made in outputs.of(output):
                     if made.finish_reason is None:
-                        self._deliver(made)
+                        self._deliver_soon(made)
                     else:
                         last = made
         except asyncio.CancelledError:
@@ -249,12 +294,29 @@ class VllmEngine:
         self._loaded().slots.leave(request.slot)
         del self._tasks[request.request_id]
         self._publish()
-        self._deliver(ending(request, 0, FinishReason.CANCELLED, None) if task.cancelled() else task.result())
+        self._deliver_soon(ending(request, 0, FinishReason.CANCELLED, None) if task.cancelled() else task.result())
 
     def _cancel(self, request_id: str) -> None:
         task = self._tasks.get(request_id)
         if task is not None:
             task.cancel()
+
+    def _deliver_soon(self, output: TokenOutput) -> None:
+        """Delivers it together with the others that vLLM has returned at this time."""
+        self._burst.append(output)
+        if len(self._burst) == 1:
+            asyncio.get_running_loop().call_soon(self._deliver_burst)
+
+    def _deliver_burst(self) -> None:
+        outputs, self._burst = self._burst, []
+        ranks = {one.request_id: self._ranks.get(self._requests.get(one.request_id, BASE_SLOT), 0) for one in outputs}
+        taken = self._times.delivered(outputs, ranks, time.monotonic_ns())
+        if taken is not None and self._step_sink is not None:
+            self._step_sink(taken)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._requests.pop(output.request_id, None)
+            self._deliver(output)
 
     def _deliver(self, output: TokenOutput) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorapool_artifacts.checks.base_facts import BaseFacts
 from lorapool_runtime.engines.interface import ModelFacts
-from lorapool_runtime.engines.vllm.base import Adaptable, adaptable, read_base
+from lorapool_runtime.engines.vllm.base import Adaptable, BaseFolder, adaptable, read_base
 from lorapool_runtime.engines.vllm.config import EngineConfig
 from lorapool_runtime.engines.vllm.names import Vllm
 from lorapool_runtime.engines.vllm.slots import CheckedAdapter, Slots
@@ -46,25 +46,24 @@ class Loaded:
         return CheckedAdapter(folder, plan.rank, plan.target_modules, shapes)
 
 
-async def start_vllm(vllm: Vllm, config: EngineConfig, on_step: Callable[[Any, Any], None]) -> Loaded:
-    """Blocks the event loop until vLLM runs. Raises UnsupportedBaseError, ArtifactError, or what vLLM raises."""
+async def start_vllm(
+    vllm: Vllm, config: EngineConfig, on_step: Callable[[Any, Any], None], gather: Callable[[], None]
+) -> Loaded:
+    """Blocks the event loop until vLLM runs. `gather` blocks until the other nodes can start too.
+
+    Raises EngineStartError, ArtifactError, or what reading the base raises.
+    """
     base = await asyncio.to_thread(read_base, Path(config.model_dir))
-    limits = [one for one in (config.max_model_len, base.max_positions) if one is not None]
-    if not limits:
-        raise ValueError("config.json has no max_position_embeddings: set max_model_len")
-    llm = vllm.engine(
-        config,
-        max_model_len=min(limits) + 1,  # a prompt that fills the context can then be scored
-        target_modules=base.linear_names,
-        with_tokenizer=base.has_tokenizer,
-        on_step=on_step,
-    )
+    context = base.context(config.max_model_len)
+    prepared = prepare(vllm, config, base)
+    gather()
+    llm = vllm.engine(prepared, on_step)
     try:
         workers = await llm.collective_rpc("lorapool_describe")
         found = adaptable(base.modules, [layer for worker in workers for layer in worker["layers"]])
         model = llm.vllm_config.model_config
         facts = ModelFacts(
-            max_model_len=min(limits),
+            max_model_len=context,
             vocab_size=model.get_vocab_size(),
             dtype=str(model.dtype).removeprefix("torch."),
             eos_token_ids=base.eos_token_ids,
@@ -72,6 +71,8 @@ async def start_vllm(vllm: Vllm, config: EngineConfig, on_step: Callable[[Any, A
             modules=found.modules,
             weight_bytes=_sum(workers, "weight_bytes"),
             slots_reserved=True,
+            device=vllm.device_name(),
+            slot_bytes=_sum(workers, "adapter_bytes"),
             host_tier=False,
             exact_seeds=False,
         )
@@ -79,7 +80,13 @@ async def start_vllm(vllm: Vllm, config: EngineConfig, on_step: Callable[[Any, A
         return Loaded(
             llm,
             facts,
-            Slots(vllm, llm, count=config.slots, slot_bytes=_sum(workers, "slot_bytes")),
+            Slots(
+                vllm,
+                llm,
+                count=config.slots,
+                slot_bytes=_sum(workers, "slot_bytes"),
+                nodes=1 if config.group is None else config.group.size,
+            ),
             AdapterReader(found.groups, facts.dtype, BaseFacts.of(found.modules)),
             found,
             device_bytes=_sum(workers, "weight_bytes", "cache_bytes", "adapter_bytes"),
@@ -89,6 +96,16 @@ async def start_vllm(vllm: Vllm, config: EngineConfig, on_step: Callable[[Any, A
     except BaseException:
         llm.shutdown(timeout=SHUTDOWN_S)
         raise
+
+
+def prepare(vllm: Vllm, config: EngineConfig, base: BaseFolder) -> Any:
+    """vLLM's configuration of a node for the base. Raises EngineStartError."""
+    return vllm.prepared(
+        config,
+        max_model_len=base.context(config.max_model_len) + 1,  # a prompt that fills the context can then be scored
+        target_modules=base.linear_names,
+        with_tokenizer=base.has_tokenizer,
+    )
 
 
 def _sum(workers: list[dict[str, Any]], *names: str) -> int:

@@ -23,6 +23,9 @@ from lorapool_runtime.engines.vllm.names import Vllm
 
 log = logging.getLogger(__name__)
 
+FILES_WAIT_S = 30.0
+"""File systems over a network remember for some seconds that a file was absent."""
+FILES_ASK_S = 0.25
 NOT_FINITE = "the model's output is not finite"
 
 Shape = tuple[int, int, int]
@@ -55,8 +58,9 @@ class _Resident:
 
 
 class Slots:
-    def __init__(self, vllm: Vllm, llm: Any, *, count: int, slot_bytes: int) -> None:
+    def __init__(self, vllm: Vllm, llm: Any, *, count: int, slot_bytes: int, nodes: int = 1) -> None:
         self._vllm = vllm
+        self._nodes = nodes
         self._llm = llm
         self._count = count
         self._slot_bytes = slot_bytes
@@ -113,22 +117,40 @@ class Slots:
             if adapter.folder in self.excluded:
                 raise excluded()
             began_s = time.monotonic()
+            if self._nodes > 1:
+                await self._wait_for_files(Path(adapter.folder))
             await self._remove(slot)
             self._numbers += 1
             number = self._numbers
-            lora = self._vllm.lora(f"{Path(adapter.folder).name}#{number}", number, adapter.folder)
+            name = f"{Path(adapter.folder).name}#{number}"
+            lora = self._vllm.lora(name, number, adapter.folder)
             try:
-                await self._llm.add_lora(lora)
-                check_placed(adapter.shapes, await self._llm.collective_rpc("lorapool_placed", args=(number,)))
-            except BaseException as error:
-                if self._llm.errored:
-                    raise
-                await asyncio.shield(self._llm.remove_lora(number))  # vLLM keeps what it could not place
-                if isinstance(error, ArtifactError) or not isinstance(error, Exception):
-                    raise
-                raise _not_loaded(str(error)) from error
+                args = name, number, adapter.folder
+                check_placed(adapter.shapes, await self._llm.collective_rpc("lorapool_load", args=args))
+            except BaseException:
+                if not self._llm.errored:  # vLLM keeps what it could not place
+                    await asyncio.shield(self._unload(number))
+                raise
             self._residents[slot] = _Resident(lora, number, adapter.folder)
             return LoadOutcome(slot, self._slot_bytes, time.monotonic() - began_s)
+
+    async def _wait_for_files(self, folder: Path) -> None:
+        """Waits until every process of every node sees the adapter's files whole. Raises ArtifactError after a while.
+
+        A shared file system may show a new folder late. vLLM would fail on that node alone, and with it the group.
+        """
+        wanted = await asyncio.to_thread(_sizes, folder)
+        until_s = time.monotonic() + FILES_WAIT_S
+        while missing := [
+            one for one in await self._llm.collective_rpc("lorapool_lacks", args=(str(folder), wanted)) if one
+        ]:
+            if time.monotonic() > until_s:
+                raise ArtifactError(
+                    FailureReason.LOAD_FAILED,
+                    f"a node of the group does not see the adapter's files ({missing[0]}): adapterCache of the profile "
+                    "must be one volume that all nodes mount",
+                )
+            await asyncio.sleep(FILES_ASK_S)
 
     async def unload(self, slot: int) -> int:
         async with self._changing:
@@ -139,7 +161,12 @@ class Slots:
     async def _remove(self, slot: int) -> None:
         resident = self._residents.pop(slot, None)
         if resident is not None:
-            await self._llm.remove_lora(resident.number)
+            await self._unload(resident.number)
+
+    async def _unload(self, number: int) -> None:
+        errors = await self._llm.collective_rpc("lorapool_unload", args=(number,))
+        if error := next(filter(None, errors), ""):
+            raise RuntimeError(f"vLLM does not unload adapter {number}: {error}")
 
     def _require_unused(self, slot: int) -> None:
         if not 0 <= slot < self._count:
@@ -148,9 +175,21 @@ class Slots:
             raise SlotInUseError(f"slot {slot} still has requests")
 
 
-def check_placed(wanted: Mapping[str, Shape], workers: Sequence[Mapping[str, Sequence[int]]]) -> None:
-    """Raises ArtifactError unless the workers together have exactly the wanted layers, each in its shape."""
-    placed = {layer: tuple(shape) for worker in workers for layer, shape in worker.items()}
+def _sizes(folder: Path) -> dict[str, int]:
+    return {one.name: one.stat().st_size for one in folder.iterdir() if one.is_file()}
+
+
+def check_placed(wanted: Mapping[str, Shape], workers: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ArtifactError unless the workers together have exactly the wanted layers, each in its shape.
+
+    workers: what `lorapool_load` returned of each. With pipeline parallelism each has some of the layers.
+    """
+    if error := next(filter(None, (worker["error"] for worker in workers)), ""):
+        raise _not_loaded(error)
+    placed = {layer: tuple(shape) for worker in workers for layer, shape in worker["placed"].items()}
+    foreign = {layer for worker in workers for layer in worker["foreign"]}
+    if unknown := sorted(foreign - placed.keys()):
+        raise _not_loaded(f"vLLM has no layer {unknown[0]} that takes adapters")
     for layer, shape in wanted.items():
         if placed.get(layer) != shape:
             raise _not_loaded(f"vLLM took {placed.get(layer, 'nothing')} for {layer}, not {shape}")

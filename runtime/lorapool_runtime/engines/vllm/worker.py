@@ -1,12 +1,14 @@
 """Runs in vLLM's own worker processes: what `AsyncLLM` does not tell about adapters and memory.
 
 vLLM mixes `WorkerExtension` into its worker class; `AsyncLLM.collective_rpc` calls the methods by name, between two
-steps. They use private attributes of the worker, all of which `lorapool_describe` touches when the engine starts. The
-answers are plain values, which vLLM can send between processes.
+steps. A method that may fail returns its error: after an exception vLLM leaves the answers of the other workers
+unread, and takes them for those to its next call. The methods use private attributes of the worker, all of which
+`lorapool_describe` touches when the engine starts. The answers are plain values, which vLLM can send between processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +18,16 @@ Shapes = dict[str, tuple[int, int, int]]
 
 class WorkerExtension:
     model_runner: Any
+    add_lora: Any
+    """Of vLLM's worker, as `remove_lora`."""
+    remove_lora: Any
 
     def lorapool_describe(self) -> dict[str, Any]:
         """The layers that take adapters, by vLLM's names, and the bytes that are reserved."""
         manager = self._manager()
         if len(manager.lora_index_to_id) < 2 or len(manager._registered_adapters):
             raise RuntimeError("a new engine must have free slots only")
+        self._make_room_for_the_stage_before()
         return {
             "layers": [part for name in manager.modules for part in self._parts(name)],
             "slot_bytes": sum(stack[0].nbytes for module in manager.modules.values() for stack in _stacks(module)),
@@ -30,8 +36,29 @@ class WorkerExtension:
             "cache_bytes": sum(cache.nbytes for cache in self._caches()),
         }
 
-    def lorapool_placed(self, lora_id: int) -> Shapes:
-        """The layers whose matrices of this adapter are in its slot, element by element, and nothing else is.
+    def lorapool_load(self, name: str, lora_id: int, folder: str) -> dict[str, Any]:
+        """Puts an adapter into a slot. Returns `placed`, its layers here, `foreign`, those of which this worker has no
+        layer, and `error`, which is empty where every value is in its place."""
+        from vllm.lora.request import LoRARequest
+
+        try:
+            self.add_lora(LoRARequest(lora_name=name, lora_int_id=lora_id, lora_path=folder))
+            placed, foreign = self._placed(lora_id)
+        except Exception as error:
+            return {"placed": {}, "foreign": [], "error": str(error) or repr(error)}
+        return {"placed": placed, "foreign": foreign, "error": ""}
+
+    def lorapool_unload(self, lora_id: int) -> str:
+        """Empties the slot of an adapter; one that is in none is no error. Returns the error."""
+        try:
+            self.remove_lora(lora_id)
+        except Exception as error:
+            return str(error) or repr(error)
+        return ""
+
+    def _placed(self, lora_id: int) -> tuple[Shapes, list[str]]:
+        """The layers whose matrices of this adapter are in its slot, element by element, and nothing else is; and the
+        layers of the adapter that are none of this worker's.
 
         Raises RuntimeError for one that is not in a slot, and for a layer whose slot has other values.
         """
@@ -44,20 +71,30 @@ class WorkerExtension:
             weights = adapter.loras.get(name)
             if weights is None:
                 continue
-            parts = self._parts(name)
-            every_a, every_b = (one if isinstance(one, list) else [one] for one in (weights.lora_a, weights.lora_b))
-            for number, (part, a, b) in enumerate(zip(parts, every_a, every_b, strict=True)):
+            parts, own_a, own_b = self._parts(name), weights.lora_a, weights.lora_b
+            if module.tp_size > 1:  # the part of this GPU
+                own_a, own_b = module.slice_lora_a(own_a), module.slice_lora_b(own_b)
+            whole = zip(_listed(weights.lora_a), _listed(weights.lora_b), strict=True)
+            own = zip(_listed(own_a), _listed(own_b), strict=True)
+            for number, (part, (a, b), (here_a, here_b)) in enumerate(zip(parts, whole, own, strict=True)):
                 if a is None:
                     continue
-                if module.tp_size == 1 and not (
-                    _holds(module.lora_a_stacked[number][slot], a) and _holds(module.lora_b_stacked[number][slot], b)
-                ):
+                stack_a, stack_b = module.lora_a_stacked[number][slot], module.lora_b_stacked[number][slot]
+                if not (_holds(stack_a, here_a) and _holds(stack_b, here_b)):
                     raise RuntimeError(f"the slot of {part} has other values than the adapter")
                 placed[part] = (a.shape[0], a.shape[1], b.shape[0])
-        foreign = adapter.loras.keys() - manager.modules.keys()
-        if foreign:
-            raise RuntimeError(f"vLLM has no layer {sorted(foreign)[0]} that takes adapters")
-        return placed
+        return placed, sorted(adapter.loras.keys() - manager.modules.keys())
+
+    def lorapool_lacks(self, folder: str, wanted: dict[str, int]) -> str:
+        """The first of these files (bytes by name) that this node does not have whole; empty if it has all."""
+        for name, size in wanted.items():
+            try:
+                found = os.stat(os.path.join(folder, name)).st_size
+            except OSError as error:
+                return f"{name}: {error.strerror}"
+            if found != size:
+                return f"{name}: {found} of {size} bytes"
+        return ""
 
     def lorapool_resident(self) -> list[int]:
         """The ids of the adapters in slots and in vLLM's own cache."""
@@ -77,6 +114,17 @@ class WorkerExtension:
                 cache.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return found
 
+    def _make_room_for_the_stage_before(self) -> None:
+        """Makes the tensors that receive another node's part of a step, as vLLM's first run of the model does.
+
+        Its build for CPUs skips that run where the size of the KV cache is given, and fails at the first request.
+        """
+        runner = self.model_runner
+        if runner.parallel_config.pipeline_parallel_size > 1 and runner.intermediate_tensors is None:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+
     def _manager(self) -> Any:
         return self.model_runner.lora_manager._adapter_manager
 
@@ -88,6 +136,10 @@ class WorkerExtension:
     def _caches(self) -> Iterator[Any]:
         for cache in self.model_runner.kv_caches:
             yield from cache if isinstance(cache, list | tuple) else (cache,)
+
+
+def _listed(matrices: Any) -> list[Any]:
+    return matrices if isinstance(matrices, list) else [matrices]
 
 
 def _stacks(module: Any) -> tuple[Any, ...]:

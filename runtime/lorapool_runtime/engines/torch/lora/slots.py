@@ -106,6 +106,11 @@ class AdapterSlots:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together when each holds an adapter of the highest rank in all usual modules."""
+        return self.count * self._elements * self.dtype.itemsize
+
+    @property
     def by_kernel(self) -> tuple[GroupTables, ...]:
         """The groups that a kernel computes."""
         return tuple(tables for tables, group in zip(self.groups, self._targets, strict=True) if group.by_kernel)

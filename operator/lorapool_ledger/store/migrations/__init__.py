@@ -1,0 +1,1 @@
+"""Steps from each version of the tables to the next one. Alembic runs them; a database knows its version."""
