@@ -76,6 +76,11 @@ class Tuning:
     def models(self) -> set[str]:
         return {model.id for model in self.client.models.list()}
 
+    def answer(self, model: str, task: str) -> str:
+        """The model's greedy answer to the committed question of a task."""
+        reply = self.client.chat.completions.create(**self.world.question(task) | {"model": model})
+        return (reply.choices[0].message.content or "").strip()
+
     def trainer_pods(self) -> list[dict[str, Any]]:
         return list(self.world.get("pods", "-l", "app.kubernetes.io/component=trainer")["items"])
 
