@@ -63,12 +63,12 @@ async def sending(journal: Journal, ledger: StubLedger, *tokens: str) -> AsyncIt
 
 
 def test_identifiers_are_uuids_of_version_7_that_never_decrease_when_the_clock_jumps() -> None:
-    clock = [1_700_000_000_000]
-    ids = AttemptIds(lambda: clock[0])
-    made = [ids.next()]
-    for step in (0, 1, -3_600_000, 0, 3_600_001, -1, 86_400_000):
-        clock[0] += step
-        made += [ids.next() for _ in range(5000)]
+    now_ms = 1_700_000_000_000
+    ids = AttemptIds()
+    made = [ids.next(now_ms)]
+    for step_ms in (0, 1, -3_600_000, 0, 3_600_001, -1, 86_400_000):
+        now_ms += step_ms
+        made += [ids.next(now_ms) for _ in range(5000)]
     assert made == sorted(set(made))
     assert {(uuid.UUID(item).version, uuid.UUID(item).variant) for item in made} == {(7, uuid.RFC_4122)}
     assert int(made[0][:8] + made[0][9:13], 16) == 1_700_000_000_000

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 
 _COUNTER_MAX = 0xFFF
 _RANDOM_CHARS = 15
@@ -18,17 +16,15 @@ class AttemptIds:
     They end in 60 random bits, so that a caller who knows one cannot guess another.
     """
 
-    def __init__(self, now_unix_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
-        self._now_unix_ms = now_unix_ms
+    def __init__(self) -> None:
         self._last_ms = 0
         self._counter = 0
         self._time = ""
         self._pool = ""
         self._at = 0
 
-    def next(self) -> str:
-        """The next identifier, in the usual form of 36 characters."""
-        now_ms = self._now_unix_ms()
+    def next(self, now_ms: int) -> str:
+        """The next identifier, in the usual form of 36 characters. `now_ms` is the Unix time in milliseconds."""
         if now_ms > self._last_ms:
             self._begin(now_ms)
         elif self._counter < _COUNTER_MAX:

@@ -26,7 +26,7 @@ from lorapool_gateway.routing.objects import AdapterRoute
 from lorapool_gateway.routing.routes import Entry, RuntimeReplica, Target
 
 COUNT_MAX = 2**53
-"""No request has as many tokens; a runtime that reports more is not believed."""
+"""No request has as many tokens; a runtime that reports more is not believed. A power of two."""
 FLUSH_S = 5.0
 KNOWN_MOST = 2048
 REFUSAL_ROWS = 10_000
@@ -78,10 +78,10 @@ class Attempt:
         prompt = cached = completion = None
         if usage is not None:
             prompt, cached, completion = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens
-            if not (0 <= prompt < COUNT_MAX and 0 <= cached < COUNT_MAX and 0 <= completion < COUNT_MAX):
+            if not 0 <= prompt | cached | completion < COUNT_MAX:  # true if it is true of each
                 prompt = cached = completion = None
         now_ms = time.time_ns() // 1_000_000
-        attempts._write_soon(Closed(0, self.id, outcome.value, now_ms, code, prompt, cached, completion, cold_ms))
+        attempts._write_soon(Closed(0, self.id, outcome, now_ms, code, prompt, cached, completion, cold_ms))
 
 
 class Attempts:
@@ -108,17 +108,18 @@ class Attempts:
     ) -> Attempt:
         """Records that a request is about to be sent. What generates nothing is not recorded."""
         entry: Entry = target.adapter or target.base
+        now_ms = time.time_ns() // 1_000_000
         if self._journal is None or route not in INFERENCE_ROUTES:
-            return Attempt(self._ids.next(), request_id, key.uid, payer(entry, key), None)
-        names = (id(entry), id(replica), id(key), target.digest, route, stream)
+            return Attempt(self._ids.next(now_ms), request_id, key.uid, payer(entry, key), None)
+        names = (id(entry), id(replica), id(key), route, stream)
         known = self._known.get(names)
         if known is None:
             parties = _parties(target, entry, replica, key, route, stream=stream)
             # The objects are kept with it, so that no other object gets one of their ids.
             known = self._known[names] = (parties.project, self._number(parties), (entry, replica, key))
         project, number, _ = known
-        attempt = Attempt(self._ids.next(), request_id, key.uid, project, self)
-        self._write_soon(Opened(0, attempt.id, request_id, number, time.time_ns() // 1_000_000))
+        attempt = Attempt(self._ids.next(now_ms), request_id, key.uid, project, self)
+        self._write_soon(Opened(0, attempt.id, request_id, number, now_ms))
         return attempt
 
     def write(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from lorapool_api.usage_protocol import AttemptEnd
+
 
 class Parties(msgspec.Struct, rename="camel", gc=False):
     """The fields of `usage_protocol.OpenedRecord` that are the same for many attempts."""
@@ -45,7 +47,7 @@ class Closed(msgspec.Struct, tag_field="kind", tag="closed", rename="camel", omi
 
     seq: int
     attempt: str
-    outcome: str
+    outcome: AttemptEnd
     closed_unix_ms: int
     code: int = 0
     prompt_tokens: int | None = None
