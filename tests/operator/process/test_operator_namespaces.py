@@ -286,7 +286,9 @@ async def test_a_namespace_whose_role_is_removed_neither_ends_the_operator_nor_p
     gc.collect()  # the tasks of kopf's failed watches
     lines = [record for record in caplog.records if "give the operator its Role" in record.getMessage()]
     assert len(lines) == 2
-    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+    traces = [record.getMessage() for record in caplog.records if record.exc_info]
+    # kopf 1.45 cancels a request that still waits for its head in a callback, which asserts that it runs in a task.
+    assert [trace for trace in traces if "request_cancel_callback" not in trace] == []
 
 
 async def synced(process: Process) -> bool:
