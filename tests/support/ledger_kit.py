@@ -238,7 +238,7 @@ def write_migration(message: str) -> None:
         database = Database.open(sqlite_url(Path(folder)))
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
-        number = max(int(file.name[:4]) for file in (MIGRATIONS / "versions").glob("[0-9]*.py")) + 1
+        number = max((int(file.name[:4]) for file in (MIGRATIONS / "versions").glob("[0-9]*.py")), default=0) + 1
         with database.engine.connect() as connection:
             config.attributes["connection"] = connection
             command.revision(config, message, autogenerate=True, rev_id=f"{number:04d}")

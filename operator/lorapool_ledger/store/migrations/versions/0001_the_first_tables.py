@@ -130,6 +130,28 @@ def upgrade() -> None:
         batch_op.create_index("model_day_by_project", ["project", "day_unix_s"], unique=False)
 
     op.create_table(
+        "model_span",
+        sa.Column("day_unix_s", sa.BigInteger(), nullable=False),
+        sa.Column("project", sa.String(length=63), nullable=False),
+        sa.Column("base", sa.String(length=320), nullable=False),
+        sa.Column("uid", sa.String(length=64), nullable=False),
+        sa.Column("model", sa.String(length=320), nullable=False),
+        sa.Column("outcome", sa.String(length=16), nullable=False, comment="billing.Billed"),
+        sa.Column("requests", sa.BigInteger(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("gpu_ns", sa.BigInteger(), nullable=False),
+        sa.Column("billed_prompt_tokens", sa.BigInteger(), nullable=False, comment="without the cached ones"),
+        sa.Column("billed_cached_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("billed_completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("delivered_tokens", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("day_unix_s", "project", "base", "uid", "model", "outcome"),
+    )
+    with op.batch_alter_table("model_span", schema=None) as batch_op:
+        batch_op.create_index("model_span_by_project", ["project", "day_unix_s"], unique=False)
+
+    op.create_table(
         "outbox",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("sink", sa.String(length=63), nullable=False),
@@ -172,6 +194,20 @@ def upgrade() -> None:
     with op.batch_alter_table("price", schema=None) as batch_op:
         batch_op.create_index("price_unique", ["effective_unix_s", "scope", "line_item"], unique=True)
 
+    op.create_table(
+        "quota_use",
+        sa.Column("scope", sa.String(length=400), nullable=False, comment="as in reservation"),
+        sa.Column("meter", sa.String(length=32), nullable=False, comment="as in reservation"),
+        sa.Column("most", sa.BigInteger(), nullable=False, comment="the quota"),
+        sa.Column("used", sa.BigInteger(), nullable=False, comment="when this was noted; a rate is refilled since"),
+        sa.Column("noted_unix_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("scope", "meter"),
+    )
+    op.create_table(
+        "span",
+        sa.Column("day_unix_s", sa.BigInteger(), nullable=False, comment="the first day"),
+        sa.PrimaryKeyConstraint("day_unix_s"),
+    )
     op.create_table(
         "usage_day",
         sa.Column("day_unix_s", sa.BigInteger(), nullable=False),
@@ -361,6 +397,24 @@ def upgrade() -> None:
         batch_op.create_index("pod_minute_by_time", ["minute_unix_s"], unique=False)
 
     op.create_table(
+        "pod_span",
+        sa.Column("day_unix_s", sa.BigInteger(), nullable=False),
+        sa.Column("boot", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("uid", sa.String(length=64), nullable=False, comment="empty: the base; *: the pod as a whole"),
+        sa.Column("model", sa.String(length=320), nullable=False),
+        sa.Column("uptime_ns", sa.BigInteger(), nullable=False),
+        sa.Column("gpu_ns", sa.BigInteger(), nullable=False),
+        sa.Column("byte_ns", sa.String(length=40), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["boot"],
+            ["boot.id"],
+        ),
+        sa.PrimaryKeyConstraint("day_unix_s", "boot", "uid"),
+    )
+    with op.batch_alter_table("pod_span", schema=None) as batch_op:
+        batch_op.create_index("pod_span_by_account", ["uid", "day_unix_s"], unique=False)
+
+    op.create_table(
         "refusal_minute",
         sa.Column("gateway", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
@@ -389,6 +443,8 @@ def upgrade() -> None:
         ),
         sa.Column("meter", sa.String(length=32), nullable=False, comment="requests, tokens, month_tokens, month_money"),
         sa.Column("leased", sa.String(length=48), nullable=False),
+        sa.Column("consumed", sa.BigInteger(), nullable=False, comment="by this gateway process, as it last reported"),
+        sa.Column("used", sa.BigInteger(), nullable=False, comment="of the budget in the month, when this was written"),
         sa.Column("until_unix_ms", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(
             ["gateway"],
