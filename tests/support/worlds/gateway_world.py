@@ -242,7 +242,8 @@ class World:
         return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 
     def records(self) -> list[GatewayRecord]:
-        """What the journal has, as the ledger parses it."""
+        """What the journal has at the end of the present turn of the event loop, as the ledger parses it."""
+        self.attempts.write()
         return parsed(Reader(self.journal.folder).read(self.journal.seq, 2**30, 2**30))
 
     def ends(self) -> list[tuple[str, int]]:
