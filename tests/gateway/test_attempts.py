@@ -74,8 +74,8 @@ async def test_no_runtime_knows_an_attempt_before_the_journal_has_it(here: World
 
     class Watched(list[Seen]):
         def append(self, seen: Seen) -> None:
-            if not any(seen.headers["x-lorapool-attempt"] == record.attempt for record in here.records()
-                       if isinstance(record, OpenedRecord)):  # fmt: skip
+            opened = {record.attempt for record in here.written() if isinstance(record, OpenedRecord)}
+            if seen.headers["x-lorapool-attempt"] not in opened:
                 unknown.append(seen.target)
             super().append(seen)
 

@@ -244,6 +244,10 @@ class World:
     def records(self) -> list[GatewayRecord]:
         """What the journal has at the end of the present turn of the event loop, as the ledger parses it."""
         self.attempts.write()
+        return self.written()
+
+    def written(self) -> list[GatewayRecord]:
+        """What the journal has at this moment."""
         return parsed(Reader(self.journal.folder).read(self.journal.seq, 2**30, 2**30))
 
     def ends(self) -> list[tuple[str, int]]:
